@@ -1,0 +1,61 @@
+# make sample   pictures from the shipped model, from nothing but Python
+# make test     everything a change must pass: style, types, documentation, tests
+# Overridable: PYTHON (the interpreter that makes the virtual environment), VENV (where), TORCH (which build), PYTEST (more flags).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST ?=
+WORKERS ?= 2
+OUTPUT ?= outputs
+
+BIN := $(VENV)/bin
+PROMPTS := --prompt "a red apple, noto style" --prompt "a smiling cat, twemoji style" \
+	--prompt "a blue fish, fluent style" --prompt "a slice of pizza, noto style"
+
+.PHONY: help install install-dev sample test test-slow lint format docs clean
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for users and one for developers; both are redone when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+# torch first and alone: an exact version keeps pip from taking a newer, larger build for one of the other packages.
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,torch,train,docs]"
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed ## virtual environment with the package
+
+install-dev: $(VENV)/.installed-dev ## the same with everything tests and documentation need
+
+sample: install ## four pictures from the shipped model, with timings
+	$(BIN)/diffuse-jax generate $(PROMPTS) --seed 0 1 2 3 --output $(OUTPUT)
+
+lint: install-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install-dev ## the site, in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+test: lint docs ## everything that CI checks, the tests last
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+test-slow: install-dev ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+clean: ## caches and built documentation, not the virtual environment
+	rm -rf docs/_build docs/_generated build dist .mypy_cache .ruff_cache .pytest_cache .cache

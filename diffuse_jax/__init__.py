@@ -1,0 +1,54 @@
+"""diffuse_jax: diffusion models, samplers and pipelines for JAX.
+
+Importing the package imports nothing else. A public name is imported from the module that defines it when it is first
+used, so ``import diffuse_jax`` takes milliseconds and ``diffuse_jax.DDIMScheduler`` does not load the pipelines.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; at run time __getattr__ gives the same names
+    from diffuse_jax.models import *  # noqa: F403
+    from diffuse_jax.pipelines import *  # noqa: F403
+    from diffuse_jax.schedulers import *  # noqa: F403
+    from diffuse_jax.text import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "diffuse_jax.models": ("AutoencoderKL", "UNet2DConditionModel"),
+    "diffuse_jax.pipelines": (
+        "AutoPipelineForText2Image",
+        "DiffusionPipeline",
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+    ),
+    "diffuse_jax.schedulers": (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``name`` from its home on first use and remember it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffuse_jax' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,297 @@
+"""The ``diffuse-jax`` command: ``generate``, ``convert`` and ``env``.
+
+Results go to stdout or into files, messages to stderr, and the exit status is 0 only when the work was done. Building
+the parser imports nothing heavy, so ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffuse_jax
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHIPPED_MODEL = "diffuse-jax/emoji"
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
+EXTRAS = {
+    "train": ("datasets", "grain", "tensorboard"),
+    "torch": ("torch", "diffusers", "accelerate"),
+    "docs": ("sphinx", "myst-parser", "sphinx-book-theme"),
+    "dev": ("pytest", "hypothesis", "ruff", "mypy"),
+}
+REQUIRED = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+)
+TO_PIPELINE = ("variant", "revision", "dtype")
+TO_CALL = (
+    "prompt",
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "num_images_per_prompt",
+    "seed",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+      argv: the words after ``diffuse-jax``; those of the process when left out.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if os.environ.get("DIFFUSE_JAX_DEBUG"):
+            raise
+        say(f"diffuse-jax {args.command}: {error or type(error).__name__}")
+        return 1
+    return 0
+
+
+def say(message: str) -> None:
+    """A message for the person who waits, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Pictures from prompts: paths to stdout, timings to stderr."""
+    if not args.no_compilation_cache and compilation_cache_wanted():
+        use_compilation_cache(cache_folder() / "xla")
+    args.seed = args.seed or [secrets.randbelow(2**31)]
+    call = given(args, TO_CALL)
+    call["seed"] = args.seed[0] if len(args.seed) == 1 else args.seed
+    call["prompt"] = args.prompt[0] if len(args.prompt) == 1 else args.prompt
+
+    start = time.perf_counter()
+    pipe = diffuse_jax.DiffusionPipeline.from_pretrained(args.model, **given(args, TO_PIPELINE))
+    if args.scheduler:
+        pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    loaded = time.perf_counter()
+    with compile_seconds() as compiling:
+        images = pipe(**call).images
+    done = time.perf_counter()
+
+    for path in save_images(images, args.output):
+        print(path)
+    sampling = done - loaded - compiling()
+    say(
+        f"{args.model}, seed {' '.join(map(str, args.seed))}: load {loaded - start:.1f} s, "
+        f"compile {compiling():.1f} s, sample {sampling:.1f} s ({sampling / len(images):.2f} s a picture)"
+    )
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The named arguments that were given, so that everything else keeps the checkpoint's default."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def scheduler_names() -> dict[str, str]:
+    """Lower-case short name -> class name, e.g. ``eulerdiscrete`` -> ``EulerDiscreteScheduler``."""
+    names = [name for name in diffuse_jax.__all__ if name.endswith("Scheduler")]
+    return {name.removesuffix("Scheduler").lower(): name for name in names}
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler called ``name``: the class name, with or without ``Scheduler``, in any case, dashes allowed."""
+    names = scheduler_names()
+    short = re.sub(r"[-_ ]", "", name).lower().removesuffix("scheduler")
+    if short not in names:
+        raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(sorted(names.values()))}")
+    return getattr(diffuse_jax, names[short])
+
+
+def save_images(images: Sequence[Image.Image], folder: Path) -> list[Path]:
+    """Write ``image-0001.png`` and so on, after those already there; no half-written file is ever visible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"image-(\d+)\.png", p.name))]
+    paths = [folder / f"image-{number:04d}.png" for number in range(1 + max(numbers, default=0), 10**6)][: len(images)]
+    for path, image in zip(paths, images):
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    return paths
+
+
+@contextlib.contextmanager
+def compile_seconds() -> Iterator[Any]:
+    """Within the block, what it yields tells how many seconds JAX has spent tracing, lowering and compiling.
+
+    JAX reports nested traces each for itself, so the intervals are united, not added up.
+    """
+    import jax.monitoring
+
+    intervals: list[tuple[float, float]] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            now = time.perf_counter()
+            intervals.append((now - duration_secs, now))
+
+    def total() -> float:
+        seconds, reached = 0.0, 0.0
+        for start, end in sorted(intervals):
+            seconds += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield total
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def cache_folder() -> Path:
+    """``$DIFFUSE_JAX_CACHE``, else ``$XDG_CACHE_HOME/diffuse_jax``, else ``~/.cache/diffuse_jax``."""
+    if folder := os.environ.get("DIFFUSE_JAX_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diffuse_jax"
+
+
+def compilation_cache_wanted() -> bool:
+    """False when ``DIFFUSE_JAX_COMPILATION_CACHE`` is 0, off, false or no."""
+    return os.environ.get("DIFFUSE_JAX_COMPILATION_CACHE", "1").lower() not in ("0", "off", "false", "no")
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Let JAX keep compiled programs in ``folder``; ``JAX_COMPILATION_CACHE_DIR``, where set, wins."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Rewrite a checkpoint in another layout; the path of the result to stdout."""
+    from diffuse_jax.convert import convert as convert_checkpoint
+
+    start = time.perf_counter()
+    convert_checkpoint(args.src, args.dst, to=args.to, dtype=args.dtype)
+    print(args.dst)
+    say(f"converted and verified in {time.perf_counter() - start:.1f} s")
+
+
+def env(args: argparse.Namespace) -> None:
+    """What a bug report needs, one ``name: value`` per line on stdout."""
+    import jax
+
+    print(f"diffuse_jax: {diffuse_jax.__version__}")
+    print(f"python: {platform.python_version()} on {platform.platform()}")
+    for name in REQUIRED:
+        print(f"{name}: {version(name)}")
+    devices = jax.devices()
+    print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    print(f"cache: {cache_folder()}")
+    print(f"compilation cache: {'on' if compilation_cache_wanted() else 'off'}")
+    for extra, names in EXTRAS.items():
+        found = ", ".join(f"{name} {version(name)}" for name in names)
+        print(f"extra {extra}: {found}")
+
+
+def version(name: str) -> str:
+    """The installed version of a distribution, or ``missing``; the package itself is not imported."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``args.run`` is the function that does the work."""
+    parser = argparse.ArgumentParser(
+        prog="diffuse-jax",
+        description="Diffusion models in JAX.",
+        epilog='example:\n  diffuse-jax generate --prompt "a red apple, noto style"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffuse-jax {diffuse_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_generate(commands)
+    add_convert(commands)
+    add_command(commands, env, "versions, devices, cache folder and optional packages", "diffuse-jax env")
+    return parser
+
+
+def add_command(commands: Any, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
+    """A command named after the function that runs it; its help ends with the example."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        run.__name__,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_generate(commands: Any) -> None:
+    example = 'diffuse-jax generate --prompt "a red apple, noto style" --num-inference-steps 20 --seed 0'
+    add = add_command(commands, generate, "pictures from prompts", example).add_argument
+    add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder or Hub id (default: %(default)s, no network)")
+    add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
+    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    add("--dtype", choices=DTYPES, help="what the networks compute in")
+    add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
+    add("--num-inference-steps", type=positive(int), metavar="N", help="denoising steps")
+    add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
+    add("--num-images-per-prompt", type=positive(int), metavar="N", help="pictures for each prompt")
+    add("--seed", type=int, nargs="+", metavar="N", help="one seed, or one per picture (default: random, and reported)")
+    add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
+    add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    add("--no-compilation-cache", action="store_true", help="do not keep compiled programs on disk")
+
+
+def add_convert(commands: Any) -> None:
+    example = "diffuse-jax convert model.safetensors model-folder --to diffusers --dtype bfloat16"
+    add = add_command(commands, convert, "a checkpoint in another layout, verified after writing", example).add_argument
+    add("src", metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
+    add("dst", metavar="DST", help="folder or file to write")
+    add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
+
+
+def positive(kind: type) -> Any:
+    """An argparse type: a number of ``kind`` above zero."""
+
+    def parse(text: str) -> Any:
+        if (value := kind(text)) <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
