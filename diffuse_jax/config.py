@@ -1,0 +1,71 @@
+"""Frozen, hashable configurations that read and write the JSON of diffusers and transformers.
+
+A configuration is a plain frozen dataclass. Its fields carry the names and the defaults of the JSON keys, so a file that
+leaves a key out means the same here as in PyTorch. Keys that a class does not know are kept (``extra``) and written
+back, so reading and saving a folder loses nothing. A configuration never reads files, the environment or devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+
+def freeze(value: Any) -> Any:
+    """JSON value -> hashable value: lists become tuples, objects become tuples of sorted ``(key, value)`` pairs."""
+    if isinstance(value, Mapping):
+        return FrozenDict((k, freeze(v)) for k, v in sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(freeze(v) for v in value)
+    return value
+
+
+def thaw(value: Any) -> Any:
+    """The inverse of :func:`freeze`: tuples become lists and frozen objects become dicts."""
+    if isinstance(value, FrozenDict):
+        return {k: thaw(v) for k, v in value}
+    if isinstance(value, tuple):
+        return [thaw(v) for v in value]
+    return value
+
+
+class FrozenDict(tuple):
+    """A JSON object as a hashable tuple of ``(key, value)`` pairs; :func:`thaw` turns it back into a dict."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration.
+
+    Attributes:
+      extra: keys of the JSON that the class has no field for, frozen; written back by :meth:`to_json`.
+    """
+
+    extra: FrozenDict = FrozenDict()
+
+    class_name: ClassVar[str] = ""
+    """What ``_class_name`` says in the JSON of this configuration; empty where the format has no such key."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Build from the JSON object of ``config.json`` (or ``scheduler_config.json``); unknown keys are kept in ``extra``."""
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        fields = {k: v for k, v in data.items() if k in known}
+        return cls(**fields, extra=freeze({k: v for k, v in data.items() if k not in known}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that diffusers or transformers would read: every field, then the kept unknown keys."""
+        fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        head = {"_class_name": self.class_name} if self.class_name else {}
+        return head | fields | {k: v for k, v in thaw(self.extra).items() if k != "_class_name"}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; an unknown name is an error."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,115 @@
+"""Attention and transformer blocks over sequences ``[B,L,D]``."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffuse_jax.kernels import attention
+from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm, LayerNorm
+
+
+class Attention(nn.Module):
+    """Multi-head attention of ``x`` to ``context`` (to itself where there is none); Vaswani et al. 2017, 3.2."""
+
+    heads: int
+    qkv_bias: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """``x [B,L,D]``, ``context [B,K,E]`` -> ``[B,L,D]``; ``D`` must be a multiple of ``heads``."""
+        B, L, D = x.shape
+        if D % self.heads:
+            raise ValueError(f"width {D} cannot be split over {self.heads} attention heads")
+        context = x if context is None else context
+        dense = lambda source, bias, name: Dense(  # noqa: E731
+            D, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name
+        )(source)
+        split = lambda y: y.reshape(B, -1, self.heads, D // self.heads)  # noqa: E731
+        query = split(dense(x, self.qkv_bias, "to_q"))
+        key = split(dense(context, self.qkv_bias, "to_k"))
+        value = split(dense(context, self.qkv_bias, "to_v"))
+        return dense(attention(query, key, value).reshape(B, L, D), True, "to_out_0")
+
+
+class FeedForward(nn.Module):
+    """A gated GELU layer of width ``4 D`` and a projection back (Shazeer 2020, GEGLU): ``[B,L,D] -> [B,L,D]``."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        h = GEGLU(4 * D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_0")(x)
+        return Dense(D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_2")(h)
+
+
+class GEGLU(nn.Module):
+    """``value * gelu(gate)`` of one projection to both; Shazeer 2020, equation 6."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = Dense(2 * self.features, dtype=self.dtype, param_dtype=self.param_dtype, name="proj")(x)
+        value, gate = jnp.split(h, 2, axis=-1)
+        return value * ACTIVATIONS["gelu"](gate)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a norm and with a residual (Rombach et al. 2022, B).
+
+    ``only_cross_attention``: the first attention reads ``context`` too, as in the four-times upscaler.
+    """
+
+    heads: int
+    only_cross_attention: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        first = context if self.only_cross_attention else None
+        x = x + Attention(self.heads, **dtypes, name="attn1")(LayerNorm(**dtypes, name="norm1")(x), first)
+        x = x + Attention(self.heads, **dtypes, name="attn2")(LayerNorm(**dtypes, name="norm2")(x), context)
+        return x + FeedForward(**dtypes, name="ff")(LayerNorm(**dtypes, name="norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """``depth`` transformer blocks over the pixels of a feature map, in a projection in and out and a residual.
+
+    ``linear_projection`` says whether the checkpoint stores the projections as dense layers (SD 2.x, SDXL) or as
+    convolutions of size one (SD 1.x); the numbers are the same.
+    """
+
+    heads: int
+    depth: int = 1
+    groups: int = 32
+    linear_projection: bool = False
+    only_cross_attention: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """``x [B,H,W,C]``, ``context [B,K,E]`` -> ``[B,H,W,C]``."""
+        B, H, W, C = x.shape
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        project = (
+            (lambda name: Dense(C, **dtypes, name=name))
+            if self.linear_projection
+            else (lambda name: Conv(C, kernel_size=1, padding=0, **dtypes, name=name))
+        )
+        h = project("proj_in")(GroupNorm(self.groups, 1e-6, **dtypes, name="norm")(x)).reshape(B, H * W, C)
+        for i in range(self.depth):
+            block = TransformerBlock(self.heads, self.only_cross_attention, **dtypes, name=f"transformer_blocks_{i}")
+            h = block(h, context)
+        return x + project("proj_out")(h.reshape(B, H, W, C))

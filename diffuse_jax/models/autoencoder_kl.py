@@ -1,0 +1,262 @@
+"""The variational autoencoder between pixels and latents (Kingma & Welling 2014; Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffuse_jax.config import Config
+from diffuse_jax.models.attention import Attention
+from diffuse_jax.models.base import Model
+from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
+from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig(Config):
+    """``config.json`` of an ``AutoencoderKL``; ``scaling_factor`` is what latents are multiplied with after encoding."""
+
+    class_name: ClassVar[str] = "AutoencoderKL"
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = set(self.down_block_types) - {"DownEncoderBlock2D"} | set(self.up_block_types) - {"UpDecoderBlock2D"}
+        if kinds:
+            raise ValueError(f"AutoencoderKL: unknown block types {sorted(kinds)}")
+        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
+            raise ValueError(
+                f"AutoencoderKL: {len(self.down_block_types)} down and {len(self.up_block_types)} up blocks "
+                f"for {len(self.block_out_channels)} entries of block_out_channels"
+            )
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along an edge: 8 for every Stable Diffusion."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents, ``mean`` and ``logvar`` both ``[B,h,w,c]``."""
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """``mean + std * noise``; ``key`` is one typed key for the batch."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+    def mode(self) -> jax.Array:
+        """The most likely latents, which is the mean."""
+        return self.mean
+
+    def kl(self) -> jax.Array:
+        """Divergence from the standard normal, summed over a sample: ``[B]`` in nats."""
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * terms.sum((1, 2, 3))
+
+
+class AutoencoderKL(Model):
+    """Pixels in [-1, 1], ``[B,H,W,3]``, to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
+
+    Latents here are as the network makes them; what a UNet sees is :func:`scale_latents` of them.
+    """
+
+    config: AutoencoderKLConfig = AutoencoderKLConfig()
+    config_class: ClassVar[type[Config]] = AutoencoderKLConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.encoder = Encoder(c, **dtypes)
+        self.decoder = Decoder(c, **dtypes)
+        if c.use_quant_conv:
+            self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, **dtypes)
+        if c.use_post_quant_conv:
+            self.post_quant_conv = Conv(c.latent_channels, kernel_size=1, padding=0, **dtypes)
+
+    def example_inputs(self) -> dict[str, Any]:
+        edge = self.config.scale
+        return {"images": jax.ShapeDtypeStruct((1, edge, edge, self.config.in_channels), jnp.float32)}
+
+    def encode(self, images: jax.Array) -> Posterior:
+        """``images [B,H,W,3]`` in [-1, 1] -> the posterior over latents, float32. ``H`` and ``W``: multiples of ``scale``."""
+        check_images(images, self.config)
+        moments = self.encoder(jnp.asarray(images, self.dtype))
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """``latents [B,h,w,c]`` (not scaled) -> images ``[B,H,W,3]``, about [-1, 1], in ``dtype``."""
+        if latents.ndim != 4 or latents.shape[-1] != self.config.latent_channels:
+            raise ValueError(f"latents must be [B,h,w,{self.config.latent_channels}], got {latents.shape}")
+        x = jnp.asarray(latents, self.dtype)
+        if self.config.use_post_quant_conv:
+            x = self.post_quant_conv(x)
+        return self.decoder(x)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Reconstruction through the mode of the posterior."""
+        return self.decode(self.encode(images).mode())
+
+
+def check_images(images: jax.Array, config: AutoencoderKLConfig) -> None:
+    """Raise ``ValueError`` unless ``images`` is ``[B,H,W,C]`` with edges that are multiples of ``config.scale``."""
+    if images.ndim != 4 or images.shape[-1] != config.in_channels:
+        raise ValueError(f"images must be [B,H,W,{config.in_channels}] (channel-last), got {images.shape}")
+    if any(edge % config.scale for edge in images.shape[1:3]):
+        raise ValueError(f"image height and width must be multiples of {config.scale}, got {images.shape[1:3]}")
+
+
+def scale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
+    """From the encoder's latents to those of about unit variance that the denoising network works on."""
+    mean, std = latent_statistics(config)
+    return (latents - mean) * config.scaling_factor / std
+
+
+def unscale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
+    """The inverse of :func:`scale_latents`: what :meth:`AutoencoderKL.decode` takes."""
+    mean, std = latent_statistics(config)
+    return latents * std / config.scaling_factor + mean
+
+
+def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation per channel, ``[1,1,1,c]``; zero (or ``shift_factor``) and one unless the file has them."""
+    shape = (1, 1, 1, config.latent_channels)
+    if config.latents_mean is not None and config.latents_std is not None:
+        return jnp.array(config.latents_mean).reshape(shape), jnp.array(config.latents_std).reshape(shape)
+    return jnp.full(shape, config.shift_factor or 0.0), jnp.ones(shape)
+
+
+class Stage(nn.Module):
+    """Base of encoder, decoder and their levels: a config and two dtypes."""
+
+    config: AutoencoderKLConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def dtypes(self) -> Mapping[str, DTypeLike]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def resnet(self, channels: int, name: str) -> ResnetBlock:
+        c = self.config
+        return ResnetBlock(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
+
+    def finish(self, x: jax.Array, channels: int) -> jax.Array:
+        x = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="conv_norm_out")(x)
+        return Conv(channels, **self.dtypes, name="conv_out")(ACTIVATIONS[self.config.act_fn](x))
+
+
+class Level(Stage):
+    """``layers`` residual blocks, then ``resample``: "down", "up" or None."""
+
+    channels: int = 0
+    layers: int = 1
+    resample: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.layers):
+            x = self.resnet(self.channels, f"resnets_{i}")(x)
+        if self.resample == "down":
+            return Downsample(self.channels, padding=0, **self.dtypes, name="downsamplers_0")(x)
+        if self.resample == "up":
+            return Upsample(self.channels, **self.dtypes, name="upsamplers_0")(x)
+        return x
+
+
+class Middle(Stage):
+    """Residual block, one-head attention over all pixels, residual block."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        x = self.resnet(C, "resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = x + SpatialAttention(self.config, **self.dtypes, name="attentions_0")(x)
+        return self.resnet(C, "resnets_1")(x)
+
+
+class SpatialAttention(Stage):
+    """Norm and one-head attention over pixels; its parameters and those of the attention share one level of names."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        h = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="group_norm")(x)
+        attend = Attention(1, qkv_bias=True, **self.dtypes, name=None)
+        nn.share_scope(self, attend)
+        return attend(h.reshape(B, H * W, C)).reshape(B, H, W, C)
+
+
+class Encoder(Stage):
+    """Pixels to the two halves of the posterior's moments."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = Conv(c.block_out_channels[0], **self.dtypes, name="conv_in")(x)
+        for i, channels in enumerate(c.block_out_channels):
+            resample = "down" if i + 1 < len(c.block_out_channels) else None
+            level = Level(
+                c,
+                channels=channels,
+                layers=c.layers_per_block,
+                resample=resample,
+                **self.dtypes,
+                name=f"down_blocks_{i}",
+            )
+            x = level(x)
+        x = Middle(c, **self.dtypes, name="mid_block")(x)
+        return self.finish(x, 2 * c.latent_channels)
+
+
+class Decoder(Stage):
+    """Latents to pixels; one residual block more at each level than the encoder has."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = Conv(c.block_out_channels[-1], **self.dtypes, name="conv_in")(x)
+        x = Middle(c, **self.dtypes, name="mid_block")(x)
+        for i, channels in enumerate(c.block_out_channels[::-1]):
+            resample = "up" if i + 1 < len(c.block_out_channels) else None
+            level = Level(
+                c,
+                channels=channels,
+                layers=c.layers_per_block + 1,
+                resample=resample,
+                **self.dtypes,
+                name=f"up_blocks_{i}",
+            )
+            x = level(x)
+        return self.finish(x, c.out_channels)

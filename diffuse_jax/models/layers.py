@@ -1,0 +1,112 @@
+"""The four layers that every network is made of, in channel-last layout.
+
+Each takes ``dtype`` (what it computes in) and ``param_dtype`` (what fresh parameters are). Norms take their statistics in
+float32 whatever ``dtype`` is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffuse_jax.kernels import conv2d
+
+Activation = Callable[[jax.Array], jax.Array]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+class Dense(nn.Module):
+    """``x @ kernel + bias`` over the last axis; kernel ``[in, features]``."""
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
+        y = jnp.asarray(x, self.dtype) @ jnp.asarray(kernel, self.dtype)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        return y + jnp.asarray(bias, self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Conv(nn.Module):
+    """Two-dimensional convolution ``[B,H,W,C] -> [B,H',W',features]``; kernel ``[k,k,C,features]``.
+
+    ``padding`` is the number of zeros on each side, or ``((top, bottom), (left, right))``.
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        p = self.padding
+        pads = ((p, p), (p, p)) if isinstance(p, int) else p
+        y = conv2d(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype), stride=self.stride, padding=pads)
+        return y + jnp.asarray(bias, self.dtype).reshape(1, 1, 1, -1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over the last axis (Wu & He 2018), ``[B,...,C]``; statistics and affine in float32."""
+
+    groups: int = 32
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        *lead, channels = x.shape
+        if channels % self.groups:
+            raise ValueError(f"{channels} channels cannot be normalised in {self.groups} groups of equal size")
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.param_dtype)
+        grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, self.groups, channels // self.groups)
+        mean = grouped.mean((1, 3), keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(grouped - mean).mean((1, 3), keepdims=True) + self.eps)
+        affine = (1, 1, self.groups, channels // self.groups)
+        slope = inverse * jnp.asarray(scale, jnp.float32).reshape(affine)
+        y = (grouped - mean) * slope + jnp.asarray(bias, jnp.float32).reshape(affine)
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016); statistics and affine in float32."""
+
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones_init(), shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:], self.param_dtype)
+        x32 = jnp.asarray(x, jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        y = centred * inverse * jnp.asarray(scale, jnp.float32).reshape(shape)
+        return (y + jnp.asarray(bias, jnp.float32).reshape(shape)).astype(self.dtype)

@@ -1,0 +1,38 @@
+"""Fixtures and settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Eight virtual devices for the sharding tests; must be set before JAX starts its backend.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_compilation_cache_dir", os.environ.get("DIFFUSE_JAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A NumPy generator whose seed is printed with a failing test; ``DIFFUSE_JAX_TEST_SEED`` repeats a run."""
+    seed = int(os.environ.get("DIFFUSE_JAX_TEST_SEED", "0"))
+    print(f"seed: {seed} (set DIFFUSE_JAX_TEST_SEED to change it) for {request.node.nodeid}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real pictures and weights that some machines have beside the checkout."""
+    folder = Path(os.environ.get("DIFFUSE_JAX_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set DIFFUSE_JAX_SHARED_DATA to a folder that has it")
+    return folder
