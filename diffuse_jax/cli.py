@@ -131,13 +131,14 @@ def scheduler_class(name: str) -> Any:
 
 def save_images(images: Sequence[Image.Image], folder: Path) -> list[Path]:
     """Write ``image-0001.png`` and so on, after those already there; no half-written file is ever visible."""
+    from diffuse_jax.weights.files import atomic_file
+
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"image-(\d+)\.png", p.name))]
     paths = [folder / f"image-{number:04d}.png" for number in range(1 + max(numbers, default=0), 10**6)][: len(images)]
     for path, image in zip(paths, images):
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        image.save(partial, format="PNG")
-        partial.replace(path)
+        with atomic_file(path) as file:
+            image.save(file, format="PNG")
     return paths
 
 
@@ -239,14 +240,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate(commands)
     add_convert(commands)
-    add_command(commands, env, "versions, devices, cache folder and optional packages", "diffuse-jax env")
+    add_command(commands, "env", env, "versions, devices, cache folder and optional packages", "diffuse-jax env")
     return parser
 
 
-def add_command(commands: Any, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
-    """A command named after the function that runs it; its help ends with the example."""
+def add_command(commands: Any, name: str, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
+    """The command ``name``, done by ``run(args)``; its help ends with the example."""
     command: argparse.ArgumentParser = commands.add_parser(
-        run.__name__,
+        name,
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         epilog=f"example:\n  {example}",
@@ -258,7 +259,7 @@ def add_command(commands: Any, run: Any, purpose: str, example: str) -> argparse
 
 def add_generate(commands: Any) -> None:
     example = 'diffuse-jax generate --prompt "a red apple, noto style" --num-inference-steps 20 --seed 0'
-    add = add_command(commands, generate, "pictures from prompts", example).add_argument
+    add = add_command(commands, "generate", generate, "pictures from prompts", example).add_argument
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
     add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder or Hub id (default: %(default)s, no network)")
@@ -278,7 +279,9 @@ def add_generate(commands: Any) -> None:
 
 def add_convert(commands: Any) -> None:
     example = "diffuse-jax convert model.safetensors model-folder --to diffusers --dtype bfloat16"
-    add = add_command(commands, convert, "a checkpoint in another layout, verified after writing", example).add_argument
+    add = add_command(
+        commands, "convert", convert, "a checkpoint in another layout, verified after writing", example
+    ).add_argument
     add("src", metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
     add("dst", metavar="DST", help="folder or file to write")
     add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")

@@ -1,0 +1,240 @@
+"""The command line: usage, exit status, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import jax
+import pytest
+from PIL import Image
+
+import diffuse_jax
+from diffuse_jax import cli
+
+COMMANDS = ("generate", "convert", "env")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class FakePipeline:
+    """Stands in for a pipeline: remembers how it was made and called, gives one grey picture per prompt and repeat."""
+
+    def __init__(self, scheduler: object = None) -> None:
+        self.scheduler = scheduler
+        self.calls: list[dict[str, Any]] = []
+
+    def replace(self, **changes: Any) -> FakePipeline:
+        self.__dict__.update(changes)
+        return self
+
+    def __call__(self, prompt: str | list[str], num_images_per_prompt: int = 1, **call: Any) -> SimpleNamespace:
+        self.calls.append({"prompt": prompt, "num_images_per_prompt": num_images_per_prompt, **call})
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "grey")] * (len(prompts) * num_images_per_prompt))
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    fake = FakePipeline()
+
+    def from_pretrained(source: str, **options: Any) -> FakePipeline:
+        fake.source, fake.options = source, options
+        return fake
+
+    monkeypatch.setitem(vars(diffuse_jax), "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
+    return fake
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def examples(text: str) -> list[list[str]]:
+    """The words after ``diffuse-jax`` of every command line in a text; a backslash continues a line."""
+    lines = re.findall(r"^\s*(?:\$ )?diffuse-jax ([^\n]*)", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(command, "--help")
+    assert stop.value.code == 0
+    found = examples(capsys.readouterr().out.partition("example:")[2])
+    assert [words[0] for words in found] == [command]
+    cli.build_parser().parse_args(found[0])
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+def test_command_lines_of_the_documentation_parse(page: Path) -> None:
+    for words in examples(page.read_text(encoding="utf-8")):
+        if not {"--help", "--version"} & set(words):
+            cli.build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("paint",),
+        ("generate",),
+        ("generate", "--prompt", "x", "--height", "0"),
+        ("convert", "a"),
+        ("env", "--fast"),
+    ],
+)
+def test_wrong_usage_is_status_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: diffuse-jax")
+
+
+def test_generate_passes_only_what_was_given(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", "--prompt", "a cat", "--seed", 7, "--output", tmp_path) == 0
+    assert (pipeline.source, pipeline.options) == ("diffuse-jax/emoji", {})
+    assert pipeline.calls == [{"prompt": "a cat", "seed": 7, "num_images_per_prompt": 1}]
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'image-0001.png'}\n"
+    assert re.search(r"seed 7: load \d.*s, compile \d.*s, sample \d.*s", err)
+
+
+def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> None:
+    flags = ["--num-inference-steps", 3, "--guidance-scale", 2.5, "--height", 64, "--width", 32, "--dtype", "bfloat16"]
+    flags += ["--num-images-per-prompt", 2, "--negative-prompt", "blurry", "--variant", "fp16", "--revision", "main"]
+    prompts = ["--prompt", "a cat", "--prompt", "a dog"]
+    assert run("generate", *prompts, *flags, "--seed", 1, 2, 3, 4, "--model", "some/where", "--output", tmp_path) == 0
+    assert pipeline.source == "some/where"
+    assert pipeline.options == {"dtype": "bfloat16", "variant": "fp16", "revision": "main"}
+    call = {"num_inference_steps": 3, "guidance_scale": 2.5, "height": 64, "width": 32, "num_images_per_prompt": 2}
+    assert pipeline.calls == [{**call, "prompt": ["a cat", "a dog"], "negative_prompt": "blurry", "seed": [1, 2, 3, 4]}]
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_without_a_seed_one_is_drawn_and_reported(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", "--prompt", "a cat", "--output", tmp_path) == 0
+    assert f"seed {pipeline.calls[0]['seed']}:" in capsys.readouterr().err
+
+
+def test_pictures_are_added_never_overwritten(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    first = cli.save_images([red], tmp_path / "new")
+    second = cli.save_images([blue, blue], tmp_path / "new")
+    assert [p.name for p in first + second] == ["image-0001.png", "image-0002.png", "image-0003.png"]
+    assert Image.open(first[0]).getpixel((0, 0)) == (255, 0, 0)
+    assert len(list((tmp_path / "new").iterdir())) == 3
+
+
+def test_a_failed_save_leaves_no_picture(tmp_path: Path) -> None:
+    class Broken:
+        def save(self, file: IO[bytes], format: str) -> None:
+            file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cli.save_images([Broken()], tmp_path)  # type: ignore[list-item]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("no folder 'x'"), 1), (KeyboardInterrupt(), 130)])
+def test_errors_are_plain_words_and_a_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DIFFUSE_JAX_DEBUG", raising=False)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "convert", fail)
+    assert run("convert", "x", "y") == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err in ("diffuse-jax convert: no folder 'x'\n", "interrupted\n")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIFFUSE_JAX_DEBUG", "1")
+    monkeypatch.setattr(cli, "save_images", lambda *_: (_ for _ in ()).throw(ValueError("full")))
+    monkeypatch.setattr(cli, "convert", lambda *_: cli.save_images([], tmp_path))
+    with pytest.raises(ValueError, match="full"):
+        run("convert", "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ddim", "DDIMScheduler"),
+        ("EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+        ("euler-ancestral-discrete", "EulerAncestralDiscreteScheduler"),
+        ("dpm_solver_multistep", "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_scheduler_names(name: str, expected: str) -> None:
+    assert cli.scheduler_class(name) is getattr(diffuse_jax, expected)
+
+
+def test_an_unknown_scheduler_names_the_known(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", "--prompt", "x", "--scheduler", "runge", "--output", tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "'runge'" in err
+    assert "DDIMScheduler" in err
+
+
+def test_compile_seconds_unites_nested_traces() -> None:
+    @jax.jit
+    def inner(x: jax.Array) -> jax.Array:
+        return jax.numpy.sin(x) + 3.25
+
+    @jax.jit
+    def outer(x: jax.Array) -> jax.Array:
+        return inner(inner(x) * 2)
+
+    import time
+
+    start = time.perf_counter()
+    with cli.compile_seconds() as seconds:
+        before = seconds()
+        outer(jax.numpy.ones(3)).block_until_ready()
+        total = time.perf_counter() - start
+    assert before == 0
+    assert 0 < seconds() <= total
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIFFUSE_JAX_CACHE", str(tmp_path / "mine"))
+    assert cli.cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("DIFFUSE_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cli.cache_folder() == tmp_path / "xdg" / "diffuse_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.cache_folder() == tmp_path / ".cache" / "diffuse_jax"
+
+
+def test_env_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "diffuse_jax", "env"],
+        env={**os.environ, "DIFFUSE_JAX_CACHE": str(tmp_path), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert report["diffuse_jax"] == diffuse_jax.__version__
+    assert report["jax"] == jax.__version__
+    assert report["cache"] == str(tmp_path)
+    assert report["devices"].startswith("1 x ")
+    assert set(report) >= {f"extra {name}" for name in cli.EXTRAS}

@@ -1,0 +1,108 @@
+"""Every ``python`` block of README and the documentation runs; tables and pages are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import diffuse_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(p for p in DOCS.rglob("*.md") if "_" not in p.parts[-2])]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def load(path: Path) -> ModuleType:
+    """A module from a file that is on no import path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+results = load(DOCS / "_ext" / "results.py")
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The python blocks of a page, each with the line before its first."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, m.start(1)), m[1]) for m in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page, in one namespace and in an empty folder; a failure points at the line of the page."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def test_the_blocks_are_found() -> None:
+    assert {"README.md", "index.md", "quickstart.md", "concepts.md"} <= {p.name for p in PAGES if blocks(p)}
+
+
+def test_every_page_is_in_a_table_of_contents() -> None:
+    listed = set()
+    for page in DOCS.rglob("*.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            listed |= {
+                (page.parent / line.strip()).with_suffix(".md") for line in tree.splitlines() if line[:1].isalnum()
+            }
+    pages = {p for p in PAGES if p.is_relative_to(DOCS)} - {DOCS / "index.md"}
+    assert pages == listed
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_public_name_is_on_an_api_page() -> None:
+    """The build checks each name; this checks that its module is listed, without building."""
+    listed = set(re.findall(r"automodule:: (\S+)", "".join(p.read_text() for p in (DOCS / "api").glob("*.md"))))
+    assert set(diffuse_jax._PUBLIC) <= listed
+
+
+def test_results_are_well_formed_and_readme_is_current() -> None:
+    found = results.read(DOCS / "results")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.fill(readme, found) == readme, "run: python docs/_ext/results.py"
+
+
+def test_a_result_becomes_a_table(tmp_path: Path) -> None:
+    rows = [{"model": "a|b", "seconds": 0.12345, "same": True}, {"model": "c", "bytes": 12345.0, "shape": [1, 2]}]
+    (tmp_path / "speed.json").write_text(
+        json.dumps({"title": "Speed", "about": "How.", "machine": {"cpu_cores": 2}, "rows": rows})
+    )
+    results.write_pages(tmp_path, tmp_path / "out")
+    page = (tmp_path / "out" / "speed.md").read_text()
+    assert page.splitlines() == [
+        "How.",
+        "",
+        "| model | seconds | same | bytes | shape |",
+        "| --- | --- | --- | --- | --- |",
+        "| a\\|b | 0.123 | yes | – | – |",
+        "| c | – | – | 12,345 | 1, 2 |",
+        "",
+        "Measured on: cpu cores 2.",
+    ]
+    assert (tmp_path / "out" / "all.md").read_text() == f"## Speed\n\n{page}"
+    filled = results.fill("x\n<!-- results: speed -->\nold\n<!-- end results -->\ny", results.read(tmp_path))
+    assert "old" not in filled
+    assert "| c | – | – | 12,345 | 1, 2 |\n<!-- end results -->\ny" in filled
+
+
+def test_a_malformed_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"odd\.json.*'title'"):
+        results.read(tmp_path)
