@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Self
 
 def freeze(value: Any) -> Any:
     """JSON value -> hashable value: lists become tuples, objects become tuples of sorted ``(key, value)`` pairs."""
+    if isinstance(value, FrozenDict):
+        return value
     if isinstance(value, Mapping):
         return FrozenDict((k, freeze(v)) for k, v in sorted(value.items()))
     if isinstance(value, list | tuple):
