@@ -1,0 +1,124 @@
+"""Euler's method on the probability-flow ODE in sigma (Karras et al. 2022, alg. 1 and 2), plain and ancestral."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers import sigmas as sg
+from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Grid, Row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EulerDiscreteScheduler(Scheduler):
+    """Euler steps; samples are ``x0 + sigma * eps``.
+
+    Options of :meth:`plan`: ``s_churn``, ``s_tmin``, ``s_tmax``, ``s_noise`` (Karras et al. 2022, alg. 2).
+    """
+
+    timestep_spacing: str = "linspace"
+    interpolation_type: str = "linear"
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    timestep_type: str = "discrete"
+    rescale_betas_zero_snr: bool = False
+    final_sigmas_type: str = "zero"
+
+    variance_exploding: ClassVar[bool] = True
+    step_options: ClassVar[tuple[str, ...]] = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "interpolation_type": ("linear", "log_linear"),
+        "timestep_type": ("discrete", "continuous"),
+        "final_sigmas_type": sg.FINAL_SIGMAS,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sg.sigma_spacing(self)
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        return exploding_grid(self, n, timesteps, sigmas)
+
+    def evaluations(
+        self,
+        grid: Grid,
+        begin: int,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = np.inf,
+        s_noise: float = 1.0,
+    ) -> Iterator[Row]:
+        for i in range(begin, len(grid.timesteps)):
+            e = self.evaluation(grid.timesteps[i], grid.source[i])
+            gamma = min(s_churn / len(grid.timesteps), 2**0.5 - 1) if s_tmin <= e.sigma <= s_tmax else 0.0
+            sigma_hat = e.sigma * (1 + gamma)
+            x_hat = e.x + s_noise * np.sqrt(sigma_hat**2 - e.sigma**2) * e.noise
+            level = sigma_hat if self.prediction_type == "epsilon" else e.sigma
+            x0 = ns.predict_x0(self.prediction_type, x_hat, e.output, 1.0, level)
+            yield e.row(x_hat + (grid.target[i, 1] - sigma_hat) * (x_hat - x0) / sigma_hat)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EulerAncestralDiscreteScheduler(Scheduler):
+    """Euler steps to a lower level than the next one, then fresh noise up to it; samples are ``x0 + sigma * eps``."""
+
+    timestep_spacing: str = "linspace"
+    rescale_betas_zero_snr: bool = False
+
+    variance_exploding: ClassVar[bool] = True
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        return exploding_grid(self, n, timesteps, sigmas)
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        for t, source, (_, sigma) in zip(grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True):
+            e = self.evaluation(t, source)
+            up = sigma * np.sqrt(1 - (sigma / e.sigma) ** 2)
+            down = sigma**2 / e.sigma
+            yield e.row(e.x + (down - e.sigma) * (e.x - e.x0) / e.sigma + up * e.noise)
+
+
+def exploding_grid(scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None) -> Grid:
+    """Levels ``(1, sigma)`` from a spacing of timesteps, a spacing of sigmas, or explicit ones of either."""
+    table = scheduler.sigma_table
+    if sigmas is not None:
+        sg.check_no_spacing(scheduler, "sigmas")
+        t, s = ns.sigma_to_timestep(sigmas[:-1], table), sigmas
+    else:
+        t, s = _spaced(scheduler, table, n, timesteps)
+    if getattr(scheduler, "timestep_type", "discrete") == "continuous" and scheduler.prediction_type == "v_prediction":
+        if timesteps is not None:
+            raise ValueError(
+                "timestep_type='continuous' derives timesteps from sigmas; give sigmas= instead of timesteps="
+            )
+        t = 0.25 * np.log(s[: len(t)])
+    levels = sg.with_alpha(s, variance_exploding=True)
+    # With leading spacing the first level lies below the one the network was trained to start from.
+    scale = s.max() if scheduler.timestep_spacing != "leading" else np.sqrt(s.max() ** 2 + 1)
+    return Grid(t, levels[: len(t)], levels[1 : len(t) + 1], scale)
+
+
+def _spaced(scheduler: Scheduler, table: Array, n: int, timesteps: Array | None) -> tuple[Array, Array]:
+    t = timesteps
+    if t is None:
+        train, offset = scheduler.num_train_timesteps, scheduler.steps_offset
+        t = ns.space_timesteps(scheduler.timestep_spacing, train, n, offset, rounded=False)
+    else:
+        sg.check_no_spacing(scheduler, "timesteps")
+    s = sg.at_timesteps(table, t)
+    if getattr(scheduler, "interpolation_type", "linear") == "log_linear":
+        s = ns.exponential_sigmas(table[0], table[-1], n + 1)
+    if sg.sigma_spacing(scheduler):
+        s = sg.respaced(scheduler, s[-1], s[0], n)
+        t = ns.sigma_to_timestep(s, table)
+    last = table[0] if getattr(scheduler, "final_sigmas_type", "zero") == "sigma_min" else 0.0
+    return t, np.append(s, last)

@@ -1,0 +1,118 @@
+"""Noise schedules in NumPy float64: betas, spacings of timesteps and sigmas, and what a network's output means.
+
+A noisy sample is ``x = alpha * x0 + sigma * eps``. In the variance-preserving coordinates that networks are trained in,
+``alpha^2 + sigma^2 = 1``; samplers written in variance-exploding coordinates have ``alpha = 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+ALMOST_ZERO_SNR = 2.0**-24
+"""What sigma-based samplers put for ``alpha_bar = 0``, so that the first sigma is 4096 and not infinite."""
+
+
+def beta_table(schedule: str, start: float, end: float, steps: int) -> Array:
+    """The betas ``[steps]`` of a named training schedule.
+
+    ``linear`` (Ho et al. 2020), ``scaled_linear`` (latent diffusion: linear in the square root), ``squaredcos_cap_v2``
+    (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999), ``sigmoid`` (GeoDiff).
+    """
+    if schedule == "linear":
+        return np.linspace(start, end, steps)
+    if schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps) ** 2
+    if schedule == "squaredcos_cap_v2":
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    if schedule == "sigmoid":
+        return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
+    raise ValueError(f"beta_schedule must be one of {(*BETA_SCHEDULES, 'sigmoid')}, got {schedule!r}")
+
+
+def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:
+    """Shift and scale ``sqrt(alpha_bar)`` so that the last entry is 0, the first unchanged (Lin et al. 2023, alg. 1)."""
+    root = np.sqrt(alpha_bar)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any) -> Any:
+    """The clean sample that an output means, for ``x = alpha * x0 + sigma * eps`` in any coordinates.
+
+    ``v_prediction`` is ``v = a * eps - s * x0`` with ``(a, s) = (alpha, sigma) / hypot(alpha, sigma)`` (Salimans and
+    Ho 2022, appendix D). Linear in ``x`` and ``output``, which may be arrays of any library or rows of coefficients.
+    """
+    if prediction_type == "epsilon":
+        return (x - sigma * output) / alpha
+    if prediction_type == "sample":
+        return output
+    norm2 = alpha**2 + sigma**2
+    return (alpha / norm2) * x - (sigma / norm2**0.5) * output
+
+
+def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any) -> Any:
+    """The noise that an output means; see :func:`predict_x0`."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "sample":
+        return (x - alpha * output) / sigma
+    norm2 = alpha**2 + sigma**2
+    return (sigma / norm2) * x + (alpha / norm2**0.5) * output
+
+
+def space_timesteps(spacing: str, train_steps: int, n: int, offset: int, *, rounded: bool = True) -> Array:
+    """``n`` descending timesteps (Lin et al. 2023, table 2); ``rounded=False`` keeps the fractions of linspace."""
+    if spacing == "linspace":
+        t = np.linspace(0, train_steps - 1, n)[::-1]
+        return np.round(t) if rounded else t.copy()
+    if spacing == "leading":
+        return (np.arange(n)[::-1] * (train_steps // n) + offset).astype(np.float64)
+    return np.round(train_steps - np.arange(n) * (train_steps / n)) - 1
+
+
+def sigma_to_timestep(sigma: Array, table: Array) -> Array:
+    """Where each sigma lies in the ascending training ``table``: linear in the logarithm, clamped to its ends."""
+    return np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(table), np.arange(len(table)))
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) -> Array:
+    """Karras et al. 2022, eq. 5."""
+    ramp = np.linspace(0, 1, n)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def exponential_sigmas(sigma_min: float, sigma_max: float, n: int) -> Array:
+    """Evenly spaced in the logarithm."""
+    return np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), n))
+
+
+def beta_sigmas(sigma_min: float, sigma_max: float, n: int, alpha: float = 0.6, beta: float = 0.6) -> Array:
+    """Quantiles of a beta distribution (Lee et al. 2024, 'Beta Sampling is All You Need')."""
+    from scipy.special import betaincinv
+
+    return sigma_min + betaincinv(alpha, beta, np.linspace(1, 0, n)) * (sigma_max - sigma_min)
+
+
+def check_descending(values: Sequence[float], name: str, *, upper: float | None = None) -> Array:
+    """``values`` as an array, or an error naming the first entry that is not smaller than the one before it."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must be a non-empty flat list of numbers, got shape {array.shape}")
+    bad = np.flatnonzero(np.diff(array) >= 0)
+    if bad.size:
+        i = int(bad[0])
+        raise ValueError(f"{name} must descend, but entry {i + 1} is {array[i + 1]:g} after {array[i]:g}")
+    if array[-1] < 0 or (upper is not None and array[0] > upper):
+        limit = "at least 0" if upper is None else f"between 0 and {upper:g}"
+        raise ValueError(f"{name} must lie {limit}, got {array[0]:g} ... {array[-1]:g}")
+    return array

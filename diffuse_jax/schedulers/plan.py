@@ -1,0 +1,170 @@
+"""Run a sampler's table on a device: one pytree of padded arrays and one ``step`` for every sampler.
+
+All plans have the same shapes and, but for dynamic thresholding and learned variance, the same static structure. A
+function that takes a plan as an argument is therefore compiled once for all samplers and all numbers of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.schedulers.table import MEMORY, Table
+
+CAPACITY = 2048
+"""Evaluations that every plan has room for: two for each of 1000 training timesteps, rounded up."""
+
+
+class State(NamedTuple):
+    """What one evaluation hands to the next: sample and remembered tensors, all float32 of shape ``[B, ...]``."""
+
+    sample: jax.Array
+    memory: tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A sampling run as a pytree of float32 arrays, padded to at least ``CAPACITY`` rows; :class:`Table` has the fields.
+
+    The entries from ``num_evaluations`` on are padding. ``i`` below is the index of a model evaluation, an int or a
+    traced integer.
+    """
+
+    num_evaluations: Any
+    timesteps: Any
+    input_scale: Any
+    to_x0: Any
+    levels: Any
+    rows: Any
+    log_variance: Any
+    init_scale: Any
+    clip: Any
+    threshold: Any
+    thresholding: bool = dataclasses.field(metadata={"static": True}, default=False)
+    learned_variance: bool = dataclasses.field(metadata={"static": True}, default=False)
+
+    @classmethod
+    def from_table(cls, table: Table) -> Plan:
+        """Round a table to float32 and pad it."""
+        capacity = max(CAPACITY, 1 << (len(table) - 1).bit_length())
+        f32 = np.float32
+        return cls(
+            num_evaluations=np.asarray(len(table), np.int32),
+            timesteps=_pad(table.timesteps, capacity),
+            input_scale=_pad(table.input_scale, capacity),
+            to_x0=_pad(table.to_x0, capacity),
+            levels=_pad(table.levels, capacity + 1),
+            rows=_pad(table.rows, capacity),
+            log_variance=_pad(table.log_variance, capacity),
+            init_scale=np.asarray(table.init_scale, f32),
+            clip=np.asarray(table.clip, f32),
+            threshold=np.asarray(table.threshold or (1.0, 1.0), f32),
+            thresholding=table.threshold is not None,
+            learned_variance=table.learned_variance,
+        )
+
+    def init(self, noise: jax.Array, x0: jax.Array | None = None) -> State:
+        """The first state: scaled ``noise [B, ...]``, or ``x0`` noised to the first evaluation's level (image to image)."""
+        return self.resume(self.init_scale * _f32(noise) if x0 is None else self.noised(x0, noise, 0))
+
+    def resume(self, sample: jax.Array) -> State:
+        """Start from a sample that already is in this sampler's coordinates, e.g. one that another plan stopped at."""
+        sample = _f32(sample)
+        return State(sample, (jnp.zeros_like(sample),) * MEMORY)
+
+    def timestep(self, i: Any) -> jax.Array:
+        """What the network is told at evaluation ``i``, a float32 scalar."""
+        return _at(self.timesteps, i)
+
+    def model_input(self, state: State, i: Any) -> jax.Array:
+        """What the network sees at evaluation ``i``, float32 ``[B, ...]``."""
+        return _at(self.input_scale, i) * state.sample
+
+    def noised(self, x0: jax.Array, noise: jax.Array, i: Any) -> jax.Array:
+        """``x0`` with ``noise`` at the level of the sample before evaluation ``i``; clean after the last evaluation."""
+        level = _at(self.levels, i)
+        return level[0] * _f32(x0) + level[1] * _f32(noise)
+
+    def predict_x0(self, state: State, i: Any, model_output: jax.Array) -> jax.Array:
+        """The clean sample that the output means, clipped or thresholded as the scheduler says, ``[B, ...]``."""
+        c = _at(self.to_x0, i)
+        x0 = c[0] * state.sample + c[1] * self._split(state.sample, model_output)[0]
+        if not self.thresholding:
+            return jnp.clip(x0, -self.clip, self.clip)
+        s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.threshold[0], axis=1)
+        s = jnp.clip(s, 1.0, self.threshold[1]).reshape(-1, *[1] * (x0.ndim - 1))
+        return jnp.clip(x0, -s, s) / s
+
+    def step(
+        self, state: State, i: Any, model_output: jax.Array, key: jax.Array | None = None, *, noise: Any = None
+    ) -> State:
+        """The state after evaluation ``i``.
+
+        Args:
+          state: the state before it.
+          i: index of the evaluation.
+          model_output: what the network returned, ``[B, ..., C]`` or ``[B, ..., 2 C]`` with a variance in the second
+            half (used with a learned variance, ignored otherwise).
+          key: one typed key, or ``[B]`` keys so that every sample owns its noise. ``i`` is folded in here. Samplers
+            without noise neither draw from it nor pay for it.
+          noise: use this ``[B, ...]`` instead of drawing from ``key``.
+
+        Raises:
+          ValueError: neither ``key`` nor ``noise`` was given, or the output has the wrong shape.
+        """
+        sample = state.sample
+        output, variance = self._split(sample, model_output)
+        row = _at(self.rows, i)
+        noise = self._draw(row, i, sample, key) if noise is None else _f32(noise)
+        if variance is not None:
+            low, high = _at(self.log_variance, i)
+            noise = noise * jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
+        stack = (sample, self.predict_x0(state, i, output), output, *state.memory, noise)
+        # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
+        new = [sum(row[r, k] * tensor for k, tensor in enumerate(stack)) for r in range(1 + MEMORY)]
+        return State(new[0], tuple(new[1:]))
+
+    def _draw(self, row: Any, i: Any, sample: jax.Array, key: jax.Array | None) -> jax.Array:
+        if key is None:
+            raise ValueError(
+                "step needs a key (one, or one per sample) or noise=; samplers without noise do not use it"
+            )
+        if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != sample.shape[0]):
+            raise ValueError(f"key must be one key or {sample.shape[0]} keys (one per sample), got shape {key.shape}")
+
+        def draw() -> jax.Array:
+            if key.ndim == 0:
+                return jax.random.normal(jax.random.fold_in(key, i), sample.shape)
+            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), sample.shape[1:]))(key)
+
+        return jax.lax.cond(jnp.any(row[:, -1] != 0), draw, lambda: jnp.zeros_like(sample))
+
+    def _split(self, sample: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        doubled = (*sample.shape[:-1], 2 * sample.shape[-1])
+        if output.shape == doubled:
+            mean, variance = jnp.split(_f32(output), 2, axis=-1)
+            return mean, variance if self.learned_variance else None
+        if output.shape != sample.shape or self.learned_variance:
+            want = doubled if self.learned_variance else sample.shape
+            raise ValueError(f"the network returned {output.shape} for a sample of {sample.shape}; expected {want}")
+        return _f32(output), None
+
+
+def _f32(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _at(array: Any, i: Any) -> Any:
+    # A NumPy plan outside of jit is indexed on the host; a traced index needs a JAX array.
+    return array[i] if isinstance(i, int) else jnp.asarray(array)[i]
+
+
+def _pad(array: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((length, *array.shape[1:]), np.float32)
+    out[: len(array)] = array
+    return out
