@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffuse_jax import weights
 from diffuse_jax.config import Config
 
 Params = dict[str, Any]
@@ -32,11 +35,116 @@ class Model(nn.Module):
     weights_name: ClassVar[str] = "diffusion_pytorch_model"
     """Stem of the weight files in a folder; transformers' encoders use ``model``."""
 
+    model_type: ClassVar[str] = ""
+    """What transformers' ``config.json`` calls this kind of network; empty for those of diffusers."""
+
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Keyword arguments of ``__call__`` as shapes, of the smallest size that touches every parameter."""
         raise NotImplementedError
 
     def shapes(self) -> Params:
         """The tree of parameters as ``jax.ShapeDtypeStruct`` in ``param_dtype``; allocates and compiles nothing."""
-        init = lambda inputs: self.init(jax.random.key(0), **inputs)["params"]  # noqa: E731
+        init = lambda inputs: self.init(jax.random.key(0), **inputs)["params"]
         return jax.eval_shape(init, self.example_inputs())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        variant: str | None = None,
+        shardings: Any = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> tuple[Self, Params]:
+        """The network that a folder describes, and its parameters.
+
+        Args:
+          source: a local folder in diffusers or transformers layout, or a Hub id.
+          subfolder: the component's folder inside a pipeline's, for example ``"unet"``.
+          dtype: what the network computes in.
+          param_dtype: what floating-point parameters are cast to while they are read; ``dtype`` if None.
+          variant: for example ``"fp16"``: only weight files of that variant are used.
+          shardings: a ``jax.sharding.Sharding`` for all parameters or a tree of them; a device reads only its part.
+          revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
+
+        Raises:
+          WeightsError: no such model, the config is another network's, or the weights do not fit it one to one.
+
+        Example::
+
+            model, params = UNet2DConditionModel.from_pretrained("my-pipeline", subfolder="unet", dtype="bfloat16")
+        """
+        folder = weights.resolve(
+            source,
+            subfolder=subfolder,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        model = cls.from_config(folder, dtype=dtype)
+        params = weights.load_params(
+            folder,
+            model.shapes(),
+            stem=cls.weights_name,
+            variant=variant,
+            dtype=dtype if param_dtype is None else param_dtype,
+            shardings=shardings,
+        )
+        return model, params
+
+    @classmethod
+    def from_config(cls, source: str | Path | Mapping[str, Any], *, dtype: DTypeLike = jnp.float32) -> Self:
+        """The network of a ``config.json`` (its object, or the local folder that holds it), without parameters.
+
+        Raises:
+          WeightsError: the file is missing or malformed, belongs to another class, or has values the network refuses.
+        """
+        file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
+        data = source if isinstance(source, Mapping) else weights.read_json(Path(source) / "config.json")
+        named = [data["_class_name"]] if "_class_name" in data else data.get("architectures") or []
+        if named and cls.__name__ not in {str(name).removeprefix("Flax") for name in named}:
+            raise weights.WeightsError(f"{file}: is the config of {', '.join(map(str, named))}, not of {cls.__name__}")
+        try:
+            return cls(config=cls.config_class.from_json(data), dtype=dtype)
+        except (TypeError, ValueError, KeyError) as error:
+            raise weights.WeightsError(f"{file}: not a config of {cls.__name__}: {error}") from error
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        params: Params,
+        *,
+        dtype: DTypeLike | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write ``config.json`` and safetensors that PyTorch diffusers or transformers open unchanged.
+
+        Args:
+          folder: is made if needed.
+          params: the parameters; names and shapes must be those of this network.
+          dtype: what floating-point parameters are cast to; None keeps theirs.
+          variant: for example ``"fp16"``, as part of the file's name.
+          max_shard_size: bytes, or a text such as ``"2GB"``; larger networks become several files and an index.
+
+        Raises:
+          WeightsError: the parameters are not this network's.
+        """
+        weights.check_params(params, self.shapes(), label=type(self).__name__)
+        weights.save_params(
+            folder, params, stem=self.weights_name, dtype=dtype, variant=variant, max_shard_size=max_shard_size
+        )
+        weights.write_json(Path(folder) / "config.json", self.config_json())
+
+    def config_json(self) -> dict[str, Any]:
+        """The object that :meth:`save_pretrained` writes to ``config.json``."""
+        head = {"architectures": [type(self).__name__], "model_type": self.model_type} if self.model_type else {}
+        return {**self.config.to_json(), **head}

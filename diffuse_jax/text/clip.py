@@ -76,6 +76,7 @@ class CLIPTextModel(Model):
     config: CLIPTextConfig = CLIPTextConfig()
     config_class: ClassVar[type[Config]] = CLIPTextConfig
     weights_name: ClassVar[str] = "model"
+    model_type: ClassVar[str] = "clip_text_model"
     has_projection: ClassVar[bool] = False
 
     def setup(self) -> None:

@@ -1,0 +1,140 @@
+"""Files: mapping them, writing them so that a reader never sees half of one, choosing those that hold a network."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from diffuse_jax.weights.errors import WeightsError, bad
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file as a read-only uint8 array backed by the file itself; nothing is read yet."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise bad(path, "the file is empty")
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically, in the form diffusers uses (two spaces, sorted keys)."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a missing or malformed file is an error that names it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise bad(path, "no such file") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad(path, f"not readable as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise bad(path, f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+STEMS = {
+    "diffusion_pytorch_model": ("diffusion_pytorch_model", "diffusion_flax_model"),
+    "model": ("pytorch_model", "flax_model"),
+}
+"""Stem of the safetensors file -> stems of the ``.bin`` and ``.msgpack`` files that older releases wrote instead."""
+
+
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The files that together hold a network's weights; safetensors are preferred, then ``.bin``, then ``.msgpack``.
+
+    Args:
+      folder: the component's folder.
+      stem: ``diffusion_pytorch_model``, or ``model`` for transformers' networks.
+      variant: ``"fp16"`` chooses ``{stem}.fp16.safetensors`` and nothing else.
+
+    Raises:
+      WeightsError: there is no such file; the text lists what the folder has.
+    """
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    chosen = choose_weights(names, stem, variant)
+    if chosen is None:
+        wanted = ", ".join(candidates(stem, variant))
+        have = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
+        raise bad(
+            folder, f"no weights{f' of variant {variant!r}' if variant else ''}: looked for {wanted}; found {have}"
+        )
+    path = folder / chosen
+    return shards(path) if chosen.endswith(".json") else [path]
+
+
+def candidates(stem: str, variant: str | None = None) -> list[str]:
+    """The file names that may hold (or index) a network's weights, best first."""
+    torch, flax = STEMS.get(stem, (stem, stem))
+    dot = f".{variant}" if variant else ""
+    return [
+        f"{stem}{dot}.safetensors",
+        f"{stem}.safetensors.index{dot}.json",
+        f"{torch}{dot}.bin",
+        f"{torch}.bin.index{dot}.json",
+        f"{flax}{dot}.msgpack",
+    ]
+
+
+def choose_weights(names: list[str], stem: str, variant: str | None = None) -> str | None:
+    """The best of the files named, or None."""
+    return next((name for name in candidates(stem, variant) if name in names), None)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files an index names; each must be a plain name beside the index and must exist."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise bad(index, "has no 'weight_map'")
+    for key, name in weight_map.items():
+        if not is_plain_name(name):
+            raise bad(index, f"{key!r} is said to lie in {name!r}, which is not a plain file name")
+        if not (index.parent / name).is_file():
+            raise bad(index, f"{key!r} is said to lie in {name!r}, which does not exist")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file may be joined to a folder without leaving it."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name))
+
+
+def require_folder(folder: Path) -> Path:
+    """The folder itself, or an error that says it is missing."""
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    return folder

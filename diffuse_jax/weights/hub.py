@@ -1,0 +1,125 @@
+"""Finding a model: a local folder, a model that ships with the package, or a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.weights.files import STEMS, choose_weights, is_plain_name, read_json
+
+SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
+"""Ids that open from the installed package, without a network."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+SMALL = {".json", ".txt", ".model"}
+"""Endings of configurations and tokenizers; these are always downloaded."""
+
+
+def resolve(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    components: Iterable[str] | None = None,
+) -> Path:
+    """The local folder that holds a model, downloading what is needed and nothing else.
+
+    Args:
+      source: a local folder, an id of a shipped model (``diffuse-jax/emoji``) or a Hub id (``owner/name``).
+      subfolder: a component's folder inside the model.
+      variant: which weight files to download, for example ``"fp16"``.
+      revision: branch, tag or commit on the Hub; meaningless for local folders.
+      local_files_only: use only what the cache already has.
+      token: a Hub token, or True for the one that ``hf auth login`` stored.
+      cache_dir: the Hub cache to use instead of the default.
+      components: download only these folders of a pipeline (all, if None).
+
+    Raises:
+      WeightsError: there is no such folder or repository, access is refused, or the download failed; the text says what
+        to do.
+    """
+    if subfolder is not None and not all(map(is_plain_name, PurePosixPath(subfolder).parts)):
+        raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
+    folder = SHIPPED.get(str(source), Path(source).expanduser())
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(str(source)):
+            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'")
+        wanted = [subfolder] if subfolder else components
+        folder = _download(str(source), wanted, variant, revision, local_files_only, token, cache_dir)
+    folder = folder / (subfolder or "")
+    if not folder.is_dir():
+        raise WeightsError(f"{source}: has no folder {subfolder!r}")
+    return folder
+
+
+def _download(
+    repo: str,
+    components: Iterable[str] | None,
+    variant: str | None,
+    revision: str | None,
+    local_files_only: bool,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+) -> Path:
+    """The snapshot folder in the Hub cache, filled with the files that are needed."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"{repo} (revision {revision})" if revision else repo
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    try:
+        if local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE:
+            return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **options))
+        info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        options["revision"] = info.sha  # so that both downloads below are of one state of the repository
+        wanted = needed_files(names, components, variant)
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))
+        shards = [name for index in wanted if ".index." in index for name in _shards_of(folder, index)]
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)) if shards else folder
+    except errors.GatedRepoError as error:
+        raise WeightsError(
+            f"{where}: access is gated; accept its terms on the model's page and pass token= or run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(f"{where}: no such folder here and no such model on the Hub, or it needs a token") from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(f"{where}: the Hub has no such revision") from error
+    except errors.LocalEntryNotFoundError as error:
+        hint = "; local_files_only or HF_HUB_OFFLINE forbids downloading it" if local_files_only else ""
+        raise WeightsError(f"{where}: not in the local cache and not reachable{hint} ({error})") from error
+    except (OSError, errors.HFValidationError) as error:
+        raise WeightsError(
+            f"{where}: the download failed ({error}); run it again to continue where it stopped"
+        ) from error
+
+
+def needed_files(names: list[str], components: Iterable[str] | None, variant: str | None) -> list[str]:
+    """Of a repository's files, those that loading it opens: configurations, tokenizers, one weight file per folder."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        if folder.count("/") == 0 and (components is None or not folder or folder in set(components)):
+            folders.setdefault(folder, []).append(base)
+    wanted = []
+    for folder, files in folders.items():
+        weights = [choose_weights(files, stem, variant) for stem in STEMS]
+        chosen = [file for file in files if Path(file).suffix in SMALL and ".index." not in file]
+        # Files at the top of a pipeline's repository are other forms of the same weights.
+        if folder or "model_index.json" not in files:
+            chosen += [file for file in weights if file]
+        wanted += [f"{folder}/{file}" if folder else file for file in chosen]
+    return wanted
+
+
+def _shards_of(folder: Path, index: str) -> list[str]:
+    """The files that an index of the snapshot names, as paths of the repository."""
+    parent = PurePosixPath(index).parent
+    names = read_json(folder / index).get("weight_map", {}).values()
+    return [str(parent / name) for name in sorted(set(names))]

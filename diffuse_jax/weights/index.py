@@ -1,0 +1,100 @@
+"""``model_index.json``: which component of a pipeline lies in which folder, checked before anything is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.files import is_plain_name, read_json, write_json
+
+FILE = "model_index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One entry of the index: its library (diffusers, transformers), class (without a leading ``Flax``) and folder."""
+
+    library: str
+    class_name: str
+    folder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineIndex:
+    """What a pipeline's folder says about itself.
+
+    Attributes:
+      class_name: the pipeline's class, without the ``Flax`` that old Flax folders put in front.
+      components: name -> component; entries that the index leaves empty (``[null, null]``) are absent.
+      absent: names of the empty entries, such as a safety checker that was taken out.
+      options: all other values (``requires_safety_checker``, ``force_zeros_for_empty_prompt`` ...).
+    """
+
+    class_name: str
+    components: dict[str, Component]
+    absent: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def read_index(folder: Path | str) -> PipelineIndex:
+    """Read and check ``model_index.json`` of a local folder.
+
+    Raises:
+      WeightsError: the file is missing or malformed, a component's name would leave the folder, or its
+        folder is missing.
+    """
+    folder = Path(folder)
+    file = folder / FILE
+    data = read_json(file)
+    class_name = data.pop("_class_name", None)
+    if not isinstance(class_name, str):
+        raise bad(file, "does not name the pipeline's class ('_class_name')")
+    entries = {name: value for name, value in data.items() if _is_component(value)}
+    components = {name: _component(folder, name, value) for name, value in entries.items() if value[1] is not None}
+    return PipelineIndex(
+        class_name=class_name.removeprefix("Flax"),
+        components=components,
+        absent=tuple(name for name, value in entries.items() if value[1] is None),
+        options={name: value for name, value in data.items() if name not in entries},
+    )
+
+
+def _is_component(value: Any) -> bool:
+    """Components are pairs of a library and a class, or pairs of nulls."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)
+
+
+def _component(folder: Path, name: str, value: list[Any]) -> Component:
+    file = folder / FILE
+    if not is_plain_name(name):
+        raise bad(file, f"component {name!r} is not the plain name of a subfolder")
+    if not all(isinstance(word, str) for word in value):
+        raise bad(file, f"component {name!r} has a class but no library: {value}")
+    if not (folder / name).is_dir():
+        raise bad(file, f"component {name!r} ({value[1]}) has no folder {folder / name}")
+    return Component(value[0], value[1].removeprefix("Flax"), folder / name)
+
+
+def write_index(
+    folder: Path | str,
+    class_name: str,
+    components: Mapping[str, tuple[str | None, str | None]],
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``model_index.json``.
+
+    Args:
+      folder: the pipeline's folder.
+      class_name: the pipeline's class in diffusers.
+      components: name -> (library, class), with ``(None, None)`` for one that is left out.
+      options: further values.
+    """
+    file = Path(folder) / FILE
+    for name in components:
+        if not is_plain_name(name):
+            raise bad(file, f"component {name!r} is not the plain name of a subfolder")
+    write_json(file, {"_class_name": class_name, **(options or {}), **{k: list(v) for k, v in components.items()}})
+    return file

@@ -1,0 +1,270 @@
+"""A pickle interpreter that can only build plain containers and descriptions of tensors.
+
+Python's own unpickler calls whatever a file names. This one walks the opcodes (``pickletools`` splits them) and knows a
+closed table of globals, none of which is ever called: each stands for a constructor written here. Anything else in a
+file is refused with its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickletools
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from diffuse_jax.weights.errors import WeightsError, bad
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A run of numbers that tensors share: its key in the file, its dtype and how many elements it has."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as a strided window of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Container(dict):
+    """A dict that PyTorch made as an ``OrderedDict``; attributes that a file sets on it are dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A global that a file may mention."""
+
+    module: str
+    name: str
+
+
+TORCH_DTYPES = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "int64": np.int64,
+    "int32": np.int32,
+    "int16": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+}
+STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "UntypedStorage": np.uint8,
+}
+
+
+def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> TensorSpec:
+    """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``; gradients and hooks are of no interest."""
+    return _checked(TensorSpec(storage, offset, tuple(shape), tuple(strides), storage.dtype))
+
+
+def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> TensorSpec:
+    """``_rebuild_tensor_v3``: an untyped storage with the dtype as the third further argument."""
+    dtype = rest[2]
+    if not isinstance(dtype, np.dtype):
+        raise TypeError("a tensor without a dtype")
+    return _checked(TensorSpec(storage, offset, tuple(shape), tuple(strides), dtype))
+
+
+def _checked(spec: TensorSpec) -> TensorSpec:
+    """Refuse windows that are not made of natural numbers or reach outside their storage."""
+    numbers = (spec.offset, *spec.shape, *spec.strides)
+    if not isinstance(spec.storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError("a tensor whose storage, offset, shape or strides are not what they should be")
+    if len(spec.shape) != len(spec.strides):
+        raise TypeError("a tensor with as many strides as it has axes is expected")
+    last = spec.offset + sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
+    if 0 not in spec.shape and (last + 1) * spec.dtype.itemsize > spec.storage.size * spec.storage.dtype.itemsize:
+        raise TypeError(f"a tensor of shape {list(spec.shape)} reaches outside its storage of {spec.storage.size}")
+    return spec
+
+
+CALLS: dict[Name, Callable[..., Any]] = {
+    Name("collections", "OrderedDict"): lambda *pairs: Container(*pairs),
+    Name("torch", "Size"): lambda *sizes: tuple(*sizes),
+    Name("torch._utils", "_rebuild_tensor"): _tensor,
+    Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Name("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    Name("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+}
+"""Globals that a file may call, and what is done instead."""
+
+VALUES: dict[Name, Any] = (
+    {Name("torch", name): np.dtype(kind) for name, kind in TORCH_DTYPES.items()}
+    | {Name("torch", name): np.dtype(kind) for name, kind in STORAGES.items()}
+    | {Name("torch.storage", "UntypedStorage"): np.dtype(np.uint8)}
+)
+"""Globals that stand for a dtype."""
+
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
+LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
+MARK = object()
+
+
+class Machine:
+    """One pass over one pickle; ``persistent`` turns a persistent id into a value."""
+
+    def __init__(self, persistent: Callable[[Any], Any]) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.persistent = persistent
+
+    def run(self, data: IO[bytes]) -> Any:
+        """The object that the pickle at the stream's position describes; the stream ends up behind it."""
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self._step(opcode.name, argument)
+        raise TypeError("a pickle without an end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in EMPTY:
+            stack.append(EMPTY[name]())
+        elif name in LITERALS:
+            stack.append(argument)
+        elif name == "MARK":
+            stack.append(MARK)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self.memo[int(argument)] = stack[-1]
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[int(argument)])
+        elif name == "GLOBAL":
+            stack.append(self._global(*argument.split(" ", 1)))
+        elif name not in ("PROTO", "FRAME"):
+            operation = getattr(self, f"_op_{name.lower()}", None)
+            if operation is None:
+                raise TypeError(f"the pickle instruction {name}")
+            operation()
+
+    def _global(self, module: str, name: str) -> Any:
+        found = Name(module, name)
+        if found not in CALLS and found not in VALUES:
+            raise TypeError(f"the global {module}.{name}")
+        return VALUES.get(found, found)
+
+    def _until_mark(self) -> list[Any]:
+        at = max(i for i, value in enumerate(self.stack) if value is MARK)
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def _op_stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(self._global(str(module), str(name)))
+
+    def _op_binpersid(self) -> None:
+        self.stack.append(self.persistent(self.stack.pop()))
+
+    def _op_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+            raise TypeError(f"a call of {type(function).__name__}")
+        self.stack.append(CALLS[function](*arguments))
+
+    def _op_build(self) -> None:
+        self.stack.pop()  # attributes, such as the versions that a state_dict remembers
+        if not isinstance(self.stack[-1], Container):
+            raise TypeError(f"attributes set on {type(self.stack[-1]).__name__}")
+
+    def _op_tuple(self) -> None:
+        self.stack.append(tuple(self._until_mark()))
+
+    def _op_tuple1(self) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def _op_tuple2(self) -> None:
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def _op_tuple3(self) -> None:
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
+    def _op_list(self) -> None:
+        self.stack.append(self._until_mark())
+
+    def _op_dict(self) -> None:
+        items = self._until_mark()
+        self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+
+    def _op_append(self) -> None:
+        value = self.stack.pop()
+        self._top(list).append(value)
+
+    def _op_appends(self) -> None:
+        items = self._until_mark()
+        self._top(list).extend(items)
+
+    def _op_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._top(dict)[key] = value
+
+    def _op_setitems(self) -> None:
+        items = self._until_mark()
+        self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+
+    def _op_additems(self) -> None:
+        items = self._until_mark()
+        self._top(set).update(items)
+
+    def _op_pop(self) -> None:
+        self.stack.pop()
+
+    def _top(self, kind: type) -> Any:
+        if not isinstance(self.stack[-1], kind):
+            raise TypeError(f"items put into {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+
+def interpret(path: Path, data: IO[bytes], persistent: Callable[[Any], Any]) -> Any:
+    """The object of the pickle at the stream's position.
+
+    Raises:
+      WeightsError: the pickle is damaged, or asks for anything but tensors and plain containers (named in the text).
+    """
+    try:
+        return Machine(persistent).run(data)
+    except WeightsError:
+        raise
+    except TypeError as error:
+        raise bad(path, f"refused: its pickle contains {error}; only tensors and plain containers are read") from error
+    except (ValueError, IndexError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+        raise bad(path, f"damaged pickle ({type(error).__name__}: {error})") from error

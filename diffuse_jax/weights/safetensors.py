@@ -1,0 +1,154 @@
+"""Reading and writing ``.safetensors`` without holding a file in memory.
+
+Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets: [begin, end]}}`` with
+an optional ``__metadata__`` of strings, then the tensors one after another, C order, little-endian. The ``safetensors``
+package hands out copies and refuses several dtypes for NumPy; here a tensor is a view of the mapped file, so nothing is
+read before it is used, and a slice reads only its pages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.files import atomic_file, map_file
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as a read-only view of the mapped file.
+
+    Raises:
+      WeightsError: the file is truncated, or its header is not what the format demands (sizes that lie, overlaps,
+        holes, names given twice, unknown dtypes); the text names the file and the tensor.
+    """
+    header, start, data = _header(path)
+    header.pop("__metadata__", None)
+    tensors, expected_begin = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: _begin(path, *item)):
+        dtype, shape, begin, end = _entry(path, name, entry)
+        if begin != expected_begin:
+            raise bad(path, f"{name!r} begins at byte {begin} of the data, expected {expected_begin} (overlap or hole)")
+        if start + end > len(data):
+            raise bad(path, f"truncated: {name!r} ends at byte {start + end}, the file has {len(data)}")
+        tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
+        expected_begin = end
+    if start + expected_begin != len(data):
+        raise bad(path, f"{len(data) - start - expected_begin} bytes after the last tensor belong to no tensor")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``__metadata__`` of a file (empty if it has none)."""
+    return dict(_header(path)[0].get("__metadata__") or {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, np.ndarray]:
+    """The parsed header, the byte at which the tensors start, and the mapped file."""
+    data = map_file(path)
+    if len(data) < 8:
+        raise bad(path, f"truncated: {len(data)} bytes cannot hold a safetensors header")
+    (size,) = struct.unpack("<Q", data[:8].tobytes())
+    if size > min(MAX_HEADER, len(data) - 8):
+        raise bad(path, f"truncated or not safetensors: header of {size} bytes in a file of {len(data)}")
+    try:
+        header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad(path, f"header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise bad(path, "header is not a JSON object")
+    return header, 8 + size, data
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused if a name stands twice in it."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise bad(path, f"header names {twice!r} twice")
+    return dict(pairs)
+
+
+def _begin(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Sort key: where a tensor begins (empty tensors before the one that starts at the same byte)."""
+    _, _, begin, end = _entry(path, name, entry)
+    return begin, end
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """A checked header entry as (dtype, shape, begin, end)."""
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise bad(path, f"header entry of {name!r} lacks dtype, shape or data_offsets") from error
+    if kind not in DTYPES:
+        raise bad(path, f"{name!r} has dtype {kind!r}; known are {', '.join(DTYPES)}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise bad(path, f"{name!r} has shape {list(shape)} and offsets {[begin, end]}; these must be natural numbers")
+    size = math.prod(shape) * DTYPES[kind].itemsize
+    if end - begin != size:
+        raise bad(path, f"{name!r}: shape {list(shape)} of {kind} needs {size} bytes, its offsets give {end - begin}")
+    return DTYPES[kind], shape, begin, end
+
+
+def write_safetensors(
+    path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+) -> None:
+    """Write a file under a temporary name, then rename it, holding one tensor at a time.
+
+    Args:
+      path: the file to write; an old one stays whole until the new one is complete.
+      specs: name -> (dtype, shape), in the order of ``arrays``.
+      arrays: the tensors, taken one by one (a generator may read or cast each when it is asked for it).
+
+    Raises:
+      WeightsError: a dtype that the format has no name for.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, (dtype, shape) in specs.items():
+        if dtype not in NAMES:
+            raise bad(path, f"{name!r} has dtype {dtype}, which safetensors cannot hold")
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, (dtype, shape)), array in zip(specs.items(), arrays, strict=True):
+            if array.dtype != dtype or array.shape != shape:
+                raise bad(
+                    path, f"{name!r} was announced as {dtype}{list(shape)} and came as {array.dtype}{list(array.shape)}"
+                )
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
