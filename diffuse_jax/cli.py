@@ -135,7 +135,7 @@ def save_images(images: Sequence[Image.Image], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"image-(\d+)\.png", p.name))]
-    paths = [folder / f"image-{number:04d}.png" for number in range(1 + max(numbers, default=0), 10**6)][: len(images)]
+    paths = [folder / f"image-{1 + max(numbers, default=0) + i:04d}.png" for i in range(len(images))]
     for path, image in zip(paths, images):
         with atomic_file(path) as file:
             image.save(file, format="PNG")
