@@ -1,0 +1,242 @@
+"""Opening, saving and changing pipelines: a pipeline is an immutable set of components, parameters and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from diffuse_jax import weights
+from diffuse_jax.models import AutoencoderKL, Model, Params, UNet2DConditionModel
+from diffuse_jax.pipelines.programs import PROGRAMS, Programs
+from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.sharding import param_shardings
+from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
+from diffuse_jax.weights import Component, WeightsError
+
+MODELS: dict[str, type[Model]] = {
+    cls.__name__: cls for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
+}
+"""Networks by the class name that ``model_index.json`` gives them (an old ``Flax`` in front is taken off)."""
+
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+NOT_LOADED = {
+    "safety_checker": "pictures are not checked; pass safety_checker=None to say that you know",
+    "feature_extractor": None,
+    "image_encoder": "image prompts are not available",
+    "watermark": None,
+}
+"""Components of published folders that this library has no class for, and what their absence means for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionPipeline:
+    """What every pipeline is: parts by name, their parameters, and options of the folder.
+
+    Open one with :meth:`from_pretrained`, which chooses the class that the folder names. Pipelines never change;
+    :meth:`replace` gives another one that shares everything else.
+
+    Attributes:
+      components: name -> network, scheduler, tokenizer or None.
+      params: name -> tree of ``jax.Array``, for the networks.
+      options: the other values of ``model_index.json``.
+      mesh: where to run; None is JAX's default device.
+      vae_tiling: edge in latents of the tiles that pictures are decoded in, or None for one piece.
+      vae_slicing: decode one picture after another, in the memory of one.
+      programs: the compiled programs, shared by all pipelines unless given.
+    """
+
+    components: Mapping[str, Any]
+    params: Mapping[str, Params]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
+    vae_tiling: int | None = None
+    vae_slicing: bool = False
+    programs: Programs = dataclasses.field(default=PROGRAMS, repr=False, compare=False)
+
+    required: ClassVar[tuple[str, ...]] = ()
+    """Components without which the pipeline cannot work."""
+
+    def __post_init__(self) -> None:
+        missing = [name for name in self.required if self.components.get(name) is None]
+        if missing:
+            have = [name for name, part in self.components.items() if part is not None]
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; given are {', '.join(have)}")
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The sampler's configuration; exchange it by ``pipe.replace(scheduler=...)``."""
+        return self.components["scheduler"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: DTypeLike = "float32",
+        mesh: Mesh | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        **components: Any,
+    ) -> Self:
+        """Open a pipeline from a folder in diffusers layout.
+
+        Args:
+          source: a local folder, a Hub id, or ``"diffuse-jax/emoji"``, the model that ships with the package.
+          dtype: what networks compute in and parameters are cast to while they are read.
+          mesh: the devices to run on (see :func:`diffuse_jax.sharding.make_mesh`); each reads only its part.
+          variant: for example ``"fp16"``: read only weight files of that variant.
+          revision, local_files_only, token, cache_dir: for the Hub.
+          **components: use these instead of the folder's: ``scheduler=...``, ``safety_checker=None``; a network is given
+            as ``(model, params)``.
+
+        Raises:
+          WeightsError: no such folder or model, an unknown class, or weights that do not fit. Nothing is half-loaded.
+          TypeError: a component that the pipeline does not have.
+
+        Example::
+
+            pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
+            picture = pipe("a red apple, noto style", seed=0).images[0]
+        """
+        skip = [name for name, part in components.items() if part is None or name in NOT_LOADED]
+        folder = weights.resolve(
+            source,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        index = weights.read_index(folder)
+        target = pipeline_class(index.class_name, folder) if cls is DiffusionPipeline else cls
+        known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
+        unknown = sorted(set(components) - known)
+        if unknown:
+            raise TypeError(f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+
+        parts: dict[str, Any] = dict.fromkeys(index.absent)
+        params: dict[str, Params] = {}
+        wanted = {name: entry for name, entry in index.components.items() if name not in (*skip, *components)}
+        check_classes(wanted, folder)
+        for name, entry in wanted.items():
+            parts[name] = open_component(name, entry, params, dtype, mesh, variant)
+        for name, part in components.items():
+            parts[name], own = part if isinstance(part, tuple) else (part, None)
+            if own is not None:
+                params[name] = own
+        return target(parts, params, index.options, mesh)
+
+    def replace(self, **changes: Any) -> Self:
+        """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings."""
+        fields = {f.name for f in dataclasses.fields(self)}
+        settings = {name: value for name, value in changes.items() if name in fields}
+        parts, params = dict(self.components), dict(self.params)
+        for name, part in changes.items():
+            if name in fields:
+                continue
+            if name not in parts:
+                raise TypeError(f"{type(self).__name__} has no component {name!r}; it has {', '.join(sorted(parts))}")
+            parts[name], own = part if isinstance(part, tuple) else (part, params.get(name))
+            if own is not None:
+                params[name] = own
+        return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
+
+    def save_pretrained(self, folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = None) -> Path:
+        """Write the folder that PyTorch diffusers opens: safetensors with PyTorch names, and ``model_index.json`` last.
+
+        Args:
+          folder: made if need be; files are written under temporary names and renamed.
+          variant: marks the weight files, for example ``"fp16"``.
+          dtype: what floating-point tensors are cast to; None keeps them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        entries: dict[str, tuple[str | None, str | None]] = {}
+        for name, part in self.components.items():
+            entries[name] = library_and_class(part)
+            if isinstance(part, Model):
+                part.save_pretrained(folder / name, self.params[name], variant=variant, dtype=dtype)
+            elif part is not None:
+                part.save_pretrained(folder / name)
+        weights.write_index(folder, type(self).__name__, entries, self.options)
+        return folder
+
+    def save_compiled(self, folder: str | Path) -> list[Path]:
+        """Keep this process's compiled programs in ``folder``; :meth:`load_compiled` finds them in the next process."""
+        return self.programs.save(folder)
+
+    def load_compiled(self, folder: str | Path) -> Self:
+        """Look for compiled programs in ``folder`` (trusted: they are executable code) before compiling; returns self.
+
+        A program is used only if shapes, mesh, versions and the library's own code are those it was compiled for;
+        otherwise the call compiles as usual.
+        """
+        self.programs.load(folder)
+        return self
+
+
+def pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
+    """The class that an index names."""
+    from diffuse_jax.pipelines import PIPELINES
+
+    if name not in PIPELINES:
+        raise WeightsError(f"{folder}/model_index.json: no pipeline is called {name!r}; known: {', '.join(PIPELINES)}")
+    return PIPELINES[name]
+
+
+def check_classes(entries: Mapping[str, Component], folder: Path) -> None:
+    """Refuse unknown classes before anything is read."""
+    for name, entry in entries.items():
+        plain = entry.class_name.removeprefix("Flax")
+        if name not in NOT_LOADED and plain not in (*MODELS, *TOKENIZERS) and not plain.endswith("Scheduler"):
+            known = ", ".join((*MODELS, *TOKENIZERS))
+            raise WeightsError(
+                f"{folder}/model_index.json: component {name!r} is a {entry.class_name!r}; known: {known}, schedulers"
+            )
+
+
+def open_component(
+    name: str, entry: Component, params: dict[str, Params], dtype: DTypeLike, mesh: Mesh | None, variant: str | None
+) -> Any:
+    """One component from its folder; the parameters of a network go into ``params``."""
+    plain = entry.class_name.removeprefix("Flax")
+    if name in NOT_LOADED:
+        if NOT_LOADED[name]:
+            warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=4)
+        return None
+    if plain in MODELS:
+        model = MODELS[plain].from_config(entry.folder, dtype=jnp.dtype(dtype))
+        shapes = model.shapes()
+        params[name] = weights.load_params(
+            entry.folder,
+            shapes,
+            stem=model.weights_name,
+            variant=variant,
+            dtype=dtype,
+            shardings=None if mesh is None else param_shardings(shapes, mesh),
+        )
+        return model
+    if plain in TOKENIZERS:
+        import transformers
+
+        return transformers.CLIPTokenizer.from_pretrained(entry.folder)
+    return Scheduler.from_pretrained(entry.folder)
+
+
+def library_and_class(part: Any) -> tuple[str | None, str | None]:
+    """What ``model_index.json`` says of a component."""
+    if part is None:
+        return None, None
+    name = type(part).__name__
+    return ("transformers" if name.startswith("CLIP") else "diffusers"), name

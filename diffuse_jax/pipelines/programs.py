@@ -1,0 +1,146 @@
+"""Compiled programs: each compiled once in a process, and kept on disk for the next one if the user wants.
+
+A program is a pure function ``fn(task, *arguments)`` with a static, hashable ``task``. Compiling is explicit, so it can be
+counted, done ahead of time and saved. What a program was compiled for (shapes, shardings, mesh, versions) is its key;
+a saved program whose key does not match is simply not found, and is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh, PartitionSpec
+
+import diffuse_jax
+
+SUFFIX = ".jaxprogram"
+
+
+class Programs:
+    """Executables by key, in memory and (once :meth:`save` or :meth:`load` named it) in a folder.
+
+    Attributes:
+      compilations: how many programs this object has compiled; saved ones that were loaded do not count.
+    """
+
+    def __init__(self) -> None:
+        self.compilations = 0
+        self._loaded: dict[str, Any] = {}
+        self._folders: list[Path] = []
+
+    def get(self, fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
+        """The executable of ``fn(task, *args)``; call it with arguments of the same shapes.
+
+        Args:
+          fn: a module-level function.
+          task: its static argument.
+          mesh: run ``fn`` on each device's part of the ``data`` axis; None runs it where the arguments are.
+          specs: with a mesh, one ``PartitionSpec`` per argument (a prefix of its tree).
+          args: the arguments, as arrays or as ``jax.ShapeDtypeStruct``.
+        """
+        key = program_key(fn, task, mesh, args)
+        if key not in self._loaded:
+            saved = next((f for f in (folder / (key + SUFFIX) for folder in self._folders) if f.exists()), None)
+            program = None if saved is None else _read(saved, args)
+            if program is None:
+                self.compilations += 1
+                program = jax.jit(_bind(fn, task, mesh, specs)).lower(*args).compile()
+            self._loaded[key] = program
+        return self._loaded[key]
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write every program that is in memory to ``folder``; returns the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for key, program in self._loaded.items():
+            files.append(folder / (key + SUFFIX))
+            if not files[-1].exists():
+                _write(files[-1], serialize_executable.serialize(program)[0])
+        return files
+
+    def load(self, folder: Path | str) -> None:
+        """Look in ``folder`` before compiling. Only name a folder that you trust: a program is executable code."""
+        self._folders.append(Path(folder))
+
+
+PROGRAMS = Programs()
+"""The programs of this process; pipelines share them, so two pipelines of one architecture compile once."""
+
+
+def program_key(fn: Callable[..., Any], task: Any, mesh: Mesh | None, args: Any) -> str:
+    """A hash of all that a program depends on: code version, libraries, platform, mesh, static task, shapes, shardings."""
+    leaves, tree = jax.tree.flatten(args)
+    describe = lambda x: (x.shape, str(x.dtype), str(getattr(x, "sharding", None)) if mesh is not None else None)
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    facts = (
+        (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
+        (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
+        (jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64, jax.config.jax_default_prng_impl),
+        (fn.__module__, fn.__qualname__, repr(task)),
+        None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
+        (str(tree), [describe(leaf) for leaf in leaves]),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+def _source_state() -> str:
+    """Names, sizes and times of the package's files, so that an edited checkout does not run yesterday's programs."""
+    global _SOURCE_STATE
+    if _SOURCE_STATE is None:
+        root = Path(__file__).resolve().parents[1]
+        stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.py"))]
+        _SOURCE_STATE = hashlib.sha256(repr(stats).encode()).hexdigest()
+    return _SOURCE_STATE
+
+
+_SOURCE_STATE: str | None = None
+
+
+def _bind(fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...]) -> Callable[..., Any]:
+    """``fn`` with its task, on each part of the ``data`` axis if there is a mesh.
+
+    Inside, a picture's device sees its own pictures only, so no kernel needs to know of the mesh; other axes of the mesh
+    (``fsdp``, ``tensor``) are left to the compiler, which follows the placement of the parameters.
+    """
+
+    def bound(*args: Any) -> Any:
+        return fn(task, *args)
+
+    bound.__name__ = fn.__name__
+    if mesh is None:
+        return bound
+    out = PartitionSpec("data")
+    return jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=out, axis_names={"data"}, check_vma=False)
+
+
+def _read(file: Path, args: Any) -> Any:
+    """A saved program, or None (with a warning) where this machine cannot load it."""
+    in_tree = jax.tree.structure((args, {}))
+    try:
+        return serialize_executable.deserialize_and_load(file.read_bytes(), in_tree, _OUT_TREE)
+    except Exception as error:
+        warnings.warn(f"{file} could not be loaded and is compiled again: {error}", stacklevel=2)
+        return None
+
+
+_OUT_TREE = jax.tree.structure(jnp.float32(0))
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write under a temporary name, then rename: an interrupted save leaves no half program."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    with os.fdopen(handle, "wb") as out:
+        out.write(data)
+    os.replace(name, file)

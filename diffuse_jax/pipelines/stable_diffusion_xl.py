@@ -1,0 +1,159 @@
+"""Stable Diffusion XL: text to image with two text encoders and size conditions (Podell et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.models.base import Params
+from diffuse_jax.pipelines.base import DiffusionPipeline
+from diffuse_jax.pipelines.prompts import Prompt, as_list, one_per_prompt, tokenize
+from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_batch, run_job
+from diffuse_jax.pipelines.task import Encoders, check_size, guides, make_task, text_of
+from diffuse_jax.pipelines.text_to_image import Prompts, Text
+
+Size = tuple[int, int]
+
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoders in the order in which their states are joined, and whose tokenizer each uses."""
+
+
+class StableDiffusionXLPipeline(DiffusionPipeline):
+    """Pictures from prompts with CLIP-L and OpenCLIP bigG, told how large and how cropped the picture should look."""
+
+    required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
+
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float | Sequence[float] = 5.0,
+        negative_prompt: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        key: jax.Array | None = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        output_type: str = "pil",
+        guidance_rescale: float = 0.0,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        progress_bar: bool = False,
+        batch_size: int | None = None,
+        compile_only: bool = False,
+    ) -> ImagePipelineOutput | None:
+        """Make pictures. Arguments that :class:`StableDiffusionPipeline` has too mean the same here.
+
+        Args:
+          prompt_2, negative_prompt_2: prompts of the second encoder; those of the first if None.
+          denoising_end: share in (0, 1) of the schedule after which to stop, for a refiner to go on; use it with
+            ``output_type="latent"``.
+          negative_prompt: if None, the unconditional text is all zeros where the checkpoint says so
+            (``force_zeros_for_empty_prompt``), and the empty prompt otherwise.
+          prompt_embeds, pooled_prompt_embeds: ``[prompts,L,2048]`` and ``[prompts,1280]``, together; likewise the
+            negative ones.
+          original_size, target_size: (height, width) in pixels, those of the picture if None.
+          crops_coords_top_left: (top, left) in pixels.
+          negative_original_size, negative_crops_coords_top_left, negative_target_size: what the unconditional half is
+            told; the sizes are those of the positive half unless both are given.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        prompts = len(as_list(prompt, "prompt")) if prompt is not None else len(prompt_embeds)
+        images = prompts * num_images_per_prompt
+        height, width = check_size(self, height, width)
+        guided = guides(self, guidance_scale)
+
+        own = original_size or (height, width), crops_coords_top_left, target_size or (height, width)
+        apart = negative_original_size is not None and negative_target_size is not None
+        other = (negative_original_size, negative_crops_coords_top_left, negative_target_size) if apart else own
+        zeros = negative_prompt is None and bool(self.options.get("force_zeros_for_empty_prompt", True))
+
+        positive = self._prompts((prompt, prompt_2), prompt_embeds, pooled_prompt_embeds, prompts, "prompt")
+        negative = self._prompts(
+            (negative_prompt, negative_prompt_2),
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompts,
+            "negative_prompt",
+        )
+        repeat = lambda p, sizes: jax.tree.map(lambda rows: np.repeat(rows, num_images_per_prompt, axis=0), p)._replace(
+            time_ids=np.tile(np.array([n for pair in sizes for n in pair], np.float32), (images, 1))
+        )
+        keep = 0.0 if zeros and negative_prompt_embeds is None else 1.0
+        weighted = repeat(negative, other)._replace(weight=np.full(images, keep, np.float32))
+
+        task = make_task(self, tuple(ENCODERS), encode, height, width, output_type, clip_skip)
+        batch, seeds = make_batch(
+            repeat(positive, own),
+            weighted if guided else None,
+            images,
+            guidance_scale,
+            guidance_rescale,
+            seed,
+            key,
+            latents,
+            task.latent_shape,
+        )
+        plan = self.scheduler.plan(
+            50 if num_inference_steps is None and timesteps is None and sigmas is None else num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            denoising_end=denoising_end,
+            **({} if eta is None else {"eta": eta}),
+        )
+        job = Job(task, batch, plan, images, seeds)
+        if compile_only:
+            return compile_job(self, job, batch_size)
+        return run_job(
+            self, job, output_type, batch_size=batch_size, callback=callback_on_step_end, progress_bar=progress_bar
+        )
+
+    def compile(self, prompt: Prompt = "", **arguments: Any) -> StableDiffusionXLPipeline:
+        """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
+        self(prompt, **arguments, compile_only=True)
+        return self
+
+    def _prompts(
+        self, texts: tuple[Prompt | None, Prompt | None], embeds: Any, pooled: Any, prompts: int, name: str
+    ) -> Prompts:
+        """Token ids for each encoder there is (the refiner has only the second), or what the caller encoded."""
+        if (embeds is None) != (pooled is None):
+            raise ValueError(f"give {name}_embeds and its pooled embeddings together")
+        if embeds is not None:
+            return Prompts(text=text_of(embeds, pooled, prompts, name))
+        first, second = texts
+        ids = {}
+        for text, (encoder, tokenizer) in zip((first, first if second is None else second), ENCODERS.items(), strict=True):
+            if self.components.get(encoder) is not None:
+                length = self.components[encoder].config.max_position_embeddings
+                ids[encoder] = tokenize(self.components[tokenizer], one_per_prompt(text, prompts, name), length)
+        return Prompts(ids=ids)
+
+
+def encode(encoders: Encoders, params: dict[str, Params], ids: dict[str, jax.Array], clip_skip: int | None) -> Text:
+    """States before the last layer (or before ``clip_skip`` more), not normalised, side by side; the last one's pooled."""
+    outputs = [encoder.apply({"params": params[name]}, ids[name]) for name, encoder in encoders]
+    states = [out.skipped(1 if clip_skip is None else clip_skip + 1) for out in outputs]
+    return Text(jnp.concatenate(states, -1), outputs[-1].text_embeds)

@@ -1,0 +1,156 @@
+"""Text to image as one pure program: token ids in, pixels out.
+
+``TextToImage`` holds everything that decides what is compiled; ``Batch`` and the plan are data. Prompts, seeds, samplers,
+numbers of steps and guidance scales therefore never cause a second compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.models.autoencoder_kl import AutoencoderKL
+from diffuse_jax.models.base import Params
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
+from diffuse_jax.pipelines import denoise as verbs
+from diffuse_jax.schedulers.plan import Plan, State
+from diffuse_jax.text.clip import CLIPTextModel
+
+
+class Text(NamedTuple):
+    """Encoded prompts: ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``."""
+
+    states: jax.Array
+    pooled: jax.Array | None = None
+
+
+class Prompts(NamedTuple):
+    """Prompts as the program takes them: token ids by encoder, each ``[B,L]``, or text that is already encoded."""
+
+    ids: dict[str, jax.Array] | None = None
+    text: Text | None = None
+    time_ids: jax.Array | None = None  # [B,6] sizes and crop of SDXL, [B,5] in the refiner
+    weight: jax.Array | None = None  # [B], 0 replaces the encoded text by zeros (SDXL without a negative prompt)
+
+
+class Batch(NamedTuple):
+    """A batch of requests; the first axis of every array is the picture."""
+
+    prompt: Prompts
+    negative: Prompts | None  # None where no guidance is wanted
+    guidance_scale: jax.Array  # [B]
+    guidance_rescale: jax.Array  # [B]
+    seeds: jax.Array | None  # uint32 [B]
+    indices: jax.Array | None  # uint32 [B]
+    keys: jax.Array | None  # typed keys [B] instead of seeds
+    latents: jax.Array | None  # [B,h,w,c] standard normal, instead of drawing them
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """The static half of a request: networks and choices that change the program. Hashable."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: tuple[tuple[str, CLIPTextModel], ...]
+    encode: Callable[..., Text]  # (encoders, params, ids, clip_skip) -> Text
+    height: int
+    width: int
+    output: str = "uint8"  # or "float" (pictures in [0, 1]) or "latent"
+    clip_skip: int | None = None
+    tile: int | None = None
+    slices: bool = False
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        scale = self.vae.config.scale
+        return self.height // scale, self.width // scale, self.vae.config.latent_channels
+
+
+class Prepared(NamedTuple):
+    """What the loop needs beside the state: both prompts encoded (negative first) and a key for each picture."""
+
+    text: Text
+    time_ids: jax.Array | None
+    keys: jax.Array
+
+
+def text_to_image(task: TextToImage, params: dict[str, Params], batch: Batch, plan: Plan) -> jax.Array:
+    """The whole program: ``[B,H,W,3]`` uint8 or float32, or latents ``[B,h,w,c]``, as ``task.output`` says."""
+    prepared, state = start(task, params, batch, plan)
+    denoiser = make_denoiser(task, params, batch, prepared)
+    return finish(task, params, verbs.denoise(denoiser, plan, state, prepared.keys))
+
+
+def start(task: TextToImage, params: dict[str, Params], batch: Batch, plan: Plan) -> tuple[Prepared, State]:
+    """Encode the prompts and draw the first latents."""
+    prompts = [encode(task, params, p, skip) for p, skip in prompts_of(task, batch)]
+    text, time_ids = jax.tree.map(lambda *rows: jnp.concatenate(rows), *prompts)
+    if batch.keys is not None:
+        k_init, k_loop = verbs.split_keys(batch.keys)
+    else:
+        assert batch.seeds is not None and batch.indices is not None
+        k_init, k_loop = verbs.sample_keys(batch.seeds, batch.indices)
+    noise = verbs.initial_noise(k_init, task.latent_shape) if batch.latents is None else batch.latents
+    return Prepared(text, time_ids, k_loop), plan.init(noise)
+
+
+def advance(
+    task: TextToImage,
+    params: dict[str, Params],
+    batch: Batch,
+    plan: Plan,
+    prepared: Prepared,
+    state: State,
+    i: jax.Array,
+) -> State:
+    """One evaluation, for a caller who wants to look at (or change) the latents in between."""
+    return verbs.denoise_step(make_denoiser(task, params, batch, prepared), plan, state, i, prepared.keys)
+
+
+def finish(task: TextToImage, params: dict[str, Params], state: State) -> jax.Array:
+    """Latents to what the caller asked for."""
+    if task.output == "latent":
+        return state.sample
+    images = verbs.decode_latents(task.vae, params["vae"], state.sample, tile=task.tile, slices=task.slices)
+    return verbs.to_uint8(images) if task.output == "uint8" else images
+
+
+def prompts_of(task: TextToImage, batch: Batch) -> list[tuple[Prompts, int | None]]:
+    """The prompts in the order of the doubled batch. ``clip_skip`` is for the positive ones only, as in diffusers."""
+    negative = [] if batch.negative is None else [(batch.negative, None)]
+    return [*negative, (batch.prompt, task.clip_skip)]
+
+
+def encode(
+    task: TextToImage, params: dict[str, Params], prompts: Prompts, clip_skip: int | None
+) -> tuple[Text, jax.Array | None]:
+    """Token ids to text states, unless they came encoded."""
+    text = prompts.text
+    if text is None:
+        assert prompts.ids is not None
+        text = task.encode(task.text_encoders, params, prompts.ids, clip_skip)
+    if prompts.weight is not None:
+        weight = prompts.weight
+        text = jax.tree.map(lambda x: x * verbs.per_sample(weight, x).astype(x.dtype), text)
+    return text, prompts.time_ids
+
+
+def make_denoiser(
+    task: TextToImage, params: dict[str, Params], batch: Batch, prepared: Prepared
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The UNet with its conditions, guided where there is a negative prompt."""
+    added = None
+    if prepared.time_ids is not None:
+        added = {"text_embeds": prepared.text.pooled, "time_ids": prepared.time_ids}
+    dim = task.unet.config.time_cond_proj_dim
+    cond = None if dim is None else verbs.guidance_embedding(batch.guidance_scale, dim)
+
+    def unet(x: jax.Array, t: jax.Array) -> jax.Array:
+        return task.unet.apply({"params": params["unet"]}, x, t, prepared.text.states, added, timestep_cond=cond)
+
+    return unet if batch.negative is None else verbs.guided(unet, batch.guidance_scale, batch.guidance_rescale)

@@ -1,0 +1,83 @@
+"""Meshes, logical axes of parameters, and where arrays go.
+
+A parameter's path says which logical axes it has (``LOGICAL_AXES``, first match wins); ``RULES`` say which axis of the
+mesh each logical axis is cut along. Both are data; a user may pass other rules.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(to_[qkv]|[qkv]_proj)/kernel$", ("embed", "heads")),
+    (r"(to_out_0|out_proj)/kernel$", ("heads", "embed")),
+    (r"(net_0/proj|fc1)/kernel$", ("embed", "mlp")),
+    (r"(net_2|fc2)/kernel$", ("mlp", "embed")),
+    (r"(token|position)_embedding/embedding$", (None, "embed")),
+)
+"""``(regular expression over the path, logical axes)``; what matches nothing is described by its rank alone."""
+
+BY_RANK: dict[int, tuple[str | None, ...]] = {2: ("embed", None), 4: (None, None, None, "channels")}
+
+RULES: Mapping[str, str] = {"embed": "fsdp", "channels": "fsdp", "heads": "tensor", "mlp": "tensor"}
+"""Logical axis -> mesh axis."""
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, "all that remain".
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor, sequence]
+    fixed = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or len(devices) % fixed:
+        raise ValueError(
+            f"a mesh of {dict(zip(MESH_AXES, sizes, strict=True))} does not fit {len(devices)} devices: the sizes must "
+            "be positive and divide that number, and one of them may be -1"
+        )
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"a mesh of {sizes} takes {math.prod(sizes)} devices, but there are {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+
+
+def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Mapping[str, str] = RULES) -> PartitionSpec:
+    """How the parameter at ``path`` (joined with ``/``) is cut; an axis that does not divide evenly stays whole."""
+    named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
+    logical = next(named, BY_RANK.get(len(shape), (None,) * len(shape)))
+    spec = [rules.get(name) if name else None for name in logical]
+    fits = lambda axis, size: axis in mesh.shape and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+    return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(spec, shape, strict=True)))
+
+
+def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
+    """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = "/".join(key.key for key in path)
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays with a leading batch axis: cut along ``data``."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,122 @@
+"""Tiny Stable Diffusion folders with random weights, written by PyTorch diffusers: what the pipelines are compared on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+SD_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "projection_dim": 32,
+}
+UNET = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+}
+VAE = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+}
+UNET_XL = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 32 + 6 * 8,
+}
+
+
+def tokenizer(**options: Any) -> Any:
+    """A CLIP tokenizer of single characters."""
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(letters + [c + "</w>" for c in letters] + words)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16, **options)
+
+
+def lively(module: Any) -> Any:
+    """The module in eval mode, with noise on every parameter so that no bias stays zero and no norm stays the identity."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    return module.eval()
+
+
+def text_config(tok: Any, **changes: Any) -> Any:
+    fields = TEXT | {"vocab_size": len(tok), "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+    return transformers.CLIPTextConfig(**(fields | {"pad_token_id": tok.pad_token_id} | changes))
+
+
+def stable_diffusion(folder: Path, *, v_prediction: bool = False) -> Path:
+    """A folder like SD 1.x, or with ``v_prediction`` like SD 2.1 (linear projections, heads per level, velocity)."""
+    torch.manual_seed(0)
+    tok = tokenizer(pad_token="!") if v_prediction else tokenizer()
+    changes = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
+    scheduler = SD_SCHEDULER | ({"prediction_type": "v_prediction"} if v_prediction else {"skip_prk_steps": True})
+    if not v_prediction:
+        scheduler.pop("clip_sample")
+    kind = diffusers.DDIMScheduler if v_prediction else diffusers.PNDMScheduler
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=lively(diffusers.AutoencoderKL(**VAE)),
+        text_encoder=lively(transformers.CLIPTextModel(text_config(tok, hidden_act="gelu" if v_prediction else "quick_gelu"))),
+        tokenizer=tok,
+        unet=lively(diffusers.UNet2DConditionModel(**UNET | (changes if v_prediction else {}))),
+        scheduler=kind(**scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion_xl(folder: Path) -> Path:
+    """A folder like SDXL base: two text encoders, size conditions, deeper transformers at the coarse level."""
+    torch.manual_seed(0)
+    tok, tok_2 = tokenizer(), tokenizer(pad_token="!")
+    scheduler = {k: v for k, v in SD_SCHEDULER.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=lively(diffusers.AutoencoderKL(**VAE, scaling_factor=0.13025)),
+        text_encoder=lively(transformers.CLIPTextModel(text_config(tok))),
+        text_encoder_2=lively(transformers.CLIPTextModelWithProjection(text_config(tok_2, hidden_act="gelu"))),
+        tokenizer=tok,
+        tokenizer_2=tok_2,
+        unet=lively(diffusers.UNet2DConditionModel(**UNET_XL)),
+        scheduler=diffusers.EulerDiscreteScheduler(**scheduler, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
