@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,8 +51,12 @@ TO_CALL = (
     "width",
     "num_inference_steps",
     "guidance_scale",
+    "guidance_rescale",
+    "clip_skip",
     "num_images_per_prompt",
+    "batch_size",
     "seed",
+    "progress_bar",
 )
 
 
@@ -86,32 +89,36 @@ def generate(args: argparse.Namespace) -> None:
     """Pictures from prompts: paths to stdout, timings to stderr."""
     if not args.no_compilation_cache and compilation_cache_wanted():
         use_compilation_cache(cache_folder() / "xla")
-    args.seed = args.seed or [secrets.randbelow(2**31)]
-    call = given(args, TO_CALL)
-    call["seed"] = args.seed[0] if len(args.seed) == 1 else args.seed
-    call["prompt"] = args.prompt[0] if len(args.prompt) == 1 else args.prompt
+    call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
+    say(f"loading {args.model}")
     start = time.perf_counter()
-    pipe = diffuse_jax.DiffusionPipeline.from_pretrained(args.model, **given(args, TO_PIPELINE))
+    pipe: Any = diffuse_jax.DiffusionPipeline.from_pretrained(args.model, **given(args, TO_PIPELINE))
     if args.scheduler:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
     loaded = time.perf_counter()
+    say(f"drawing {len(args.prompt) * call.get('num_images_per_prompt', 1)} pictures; the first run compiles")
     with compile_seconds() as compiling:
-        images = pipe(**call).images
+        out = pipe(**call)
     done = time.perf_counter()
 
-    for path in save_images(images, args.output):
+    for path in save_images(out.images, args.output):
         print(path)
     sampling = done - loaded - compiling()
     say(
-        f"{args.model}, seed {' '.join(map(str, args.seed))}: load {loaded - start:.1f} s, "
-        f"compile {compiling():.1f} s, sample {sampling:.1f} s ({sampling / len(images):.2f} s a picture)"
+        f"seed {' '.join(map(str, out.seeds))}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
+        f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s a picture)"
     )
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """The named arguments that were given, so that everything else keeps the checkpoint's default."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def one_or_list(value: Any) -> Any:
+    """The only element of a list of one, because a single prompt or seed stands for all pictures."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def scheduler_names() -> dict[str, str]:
@@ -261,7 +268,7 @@ def add_generate(commands: Any) -> None:
     example = 'diffuse-jax generate --prompt "a red apple, noto style" --num-inference-steps 20 --seed 0'
     add = add_command(commands, "generate", generate, "pictures from prompts", example).add_argument
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
-    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--negative-prompt", action="append", metavar="TEXT", help="what to steer away from; once, or once per prompt")
     add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder or Hub id (default: %(default)s, no network)")
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
@@ -269,11 +276,20 @@ def add_generate(commands: Any) -> None:
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
     add("--num-inference-steps", type=positive(int), metavar="N", help="denoising steps")
     add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
+    add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against the washed-out look of strong guidance")
+    add("--clip-skip", type=positive(int), metavar="N", help="take the text states before the last N layers")
     add("--num-images-per-prompt", type=positive(int), metavar="N", help="pictures for each prompt")
+    add("--batch-size", type=positive(int), metavar="N", help="most pictures at once (default: all)")
     add("--seed", type=int, nargs="+", metavar="N", help="one seed, or one per picture (default: random, and reported)")
     add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
     add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    add(
+        "--progress-bar",
+        action="store_true",
+        default=None,
+        help="show the steps, each run as a program of its own",
+    )
     add("--no-compilation-cache", action="store_true", help="do not keep compiled programs on disk")
 
 

@@ -35,8 +35,10 @@ class FakePipeline:
 
     def __call__(self, prompt: str | list[str], num_images_per_prompt: int = 1, **call: Any) -> SimpleNamespace:
         self.calls.append({"prompt": prompt, "num_images_per_prompt": num_images_per_prompt, **call})
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "grey")] * (len(prompts) * num_images_per_prompt))
+        count = (1 if isinstance(prompt, str) else len(prompt)) * num_images_per_prompt
+        seed = call.get("seed", 12345)
+        seeds = seed if isinstance(seed, list) else [seed] * count
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "grey")] * count, seeds=seeds)
 
 
 @pytest.fixture
@@ -105,26 +107,29 @@ def test_generate_passes_only_what_was_given(
     assert pipeline.calls == [{"prompt": "a cat", "seed": 7, "num_images_per_prompt": 1}]
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'image-0001.png'}\n"
-    assert re.search(r"seed 7: load \d.*s, compile \d.*s, sample \d.*s", err)
+    assert re.search(r"^seed 7: load \d.*s, compile \d.*s, sample \d.*s", err, re.MULTILINE)
 
 
 def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> None:
     flags = ["--num-inference-steps", 3, "--guidance-scale", 2.5, "--height", 64, "--width", 32, "--dtype", "bfloat16"]
     flags += ["--num-images-per-prompt", 2, "--negative-prompt", "blurry", "--variant", "fp16", "--revision", "main"]
+    flags += ["--guidance-rescale", 0.7, "--clip-skip", 1, "--batch-size", 2, "--progress-bar"]
     prompts = ["--prompt", "a cat", "--prompt", "a dog"]
     assert run("generate", *prompts, *flags, "--seed", 1, 2, 3, 4, "--model", "some/where", "--output", tmp_path) == 0
     assert pipeline.source == "some/where"
     assert pipeline.options == {"dtype": "bfloat16", "variant": "fp16", "revision": "main"}
     call = {"num_inference_steps": 3, "guidance_scale": 2.5, "height": 64, "width": 32, "num_images_per_prompt": 2}
-    assert pipeline.calls == [{**call, "prompt": ["a cat", "a dog"], "negative_prompt": "blurry", "seed": [1, 2, 3, 4]}]
+    call |= {"guidance_rescale": 0.7, "clip_skip": 1, "batch_size": 2, "progress_bar": True, "seed": [1, 2, 3, 4]}
+    assert pipeline.calls == [{**call, "prompt": ["a cat", "a dog"], "negative_prompt": "blurry"}]
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
-def test_without_a_seed_one_is_drawn_and_reported(
+def test_without_a_seed_the_one_drawn_is_reported(
     pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("generate", "--prompt", "a cat", "--output", tmp_path) == 0
-    assert f"seed {pipeline.calls[0]['seed']}:" in capsys.readouterr().err
+    assert "seed" not in pipeline.calls[0]
+    assert "seed 12345:" in capsys.readouterr().err
 
 
 def test_pictures_are_added_never_overwritten(tmp_path: Path) -> None:
