@@ -69,12 +69,12 @@ def _download(
 ) -> Path:
     """The snapshot folder in the Hub cache, filled with the files that are needed."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     where = f"{repo} (revision {revision})" if revision else repo
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
-        if local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE:
+        if local_files_only or constants.HF_HUB_OFFLINE:
             return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **options))
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
