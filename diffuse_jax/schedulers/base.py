@@ -215,7 +215,7 @@ class Scheduler(Config):
     @cached_property
     def sigma_table(self) -> Array:
         """``sqrt((1 - alpha_bar) / alpha_bar)``, ascending; zero terminal SNR is kept just finite."""
-        alpha_bar = np.maximum(self.alpha_bar, ns.ALMOST_ZERO_SNR)
+        alpha_bar = np.where(self.alpha_bar == 0, ns.ALMOST_ZERO_SNR, self.alpha_bar)
         return np.sqrt((1 - alpha_bar) / alpha_bar)
 
     def train_levels(self) -> Array:
@@ -301,7 +301,8 @@ class Scheduler(Config):
             if begin == len(grid.timesteps):
                 raise ValueError(f"denoising_start={denoising_start} leaves none of {n} steps; use a smaller value")
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
-        table = Table.build(rows, grid.init_scale, **self._correction())
+        learned = getattr(self, "learns_variance", False)
+        table = Table.build(rows, grid.init_scale, **self._correction(), learned_variance=learned)
         return table if denoising_end is None else self._stop(table, denoising_end)
 
     def _check_request(

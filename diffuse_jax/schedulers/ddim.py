@@ -72,8 +72,9 @@ def discrete_grid(
                 f" timestep {t[0]:g}, but the last one is {train - 1}; use fewer steps"
             )
     index = t.astype(np.int64)
-    after = index - train // n if uniform and timesteps is None else np.append(index[1:], -1)
+    stride = train // n if uniform and timesteps is None else None
+    after = index - stride if stride else np.append(index[1:], -1)
     levels = scheduler.train_levels()
     final = (1.0, 0.0) if getattr(scheduler, "set_alpha_to_one", True) else levels[0]
     target = np.where((after >= 0)[:, None], levels[after], final)
-    return Grid(t, levels[index], target)
+    return Grid(t, levels[index], target, stride=stride)

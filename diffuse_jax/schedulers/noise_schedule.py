@@ -41,7 +41,7 @@ def beta_table(schedule: str, start: float, end: float, steps: int) -> Array:
 
 
 def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:
-    """Shift and scale ``sqrt(alpha_bar)`` so that the last entry is 0, the first unchanged (Lin et al. 2023, alg. 1)."""
+    """Shift and scale ``sqrt(alpha_bar)`` to end at 0 from the same start (Lin et al. 2023, alg. 1)."""
     root = np.sqrt(alpha_bar)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 

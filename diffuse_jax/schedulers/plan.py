@@ -29,7 +29,7 @@ class State(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A sampling run as a pytree of float32 arrays, padded to at least ``CAPACITY`` rows; :class:`Table` has the fields.
+    """A sampling run as a pytree of float32 arrays, padded to ``CAPACITY`` rows or more; :class:`Table` has the fields.
 
     The entries from ``num_evaluations`` on are padding. ``i`` below is the index of a model evaluation, an int or a
     traced integer.
@@ -69,7 +69,7 @@ class Plan:
         )
 
     def init(self, noise: jax.Array, x0: jax.Array | None = None) -> State:
-        """The first state: scaled ``noise [B, ...]``, or ``x0`` noised to the first evaluation's level (image to image)."""
+        """The first state: scaled ``noise [B, ...]``, or (image to image) ``x0`` noised to the first level."""
         return self.resume(self.init_scale * _f32(noise) if x0 is None else self.noised(x0, noise, 0))
 
     def resume(self, sample: jax.Array) -> State:
@@ -92,8 +92,11 @@ class Plan:
 
     def predict_x0(self, state: State, i: Any, model_output: jax.Array) -> jax.Array:
         """The clean sample that the output means, clipped or thresholded as the scheduler says, ``[B, ...]``."""
+        return self._x0(state.sample, i, self._split(state.sample, model_output)[0])
+
+    def _x0(self, sample: jax.Array, i: Any, output: jax.Array) -> jax.Array:
         c = _at(self.to_x0, i)
-        x0 = c[0] * state.sample + c[1] * self._split(state.sample, model_output)[0]
+        x0 = c[0] * sample + c[1] * output
         if not self.thresholding:
             return jnp.clip(x0, -self.clip, self.clip)
         s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.threshold[0], axis=1)
@@ -124,7 +127,7 @@ class Plan:
         if variance is not None:
             low, high = _at(self.log_variance, i)
             noise = noise * jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
-        stack = (sample, self.predict_x0(state, i, output), output, *state.memory, noise)
+        stack = (sample, self._x0(sample, i, output), output, *state.memory, noise)
         # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
         new = [sum(row[r, k] * tensor for k, tensor in enumerate(stack)) for r in range(1 + MEMORY)]
         return State(new[0], tuple(new[1:]))

@@ -11,6 +11,7 @@ SPACINGS = {
     "use_karras_sigmas": ns.karras_sigmas,
     "use_exponential_sigmas": ns.exponential_sigmas,
     "use_beta_sigmas": ns.beta_sigmas,
+    "use_lu_lambdas": ns.exponential_sigmas,
 }
 """Configuration flag -> function (sigma_min, sigma_max, n) -> sigmas."""
 

@@ -34,12 +34,14 @@ class Grid:
       source: ``[n, 2]``, (alpha, sigma) of the sample before each step, in the sampler's own coordinates.
       target: ``[n, 2]``, (alpha, sigma) after each step.
       init_scale: what Gaussian noise is multiplied by to be the first sample.
+      stride: training timesteps that every step goes back, where that is the same for all.
     """
 
     timesteps: Array
     source: Array
     target: Array
     init_scale: float = 1.0
+    stride: int | None = None
 
 
 class Evaluation:
@@ -61,7 +63,8 @@ class Evaluation:
         if prediction_type == "epsilon" and self.alpha == 0:
             raise ValueError(
                 f"timestep {timestep:g} is pure noise (zero terminal SNR), where a network that predicts epsilon says"
-                " nothing about the picture; use prediction_type 'v_prediction' or 'sample', or rescale_betas_zero_snr=False"
+                " nothing about the picture; use prediction_type 'v_prediction' or 'sample', or"
+                " rescale_betas_zero_snr=False"
             )
         self.x, converted, self.output, *self.memory, self.noise = np.eye(WIDTH)
         self.x0 = converted if corrected else self.x0_of(self.x, self.output)
@@ -183,8 +186,13 @@ class Table:
         trajectory = [sample]
         for i in range(len(self)):
             output = model(self.input_scale[i] * sample, self.timesteps[i])
+            variance = np.zeros_like(sample)
+            if self.learned_variance:
+                output, variance = np.split(output, 2, axis=-1)
             x0 = self.correct(self.to_x0[i, 0] * sample + self.to_x0[i, 1] * output)
+            low, high = self.log_variance[i]
             z = np.zeros_like(sample) if noise is None else noise[i]
+            z = z * np.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
             stack = (sample, x0, output, *memory, z)
             sample, *memory = (
                 sum((c * tensor for c, tensor in zip(row, stack, strict=True) if c != 0), np.zeros_like(sample))

@@ -1,0 +1,63 @@
+"""Ancestral sampling: Ho, Jain and Abbeel 2020, 'Denoising Diffusion Probabilistic Models' (arXiv 2006.11239)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.ddim import discrete_grid
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Grid, Row
+
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDPMScheduler(Scheduler):
+    """DDPM sampling, and the training schedule that fine-tuning starts from.
+
+    ``variance_type`` is the variance of the noise of each step: that of the posterior (``fixed_small``), beta
+    (``fixed_large``), or in between as the second half of the network's output says (``learned_range``, Nichol and
+    Dhariwal 2021, eq. 15). The names ending in ``_log`` are the same variances.
+    """
+
+    variance_type: str = "fixed_small"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    rescale_betas_zero_snr: bool = False
+
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "beta_schedule": (*ns.BETA_SCHEDULES, "sigmoid"),
+        "variance_type": VARIANCE_TYPES,
+    }
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.variance_type == "learned_range"
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        return discrete_grid(self, n, timesteps, sigmas, uniform=False)
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        for t, source, (alpha, sigma) in zip(
+            grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True
+        ):
+            e = self.evaluation(t, source)
+            step_alpha = (e.alpha / alpha) ** 2
+            beta = 1 - step_alpha
+            small = (sigma / e.sigma) ** 2 * beta
+            # Eq. 7: the posterior mean given x0.
+            mean = (alpha * beta / e.sigma**2) * e.x0 + (np.sqrt(step_alpha) * (sigma / e.sigma) ** 2) * e.x
+            std = np.sqrt(beta if self.variance_type.startswith("fixed_large") else small)
+            bounds = (0.0, 0.0)
+            if self.learns_variance:
+                std, bounds = 1.0, (float(np.log(max(small, 1e-20))), float(np.log(beta)))
+            yield e.row(mean + (std if t > 0 else 0.0) * e.noise, log_variance=bounds)

@@ -1,0 +1,88 @@
+"""Multistep consistency sampling of latent consistency models: Luo et al. 2023 (arXiv 2310.04378)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.ddim import discrete_grid
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Grid, Row
+
+SIGMA_DATA = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LCMScheduler(Scheduler):
+    """Few-step sampling: jump to the clean sample, then noise it to the next level.
+
+    The timesteps are chosen from the ``original_inference_steps`` ones of the distillation. ``strength`` shortens that
+    list, so all steps asked for are run.
+
+    Options of :meth:`plan`: ``original_inference_steps``; ``strided`` takes every k-th timestep of the distillation, as
+    the first releases did, instead of spreading the steps evenly.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    original_inference_steps: int = 50
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    timestep_scaling: float = 10.0
+    rescale_betas_zero_snr: bool = False
+
+    grid_options: ClassVar[tuple[str, ...]] = ("original_inference_steps", "strided")
+    strength_in_grid: ClassVar[bool] = True
+
+    def grid(
+        self,
+        n: int,
+        *,
+        timesteps: Array | None,
+        sigmas: Array | None,
+        strength: float = 1.0,
+        original_inference_steps: int | None = None,
+        strided: bool = False,
+    ) -> Grid:
+        if timesteps is not None:
+            # A list of one's own is entered late, as with other samplers.
+            timesteps = timesteps[n - max(1, int(n * strength)) :]
+        elif sigmas is None:
+            original = original_inference_steps or self.original_inference_steps
+            timesteps = self._distilled(n, original, strength, strided)
+        return discrete_grid(self, n, timesteps, sigmas, uniform=False)
+
+    def _distilled(self, n: int, original: int, strength: float, strided: bool) -> Array:
+        train = self.num_train_timesteps
+        if not 1 <= original <= train:
+            raise ValueError(f"original_inference_steps must lie between 1 and {train}, got {original}")
+        kept = int(original * strength)
+        if n > kept:
+            advice = f", or a strength of at least {n / original:g}" if n <= original else ""
+            raise ValueError(
+                f"original_inference_steps={original} and strength={strength} leave {kept} timesteps, fewer than"
+                f" the {n} steps asked for; use at most {kept} steps{advice}"
+            )
+        descending = np.arange(kept, 0, -1) * (train // original) - 1.0
+        if strided:
+            return descending[:: kept // n][:n]
+        return descending[np.floor(np.linspace(0, kept, n, endpoint=False)).astype(int)]
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        for i in range(begin, len(grid.timesteps)):
+            e = self.evaluation(grid.timesteps[i], grid.source[i])
+            scaled = e.timestep * self.timestep_scaling
+            norm2 = scaled**2 + SIGMA_DATA**2
+            # Boundary condition of consistency models: the identity at t = 0.
+            denoised = (scaled / np.sqrt(norm2)) * e.x0 + (SIGMA_DATA**2 / norm2) * e.x
+            alpha, sigma = grid.target[i] if i + 1 < len(grid.timesteps) else (1.0, 0.0)
+            yield e.row(alpha * denoised + sigma * e.noise)

@@ -1,0 +1,126 @@
+"""UniPC, a predictor-corrector for few steps: Zhao et al. 2023 (arXiv 2302.04867)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from math import factorial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers import sigmas as sg
+from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.multistep import exponential_step, log_snr_half, preserving_grid
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Grid, Row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniPCMultistepScheduler(Scheduler):
+    """Unified predictor-corrector of order 1 to 3; one evaluation per step serves the corrector and the predictor.
+
+    ``solver_type`` is the paper's B(h): ``bh1`` is h, ``bh2`` is exp(h) - 1. ``disable_corrector`` lists the steps
+    after which nothing is corrected, useful at large guidance scales.
+    """
+
+    timestep_spacing: str = "linspace"
+    solver_order: int = 2
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    predict_x0: bool = True
+    solver_type: str = "bh2"
+    lower_order_final: bool = True
+    disable_corrector: tuple[int, ...] = ()
+    solver_p: None = None
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    use_flow_sigmas: bool = False
+    flow_shift: float = 1.0
+    final_sigmas_type: str = "zero"
+    rescale_betas_zero_snr: bool = False
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    shift_terminal: float | None = None
+
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "solver_order": (1, 2, 3),
+        "solver_type": ("bh1", "bh2"),
+        "solver_p": (None,),
+        "final_sigmas_type": sg.FINAL_SIGMAS,
+        "use_flow_sigmas": (False, None),
+        "use_dynamic_shifting": (False, None),
+    }
+    aliases: ClassVar[dict[str, dict[str, str]]] = {
+        "solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sg.sigma_spacing(self)
+        if self.final_sigmas_type == "zero" and not self.predict_x0:
+            raise ValueError("predict_x0=False cannot step to a clean sample; set final_sigmas_type='sigma_min'")
+        if self.final_sigmas_type == "zero" and not self.lower_order_final and self.solver_order > 1:
+            raise ValueError(
+                "the last step goes to a clean sample, which only order 1 can do; set lower_order_final=True or"
+                " final_sigmas_type='sigma_min'"
+            )
+
+    def whole_timesteps(self, t: Array) -> Array:
+        """Whole timesteps for the network from fractional ones."""
+        return np.round(t) if self.use_karras_sigmas else np.trunc(t)
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        grid = preserving_grid(self, n, timesteps, sigmas)
+        if sg.sigma_spacing(self) and self.final_sigmas_type == "sigma_min":
+            # Spaced sigmas end at sigma_min themselves, so the last step stays where it is.
+            return dataclasses.replace(grid, target=np.concatenate([grid.target[:-1], grid.source[-1:]]))
+        return grid
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        n, order = len(grid.timesteps), 0
+        for i in range(begin, n):
+            e = self.evaluation(grid.timesteps[i], grid.source[i])
+            newest = e.x0 if self.predict_x0 else e.eps
+            older, previous = e.memory[:3], e.memory[3]
+            x = e.x
+            if i > begin and i - 1 not in self.disable_corrector:
+                levels = [grid.source[i], *grid.source[i - order : i][::-1]]
+                x = self._update(previous, older, levels, corrector=newest)
+            order = min(self.solver_order, n - i if self.lower_order_final else n, i - begin + 1)
+            outputs = [newest, *older]
+            levels = [grid.target[i], *grid.source[i - order + 1 : i + 1][::-1]]
+            yield e.row(self._update(x, outputs, levels), [*outputs[:3], x])
+
+    def _update(self, x: Array, m: Sequence[Array], levels: Sequence[Array], corrector: Array | None = None) -> Array:
+        """A step of order ``len(levels) - 1`` from ``x`` (alg. 1 and 2 of the paper, B(h) version).
+
+        ``m`` and ``levels`` run backwards from the newest; ``levels[0]`` is where the step goes and ``corrector`` the
+        output there, if it is known.
+        """
+        order = len(levels) - 1
+        p, q, u = exponential_step(levels[1], levels[0], data=self.predict_x0)
+        base = p * x - q * np.expm1(u) * m[0]
+        if u == 0 or (order == 1 and corrector is None):
+            return base
+        lambdas = [log_snr_half(level) for level in levels]
+        nodes = [(lam - lambdas[1]) / (lambdas[0] - lambdas[1]) for lam in lambdas[2:]]
+        slopes = [(older - m[0]) / r for older, r in zip(m[1:], nodes, strict=False)]
+        if corrector is not None:
+            nodes, slopes = [*nodes, 1.0], [*slopes, corrector - m[0]]
+        scale = u if self.solver_type == "bh1" else np.expm1(u)
+        weights = [0.5] if len(nodes) == 1 else _weights(nodes, u, scale)
+        return base - q * scale * sum(w * slope for w, slope in zip(weights, slopes, strict=True))
+
+
+def _weights(nodes: Sequence[float], u: float, scale: float) -> Array:
+    """Solve ``sum_k weights[k] * nodes[k]^(j-1) = j! * u * phi_(j+1)(u) / scale`` for j = 1, 2, ... (theorem 3.1)."""
+    rhs, phi = [], np.expm1(u)
+    for j in range(1, len(nodes) + 1):
+        phi = phi / u - 1 / factorial(j)
+        rhs.append(phi * factorial(j) / scale)
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(rhs))
