@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffuse_jax.weights import names as naming
-from diffuse_jax.weights.copy import compact
+from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.errors import WeightsError, bad
 from diffuse_jax.weights.files import weight_files
 from diffuse_jax.weights.msgpack import read_msgpack
@@ -187,8 +187,11 @@ def place(
         view, sharding = views[path], where[path]
         to = jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(view.dtype, jnp.floating) else view.dtype
         if sharding is None:
-            return jax.device_put(compact(view, to))
-        return jax.make_array_from_callback(view.shape, sharding, lambda index: compact(view[index], to))
+            array = jax.device_put(compact(view, to))
+        else:
+            array = jax.make_array_from_callback(view.shape, sharding, lambda index: compact(view[index], to))
+        forget(view)
+        return array
 
     # Large tensors first: the last worker is then not left alone with one of them.
     order = sorted(views, key=lambda path: -views[path].size)

@@ -1,7 +1,7 @@
 """Reading and writing the ``.msgpack`` files of Flax, one tensor at a time.
 
 Flax stores a nested map whose leaves are extension type 1: a packed ``(shape, dtype name, bytes)``. Arrays over a
-gibibyte are split into a map ``{"__msgpack_chunked_array__": true, "shape": {"0": n, ...}, "chunks": {"0": part, ...}}``.
+gibibyte are split: ``{"__msgpack_chunked_array__": true, "shape": {"0": n, ...}, "chunks": {"0": part, ...}}``.
 The walk below skips over the bytes instead of copying them, so tensors are views of the mapped file.
 """
 
