@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+            args.run(args)
     except KeyboardInterrupt:
         say("interrupted")
         return 130
@@ -105,8 +108,9 @@ def generate(args: argparse.Namespace) -> None:
     for path in save_images(out.images, args.output):
         print(path)
     sampling = done - loaded - compiling()
+    seeds = " ".join(map(str, dict.fromkeys(out.seeds)))
     say(
-        f"seed {' '.join(map(str, out.seeds))}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
+        f"seed {seeds}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
         f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s a picture)"
     )
 

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 import diffuse_jax
 from diffuse_jax import cli
+from tests.pipelines import tiny
 
 COMMANDS = ("generate", "convert", "env")
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +132,24 @@ def test_without_a_seed_the_one_drawn_is_reported(
     assert run("generate", "--prompt", "a cat", "--output", tmp_path) == 0
     assert "seed" not in pipeline.calls[0]
     assert "seed 12345:" in capsys.readouterr().err
+
+
+def test_generate_draws_what_the_pipeline_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
+    pipe = tiny.pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    long = "so long a prompt that the last words are cut off"
+    words = ["--prompt", "a cat", "--prompt", long, "--seed", 3, 4, "--num-inference-steps", 2, "--scheduler", "ddim"]
+    assert run("generate", "--model", tmp_path / "model", *words, "--output", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^warning: the prompt is \d+ tokens too long", err, re.MULTILINE)
+    with pytest.warns(UserWarning, match="too long"):
+        expected = pipe(["a cat", long], seed=[3, 4], num_inference_steps=2).images
+    for path, picture in zip(out.split(), expected, strict=True):
+        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(picture)
+        assert np.abs(difference).max() <= 1
 
 
 def test_pictures_are_added_never_overwritten(tmp_path: Path) -> None:
