@@ -21,7 +21,7 @@ import numpy as np
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import Evaluation, Grid, Row, Table
+from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, Table
 
 if TYPE_CHECKING:
     import jax
@@ -59,7 +59,7 @@ class Scheduler(Config):
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    given: tuple[str, ...] = ()
+    given: tuple[str, ...] = dataclasses.field(init=False, compare=False, repr=False)
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Allowed values of fields beyond the common ones."""
@@ -77,6 +77,12 @@ class Scheduler(Config):
         super().__init_subclass__(**kwargs)
         cls.class_name = cls.__name__
         REGISTRY[cls.__name__] = cls
+
+    def __new__(cls, **fields: Any) -> Self:
+        # Only the call can tell a default from the same value passed on purpose.
+        self = super().__new__(cls)
+        object.__setattr__(self, "given", tuple(sorted({*fields} - {"extra"})))
+        return self
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +119,7 @@ class Scheduler(Config):
         fields = {k: v for k, v in data.items() if k in names}
         extra = {k: v for k, v in data.items() if k not in names and k not in ("_class_name", "given")}
         try:
-            return cls(**fields, given=tuple(sorted(fields)), extra=_freeze(extra))
+            return cls(**fields, extra=_freeze(extra))
         except TypeError as error:
             raise ValueError(f"{cls.class_name}: a setting has the wrong type: {error}") from error
 
@@ -124,16 +130,16 @@ class Scheduler(Config):
         return data
 
     def settings(self) -> dict[str, Any]:
-        """What another scheduler inherits: settings given on purpose, and those that differ from the defaults."""
-        default = {f.name: f.default for f in dataclasses.fields(self)}
+        """What another scheduler inherits: the settings given on purpose, not the defaults of this class."""
         data = self.to_json()
-        chosen = {k for k in data if k not in default or k in self.given or getattr(self, k) != default[k]}
-        return {k: v for k, v in data.items() if k in chosen}
+        names = {f.name for f in dataclasses.fields(self)}
+        return {k: v for k, v in data.items() if k not in names or k in self.given}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; the changed ones count as given on purpose."""
-        given = tuple(sorted({*self.given, *changes} - {"extra", "given"}))
-        return dataclasses.replace(self, **({"given": given} | changes))
+        new = dataclasses.replace(self, **changes)
+        object.__setattr__(new, "given", tuple(sorted({*self.given, *changes} - {"extra"})))
+        return new
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Scheduler, **changes: Any) -> Self:
@@ -283,23 +289,18 @@ class Scheduler(Config):
         Raises:
           ValueError: contradictory or impossible arguments; the message says what is possible.
         """
-        n, timesteps, sigmas = self._check_request(num_inference_steps, timesteps, sigmas)
+        n, t, s = self._check_request(num_inference_steps, timesteps, sigmas)
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], got {strength}")
         unknown = set(options) - {*self.grid_options, *self.step_options}
         if unknown:
             possible = [*self.grid_options, *self.step_options] or "none"
             raise ValueError(f"{self.class_name} has no option {', '.join(sorted(unknown))}; its options: {possible}")
-        run = _steps_to_run(n, strength)
         grid_options = {k: options[k] for k in self.grid_options if k in options}
-        if self.strength_in_grid:
-            grid_options["strength"] = 1.0 if strength is None else strength
-        grid = self.grid(n, timesteps=timesteps, sigmas=sigmas, **grid_options)
-        begin = 0 if self.strength_in_grid else n - run
-        if denoising_start is not None:
-            if strength is not None:
-                raise ValueError("give strength or denoising_start, not both: each says where to start")
-            begin = int(np.sum(grid.timesteps >= self._cutoff("denoising_start", denoising_start)))
-            if begin == len(grid.timesteps):
-                raise ValueError(f"denoising_start={denoising_start} leaves none of {n} steps; use a smaller value")
+        if self.strength_in_grid and strength is not None:
+            grid_options["strength"] = strength
+        grid = self.grid(n, timesteps=t, sigmas=s, **grid_options)
+        begin = self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
         learned = getattr(self, "learns_variance", False)
         table = Table.build(rows, grid.init_scale, **self._correction(), learned_variance=learned)
@@ -327,6 +328,16 @@ class Scheduler(Config):
             )
         return int(n), None, None
 
+    def _begin(self, n: int, grid: Grid, strength: float | None, denoising_start: float | None) -> int:
+        if denoising_start is None:
+            return 0 if self.strength_in_grid or strength is None else n - _steps_to_run(n, strength)
+        if strength is not None:
+            raise ValueError("give strength or denoising_start, not both: each says where to start")
+        begin = int(np.sum(grid.timesteps >= self._cutoff("denoising_start", denoising_start)))
+        if begin == len(grid.timesteps):
+            raise ValueError(f"denoising_start={denoising_start} leaves none of {n} steps; use a smaller value")
+        return begin
+
     def _correction(self) -> dict[str, Any]:
         if getattr(self, "thresholding", False):
             return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}  # type: ignore[attr-defined]
@@ -337,7 +348,7 @@ class Scheduler(Config):
         """Whether predicted clean samples are clipped or thresholded."""
         return bool(self._correction())
 
-    def evaluation(self, timestep: float, level: Sequence[float]) -> Evaluation:
+    def evaluation(self, timestep: float, level: Level) -> Evaluation:
         """The unit vectors of one evaluation under this configuration."""
         return Evaluation(timestep, level, self.prediction_type, corrected=self.corrects_x0)
 
@@ -368,7 +379,7 @@ def _alpha_bar(
     schedule: str, start: float, end: float, steps: int, trained: tuple[float, ...] | None, zero_snr: bool
 ) -> Array:
     betas = ns.beta_table(schedule, start, end, steps) if trained is None else np.asarray(trained, np.float64)
-    alpha_bar = np.cumprod(1 - betas)
+    alpha_bar = np.asarray(np.cumprod(1 - betas), np.float64)
     alpha_bar = ns.rescale_zero_terminal_snr(alpha_bar) if zero_snr else alpha_bar
     alpha_bar.setflags(write=False)
     return alpha_bar
@@ -384,11 +395,7 @@ def _levels_at(levels: Array, t: Any, like: jax.Array) -> tuple[jax.Array, jax.A
     return picked[..., 0].reshape(shape), picked[..., 1].reshape(shape)
 
 
-def _steps_to_run(n: int, strength: float | None) -> int:
-    if strength is None:
-        return n
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+def _steps_to_run(n: int, strength: float) -> int:
     run = min(int(n * strength), n)
     if run < 1:
         raise ValueError(

@@ -72,7 +72,7 @@ class LCMScheduler(Scheduler):
                 f"original_inference_steps={original} and strength={strength} leave {kept} timesteps, fewer than"
                 f" the {n} steps asked for; use at most {kept} steps{advice}"
             )
-        descending = np.arange(kept, 0, -1) * (train // original) - 1.0
+        descending = (np.arange(kept, 0, -1) * (train // original) - 1).astype(np.float64)
         if strided:
             return descending[:: kept // n][:n]
         return descending[np.floor(np.linspace(0, kept, n, endpoint=False)).astype(int)]

@@ -43,7 +43,7 @@ def beta_table(schedule: str, start: float, end: float, steps: int) -> Array:
 def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:
     """Shift and scale ``sqrt(alpha_bar)`` to end at 0 from the same start (Lin et al. 2023, alg. 1)."""
     root = np.sqrt(alpha_bar)
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
 
 
 def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any) -> Any:

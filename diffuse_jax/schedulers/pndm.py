@@ -10,7 +10,7 @@ import numpy as np
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array, predict_eps
-from diffuse_jax.schedulers.table import Evaluation, Grid, Row, transfer
+from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, transfer
 
 ADAMS_BASHFORTH = (
     np.array([1.0]),
@@ -84,7 +84,7 @@ class PNDMScheduler(Scheduler):
         mean = sum(w * m for w, m in zip(ADAMS_BASHFORTH[len(older)], outputs, strict=True))
         return self._move(e.x, mean, (e.alpha, e.sigma), target), outputs[:3]
 
-    def _move(self, x: Array, output: Array, source: Array | tuple[float, float], target: Array) -> Array:
+    def _move(self, x: Array, output: Array, source: Level, target: Level) -> Array:
         return transfer(x, predict_eps(self.prediction_type, x, output, *source), source, target)
 
     def _runge_kutta(self, grid: Grid, begin: int) -> Iterator[Row]:

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from diffuse_jax.schedulers.noise_schedule import Array, predict_eps, predict_x0
+
+Level: TypeAlias = Sequence[float] | Array
+"""An (alpha, sigma) pair."""
 
 MEMORY = 5
 """Tensors that a sampler may remember from one evaluation to the next."""
@@ -55,9 +59,7 @@ class Evaluation:
       memory: the remembered tensors.
     """
 
-    def __init__(
-        self, timestep: float, level: Sequence[float], prediction_type: str, *, corrected: bool = False
-    ) -> None:
+    def __init__(self, timestep: float, level: Level, prediction_type: str, *, corrected: bool = False) -> None:
         self.timestep, self.prediction_type = float(timestep), prediction_type
         self.alpha, self.sigma = (float(v) for v in level)
         if prediction_type == "epsilon" and self.alpha == 0:
@@ -97,7 +99,7 @@ class Row:
     log_variance: tuple[float, float] = (0.0, 0.0)
 
 
-def transfer(x: Array, eps: Array, source: Sequence[float], target: Sequence[float]) -> Array:
+def transfer(x: Array, eps: Array, source: Level, target: Level) -> Array:
     """Carry ``x`` from one noise level to another along constant ``eps`` (Song et al. 2020, eq. 12)."""
     (alpha, sigma), (alpha_next, sigma_next) = source, target
     return (alpha_next / alpha) * x + (sigma_next - alpha_next * sigma / alpha) * eps

@@ -1,0 +1,86 @@
+"""Every option of every sampler against PyTorch diffusers, whole trajectories of a nonlinear function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import scheduler_parity as parity
+from diffuse_jax import schedulers
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+CASES = parity.cases()
+# Formulas agree to rounding of float64; the compiled loop may lose what float32 and the number of steps explain.
+EXACT, COMPILED = 1e-10, 1e-5
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    diffusers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    return parity.make_noise()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_trajectory(case: parity.Case, noise: np.ndarray) -> None:
+    for n in case.steps:
+        errors = parity.compare(case, n, noise, stock=False)
+        assert errors["float64"] < EXACT, (n, errors)
+        assert errors["float32"] < COMPILED, (n, errors)
+
+
+def test_one_compilation_for_all_samplers_and_step_counts(noise: np.ndarray) -> None:
+    for case in CASES[:: len(CASES) // 20]:
+        parity.jax_trajectory(case, case.steps[0], noise)
+    # Ordinary plans, dynamic thresholding, learned variance.
+    assert parity._loop()._cache_size() <= 3
+
+
+@pytest.mark.parametrize("name", sorted(parity.ALL))
+def test_saved_configuration_opens_in_pytorch(name: str, tmp_path) -> None:
+    ours = getattr(schedulers, name)(num_train_timesteps=500, prediction_type="v_prediction")
+    ours.save_pretrained(tmp_path)
+    theirs = getattr(diffusers, name).from_pretrained(tmp_path)
+    assert theirs.config.num_train_timesteps == 500
+    assert theirs.config.prediction_type == "v_prediction"
+    theirs.save_pretrained(tmp_path / "back")
+    back = getattr(schedulers, name).from_pretrained(tmp_path / "back")
+    skip = {"_class_name", "_diffusers_version"}
+    assert {k: v for k, v in back.to_json().items() if k not in skip} == {
+        k: v for k, v in ours.to_json().items() if k not in skip
+    }
+
+
+@pytest.mark.parametrize("name", sorted(parity.ALL))
+def test_defaults_are_those_of_pytorch(name: str) -> None:
+    theirs = {k: v for k, v in getattr(diffusers, name)().config.items() if not k.startswith("_")}
+    ours = {k: v for k, v in getattr(schedulers, name)().to_json().items() if not k.startswith("_")}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("target", sorted(parity.ALL))
+def test_from_config_keeps_what_pytorch_keeps(target: str) -> None:
+    pndm = parity.SD | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+    theirs = getattr(diffusers, target).from_config(diffusers.PNDMScheduler.from_config(pndm).config)
+    ours = getattr(schedulers, target).from_config(schedulers.PNDMScheduler.from_config(pndm))
+    mine = ours.to_json()
+    assert {k: v for k, v in theirs.config.items() if k in mine and k[0] != "_"} == {
+        k: mine[k] for k in theirs.config if k in mine and k[0] != "_"
+    }
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler"])
+def test_noising_and_velocity(name: str, noise: np.ndarray) -> None:
+    t = np.array([0, 999])
+    theirs = getattr(diffusers, name)(**parity.SD)
+    x0, eps = noise[0].astype(np.float32), noise[1].astype(np.float32)
+    ours = getattr(schedulers, name)(**parity.SD)
+    # Their Euler schedulers want the timesteps they were set to, as floats.
+    at = torch.tensor(t) if name == "DDPMScheduler" else theirs.timesteps[torch.tensor([999, 0])]
+    want = theirs.add_noise(torch.tensor(x0), torch.tensor(eps), at).numpy()
+    assert parity.relative(np.asarray(ours.add_noise(x0, eps, t)), want) < 1e-5
+    if name == "DDPMScheduler":
+        want = theirs.get_velocity(torch.tensor(x0), torch.tensor(eps), at).numpy()
+        assert parity.relative(np.asarray(ours.velocity(x0, eps, t)), want) < 1e-5
