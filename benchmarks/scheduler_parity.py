@@ -27,10 +27,11 @@ import numpy as np
 
 KINDS = ("float64", "float32", "stock")
 ABOUT = (
-    "Largest difference over a trajectory of 5, 20 and 50 steps, relative to its largest value, for every option of"
-    " every sampler, with a fixed nonlinear function for a network. float64: the NumPy table against diffusers in float64;"
-    " float32: the compiled loop against the same; stock: the compiled loop against diffusers as installed, whose own"
-    " tables are float32 (and whose spacings by exponential or beta sigmas round the first timestep down by one)."
+    "Largest difference over trajectories of 5, 20 and 50 steps, relative to their largest value, for every option of"
+    " every sampler, with a fixed nonlinear function for a network. float64: the NumPy table against diffusers in"
+    " float64; float32: the compiled loop against the same; stock: the compiled loop against diffusers as installed,"
+    " whose own tables are float32 (and whose spacings by exponential or beta sigmas, and by Karras sigmas on the"
+    " cosine schedule, round the first timestep down by one)."
 )
 
 STEPS = (5, 20, 50)

@@ -176,16 +176,15 @@ class Scheduler(Config):
           FileNotFoundError: there is no such file.
           ValueError: the file is not a JSON object or holds a value that is not allowed; the file is named.
         """
-        folder = Path(source)
-        if not folder.is_dir():
+        if Path(source).is_dir():
+            folder = Path(source) / (subfolder or "")
+        else:
             from diffuse_jax.weights import resolve
 
-            folder = Path(resolve(str(source), subfolder=subfolder, **resolve_options))
-        path = folder / (subfolder or "") / CONFIG_NAME
-        if not path.is_file() and (folder / CONFIG_NAME).is_file():
-            path = folder / CONFIG_NAME  # resolve() may return the subfolder itself
+            folder = resolve(source, subfolder=subfolder, **resolve_options)
+        path = folder / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+            raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}")
         try:
             data = json.loads(path.read_text())
             if not isinstance(data, dict):

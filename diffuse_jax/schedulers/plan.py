@@ -137,6 +137,8 @@ class Plan:
             raise ValueError(
                 "step needs a key (one, or one per sample) or noise=; samplers without noise do not use it"
             )
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"key must be made by jax.random.key (a typed key), got an array of {key.dtype}")
         if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != sample.shape[0]):
             raise ValueError(f"key must be one key or {sample.shape[0]} keys (one per sample), got shape {key.shape}")
 
