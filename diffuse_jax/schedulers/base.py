@@ -162,9 +162,7 @@ class Scheduler(Config):
         return scheduler  # type: ignore[return-value]
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **resolve_options: Any
-    ) -> Self:
+    def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, **resolve_options: Any) -> Self:
         """Read ``scheduler_config.json`` from a folder (``source/subfolder``) or from a Hub repository.
 
         Args:
