@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from diffuse_jax.weights.errors import WeightsError
@@ -26,7 +27,7 @@ def resolve(
     local_files_only: bool = False,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-    components: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
 ) -> Path:
     """The local folder that holds a model, downloading what is needed and nothing else.
 
@@ -38,7 +39,7 @@ def resolve(
       local_files_only: use only what the cache already has.
       token: a Hub token, or True for the one that ``hf auth login`` stored.
       cache_dir: the Hub cache to use instead of the default.
-      components: download only these folders of a pipeline (all, if None).
+      skip: folders of a pipeline that need not be downloaded.
 
     Raises:
       WeightsError: there is no such folder or repository, access is refused, or the download failed; the text says what
@@ -50,8 +51,8 @@ def resolve(
     if not folder.is_dir():
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'")
-        wanted = [subfolder] if subfolder else components
-        folder = _download(str(source), wanted, variant, revision, local_files_only, token, cache_dir)
+        keep = functools.partial(_wanted, subfolder, frozenset(skip))
+        folder = _download(str(source), keep, variant, revision, local_files_only, token, cache_dir)
     folder = folder / (subfolder or "")
     if not folder.is_dir():
         raise WeightsError(f"{source}: has no folder {subfolder!r}")
@@ -60,7 +61,7 @@ def resolve(
 
 def _download(
     repo: str,
-    components: Iterable[str] | None,
+    keep: Callable[[str], bool],
     variant: str | None,
     revision: str | None,
     local_files_only: bool,
@@ -79,7 +80,7 @@ def _download(
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         options["revision"] = info.sha  # so that both downloads below are of one state of the repository
-        wanted = needed_files(names, components, variant)
+        wanted = needed_files(names, keep, variant)
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))
         shards = [name for index in wanted if ".index." in index for name in _shards_of(folder, index)]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)) if shards else folder
@@ -100,12 +101,17 @@ def _download(
         ) from error
 
 
-def needed_files(names: list[str], components: Iterable[str] | None, variant: str | None) -> list[str]:
+def _wanted(subfolder: str | None, skip: frozenset[str], folder: str) -> bool:
+    """Whether a folder of a repository is to be downloaded; a subfolder is all that is needed if it is asked for."""
+    return folder == subfolder if subfolder else "/" not in folder and folder not in skip
+
+
+def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | None) -> list[str]:
     """Of a repository's files, those that loading it opens: configurations, tokenizers, one weight file per folder."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, base = name.rpartition("/")
-        if folder.count("/") == 0 and (components is None or not folder or folder in set(components)):
+        if keep(folder):
             folders.setdefault(folder, []).append(base)
     wanted = []
     for folder, files in folders.items():

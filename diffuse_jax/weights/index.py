@@ -43,8 +43,7 @@ def read_index(folder: Path | str) -> PipelineIndex:
     """Read and check ``model_index.json`` of a local folder.
 
     Raises:
-      WeightsError: the file is missing or malformed, a component's name would leave the folder, or its
-        folder is missing.
+      WeightsError: the file is missing or malformed, or a component's name would leave the folder.
     """
     folder = Path(folder)
     file = folder / FILE
@@ -73,8 +72,6 @@ def _component(folder: Path, name: str, value: list[Any]) -> Component:
         raise bad(file, f"component {name!r} is not the plain name of a subfolder")
     if not all(isinstance(word, str) for word in value):
         raise bad(file, f"component {name!r} has a class but no library: {value}")
-    if not (folder / name).is_dir():
-        raise bad(file, f"component {name!r} ({value[1]}) has no folder {folder / name}")
     return Component(value[0], value[1].removeprefix("Flax"), folder / name)
 
 

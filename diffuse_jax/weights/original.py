@@ -1,0 +1,263 @@
+"""Names of the original (CompVis, Stability) checkpoints <-> names of diffusers and transformers, as tables.
+
+A table is a list of rows ``(original prefix, diffusers prefix, operation)``. Reading looks a key's longest prefix up on
+the left, writing on the right; the rest of the key is the same on both sides. Tables are made for the number of levels
+and layers that the keys themselves show, so that no configuration is needed. An operation says how the tensors differ:
+
+==============  ==============================================================================================
+``same``        not at all
+``pointwise``   the original's matrices are 1x1 convolutions, ``[out, in, 1, 1]``
+``transpose``   the original's matrix is ``[in, out]``
+``part0/1/2``   the original holds query, key and value as one tensor; this is its first, second or third part
+==============  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from diffuse_jax.weights.errors import WeightsError
+
+Row = tuple[str, str, str]
+Table = list[Row]
+
+UNET_FIXED: Table = [
+    ("time_embed.0", "time_embedding.linear_1", "same"),
+    ("time_embed.2", "time_embedding.linear_2", "same"),
+    ("input_blocks.0.0", "conv_in", "same"),
+    ("middle_block.1", "mid_block.attentions.0", "same"),
+    ("out.0", "conv_norm_out", "same"),
+    ("out.2", "conv_out", "same"),
+]
+UNET_RESNET = [
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+]
+UNET_LABELS = {
+    "text_time": [("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")],
+    "projection": [("label_emb.0.0", "class_embedding.linear_1"), ("label_emb.0.2", "class_embedding.linear_2")],
+    "classes": [("label_emb", "class_embedding")],
+}
+"""What ``label_emb`` is: SDXL's sizes and pooled text, an image's embedding, or a class number."""
+
+VAE_FIXED: Table = [
+    ("quant_conv", "quant_conv", "same"),
+    ("post_quant_conv", "post_quant_conv", "same"),
+    *[
+        (f"{side}.{old}", f"{side}.{new}", "same")
+        for side in ("encoder", "decoder")
+        for old, new in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"))
+    ],
+    *[
+        (f"{side}.mid.attn_1.{old}", f"{side}.mid_block.attentions.0.{new}", operation)
+        for side in ("encoder", "decoder")
+        for old, new, operation in (
+            ("norm", "group_norm", "same"),
+            ("q", "to_q", "pointwise"),
+            ("k", "to_k", "pointwise"),
+            ("v", "to_v", "pointwise"),
+            ("proj_out", "to_out.0", "pointwise"),
+        )
+    ],
+]
+VAE_RESNET = [(same, same) for same in ("norm1", "conv1", "norm2", "conv2")] + [("nin_shortcut", "conv_shortcut")]
+
+OPENCLIP_FIXED: Table = [
+    ("token_embedding", "text_model.embeddings.token_embedding", "same"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight", "same"),
+    ("ln_final", "text_model.final_layer_norm", "same"),
+    ("text_projection", "text_projection.weight", "transpose"),
+]
+OPENCLIP_LAYER = [
+    ("ln_1", "layer_norm1", "same"),
+    ("ln_2", "layer_norm2", "same"),
+    ("mlp.c_fc", "mlp.fc1", "same"),
+    ("mlp.c_proj", "mlp.fc2", "same"),
+    ("attn.out_proj", "self_attn.out_proj", "same"),
+    *[
+        (f"attn.in_proj_{kind}", f"self_attn.{name}_proj.{kind}", f"part{i}")
+        for kind in ("weight", "bias")
+        for i, name in enumerate("qkv")
+    ],
+]
+
+
+def unet_table(keys: Iterable[str]) -> Table:
+    """The table of a UNet, from its keys in either spelling.
+
+    Raises:
+      WeightsError: there is no regular grid of levels and layers in the keys.
+    """
+    keys = set(keys)
+    down = _indices(keys, r"down_blocks\.(\d+)\.resnets\.(\d+)\.")
+    if down:
+        levels, layers = 1 + max(b for b, _ in down), 1 + max(i for _, i in down)
+        attends = {int(b) for (b,) in _indices(keys, r"up_blocks\.(\d+)\.attentions\.")}
+    else:
+        strides = sorted(i for (i,) in _indices(keys, r"input_blocks\.(\d+)\.0\.op\."))
+        blocks = max((i for (i,) in _indices(keys, r"input_blocks\.(\d+)\.0\.")), default=0)
+        levels, layers = len(strides) + 1, (strides[0] - 1 if strides else blocks)
+        if layers < 1 or (layers + 1) * levels - 1 != blocks:
+            raise WeightsError(f"its input_blocks (0 to {blocks}, downsampling at {strides}) are no UNet's")
+        attends = {i // (layers + 1) for (i,) in _indices(keys, r"output_blocks\.(\d+)\.1\.transformer_blocks\.")}
+    table = UNET_FIXED + [(old, new, "same") for old, new in UNET_LABELS[label_kind(keys)]]
+    table += _resnet("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
+    table += _resnet("middle_block.2", "mid_block.resnets.1", UNET_RESNET)
+    for level in range(levels):
+        table += _unet_level(level, layers, level in attends)
+    return table
+
+
+def _unet_level(level: int, layers: int, up_attends: bool) -> Table:
+    """The rows of one way down and of one way up."""
+    down, up = 1 + level * (layers + 1), level * (layers + 1)
+    table = [(f"input_blocks.{down + layers}.0.op", f"down_blocks.{level}.downsamplers.0.conv", "same")]
+    for i in range(layers):
+        table += _resnet(f"input_blocks.{down + i}.0", f"down_blocks.{level}.resnets.{i}", UNET_RESNET)
+        table.append((f"input_blocks.{down + i}.1", f"down_blocks.{level}.attentions.{i}", "same"))
+    for i in range(layers + 1):
+        table += _resnet(f"output_blocks.{up + i}.0", f"up_blocks.{level}.resnets.{i}", UNET_RESNET)
+        if up_attends:
+            table.append((f"output_blocks.{up + i}.1", f"up_blocks.{level}.attentions.{i}", "same"))
+    sampler = f"output_blocks.{up + layers}.{2 if up_attends else 1}.conv"
+    return [*table, (sampler, f"up_blocks.{level}.upsamplers.0.conv", "same")]
+
+
+def label_kind(keys: Iterable[str]) -> str:
+    """Which of :data:`UNET_LABELS` a UNet has.
+
+    Both kinds of perceptron are ``label_emb.0`` in the original. Only SDXL's networks have a level without attention at
+    full resolution, and all of those have text and sizes as their condition.
+    """
+    keys = set(keys)
+    if keys & {"label_emb.weight", "class_embedding.weight"}:
+        return "classes"
+    if "class_embedding.linear_1.weight" in keys:
+        return "projection"
+    if "add_embedding.linear_1.weight" in keys:
+        return "text_time"
+    return "projection" if any(key.startswith("input_blocks.1.1.") for key in keys) else "text_time"
+
+
+def vae_table(keys: Iterable[str]) -> Table:
+    """The table of an autoencoder, from its keys in either spelling."""
+    found = _indices(keys, r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.")
+    if not found:
+        raise WeightsError("there is no autoencoder in its keys")
+    levels, layers = 1 + max(b for b, _ in found), 1 + max(i for _, i in found)
+    table = list(VAE_FIXED)
+    for side in ("encoder", "decoder"):
+        for i in range(2):
+            table += _resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}", VAE_RESNET)
+    for level in range(levels):
+        up = levels - 1 - level  # the original counts both sides from the finest level
+        for i in range(layers):
+            table += _resnet(f"encoder.down.{level}.block.{i}", f"encoder.down_blocks.{level}.resnets.{i}", VAE_RESNET)
+        for i in range(layers + 1):
+            table += _resnet(f"decoder.up.{level}.block.{i}", f"decoder.up_blocks.{up}.resnets.{i}", VAE_RESNET)
+        down_name, up_name = f"encoder.down_blocks.{level}.downsamplers.0", f"decoder.up_blocks.{up}.upsamplers.0"
+        table.append((f"encoder.down.{level}.downsample", down_name, "same"))
+        table.append((f"decoder.up.{level}.upsample", up_name, "same"))
+    return table
+
+
+def openclip_table(keys: Iterable[str]) -> Table:
+    """The table of an OpenCLIP text encoder, from its keys in either spelling."""
+    found = _indices(keys, r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d+)\.")
+    table = list(OPENCLIP_FIXED)
+    for (i,) in sorted(found):
+        old, new = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
+        table += [(f"{old}.{a}", f"{new}.{b}", operation) for a, b, operation in OPENCLIP_LAYER]
+    return table
+
+
+def clip_table(keys: Iterable[str]) -> Table:
+    """The table of a CLIP text encoder, which the originals keep in transformers' own names."""
+    return [(key, key, "same") for key in keys]
+
+
+TABLES: dict[str, Callable[[Iterable[str]], Table]] = {
+    "unet": unet_table,
+    "vae": vae_table,
+    "clip": clip_table,
+    "openclip": openclip_table,
+}
+
+
+def _resnet(old: str, new: str, parts: list[tuple[str, str]]) -> Table:
+    return [(f"{old}.{a}", f"{new}.{b}", "same") for a, b in parts]
+
+
+def _indices(keys: Iterable[str], pattern: str) -> set[tuple[int, ...]]:
+    """The numbers that a pattern finds at the beginning of keys."""
+    return {tuple(map(int, found.groups())) for found in (re.match(pattern, key) for key in keys) if found}
+
+
+def to_diffusers(tensors: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
+    """Original names and shapes -> those of diffusers, as views.
+
+    A key that no row knows keeps its name, so that whoever matches it against a network can say what is left over.
+    """
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for old, new, operation in table:
+        rows.setdefault(old, []).append((new, operation))
+    result = {}
+    for key, array in tensors.items():
+        prefix = _longest(key, rows)
+        for new, operation in rows.get(prefix, [(prefix, "same")]):
+            result[new + key[len(prefix) :]] = _apply(array, operation)
+    return result
+
+
+def to_original(keys: Iterable[str], table: Table) -> dict[str, list[tuple[str, str]]]:
+    """Original name -> the diffusers names that make it up, in order, each with its operation.
+
+    Raises:
+      WeightsError: a key that the original layout has no name for.
+    """
+    rows = {new: (old, operation) for old, new, operation in table}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in keys:
+        prefix = _longest(key, rows)
+        if prefix not in rows:
+            raise WeightsError(f"{key!r} has no name in the original layout")
+        old, operation = rows[prefix]
+        groups.setdefault(old + key[len(prefix) :], []).append((key, operation))
+    return {old: sorted(parts, key=lambda part: part[1]) for old, parts in groups.items()}
+
+
+def combine(parts: list[tuple[np.ndarray, str]]) -> np.ndarray:
+    """The original's tensor from the tensors that make it up; the inverse of what reading does."""
+    if parts[0][1].startswith("part"):
+        return np.concatenate([array for array, _ in parts])
+    array, operation = parts[0]
+    if operation == "pointwise" and array.ndim == 2:
+        return array[:, :, None, None]
+    return array.T if operation == "transpose" else array
+
+
+def _apply(array: np.ndarray, operation: str) -> np.ndarray:
+    """A view of the original's tensor as diffusers has it; one of an unexpected shape stays as it is."""
+    if operation == "pointwise" and array.ndim == 4 and array.shape[2:] == (1, 1):
+        return array[:, :, 0, 0]
+    if operation == "transpose":
+        return array.T
+    if operation.startswith("part") and len(array) % 3 == 0:
+        third, i = len(array) // 3, int(operation[-1])
+        return array[i * third : (i + 1) * third]
+    return array
+
+
+def _longest(key: str, rows: Mapping[str, object]) -> str:
+    """The longest beginning of a key, up to a dot, that is in a table; the key itself if none is."""
+    prefix = key
+    while prefix and prefix not in rows:
+        prefix = prefix.rpartition(".")[0]
+    return prefix or key
