@@ -2,5 +2,6 @@
 
 from diffuse_jax.kernels.attention import attention
 from diffuse_jax.kernels.convolution import conv2d
+from diffuse_jax.kernels.platform import current_platform, target_platform
 
-__all__ = ["attention", "conv2d"]
+__all__ = ["attention", "conv2d", "current_platform", "target_platform"]

@@ -1,10 +1,35 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention behind one name, with the best algorithm of each platform.
+
+No implementation holds the [B,H,Lq,Lk] scores: ``blocked`` computes them block by block, ``cudnn`` and ``flash`` tile
+by tile inside one kernel. The choice depends on shapes, dtype and platform alone and is made while tracing:
+
+=============  =========  ==================================================================================
+platform       chosen     where
+=============  =========  ==================================================================================
+CPU, others    blocked    always
+GPU            cudnn      bfloat16 or float16 with head size up to 128 (256 on compute capability 9.0 or later)
+GPU            blocked    float32 and larger heads, which cuDNN does not take
+TPU            flash      at least 1024 queries and 1024 keys, a mask (if any) alike for all heads and queries
+TPU            blocked    shorter sequences (the 77 text tokens, small images), where a dense block is faster
+=============  =========  ==================================================================================
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from diffuse_jax.kernels.blocked import blocked_attention
+from diffuse_jax.kernels.flash import cudnn_attention, flash_attention, is_key_mask
+from diffuse_jax.kernels.platform import current_platform
+
+Implementation = Literal["blocked", "cudnn", "flash"]
+
+_FUNCTIONS = {"blocked": blocked_attention, "cudnn": cudnn_attention, "flash": flash_attention}
+_FLASH_LENGTH = 1024
 
 
 def attention(
@@ -15,14 +40,66 @@ def attention(
     mask: Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Array:
-    """softmax(scale q k^T) v for every head; query [B,Lq,H,D], key and value [B,Lk,H,D] -> [B,Lq,H,D] in query's dtype."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    if is_causal:
-        scores = jnp.where(jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool)[None, None], scores, -jnp.inf)
+    """softmax(scale · q kᵀ) v for every head (Vaswani et al. 2017, equation 1); the softmax is float32.
+
+    Args:
+      query: [B, Lq, H, D].
+      key, value: [B, Lk, H, D], of the query's dtype.
+      mask: boolean, broadcastable to [B, H, Lq, Lk], True where a query may see a key. A query that may see no key gets
+        some finite value.
+      is_causal: query i sees keys 0 … i only.
+      scale: factor of the scores; None is D ** -0.5.
+      implementation: "blocked", "cudnn" or "flash" instead of the choice in the table above.
+
+    Returns:
+      [B, Lq, H, D] in the query's dtype.
+
+    Raises:
+      ValueError: shapes, dtypes or the mask do not fit, or the implementation is unknown or cannot do this.
+    """
+    _check(query, key, value, mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if mask is not None:
-        scores = jnp.where(jnp.broadcast_to(mask, scores.shape), scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    chosen = implementation or choose_implementation(query, key, mask)
+    if chosen not in _FUNCTIONS:
+        raise ValueError(f"implementation must be one of {sorted(_FUNCTIONS)} or None, got {chosen!r}")
+    return _FUNCTIONS[chosen](query, key, value, mask, is_causal, scale)
+
+
+def choose_implementation(query: Array, key: Array, mask: Array | None) -> Implementation:
+    """The table at the head of this file; arguments as in :func:`attention`, mask of rank 4."""
+    platform = current_platform()
+    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= _cudnn_head_limit():
+        return "cudnn"
+    if platform == "tpu" and min(query.shape[1], key.shape[1]) >= _FLASH_LENGTH and is_key_mask(mask):
+        return "flash"
+    return "blocked"
+
+
+def _cudnn_head_limit() -> int:
+    """256 where the GPUs of this process are all of compute capability 9.0 or later, else 128 (also without a GPU)."""
+    if jax.default_backend() != "gpu":
+        return 128
+    return 256 if all(float(d.compute_capability) >= 9 for d in jax.local_devices()) else 128
+
+
+def _check(query: Array, key: Array, value: Array, mask: Array | None) -> None:
+    if (
+        query.ndim != 4
+        or key.shape != value.shape
+        or (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:])
+    ):
+        raise ValueError(
+            f"attention takes query [B,Lq,H,D] and key, value [B,Lk,H,D], got {query.shape}, {key.shape}, {value.shape}"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if mask is None:
+        return
+    full = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    fits = mask.ndim <= 4 and all(m in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False))
+    if mask.dtype != bool or not fits:
+        raise ValueError(f"mask must be bool and broadcastable to [B,H,Lq,Lk] = {full}, got {mask.dtype} {mask.shape}")

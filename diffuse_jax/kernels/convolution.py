@@ -1,17 +1,185 @@
-"""Two-dimensional convolution, channel-last."""
+"""Two-dimensional convolution, channel-last, with the algorithm that is fastest for its shape.
+
+Everywhere but on CPUs this is XLA's convolution. XLA's CPU convolution is far from the speed of its matrix products
+when images are small and channels many, so there 3x3 kernels become matrix products; ``docs/performance.md`` has the
+measurements (``benchmarks/conv_cpu.py`` repeats them). The choice depends on shapes and platform alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
+
+from diffuse_jax.kernels.platform import current_platform
+
+Algorithm = Literal["direct", "matmul", "patches", "winograd"]
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def conv2d(
     x: Array,
     kernel: Array,
     stride: int | tuple[int, int] = 1,
-    padding: int | str | tuple[tuple[int, int], tuple[int, int]] = "SAME",
+    padding: int | str | Pads = "SAME",
+    *,
+    algorithm: Algorithm | None = None,
 ) -> Array:
-    """Convolve x [B,H,W,C] with kernel [kh,kw,C,O]; padding is "SAME", "VALID", one number for all sides or (low, high) pairs."""
-    strides = (stride, stride) if isinstance(stride, int) else stride
-    pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    """Convolve images with a kernel (cross-correlation, as everywhere in deep learning).
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, C, O], of the same dtype.
+      stride: one number or one per axis.
+      padding: "SAME", "VALID", the zeros on all sides, or ((top, bottom), (left, right)).
+      algorithm: "direct", "matmul", "patches" or "winograd" instead of the choice that :func:`choose_algorithm` makes.
+
+    Returns:
+      [B, H', W', O]. Derivatives of any order and direction are those of XLA's convolution.
+
+    Raises:
+      ValueError: ranks or channels do not fit, or the algorithm cannot do this kernel, stride or size.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(f"conv2d takes x [B,H,W,C] and kernel [kh,kw,C,O], got {x.shape} and {kernel.shape}")
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    pads = _pads(padding, x.shape[1:3], kernel.shape[:2], strides)
+    possible = possible_algorithms(x.shape, kernel.shape, strides, pads)
+    chosen = algorithm or choose_algorithm(x.shape, kernel.shape, strides, pads)
+    if chosen not in possible:
+        raise ValueError(
+            f"algorithm {chosen!r} cannot do images {x.shape}, kernel {kernel.shape}, stride {strides}, pads {pads}; "
+            f"possible: {sorted(possible)}"
+        )
+    return _convolve(x, kernel, strides, pads, chosen)
+
+
+def possible_algorithms(
+    shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
+) -> set[str]:
+    """The algorithms that can do a convolution of this shape on any platform."""
+    out = _output_size(shape[1:3], kernel[:2], strides, pads)
+    possible = {"direct", "patches"}
+    if kernel[:2] == (1, 1) and strides == (1, 1) and pads == ((0, 0), (0, 0)):
+        possible.add("matmul")
+    if kernel[:2] == (3, 3) and strides == (1, 1) and out[0] % 2 == out[1] % 2 == 0:
+        possible.add("winograd")
+    return possible
+
+
+def choose_algorithm(
+    shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
+) -> Algorithm:
+    """The fastest algorithm for images [B,H,W,C] and a kernel [kh,kw,C,O]: "direct" except on CPUs, there as measured.
+
+    With few pixels and a wide kernel XLA's convolution is several times slower than patches times matrix. With more
+    pixels the patches (nine times the input) stop paying, and Winograd's algorithm, which multiplies 2.25 times less,
+    wins until its intermediate arrays outgrow the caches. Its transform of the kernel costs as much as 16 pixels per
+    product, so wide kernels need more pixels.
+    """
+    possible = possible_algorithms(shape, kernel, strides, pads)
+    if current_platform() != "cpu":
+        return "direct"
+    if "matmul" in possible:
+        return "matmul"
+    height, width = _output_size(shape[1:3], kernel[:2], strides, pads)
+    pixels, channels = shape[0] * height * width, min(kernel[2:])
+    if kernel[:2] == (3, 3) and pixels <= 512 and channels >= 512:
+        return "patches"
+    if "winograd" in possible and channels >= 64 and pixels * height * width <= 1 << 25:
+        return "winograd"
+    return "direct"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _convolve(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads, algorithm: str) -> Array:
+    return _ALGORITHMS[algorithm](x, kernel, strides, pads)
+
+
+@_convolve.defjvp
+def _convolve_jvp(strides, pads, algorithm, primals, tangents):
+    # XLA's own transposes: the derivatives of the algorithms below measured no faster, and need more memory.
+    (x, kernel), (dx, dkernel) = primals, tangents
+    out = _convolve(x, kernel, strides, pads, algorithm)
+    return out, _direct(dx, kernel, strides, pads) + _direct(x, dkernel, strides, pads)
+
+
+def _direct(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _matmul(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+
+
+def _patches(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
+    """All windows side by side, [B H' W', kh kw C], times the kernel as a matrix."""
+    (kh, kw, channels, features), batch = kernel.shape, x.shape[0]
+    height, width = _output_size(x.shape[1:3], (kh, kw), strides, pads)
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    window = lambda i, j: padded[:, i : i + height * strides[0] : strides[0], j : j + width * strides[1] : strides[1]]
+    columns = [window(i, j)[:, :height, :width] for i in range(kh) for j in range(kw)]
+    matrix = jnp.concatenate(columns, -1).reshape(batch * height * width, kh * kw * channels)
+    return (matrix @ kernel.reshape(-1, features)).reshape(batch, height, width, features)
+
+
+def _winograd(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
+    """F(2x2, 3x3) of Lavin & Gray 2016: each 2x2 of the output from a 4x4 of the input with 16 products instead of 36.
+
+    Written as 16 plain matrix products over all tiles, with the transforms of their section 4.1 as sums. Its rounding
+    error is that of the direct algorithm.
+    """
+    batch, channels, features = x.shape[0], x.shape[-1], kernel.shape[-1]
+    height, width = _output_size(x.shape[1:3], (3, 3), strides, pads)
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    tiles_down, tiles_across = height // 2, width // 2
+    rows = _input_transform([padded[:, i : i + height - 1 : 2] for i in range(4)])
+    kernel_rows = _kernel_transform(kernel[0], kernel[1], kernel[2])
+
+    def row(data: Array, weights: Array) -> tuple[Array, Array]:  # one row of the 4x4 products -> two of 2x2 outputs
+        columns = _input_transform([data[:, :, j : j + width - 1 : 2] for j in range(4)])
+        matrices = _kernel_transform(weights[0], weights[1], weights[2])
+        products = [d.reshape(-1, channels) @ w for d, w in zip(columns, matrices, strict=True)]
+        return _output_transform([p.reshape(batch, tiles_down, tiles_across, features) for p in products])
+
+    halves = [jnp.stack(row(d, w), axis=3) for d, w in zip(rows, kernel_rows, strict=True)]
+    return jnp.stack(_output_transform(halves), axis=2).reshape(batch, height, width, features)
+
+
+def _input_transform(d: list[Array]) -> list[Array]:
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+
+
+def _kernel_transform(g0: Array, g1: Array, g2: Array) -> list[Array]:
+    return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
+
+
+def _output_transform(m: list[Array]) -> tuple[Array, Array]:
+    return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+
+
+_ALGORITHMS: dict[str, Callable[[Array, Array, tuple[int, int], Pads], Array]] = {
+    "direct": _direct,
+    "matmul": _matmul,
+    "patches": _patches,
+    "winograd": _winograd,
+}
+
+
+def _pads(padding: int | str | Pads, size: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int]) -> Pads:
+    if isinstance(padding, int):
+        return ((padding, padding), (padding, padding))
+    pairs = lax.padtype_to_pads(size, kernel, strides, padding) if isinstance(padding, str) else padding
+    (top, bottom), (left, right) = pairs
+    return ((int(top), int(bottom)), (int(left), int(right)))
+
+
+def _output_size(
+    size: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
+) -> tuple[int, int]:
+    height, width = ((n + sum(p) - k) // s + 1 for n, k, s, p in zip(size, kernel, strides, pads, strict=True))
+    return height, width

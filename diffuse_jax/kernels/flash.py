@@ -1,0 +1,119 @@
+"""Fused attention kernels of others: cuDNN on NVIDIA GPUs and Pallas on TPUs, fed with the shapes that they take.
+
+Padding is what this file adds. Zeros in the head axis change no score, padded keys are masked out, padded queries are
+cut off again.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+
+def cudnn_attention(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float) -> Array:
+    """cuDNN flash attention; arguments as in :func:`diffuse_jax.kernels.attention`, mask of rank 4 or None.
+
+    Lengths become even and key lengths multiples of 8 (77 text tokens become 80), because cuDNN's backward pass takes
+    no odd lengths; head sizes become multiples of 8. Without a mask the true key length goes to cuDNN as a
+    number. A mask is written out over queries and keys, which cuDNN's interface demands, but not over batch and heads
+    where it is the same.
+
+    Raises:
+      ValueError: the dtype is neither bfloat16 nor float16.
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"cuDNN attention takes bfloat16 or float16, got {query.dtype}; use implementation='blocked'")
+    batch, rows, columns, depth = query.shape[0], query.shape[1], key.shape[1], query.shape[3]
+    q = _pad(query, {1: 2, 3: 8})
+    k, v = (_pad(x, {1: 8, 3: 8}) for x in (key, value))
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], rows, columns))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, q.shape[1] - rows), (0, k.shape[1] - columns)))
+    needs_lengths = mask is None and k.shape[1] != columns
+    lengths = jnp.full((batch,), columns, jnp.int32) if needs_lengths else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=is_causal, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :rows, :, :depth]
+
+
+def is_key_mask(mask: Array | None) -> bool:
+    """Whether a mask (rank 4 or None) says the same for every head and every query."""
+    return mask is None or mask.shape[1] == mask.shape[2] == 1
+
+
+def flash_attention(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float) -> Array:
+    """Pallas flash attention for TPUs; arguments as in :func:`diffuse_jax.kernels.attention`, mask of rank 4 or None.
+
+    Lengths become multiples of 128 and head sizes above 128 multiples of 128. A Pallas kernel is opaque to XLA's
+    partitioner, so under a mesh set with ``jax.set_mesh`` it runs on each device's part of batch and heads.
+
+    Raises:
+      ValueError: the mask differs between heads or queries.
+    """
+    if not is_key_mask(mask):
+        raise ValueError(f"flash attention takes masks [B,1,1,Lk], got {mask.shape}; use implementation='blocked'")
+    batch, rows, heads, depth = query.shape
+    columns = key.shape[1]
+    grain = {1: 128, 3: 128 if depth > 128 else 1}
+    q, k, v = (jnp.swapaxes(_pad(x, grain), 1, 2) for x in (query, key, value))
+    segments = None
+    if mask is not None or k.shape[2] != columns:
+        visible = (
+            jnp.ones((batch, columns), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, columns))
+        )
+        visible = jnp.pad(visible, ((0, 0), (0, k.shape[2] - columns)))
+        segments = jnp.ones((batch, q.shape[2]), jnp.int32), visible.astype(jnp.int32)
+    kernel = _on_each_device(partial(_pallas, is_causal=is_causal, scale=scale), batch, heads)
+    return jnp.swapaxes(kernel(q, k, v, segments), 1, 2)[:, :rows, :, :depth]
+
+
+def _pallas(
+    q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, *, is_causal: bool, scale: float
+) -> Array:
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu  # seconds to import, and needed on TPUs alone
+
+    rows, columns = (next(n for n in (512, 256, 128) if x.shape[2] % n == 0) for x in (q, k))
+    sizes = {
+        name: 1 if name == "block_b" else rows if name.startswith("block_q") else columns
+        for name in tpu.BlockSizes.__dataclass_fields__
+    }
+    ids = None if segments is None else tpu.SegmentIds(*segments)
+    return tpu.flash_attention(
+        q, k, v, segment_ids=ids, causal=is_causal, sm_scale=scale, block_sizes=tpu.BlockSizes(**sizes)
+    )
+
+
+def _on_each_device(kernel, batch: int, heads: int):
+    """``kernel`` under ``shard_map`` over those automatic axes of the current mesh that cut batch and heads evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    over_batch, left = [], batch
+    for axis in ("data", "fsdp"):
+        if axis in automatic and left % mesh.shape[axis] == 0:
+            over_batch.append(axis)
+            left //= mesh.shape[axis]
+    over_heads = "tensor" if "tensor" in automatic and heads % mesh.shape["tensor"] == 0 else None
+    if not automatic:
+        return kernel
+    array = PartitionSpec(tuple(over_batch) or None, over_heads)
+    ids = PartitionSpec(tuple(over_batch) or None)
+
+    def mapped(q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None) -> Array:
+        specs = (array, array, array, None if segments is None else (ids, ids))
+        return jax.shard_map(kernel, in_specs=specs, out_specs=array, axis_names=automatic, check_vma=False)(
+            q, k, v, segments
+        )
+
+    return mapped
+
+
+def _pad(x: Array, grain: dict[int, int]) -> Array:
+    """Zeros at the end of each axis, up to a multiple of its grain."""
+    widths = [(0, math.ceil(n / grain.get(axis, 1)) * grain.get(axis, 1) - n) for axis, n in enumerate(x.shape)]
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
