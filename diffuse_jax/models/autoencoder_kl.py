@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from diffuse_jax.config import Config
 from diffuse_jax.models.attention import Attention
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
+from diffuse_jax.models.layers import Conv, GroupNorm
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -172,8 +172,9 @@ class Stage(nn.Module):
         return ResnetBlock(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
 
     def finish(self, x: jax.Array, channels: int) -> jax.Array:
+        """The last layers; their activation is SiLU whatever ``act_fn`` says, which is for the residual blocks."""
         x = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="conv_norm_out")(x)
-        return Conv(channels, **self.dtypes, name="conv_out")(ACTIVATIONS[self.config.act_fn](x))
+        return Conv(channels, **self.dtypes, name="conv_out")(nn.silu(x))
 
 
 class Level(Stage):

@@ -384,12 +384,12 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """Residual, attention, residual at the coarsest level."""
+    """Residual, attention, residual at the coarsest level; the kind without attention is one residual block."""
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
-        x = self.attend(0, self.resnet(0, x, temb), context)
-        return self.resnet(1, x, temb)
+        x = self.resnet(0, x, temb)
+        return self.resnet(1, self.attend(0, x, context), temb) if self.level.depth else x
 
 
 class UpBlock(Block):
