@@ -1,0 +1,125 @@
+"""Configurations: JSON in and out loses nothing, published files mean the presets, bad values are refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffuse_jax.config import Config, FrozenDict, freeze, thaw
+from diffuse_jax.models import AutoencoderKLConfig, UNet2DConditionConfig, presets
+from diffuse_jax.text import CLIPTextConfig
+from diffuse_jax.text import presets as text_presets
+from tests.models import published
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """JSON objects of valid UNets with one to four levels and some keys that the class does not know."""
+    n = draw(st.integers(1, 4))
+    per_level = lambda values: st.lists(values, min_size=n, max_size=n)
+    one_or_each = lambda values: values | per_level(values)
+    return {
+        "block_out_channels": draw(per_level(st.sampled_from([32, 64, 320]))),
+        "down_block_types": draw(per_level(st.sampled_from(["DownBlock2D", "CrossAttnDownBlock2D"]))),
+        "up_block_types": draw(per_level(st.sampled_from(["UpBlock2D", "CrossAttnUpBlock2D"]))),
+        "attention_head_dim": draw(one_or_each(st.sampled_from([1, 2, 4, 8]))),
+        "layers_per_block": draw(one_or_each(st.integers(1, 3))),
+        "transformer_layers_per_block": draw(one_or_each(st.integers(1, 10))),
+        "only_cross_attention": draw(one_or_each(st.booleans())),
+        "upcast_attention": draw(st.none() | st.booleans()),
+        "sample_size": draw(st.none() | st.integers(8, 128)),
+        "_diffusers_version": "0.30.0",
+        "future": draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3)),
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=unet_configs())
+def test_reading_and_writing_loses_nothing(data: dict[str, Any]) -> None:
+    config = UNet2DConditionConfig.from_json(data)
+    written = config.to_json()
+    assert {k: written[k] for k in data} == data
+    again = UNet2DConditionConfig.from_json(json.loads(json.dumps(written)))
+    assert again == config.replace(extra=again.extra)  # the class's name is in a file that was written
+    assert again.to_json() == written
+    assert hash(again) == hash(again.replace())
+
+
+@settings(max_examples=50, deadline=None)
+@given(value=JSON)
+def test_thaw_undoes_freeze(value: Any) -> None:
+    frozen = freeze(value)
+    hash(frozen)
+    assert thaw(frozen) == value
+    assert freeze(frozen) == frozen
+    assert thaw(freeze(frozen)) == value
+
+
+@pytest.mark.parametrize(
+    ("cls", "group", "module"),
+    [
+        (UNet2DConditionConfig, published.UNETS, presets),
+        (AutoencoderKLConfig, published.VAES, presets),
+        (CLIPTextConfig, published.TEXTS, text_presets),
+    ],
+)
+def test_published_files_are_the_presets(cls: type[Config], group: dict[str, Any], module: Any) -> None:
+    for name, data in group.items():
+        config = cls.from_json(data)
+        written = config.to_json()
+        assert {k: written[k] for k in data if k != "_class_name"} == {
+            k: v for k, v in data.items() if k != "_class_name"
+        }
+        plain = config.replace(extra=FrozenDict())
+        if getattr(plain, "upcast_attention", False) is None:  # null in files means false
+            plain = plain.replace(upcast_attention=False)
+        assert plain == getattr(module, name), name
+
+
+def test_attention_head_dim_means_the_number_of_heads() -> None:
+    config = UNet2DConditionConfig.from_json({"attention_head_dim": [5, 10, 20, 20]})
+    assert config.num_attention_heads == (5, 10, 20, 20)
+    assert [level.heads for level in config.up_levels()] == [20, 20, 10, 5]
+    written = config.to_json()
+    assert written["attention_head_dim"] == [5, 10, 20, 20]
+    assert written["num_attention_heads"] is None
+
+
+def test_a_whole_clip_file_gives_its_text_side() -> None:
+    config = CLIPTextConfig.from_json({"projection_dim": 640, "text_config": {"hidden_size": 64, "projection_dim": 1}})
+    assert (config.hidden_size, config.projection_dim) == (64, 640)
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "message"),
+    [
+        (UNet2DConditionConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "unknown block type 'AttnDownBlock2D'"),
+        (UNet2DConditionConfig, {"block_out_channels": [320, 640]}, "4 entries for 2 levels"),
+        (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),
+        (UNet2DConditionConfig, {"encoder_hid_dim": 4096}, "encoder_hid_dim=4096 is not supported"),
+        (UNet2DConditionConfig, {"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+        (UNet2DConditionConfig, {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type="),
+        (UNet2DConditionConfig, {"addition_embed_type": "image"}, "addition_embed_type='image'"),
+        (UNet2DConditionConfig, {"addition_embed_type": "text_time"}, "needs projection_class_embeddings_input_dim"),
+        (UNet2DConditionConfig, {"class_embed_type": "other"}, "class_embed_type='other'"),
+        (UNet2DConditionConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),
+        (AutoencoderKLConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+        (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "1 down and 1 up blocks for 2"),
+        (CLIPTextConfig, {"hidden_act": "tanh"}, "hidden_act='tanh'"),
+        (CLIPTextConfig, {"hidden_size": 100}, "hidden_size 100 over 8 heads"),
+        (CLIPTextConfig, {"model_type": "t5"}, "model_type='t5'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls.from_json(data)

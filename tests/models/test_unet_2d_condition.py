@@ -1,0 +1,98 @@
+"""What the UNet promises beyond its numbers: clear errors before compiling, and a tree that its inputs fully touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
+from diffuse_jax.models.resnet import nearest
+from tests.models.filling import random_params
+from tests.models.test_precision import UNET
+
+XL = UNET.replace(
+    addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8
+)
+
+
+def trace(config: Any, **changes: Any) -> jax.ShapeDtypeStruct:
+    """The shape of the output, from shapes alone."""
+    model = UNet2DConditionModel(config)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    inputs = {"sample": array(2, 8, 8, 4), "timesteps": array(2), "encoder_hidden_states": array(2, 5, 24)} | changes
+    return jax.eval_shape(lambda p, i: model.apply({"params": p}, **i), model.shapes(), inputs)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
+def test_output_has_the_size_of_the_input(size: tuple[int, int]) -> None:
+    assert trace(UNET, sample=jax.ShapeDtypeStruct((2, *size, 4), jnp.float32)).shape == (2, *size, 4)
+
+
+def conditions(ids: int, **more: Any) -> dict[str, Any]:
+    shapes = {"text_embeds": jax.ShapeDtypeStruct((2, 20), jnp.float32)}
+    return shapes | {"time_ids": jax.ShapeDtypeStruct((2, ids), jnp.float32)} | more
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (UNET, {"sample": jax.ShapeDtypeStruct((2, 4, 8, 8), jnp.float32)}, r"\[B,h,w,4\] \(channel-last\)"),
+        (UNET, {"sample": jax.ShapeDtypeStruct((8, 8, 4), jnp.float32)}, r"got \(8, 8, 4\)"),
+        (UNET.replace(num_class_embeds=10), {}, "needs class_labels"),
+        (XL, {}, "needs added_cond_kwargs"),
+        (XL, {"added_cond_kwargs": {"text_embeds": jax.ShapeDtypeStruct((2, 20), jnp.float32)}}, "needs added_cond"),
+        (XL, {"added_cond_kwargs": conditions(5)}, "make a vector of 60, but this UNet takes 68"),
+        (UNET.replace(norm_num_groups=5), {}, "16 channels cannot be normalised in 5 groups"),
+        (UNET.replace(num_attention_heads=3), {}, "width 16 cannot be split over 3"),
+    ],
+)
+def test_wrong_inputs_are_refused_while_tracing(config: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(config, **changes)
+
+
+def test_tree_does_not_depend_on_the_size_of_example_inputs() -> None:
+    model = UNet2DConditionModel(XL)
+    inputs = {
+        "sample": jnp.zeros((3, 8, 10, 4)),
+        "timesteps": jnp.zeros(3),
+        "encoder_hidden_states": jnp.zeros((3, 7, 24)),
+        "added_cond_kwargs": {"text_embeds": jnp.zeros((3, 20)), "time_ids": jnp.zeros((3, 6))},
+    }
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs)["params"])
+    assert tree == model.shapes()
+
+
+def test_no_guidance_embedding_means_zero(rng: np.random.Generator) -> None:
+    embed = TimestepEmbedding(12, cond_dim=4)
+    x = jnp.asarray(rng.standard_normal((2, 6)), jnp.float32)
+    shapes = jax.eval_shape(embed.init, jax.random.key(0), x)
+    params = random_params(shapes, rng)
+    np.testing.assert_array_equal(embed.apply(params, x), embed.apply(params, x, jnp.zeros((2, 4))))
+    assert not np.allclose(embed.apply(params, x), embed.apply(params, x, jnp.ones((2, 4))))
+
+
+@pytest.mark.parametrize(("flip", "shift", "dim"), [(True, 0, 8), (False, 1, 8), (True, 0, 7)])
+def test_sinusoids_are_unit_circles(flip: bool, shift: int, dim: int) -> None:
+    """A frequency is a point on the unit circle: the first turns by a radian a step, the last by 1/10000 (shift 1)."""
+    half = dim // 2
+    waves = np.asarray(sinusoidal_embedding(jnp.arange(5), dim, flip_sin_to_cos=flip, freq_shift=shift))
+    cos, sin = (waves[:, :half], waves[:, half : 2 * half]) if flip else (waves[:, half : 2 * half], waves[:, :half])
+    np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=1e-6)
+    np.testing.assert_allclose(np.angle(cos[1] + 1j * sin[1])[0], 1, rtol=1e-6)
+    if shift:
+        np.testing.assert_allclose(np.angle(cos[1] + 1j * sin[1])[-1], 1e-4, rtol=1e-3)
+    assert waves.shape == (5, dim)
+    assert not waves[:, 2 * half :].any()
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (5, 3)])
+def test_nearest_takes_the_pixel_below(size: tuple[int, int]) -> None:
+    x = jnp.arange(4 * 3.0).reshape(1, 4, 3, 1)
+    rows, columns = (np.floor(np.arange(n) * m / n).astype(int) for n, m in zip(size, (4, 3)))
+    np.testing.assert_array_equal(nearest(x, size)[0, :, :, 0], np.asarray(x)[0][rows][:, columns, 0])
