@@ -19,7 +19,7 @@ TEXT_TO_IMAGE: dict[str, type[DiffusionPipeline]] = {
     "StableDiffusionXLImg2Img": StableDiffusionXLPipeline,
     "StableDiffusionXLInpaint": StableDiffusionXLPipeline,
 }
-"""Name of the class in ``model_index.json``, without ``Pipeline`` -> the class that makes pictures from text with it."""
+"""Class in ``model_index.json``, without ``Pipeline`` -> the class that makes pictures from text with it."""
 
 
 class AutoPipelineForText2Image:

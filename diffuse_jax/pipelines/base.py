@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -97,8 +97,8 @@ class DiffusionPipeline:
           mesh: the devices to run on (see :func:`diffuse_jax.sharding.make_mesh`); each reads only its part.
           variant: for example ``"fp16"``: read only weight files of that variant.
           revision, local_files_only, token, cache_dir: for the Hub.
-          **components: use these instead of the folder's: ``scheduler=...``, ``safety_checker=None``; a network is given
-            as ``(model, params)``.
+          **components: use these instead of the folder's: ``scheduler=...``, ``safety_checker=None``; a network is
+            given as ``(model, params)``.
 
         Raises:
           WeightsError: no such folder or model, an unknown class, or weights that do not fit. Nothing is half-loaded.
@@ -117,13 +117,16 @@ class DiffusionPipeline:
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
+            skip=NOT_LOADED,
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder) if cls is DiffusionPipeline else cls
         known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
-            raise TypeError(f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            raise TypeError(
+                f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
 
         parts: dict[str, Any] = dict.fromkeys(index.absent)
         params: dict[str, Params] = {}
@@ -135,7 +138,7 @@ class DiffusionPipeline:
             parts[name], own = part if isinstance(part, tuple) else (part, None)
             if own is not None:
                 params[name] = own
-        return target(parts, params, index.options, mesh)
+        return cast(Self, target(parts, params, index.options, mesh))
 
     def replace(self, **changes: Any) -> Self:
         """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings."""
@@ -152,8 +155,10 @@ class DiffusionPipeline:
                 params[name] = own
         return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
 
-    def save_pretrained(self, folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = None) -> Path:
-        """Write the folder that PyTorch diffusers opens: safetensors with PyTorch names, and ``model_index.json`` last.
+    def save_pretrained(
+        self, folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = None
+    ) -> Path:
+        """Write the folder that PyTorch diffusers opens: safetensors with PyTorch names, ``model_index.json`` last.
 
         Args:
           folder: made if need be; files are written under temporary names and renamed.

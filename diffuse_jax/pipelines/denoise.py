@@ -20,7 +20,7 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def sample_keys(seeds: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two keys for each picture, for its first noise and for its steps; ``seeds`` and ``indices`` are uint32 ``[B]``."""
+    """Two keys for each picture, for its first noise and for its steps; both arguments are uint32 ``[B]``."""
     keys = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds, indices)
     return split_keys(keys)
 
@@ -72,7 +72,7 @@ def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def guidance_embedding(scale: jax.Array, dim: int) -> jax.Array:
-    """A guidance scale ``[B]`` as the vector ``[B,dim]`` that distilled networks take (Meng et al. 2023; Luo et al. 2023)."""
+    """A guidance scale ``[B]`` as the vector ``[B,dim]`` of distilled networks (Meng et al. 2023; Luo et al. 2023)."""
     return sinusoidal_embedding((scale - 1) * 1000, dim, flip_sin_to_cos=False, freq_shift=1)
 
 

@@ -1,8 +1,8 @@
 """Compiled programs: each compiled once in a process, and kept on disk for the next one if the user wants.
 
-A program is a pure function ``fn(task, *arguments)`` with a static, hashable ``task``. Compiling is explicit, so it can be
-counted, done ahead of time and saved. What a program was compiled for (shapes, shardings, mesh, versions) is its key;
-a saved program whose key does not match is simply not found, and is compiled again.
+A program is a pure function ``fn(task, *arguments)`` with a static, hashable ``task``. Compiling is explicit, so it
+can be counted, done ahead of time and saved. What a program was compiled for (shapes, shardings, mesh, versions) is its
+key; a saved program whose key does not match is simply not found, and is compiled again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, PartitionSpec
@@ -52,7 +51,7 @@ class Programs:
         key = program_key(fn, task, mesh, args)
         if key not in self._loaded:
             saved = next((f for f in (folder / (key + SUFFIX) for folder in self._folders) if f.exists()), None)
-            program = None if saved is None else _read(saved, args)
+            program = None if saved is None else _read(saved, args, mesh)
             if program is None:
                 self.compilations += 1
                 program = jax.jit(_bind(fn, task, mesh, specs)).lower(*args).compile()
@@ -60,14 +59,15 @@ class Programs:
         return self._loaded[key]
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write every program that is in memory to ``folder``; returns the files."""
+        """Write every program that gives one array (all but those of step-by-step runs); returns the files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = []
         for key, program in self._loaded.items():
-            files.append(folder / (key + SUFFIX))
-            if not files[-1].exists():
-                _write(files[-1], serialize_executable.serialize(program)[0])
+            data, _, out_tree = serialize_executable.serialize(program)
+            if out_tree == ONE_ARRAY:
+                files.append(folder / (key + SUFFIX))
+                _write(files[-1], data)
         return files
 
     def load(self, folder: Path | str) -> None:
@@ -75,19 +75,20 @@ class Programs:
         self._folders.append(Path(folder))
 
 
+ONE_ARRAY = jax.tree.structure(0)
 PROGRAMS = Programs()
 """The programs of this process; pipelines share them, so two pipelines of one architecture compile once."""
 
 
 def program_key(fn: Callable[..., Any], task: Any, mesh: Mesh | None, args: Any) -> str:
-    """A hash of all that a program depends on: code version, libraries, platform, mesh, static task, shapes, shardings."""
+    """A hash of all that a program depends on: code, libraries, platform, mesh, static task, shapes, shardings."""
     leaves, tree = jax.tree.flatten(args)
     describe = lambda x: (x.shape, str(x.dtype), str(getattr(x, "sharding", None)) if mesh is not None else None)
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     facts = (
         (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
         (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        (jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64, jax.config.jax_default_prng_impl),
+        [getattr(jax.config, f"jax_{name}") for name in ("default_matmul_precision", "enable_x64", "default_prng_impl")],
         (fn.__module__, fn.__qualname__, repr(task)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
         (str(tree), [describe(leaf) for leaf in leaves]),
@@ -111,7 +112,7 @@ _SOURCE_STATE: str | None = None
 def _bind(fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...]) -> Callable[..., Any]:
     """``fn`` with its task, on each part of the ``data`` axis if there is a mesh.
 
-    Inside, a picture's device sees its own pictures only, so no kernel needs to know of the mesh; other axes of the mesh
+    Inside, a device sees its own pictures only, so no kernel needs to know of the mesh; other axes of the mesh
     (``fsdp``, ``tensor``) are left to the compiler, which follows the placement of the parameters.
     """
 
@@ -125,17 +126,16 @@ def _bind(fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any
     return jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=out, axis_names={"data"}, check_vma=False)
 
 
-def _read(file: Path, args: Any) -> Any:
+def _read(file: Path, args: Any, mesh: Mesh | None) -> Any:
     """A saved program, or None (with a warning) where this machine cannot load it."""
     in_tree = jax.tree.structure((args, {}))
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     try:
-        return serialize_executable.deserialize_and_load(file.read_bytes(), in_tree, _OUT_TREE)
+        data = file.read_bytes()
+        return serialize_executable.deserialize_and_load(data, in_tree, ONE_ARRAY, execution_devices=devices)
     except Exception as error:
         warnings.warn(f"{file} could not be loaded and is compiled again: {error}", stacklevel=2)
         return None
-
-
-_OUT_TREE = jax.tree.structure(jnp.float32(0))
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -13,10 +13,19 @@ Prompt = str | Sequence[str]
 
 def as_list(value: Prompt, name: str) -> list[str]:
     """A prompt or a list of prompts as a list; anything else is a ``TypeError``."""
-    values = [value] if isinstance(value, str) else list(value)
+    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
     return values
+
+
+def number_of_prompts(prompt: Prompt | None, embeds: Any, images_per_prompt: int) -> int:
+    """How many prompts there are; they come as text or encoded, not as both."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    if images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
+    return len(embeds) if prompt is None else len(as_list(prompt, "prompt"))
 
 
 def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:
@@ -39,7 +48,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndar
     for ids in full:
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4)
+            warnings.warn(
+                f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4
+            )
     padded = tokenizer(list(prompts), truncation=True, padding="max_length", max_length=length, return_tensors="np")
     return padded["input_ids"].astype(np.int32)
 
@@ -47,8 +58,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndar
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
     """``(seeds, indices)``, both uint32 ``[images]``: picture ``i`` draws from ``fold_in(key(seeds[i]), indices[i])``.
 
-    One seed serves all pictures, which then differ by their index. A list has one seed per picture and every index is 0,
-    so a picture is the same alone and in a list. Without a seed the operating system chooses one.
+    One seed serves all pictures, which then differ by their index. A list has one seed per picture and every index is
+    0, so a picture is the same alone and in a list. Without a seed the operating system chooses one.
     """
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""From a prepared request to pictures: pad to a few sizes, place on the mesh, run one program (or step by step), trim."""
+"""From a prepared request to pictures: pad to a few sizes, place on the mesh, run one program or step by step, trim."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def make_batch(
     """
     scale = np.asarray(guidance_scale, np.float32)
     if scale.shape not in ((), (images,)):
-        raise ValueError(f"guidance_scale has {scale.shape[0]} entries for {images} pictures; give one number or one each")
+        raise ValueError(
+            f"guidance_scale has {scale.shape[0]} entries for {images} pictures; give one number or one each"
+        )
     if seed is not None and key is not None:
         raise ValueError("give seed or key, not both")
     if latents is not None:

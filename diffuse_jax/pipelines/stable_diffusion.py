@@ -10,7 +10,7 @@ import numpy as np
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.prompts import Prompt, as_list, one_per_prompt, tokenize
+from diffuse_jax.pipelines.prompts import Prompt, number_of_prompts, one_per_prompt, tokenize
 from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_batch, run_job
 from diffuse_jax.pipelines.task import Encoders, check_size, guides, make_task, text_of
 from diffuse_jax.pipelines.text_to_image import Prompts, Text
@@ -73,7 +73,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        prompts = _number_of_prompts(prompt, prompt_embeds)
+        prompts = number_of_prompts(prompt, prompt_embeds, num_images_per_prompt)
         height, width = check_size(self, height, width)
         guided = guides(self, guidance_scale)
         repeat = lambda p: jax.tree.map(lambda rows: np.repeat(rows, num_images_per_prompt, axis=0), p)
@@ -99,7 +99,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
         job = Job(task, batch, plan, prompts * num_images_per_prompt, seeds)
         if compile_only:
-            return compile_job(self, job, batch_size)
+            compile_job(self, job, batch_size)
+            return None
         return run_job(
             self, job, output_type, batch_size=batch_size, callback=callback_on_step_end, progress_bar=progress_bar
         )
@@ -128,10 +129,3 @@ def encode(encoders: Encoders, params: dict[str, Params], ids: dict[str, jax.Arr
     if clip_skip is None:
         return Text(out.last_hidden_state)
     return Text(encoder.apply(variables, out.skipped(clip_skip), method="final_norm"))
-
-
-def _number_of_prompts(prompt: Prompt | None, embeds: Any) -> int:
-    """How many prompts there are; exactly one of both must be given."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError("give either prompt or prompt_embeds")
-    return len(as_list(prompt, "prompt")) if prompt is not None else len(embeds)

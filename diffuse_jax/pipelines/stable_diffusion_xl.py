@@ -11,7 +11,7 @@ import numpy as np
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.prompts import Prompt, as_list, one_per_prompt, tokenize
+from diffuse_jax.pipelines.prompts import Prompt, number_of_prompts, one_per_prompt, tokenize
 from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_batch, run_job
 from diffuse_jax.pipelines.task import Encoders, check_size, guides, make_task, text_of
 from diffuse_jax.pipelines.text_to_image import Prompts, Text
@@ -78,9 +78,7 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
           negative_original_size, negative_crops_coords_top_left, negative_target_size: what the unconditional half is
             told; the sizes are those of the positive half unless both are given.
         """
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        prompts = len(as_list(prompt, "prompt")) if prompt is not None else len(prompt_embeds)
+        prompts = number_of_prompts(prompt, prompt_embeds, num_images_per_prompt)
         images = prompts * num_images_per_prompt
         height, width = check_size(self, height, width)
         guided = guides(self, guidance_scale)
@@ -125,7 +123,8 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         )
         job = Job(task, batch, plan, images, seeds)
         if compile_only:
-            return compile_job(self, job, batch_size)
+            compile_job(self, job, batch_size)
+            return None
         return run_job(
             self, job, output_type, batch_size=batch_size, callback=callback_on_step_end, progress_bar=progress_bar
         )
@@ -145,7 +144,9 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
             return Prompts(text=text_of(embeds, pooled, prompts, name))
         first, second = texts
         ids = {}
-        for text, (encoder, tokenizer) in zip((first, first if second is None else second), ENCODERS.items(), strict=True):
+        for text, (encoder, tokenizer) in zip(
+            (first, first if second is None else second), ENCODERS.items(), strict=True
+        ):
             if self.components.get(encoder) is not None:
                 length = self.components[encoder].config.max_position_embeddings
                 ids[encoder] = tokenize(self.components[tokenizer], one_per_prompt(text, prompts, name), length)
@@ -153,7 +154,7 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
 
 
 def encode(encoders: Encoders, params: dict[str, Params], ids: dict[str, jax.Array], clip_skip: int | None) -> Text:
-    """States before the last layer (or before ``clip_skip`` more), not normalised, side by side; the last one's pooled."""
+    """States before the last layer (or before ``clip_skip`` more), not normalised, side by side; pooled of the last."""
     outputs = [encoder.apply({"params": params[name]}, ids[name]) for name, encoder in encoders]
     states = [out.skipped(1 if clip_skip is None else clip_skip + 1) for out in outputs]
     return Text(jnp.concatenate(states, -1), outputs[-1].text_embeds)

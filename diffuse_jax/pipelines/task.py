@@ -1,4 +1,4 @@
-"""From a pipeline and a caller's arguments to the static task of a text-to-image program, with every check on the way."""
+"""From a pipeline and a caller's arguments to the static task of a text-to-image program, checked on the way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_size(pipe: DiffusionPipeline, height: int | None, width: int | None) -
 
 
 def guides(pipe: DiffusionPipeline, guidance_scale: Any) -> bool:
-    """Whether classifier-free guidance runs: a scale above 1, and a network that does not take the scale as an input."""
+    """Whether classifier-free guidance runs: a scale above 1, and a network that does not take it as an input."""
     return pipe.components["unet"].config.time_cond_proj_dim is None and bool(np.any(np.asarray(guidance_scale) > 1))
 
 
@@ -90,4 +90,3 @@ def text_of(embeds: Any, pooled: Any, prompts: int, name: str) -> Text:
     if states.ndim != 3 or len(states) != prompts:
         raise ValueError(f"{name}_embeds must be [{prompts},L,D], got {states.shape}")
     return Text(states, None if pooled is None else np.asarray(pooled))
-

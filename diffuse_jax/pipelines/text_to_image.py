@@ -1,14 +1,14 @@
 """Text to image as one pure program: token ids in, pixels out.
 
-``TextToImage`` holds everything that decides what is compiled; ``Batch`` and the plan are data. Prompts, seeds, samplers,
-numbers of steps and guidance scales therefore never cause a second compilation.
+``TextToImage`` holds everything that decides what is compiled; ``Batch`` and the plan are data. Prompts, seeds,
+samplers, numbers of steps and guidance scales therefore never cause a second compilation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,24 @@ from diffuse_jax.pipelines import denoise as verbs
 from diffuse_jax.schedulers.plan import Plan, State
 from diffuse_jax.text.clip import CLIPTextModel
 
+Rows = Any
+"""An array with one row per picture: NumPy on the host, traced inside the program."""
+
 
 class Text(NamedTuple):
     """Encoded prompts: ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``."""
 
-    states: jax.Array
-    pooled: jax.Array | None = None
+    states: Rows
+    pooled: Rows | None = None
 
 
 class Prompts(NamedTuple):
     """Prompts as the program takes them: token ids by encoder, each ``[B,L]``, or text that is already encoded."""
 
-    ids: dict[str, jax.Array] | None = None
+    ids: dict[str, Rows] | None = None
     text: Text | None = None
-    time_ids: jax.Array | None = None  # [B,6] sizes and crop of SDXL, [B,5] in the refiner
-    weight: jax.Array | None = None  # [B], 0 replaces the encoded text by zeros (SDXL without a negative prompt)
+    time_ids: Rows | None = None  # [B,6] sizes and crop of SDXL, [B,5] in the refiner
+    weight: Rows | None = None  # [B], 0 replaces the encoded text by zeros (SDXL without a negative prompt)
 
 
 class Batch(NamedTuple):
@@ -42,12 +45,12 @@ class Batch(NamedTuple):
 
     prompt: Prompts
     negative: Prompts | None  # None where no guidance is wanted
-    guidance_scale: jax.Array  # [B]
-    guidance_rescale: jax.Array  # [B]
-    seeds: jax.Array | None  # uint32 [B]
-    indices: jax.Array | None  # uint32 [B]
-    keys: jax.Array | None  # typed keys [B] instead of seeds
-    latents: jax.Array | None  # [B,h,w,c] standard normal, instead of drawing them
+    guidance_scale: Rows  # [B]
+    guidance_rescale: Rows  # [B]
+    seeds: Rows | None  # uint32 [B]
+    indices: Rows | None  # uint32 [B]
+    keys: Rows | None  # typed keys [B] instead of seeds
+    latents: Rows | None  # [B,h,w,c] standard normal, instead of drawing them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,8 @@ def start(task: TextToImage, params: dict[str, Params], batch: Batch, plan: Plan
     if batch.keys is not None:
         k_init, k_loop = verbs.split_keys(batch.keys)
     else:
-        assert batch.seeds is not None and batch.indices is not None
+        assert batch.seeds is not None
+        assert batch.indices is not None
         k_init, k_loop = verbs.sample_keys(batch.seeds, batch.indices)
     noise = verbs.initial_noise(k_init, task.latent_shape) if batch.latents is None else batch.latents
     return Prepared(text, time_ids, k_loop), plan.init(noise)

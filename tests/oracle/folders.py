@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion folders with random weights, written by PyTorch diffusers: what the pipelines are compared on."""
+"""Tiny Stable Diffusion folders with random weights, written by PyTorch diffusers, to compare the pipelines on."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tokenizer(**options: Any) -> Any:
 
 
 def lively(module: Any) -> Any:
-    """The module in eval mode, with noise on every parameter so that no bias stays zero and no norm stays the identity."""
+    """The module in eval mode, with noise on every parameter: no bias stays zero and no norm the identity."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -84,6 +84,7 @@ def stable_diffusion(folder: Path, *, v_prediction: bool = False) -> Path:
     """A folder like SD 1.x, or with ``v_prediction`` like SD 2.1 (linear projections, heads per level, velocity)."""
     torch.manual_seed(0)
     tok = tokenizer(pad_token="!") if v_prediction else tokenizer()
+    act = "gelu" if v_prediction else "quick_gelu"
     changes = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
     scheduler = SD_SCHEDULER | ({"prediction_type": "v_prediction"} if v_prediction else {"skip_prk_steps": True})
     if not v_prediction:
@@ -91,7 +92,7 @@ def stable_diffusion(folder: Path, *, v_prediction: bool = False) -> Path:
     kind = diffusers.DDIMScheduler if v_prediction else diffusers.PNDMScheduler
     pipe = diffusers.StableDiffusionPipeline(
         vae=lively(diffusers.AutoencoderKL(**VAE)),
-        text_encoder=lively(transformers.CLIPTextModel(text_config(tok, hidden_act="gelu" if v_prediction else "quick_gelu"))),
+        text_encoder=lively(transformers.CLIPTextModel(text_config(tok, hidden_act=act))),
         tokenizer=tok,
         unet=lively(diffusers.UNet2DConditionModel(**UNET | (changes if v_prediction else {}))),
         scheduler=kind(**scheduler),

@@ -1,0 +1,241 @@
+"""What a caller can rely on: one compilation, pictures that depend on their own request only, early errors."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax import schedulers
+from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.pipelines.run import padded_size
+from diffuse_jax.sharding import make_mesh, param_shardings
+from tests.pipelines.tiny import pipeline
+
+SAMPLERS = [
+    schedulers.DDIMScheduler,
+    schedulers.DDPMScheduler,
+    schedulers.DPMSolverMultistepScheduler,
+    schedulers.EulerAncestralDiscreteScheduler,
+    schedulers.EulerDiscreteScheduler,
+    schedulers.LCMScheduler,
+    schedulers.PNDMScheduler,
+    schedulers.UniPCMultistepScheduler,
+]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return pipeline()
+
+
+def pictures(pipe, *args, **request) -> np.ndarray:
+    """Pictures as integers, for differences in steps of 1/255."""
+    images = pipe(*args, **{"num_inference_steps": 3} | request).images
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_nothing_but_the_shape_of_a_request_compiles(pipe: StableDiffusionPipeline):
+    request = {"prompt": "a cat", "seed": 0, "num_inference_steps": 2}
+    pipe(**request)
+    before = pipe.programs.compilations
+    traces = []
+    with jax.log_compiles(False):
+        for change in (
+            {"prompt": "longer prompt"},
+            {"negative_prompt": "not this"},
+            {"seed": 7},
+            {"num_inference_steps": 5},
+            {"timesteps": [900, 500, 100], "num_inference_steps": None},
+            {"guidance_scale": 3.25},
+            {"guidance_rescale": 0.7},
+        ):
+            traces.append(pipe(**request | change).images)
+        for sampler in SAMPLERS:
+            other = pipe.replace(scheduler=sampler.from_config(pipe.scheduler))
+            other(**request | {"num_inference_steps": 4})
+    assert pipe.programs.compilations == before
+    assert len(traces) == 7
+
+
+def test_another_size_or_no_guidance_is_another_program(pipe: StableDiffusionPipeline):
+    pictures(pipe, "a", seed=0)
+    before = pipe.programs.compilations
+    assert pictures(pipe, "a", seed=0, height=24, width=8).shape == (1, 24, 8, 3)
+    pictures(pipe, "a", seed=0, guidance_scale=1.0)
+    pictures(pipe, "b", seed=1, guidance_scale=0.0)
+    assert pipe.programs.compilations == before + 2
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: StableDiffusionPipeline):
+    prompts, seeds = ["one", "two", "three"], [5, 6, 7]
+    together = pictures(pipe, prompts, seed=seeds)
+    for i in (0, 2):
+        assert np.abs(together[i] - pictures(pipe, prompts[i], seed=seeds[i])[0]).max() <= 1
+    in_pairs = pictures(pipe, prompts, seed=seeds, batch_size=2)
+    assert np.abs(together - in_pairs).max() <= 1
+
+
+def test_one_seed_gives_different_pictures_the_first_of_which_is_the_seed_alone(pipe: StableDiffusionPipeline):
+    many = pictures(pipe, "a", num_images_per_prompt=2, seed=11)
+    assert np.abs(many[0] - pictures(pipe, "a", seed=[11])[0]).max() <= 1
+    assert np.abs(many[0] - many[1]).max() > 5
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_eight_devices_make_the_pictures_of_one(pipe: StableDiffusionPipeline, axes: dict[str, int]):
+    prompts = [f"number {i}" for i in range(9)]  # 9 pictures on 8 devices: padded to 16
+    alone = pictures(pipe, prompts, seed=list(range(9)), batch_size=1)
+    mesh = make_mesh(**axes)
+    params = {k: jax.device_put(v, param_shardings(v, mesh)) for k, v in pipe.params.items()}
+    shared = pictures(pipe.replace(mesh=mesh, params=params), prompts, seed=list(range(9)))
+    assert np.abs(alone - shared).max() <= 1
+
+
+def test_step_by_step_is_the_same_computation_and_a_callback_may_change_it(pipe: StableDiffusionPipeline):
+    seen = []
+
+    def look(pipe, step, timestep, values):
+        seen.append((step, timestep, values["latents"].shape))
+
+    request = {"prompt": "a", "seed": 3, "num_inference_steps": 3}
+    watched = pictures(pipe, **request, callback_on_step_end=look)
+    assert np.abs(watched - pictures(pipe, **request)).max() <= 1
+    assert [s[0] for s in seen] == [0, 1, 2]
+    assert [s[1] for s in seen] == sorted((s[1] for s in seen), reverse=True)
+    assert seen[0][2] == (1, 8, 8, 4)
+
+    black_out = lambda pipe, step, timestep, values: {"latents": jnp.zeros_like(values["latents"])}
+    assert np.abs(pictures(pipe, **request, callback_on_step_end=black_out) - watched).max() > 5
+
+
+def test_output_types(pipe: StableDiffusionPipeline):
+    request = {"prompt": "a", "seed": 0, "num_inference_steps": 2}
+    image = pipe(**request).images[0]
+    assert isinstance(image, Image.Image)
+    assert image.size == (16, 16)
+    array = pipe(**request, output_type="np").images
+    assert array.dtype == np.float32
+    assert np.array_equal(np.round(array[0] * 255).astype(np.uint8), np.asarray(image))
+    latents = pipe(**request, output_type="latent").images
+    assert isinstance(latents, jax.Array)
+    assert latents.shape == (1, 8, 8, 4)
+
+
+def test_given_latents_embeddings_and_keys_replace_what_is_drawn_or_encoded(pipe: StableDiffusionPipeline, rng):
+    encoder = pipe.components["text_encoder"]
+    ids = pipe.components["tokenizer"]("hi", padding="max_length", max_length=16, return_tensors="np")["input_ids"]
+    states = encoder.apply({"params": pipe.params["text_encoder"]}, jnp.asarray(ids, jnp.int32)).last_hidden_state
+    by_prompt = pictures(pipe, "hi", seed=0)
+    assert np.abs(pictures(pipe, prompt_embeds=states, seed=0) - by_prompt).max() <= 1
+    assert np.abs(pictures(pipe, "hi", key=jax.random.key(0)) - by_prompt).max() <= 1
+    noise = rng.standard_normal((1, 8, 8, 4))
+    assert np.array_equal(pictures(pipe, "hi", latents=noise, seed=1), pictures(pipe, "hi", latents=noise, seed=2))
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_the_rest_named(pipe: StableDiffusionPipeline):
+    with pytest.warns(UserWarning, match="'o p q'"):
+        long = pictures(pipe, " ".join("abcdefghijklmnopq"), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(long, pictures(pipe, " ".join("abcdefghijklmn"), seed=0))
+
+
+def test_guidance_of_one_is_the_conditional_prediction_alone(pipe: StableDiffusionPipeline):
+    guided = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[1.0, 4.0])
+    plain = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=1.0, batch_size=1)
+    assert np.abs(guided[0] - plain[0]).max() <= 1
+    assert np.abs(guided[1] - plain[1]).max() > 1
+
+
+def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipeline):
+    whole = pictures(pipe, ["a", "b"], seed=[0, 1])
+    assert np.abs(pictures(pipe.replace(vae_slicing=True), ["a", "b"], seed=[0, 1]) - whole).max() <= 1
+    tiled = pictures(pipe.replace(vae_tiling=6), "a", seed=0)
+    assert tiled.shape == (1, 16, 16, 3)
+    assert np.abs(tiled[0] - whole[0]).mean() < 20  # each tile has its own norms, so alike but not equal
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"height": 15}, "height must be a multiple of 2, got 15; try 14 or 16"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"prompt": 3}, "prompt must be a string"),
+        ({"prompt": []}, "at least one string"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 1 pictures"),
+        ({"seed": -1}, "a seed must be an integer from 0 to 4294967295"),
+        ({"seed": 0, "key": jax.random.key(0)}, "seed or key, not both"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents must be \(1, 8, 8, 4\)"),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale has 2 entries"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, latent"),
+        ({"clip_skip": 2}, "clip_skip must be from 0 to 1, got 2"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
+        ({"num_inference_steps": 2, "timesteps": [1]}, "exactly one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, request_: dict, message: str):
+    before = pipe.programs.compilations
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe(**{"prompt": "a"} | request_)
+    assert pipe.programs.compilations == before
+
+
+def test_pipelines_are_immutable_and_replaced(pipe: StableDiffusionPipeline):
+    other = pipe.replace(scheduler=schedulers.EulerDiscreteScheduler())
+    assert isinstance(pipe.scheduler, schedulers.DDIMScheduler)
+    assert isinstance(other.scheduler, schedulers.EulerDiscreteScheduler)
+    assert other.params["unet"] is pipe.params["unet"]
+    with pytest.raises(AttributeError):
+        pipe.mesh = None  # type: ignore[misc]
+    with pytest.raises(TypeError, match="no component 'sheduler'"):
+        pipe.replace(sheduler=1)
+
+
+def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDiffusionPipeline, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path).replace(programs=pipe.programs)
+    assert type(again) is StableDiffusionPipeline
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, pipe.params))
+    assert np.array_equal(pictures(again, "a", seed=0), pictures(pipe, "a", seed=0))
+    euler = schedulers.EulerDiscreteScheduler()
+    assert DiffusionPipeline.from_pretrained(tmp_path, scheduler=euler).scheduler == euler
+    with pytest.raises(TypeError, match="no component sheduler"):
+        DiffusionPipeline.from_pretrained(tmp_path, sheduler=euler)
+
+
+def test_a_saved_program_is_used_and_a_damaged_one_is_compiled_again(pipe: StableDiffusionPipeline, tmp_path):
+    expected = pictures(pipe, "a", seed=0)
+    files = pipe.save_compiled(tmp_path)
+    assert files
+    fresh = pipe.replace(programs=Programs()).load_compiled(tmp_path)
+    assert np.array_equal(pictures(fresh, "a", seed=0), expected)
+    assert fresh.programs.compilations == 0
+    for file in files:
+        file.write_bytes(b"damaged")
+    fresh = pipe.replace(programs=Programs()).load_compiled(tmp_path)
+    with pytest.warns(UserWarning, match="compiled again"):
+        assert np.array_equal(pictures(fresh, "a", seed=0), expected)
+    assert fresh.programs.compilations == 1
+
+
+def test_compile_runs_nothing_and_the_call_then_compiles_nothing(pipe: StableDiffusionPipeline):
+    fresh = pipe.replace(programs=Programs()).compile("", num_images_per_prompt=2)
+    assert fresh.programs.compilations == 1
+    pictures(fresh, "a", num_images_per_prompt=2, seed=0)
+    assert fresh.programs.compilations == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "size"), [(1, 1, 1), (3, 1, 4), (5, 1, 8), (1, 8, 8), (9, 8, 16), (17, 8, 32)]
+)
+def test_padding_uses_few_sizes(images: int, devices: int, size: int):
+    assert padded_size(images, devices) == size
