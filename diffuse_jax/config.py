@@ -1,8 +1,9 @@
 """Frozen, hashable configurations that read and write the JSON of diffusers and transformers.
 
-A configuration is a plain frozen dataclass. Its fields carry the names and the defaults of the JSON keys, so a file that
-leaves a key out means the same here as in PyTorch. Keys that a class does not know are kept (``extra``) and written
-back, so reading and saving a folder loses nothing. A configuration never reads files, the environment or devices.
+A configuration is a plain frozen dataclass. Its fields carry the names and the defaults of the JSON keys, so a file
+that leaves a key out means the same here as in PyTorch. Keys that a class does not know are kept (``extra``) and
+written back, so reading and saving a folder loses nothing. A configuration never reads files, the environment or
+devices.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Config:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Build from the JSON object of ``config.json`` (or ``scheduler_config.json``); unknown keys are kept in ``extra``."""
+        """Build from the object in ``config.json`` or ``scheduler_config.json``; unknown keys go to ``extra``."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fields = {k: v for k, v in data.items() if k in known}
         return cls(**fields, extra=freeze({k: v for k, v in data.items() if k not in known}))

@@ -46,7 +46,8 @@ def conv2d(
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
         raise ValueError(f"conv2d takes x [B,H,W,C] and kernel [kh,kw,C,O], got {x.shape} and {kernel.shape}")
-    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    rows, columns = (stride, stride) if isinstance(stride, int) else stride
+    strides = (rows, columns)
     pads = _pads(padding, x.shape[1:3], kernel.shape[:2], strides)
     possible = possible_algorithms(x.shape, kernel.shape, strides, pads)
     chosen = algorithm or choose_algorithm(x.shape, kernel.shape, strides, pads)
@@ -101,7 +102,9 @@ def _convolve(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads, alg
 
 
 @_convolve.defjvp
-def _convolve_jvp(strides, pads, algorithm, primals, tangents):
+def _convolve_jvp(
+    strides: tuple[int, int], pads: Pads, algorithm: str, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     # XLA's own transposes: the derivatives of the algorithms below measured no faster, and need more memory.
     (x, kernel), (dx, dkernel) = primals, tangents
     out = _convolve(x, kernel, strides, pads, algorithm)

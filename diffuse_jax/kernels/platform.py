@@ -31,6 +31,6 @@ def current_platform() -> str:
     """What :func:`target_platform` says, else "cpu", "gpu" or "tpu" as where JAX puts new arrays."""
     if _target.value is not None:
         return _target.value
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "gpu" if name in ("cuda", "rocm") else str(name)

@@ -26,10 +26,10 @@ class Attention(nn.Module):
         if D % self.heads:
             raise ValueError(f"width {D} cannot be split over {self.heads} attention heads")
         context = x if context is None else context
-        dense = lambda source, bias, name: Dense(  # noqa: E731
+        dense = lambda source, bias, name: Dense(
             D, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )(source)
-        split = lambda y: y.reshape(B, -1, self.heads, D // self.heads)  # noqa: E731
+        split = lambda y: y.reshape(B, -1, self.heads, D // self.heads)
         query = split(dense(x, self.qkv_bias, "to_q"))
         key = split(dense(context, self.qkv_bias, "to_k"))
         value = split(dense(context, self.qkv_bias, "to_v"))

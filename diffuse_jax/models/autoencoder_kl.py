@@ -22,7 +22,7 @@ EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig(Config):
-    """``config.json`` of an ``AutoencoderKL``; ``scaling_factor`` is what latents are multiplied with after encoding."""
+    """``config.json`` of an ``AutoencoderKL``; ``scaling_factor`` is what latents are multiplied by after encoding."""
 
     class_name: ClassVar[str] = "AutoencoderKL"
 
@@ -106,7 +106,7 @@ class AutoencoderKL(Model):
         return {"images": jax.ShapeDtypeStruct((1, edge, edge, self.config.in_channels), jnp.float32)}
 
     def encode(self, images: jax.Array) -> Posterior:
-        """``images [B,H,W,3]`` in [-1, 1] -> the posterior over latents, float32. ``H`` and ``W``: multiples of ``scale``."""
+        """``images [B,H,W,3]`` in [-1, 1] -> posterior over latents, float32. ``H``, ``W``: multiples of ``scale``."""
         check_images(images, self.config)
         moments = self.encoder(jnp.asarray(images, self.dtype))
         if self.config.use_quant_conv:
@@ -149,7 +149,7 @@ def unscale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Arra
 
 
 def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation per channel, ``[1,1,1,c]``; zero (or ``shift_factor``) and one unless the file has them."""
+    """Mean and deviation per channel, ``[1,1,1,c]``; zero (or ``shift_factor``) and one unless the file has them."""
     shape = (1, 1, 1, config.latent_channels)
     if config.latents_mean is not None and config.latents_std is not None:
         return jnp.array(config.latents_mean).reshape(shape), jnp.array(config.latents_std).reshape(shape)

@@ -32,7 +32,7 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers around an activation, ``[B,D] -> [B,dim]``; ``condition`` is projected and added to the input."""
+    """Two dense layers around an activation, ``[B,D] -> [B,dim]``; ``condition`` is projected and added to it first."""
 
     dim: int
     act_fn: str = "silu"

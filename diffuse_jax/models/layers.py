@@ -1,7 +1,7 @@
 """The four layers that every network is made of, in channel-last layout.
 
-Each takes ``dtype`` (what it computes in) and ``param_dtype`` (what fresh parameters are). Norms take their statistics in
-float32 whatever ``dtype`` is.
+Each takes ``dtype`` (what it computes in) and ``param_dtype`` (what fresh parameters are). Norms take their statistics
+in float32 whatever ``dtype`` is.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ end of a line counts parameters; the tests hold names, shapes and counts against
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
-ATTENTION_BELOW_FIRST = {
+ATTENTION_BELOW_FIRST: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }

@@ -203,7 +203,7 @@ class UNet2DConditionModel(Model):
     def example_inputs(self) -> dict[str, Any]:
         c = self.config
         size = 2 ** (len(c.block_out_channels) - 1)
-        array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+        array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
         inputs: dict[str, Any] = {
             "sample": array(1, size, size, c.in_channels),
             "timesteps": array(1),
@@ -283,7 +283,7 @@ class UNet2DConditionModel(Model):
         """Everything that is not spatial as one vector ``[B,time_embed_dim]``."""
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        waves = lambda t, dim: sinusoidal_embedding(  # noqa: E731
+        waves = lambda t, dim: sinusoidal_embedding(
             t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
         ).astype(self.dtype)
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))

@@ -56,7 +56,7 @@ class CLIPTextConfig(Config):
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder gives; ``hidden_states`` are the embeddings and then each layer's output, before the last norm."""
+    """What the encoder gives; ``hidden_states`` are the embeddings, then each layer's output, before the last norm."""
 
     last_hidden_state: jax.Array  # [B,L,D], after the final norm
     pooled_output: jax.Array  # [B,D], the final state at the end-of-text token
@@ -190,7 +190,7 @@ class CausalAttention(Part):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         B, L, D = x.shape
         heads = self.config.num_attention_heads
-        project = lambda name: Dense(D, **self.dtypes, name=name)(x).reshape(B, L, heads, D // heads)  # noqa: E731
+        project = lambda name: Dense(D, **self.dtypes, name=name)(x).reshape(B, L, heads, D // heads)
         query, key, value = project("q_proj"), project("k_proj"), project("v_proj")
         mask = None if mask is None else mask.astype(bool)[:, None, None, :]
         h = attention(query, key, value, mask=mask, is_causal=True)

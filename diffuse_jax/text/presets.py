@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffuse_jax.text.clip import CLIPTextConfig
 
-OLD_IDS = {"bos_token_id": 0, "eos_token_id": 2}
+OLD_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
 """Ids as the published files have them, from before they were corrected; see :class:`CLIPTextConfig`."""
 
 CLIP_L = CLIPTextConfig(  # 123,060,480; SD 1.x and SDXL's first encoder
