@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SHIPPED_MODEL = "diffuse-jax/emoji"
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
+PREDICTIONS = ("epsilon", "v_prediction")
 EXTRAS = {
     "train": ("datasets", "grain", "tensorboard"),
     "torch": ("torch", "diffusers", "accelerate"),
@@ -44,7 +45,9 @@ REQUIRED = (
     "safetensors",
     "huggingface_hub",
 )
-TO_PIPELINE = ("variant", "revision", "dtype")
+FROM_FOLDER = ("dtype", "revision", "variant")
+FROM_SINGLE_FILE = ("dtype", "revision", "tokenizer", "prediction_type")
+TO_CONVERT = ("dtype", "variant", "prediction_type")
 TO_CALL = (
     "prompt",
     "negative_prompt",
@@ -96,7 +99,7 @@ def generate(args: argparse.Namespace) -> None:
 
     say(f"loading {args.model}")
     start = time.perf_counter()
-    pipe: Any = diffuse_jax.DiffusionPipeline.from_pretrained(args.model, **given(args, TO_PIPELINE))
+    pipe = open_pipeline(args)
     if args.scheduler:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
     loaded = time.perf_counter()
@@ -113,6 +116,18 @@ def generate(args: argparse.Namespace) -> None:
         f"seed {seeds}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
         f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s a picture)"
     )
+
+
+def open_pipeline(args: argparse.Namespace) -> Any:
+    """The model's pipeline: from one file in the original layout, else from a folder or the Hub."""
+    single = Path(args.model).suffix in (".safetensors", ".ckpt")
+    allowed, others = (FROM_SINGLE_FILE, FROM_FOLDER) if single else (FROM_FOLDER, FROM_SINGLE_FILE)
+    if wrong := given(args, [name for name in others if name not in allowed]):
+        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        raise ValueError(f"{flags}: not for {'a single file' if single else 'a folder or a Hub id'}")
+    pipeline = diffuse_jax.DiffusionPipeline
+    open_it = pipeline.from_single_file if single else pipeline.from_pretrained
+    return open_it(args.model, **given(args, allowed))
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def convert(args: argparse.Namespace) -> None:
     from diffuse_jax.convert import convert as convert_checkpoint
 
     start = time.perf_counter()
-    convert_checkpoint(args.src, args.dst, to=args.to, dtype=args.dtype)
+    convert_checkpoint(args.src, args.dst, to=args.to, **given(args, TO_CONVERT))
     print(args.dst)
     say(f"converted and verified in {time.perf_counter() - start:.1f} s")
 
@@ -273,9 +288,11 @@ def add_generate(commands: Any) -> None:
     add = add_command(commands, "generate", generate, "pictures from prompts", example).add_argument
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
     add("--negative-prompt", action="append", metavar="TEXT", help="what to steer away from; once, or once per prompt")
-    add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder or Hub id (default: %(default)s, no network)")
+    add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder, Hub id or single file (default: %(default)s)")
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    add("--tokenizer", metavar="SOURCE", help="folder or Hub id with the tokenizer that a single file lacks")
+    add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
     add("--dtype", choices=DTYPES, help="what the networks compute in")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
     add("--num-inference-steps", type=positive(int), metavar="N", help="denoising steps")
@@ -306,6 +323,8 @@ def add_convert(commands: Any) -> None:
     add("dst", metavar="DST", help="folder or file to write")
     add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
+    add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
+    add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
 
 
 def positive(kind: type) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -47,11 +48,15 @@ class FakePipeline:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
 
-    def from_pretrained(source: str, **options: Any) -> FakePipeline:
-        fake.source, fake.options = source, options
-        return fake
+    def opener(kind: str) -> Any:
+        def open_it(source: str, **options: Any) -> FakePipeline:
+            fake.opened, fake.source, fake.options = kind, source, options
+            return fake
 
-    monkeypatch.setitem(vars(diffuse_jax), "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
+        return open_it
+
+    kinds = {kind: opener(kind) for kind in ("from_pretrained", "from_single_file")}
+    monkeypatch.setitem(vars(diffuse_jax), "DiffusionPipeline", SimpleNamespace(**kinds))
     monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
     return fake
 
@@ -126,6 +131,20 @@ def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> N
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_a_single_file_is_opened_as_one(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", "--prompt", "a cat", "--output", tmp_path, "--model")
+    flags = ("--tokenizer", "words", "--prediction-type", "v_prediction")
+    assert run(*words, "model.safetensors", *flags) == 0
+    assert (pipeline.opened, pipeline.source) == ("from_single_file", "model.safetensors")
+    assert pipeline.options == {"tokenizer": "words", "prediction_type": "v_prediction"}
+    assert run(*words, "model.ckpt", "--variant", "fp16") == 1
+    assert "--variant: not for a single file" in capsys.readouterr().err
+    assert run(*words, "folder", *flags) == 1
+    assert "--tokenizer, --prediction-type: not for a folder" in capsys.readouterr().err
+
+
 def test_without_a_seed_the_one_drawn_is_reported(
     pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,6 +205,26 @@ def test_errors_are_plain_words_and_a_status(
     out, err = capsys.readouterr()
     assert out == ""
     assert err in ("diffuse-jax convert: no folder 'x'\n", "interrupted\n")
+
+
+def test_convert_passes_only_what_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    home = importlib.import_module("diffuse_jax.convert")
+    monkeypatch.setattr(home, "convert", lambda *args, **options: calls.append((args, options)))
+    assert run("convert", "a", "b") == 0
+    assert (
+        run("convert", "a.ckpt", "b", "--to", "flax-msgpack", "--dtype", "float16", "--prediction-type", "epsilon") == 0
+    )
+    options = {"to": "flax-msgpack", "dtype": "float16", "prediction_type": "epsilon"}
+    assert calls == [(("a", "b"), {"to": "diffusers"}), (("a.ckpt", "b"), options)]
+    assert capsys.readouterr().out == "b\nb\n"
+
+
+def test_choices_are_those_of_the_library() -> None:
+    home = importlib.import_module("diffuse_jax.convert")
+    assert set(cli.LAYOUTS) == set(home.LAYOUTS)
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
