@@ -30,12 +30,11 @@ IGNORED = re.compile(r"(^|\.)position_ids$")
 """Keys of buffers that hold no parameter; they may be in a file and are not read."""
 
 ALIASES: Renames = (
-    (r"(attentions\.\d+\.)(query|key|value)\.", r"\1to_\2."),
-    (r"\.to_query\.", ".to_q."),
-    (r"\.to_key\.", ".to_k."),
-    (r"\.to_value\.", ".to_v."),
+    (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
+    (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
-    (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
+    (r"^(embeddings|encoder\.layers|final_layer_norm)\.", r"text_model.\1."),
 )
 """PyTorch keys as other releases wrote them -> as they are written now (VAE attention before 2023; transformers 5)."""
 

@@ -85,28 +85,24 @@ STORAGES = {
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> TensorSpec:
     """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``; gradients and hooks are of no interest."""
-    return _checked(TensorSpec(storage, offset, tuple(shape), tuple(strides), storage.dtype))
+    return _window(storage, offset, shape, strides, getattr(storage, "dtype", None))
 
 
 def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> TensorSpec:
     """``_rebuild_tensor_v3``: an untyped storage with the dtype as the third further argument."""
-    dtype = rest[2]
-    if not isinstance(dtype, np.dtype):
-        raise TypeError("a tensor without a dtype")
-    return _checked(TensorSpec(storage, offset, tuple(shape), tuple(strides), dtype))
+    return _window(storage, offset, shape, strides, rest[2])
 
 
-def _checked(spec: TensorSpec) -> TensorSpec:
-    """Refuse windows that are not made of natural numbers or reach outside their storage."""
-    numbers = (spec.offset, *spec.shape, *spec.strides)
-    if not isinstance(spec.storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise TypeError("a tensor whose storage, offset, shape or strides are not what they should be")
-    if len(spec.shape) != len(spec.strides):
-        raise TypeError("a tensor with as many strides as it has axes is expected")
-    last = spec.offset + sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
-    if 0 not in spec.shape and (last + 1) * spec.dtype.itemsize > spec.storage.size * spec.storage.dtype.itemsize:
-        raise TypeError(f"a tensor of shape {list(spec.shape)} reaches outside its storage of {spec.storage.size}")
-    return spec
+def _window(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorSpec:
+    """A tensor, unless its parts are of the wrong kind or it would reach outside its storage."""
+    if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
+        raise TypeError("a tensor whose storage or dtype is not what it should be")
+    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
+        raise TypeError("a tensor whose offset, shape or strides are not what they should be")
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if 0 not in shape and (last + 1) * dtype.itemsize > storage.size * storage.dtype.itemsize:
+        raise TypeError(f"a tensor of shape {list(shape)} that reaches outside its storage of {storage.size} elements")
+    return TensorSpec(storage, offset, tuple(shape), tuple(strides), dtype)
 
 
 CALLS: dict[Name, Callable[..., Any]] = {

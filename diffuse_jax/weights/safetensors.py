@@ -54,9 +54,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     header, start, data = _header(path)
     header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
     tensors, expected_begin = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(path, *item)):
-        dtype, shape, begin, end = _entry(path, name, entry)
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != expected_begin:
             raise bad(path, f"{name!r} begins at byte {begin} of the data, expected {expected_begin} (overlap or hole)")
         if start + end > len(data):
@@ -70,7 +70,10 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a file (empty if it has none)."""
-    return dict(_header(path)[0].get("__metadata__") or {})
+    metadata = _header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise bad(path, "its __metadata__ is not a JSON object")
+    return metadata
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, np.ndarray]:
@@ -99,19 +102,13 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _begin(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Sort key: where a tensor begins (empty tensors before the one that starts at the same byte)."""
-    _, _, begin, end = _entry(path, name, entry)
-    return begin, end
-
-
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """A checked header entry as (dtype, shape, begin, end)."""
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise bad(path, f"header entry of {name!r} lacks dtype, shape or data_offsets") from error
-    if kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in DTYPES:
         raise bad(path, f"{name!r} has dtype {kind!r}; known are {', '.join(DTYPES)}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise bad(path, f"{name!r} has shape {list(shape)} and offsets {[begin, end]}; these must be natural numbers")

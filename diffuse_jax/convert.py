@@ -1,0 +1,292 @@
+"""Rewriting a checkpoint in another layout, with proof that nothing was lost.
+
+    convert("sd-v1-5.safetensors", "sd15", to="diffusers", dtype="bfloat16")
+
+What is written goes under a temporary name, is read again and compared bit for bit with its source, and only then takes
+its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from diffuse_jax import weights
+from diffuse_jax.models import AutoencoderKL, Model, UNet2DConditionModel
+from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
+from diffuse_jax.weights import WeightsError, names
+from diffuse_jax.weights.copy import compact, forget
+from diffuse_jax.weights.files import STEMS
+from diffuse_jax.weights.msgpack import write_msgpack
+from diffuse_jax.weights.save import save_tensors
+from diffuse_jax.weights.single_file import family_for
+
+LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
+MODELS: dict[str, type[Model]] = {
+    cls.__name__: cls for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
+}
+LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
+"""Components that this library has no class for; the converted index has them as absent."""
+
+Views = dict[names.Path, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network of the source: its class, its library, its configuration and its tensors, as views of files."""
+
+    library: str
+    model: Model
+    config: dict[str, Any]
+    views: Views
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """All that is converted.
+
+    Attributes:
+      class_name: the pipeline's class; empty if the source is one network's folder.
+      networks: component name -> network.
+      folders: component name -> (library, class, folder) of tokenizers and schedulers, which are copied.
+      schedulers: component name -> configuration, where the source has no folder for it.
+      absent: names of components left out.
+      options: other values of ``model_index.json``.
+    """
+
+    class_name: str
+    networks: dict[str, Network]
+    folders: dict[str, weights.Component] = dataclasses.field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str = "diffusers",
+    dtype: DTypeLike | None = None,
+    *,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+) -> Path:
+    """Rewrite a checkpoint in another layout and check what was written.
+
+    Args:
+      src: a pipeline's folder or a network's, in diffusers layout (safetensors, ``.bin`` or ``.msgpack``), a Hub id, or
+        one ``.safetensors``/``.ckpt`` file in the original layout.
+      dst: what to write: a folder, or for ``single-file`` a file. It must not exist yet (an empty folder may).
+      to: ``"diffusers"`` (safetensors, PyTorch's names), ``"flax-msgpack"`` (the folders of old Flax releases) or
+        ``"single-file"`` (the original layout, for pipelines of Stable Diffusion 1.x, 2.x and XL).
+      dtype: what floating-point tensors are cast to; None keeps theirs.
+      variant: which weight files of the source to read, for example ``"fp16"``.
+      prediction_type: of a single file; see :func:`diffuse_jax.weights.read_single_file`.
+
+    Returns:
+      ``dst``.
+
+    Raises:
+      WeightsError: the source cannot be read or does not fit its configuration, the layout has no place for it, or the
+        result is not what was meant to be written. Nothing is left behind then.
+      ValueError: an unknown layout.
+      FileExistsError: ``dst`` is in the way.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    dst = Path(dst)
+    if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
+        raise FileExistsError(f"{dst} exists; remove it or name another place")
+    source = open_source(src, variant=variant, prediction_type=prediction_type)
+    with _finished(dst) as partial:
+        WRITERS[to](source, partial, dtype)
+        _verify(source, partial, to, dtype)
+    return dst
+
+
+@contextmanager
+def _finished(dst: Path) -> Iterator[Path]:
+    """A path in a temporary folder beside ``dst``; what is there at the end becomes ``dst``, if all went well."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", suffix=".partial", dir=dst.parent) as folder:
+        partial = Path(folder) / dst.name
+        yield partial
+        if dst.is_dir():
+            dst.rmdir()
+        partial.rename(dst)
+
+
+def open_source(src: str | Path, *, variant: str | None = None, prediction_type: str | None = None) -> Source:
+    """Find, read and check a checkpoint in any layout; tensors stay in their files until they are used."""
+    if Path(src).is_file():
+        return _open_single_file(Path(src), prediction_type)
+    folder = weights.resolve(src, variant=variant, skip=LEFT_OUT)
+    if not (folder / "model_index.json").is_file():
+        config = weights.read_json(folder / "config.json")
+        kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
+        return Source("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
+    index = weights.read_index(folder)
+    networks, folders = {}, {}
+    for name, entry in index.components.items():
+        if name in LEFT_OUT:
+            continue
+        if entry.class_name in MODELS or _has_weights(entry.folder):
+            networks[name] = _open_network(
+                entry.library, entry.class_name, entry.folder, folder / "model_index.json", variant
+            )
+        else:
+            folders[name] = entry
+    absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
+    return Source(index.class_name, networks, folders, {}, absent, index.options)
+
+
+def _has_weights(folder: Path) -> bool:
+    endings = {".safetensors", ".bin", ".msgpack", ".ckpt", ".pt"}
+    return folder.is_dir() and any(path.suffix in endings for path in folder.iterdir())
+
+
+def _open_network(library: str, kind: str, folder: Path, named_in: Path, variant: str | None) -> Network:
+    """A network from its folder, matched against the shapes of its class."""
+    cls = _class(kind, named_in)
+    model = cls.from_config(folder)
+    checkpoint = weights.read_checkpoint(weights.weight_files(folder, cls.weights_name, variant))
+    views = weights.match(checkpoint, model.shapes(), label=str(folder))
+    return Network(library, model, weights.read_json(folder / "config.json"), views)
+
+
+def _class(kind: str, named_in: Path) -> type[Model]:
+    plain = kind.removeprefix("Flax")
+    if plain not in MODELS:
+        raise WeightsError(f"{named_in}: cannot convert a {kind!r}; known are {', '.join(MODELS)}")
+    return MODELS[plain]
+
+
+def _open_single_file(path: Path, prediction_type: str | None) -> Source:
+    """A pipeline from one file; its tokenizers are not in it."""
+    file = weights.read_single_file(path, prediction_type=prediction_type)
+    return Source(file.class_name, _networks(file, path), {}, file.schedulers, (), file.options)
+
+
+def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
+    """The networks of a single file, matched against the shapes of their classes."""
+    networks = {}
+    for name, part in file.networks.items():
+        model = _class(part.class_name, path).from_config(part.config)
+        views = weights.match(part.checkpoint, model.shapes(), label=f"{path}: {name}")
+        networks[name] = Network(part.library, model, part.config, views)
+    return networks
+
+
+def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
+    """What a tensor is written as."""
+    return jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
+
+
+def _write_diffusers(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+    for name, network in source.networks.items():
+        tensors = _torch_tensors(network)
+        specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
+        read = lambda key, tensors=tensors: _read(tensors[key], dtype)
+        save_tensors(dst / name, specs, read, network.model.weights_name)
+        head = {"_class_name": type(network.model).__name__} if "_class_name" in network.config else {}
+        weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
+    _write_rest(source, dst, "")
+
+
+def _architectures(network: Network, prefix: str = "") -> dict[str, Any]:
+    """transformers' way to name a class; networks of diffusers have ``_class_name`` instead."""
+    return {"architectures": [prefix + type(network.model).__name__]} if network.model.model_type else {}
+
+
+def _write_flax(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+    for name, network in source.networks.items():
+        old = {_old_flax(path): array for path, array in network.views.items()}
+        specs = {path: (_dtype(array, dtype), array.shape) for path, array in old.items()}
+        _, stem = STEMS[network.model.weights_name]
+        write_msgpack(dst / name / f"{stem}.msgpack", specs, lambda path, old=old: _read(old[path], dtype))
+        head = {"_class_name": f"Flax{type(network.model).__name__}"} if "_class_name" in network.config else {}
+        weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
+    _write_rest(source, dst, "Flax")
+
+
+def _old_flax(path: names.Path) -> names.Path:
+    return tuple(names.rename("/".join(path), names.FLAX_OLD).split("/"))
+
+
+def _write_single_file(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+    if not source.class_name:
+        raise WeightsError("one network is no single-file checkpoint; convert the pipeline's folder")
+    family = family_for({name: network.config for name, network in source.networks.items()})
+    tensors = {name: _torch_tensors(network) for name, network in source.networks.items()}
+    weights.write_single_file(dst, tensors, family, lambda array: _dtype(array, dtype))
+
+
+WRITERS = {"diffusers": _write_diffusers, "flax-msgpack": _write_flax, "single-file": _write_single_file}
+
+
+def _torch_tensors(network: Network) -> dict[str, np.ndarray]:
+    """PyTorch's names and axes, as views."""
+    return {key: names.to_torch(path, network.views[path]) for key, path in names.torch_keys(network.views).items()}
+
+
+def _read(view: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
+    """A tensor in memory, in the dtype of the result; its pages of the file are given back."""
+    array = compact(view, _dtype(view, dtype))
+    forget(view)
+    return array
+
+
+def _write_rest(source: Source, dst: Path, prefix: str) -> None:
+    """Tokenizers, schedulers and the index of a pipeline."""
+    if not source.class_name:
+        return
+    entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(source.absent, (None, None))
+    for name, network in source.networks.items():
+        entries[name] = (network.library, prefix + type(network.model).__name__)
+    for name, entry in source.folders.items():
+        flax = prefix if entry.library == "diffusers" else ""
+        shutil.copytree(entry.folder, dst / name)
+        entries[name] = (entry.library, flax + entry.class_name)
+        scheduler = dst / name / "scheduler_config.json"
+        if scheduler.is_file():
+            weights.write_json(scheduler, weights.read_json(scheduler) | {"_class_name": flax + entry.class_name})
+    for name, config in source.schedulers.items():
+        kind = prefix + config["_class_name"]
+        weights.write_json(dst / name / "scheduler_config.json", config | {"_class_name": kind})
+        entries[name] = ("diffusers", kind)
+    weights.write_index(dst, prefix + source.class_name, entries, source.options)
+
+
+def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> None:
+    """Read the result as anybody would and compare every tensor with its source, bit for bit."""
+    if to == "single-file":
+        configs = {name: network.config for name, network in source.networks.items()}
+        again = _networks(weights.read_single_file(written, configs=configs), written)
+    else:
+        again = {
+            name: _open_network("", type(network.model).__name__, written / name, written / name, None)
+            for name, network in source.networks.items()
+        }
+    if again.keys() != source.networks.keys():
+        raise WeightsError(f"{written}: holds {', '.join(again)} instead of {', '.join(source.networks)}")
+    for name, network in source.networks.items():
+        for path, view in network.views.items():
+            if not _same_bits(_read(view, dtype), again[name].views[path]):
+                raise WeightsError(f"{written}: {name}/{'/'.join(path)} differs from its source after writing")
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are equal in dtype, shape and every bit (so a NaN equals itself)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    raw = np.dtype(f"u{a.dtype.itemsize}")
+    return bool(np.array_equal(a.view(raw), _read(b, None).view(raw)))
