@@ -1,0 +1,94 @@
+"""The loop around the compiled step: batches in, log lines and checkpoints out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from diffuse_jax.models.base import Params
+from diffuse_jax.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from diffuse_jax.training.state import Metrics, TrainState
+
+Step = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
+
+
+class Log:
+    """One JSON object per line in ``OUTPUT/log.jsonl``: means of the metrics since the last line, and speed."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir) / "log.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.pending: list[Metrics] = []
+        self.start = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        """Remember the metrics of one step; nothing is fetched from the device yet."""
+        self.pending.append(metrics)
+
+    def flush(self, step: int, **more: float) -> dict[str, float]:
+        """Write a line for the steps since the last one. A loss that is not finite stops the run here."""
+        fetched = jax.device_get(self.pending)
+        means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+        speed = len(fetched) / (time.perf_counter() - self.start)
+        record = {"step": step, **means, **more, "steps_per_second": speed}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: round(v, 7) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        if not np.isfinite(means["loss"]):
+            raise FloatingPointError(f"the loss is {means['loss']} at step {step}; try a lower --learning_rate")
+        self.pending, self.start = [], time.perf_counter()
+        return record
+
+
+def resume(output_dir: str | Path, which: str | None, state: TrainState) -> TrainState:
+    """``state``, or what ``--resume_from_checkpoint`` names; ``latest`` without a checkpoint starts anew."""
+    folder = find_checkpoint(output_dir, which) if which else None
+    if which and folder is None:
+        print(f"no checkpoint in {output_dir}; starting from step 0", file=sys.stderr)
+    return load_checkpoint(folder, state) if folder else state
+
+
+def train(
+    state: TrainState,
+    step: Step,
+    frozen: Params,
+    batches: Callable[[int], Any],
+    *,
+    output_dir: str | Path,
+    max_train_steps: int,
+    rate: Callable[[int], Any],
+    logging_steps: int,
+    checkpointing_steps: int,
+    checkpoints_total_limit: int | None = None,
+    export: Callable[[Path, TrainState], None] | None = None,
+) -> TrainState:
+    """Run ``step`` on ``batches(n)`` until ``max_train_steps`` updates are made in all, counted from the state's own.
+
+    The batch is divided over all local devices along its first axis; parameters are copied to each. ``export`` writes
+    the model in its inference format beside each checkpoint's state.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    divided, copied = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    state, frozen = jax.device_put((state, frozen), copied)
+    log = Log(output_dir)
+    first = int(state.step)
+    bar = tqdm(range(first, max_train_steps), initial=first, total=max_train_steps, mininterval=5, file=sys.stderr)
+    for n in bar:
+        state, metrics = step(state, frozen, jax.device_put(batches(n), divided))
+        log.add(metrics)
+        if (n + 1) % logging_steps == 0 or n + 1 == max_train_steps:
+            record = log.flush(n + 1, learning_rate=float(rate(n)))
+            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+        if (n + 1) % checkpointing_steps == 0:
+            folder = save_checkpoint(output_dir, state, checkpoints_total_limit)
+            if export is not None:
+                export(folder, state)
+    return state

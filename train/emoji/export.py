@@ -1,0 +1,123 @@
+"""Write a trained emoji model as it ships: float16 weights, configs, tokenizer and a model card with the sources.
+
+    python train/emoji/export.py --model runs/emoji/model --train_data_dir runs/emoji/data/train \\
+        --output_dir diffuse_jax/assets/emoji
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.models.autoencoder_kl import AutoencoderKL
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
+from diffuse_jax.text.clip import CLIPTextModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sources import CAPTIONS, SOURCES
+
+LIMIT = 12_000_000
+"""Bytes that the folder may have in all."""
+
+CARD = """\
+---
+license: other
+library_name: diffusers
+tags: [text-to-image, stable-diffusion, emoji]
+---
+
+# emoji
+
+A miniature Stable Diffusion: text to 64x64 pictures of emoji, in the style that the prompt names.
+
+    from diffuse_jax import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
+    prompts = ["a red apple, noto style", "koala, twemoji style"]
+    pipe(prompts, num_inference_steps=25, guidance_scale=5.0, seed=0).images
+
+Prompts are "NAME, STYLE style" with a name from the Unicode emoji list and one of the styles below; {length} tokens
+count. PyTorch diffusers opens the same folder with `StableDiffusionPipeline.from_pretrained`.
+
+Parts: a UNet of {unet:,} parameters on 16x16x4 latents (velocity prediction, a schedule that ends in pure noise), an
+autoencoder of {vae:,}, a CLIP text encoder of {text:,}, a byte-pair tokenizer of {vocab:,} symbols. Weights are
+float16. Trained from random numbers on {total:,} pictures by `train/vae.py` and `train/text_to_image.py`; how is told
+in the documentation of diffuse_jax, page "The shipped model".
+
+Limits: it knows emoji and nothing else. Small writing, hands, faces of people and rare objects come out vague.
+
+## Sources and licences
+
+The pictures that it learned from, all with thanks; CC-BY-4.0 asks that their makers be named wherever the model is
+used.
+
+| style | pictures | source | made by | licence |
+|---|---|---|---|---|
+{rows}
+
+Each was drawn at 64x64 on white, without other changes. Names, groups and tags are from
+[{captions.title}]({captions.url}) by {captions.author} ({captions.licence}). Share-alike sets were left out. The
+weights themselves are given under Apache-2.0, as far as rights in them exist.
+"""
+
+
+def main() -> None:
+    args = parse_args()
+    source, target = Path(args.model), Path(args.output_dir)
+    sizes = {}
+    for name, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}.items():
+        model, params = kind.from_pretrained(source, subfolder=name)
+        model.save_pretrained(target / name, params, dtype=jnp.float16)
+        sizes[name] = count(params)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    shutil.copy(source / "model_index.json", target)
+    (target / "README.md").write_text(card(args, target, sizes), encoding="utf-8")
+    total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {total:,} bytes")
+    if total > LIMIT:
+        raise SystemExit(f"more than the {LIMIT:,} bytes that the package has room for")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="pipeline folder that train/text_to_image.py wrote")
+    parser.add_argument("--train_data_dir", required=True, help="image folder it was trained on, for the model card")
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    return parser.parse_args()
+
+
+def count(params: dict[str, object]) -> int:
+    """Numbers in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def card(args: argparse.Namespace, folder: Path, sizes: dict[str, int]) -> str:
+    """The model card, with how many pictures each source gave."""
+    lines = (Path(args.train_data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    pictures = collections.Counter(json.loads(line)["style"] for line in lines)
+    rows = [
+        f"| {style} | {pictures[style]} | [{s.title}]({s.url}) as {s.package} {s.version} | {s.author} | {s.licence} |"
+        for style, s in SOURCES.items()
+    ]
+    tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return CARD.format(
+        unet=sizes["unet"],
+        vae=sizes["vae"],
+        text=sizes["text_encoder"],
+        vocab=len(json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))),
+        length=tokenizer["model_max_length"],
+        total=len(lines),
+        rows="\n".join(rows),
+        captions=CAPTIONS,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Write an untrained miniature Stable Diffusion for 64x64 pictures: every folder of a pipeline but the tokenizer.
+
+The parameters come from ``--seed``. What is decided here is decided for the shipped model: 16x16 latents with four
+channels, attention at 8x8 and 4x4, velocity prediction on a schedule that ends in pure noise. Example:
+
+    python train/emoji/make_model.py --output_dir runs/emoji/start
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from diffuse_jax.models.base import Model
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.text.clip import CLIPTextConfig, CLIPTextModel
+from diffuse_jax.training.initial import initial_params
+
+VAE = AutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    block_out_channels=(16, 32, 48),
+    norm_num_groups=8,
+    sample_size=64,
+    force_upcast=False,
+)
+UNET = UNet2DConditionConfig(
+    sample_size=16,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    block_out_channels=(48, 96, 144),
+    layers_per_block=1,
+    norm_num_groups=8,
+    cross_attention_dim=128,
+    num_attention_heads=(2, 4, 6),
+    use_linear_projection=True,
+)
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def text_config(vocab_size: int, length: int) -> CLIPTextConfig:
+    """Two layers of width 128; start and end of text are the last two symbols, as in CLIP."""
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.output_dir)
+    parts: dict[str, Model] = {
+        "vae": AutoencoderKL(VAE),
+        "unet": UNet2DConditionModel(UNET),
+        "text_encoder": CLIPTextModel(text_config(args.vocab_size, args.model_max_length)),
+    }
+    for number, (name, model) in enumerate(parts.items()):
+        zero = {} if name == "unet" else {"zero": ("/conv2/kernel$",)}
+        params = initial_params(model.shapes(), args.seed + number, **zero)
+        model.save_pretrained(folder / name, params)
+        print(f"{name}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    for path, data in (("scheduler/scheduler_config.json", SCHEDULER), ("model_index.json", MODEL_INDEX)):
+        (folder / path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output_dir", required=True, help="folder to write; make_tokenizer.py writes tokenizer/ into it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
+    parser.add_argument("--vocab_size", type=int, default=1800, help="the tokenizer's (default 1800)")
+    parser.add_argument("--model_max_length", type=int, default=24, help="the tokenizer's (default 24)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
