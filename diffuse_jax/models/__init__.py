@@ -1,14 +1,19 @@
 """Networks as Flax Linen modules: pure functions of a parameter dict, channel-last."""
 
+from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 __all__ = [
+    "ADMUNet",
+    "ADMUNetConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
     "Model",
     "Params",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
+    "consistency_denoiser",
 ]

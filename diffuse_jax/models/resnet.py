@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,23 @@ from jax.typing import DTypeLike
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
 
 
+class ResnetNames(NamedTuple):
+    """What a checkpoint calls the parts of a residual block; the defaults are those of diffusers."""
+
+    norm1: str = "norm1"
+    conv1: str = "conv1"
+    time_emb_proj: str = "time_emb_proj"
+    norm2: str = "norm2"
+    conv2: str = "conv2"
+    conv_shortcut: str = "conv_shortcut"
+
+
 class ResnetBlock(nn.Module):
     """Norm, activation, convolution, twice, with the time embedding in between and a shortcut around.
 
     ``time_scale_shift``: "default" adds the projected time embedding after the first convolution (Ho et al. 2020);
     "scale_shift" lets it scale and shift the second norm (Dhariwal & Nichol 2021, adaptive group norm).
+    ``resample``: "up" or "down" changes the resolution by two before the first convolution and in the shortcut.
     """
 
     channels: int
@@ -22,31 +36,34 @@ class ResnetBlock(nn.Module):
     eps: float = 1e-5
     act_fn: str = "silu"
     time_scale_shift: str = "default"
+    resample: str | None = None
+    names: ResnetNames = ResnetNames()
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        """``x [B,H,W,C]``, ``temb [B,D]`` (none in an autoencoder) -> ``[B,H,W,channels]``."""
+        """``x [B,H,W,C]``, ``temb [B,D]`` (none in an autoencoder) -> ``[B,H,W,channels]``, resampled if asked."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         act = ACTIVATIONS[self.act_fn]
         shift = scale = None
         if temb is not None:
             width = self.channels * (2 if self.time_scale_shift == "scale_shift" else 1)
-            shift = Dense(width, **dtypes, name="time_emb_proj")(act(temb))[:, None, None, :]
+            shift = Dense(width, **dtypes, name=self.names.time_emb_proj)(act(temb))[:, None, None, :]
             if self.time_scale_shift == "scale_shift":
                 scale, shift = jnp.split(shift, 2, axis=-1)
 
-        h = act(GroupNorm(self.groups, self.eps, **dtypes, name="norm1")(x))
-        h = Conv(self.channels, **dtypes, name="conv1")(h)
+        h = act(GroupNorm(self.groups, self.eps, **dtypes, name=self.names.norm1)(x))
+        x, h = change_size(x, self.resample), change_size(h, self.resample)
+        h = Conv(self.channels, **dtypes, name=self.names.conv1)(h)
         if shift is not None and scale is None:
             h = h + shift
-        h = GroupNorm(self.groups, self.eps, **dtypes, name="norm2")(h)
+        h = GroupNorm(self.groups, self.eps, **dtypes, name=self.names.norm2)(h)
         if shift is not None and scale is not None:
             h = h * (1 + scale) + shift
-        h = Conv(self.channels, **dtypes, name="conv2")(act(h))
+        h = Conv(self.channels, **dtypes, name=self.names.conv2)(act(h))
         if x.shape[-1] != self.channels:
-            x = Conv(self.channels, kernel_size=1, padding=0, **dtypes, name="conv_shortcut")(x)
+            x = Conv(self.channels, kernel_size=1, padding=0, **dtypes, name=self.names.conv_shortcut)(x)
         return x + h
 
 
@@ -55,15 +72,15 @@ class Downsample(nn.Module):
 
     channels: int
     padding: int = 1
+    conv_name: str = "conv"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         pads = ((0, 1), (0, 1)) if self.padding == 0 else self.padding
-        return Conv(self.channels, stride=2, padding=pads, dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(
-            x
-        )
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Conv(self.channels, stride=2, padding=pads, **dtypes, name=self.conv_name)(x)
 
 
 class Upsample(nn.Module):
@@ -88,3 +105,22 @@ def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     rows = jnp.arange(size[0]) * H // size[0]
     columns = jnp.arange(size[1]) * W // size[1]
     return x[:, rows][:, :, columns]
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """Means of two by two pixels, ``[B,H,W,C]`` -> ``[B,H/2,W/2,C]``; ``H`` and ``W`` must be even."""
+    B, H, W, C = x.shape
+    return x.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
+
+
+def change_size(x: jax.Array, direction: str | None) -> jax.Array:
+    """``[B,H,W,C]`` twice as large ("up", nearest neighbour), half as large ("down", means) or as it is (None)."""
+    match direction:
+        case "up":
+            return nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
+        case "down":
+            return halve(x)
+        case None:
+            return x
+        case _:
+            raise ValueError(f"resample={direction!r}; expected 'up', 'down' or None")

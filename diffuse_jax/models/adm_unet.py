@@ -1,0 +1,297 @@
+"""The UNet of "guided diffusion" (ADM; Dhariwal & Nichol 2021), of consistency models, and of what grew out of them.
+
+Parameters carry the names of the original checkpoints: ``input_blocks.3.0.in_layers.2.weight`` is
+``input_blocks_3/0/in_layers_2/kernel``. A list index joins the word before it; an index that follows another index
+(a block is a list of layers in a list of blocks) is a word of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffuse_jax.config import Config
+from diffuse_jax.kernels import attention
+from diffuse_jax.models.base import Model
+from diffuse_jax.models.embeddings import Embedding, sinusoidal_embedding
+from diffuse_jax.models.layers import Conv, Dense, GroupNorm
+from diffuse_jax.models.resnet import Downsample, ResnetBlock, ResnetNames, Upsample, change_size
+
+NAMES = ResnetNames("in_layers_0", "in_layers_2", "emb_layers_1", "out_layers_0", "out_layers_3", "skip_connection")
+
+FIXED: dict[str, Any] = {"dims": 2, "num_heads_upsample": -1, "use_spatial_transformer": False}
+"""Options of other releases that change the network and for which only this value is implemented."""
+
+
+class Layer(NamedTuple):
+    """One layer of a block; ``kind`` is "conv", "res", "res_down", "res_up", "attention", "down" or "up"."""
+
+    kind: str
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ADMUNetConfig(Config):
+    """The arguments of the original network, under their names.
+
+    Attributes:
+      in_channels, out_channels: of the picture; a network with learned variance has twice as many out as in.
+      model_channels: width at full resolution; ``channel_mult`` times that is the width of each level.
+      num_res_blocks: residual blocks of each level, one number or one per level.
+      attention_resolutions: downsampling *factors* at which there is attention (the command line of the original
+        release takes edges in pixels instead: 32 in a 64-pixel network is the factor 2).
+      conv_resample: change resolution with a convolution; without it by means and nearest neighbours alone.
+      resblock_updown: change resolution inside a residual block instead.
+      num_classes: a table of class embeddings, read by integer labels.
+      label_channels: a two-layer network over a real vector of labels of this width instead of a table.
+      num_heads, num_head_channels: number of attention heads, or (if not -1) the width of each.
+      use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added before it.
+      use_new_attention_order: queries, keys and values lie one after another, not head by head.
+      attention_dims: rank of the one-pixel convolutions in attention: 1 in the original, 2 in consistency models.
+    """
+
+    class_name: ClassVar[str] = "ADMUNet"
+
+    in_channels: int = 3
+    model_channels: int = 128
+    out_channels: int = 3
+    num_res_blocks: int | tuple[int, ...] = 2
+    attention_resolutions: tuple[int, ...] = (2, 4, 8)
+    channel_mult: tuple[float, ...] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    resblock_updown: bool = False
+    num_classes: int | None = None
+    label_channels: int | None = None
+    num_heads: int = 1
+    num_head_channels: int = -1
+    use_scale_shift_norm: bool = False
+    use_new_attention_order: bool = False
+    attention_dims: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = dict(self.extra)
+        for name, value in FIXED.items():
+            if options.get(name, value) != value:
+                raise ValueError(
+                    f"ADMUNet: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
+                )
+        if self.num_classes is not None and self.label_channels is not None:
+            raise ValueError("ADMUNet: num_classes and label_channels are two kinds of label; give one of them")
+        if self.attention_dims not in (1, 2):
+            raise ValueError(f"ADMUNet: attention_dims={self.attention_dims}; expected 1 or 2")
+        n = len(self.channel_mult)
+        if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != n:
+            raise ValueError(f"ADMUNet: num_res_blocks has {len(self.num_res_blocks)} entries for {n} levels")
+
+    def input_blocks(self) -> list[tuple[Layer, ...]]:
+        """The layers of each block on the way down, after which a tensor is kept for the way up."""
+        blocks: list[tuple[Layer, ...]] = [(Layer("conv", self._channels(0)),)]
+        last = len(self.channel_mult) - 1
+        for level in range(last + 1):
+            blocks += [self._residual(level)] * self._count(level)
+            if level < last:
+                blocks.append((Layer("res_down" if self.resblock_updown else "down", self._channels(level)),))
+        return blocks
+
+    def middle_block(self) -> tuple[Layer, ...]:
+        """The layers at the coarsest level: residual, attention, residual."""
+        kinds = ("res", "attention", "res")
+        return tuple(Layer(kind, self._channels(-1)) for kind in kinds)
+
+    def output_blocks(self) -> list[tuple[Layer, ...]]:
+        """The layers of each block on the way up; each block first takes the last tensor that was kept."""
+        blocks: list[tuple[Layer, ...]] = []
+        for level in reversed(range(len(self.channel_mult))):
+            blocks += [self._residual(level)] * (self._count(level) + 1)
+            if level:
+                blocks[-1] += (Layer("res_up" if self.resblock_updown else "up", self._channels(level)),)
+        return blocks
+
+    def heads(self, channels: int) -> int:
+        """Number of attention heads at a width.
+
+        Raises:
+          ValueError: the width is no multiple of the heads.
+        """
+        heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        width = channels // heads if self.num_head_channels == -1 else self.num_head_channels
+        if heads * width != channels:
+            raise ValueError(f"ADMUNet: {channels} channels do not make {heads} heads of width {width}")
+        return heads
+
+    def _residual(self, level: int) -> tuple[Layer, ...]:
+        res = Layer("res", self._channels(level))
+        return (res, Layer("attention", res.channels)) if 2**level in self.attention_resolutions else (res,)
+
+    def _channels(self, level: int) -> int:
+        return int(self.channel_mult[level] * self.model_channels)
+
+    def _count(self, level: int) -> int:
+        return self.num_res_blocks if isinstance(self.num_res_blocks, int) else self.num_res_blocks[level]
+
+
+class ADMUNet(Model):
+    """Predicts noise (and, with twice as many channels out as in, its variance) from a noisy picture and a time.
+
+    Takes the networks of guided diffusion, improved diffusion and consistency models, with and without labels.
+    """
+
+    config: ADMUNetConfig = ADMUNetConfig()
+    config_class: ClassVar[type[Config]] = ADMUNetConfig
+
+    @nn.compact
+    def __call__(self, sample: jax.Array, timesteps: jax.Array, class_labels: jax.Array | None = None) -> jax.Array:
+        """Run the network.
+
+        Args:
+          sample: ``[B,H,W,in_channels]``; ``H`` and ``W`` must halve evenly at every level.
+          timesteps: ``[B]`` or a scalar, on the scale of 0 to 1000; need not be whole.
+          class_labels: ``[B]`` integers (``num_classes``) or ``[B,label_channels]`` numbers (``label_channels``).
+
+        Returns: ``[B,H,W,out_channels]`` in ``dtype``.
+
+        Raises:
+          ValueError: a size that does not halve evenly, or labels that are missing or not taken.
+        """
+        c = self.config
+        self._check(sample, class_labels)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        emb = self.embed(sample.shape[0], timesteps, class_labels)
+
+        x, skips = sample, []
+        for i, layers in enumerate(c.input_blocks()):
+            x = Block(c, layers, **dtypes, name=f"input_blocks_{i}")(x, emb)
+            skips.append(x)
+        for i, layer in enumerate(c.middle_block()):
+            x = run(c, layer, x, emb, **dtypes, name=f"middle_block_{i}")
+        for i, layers in enumerate(c.output_blocks()):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = Block(c, layers, **dtypes, name=f"output_blocks_{i}")(x, emb)
+        x = nn.silu(GroupNorm(**dtypes, name="out_0")(x))
+        return Conv(c.out_channels, **dtypes, name="out_2")(x)
+
+    def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        c, size = self.config, 2 ** (len(self.config.channel_mult) - 1)
+        inputs = {
+            "sample": jax.ShapeDtypeStruct((1, size, size, c.in_channels), jnp.float32),
+            "timesteps": jax.ShapeDtypeStruct((1,), jnp.float32),
+        }
+        if c.num_classes is not None:
+            inputs["class_labels"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+        if c.label_channels is not None:
+            inputs["class_labels"] = jax.ShapeDtypeStruct((1, c.label_channels), jnp.float32)
+        return inputs
+
+    def embed(self, batch: int, timesteps: jax.Array, labels: jax.Array | None) -> jax.Array:
+        """Time and label as one vector ``[B, 4 model_channels]``."""
+        c, width = self.config, 4 * self.config.model_channels
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def two_layers(x: jax.Array, name: str) -> jax.Array:
+            return Dense(width, **dtypes, name=f"{name}_2")(nn.silu(Dense(width, **dtypes, name=f"{name}_0")(x)))
+
+        waves = sinusoidal_embedding(jnp.broadcast_to(timesteps, (batch,)), c.model_channels)
+        emb = two_layers(waves.astype(self.dtype), "time_embed")
+        if c.num_classes is not None:
+            emb = emb + Embedding(c.num_classes, width, **dtypes, name="label_emb")(labels)
+        if c.label_channels is not None:
+            emb = emb + two_layers(jnp.asarray(labels, self.dtype), "label_emb")
+        return emb
+
+    def _check(self, sample: jax.Array, labels: jax.Array | None) -> None:
+        c, multiple = self.config, 2 ** (len(self.config.channel_mult) - 1)
+        _, height, width, channels = sample.shape
+        if height % multiple or width % multiple:
+            raise ValueError(f"ADMUNet: height and width must be multiples of {multiple}, got {height} and {width}")
+        if channels != c.in_channels:
+            raise ValueError(f"ADMUNet: sample has {channels} channels, this network takes {c.in_channels}")
+        shape = (sample.shape[0],) if c.label_channels is None else (sample.shape[0], c.label_channels)
+        wanted = c.num_classes is not None or c.label_channels is not None
+        given = None if labels is None else labels.shape
+        if given != (shape if wanted else None):
+            raise ValueError(f"ADMUNet: class_labels must be {f'of shape {shape}' if wanted else 'None'}, got {given}")
+
+
+class Block(nn.Module):
+    """A list of layers, named by their index."""
+
+    config: ADMUNetConfig
+    layers: tuple[Layer, ...]
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
+        for i, layer in enumerate(self.layers):
+            x = run(self.config, layer, x, emb, dtype=self.dtype, param_dtype=self.param_dtype, name=str(i))
+        return x
+
+
+def run(c: ADMUNetConfig, layer: Layer, x: jax.Array, emb: jax.Array, **module: Any) -> jax.Array:
+    """Apply one layer to ``x [B,H,W,C]``, as a child (``module``: its name and dtypes) of the module that calls."""
+    match layer.kind:
+        case "conv":
+            return Conv(layer.channels, **module)(x)
+        case "attention":
+            heads = c.heads(layer.channels)
+            return AttentionBlock(heads, not c.use_new_attention_order, c.attention_dims, **module)(x)
+        case "down" | "up" if not c.conv_resample:
+            return change_size(x, layer.kind)
+        case "down":
+            return Downsample(layer.channels, conv_name="op", **module)(x)
+        case "up":
+            return Upsample(layer.channels, **module)(x)
+    shift = "scale_shift" if c.use_scale_shift_norm else "default"
+    resample = {"res": None, "res_down": "down", "res_up": "up"}[layer.kind]
+    block = ResnetBlock(layer.channels, time_scale_shift=shift, resample=resample, names=NAMES, **module)
+    return block(x, emb)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels after a norm, with a residual; one projection makes queries, keys and values.
+
+    ``by_head``: the projection's channels lie ``[heads, 3, width]`` and not ``[3, heads, width]``.
+    ``dims``: rank of the one-pixel convolutions that the checkpoint stores the projections as.
+    """
+
+    heads: int
+    by_head: bool
+    dims: int = 1
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B,H,W,C]`` -> ``[B,H,W,C]``."""
+        B, H, W, C = x.shape
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        normed = GroupNorm(**dtypes, name="norm")(x).reshape(B, H * W, C)
+        qkv = Pointwise(3 * C, self.dims, **dtypes, name="qkv")(normed)
+        order, axis = ((self.heads, 3), 3) if self.by_head else ((3, self.heads), 2)
+        split = jnp.moveaxis(qkv.reshape(B, H * W, *order, C // self.heads), axis, 0)
+        h = attention(split[0], split[1], split[2]).reshape(B, H * W, C)
+        return x + Pointwise(C, self.dims, **dtypes, name="proj_out")(h).reshape(B, H, W, C)
+
+
+class Pointwise(nn.Module):
+    """A dense layer that is stored as a convolution of size one: kernel ``[1] * dims + [in, features]``."""
+
+    features: int
+    dims: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B,L,in]`` -> ``[B,L,features]``."""
+        shape = (1,) * self.dims + (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        y = jnp.asarray(x, self.dtype) @ jnp.asarray(kernel, self.dtype).reshape(shape[-2:])
+        return y + jnp.asarray(bias, self.dtype).reshape(1, 1, -1)
