@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+autodoc_default_options = {"members": True, "special-members": "__call__", "exclude-members": "setup,PIPELINES"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -43,6 +45,28 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 
+NOISE = (
+    (r", parent: [~\w.]*Module \|.*(?=\)$)", ""),  # what Flax adds to every module
+    (r"(\w+Config) = \1\(.*?\)(?=, dtype)", r"\1 = \1()"),  # a default configuration, in full
+    (r"<class '[\w.]*?(\w+)'>", r"\1"),
+    (r" = <factory>", " = {}"),
+    (r" = <[\w.]+ object>", " = ..."),
+)
+"""What signatures read from dataclasses hold beside what a reader wants: pattern and replacement."""
+
+
+def tidy_signature(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, result: str | None
+) -> tuple[str, str | None] | None:
+    """Signatures without Flax's own arguments and without addresses of objects."""
+    if not signature:
+        return None
+    for pattern, replacement in NOISE:
+        signature = re.sub(pattern, replacement, signature)
+    return signature, result
+
+
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
+    app.connect("autodoc-process-signature", tidy_signature)
