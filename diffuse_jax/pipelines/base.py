@@ -120,7 +120,7 @@ class DiffusionPipeline:
             skip=NOT_LOADED,
         )
         index = weights.read_index(folder)
-        target = pipeline_class(index.class_name, folder) if cls is DiffusionPipeline else cls
+        target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
         known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
@@ -139,6 +139,53 @@ class DiffusionPipeline:
             if own is not None:
                 params[name] = own
         return cast(Self, target(parts, params, index.options, mesh))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        dtype: DTypeLike = "float32",
+        mesh: Mesh | None = None,
+        tokenizer: Any = None,
+        prediction_type: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        **components: Any,
+    ) -> Self:
+        """Open a pipeline from one ``.safetensors`` or ``.ckpt`` file in the original layout (SD 1.x, 2.x, XL).
+
+        Args:
+          path: the file; its architecture is read off its tensors.
+          dtype, mesh, components: as in :meth:`from_pretrained`.
+          tokenizer: a folder or Hub id with CLIP's tokenizer, which such files do not hold; its usual place on the Hub
+            if None.
+          prediction_type: "epsilon" or "v_prediction", where the file's family does not say (SD 2.x).
+          revision, local_files_only, token, cache_dir: for the tokenizer on the Hub.
+
+        Raises:
+          WeightsError: a damaged or unknown file, tensors that do not fit, or no tokenizer.
+          TypeError: the file is another pipeline's.
+        """
+        from diffuse_jax.pipelines.single_file import open_single_file
+
+        pipe = open_single_file(
+            path,
+            dtype=dtype,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
+            components=components,
+            revision=revision or "main",
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        if not isinstance(pipe, cls):
+            raise TypeError(f"{path} holds a {type(pipe).__name__}, not a {cls.__name__}")
+        return pipe
 
     def replace(self, **changes: Any) -> Self:
         """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings."""
@@ -191,12 +238,12 @@ class DiffusionPipeline:
         return self
 
 
-def pipeline_class(name: str, folder: Path) -> type[DiffusionPipeline]:
-    """The class that an index names."""
+def pipeline_class(name: str, named_in: str | Path) -> type[DiffusionPipeline]:
+    """The class that an index or a single file names."""
     from diffuse_jax.pipelines import PIPELINES
 
     if name not in PIPELINES:
-        raise WeightsError(f"{folder}/model_index.json: no pipeline is called {name!r}; known: {', '.join(PIPELINES)}")
+        raise WeightsError(f"{named_in}: no pipeline is called {name!r}; known: {', '.join(PIPELINES)}")
     return PIPELINES[name]
 
 

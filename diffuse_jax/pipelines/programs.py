@@ -7,18 +7,20 @@ key; a saved program whose key does not match is simply not found, and is compil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 
 import diffuse_jax
@@ -35,7 +37,8 @@ class Programs:
 
     def __init__(self) -> None:
         self.compilations = 0
-        self._loaded: dict[str, Any] = {}
+        self._programs: dict[str, Any] = {}
+        self._to_save: dict[str, Callable[[], Any]] = {}
         self._folders: list[Path] = []
 
     def get(self, fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
@@ -49,30 +52,59 @@ class Programs:
           args: the arguments, as arrays or as ``jax.ShapeDtypeStruct``.
         """
         key = program_key(fn, task, mesh, args)
-        if key not in self._loaded:
+        if key not in self._programs:
             saved = next((f for f in (folder / (key + SUFFIX) for folder in self._folders) if f.exists()), None)
             program = None if saved is None else _read(saved, args, mesh)
-            if program is None:
-                self.compilations += 1
-                program = jax.jit(_bind(fn, task, mesh, specs)).lower(*args).compile()
-            self._loaded[key] = program
-        return self._loaded[key]
+            self._programs[key] = self._compile(key, fn, task, mesh, specs, args) if program is None else program
+        return self._programs[key]
+
+    def _compile(self, key: str, fn: Any, task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
+        shapes = jax.tree.map(_shape_of, args)
+        build = lambda: jax.jit(_bind(fn, task, mesh, specs)).lower(*shapes).compile()
+        self.compilations += 1
+        if self._folders:  # it will be saved: compile what can be saved, see without_compilation_cache
+            with without_compilation_cache():
+                program = build()
+            self._to_save[key] = lambda: program
+        else:
+            program = build()
+            self._to_save[key] = build
+        return program
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write every program that gives one array (all but those of step-by-step runs); returns the files."""
+        """Write every program that gives one array (all but those of step-by-step runs); returns the new files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = []
-        for key, program in self._loaded.items():
-            data, _, out_tree = serialize_executable.serialize(program)
-            if out_tree == ONE_ARRAY:
-                files.append(folder / (key + SUFFIX))
-                _write(files[-1], data)
+        for key, build in self._to_save.items():
+            file = folder / (key + SUFFIX)
+            if not file.exists() and self._programs[key].out_tree == ONE_ARRAY:
+                with without_compilation_cache():
+                    _write(file, serialize_executable.serialize(build())[0])
+                files.append(file)
         return files
 
     def load(self, folder: Path | str) -> None:
         """Look in ``folder`` before compiling. Only name a folder that you trust: a program is executable code."""
         self._folders.append(Path(folder))
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized a second time:
+    its copy fails with "function not found"."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
 ONE_ARRAY = jax.tree.structure(0)
@@ -88,7 +120,10 @@ def program_key(fn: Callable[..., Any], task: Any, mesh: Mesh | None, args: Any)
     facts = (
         (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
         (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        [getattr(jax.config, f"jax_{name}") for name in ("default_matmul_precision", "enable_x64", "default_prng_impl")],
+        [
+            getattr(jax.config, f"jax_{name}")
+            for name in ("default_matmul_precision", "enable_x64", "default_prng_impl")
+        ],
         (fn.__module__, fn.__qualname__, repr(task)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
         (str(tree), [describe(leaf) for leaf in leaves]),
