@@ -1,0 +1,74 @@
+"""Opening a pipeline from one file in the layout of the original checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from diffuse_jax import weights
+from diffuse_jax.models import Params
+from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class
+from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.sharding import param_shardings
+from diffuse_jax.weights import WeightsError
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+"""Where the vocabulary that all Stable Diffusions share is published; a single file does not hold it."""
+
+PAD_WITH_EXCLAMATION_MARK = {("v2", "tokenizer"), ("xl", "tokenizer_2"), ("xl-refiner", "tokenizer_2")}
+"""``(family, component)`` whose prompts are padded with "!" (id 0), as OpenCLIP was trained, not with the end token."""
+
+
+def open_single_file(
+    path: str | Path,
+    *,
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    tokenizer: Any,
+    prediction_type: str | None,
+    components: Mapping[str, Any],
+    **hub: Any,
+) -> DiffusionPipeline:
+    """The pipeline that a file holds; see :meth:`DiffusionPipeline.from_single_file`."""
+    file = weights.read_single_file(path, prediction_type=prediction_type)
+    target = pipeline_class(file.class_name, path)
+    wanted = {name: part for name, part in file.networks.items() if name not in components}
+    models = {
+        name: MODELS[part.class_name].from_config(part.config, dtype=jnp.dtype(dtype)) for name, part in wanted.items()
+    }
+    shapes = {name: model.shapes() for name, model in models.items()}
+    # Every name and shape of every network is checked before the first tensor is read.
+    views = {
+        name: weights.match(part.checkpoint, shapes[name], label=f"{path}: {name}") for name, part in wanted.items()
+    }
+    parts: dict[str, Any] = dict(models)
+    for name in file.networks:
+        if name.startswith("text_encoder"):
+            key = name.replace("text_encoder", "tokenizer")
+            parts[key] = components.get(key) or open_tokenizer(tokenizer, (file.family, key), **hub)
+    parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
+    params: dict[str, Params] = {}
+    for name in wanted:
+        shardings = None if mesh is None else param_shardings(shapes[name], mesh)
+        params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
+    changes = {name: part for name, part in components.items() if name not in NOT_LOADED}
+    return target(parts, params, file.options, mesh).replace(**changes)
+
+
+def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:
+    """The CLIP tokenizer from a folder, a Hub id or (None) the Hub's usual place, padding as the encoder expects."""
+    import transformers
+
+    pad = {"pad_token": "!"} if place in PAD_WITH_EXCLAMATION_MARK else {}
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(CLIP_TOKENIZER if source is None else source, **pad, **hub)
+    except OSError as error:
+        raise WeightsError(
+            f"a single file holds no tokenizer, and {source or CLIP_TOKENIZER} gave none ({error}); "
+            "pass tokenizer= a folder or Hub id with CLIP's vocab.json and merges.txt"
+        ) from error

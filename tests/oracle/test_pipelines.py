@@ -1,0 +1,140 @@
+"""Whole pipelines against PyTorch diffusers: same folder, same first latents, twenty steps, same pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffuse_jax import schedulers
+from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
+
+folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
+torch, diffusers = folders.torch, folders.diffusers
+
+MEAN_TOLERANCE = 0.5  # of 255, mean over all pixels
+PROMPTS = ["a cat", "two dogs!"]
+FAMILIES = {
+    "sd1": (lambda folder: folders.stable_diffusion(folder), diffusers.StableDiffusionPipeline),
+    "sd2": (lambda folder: folders.stable_diffusion(folder, v_prediction=True), diffusers.StableDiffusionPipeline),
+    "sdxl": (folders.stable_diffusion_xl, diffusers.StableDiffusionXLPipeline),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """Name, folder and PyTorch pipeline of one family."""
+    make, kind = FAMILIES[request.param]
+    folder = make(tmp_path_factory.mktemp(request.param) / "model")
+    twin = kind.from_pretrained(folder)
+    twin.set_progress_bar_config(disable=True)
+    return request.param, folder, twin
+
+
+def pictures(twin: Any, latents: np.ndarray, **request: Any) -> np.ndarray:
+    """What PyTorch makes, ``[B,H,W,3]`` in [0, 1], from channel-last latents."""
+    tensor = torch.tensor(latents.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        return twin(latents=tensor, output_type="np", **request).images
+
+
+def mean_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.05, "a picture without content proves nothing"
+    return float(255 * np.abs(ours - theirs).mean())
+
+
+def test_twenty_steps_give_the_same_pictures(family, rng):
+    name, folder, twin = family
+    pipe = AutoPipelineForText2Image.from_pretrained(folder)
+    latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 20, "guidance_scale": 5.0}
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("as it is", {}),
+        ("no negative prompt", {"negative_prompt": None}),
+        ("guidance rescaled", {"guidance_rescale": 0.7}),
+    ]
+    if name == "sdxl":
+        sizes = {"original_size": (20, 40), "crops_coords_top_left": (3, 5), "target_size": (64, 32)}
+        other = {"negative_original_size": (9, 8), "negative_target_size": (7, 6)}
+        changes += [
+            ("sizes", sizes),
+            ("other sizes for the negative half", sizes | other),
+            ("second prompt", {"prompt_2": ["x", "y"], "negative_prompt_2": ["z", "w"]}),
+            ("stopped early", {"denoising_end": 0.7}),
+        ]
+    compiled = pipe.programs.compilations
+    for what, change in changes:
+        theirs = pictures(twin, latents, **request | change)
+        ours = pipe(latents=latents, output_type="np", **request | change).images
+        assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
+    assert pipe.programs.compilations <= compiled + 1, "these requests have one shape"
+
+    for what, change in (("clip_skip", {"clip_skip": 1}), ("without guidance", {"guidance_scale": 1.0})):
+        theirs = pictures(twin, latents, **request | change)
+        ours = pipe(latents=latents, output_type="np", **request | change).images
+        assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
+
+
+@pytest.mark.parametrize(
+    "sampler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
+def test_a_swapped_sampler_gives_the_pictures_of_the_same_swap(family, sampler: str, rng):
+    _, folder, twin = family
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = pipe.replace(scheduler=getattr(schedulers, sampler).from_config(pipe.scheduler))
+    before = twin.scheduler
+    twin.scheduler = getattr(diffusers, sampler).from_config(before.config)
+    latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 20, "guidance_scale": 5.0}
+    try:
+        theirs = pictures(twin, latents, **request)
+    finally:
+        twin.scheduler = before
+    assert mean_difference(pipe(latents=latents, output_type="np", **request).images, theirs) < MEAN_TOLERANCE
+
+
+def test_pytorch_opens_what_we_save_and_makes_the_same_pictures(family, rng, tmp_path):
+    _, folder, twin = family
+    DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    again = type(twin).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)
+    request = {"prompt": "a cat", "num_inference_steps": 2}
+    assert np.array_equal(pictures(twin, latents, **request), pictures(again, latents, **request))
+
+
+def test_distilled_guidance_is_an_input_of_the_network(tmp_path, rng):
+    """LCM networks take the guidance scale as an embedding and run once a step."""
+    folder = folders.stable_diffusion(tmp_path / "lcm")
+    torch.manual_seed(0)
+    unet = folders.lively(diffusers.UNet2DConditionModel(**folders.UNET, time_cond_proj_dim=16))
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, "unet": unet}
+    lcm = diffusers.LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    twin = diffusers.StableDiffusionPipeline.from_pretrained(folder, scheduler=lcm, **parts)
+    twin.set_progress_bar_config(disable=True)
+    twin.save_pretrained(tmp_path / "distilled")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "distilled")
+    latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)
+    for scale in (1.5, 8.0):  # one step, because later ones draw their own noise
+        request = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": scale}
+        ours = pipe(latents=latents, output_type="np", **request).images
+        assert mean_difference(ours, pictures(twin, latents, **request)) < MEAN_TOLERANCE
+
+
+def test_a_single_file_gives_the_pictures_of_its_folder(family, rng, tmp_path):
+    from diffuse_jax.convert import convert
+
+    _, folder, _ = family
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    convert(folder, tmp_path / "one.safetensors", to="single-file")
+    single = DiffusionPipeline.from_single_file(
+        tmp_path / "one.safetensors",
+        tokenizer=folder / ("tokenizer" if (folder / "tokenizer").exists() else "tokenizer_2"),
+        scheduler=pipe.scheduler,
+        unet=(pipe.components["unet"], pipe.params["unet"]),
+    )
+    assert type(single) is type(pipe)
+    assert single.params.keys() == pipe.params.keys()
