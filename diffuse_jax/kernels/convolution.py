@@ -17,8 +17,12 @@ from jax import Array, lax
 
 from diffuse_jax.kernels.platform import current_platform
 
-Algorithm = Literal["direct", "matmul", "patches", "winograd"]
+Algorithm = Literal["direct", "matmul", "patches"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+_WIDE_CHANNELS, _FEW_PIXELS = 512, 512
+"""Where patches times matrix beats XLA's CPU convolution: at least so many channels, at most so many output pixels."""
 
 
 def conv2d(
@@ -36,7 +40,7 @@ def conv2d(
       kernel: [kh, kw, C, O], of the same dtype.
       stride: one number or one per axis.
       padding: "SAME", "VALID", the zeros on all sides, or ((top, bottom), (left, right)).
-      algorithm: "direct", "matmul", "patches" or "winograd" instead of the choice that :func:`choose_algorithm` makes.
+      algorithm: "direct", "matmul" or "patches" instead of the choice that :func:`choose_algorithm` makes.
 
     Returns:
       [B, H', W', O]. Derivatives of any order and direction are those of XLA's convolution.
@@ -63,12 +67,9 @@ def possible_algorithms(
     shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
 ) -> set[str]:
     """The algorithms that can do a convolution of this shape on any platform."""
-    out = _output_size(shape[1:3], kernel[:2], strides, pads)
     possible = {"direct", "patches"}
     if kernel[:2] == (1, 1) and strides == (1, 1) and pads == ((0, 0), (0, 0)):
         possible.add("matmul")
-    if kernel[:2] == (3, 3) and strides == (1, 1) and out[0] % 2 == out[1] % 2 == 0:
-        possible.add("winograd")
     return possible
 
 
@@ -77,23 +78,17 @@ def choose_algorithm(
 ) -> Algorithm:
     """The fastest algorithm for images [B,H,W,C] and a kernel [kh,kw,C,O]: "direct" except on CPUs, there as measured.
 
-    With few pixels and a wide kernel XLA's convolution is several times slower than patches times matrix. With more
-    pixels the patches (nine times the input) stop paying, and Winograd's algorithm, which multiplies 2.25 times less,
-    wins until its intermediate arrays outgrow the caches. Its transform of the kernel costs as much as 16 pixels per
-    product, so wide kernels need more pixels.
+    XLA's convolution does not get faster with fewer pixels once the kernel outgrows the caches: at 8x8 and 16x16 pixels
+    with 512 channels or more, patches times matrix is two to four times faster. With more pixels the patches, nine
+    times the input, cost more than they save.
     """
-    possible = possible_algorithms(shape, kernel, strides, pads)
     if current_platform() != "cpu":
         return "direct"
-    if "matmul" in possible:
+    if "matmul" in possible_algorithms(shape, kernel, strides, pads):
         return "matmul"
     height, width = _output_size(shape[1:3], kernel[:2], strides, pads)
-    pixels, channels = shape[0] * height * width, min(kernel[2:])
-    if kernel[:2] == (3, 3) and pixels <= 512 and channels >= 512:
-        return "patches"
-    if "winograd" in possible and channels >= 64 and pixels * height * width <= 1 << 25:
-        return "winograd"
-    return "direct"
+    wide, few = min(kernel[2:]) >= _WIDE_CHANNELS, shape[0] * height * width <= _FEW_PIXELS
+    return "patches" if kernel[:2] != (1, 1) and wide and few else "direct"
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -130,46 +125,10 @@ def _patches(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> A
     return (matrix @ kernel.reshape(-1, features)).reshape(batch, height, width, features)
 
 
-def _winograd(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
-    """F(2x2, 3x3) of Lavin & Gray 2016: each 2x2 of the output from a 4x4 of the input with 16 products instead of 36.
-
-    Written as 16 plain matrix products over all tiles, with the transforms of their section 4.1 as sums. Its rounding
-    error is that of the direct algorithm.
-    """
-    batch, channels, features = x.shape[0], x.shape[-1], kernel.shape[-1]
-    height, width = _output_size(x.shape[1:3], (3, 3), strides, pads)
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    tiles_down, tiles_across = height // 2, width // 2
-    rows = _input_transform([padded[:, i : i + height - 1 : 2] for i in range(4)])
-    kernel_rows = _kernel_transform(kernel[0], kernel[1], kernel[2])
-
-    def row(data: Array, weights: Array) -> tuple[Array, Array]:  # one row of the 4x4 products -> two of 2x2 outputs
-        columns = _input_transform([data[:, :, j : j + width - 1 : 2] for j in range(4)])
-        matrices = _kernel_transform(weights[0], weights[1], weights[2])
-        products = [d.reshape(-1, channels) @ w for d, w in zip(columns, matrices, strict=True)]
-        return _output_transform([p.reshape(batch, tiles_down, tiles_across, features) for p in products])
-
-    halves = [jnp.stack(row(d, w), axis=3) for d, w in zip(rows, kernel_rows, strict=True)]
-    return jnp.stack(_output_transform(halves), axis=2).reshape(batch, height, width, features)
-
-
-def _input_transform(d: list[Array]) -> list[Array]:
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
-
-
-def _kernel_transform(g0: Array, g1: Array, g2: Array) -> list[Array]:
-    return [g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2]
-
-
-def _output_transform(m: list[Array]) -> tuple[Array, Array]:
-    return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
-
-
 _ALGORITHMS: dict[str, Callable[[Array, Array, tuple[int, int], Pads], Array]] = {
     "direct": _direct,
     "matmul": _matmul,
     "patches": _patches,
-    "winograd": _winograd,
 }
 
 

@@ -58,14 +58,6 @@ def test_gradients_are_exact_differences(rng, shape, kernel, stride, pads):
         np.testing.assert_allclose(np.sum(up * tangent), along_x + along_w, rtol=1e-4, atol=1e-4)
 
 
-def test_winograd_rounds_like_the_direct_algorithm(rng):
-    x = rng.standard_normal((1, 16, 16, 128)).astype(np.float32)
-    w = (rng.standard_normal((3, 3, 128, 64)) / np.sqrt(9 * 128)).astype(np.float32)
-    exact = by_definition(x, w, (1, 1), ONE)
-    out = jax.jit(lambda x, w: conv2d(x, w, 1, 1, algorithm="winograd"))(x, w)
-    assert np.abs(out - exact).max() < 5e-6  # 40 units in the last place of outputs of variance 1
-
-
 @pytest.mark.parametrize("padding", [1, "SAME", ONE])
 def test_padding_has_three_spellings(rng, padding):
     x, w = rng.standard_normal((1, 6, 6, 2)), rng.standard_normal((3, 3, 2, 2))
@@ -76,8 +68,8 @@ def test_padding_has_three_spellings(rng, padding):
 CHOICES = [  # the convolutions of the Stable Diffusion 1.5 UNet at 64x64 latents, batch 2, and of its decoder at 512 px
     ((2, 8, 8, 1280), (3, 3, 1280, 1280), "patches"),
     ((2, 16, 16, 2560), (3, 3, 2560, 1280), "patches"),
-    ((2, 32, 32, 640), (3, 3, 640, 640), "winograd"),
-    ((2, 64, 64, 320), (3, 3, 320, 320), "winograd"),
+    ((2, 32, 32, 640), (3, 3, 640, 640), "direct"),
+    ((2, 64, 64, 320), (3, 3, 320, 320), "direct"),
     ((2, 64, 64, 4), (3, 3, 4, 320), "direct"),
     ((1, 512, 512, 128), (3, 3, 128, 128), "direct"),
     ((2, 64, 64, 960), (1, 1, 960, 320), "matmul"),
@@ -95,7 +87,7 @@ def test_choice(shape, kernel, expected):
 
 def test_other_platforms_get_one_convolution():
     """Tracing under a target is not served from the cache of another target."""
-    x, w = jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32), jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+    x, w = jax.ShapeDtypeStruct((1, 8, 8, 512), jnp.float32), jax.ShapeDtypeStruct((3, 3, 512, 512), jnp.float32)
     f = jax.jit(conv2d)
     assert "conv_general_dilated" not in str(f.trace(x, w).jaxpr)
     with target_platform("tpu"):
@@ -106,7 +98,7 @@ def test_errors_name_shapes_and_remedies():
     x, w = jnp.zeros((1, 5, 5, 3)), jnp.zeros((3, 3, 4, 2))
     with pytest.raises(ValueError, match=r"\(1, 5, 5, 3\) and \(3, 3, 4, 2\)"):
         conv2d(x, w)
-    with pytest.raises(ValueError, match=r"'winograd' cannot do .*possible: \['direct', 'patches'\]"):
-        conv2d(x, w[:, :, :3], 2, algorithm="winograd")
+    with pytest.raises(ValueError, match=r"'matmul' cannot do .*possible: \['direct', 'patches'\]"):
+        conv2d(x, w[:, :, :3], 2, algorithm="matmul")
     with pytest.raises(ValueError, match='must be "cpu", "gpu" or "tpu"'):
         target_platform("cuda")

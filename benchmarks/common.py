@@ -1,0 +1,116 @@
+"""What the benchmarks share: sides that take turns, each in a process of its own, and results as JSON.
+
+A shared machine is fast one minute and slow the next, so a figure here is always a comparison: every side does one run
+per round, rounds follow each other, and the ratio of the fastest (and of the median) runs is the result.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+Build = Callable[..., Callable[[], np.ndarray]]
+"""Makes a side ready, compiled and warm, and returns what one run of it is."""
+
+
+class Side:
+    """One contestant in a process of its own, so that thread pools and memory of the others do not disturb it."""
+
+    def __init__(self, name: str, build: Build, *args: Any) -> None:
+        self.name, self.seconds = name, []
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> Side:
+        """Wait until the side is built and has run once; ``setup`` is how long that took, ``output`` its result."""
+        self.setup, self.output = self._pipe.recv()
+        return self
+
+    def run(self) -> None:
+        self._pipe.send("run")
+        self.seconds.append(self._pipe.recv())
+
+    def close(self) -> None:
+        self._pipe.send("stop")
+        self._process.join()
+
+
+def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
+    start = time.perf_counter()
+    run = build(*args)
+    output = run()
+    pipe.send((time.perf_counter() - start, output))
+    while pipe.recv() == "run":
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+
+
+def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[dict[str, Any]]:
+    """Rows for ``{name: (build, *arguments)}`` after ``rounds`` turns each; ratios are to the first side."""
+    sides = [Side(name, *build).ready() for name, build in builds.items()]
+    for _ in range(rounds):
+        for side in sides:
+            side.run()
+    for side in sides:
+        side.close()
+    first = sides[0]
+    return [
+        {
+            "side": side.name,
+            "seconds_min": round(min(side.seconds), 4),
+            "seconds_median": round(statistics.median(side.seconds), 4),
+            "ratio_of_min": round(min(side.seconds) / min(first.seconds), 3),
+            "ratio_of_median": round(statistics.median(side.seconds) / statistics.median(first.seconds), 3),
+            "setup_seconds": round(side.setup, 1),
+            "difference": float(np.abs(side.output - first.output).max() / first.output.std()),
+        }
+        for side in sides
+    ]
+
+
+def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The fastest of ``rounds`` turns of each function, in seconds; for comparisons within one process."""
+    best = dict.fromkeys(runs, float("inf"))
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What a reader needs to know about where figures come from."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+
+
+def write(name: str, title: str, about: str, rows: list[dict[str, Any]], *packages: str) -> Path:
+    """``docs/results/<name>.json``, which the tables of the documentation are made from."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"title": title, "about": about, "machine": machine(*packages), "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
