@@ -9,9 +9,10 @@ its name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -195,8 +196,7 @@ def _write_diffusers(source: Source, dst: Path, dtype: DTypeLike | None) -> None
     for name, network in source.networks.items():
         tensors = _torch_tensors(network)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
-        read = lambda key, tensors=tensors: _read(tensors[key], dtype)
-        save_tensors(dst / name, specs, read, network.model.weights_name)
+        save_tensors(dst / name, specs, functools.partial(_read, tensors, dtype), network.model.weights_name)
         head = {"_class_name": type(network.model).__name__} if "_class_name" in network.config else {}
         weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
     _write_rest(source, dst, "")
@@ -212,7 +212,7 @@ def _write_flax(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
         old = {_old_flax(path): array for path, array in network.views.items()}
         specs = {path: (_dtype(array, dtype), array.shape) for path, array in old.items()}
         _, stem = STEMS[network.model.weights_name]
-        write_msgpack(dst / name / f"{stem}.msgpack", specs, lambda path, old=old: _read(old[path], dtype))
+        write_msgpack(dst / name / f"{stem}.msgpack", specs, functools.partial(_read, old, dtype))
         head = {"_class_name": f"Flax{type(network.model).__name__}"} if "_class_name" in network.config else {}
         weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
     _write_rest(source, dst, "Flax")
@@ -238,10 +238,10 @@ def _torch_tensors(network: Network) -> dict[str, np.ndarray]:
     return {key: names.to_torch(path, network.views[path]) for key, path in names.torch_keys(network.views).items()}
 
 
-def _read(view: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
-    """A tensor in memory, in the dtype of the result; its pages of the file are given back."""
-    array = compact(view, _dtype(view, dtype))
-    forget(view)
+def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) -> np.ndarray:
+    """One tensor in memory, in the dtype of the result; its pages of the file are given back."""
+    array = compact(tensors[key], _dtype(tensors[key], dtype))
+    forget(tensors[key])
     return array
 
 
@@ -279,8 +279,8 @@ def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> 
     if again.keys() != source.networks.keys():
         raise WeightsError(f"{written}: holds {', '.join(again)} instead of {', '.join(source.networks)}")
     for name, network in source.networks.items():
-        for path, view in network.views.items():
-            if not _same_bits(_read(view, dtype), again[name].views[path]):
+        for path in network.views:
+            if not _same_bits(_read(network.views, dtype, path), _read(again[name].views, None, path)):
                 raise WeightsError(f"{written}: {name}/{'/'.join(path)} differs from its source after writing")
 
 
@@ -289,4 +289,4 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     raw = np.dtype(f"u{a.dtype.itemsize}")
-    return bool(np.array_equal(a.view(raw), _read(b, None).view(raw)))
+    return bool(np.array_equal(a.view(raw), b.view(raw)))

@@ -76,11 +76,12 @@ def _download(
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **options))
+            # No patterns: the cache holds what an earlier call needed, and a snapshot without the rest is whole enough.
+            return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=[], **options))
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        options["revision"] = info.sha  # so that both downloads below are of one state of the repository
         wanted = needed_files(names, keep, variant)
+        # By the name that was asked for, so that the cache will know the name when there is no network.
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))
         shards = [name for index in wanted if ".index." in index for name in _shards_of(folder, index)]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)) if shards else folder
@@ -95,7 +96,7 @@ def _download(
     except errors.LocalEntryNotFoundError as error:
         hint = "; local_files_only or HF_HUB_OFFLINE forbids downloading it" if local_files_only else ""
         raise WeightsError(f"{where}: not in the local cache and not reachable{hint} ({error})") from error
-    except (OSError, errors.HFValidationError) as error:
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise WeightsError(
             f"{where}: the download failed ({error}); run it again to continue where it stopped"
         ) from error
