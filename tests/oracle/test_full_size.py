@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-# Parameters of the published files, as their sizes on the Hub and the model cards give them.
+# Parameters of the published files; four bytes each is the size of a float32 file.
 UNETS = {
     "SD15_UNET": 859_520_964,
     "SD15_INPAINT_UNET": 859_535_364,
@@ -53,15 +55,42 @@ def pytorch_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check(model: Any, module: Any, count: int) -> None:
-    ours = pytorch_shapes(model)
-    # transformers 5 keeps the encoder's parts one level higher in memory than in its files
-    theirs = {
+def module_shapes(module: Any, ours: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The same of the PyTorch module; transformers 5 has an encoder's parts one level up in memory, not in files."""
+    return {
         (key if key in ours else names.rename(key, names.ALIASES)): tuple(value.shape)
         for key, value in module.named_parameters()
     }
-    assert ours == theirs
-    assert sum(map(math.prod, ours.values())) == count
+
+
+def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
+    """Name, our network, what builds PyTorch's, and the published number of parameters."""
+    for name, count in UNETS.items():
+        config = getattr(presets, name)
+        yield (
+            name,
+            UNet2DConditionModel(config),
+            partial(diffusers.UNet2DConditionModel.from_config, config.to_json()),
+            count,
+        )
+    for name, count in VAES.items():
+        config = getattr(presets, name)
+        yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
+    for name, (kind, count) in TEXTS.items():
+        config = getattr(text_presets, name)
+        theirs = transformers.CLIPTextConfig(**config.to_json())
+        yield name, kind(config), partial(getattr(transformers, kind.__name__), theirs), count
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """What the documentation shows of :func:`test_names_shapes_and_count`."""
+    for name, model, build, _ in networks():
+        ours = pytorch_shapes(model)
+        with torch.device("meta"):
+            theirs = module_shapes(build(), ours)
+        count = lambda shapes: f"{sum(map(math.prod, shapes.values())):,}"
+        row = {"preset": name, "network": type(model).__name__, "tensors": len(ours), "parameters": count(ours)}
+        yield row | {"in_PyTorch": count(theirs), "same_names_and_shapes": ours == theirs}
 
 
 def test_every_preset_is_checked() -> None:
@@ -71,26 +100,10 @@ def test_every_preset_is_checked() -> None:
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_unet(name: str) -> None:
-    config = getattr(presets, name)
+@pytest.mark.parametrize(("name", "model", "build", "count"), networks(), ids=[*UNETS, *VAES, *TEXTS])
+def test_names_shapes_and_count(name: str, model: Any, build: Callable[[], Any], count: int) -> None:
+    ours = pytorch_shapes(model)
     with torch.device("meta"):
-        module = diffusers.UNet2DConditionModel.from_config(config.to_json())
-    check(UNet2DConditionModel(config), module, UNETS[name])
-
-
-@pytest.mark.parametrize("name", VAES)
-def test_autoencoder(name: str) -> None:
-    config = getattr(presets, name)
-    with torch.device("meta"):
-        module = diffusers.AutoencoderKL.from_config(config.to_json())
-    check(AutoencoderKL(config), module, VAES[name])
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_text_encoder(name: str) -> None:
-    kind, count = TEXTS[name]
-    config = getattr(text_presets, name)
-    with torch.device("meta"):
-        module = getattr(transformers, kind.__name__)(transformers.CLIPTextConfig(**config.to_json()))
-    check(kind(config), module, count)
+        theirs = module_shapes(build(), ours)
+    assert ours == theirs
+    assert sum(map(math.prod, ours.values())) == count

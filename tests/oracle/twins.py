@@ -1,17 +1,14 @@
 """Small networks with random weights in PyTorch and here: the same folder, opened by both libraries.
 
-A twin is ``(module, model, params)``. Inputs are channel-last NumPy arrays; the PyTorch side turns them at its border.
+A twin is ``(module, model, params)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
@@ -22,9 +19,6 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 torch.set_num_threads(1)  # networks this small are slower on more threads, and far slower on a busy machine
-
-TOLERANCE = 1e-4
-"""Largest absolute difference that is accepted, of outputs scaled to unit variance."""
 
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -186,56 +180,3 @@ def text_twin(name: str, folder: Path) -> Twin:
     kind, config = TEXTS[name]
     ours = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[kind]
     return twin(getattr(transformers, kind)(transformers.CLIPTextConfig(**config)), ours, folder)
-
-
-def unet_inputs(model: UNet2DConditionModel, rng: np.random.Generator) -> dict[str, Any]:
-    """Inputs for a batch of two, of the size that the config names; one for every condition it has."""
-    c = model.config
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    height, width = c.sample_size if isinstance(c.sample_size, tuple) else (c.sample_size, c.sample_size)
-    inputs: dict[str, Any] = {
-        "sample": normal(2, height, width, c.in_channels),
-        "timesteps": np.array([3, 701], np.int32),
-        "encoder_hidden_states": normal(2, 5, c.cross_attention_dim),
-    }
-    if c.addition_embed_type == "text_time":
-        count = (c.projection_class_embeddings_input_dim - 20) // c.addition_time_embed_dim
-        ids = rng.integers(0, 1025, (2, count)).astype(np.float32)
-        inputs["added_cond_kwargs"] = {"text_embeds": normal(2, 20), "time_ids": ids}
-    if c.class_embed_type in ("projection", "simple_projection"):
-        inputs["class_labels"] = normal(2, c.projection_class_embeddings_input_dim)
-    elif c.num_class_embeds or c.class_embed_type == "timestep":
-        inputs["class_labels"] = np.array([1, 9], np.int32)
-    if c.time_cond_proj_dim:
-        inputs["timestep_cond"] = normal(2, c.time_cond_proj_dim)
-    return inputs
-
-
-def run_unet(model: UNet2DConditionModel, params: Any, inputs: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs)))
-
-
-def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
-    given = {k: v for k, v in to_torch(inputs).items() if k not in ("sample", "timesteps")}
-    with torch.no_grad():
-        return channel_last(module(channel_first(inputs["sample"]), torch.tensor(inputs["timesteps"]), **given).sample)
-
-
-def to_torch(tree: Any) -> Any:
-    return jax.tree.map(torch.tensor, dict(tree))
-
-
-def channel_first(x: np.ndarray) -> Any:
-    return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-
-
-def channel_last(x: Any) -> np.ndarray:
-    return x.numpy().transpose(0, 2, 3, 1)
-
-
-def difference(ours: Any, theirs: Any) -> float:
-    """Largest absolute difference after scaling the reference to unit variance."""
-    theirs = np.asarray(theirs, np.float64)
-    ours = np.asarray(ours, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / theirs.std())

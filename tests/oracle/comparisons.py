@@ -1,0 +1,138 @@
+"""Both twins on the same inputs, and how far their outputs are apart.
+
+Inputs are channel-last NumPy arrays; the PyTorch side turns them at its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from diffuse_jax.models import UNet2DConditionModel
+from tests.oracle.twins import Twin
+
+torch = pytest.importorskip("torch")
+
+TOLERANCE = 1e-4
+"""Largest absolute difference that is accepted, of outputs scaled to unit variance."""
+
+LENGTH = 20
+"""Tokens of a text."""
+
+
+def unet_inputs(model: UNet2DConditionModel, rng: np.random.Generator) -> dict[str, Any]:
+    """Inputs for a batch of two, of the size that the config names; one for every condition it has."""
+    c = model.config
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    height, width = c.sample_size if isinstance(c.sample_size, tuple) else (c.sample_size, c.sample_size)
+    inputs: dict[str, Any] = {
+        "sample": normal(2, height, width, c.in_channels),
+        "timesteps": np.array([3, 701], np.int32),
+        "encoder_hidden_states": normal(2, 5, c.cross_attention_dim),
+    }
+    if c.addition_embed_type == "text_time":
+        count = (c.projection_class_embeddings_input_dim - 20) // c.addition_time_embed_dim
+        ids = rng.integers(0, 1025, (2, count)).astype(np.float32)
+        inputs["added_cond_kwargs"] = {"text_embeds": normal(2, 20), "time_ids": ids}
+    if c.class_embed_type in ("projection", "simple_projection"):
+        inputs["class_labels"] = normal(2, c.projection_class_embeddings_input_dim)
+    elif c.num_class_embeds or c.class_embed_type == "timestep":
+        inputs["class_labels"] = np.array([1, 9], np.int32)
+    if c.time_cond_proj_dim:
+        inputs["timestep_cond"] = normal(2, c.time_cond_proj_dim)
+    return inputs
+
+
+def run_unet(model: UNet2DConditionModel, params: Any, inputs: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs)))
+
+
+def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
+    given = {k: v for k, v in to_torch(inputs).items() if k not in ("sample", "timesteps")}
+    with torch.no_grad():
+        return channel_last(module(channel_first(inputs["sample"]), torch.tensor(inputs["timesteps"]), **given).sample)
+
+
+def to_torch(tree: Any) -> Any:
+    return jax.tree.map(torch.tensor, dict(tree))
+
+
+def channel_first(x: np.ndarray) -> Any:
+    return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def channel_last(x: Any) -> np.ndarray:
+    return x.numpy().transpose(0, 2, 3, 1)
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest absolute difference after scaling the reference to unit variance."""
+    theirs = np.asarray(theirs, np.float64)
+    ours = np.asarray(ours, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / theirs.std())
+
+
+def compare_unet(twin: Twin, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Output -> difference."""
+    module, model, params = twin
+    return {"output": difference(run_unet(model, params, inputs), run_torch_unet(module, inputs))}
+
+
+def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference, for images and for latents of odd sizes."""
+    module, model, params = twin
+    images = rng.uniform(-1, 1, (2, 24, 20, 3)).astype(np.float32)
+    latents = rng.standard_normal((2, 5, 6, model.config.latent_channels)).astype(np.float32)
+    posterior = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)
+    decoded = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        theirs = module.encode(channel_first(images)).latent_dist
+        pixels = module.decode(channel_first(latents)).sample
+    return {
+        "mean": difference(posterior.mean, channel_last(theirs.mean)),
+        "logvar": difference(posterior.logvar, channel_last(theirs.logvar)),
+        "divergence": float(np.abs(posterior.kl() / theirs.kl().numpy() - 1).max()),
+        "image": difference(decoded, channel_last(pixels)),
+    }
+
+
+def token_ids(config: Any, rng: np.random.Generator) -> np.ndarray:
+    """Three texts of different lengths, padded with the end token; by the old rule the largest id ends the text."""
+    end = 98 if config.eos_token_id == 2 else config.eos_token_id
+    ids = rng.integers(3, 96, (3, LENGTH)).astype(np.int32)
+    if config.eos_token_id != 2:
+        ids[:, 1] = 98  # a larger id before the end must not be taken for it
+    for row, length in zip(ids, (4, 11, 19)):
+        row[length:] = end
+    return ids
+
+
+def compare_text(twin: Twin, ids: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float]:
+    """Each output -> difference; ``clip_skip`` is the state before the last layer through the final norm (SD 1.x)."""
+    module, model, params = twin
+
+    def encode(params: Any, ids: jax.Array, mask: jax.Array | None) -> tuple[Any, jax.Array]:
+        output = model.apply({"params": params}, ids, mask)
+        return output, model.apply({"params": params}, output.skipped(1), method="final_norm")
+
+    ours, skipped = jax.jit(encode)(params, ids, mask)
+    given = {} if mask is None else {"attention_mask": torch.tensor(mask)}
+    with torch.no_grad():
+        theirs = module(torch.tensor(ids), output_hidden_states=True, **given)
+        norm = getattr(module, "text_model", module).final_layer_norm
+        reference = norm(theirs.hidden_states[-2])
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    assert (ours.text_embeds is None) == (not model.has_projection)
+    pairs = {"last_hidden_state": (ours.last_hidden_state, theirs.last_hidden_state), "clip_skip": (skipped, reference)}
+    for i in range(model.config.num_hidden_layers):  # the last is before the final norm here and after it there
+        pairs[f"hidden_states[{i}]"] = (ours.hidden_states[i], theirs.hidden_states[i])
+    if model.has_projection:
+        pairs["text_embeds"] = (ours.text_embeds, theirs.text_embeds)
+    else:
+        pairs["pooled_output"] = (ours.pooled_output, theirs.pooler_output)
+    return {name: difference(*pair) for name, pair in pairs.items()}
