@@ -8,10 +8,12 @@ key; a saved program whose key does not match is simply not found, and is compil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import platform
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +93,7 @@ class Programs:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized a second time:
+    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized again:
     its copy fails with "function not found"."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -124,11 +126,23 @@ def program_key(fn: Callable[..., Any], task: Any, mesh: Mesh | None, args: Any)
             getattr(jax.config, f"jax_{name}")
             for name in ("default_matmul_precision", "enable_x64", "default_prng_impl")
         ],
-        (fn.__module__, fn.__qualname__, repr(task)),
+        (_described(fn), _described(task)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
         (str(tree), [describe(leaf) for leaf in leaves]),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+def _described(value: Any) -> str:
+    """A text that is the same in every process; the ``repr`` of a function is not."""
+    if isinstance(value, types.FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ", ".join(f"{f.name}={_described(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__qualname__}({fields})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    return repr(value)
 
 
 def _source_state() -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from diffuse_jax.pipelines.run import padded_size
 from diffuse_jax.sharding import make_mesh, param_shardings
 from tests.pipelines.tiny import pipeline
 
+ROOT = Path(__file__).parents[2]
 SAMPLERS = [
     schedulers.DDIMScheduler,
     schedulers.DDPMScheduler,
@@ -226,6 +230,20 @@ def test_a_saved_program_is_used_and_a_damaged_one_is_compiled_again(pipe: Stabl
     with pytest.warns(UserWarning, match="compiled again"):
         fresh.compile()
     assert fresh.programs.compilations == 1
+
+
+def test_another_process_finds_the_same_program(pipe: StableDiffusionPipeline):
+    """A key must not hold anything that differs between processes, such as an address."""
+    code = """
+from diffuse_jax.pipelines import programs
+from tests.pipelines.tiny import pipeline
+programs.Programs.get = lambda self, *a: print("key", programs.program_key(a[0], a[1], a[2], a[4]))
+pipeline().compile()
+"""
+    run = lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second = run(), run()
+    assert first.stdout.startswith("key ")
+    assert first.stdout == second.stdout
 
 
 def test_compile_runs_nothing_and_the_call_then_compiles_nothing(pipe: StableDiffusionPipeline):
