@@ -93,7 +93,8 @@ def say(message: str) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Pictures from prompts: paths to stdout, timings to stderr."""
-    if not args.no_compilation_cache and compilation_cache_wanted():
+    keep = not args.no_compilation_cache and compilation_cache_wanted()
+    if keep:
         use_compilation_cache(cache_folder() / "xla")
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
@@ -102,6 +103,8 @@ def generate(args: argparse.Namespace) -> None:
     pipe = open_pipeline(args)
     if args.scheduler:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    if keep:
+        pipe.load_compiled(cache_folder() / "programs")
     loaded = time.perf_counter()
     say(f"drawing {len(args.prompt) * call.get('num_images_per_prompt', 1)} pictures; the first run compiles")
     with compile_seconds() as compiling:
@@ -110,6 +113,8 @@ def generate(args: argparse.Namespace) -> None:
 
     for path in save_images(out.images, args.output):
         print(path)
+    if keep:
+        pipe.save_compiled(cache_folder() / "programs")
     sampling = done - loaded - compiling()
     seeds = " ".join(map(str, dict.fromkeys(out.seeds)))
     say(
