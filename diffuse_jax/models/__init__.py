@@ -4,6 +4,7 @@ from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.preconditioning import consistency_denoiser
+from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "consistency_denoiser",
+    "tiled_decode",
+    "tiled_encode",
 ]

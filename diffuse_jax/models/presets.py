@@ -1,7 +1,7 @@
 """Configurations of the published UNets and autoencoders, as data: one line for each that differs from another.
 
-``UNet2DConditionModel(SDXL_UNET).shapes()`` is the tree of the real network without a file or memory. The number at the
-end of a line counts parameters; the tests hold names, shapes and counts against the PyTorch classes.
+``UNet2DConditionModel(SDXL_UNET).shapes()`` is the tree of the real network without a file or memory. The number in a
+comment counts parameters; the tests hold names, shapes and counts against the PyTorch classes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ ATTENTION_BELOW_FIRST: dict[str, Any] = {
 }
 """Three levels, the finest without attention."""
 
-SD15_UNET = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)  # 859,520,964; 1.1 to 1.5
-SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  # 859,535,364; latents, mask, masked image's latents
-SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  # 859,532,484; latents, image's latents
-SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  # 859,602,884; the guidance scale as input
+SD15_UNET = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)  #: 859,520,964; 1.1 to 1.5
+SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  #: 859,535,364; latents, mask, masked image's latents
+SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  #: 859,532,484; latents, image's latents
+SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  #: 859,602,884; the guidance scale as input
 
-SD20_UNET = SD15_UNET.replace(  # 865,910,724; 2.0, and 2.1 at 512 pixels
-    cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True
-)
-SD21_UNET = SD20_UNET.replace(sample_size=96, upcast_attention=True)  # 865,910,724; 768 pixels, predicts velocity
-SD20_INPAINT_UNET = SD20_UNET.replace(in_channels=9)  # 865,925,124
-SD20_DEPTH_UNET = SD20_UNET.replace(in_channels=5)  # 865,913,604; latents, depth
-SD21_UNCLIP_UNET = SD21_UNET.replace(  # 870,173,124; image embedding and its noise level as class
-    class_embed_type="projection", projection_class_embeddings_input_dim=2048
-)
-X4_UPSCALER_UNET = SD20_UNET.replace(  # 473,398,020; latents, low-resolution pixels; noise level as class
+#: 865,910,724; 2.0, and 2.1 at 512 pixels
+SD20_UNET = SD15_UNET.replace(cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True)
+SD21_UNET = SD20_UNET.replace(sample_size=96, upcast_attention=True)  #: 865,910,724; 768 pixels, predicts velocity
+SD20_INPAINT_UNET = SD20_UNET.replace(in_channels=9)  #: 865,925,124
+SD20_DEPTH_UNET = SD20_UNET.replace(in_channels=5)  #: 865,913,604; latents, depth
+#: 870,173,124; image embedding and its noise level as class
+SD21_UNCLIP_UNET = SD21_UNET.replace(class_embed_type="projection", projection_class_embeddings_input_dim=2048)
+#: 473,398,020; latents, low-resolution pixels; noise level as class
+X4_UPSCALER_UNET = SD20_UNET.replace(
     sample_size=128,
     in_channels=7,
     block_out_channels=(256, 512, 512, 1024),
@@ -42,7 +41,8 @@ X4_UPSCALER_UNET = SD20_UNET.replace(  # 473,398,020; latents, low-resolution pi
     num_class_embeds=1000,
 )
 
-SDXL_UNET = UNet2DConditionConfig(  # 2,567,463,684
+#: 2,567,463,684
+SDXL_UNET = UNet2DConditionConfig(
     sample_size=128,
     block_out_channels=(320, 640, 1280),
     transformer_layers_per_block=(1, 2, 10),
@@ -54,10 +54,11 @@ SDXL_UNET = UNet2DConditionConfig(  # 2,567,463,684
     projection_class_embeddings_input_dim=2816,
     **ATTENTION_BELOW_FIRST,
 )
-SDXL_INPAINT_UNET = SDXL_UNET.replace(in_channels=9)  # 2,567,478,084
-SDXL_PIX2PIX_UNET = SDXL_UNET.replace(in_channels=8)  # 2,567,475,204
-SDXL_LCM_UNET = SDXL_UNET.replace(time_cond_proj_dim=256)  # 2,567,545,604
-SDXL_REFINER_UNET = SDXL_UNET.replace(  # 2,259,526,660; five time ids, the last an aesthetic score
+SDXL_INPAINT_UNET = SDXL_UNET.replace(in_channels=9)  #: 2,567,478,084
+SDXL_PIX2PIX_UNET = SDXL_UNET.replace(in_channels=8)  #: 2,567,475,204
+SDXL_LCM_UNET = SDXL_UNET.replace(time_cond_proj_dim=256)  #: 2,567,545,604
+#: 2,259,526,660; five time ids, the last an aesthetic score
+SDXL_REFINER_UNET = SDXL_UNET.replace(
     block_out_channels=(384, 768, 1536, 1536),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -67,16 +68,18 @@ SDXL_REFINER_UNET = SDXL_UNET.replace(  # 2,259,526,660; five time ids, the last
     projection_class_embeddings_input_dim=2560,
 )
 
-SD_VAE = AutoencoderKLConfig(  # 83,653,863; 1.x and 2.x
+#: 83,653,863; 1.x and 2.x
+SD_VAE = AutoencoderKLConfig(
     sample_size=512,
     block_out_channels=(128, 256, 512, 512),
     layers_per_block=2,
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
-SD21_VAE = SD_VAE.replace(sample_size=768)  # 83,653,863
-SDXL_VAE = SD_VAE.replace(sample_size=1024, scaling_factor=0.13025)  # 83,653,863; needs float32 (force_upcast)
-X4_UPSCALER_VAE = AutoencoderKLConfig(  # 55,325,927; four pixels per latent
+SD21_VAE = SD_VAE.replace(sample_size=768)  #: 83,653,863
+SDXL_VAE = SD_VAE.replace(sample_size=1024, scaling_factor=0.13025)  #: 83,653,863; needs float32 (force_upcast)
+#: 55,325,927; four pixels per latent
+X4_UPSCALER_VAE = AutoencoderKLConfig(
     sample_size=256,
     block_out_channels=(128, 256, 512),
     layers_per_block=2,

@@ -1,4 +1,4 @@
-"""Configurations of the published text encoders, as data; the number at the end of a line counts parameters."""
+"""Configurations of the published text encoders, as data; the number in a comment counts parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from diffuse_jax.text.clip import CLIPTextConfig
 OLD_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
 """Ids as the published files have them, from before they were corrected; see :class:`CLIPTextConfig`."""
 
-CLIP_L = CLIPTextConfig(  # 123,060,480; SD 1.x and SDXL's first encoder
-    hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, **OLD_IDS
-)
-OPENCLIP_H = CLIPTextConfig(  # 340,387,840; SD 2.x: 23 of the original's 24 layers, since it reads the last but one
+#: 123,060,480; SD 1.x and SDXL's first encoder
+CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, **OLD_IDS)
+#: 340,387,840; SD 2.x: 23 of the original's 24 layers, since it reads the last but one
+OPENCLIP_H = CLIPTextConfig(
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=23,
@@ -20,7 +20,8 @@ OPENCLIP_H = CLIPTextConfig(  # 340,387,840; SD 2.x: 23 of the original's 24 lay
     hidden_act="gelu",
     **OLD_IDS,
 )
-OPENCLIP_BIGG = CLIPTextConfig(  # 694,659,840 with its projection; SDXL's second encoder and the refiner's only one
+#: 694,659,840 with its projection; SDXL's second encoder and the refiner's only one
+OPENCLIP_BIGG = CLIPTextConfig(
     hidden_size=1280,
     intermediate_size=5120,
     projection_dim=1280,
