@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -44,8 +45,7 @@ class Model(nn.Module):
 
     def shapes(self) -> Params:
         """The tree of parameters as ``jax.ShapeDtypeStruct`` in ``param_dtype``; allocates and compiles nothing."""
-        init = lambda inputs: self.init(jax.random.key(0), **inputs)["params"]
-        return jax.eval_shape(init, self.example_inputs())
+        return jax.tree.map(lambda leaf: leaf, _shapes(self))  # a tree of the caller's own
 
     @classmethod
     def from_pretrained(
@@ -148,3 +148,9 @@ class Model(nn.Module):
         """The object that :meth:`save_pretrained` writes to ``config.json``."""
         head = {"architectures": [type(self).__name__], "model_type": self.model_type} if self.model_type else {}
         return {**self.config.to_json(), **head}
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: Model) -> Params:
+    """Tracing a large network takes a second, and loading, checking and saving all ask for its shapes."""
+    return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())

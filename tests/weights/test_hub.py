@@ -113,7 +113,6 @@ def server(pipeline: dict[str, bytes]) -> Iterator[Hub]:
 PROGRAM = """
 import json, sys
 from diffuse_jax.weights import resolve, WeightsError
-from diffuse_jax.models import AutoencoderKL
 for call in json.loads(sys.argv[1]):
     try:
         print(json.dumps(["ok", str(resolve(**call))]), flush=True)

@@ -1,0 +1,178 @@
+"""Conversion between layouts: nothing is lost, what is written is checked, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffuse_jax.convert as conversion
+from diffuse_jax import weights
+from diffuse_jax.convert import convert, open_source
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from tests.weights.families import FAMILIES
+from tests.weights.tiny import same_bits, views
+
+CLASSES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl": "StableDiffusionXLPipeline",
+    "xl-refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+
+
+def pipeline(folder: Path, family: str = "v1") -> Path:
+    """A folder in diffusers layout with a scheduler, something like a tokenizer, and a safety checker."""
+    entries: dict[str, tuple[str | None, str | None]] = {"image_encoder": (None, None)}
+    for name, model in FAMILIES[family].items():
+        params = weights.names.unflatten(views(model, np.random.default_rng(1)))
+        model.save_pretrained(folder / name, params)
+        entries[name] = ("transformers" if name.startswith("text") else "diffusers", type(model).__name__)
+    weights.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", "x": 1})
+    weights.write_json(folder / "tokenizer" / "vocab.json", {"a": 0})
+    weights.write_json(folder / "safety_checker" / "config.json", {})
+    entries |= {"scheduler": ("diffusers", "DDIMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
+    entries["safety_checker"] = ("stable_diffusion", "StableDiffusionSafetyChecker")
+    weights.write_index(folder, CLASSES[family], entries, {"requires_safety_checker": True})
+    return folder
+
+
+def assert_same(a: Path, b: Path, dtype: Any = None) -> None:
+    first, second = open_source(a), open_source(b)
+    assert first.networks.keys() == second.networks.keys()
+    for name, network in first.networks.items():
+        other = second.networks[name]
+        assert type(network.model) is type(other.model)
+        assert network.views.keys() == other.views.keys()
+        for path, view in network.views.items():
+            assert same_bits(view.astype(dtype or view.dtype), other.views[path]), (name, path)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_through_every_layout_and_back(family: str, tmp_path: Path) -> None:
+    first = pipeline(tmp_path / "first", family)
+    single = convert(first, tmp_path / "single.safetensors", to="single-file")
+    again = convert(single, tmp_path / "again", to="diffusers")
+    flax = convert(again, tmp_path / "flax", to="flax-msgpack")
+    last = convert(flax, tmp_path / "last")
+    for other in (single, again, flax, last):
+        assert_same(first, other)
+    index = weights.read_index(last)
+    assert index.class_name == CLASSES[family]
+    assert index.components.keys() == {*FAMILIES[family], "scheduler"}
+    assert sorted(os.listdir(tmp_path)) == ["again", "first", "flax", "last", "single.safetensors"]
+
+
+def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:
+    out = convert(pipeline(tmp_path / "src"), tmp_path / "out")
+    index = weights.read_index(out)
+    assert set(index.absent) == {"image_encoder", "safety_checker"}
+    assert index.options == {"requires_safety_checker": True}
+    assert json.loads((out / "tokenizer" / "vocab.json").read_text()) == {"a": 0}
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text()) == {
+        "_class_name": "DDIMScheduler",
+        "x": 1,
+    }
+    assert not (out / "safety_checker").exists()
+
+
+def test_old_flax_folders_have_old_names(tmp_path: Path) -> None:
+    out = convert(pipeline(tmp_path / "src"), tmp_path / "out", to="flax-msgpack")
+    data = json.loads((out / "model_index.json").read_text())
+    assert data["_class_name"] == "FlaxStableDiffusionPipeline"
+    assert data["unet"] == ["diffusers", "FlaxUNet2DConditionModel"]
+    assert data["text_encoder"] == ["transformers", "FlaxCLIPTextModel"]
+    assert data["scheduler"] == ["diffusers", "FlaxDDIMScheduler"]
+    assert data["tokenizer"] == ["transformers", "CLIPTokenizer"]
+    text = weights.read_checkpoint([out / "text_encoder" / "flax_model.msgpack"]).tensors
+    assert "text_model/encoder/layers/0/self_attn/q_proj/kernel" in text
+    vae = weights.read_checkpoint([out / "vae" / "diffusion_flax_model.msgpack"]).tensors
+    assert "encoder/mid_block/attentions_0/query/kernel" in vae
+
+
+@pytest.mark.parametrize("to", conversion.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes(to: str, dtype: str, tmp_path: Path) -> None:
+    src = pipeline(tmp_path / "src")
+    out = convert(src, tmp_path / "out.safetensors", to=to, dtype=dtype)
+    assert_same(src, out, jnp.dtype(dtype))
+
+
+def test_one_network(tmp_path: Path) -> None:
+    src = pipeline(tmp_path / "src")
+    out = convert(src / "unet", tmp_path / "unet", to="flax-msgpack", dtype="bfloat16")
+    _, params = UNet2DConditionModel.from_pretrained(out, param_dtype="float32")
+    assert params
+    with pytest.raises(WeightsError, match="one network is no single-file checkpoint"):
+        convert(src / "unet", tmp_path / "unet.safetensors", to="single-file")
+
+
+def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
+    src = pipeline(tmp_path / "src")
+    (tmp_path / "file").write_text("mine")
+    for to in conversion.LAYOUTS:
+        for dst in (src, tmp_path / "file"):
+            with pytest.raises(FileExistsError, match="exists; remove it or name another place"):
+                convert(src, dst, to=to)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert_same(src, convert(src, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="to must be one of diffusers, flax-msgpack, single-file, got 'onnx'"):
+        convert(src, tmp_path / "x", to="onnx")
+
+
+@pytest.mark.parametrize("to", conversion.LAYOUTS)
+def test_a_wrong_bit_is_found_and_nothing_stays(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = pipeline(tmp_path / "src")
+    write = conversion.WRITERS[to]
+
+    def spoil(source: Any, dst: Path, dtype: Any) -> None:
+        write(source, dst, dtype)
+        file = next(path for path in [dst, *dst.rglob("*")] if path.is_file() and path.stat().st_size > 20_000)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setitem(conversion.WRITERS, to, spoil)
+    with pytest.raises(WeightsError, match="differs from its source after writing"):
+        convert(src, tmp_path / "out", to=to)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = pipeline(tmp_path / "src")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "_write_rest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(src, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:
+    src = pipeline(tmp_path / "src")
+    index = json.loads((src / "model_index.json").read_text())
+    write_safetensors(src / "unknown" / "model.safetensors", {}, [])
+    weights.write_json(src / "model_index.json", index | {"unknown": ["diffusers", "TransformerOfTomorrow"]})
+    with pytest.raises(WeightsError, match=r"model_index\.json: cannot convert a 'TransformerOfTomorrow'; known are"):
+        convert(src, tmp_path / "out")
+    weights.write_json(src / "model_index.json", index)
+    tensors = read_safetensors(src / "vae" / "diffusion_pytorch_model.safetensors")
+    del tensors["quant_conv.bias"]
+    write_safetensors(
+        src / "vae" / "diffusion_pytorch_model.safetensors",
+        {key: (a.dtype, a.shape) for key, a in tensors.items()},
+        tensors.values(),
+    )
+    with pytest.raises(WeightsError, match=r"src/vae: 1 missing, 0 unexpected, e\.g\. 'quant_conv.bias'"):
+        convert(src, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["src"]

@@ -1,0 +1,263 @@
+"""Single files in the original layout: published names, configurations read off tensors, files that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffuse_jax.models import presets as networks
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.weights import (
+    WeightsError,
+    infer,
+    match,
+    names,
+    original,
+    read_single_file,
+    write_single_file,
+)
+from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from diffuse_jax.weights.single_file import family_for
+from tests.weights.families import FAMILIES, family_tensors
+from tests.weights.tiny import same_bits
+from tests.weights.torch_files import mapping, number, storage, tensor, text, write_zip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_writing_and_reading_gives_the_same_tensors_and_configs(
+    name: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors = family_tensors(name, rng)
+    assert family_for({part: model.config_json() for part, model in FAMILIES[name].items()}) == name
+    write_single_file(tmp_path / "a.safetensors", tensors, name)
+    file = read_single_file(tmp_path / "a.safetensors")
+    assert file.family == name
+    assert file.networks.keys() == tensors.keys()
+    for part, model in FAMILIES[name].items():
+        read = file.networks[part]
+        assert read.checkpoint.tensors.keys() == tensors[part].keys()
+        for key, array in tensors[part].items():
+            assert same_bits(read.checkpoint.tensors[key], array), key
+        again = type(model).from_config(read.config)
+        assert again.config == model.config.replace(extra=again.config.extra)
+        match(read.checkpoint, model.shapes(), label=part)
+
+
+KEYS = {
+    "v1": [
+        "model.diffusion_model.time_embed.2.weight",
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.0.proj.weight",
+        "model.diffusion_model.input_blocks.2.0.op.bias",
+        "model.diffusion_model.input_blocks.3.0.skip_connection.weight",
+        "model.diffusion_model.middle_block.2.out_layers.3.bias",
+        "model.diffusion_model.output_blocks.1.1.conv.weight",
+        "model.diffusion_model.output_blocks.3.1.proj_out.weight",
+        "model.diffusion_model.out.0.weight",
+        "first_stage_model.encoder.down.0.downsample.conv.weight",
+        "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight",
+        "first_stage_model.decoder.up.1.upsample.conv.weight",
+        "first_stage_model.decoder.mid.attn_1.proj_out.weight",
+        "first_stage_model.post_quant_conv.bias",
+        "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight",
+    ],
+    "v2": [
+        "cond_stage_model.model.positional_embedding",
+        "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias",
+        "cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight",
+        "cond_stage_model.model.ln_final.weight",
+    ],
+    "x4-upscaler": ["model.diffusion_model.label_emb.weight", "model.diffusion_model.output_blocks.1.2.conv.weight"],
+    "xl": [
+        "model.diffusion_model.label_emb.0.2.bias",
+        "model.diffusion_model.input_blocks.3.1.transformer_blocks.1.attn2.to_k.weight",
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
+        "conditioner.embedders.1.model.text_projection",
+        "conditioner.embedders.1.model.token_embedding.weight",
+    ],
+    "xl-refiner": ["conditioner.embedders.0.model.transformer.resblocks.0.attn.in_proj_weight"],
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_names_and_shapes_are_those_of_published_files(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    write_single_file(tmp_path / "a.safetensors", family_tensors(name, rng), name)
+    stored = read_safetensors(tmp_path / "a.safetensors")
+    assert [key for key in KEYS[name] if key not in stored] == []
+    assert stored["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+    fused = [array.shape for key, array in stored.items() if key.endswith("0.attn.in_proj_weight")]
+    assert fused == ([] if name == "v1" else [(192, 64)])
+
+
+def stored_family(name: str, rng: np.random.Generator, folder: Path) -> dict[str, np.ndarray]:
+    write_single_file(folder / "plain.safetensors", family_tensors(name, rng), name)
+    return read_safetensors(folder / "plain.safetensors")
+
+
+def save(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
+    path = folder / "model.safetensors"
+    write_safetensors(path, {key: (a.dtype, a.shape) for key, a in tensors.items()}, tensors.values())
+    return path
+
+
+def test_what_training_left_behind_is_not_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    leftovers = (
+        "betas",
+        "alphas_cumprod_prev",
+        "model_ema.decay",
+        "first_stage_model.loss.logvar",
+        "posterior_variance",
+    )
+    extra = dict.fromkeys(leftovers, np.zeros(3, np.float32))
+    extra["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(16)
+    read = read_single_file(save(tmp_path, stored | extra))
+    assert read.class_name == "StableDiffusionPipeline"
+    assert read.schedulers["scheduler"]["_class_name"] == "PNDMScheduler"
+    assert read.networks["unet"].checkpoint.files["conv_in.weight"].name == "model.safetensors"
+
+
+def test_averaged_weights(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    prefix = "model.diffusion_model."
+    averages = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): array + 1
+        for key, array in stored.items()
+        if key.startswith(prefix)
+    }
+    path = save(tmp_path, stored | averages)
+    plain, averaged = (read_single_file(path, ema=ema).networks["unet"].checkpoint.tensors for ema in (False, True))
+    assert all(same_bits(averaged[key], plain[key] + 1) for key in plain)
+    with pytest.raises(WeightsError, match="has no averaged weights"):
+        read_single_file(save(tmp_path, dict(stored)), ema=True)
+
+
+def test_the_last_layer_and_the_projection_of_a_whole_openclip_are_left_out(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    stored = stored_family("v2", rng, tmp_path)
+    layer = "cond_stage_model.model.transformer.resblocks.1."
+    last = {key.replace("blocks.1.", "blocks.2."): array for key, array in stored.items() if key.startswith(layer)}
+    last["cond_stage_model.model.text_projection"] = np.zeros((64, 64), np.float32)
+    last["cond_stage_model.model.logit_scale"] = np.zeros((), np.float32)
+    text_encoder = read_single_file(save(tmp_path, stored | last)).networks["text_encoder"]
+    assert text_encoder.config["num_hidden_layers"] == 2
+    assert text_encoder.config["architectures"] == ["CLIPTextModel"]
+    match(text_encoder.checkpoint, FAMILIES["v2"]["text_encoder"].shapes(), label="text_encoder")
+
+
+def test_prediction_type_of_stable_diffusion_2(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v2", rng, tmp_path)
+    path = save(tmp_path, stored)
+    kinds = {None: ("v_prediction", 96), "epsilon": ("epsilon", 64)}
+    for asked, (kind, size) in kinds.items():
+        file = read_single_file(path, prediction_type=asked)
+        assert file.schedulers["scheduler"]["prediction_type"] == kind
+        assert file.networks["unet"].config["sample_size"] == size
+    # A .ckpt remembers how long it was trained, which tells the two kinds apart.
+    program, storages = b"", {}
+    for i, (key, array) in enumerate(stored.items()):
+        strides = tuple(s // 4 for s in array.strides)
+        program += text(key) + tensor(storage(str(i), array.size), 0, array.shape, strides)
+        storages[str(i)] = array.tobytes()
+    for step, kind in ((875000, "epsilon"), (140000, "v_prediction")):
+        whole = mapping(state_dict=b"}(" + program + b"u", global_step=number(step))
+        write_zip(tmp_path / "model.ckpt", whole, storages)
+        assert read_single_file(tmp_path / "model.ckpt").schedulers["scheduler"]["prediction_type"] == kind
+
+
+def test_inpainting_is_told_by_its_channels(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    for channels, kind in ((9, "StableDiffusionInpaintPipeline"), (8, "StableDiffusionInstructPix2PixPipeline")):
+        file = read_single_file(save(tmp_path, stored | {key: np.zeros((32, channels, 3, 3), np.float32)}))
+        assert (file.class_name, file.networks["unet"].config["in_channels"]) == (kind, channels)
+    with pytest.raises(WeightsError, match="a UNet with 6 input channels"):
+        read_single_file(save(tmp_path, stored | {key: np.zeros((32, 6, 3, 3), np.float32)}))
+
+
+def test_values_of_the_caller_replace_those_read_off_the_tensors(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored_family("v1", rng, tmp_path)
+    file = read_single_file(tmp_path / "plain.safetensors", configs={"unet": {"attention_head_dim": 4}})
+    assert file.networks["unet"].config["attention_head_dim"] == 4
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "a tensor of nobody": (
+        {"lora.weight": np.zeros(2, np.float32)},
+        "1 tensors belong to no component, e.g. 'lora.weight'",
+    ),
+    "no autoencoder": ({"first_stage_model.": None}, "no key begins with 'first_stage_model.'"),
+    "no text encoder": ({"cond_stage_model.": None}, "not a Stable Diffusion checkpoint in the original layout"),
+    "no UNet": ({"model.diffusion_model.": None}, "no key begins with 'model.diffusion_model.'"),
+    "half a UNet": (
+        {"model.diffusion_model.input_blocks.1": None},
+        "unet: cannot read its configuration off its tensors",
+    ),
+    "no embeddings": (
+        {"cond_stage_model.transformer.text_model.embeddings": None},
+        "text_encoder: cannot read its configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_files_that_are_no_pipelines_are_refused(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    changes, message = BROKEN[kind]
+    stored = stored_family("v1", rng, tmp_path)
+    gone = tuple(prefix for prefix, array in changes.items() if array is None)
+    stored = {key: array for key, array in stored.items() if not (gone and key.startswith(gone))}
+    stored |= {key: array for key, array in changes.items() if array is not None}
+    with pytest.raises(WeightsError, match=r"model\.safetensors: ") as error:
+        read_single_file(save(tmp_path, stored))
+    assert message in str(error.value)
+
+
+def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    del stored["model.diffusion_model.out.2.bias"]
+    stored["model.diffusion_model.out.3.bias"] = np.zeros(4, np.float32)
+    part = read_single_file(save(tmp_path, stored)).networks["unet"]
+    with pytest.raises(WeightsError) as error:
+        match(part.checkpoint, FAMILIES["v1"]["unet"].shapes(), label="unet")
+    assert str(error.value) == (
+        "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' fits nothing"
+    )
+
+
+def test_pipelines_without_a_single_file_layout_are_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(WeightsError, match="the components unet, vae fit none of the single-file layouts"):
+        family_for({"unet": {}, "vae": {}})
+    keys = ["down_blocks.0.resnets.0.conv1.weight", "time_embedding.cond_proj.weight"]
+    with pytest.raises(WeightsError, match="'time_embedding.cond_proj.weight' has no name in the original layout"):
+        original.to_original(keys, original.unet_table(keys))
+
+
+SIZED = {
+    "v1": networks.SD15_UNET,
+    "v2": networks.SD20_UNET.replace(sample_size=96),
+    "x4-upscaler": networks.X4_UPSCALER_UNET,
+    "xl": networks.SDXL_UNET,
+    "xl-refiner": networks.SDXL_REFINER_UNET,
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) -> None:
+    shapes = names.flatten(UNet2DConditionModel(SIZED[name]).shapes())
+    empty = {  # arrays of the right shape that take no memory
+        key: names.to_torch(path, np.broadcast_to(np.zeros((), np.float32), shapes[path].shape))
+        for key, path in names.torch_keys(shapes).items()
+    }
+    table = original.unet_table(empty)
+    groups = original.to_original(empty, table)
+    back = original.to_diffusers(
+        {old: original.combine([(empty[key], operation) for key, operation in parts]) for old, parts in groups.items()},
+        original.unet_table(groups),
+    )
+    assert {key: array.shape for key, array in back.items()} == {key: array.shape for key, array in empty.items()}
+    config = UNet2DConditionConfig.from_json(infer.unet_config(back, infer.FAMILIES[name]))
+    assert config.replace(extra=SIZED[name].extra) == SIZED[name]
