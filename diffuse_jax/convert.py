@@ -99,12 +99,14 @@ def convert(
     Raises:
       WeightsError: the source cannot be read or does not fit its configuration, the layout has no place for it, or the
         result is not what was meant to be written. Nothing is left behind then.
-      ValueError: an unknown layout.
+      ValueError: an unknown layout, or a single file that is not to end in ``.safetensors``.
       FileExistsError: ``dst`` is in the way.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
     dst = Path(dst)
+    if to == "single-file" and dst.suffix != ".safetensors":
+        raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
     if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
         raise FileExistsError(f"{dst} exists; remove it or name another place")
     source = open_source(src, variant=variant, prediction_type=prediction_type)

@@ -116,14 +116,18 @@ def test_one_network(tmp_path: Path) -> None:
 
 def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
     src = pipeline(tmp_path / "src")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file.safetensors").write_text("mine")
     for to in conversion.LAYOUTS:
-        for dst in (src, tmp_path / "file"):
+        for dst in (src, tmp_path / "file.safetensors"):
+            if to == "single-file" and dst == src:
+                continue
             with pytest.raises(FileExistsError, match="exists; remove it or name another place"):
                 convert(src, dst, to=to)
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file.safetensors").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert_same(src, convert(src, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="does not end in .safetensors"):
+        convert(src, tmp_path / "x", to="single-file")
     with pytest.raises(ValueError, match="to must be one of diffusers, flax-msgpack, single-file, got 'onnx'"):
         convert(src, tmp_path / "x", to="onnx")
 
@@ -142,7 +146,7 @@ def test_a_wrong_bit_is_found_and_nothing_stays(to: str, tmp_path: Path, monkeyp
 
     monkeypatch.setitem(conversion.WRITERS, to, spoil)
     with pytest.raises(WeightsError, match="differs from its source after writing"):
-        convert(src, tmp_path / "out", to=to)
+        convert(src, tmp_path / "out.safetensors", to=to)
     assert os.listdir(tmp_path) == ["src"]
 
 
