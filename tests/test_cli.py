@@ -302,3 +302,20 @@ def test_env_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert report["cache"] == str(tmp_path)
     assert report["devices"].startswith("1 x ")
     assert set(report) >= {f"extra {name}" for name in cli.EXTRAS}
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """The shipped model, twice, from an empty cache folder: the same picture, compiled once."""
+    command = [sys.executable, "-m", "diffuse_jax", "generate", "--prompt", "a red apple, noto style", "--seed", "0"]
+    command += ["--num-inference-steps", "5", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "DIFFUSE_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    environment.pop("DIFFUSE_JAX_COMPILATION_CACHE", None)
+    reports = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr for _ in range(2)
+    ]
+    first, second = (float(re.search(r"compile (\S+) s", report)[1]) for report in reports)
+    assert second < 1 < first
+    one, two = (Image.open(path) for path in sorted((tmp_path / "out").glob("*.png")))
+    assert one.tobytes() == two.tobytes()
+    assert len(list((tmp_path / "cache" / "programs").iterdir())) == 1
