@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-DECAY_SHARE = 0.25
+DECAY_SHARE = 1 / 3
 """Share of a ``warmup_stable_decay`` run in which the rate falls."""
 
 SCHEDULES: dict[str, Callable[[jnp.ndarray], jnp.ndarray]] = {
@@ -19,7 +19,7 @@ SCHEDULES: dict[str, Callable[[jnp.ndarray], jnp.ndarray]] = {
 }
 """Factor on the rate as a function of ``p``, the share of the run after the warm-up that is over (0 to 1).
 
-``warmup_stable_decay`` is constant until its last quarter, so a run can be resumed with another
+``warmup_stable_decay`` is constant until its last third, so a run can be resumed with another
 ``--max_train_steps``.
 """
 

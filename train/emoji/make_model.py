@@ -50,7 +50,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",

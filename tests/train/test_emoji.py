@@ -1,0 +1,89 @@
+"""How the emoji set is made: captions, held-out pairs, drawing, tokenizer and model card."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """Scripts import their neighbours by name, as Python does when one is run."""
+    sys.path.insert(0, str(ROOT / "train" / "emoji"))
+    yield
+    sys.path.remove(str(ROOT / "train" / "emoji"))
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def record(label: str, style: str) -> dict[str, object]:
+    return {"label": label, "style": style, "tags": ["red", "fruit", "round"], "group": "food & drink"}
+
+
+def test_captions_name_concept_and_style() -> None:
+    texts = script("captions").captions(record("red apple", "noto"))
+    assert texts[0] == "red apple, noto style"
+    assert "a red apple, noto style" in texts
+    assert "red apple, fruit, round, noto style" in texts  # tags that repeat the name are left out
+    assert "an orange, blob style" in script("captions").captions(record("orange", "blob"))
+    assert all("red apple" in text for text in texts)
+
+
+def test_held_out_concepts_stay_in_training_in_another_style() -> None:
+    records = [record(f"thing {i}", style) for i in range(400) for style in ("noto", "blob", "fluent", "twemoji")]
+    out = script("captions").held_out(records)
+    assert np.mean(out) == pytest.approx(0.1, abs=0.02)
+    kept = {r["label"] for r, held in zip(records, out, strict=True) if not held}
+    assert kept == {r["label"] for r in records}
+    backwards = script("captions").held_out(records[::-1])
+    assert backwards[::-1] == out
+
+
+def test_a_concept_in_one_style_is_never_held_out() -> None:
+    assert not any(script("captions").held_out([record(f"thing {i}", "noto") for i in range(100)]))
+
+
+def test_labels_match_icon_names() -> None:
+    slug = script("make_dataset").slug
+    assert [slug(s) for s in ("Piñata", "woman’s hat", "ON! arrow", "face in clouds")] == [
+        "pinata", "womans-hat", "on-arrow", "face-in-clouds"]  # fmt: skip
+
+
+def test_icons_are_drawn_on_white() -> None:
+    pytest.importorskip("resvg_py")
+    make = script("make_dataset")
+    icons = {"width": 16, "height": 8, "icons": {"bar": {"body": '<path fill="#f00" d="M0 0h16v8H0z"/>'}}}
+    assert make.svg(icons, "foo") is None
+    pixels = np.asarray(make.draw(make.svg(icons, "bar"), 32))
+    assert pixels.shape == (32, 32, 3)
+    np.testing.assert_array_equal(pixels[16, 16], [255, 0, 0])
+    np.testing.assert_array_equal(pixels[1, 16], [255, 255, 255])
+
+
+def test_transformers_reads_the_tokenizer_as_written(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    make = script("make_tokenizer")
+    texts = ["a red apple, noto style", "a red car, noto style", "red hat's pin"] * 3
+    merges = make.learn_merges(texts, 40)
+    assert merges[0] == ("e", "d</w>")  # nine times, as ("r", "e"); it sorts first
+    tokenizer = CLIPTokenizer.from_pretrained(make.write_tokenizer(tmp_path, merges, 12))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    assert len(tokenizer) == len(vocabulary) == 512 + len(merges) + 2
+    ids = tokenizer("A  Red apple", padding="max_length", truncation=True).input_ids
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words[:3] == ["<|startoftext|>", "a</w>", "red</w>"]
+    assert len(ids) == tokenizer.model_max_length == 12
+    assert ids[-1] == tokenizer.pad_token_id == len(vocabulary) - 1
+    assert tokenizer.decode(tokenizer("red façade 🍎").input_ids, skip_special_tokens=True) == "red façade 🍎"

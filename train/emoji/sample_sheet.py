@@ -1,0 +1,73 @@
+"""Draw the sheet of samples in the documentation: 8x8 pictures for captions that nobody chose by hand.
+
+The upper half are captions of training pictures, the lower half (captions in red) pairs of concept and style that were
+held out of training. Captions are drawn by a fixed random seed and picture n has seed n. Example:
+
+    python train/emoji/sample_sheet.py --data_dir runs/emoji/data --output docs/images/emoji_sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffuse_jax import DiffusionPipeline
+
+EDGE, CELL, LINE = 8, 128, 13  # pictures along an edge, pixels of a picture, height of a line of text
+
+
+def main() -> None:
+    args = parse_args()
+    half = EDGE * EDGE // 2
+    captions = [text for split in ("train", "heldout") for text in choose(Path(args.data_dir) / split, half)]
+    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pictures = pipe(
+        captions,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        seed=list(range(len(captions))),
+    ).images
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet(pictures, captions, half).save(output, optimize=True)
+    print(output)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
+    parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
+    parser.add_argument("--output", default="docs/images/emoji_sheet.png", help="picture to write")
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="steps of the sampler (default 25)")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="strength of the prompt (default 5)")
+    return parser.parse_args()
+
+
+def choose(folder: Path, count: int) -> list[str]:
+    """The main captions of ``count`` different pictures of an image folder, always the same ones."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
+    return [json.loads(lines[i])["text"][0] for i in chosen]
+
+
+def sheet(pictures: list[Image.Image], captions: list[str], first_held_out: int) -> Image.Image:
+    """Pictures with their captions below; from ``first_held_out`` on the captions are red."""
+    height = CELL + 3 * LINE
+    page = Image.new("RGB", (EDGE * CELL, EDGE * height), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = n % EDGE * CELL, n // EDGE * height
+        page.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
+        colour = "#b00020" if n >= first_held_out else "#202020"
+        name, style = caption.rsplit(", ", 1)
+        for i, line in enumerate([name[:21], style]):
+            pen.text((x + 3, y + CELL + i * LINE), line, fill=colour)
+    return page
+
+
+if __name__ == "__main__":
+    main()
