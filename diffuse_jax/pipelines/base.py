@@ -134,11 +134,7 @@ class DiffusionPipeline:
         check_classes(wanted, folder)
         for name, entry in wanted.items():
             parts[name] = open_component(name, entry, params, dtype, mesh, variant)
-        for name, part in components.items():
-            parts[name], own = part if isinstance(part, tuple) else (part, None)
-            if own is not None:
-                params[name] = own
-        return cast(Self, target(parts, params, index.options, mesh))
+        return cast(Self, target(*with_given(parts, params, components), index.options, mesh))
 
     @classmethod
     def from_single_file(
@@ -191,15 +187,12 @@ class DiffusionPipeline:
         """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings."""
         fields = {f.name for f in dataclasses.fields(self)}
         settings = {name: value for name, value in changes.items() if name in fields}
-        parts, params = dict(self.components), dict(self.params)
-        for name, part in changes.items():
-            if name in fields:
-                continue
-            if name not in parts:
-                raise TypeError(f"{type(self).__name__} has no component {name!r}; it has {', '.join(sorted(parts))}")
-            parts[name], own = part if isinstance(part, tuple) else (part, params.get(name))
-            if own is not None:
-                params[name] = own
+        given = {name: part for name, part in changes.items() if name not in fields}
+        unknown = sorted(set(given) - set(self.components))
+        if unknown:
+            names = ", ".join(sorted(self.components))
+            raise TypeError(f"{type(self).__name__} has no component {unknown[0]!r}; it has {names}")
+        parts, params = with_given(self.components, self.params, given)
         return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
 
     def save_pretrained(
@@ -236,6 +229,15 @@ class DiffusionPipeline:
         """
         self.programs.load(folder)
         return self
+
+
+def with_given(
+    parts: Mapping[str, Any], params: Mapping[str, Params], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Params]]:
+    """Components and parameters with those that the caller gave; a network comes as ``(model, params)``."""
+    pairs = {name: part for name, part in given.items() if isinstance(part, tuple)}
+    models = {name: model for name, (model, _) in pairs.items()}
+    return {**parts, **given, **models}, {**params, **{name: own for name, (_, own) in pairs.items()}}
 
 
 def pipeline_class(name: str, named_in: str | Path) -> type[DiffusionPipeline]:

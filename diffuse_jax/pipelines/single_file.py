@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.models import Params
-from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class
+from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class, with_given
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.weights import WeightsError
@@ -56,8 +56,8 @@ def open_single_file(
     for name in wanted:
         shardings = None if mesh is None else param_shardings(shapes[name], mesh)
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
-    changes = {name: part for name, part in components.items() if name not in NOT_LOADED}
-    return target(parts, params, file.options, mesh).replace(**changes)
+    given = {name: part for name, part in components.items() if name not in NOT_LOADED}
+    return target(*with_given(parts, params, given), file.options, mesh)
 
 
 def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:

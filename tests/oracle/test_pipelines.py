@@ -46,33 +46,44 @@ def mean_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(255 * np.abs(ours - theirs).mean())
 
 
-def test_twenty_steps_give_the_same_pictures(family, rng):
+def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
     name, folder, twin = family
     pipe = AutoPipelineForText2Image.from_pretrained(folder)
     latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    short = {"num_inference_steps": 4}
     request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 20, "guidance_scale": 5.0}
     changes: list[tuple[str, dict[str, Any]]] = [
         ("as it is", {}),
-        ("no negative prompt", {"negative_prompt": None}),
-        ("guidance rescaled", {"guidance_rescale": 0.7}),
+        ("no negative prompt", short | {"negative_prompt": None}),
+        ("guidance rescaled", short | {"guidance_rescale": 0.7}),
     ]
     if name == "sdxl":
         sizes = {"original_size": (20, 40), "crops_coords_top_left": (3, 5), "target_size": (64, 32)}
-        other = {"negative_original_size": (9, 8), "negative_target_size": (7, 6)}
+        # One picture, because diffusers repeats the halves' sizes in another order than the halves themselves.
+        other = {
+            "negative_original_size": (9, 8),
+            "negative_target_size": (7, 6),
+            "prompt": "a",
+            "negative_prompt": "b",
+        }
         changes += [
-            ("sizes", sizes),
-            ("other sizes for the negative half", sizes | other),
-            ("second prompt", {"prompt_2": ["x", "y"], "negative_prompt_2": ["z", "w"]}),
-            ("stopped early", {"denoising_end": 0.7}),
+            ("sizes", short | sizes),
+            ("other sizes for the negative half", short | sizes | other),
+            ("second prompt", short | {"prompt_2": ["x", "y"], "negative_prompt_2": ["z", "w"]}),
+            ("stopped early", short | {"denoising_end": 0.6}),
         ]
     compiled = pipe.programs.compilations
     for what, change in changes:
-        theirs = pictures(twin, latents, **request | change)
-        ours = pipe(latents=latents, output_type="np", **request | change).images
+        rows = 1 if isinstance((request | change)["prompt"], str) else 2
+        theirs = pictures(twin, latents[:rows], **request | change)
+        ours = pipe(latents=latents[:rows], output_type="np", **request | change).images
         assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
-    assert pipe.programs.compilations <= compiled + 1, "these requests have one shape"
+    sizes_of_batches = 2 if name == "sdxl" else 1
+    assert pipe.programs.compilations <= compiled + sizes_of_batches
 
-    for what, change in (("clip_skip", {"clip_skip": 1}), ("without guidance", {"guidance_scale": 1.0})):
+    if not hasattr(twin.text_encoder, "text_model"):  # transformers 5 has flattened it, diffusers still asks for it
+        monkeypatch.setattr(type(twin.text_encoder), "text_model", property(lambda self: self), raising=False)
+    for what, change in (("clip_skip", short | {"clip_skip": 1}), ("no guidance", short | {"guidance_scale": 1.0})):
         theirs = pictures(twin, latents, **request | change)
         ours = pipe(latents=latents, output_type="np", **request | change).images
         assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
@@ -88,7 +99,7 @@ def test_a_swapped_sampler_gives_the_pictures_of_the_same_swap(family, sampler: 
     before = twin.scheduler
     twin.scheduler = getattr(diffusers, sampler).from_config(before.config)
     latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
-    request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 20, "guidance_scale": 5.0}
+    request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 8, "guidance_scale": 5.0}
     try:
         theirs = pictures(twin, latents, **request)
     finally:
@@ -122,19 +133,3 @@ def test_distilled_guidance_is_an_input_of_the_network(tmp_path, rng):
         request = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": scale}
         ours = pipe(latents=latents, output_type="np", **request).images
         assert mean_difference(ours, pictures(twin, latents, **request)) < MEAN_TOLERANCE
-
-
-def test_a_single_file_gives_the_pictures_of_its_folder(family, rng, tmp_path):
-    from diffuse_jax.convert import convert
-
-    _, folder, _ = family
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    convert(folder, tmp_path / "one.safetensors", to="single-file")
-    single = DiffusionPipeline.from_single_file(
-        tmp_path / "one.safetensors",
-        tokenizer=folder / ("tokenizer" if (folder / "tokenizer").exists() else "tokenizer_2"),
-        scheduler=pipe.scheduler,
-        unet=(pipe.components["unet"], pipe.params["unet"]),
-    )
-    assert type(single) is type(pipe)
-    assert single.params.keys() == pipe.params.keys()

@@ -1,0 +1,68 @@
+"""A pipeline from one file in the original layout: everything but the vocabulary is in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from diffuse_jax import schedulers
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.weights import WeightsError, write_single_file
+from diffuse_jax.weights.names import flatten, from_torch, torch_key
+from tests.pipelines.tiny import tokenizer
+from tests.weights.families import FAMILIES, family_tensors
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Path:
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "padding"),
+    [
+        ("v1", StableDiffusionPipeline, {"tokenizer": "<|endoftext|>"}),
+        ("v2", StableDiffusionPipeline, {"tokenizer": "!"}),
+        ("xl", StableDiffusionXLPipeline, {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}),
+    ],
+)
+def test_networks_sampler_and_padding_come_from_the_file(family, kind, padding, vocabulary: Path, tmp_path: Path, rng):
+    tensors = family_tensors(family, rng)
+    write_single_file(tmp_path / "model.safetensors", tensors, family)
+    pipe = DiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=vocabulary)
+    assert type(pipe) is kind
+    assert pipe.params.keys() == FAMILIES[family].keys()
+    for name, tree in pipe.params.items():
+        for path, array in flatten(tree).items():
+            assert np.array_equal(array, from_torch(path, tensors[name][torch_key(path)])), (name, path)
+    assert isinstance(pipe.scheduler, schedulers.Scheduler)
+    assert {name: pipe.components[name].pad_token for name in padding} == padding
+
+
+def test_components_may_be_given(vocabulary: Path, tmp_path: Path, rng):
+    write_single_file(tmp_path / "model.safetensors", family_tensors("v1", rng), "v1")
+    unet = FAMILIES["v1"]["unet"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), unet.shapes())
+    pipe = StableDiffusionPipeline.from_single_file(
+        tmp_path / "model.safetensors",
+        tokenizer=vocabulary,
+        unet=(unet, params),
+        scheduler=schedulers.EulerDiscreteScheduler(),
+        safety_checker=None,
+    )
+    assert isinstance(pipe.components["unet"], UNet2DConditionModel)
+    assert pipe.params["unet"] is params
+    assert isinstance(pipe.scheduler, schedulers.EulerDiscreteScheduler)
+    with pytest.raises(TypeError, match="holds a StableDiffusionPipeline, not a StableDiffusionXLPipeline"):
+        StableDiffusionXLPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=vocabulary)
+
+
+def test_without_a_vocabulary_the_error_says_what_to_pass(tmp_path: Path, rng):
+    write_single_file(tmp_path / "model.safetensors", family_tensors("v1", rng), "v1")
+    with pytest.raises(WeightsError, match="pass tokenizer= a folder or Hub id"):
+        DiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=tmp_path / "nowhere")
