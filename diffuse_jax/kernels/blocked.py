@@ -38,10 +38,15 @@ def blocked_attention(
         return jax.vmap(one_head)(q, k, v, m)
 
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (query, key, value))
-    per_head = mask is not None and mask.shape[1] != 1
-    shared = None if mask is None or per_head else mask[:, 0]
-    arguments = (q, k, v, jnp.moveaxis(mask, 1, 0)) if per_head else (q, k, v)
-    body = lambda args: all_batch(*args) if per_head else all_batch(*args, shared)
+    shared = None if mask is None or mask.shape[1] != 1 else mask[:, 0]
+    arguments: tuple[Array, ...] = (q, k, v)
+    if mask is not None and shared is None:
+        arguments = (q, k, v, jnp.moveaxis(mask, 1, 0))
+
+    def body(args: tuple[Array, ...]) -> Array:
+        q, k, v, *own = args
+        return all_batch(q, k, v, own[0] if own else shared)
+
     over_heads = lax.map if platform == "cpu" else lambda f, x: jax.vmap(f)(x)
     return jnp.moveaxis(over_heads(body, arguments), 0, 2)
 
@@ -51,7 +56,6 @@ def _one_head(
 ) -> Array:
     """[Lq,D], [Lk,D], [Lk,D], mask [Lq|1, Lk|1] -> [Lq,D], ``rows`` queries (or all, if fewer) at a time."""
     length = query.shape[0]
-    by_query = mask is not None and mask.shape[0] != 1
     block = jax.checkpoint(partial(_block, is_causal=is_causal, scale=scale))
     if rows >= length:
         return block(query, key, value, mask, jnp.int32(0))
@@ -62,7 +66,7 @@ def _one_head(
         return jnp.pad(x, ((0, blocks * rows - length), (0, 0))).reshape(blocks, rows, x.shape[-1])
 
     offsets = jnp.arange(blocks, dtype=jnp.int32) * rows
-    if by_query:
+    if mask is not None and mask.shape[0] != 1:
         out = lax.map(lambda x: block(x[0], key, value, x[1], x[2]), (split(query), split(mask), offsets))
     else:
         out = lax.map(lambda x: block(x[0], key, value, mask, x[1]), (split(query), offsets))

@@ -7,6 +7,7 @@ cut off again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -56,7 +57,7 @@ def flash_attention(query: Array, key: Array, value: Array, mask: Array | None, 
     Raises:
       ValueError: the mask differs between heads or queries.
     """
-    if not is_key_mask(mask):
+    if mask is not None and not is_key_mask(mask):
         raise ValueError(f"flash attention takes masks [B,1,1,Lk], got {mask.shape}; use implementation='blocked'")
     batch, rows, heads, depth = query.shape
     columns = key.shape[1]
@@ -89,7 +90,7 @@ def _pallas(
     )
 
 
-def _on_each_device(kernel, batch: int, heads: int):
+def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Callable[..., Array]:
     """``kernel`` under ``shard_map`` over those automatic axes of the current mesh that cut batch and heads evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
