@@ -13,13 +13,15 @@ from diffuse_jax.training.optimizer import SCHEDULES, adamw, learning_rate
 PRECISIONS: dict[str, DTypeLike] = {"no": jnp.float32, "bf16": jnp.bfloat16}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the description keeps its lines."""
+
+
 def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     """A parser with the shared flags; scripts add theirs."""
     parser = argparse.ArgumentParser(
         description=description,
-        formatter_class=type(
-            "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
-        ),
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--train_data_dir", required=True, help="image folder with metadata.jsonl: file_name and text on each line")

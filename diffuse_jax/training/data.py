@@ -66,11 +66,11 @@ def _captions(line: dict[str, object], column: str | None, where: str) -> tuple[
 
 
 def _read(path: Path, resolution: int) -> np.ndarray:
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-        scale = resolution / min(picture.size)
-        size = tuple(max(resolution, round(edge * scale)) for edge in picture.size)
-        return np.asarray(picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR))
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    scale = resolution / min(picture.size)
+    size = max(resolution, round(picture.width * scale)), max(resolution, round(picture.height * scale))
+    return np.asarray(picture if size == picture.size else picture.resize(size, Image.Resampling.BILINEAR))
 
 
 def batch_indices(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:
