@@ -100,7 +100,12 @@ def test_every_preset_is_checked() -> None:
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 
 
-@pytest.mark.parametrize(("name", "model", "build", "count"), networks(), ids=[*UNETS, *VAES, *TEXTS])
+# Tracing an SDXL takes seconds, and these differ from it by one layer.
+VARIANTS = {"SDXL_INPAINT_UNET", "SDXL_PIX2PIX_UNET", "SDXL_LCM_UNET"}
+CASES = [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * (row[0] in VARIANTS)) for row in networks()]
+
+
+@pytest.mark.parametrize(("name", "model", "build", "count"), CASES)
 def test_names_shapes_and_count(name: str, model: Any, build: Callable[[], Any], count: int) -> None:
     ours = pytorch_shapes(model)
     with torch.device("meta"):
