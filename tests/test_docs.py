@@ -100,6 +100,8 @@ def test_a_result_becomes_a_table(tmp_path: Path) -> None:
     filled = results.fill("x\n<!-- results: speed -->\nold\n<!-- end results -->\ny", results.read(tmp_path))
     assert "old" not in filled
     assert "| c | – | – | 12,345 | 1, 2 |\n<!-- end results -->\ny" in filled
+    few = results.fill("<!-- results: speed seconds model -->\n<!-- end results -->", results.read(tmp_path))
+    assert few.splitlines()[1:-1] == ["| seconds | model |", "| --- | --- |", "| 0.123 | a\\|b |", "| – | c |"]
 
 
 def test_a_malformed_result_is_named(tmp_path: Path) -> None:

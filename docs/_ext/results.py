@@ -6,7 +6,8 @@ A result is a JSON object, written by a test or a benchmark::
      "rows": [{"model": "SD 1.5", "seconds": 1.25}, ...]}
 
 The columns of the table are the keys of the rows, in the order in which they appear. ``python docs/_ext/results.py``
-rewrites the tables of README.md, which stand between ``<!-- results: NAME -->`` and ``<!-- end results -->``.
+rewrites the tables of README.md, which stand between ``<!-- results: NAME COLUMN ... -->`` and
+``<!-- end results -->``; without columns the table has all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<columns>( \w+)*) -->\n).*?<!-- end results -->", re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -34,9 +35,9 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; a row that lacks a column shows a dash there."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Rows as a Markdown table of the given columns (all if none); a row that lacks a column shows a dash there."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     lines = [[name.replace("_", " ") for name in columns], ["---"] * len(columns)]
     lines += [[cell(row.get(name)) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -71,7 +72,8 @@ def write_pages(source: Path, target: Path) -> None:
 
 def fill(page: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of a page with the tables between its marks made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{table(found[m['name']]['rows'])}\n{m[3]}", page)
+    new = lambda m: table(found[m["name"]]["rows"], m["columns"].split())
+    return BLOCK.sub(lambda m: f"{m[1]}{new(m)}\n<!-- end results -->", page)
 
 
 if __name__ == "__main__":
