@@ -1,7 +1,8 @@
 """What the benchmarks share: sides that take turns, each in a process of its own, and results as JSON.
 
 A shared machine is fast one minute and slow the next, so a figure here is always a comparison: every side does one run
-per round, rounds follow each other, and the ratio of the fastest (and of the median) runs is the result.
+per round, rounds follow each other, and the ratio of the fastest (and of the median) runs is the result. Processor time
+is reported too: where other programs hold the cores, it is the figure that they disturb least.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Side:
     """One contestant in a process of its own, so that thread pools and memory of the others do not disturb it."""
 
     def __init__(self, name: str, build: Build, *args: Any) -> None:
-        self.name, self.seconds = name, []
+        self.name, self.seconds, self.cpu_seconds = name, [], []
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
@@ -43,7 +44,9 @@ class Side:
 
     def run(self) -> None:
         self._pipe.send("run")
-        self.seconds.append(self._pipe.recv())
+        seconds, cpu_seconds = self._pipe.recv()
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
 
     def close(self) -> None:
         self._pipe.send("stop")
@@ -56,9 +59,9 @@ def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
     output = run()
     pipe.send((time.perf_counter() - start, output))
     while pipe.recv() == "run":
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         run()
-        pipe.send(time.perf_counter() - start)
+        pipe.send((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[dict[str, Any]]:
@@ -77,24 +80,13 @@ def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[dict[str
             "seconds_median": round(statistics.median(side.seconds), 4),
             "ratio_of_min": round(min(side.seconds) / min(first.seconds), 3),
             "ratio_of_median": round(statistics.median(side.seconds) / statistics.median(first.seconds), 3),
+            "cpu_seconds_min": round(min(side.cpu_seconds), 4),
+            "ratio_of_cpu_min": round(min(side.cpu_seconds) / min(first.cpu_seconds), 3),
             "setup_seconds": round(side.setup, 1),
             "difference": float(np.abs(side.output - first.output).max() / first.output.std()),
         }
         for side in sides
     ]
-
-
-def interleave(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The fastest of ``rounds`` turns of each function, in seconds; for comparisons within one process."""
-    best = dict.fromkeys(runs, float("inf"))
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def machine(*packages: str) -> dict[str, Any]:

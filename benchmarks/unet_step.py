@@ -159,9 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [row for row in before if label.items() - row.items()]
     about = (
-        "One forward pass, seconds (fastest and median of interleaved runs) and ratio to PyTorch diffusers, eager; "
-        "`difference` is the largest, of outputs scaled to unit variance; `setup_seconds` is from nothing to the first "
-        "result, random weights included."
+        "One forward pass: seconds (fastest and median of interleaved runs, and processor time of the fastest) with "
+        "ratios to PyTorch diffusers, eager; `difference` is the largest, of outputs scaled to unit variance; "
+        "`setup_seconds` is from nothing to the first result, random weights included."
     )
     print(write("unet_step", "UNet step and decoding", about, others + rows, "jax", "torch", "diffusers"))
     return 0
