@@ -83,7 +83,8 @@ def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_command_lines_of_the_documentation_parse(page: Path) -> None:
-    for words in examples(page.read_text(encoding="utf-8")):
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for words in examples("".join(blocks)):
         if not {"--help", "--version"} & set(words):
             cli.build_parser().parse_args(words)
 
