@@ -51,8 +51,9 @@ ABOUT = (
     "`next image` is the fastest repetition of the same call, and each `other` call changes one thing: the number of "
     "steps (a fifth more; 2 to 3 for sd15), the guidance scale, the prompts, the seed. `compilations` counts the "
     "programs that XLA compiled until then, `recompilations` those of all later calls. "
-    "`until first image` is start, load and first image together. Rows of a next process have its predecessor's "
-    "programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` counts pages of mapped files too."
+    "`until first image` is start, load and first image together; `processor` counts seconds on all cores. A next "
+    "process has its predecessor's programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` counts "
+    "pages of mapped files too."
 )
 
 
@@ -147,20 +148,24 @@ def environment(cache: Path) -> dict[str, str]:
 
 def row(setting: Setting, side: Side, suffix: str = "") -> dict[str, Any]:
     """What the table says of one side; a phase that it did not reach is missing."""
-    seconds = {phase: min(a["seconds"] for a in answers) for phase, answers in side.answers.items()}
-    everything = [a for answers in side.answers.values() for a in answers]
+    least = lambda phase, what: min((a[what] for a in side.answers.get(phase, [])), default=None)
+    total = lambda what: None if "first_image" not in side.answers else sum(least(p, what) for p in until_first)
+    until_first = ("start", "load", "first_image")
     counts = {p: [a["compilations"] for a in found if "compilations" in a] for p, found in side.answers.items()}
+    first = [n for phase in until_first for n in counts.get(phase, [])]
     later = [n for phase, numbers in counts.items() if phase.startswith(("next", "other")) for n in numbers]
+    peaks = [a["peak_gib"] for answers in side.answers.values() for a in answers if "peak_gib" in a]
+    columns = {phase: least(phase, "seconds") for phase in ("start", "load", *dict(setting.phases))}
+    columns |= {
+        "until_first_image": total("seconds"),
+        "until_first_image_processor": total("processor"),
+        "next_image_processor": least("next_image", "processor"),
+        "peak_GiB": max(peaks, default=None),
+    }
     result: dict[str, Any] = {"folder": setting.folder, "images": setting.images, "steps": setting.steps}
-    result["side"] = side.name + suffix
-    phases = ("start", "load", *dict.fromkeys(phase for phase, _ in setting.phases))
-    result |= {phase: round(seconds[phase], 2) if phase in seconds else None for phase in phases}
-    if "first_image" in seconds:
-        result["until_first_image"] = round(sum(seconds[p] for p in ("start", "load", "first_image")), 2)
-    first = counts.get("load", []) + counts.get("first_image", [])
-    result["compilations"] = sum(first) if first else None
-    result["recompilations"] = sum(later) if later else None
-    result["peak_GiB"] = round(max((a["peak_gib"] for a in everything if "peak_gib" in a), default=0.0), 2) or None
+    result |= {"side": side.name + suffix}
+    result |= {name: None if value is None else round(value, 3) for name, value in columns.items()}
+    result |= {"compilations": sum(first) if first else None, "recompilations": sum(later) if later else None}
     return result if side.error is None else result | {"note": side.error.splitlines()[0][:120]}
 
 

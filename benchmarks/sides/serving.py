@@ -34,13 +34,14 @@ class Contestant(NamedTuple):
 def serve(setup: Callable[[], Contestant]) -> None:
     """Run ``setup``, which imports the library, say who is there, and answer commands until stdin ends.
 
-    An answer has the ``seconds`` that the command took, how many ``compilations`` it caused, the process's ``peak_gib``
-    so far and, for pictures, their ``spread``; or it is the text of an ``error``.
+    An answer has the ``seconds`` that the command took, its ``processor`` seconds on all cores, how many
+    ``compilations`` it caused, the process's ``peak_gib`` so far and, for pictures, their ``spread``; or it is the text
+    of an ``error``.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     contestant = setup()
-    print(json.dumps({"name": contestant.name}), file=answers)
+    print(json.dumps({"name": contestant.name, "processor": time.process_time()}), file=answers)
     for line in sys.stdin:
         try:
             answer = obey(contestant, json.loads(line))
@@ -53,9 +54,13 @@ def serve(setup: Callable[[], Contestant]) -> None:
 def obey(contestant: Contestant, command: dict[str, Any]) -> dict[str, Any]:
     """Time one command."""
     count = contestant.compilations or int
-    before, start = count(), time.perf_counter()
+    before, start, processor = count(), time.perf_counter(), time.process_time()
     pictures = contestant.commands[command.pop("do")](**command)
-    answer: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_gib": peak_gib()}
+    answer: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "processor": time.process_time() - processor,
+        "peak_gib": peak_gib(),
+    }
     if contestant.compilations is not None:
         answer["compilations"] = count() - before
     return answer if pictures is None else answer | {"spread": spread(pictures)}
