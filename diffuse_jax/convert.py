@@ -35,6 +35,7 @@ LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 MODELS: dict[str, type[Model]] = {
     cls.__name__: cls for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
 }
+SCHEDULER = "scheduler_config.json"
 LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
 """Components that this library has no class for; the converted index has them as absent."""
 
@@ -184,7 +185,11 @@ def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
     networks = {}
     for name, part in file.networks.items():
         model = _class(part.class_name, path).from_config(part.config)
-        views = weights.match(part.checkpoint, model.shapes(), label=f"{path}: {name}")
+        try:
+            shapes = model.shapes()
+        except ValueError as error:
+            raise WeightsError(f"{path}: {name}: the sizes of its tensors are no network's ({error})") from error
+        views = weights.match(part.checkpoint, shapes, label=f"{path}: {name}")
         networks[name] = Network(part.library, model, part.config, views)
     return networks
 
@@ -227,9 +232,17 @@ def _old_flax(path: names.Path) -> names.Path:
 def _write_single_file(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
     if not source.class_name:
         raise WeightsError("one network is no single-file checkpoint; convert the pipeline's folder")
-    family = family_for({name: network.config for name, network in source.networks.items()})
+    configs = {name: network.config for name, network in source.networks.items()}
+    family = family_for(configs)
     tensors = {name: _torch_tensors(network) for name, network in source.networks.items()}
-    weights.write_single_file(dst, tensors, family, lambda array: _dtype(array, dtype))
+    schedulers = source.schedulers | {
+        name: weights.read_json(entry.folder / SCHEDULER)
+        for name, entry in source.folders.items()
+        if (entry.folder / SCHEDULER).is_file()
+    }
+    weights.write_single_file(
+        dst, tensors, family, lambda array: _dtype(array, dtype), configs=configs, schedulers=schedulers
+    )
 
 
 WRITERS = {"diffusers": _write_diffusers, "flax-msgpack": _write_flax, "single-file": _write_single_file}
@@ -258,12 +271,12 @@ def _write_rest(source: Source, dst: Path, prefix: str) -> None:
         flax = prefix if entry.library == "diffusers" else ""
         shutil.copytree(entry.folder, dst / name)
         entries[name] = (entry.library, flax + entry.class_name)
-        scheduler = dst / name / "scheduler_config.json"
+        scheduler = dst / name / SCHEDULER
         if scheduler.is_file():
             weights.write_json(scheduler, weights.read_json(scheduler) | {"_class_name": flax + entry.class_name})
     for name, config in source.schedulers.items():
         kind = prefix + config["_class_name"]
-        weights.write_json(dst / name / "scheduler_config.json", config | {"_class_name": kind})
+        weights.write_json(dst / name / SCHEDULER, config | {"_class_name": kind})
         entries[name] = ("diffusers", kind)
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 
@@ -271,8 +284,7 @@ def _write_rest(source: Source, dst: Path, prefix: str) -> None:
 def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> None:
     """Read the result as anybody would and compare every tensor with its source, bit for bit."""
     if to == "single-file":
-        configs = {name: network.config for name, network in source.networks.items()}
-        again = _networks(weights.read_single_file(written, configs=configs), written)
+        again = _networks(weights.read_single_file(written), written)
     else:
         again = {
             name: _open_network("", type(network.model).__name__, written / name, written / name, None)

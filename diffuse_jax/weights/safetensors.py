@@ -119,7 +119,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
 
 
 def write_safetensors(
-    path: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+    path: Path,
+    specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    arrays: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a file under a temporary name, then rename it, holding one tensor at a time.
 
@@ -127,11 +130,12 @@ def write_safetensors(
       path: the file to write; an old one stays whole until the new one is complete.
       specs: name -> (dtype, shape), in the order of ``arrays``.
       arrays: the tensors, taken one by one (a generator may read or cast each when it is asked for it).
+      metadata: texts to keep beside ``format: pt``, which PyTorch's libraries want to see.
 
     Raises:
       WeightsError: a dtype that the format has no name for.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for name, (dtype, shape) in specs.items():
         if dtype not in NAMES:

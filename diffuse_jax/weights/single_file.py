@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,11 @@ from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.errors import WeightsError, bad
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import IGNORED
-from diffuse_jax.weights.safetensors import write_safetensors
+from diffuse_jax.weights.safetensors import read_metadata, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
+
+RECORD = "diffuse_jax"
+"""Key of the metadata under which a written file keeps what its tensors do not say."""
 
 UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 
@@ -74,7 +78,7 @@ def read_single_file(
       prediction_type: ``"epsilon"`` or ``"v_prediction"``; None takes the family's, or what the step of training says
         for Stable Diffusion 2, whose two kinds have the same tensors.
       ema: take the UNet's averaged weights (``model_ema.``), which some files carry beside the last ones.
-      configs: component name -> values that replace those read off the tensors.
+      configs: component name -> values that replace those of the file's metadata and those read off its tensors.
 
     Raises:
       WeightsError: a damaged or hostile file, no known family, or tensors that belong to no component.
@@ -90,8 +94,10 @@ def read_single_file(
     tensors = _with_ema(path, checkpoint.tensors) if ema else checkpoint.tensors
     groups = _groups(path, tensors, family)
     networks = {part: _network(path, part, group, family, name) for part, group in groups.items()}
-    for part, changes in (configs or {}).items():
-        networks[part].config.update(changes)
+    recorded = _recorded(path)
+    for changes in (recorded.get("configs", {}), configs or {}):
+        for part in changes.keys() & networks.keys():
+            networks[part].config.update(changes[part])
     channels = networks["unet"].config["in_channels"]
     if channels not in family.pipelines:
         raise bad(path, f"a UNet with {channels} input channels; {name} files have {sorted(family.pipelines)}")
@@ -102,7 +108,23 @@ def read_single_file(
     schedulers = {"scheduler": {**family.scheduler, "prediction_type": prediction}}
     if name == "x4-upscaler":
         schedulers["low_res_scheduler"] = dict(infer.LOW_RES)
+    if prediction_type is None:
+        schedulers |= recorded.get("schedulers", {})
     return SingleFile(family.pipelines[channels], name, networks, schedulers, dict(family.options))
+
+
+def _recorded(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Configurations that :func:`write_single_file` left in the file's metadata: kind -> component name -> values."""
+    if path.suffix != ".safetensors" or RECORD not in (metadata := read_metadata(path)):
+        return {}
+    try:
+        found = json.loads(metadata[RECORD])
+        tables = [table for kind in ("configs", "schedulers") for table in found[kind].values()]
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad(path, f"the configurations in its metadata ({RECORD!r}) are damaged ({error})") from error
+    if not all(isinstance(table, dict) for table in tables):
+        raise bad(path, f"the configurations in its metadata ({RECORD!r}) are no objects")
+    return found
 
 
 def _prediction_type(path: Path, name: str, family: infer.Family) -> str:
@@ -204,6 +226,9 @@ def write_single_file(
     networks: Mapping[str, Mapping[str, np.ndarray]],
     family: str,
     cast: Any = lambda array: array.dtype,
+    *,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+    schedulers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a pipeline's networks as one ``.safetensors`` file in the original layout.
 
@@ -212,6 +237,8 @@ def write_single_file(
       networks: component name -> tensors under diffusers' names.
       family: as :func:`family_for` gives it.
       cast: array -> the dtype it is written in.
+      configs: component name -> ``config.json``; kept in the file's metadata, for what its tensors do not say.
+      schedulers: component name -> ``scheduler_config.json``, kept there too.
 
     Raises:
       WeightsError: a tensor that the layout has no name for.
@@ -226,7 +253,8 @@ def write_single_file(
             sources[prefixes[part] + key] = [(tensors[name], operation) for name, operation in members]
     specs = {key: (np.dtype(cast(parts[0][0])), _shape(parts)) for key, parts in sorted(sources.items())}
     arrays = (compact(original.combine(sources[key]), dtype) for key, (dtype, _) in specs.items())
-    write_safetensors(path, specs, arrays)
+    record = json.dumps({"configs": configs or {}, "schedulers": schedulers or {}})
+    write_safetensors(path, specs, arrays, {RECORD: record} if configs or schedulers else None)
 
 
 def _shape(parts: list[tuple[np.ndarray, str]]) -> tuple[int, ...]:

@@ -185,6 +185,24 @@ def test_values_of_the_caller_replace_those_read_off_the_tensors(tmp_path: Path,
     assert file.networks["unet"].config["attention_head_dim"] == 4
 
 
+def test_what_tensors_do_not_say_is_kept_in_the_metadata(tmp_path: Path, rng: np.random.Generator) -> None:
+    path, tensors = tmp_path / "a.safetensors", family_tensors("v1", rng)
+    configs, schedulers = {"unet": {"attention_head_dim": 4}}, {"scheduler": {"_class_name": "DDIMScheduler"}}
+    write_single_file(path, tensors, "v1", configs=configs, schedulers=schedulers)
+    file = read_single_file(path)
+    assert file.networks["unet"].config["attention_head_dim"] == 4
+    assert file.schedulers == schedulers
+    assert read_single_file(path, prediction_type="epsilon").schedulers["scheduler"]["_class_name"] == "PNDMScheduler"
+    again = read_single_file(path, configs={"unet": {"attention_head_dim": 2}})
+    assert again.networks["unet"].config["attention_head_dim"] == 2
+    stored = read_safetensors(path)
+    specs = {key: (a.dtype, a.shape) for key, a in stored.items()}
+    for damaged in ("{", "3", '{"configs": 3}', '{"configs": {"unet": 3}, "schedulers": {}}'):
+        write_safetensors(tmp_path / "b.safetensors", specs, stored.values(), {"diffuse_jax": damaged})
+        with pytest.raises(WeightsError, match=r"b\.safetensors: the configurations in its metadata"):
+            read_single_file(tmp_path / "b.safetensors")
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a tensor of nobody": (
         {"lora.weight": np.zeros(2, np.float32)},
