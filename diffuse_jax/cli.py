@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 PREDICTIONS = ("epsilon", "v_prediction")
 EXTRAS = {
-    "train": ("datasets", "grain", "tensorboard"),
+    "train": ("datasets", "grain", "tensorboard", "resvg-py"),
     "torch": ("torch", "diffusers", "accelerate"),
     "docs": ("sphinx", "myst-parser", "sphinx-book-theme"),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
