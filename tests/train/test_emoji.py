@@ -54,6 +54,18 @@ def test_a_concept_in_one_style_is_never_held_out() -> None:
     assert not any(script("captions").held_out([record(f"thing {i}", "noto") for i in range(100)]))
 
 
+def test_dataset_folders_refer_to_existing_pictures(tmp_path: Path) -> None:
+    from PIL import Image
+
+    make, common = script("make_dataset"), script("captions").is_common
+    records = [record("red apple", style) for style in ("noto", "blob")] + [record("plate of red apples", "noto")]
+    lines = make.write_folder(tmp_path / "train", [(r, Image.new("RGB", (4, 4))) for r in records])
+    assert [common(line) for line in lines] == [True, False, False]
+    read = [json.loads(line) for line in (tmp_path / "train" / "metadata.jsonl").read_text().splitlines()]
+    assert read == lines
+    assert all((tmp_path / "train" / line["file_name"]).is_file() for line in read)
+
+
 def test_labels_match_icon_names() -> None:
     slug = script("make_dataset").slug
     assert [slug(s) for s in ("Piñata", "woman’s hat", "ON! arrow", "face in clouds")] == [

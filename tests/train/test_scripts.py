@@ -76,8 +76,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(start: Path, output: Path, **more: object) -> dict[str, object]:
-    shared = {"pretrained_model_name_or_path": start / "model", "train_data_dir": start / "data", "output_dir": output,
-              "resolution": 8, "train_batch_size": 1, "learning_rate": 1e-3, "lr_warmup_steps": 1, "logging_steps": 1}  # fmt: skip
+    shared = {
+        "pretrained_model_name_or_path": start / "model",
+        "train_data_dir": start / "data",
+        "output_dir": output,
+        "resolution": 8,
+        "train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 1,
+        "logging_steps": 1,
+    }
     return shared | more
 
 

@@ -11,6 +11,9 @@ Record = dict[str, Any]
 
 HELD_OUT_SHARE = 0.1
 
+COMMON_GROUPS = {"smileys & emotion", "animals & nature", "food & drink"}
+COMMON_STYLES = {"noto", "twemoji", "fluent", "fluent flat"}
+
 
 def caption(label: str, style: str) -> str:
     """The main caption of a picture, and the way to ask for one: ``"red apple, noto style"``."""
@@ -39,6 +42,12 @@ def held_out(records: Sequence[Record]) -> list[bool]:
     kept = dict(sorted((pair_hash(r), r["label"]) for r in records))
     last = {label: value for value, label in kept.items()}
     return [pair_hash(r) < HELD_OUT_SHARE and pair_hash(r) != last[r["label"]] for r in records]
+
+
+def is_common(record: Record) -> bool:
+    """Whether a picture is in the last part of training: short names of faces, animals and food, in four styles."""
+    short = len(record["label"].split()) <= 2
+    return short and record["group"] in COMMON_GROUPS and record["style"] in COMMON_STYLES
 
 
 def pair_hash(record: Record) -> float:

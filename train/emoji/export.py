@@ -50,7 +50,8 @@ autoencoder of {vae:,}, a CLIP text encoder of {text:,}, a byte-pair tokenizer o
 float16. Trained from random numbers on {total:,} pictures by `train/vae.py` and `train/text_to_image.py`; how is told
 in the documentation of diffuse_jax, page "The shipped model".
 
-Limits: it knows emoji and nothing else. Small writing, hands, faces of people and rare objects come out vague.
+Limits: it knows emoji and nothing else. Faces, hearts, fruit, simple food and buttons come out recognisable; people,
+hands, buildings, vehicles, most animals and all writing come out vague.
 
 ## Sources and licences
 

@@ -5,6 +5,7 @@ The result is an ordinary image folder that the scripts beside it read with ``--
     OUTPUT/train/metadata.jsonl     a line per picture: file_name, text (a list of captions), label, style, licence ...
     OUTPUT/train/noto/red-apple.png
     OUTPUT/heldout/...              a tenth of the (concept, style) pairs, never trained on
+    OUTPUT/common/metadata.jsonl    the lines of train/ with common concepts, for the last part of training
 
 Needs ``npm`` (to fetch the packages) and ``resvg-py`` (to draw the SVG files); takes about two minutes. Example:
 
@@ -30,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from captions import Record, captions, held_out
+from captions import Record, captions, held_out, is_common
 from sources import CAPTIONS, SOURCES, Source
 
 LEFT_OUT_GROUPS = {"component", "flags"}
@@ -44,8 +45,11 @@ def main() -> None:
     records = [record for record, _ in pairs]
     for split, wanted in (("train", False), ("heldout", True)):
         chosen = [pair for pair, out in zip(pairs, held_out(records), strict=True) if out == wanted]
-        write_folder(output / split, chosen)
-        print(f"{output / split}: {len(chosen)} pictures of {len({r['label'] for r, _ in chosen})} concepts")
+        lines = write_folder(output / split, chosen)
+        print(f"{output / split}: {len(lines)} pictures of {len({line['label'] for line in lines})} concepts")
+        if split == "train":
+            common = [line | {"file_name": f"../train/{line['file_name']}"} for line in lines if is_common(line)]
+            write_lines(output / "common", common)
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,16 +133,23 @@ def draw(source: str, resolution: int) -> Image.Image:
     return square
 
 
-def write_folder(folder: Path, pairs: list[tuple[Record, Image.Image]]) -> None:
-    """Write pictures and ``metadata.jsonl``, replacing what was there."""
+def write_folder(folder: Path, pairs: list[tuple[Record, Image.Image]]) -> list[Record]:
+    """Write pictures and ``metadata.jsonl``, replacing what was there; returns the lines."""
     shutil.rmtree(folder, ignore_errors=True)
     lines = []
     for record, picture in pairs:
         path = folder / slug(record["style"]) / f"{slug(record['label'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-        lines.append(json.dumps({"file_name": str(path.relative_to(folder)), "text": captions(record)} | record))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines.append({"file_name": str(path.relative_to(folder)), "text": captions(record)} | record)
+    write_lines(folder, lines)
+    return lines
+
+
+def write_lines(folder: Path, lines: list[Record]) -> None:
+    """Write ``metadata.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

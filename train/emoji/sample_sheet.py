@@ -1,7 +1,8 @@
 """Draw the sheet of samples in the documentation: 8x8 pictures for captions that nobody chose by hand.
 
-The upper half are captions of training pictures, the lower half (captions in red) pairs of concept and style that were
-held out of training. Captions are drawn by a fixed random seed and picture n has seed n. Example:
+Three rows of common concepts (``common/`` of the data), two of any training picture (blue), three of pairs of concept
+and style that were held out of training (red). Captions are drawn by a fixed random seed and picture n has seed n.
+Example:
 
     python train/emoji/sample_sheet.py --data_dir runs/emoji/data --output docs/images/emoji_sheet.png
 """
@@ -18,12 +19,14 @@ from PIL import Image, ImageDraw
 from diffuse_jax import DiffusionPipeline
 
 EDGE, CELL, LINE = 8, 128, 13  # pictures along an edge, pixels of a picture, height of a line of text
+BANDS = {"common": (3, "#202020"), "train": (2, "#1040a0"), "heldout": (3, "#b00020")}  # rows and colour of captions
 
 
 def main() -> None:
     args = parse_args()
-    half = EDGE * EDGE // 2
-    captions = [text for split in ("train", "heldout") for text in choose(Path(args.data_dir) / split, half)]
+    chosen = {name: choose(Path(args.data_dir) / name, rows * EDGE) for name, (rows, _) in BANDS.items()}
+    captions = [text for texts in chosen.values() for text in texts]
+    colours = [BANDS[name][1] for name, texts in chosen.items() for _ in texts]
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pictures = pipe(
         captions,
@@ -33,7 +36,7 @@ def main() -> None:
     ).images
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, captions, half).save(output, optimize=True)
+    sheet(pictures, captions, colours).save(output, optimize=True)
     print(output)
 
 
@@ -54,18 +57,16 @@ def choose(folder: Path, count: int) -> list[str]:
     return [json.loads(lines[i])["text"][0] for i in chosen]
 
 
-def sheet(pictures: list[Image.Image], captions: list[str], first_held_out: int) -> Image.Image:
-    """Pictures with their captions below; from ``first_held_out`` on the captions are red."""
+def sheet(pictures: list[Image.Image], captions: list[str], colours: list[str]) -> Image.Image:
+    """Pictures in rows of eight with their captions below."""
     height = CELL + 3 * LINE
-    page = Image.new("RGB", (EDGE * CELL, EDGE * height), "white")
+    page = Image.new("RGB", (EDGE * CELL, len(pictures) // EDGE * height), "white")
     pen = ImageDraw.Draw(page)
-    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for n, (picture, caption, colour) in enumerate(zip(pictures, captions, colours, strict=True)):
         x, y = n % EDGE * CELL, n // EDGE * height
         page.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
-        colour = "#b00020" if n >= first_held_out else "#202020"
-        name, style = caption.rsplit(", ", 1)
-        for i, line in enumerate([name[:21], style]):
-            pen.text((x + 3, y + CELL + i * LINE), line, fill=colour)
+        for i, line in enumerate(caption.rsplit(", ", 1)):
+            pen.text((x + 3, y + CELL + i * LINE), line[:21], fill=colour)
     return page
 
 

@@ -1,0 +1,47 @@
+"""Write the training curves of the emoji model, thinned out, as a result for the documentation.
+
+python train/emoji/log_summary.py --vae runs/emoji/vae/log.jsonl --model runs/emoji/model/log.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+ABOUT = (
+    "Means over the last updates before each step, on training pictures. `loss` is what is minimised (autoencoder:"
+    " pixels + edges + 0.0001 KL; UNet: the error weighted by Min-SNR), `mse` the plain squared error (of"
+    " pixels in [-1, 1], and of the velocity). One update is 16 squares of 32x32, and 64 pictures."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", required=True, help="log.jsonl of train/vae.py")
+    parser.add_argument("--model", required=True, help="log.jsonl of train/text_to_image.py on all pictures")
+    parser.add_argument("--common", required=True, help="the same of its last part, on the common concepts")
+    parser.add_argument("--output", default="docs/results/emoji_training.json", help="file to write")
+    args = parser.parse_args()
+    parts = {"autoencoder": args.vae, "UNet": args.model, "UNet, common concepts": args.common}
+    rows = [row for part, path in parts.items() for row in curve(part, Path(path))]
+    result = {
+        "title": "Training of the shipped model",
+        "about": ABOUT,
+        "machine": {"device": "2 CPU cores"},
+        "rows": rows,
+    }
+    Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def curve(part: str, path: Path, points: int = 8) -> list[dict[str, object]]:
+    """About ``points`` evenly spaced records of a log; where a resumed run repeated a step, the later one counts."""
+    records = {r["step"]: r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    last = max(records)
+    steps = [min(records, key=lambda s: abs(s - last * i / points)) for i in range(1, points + 1)]
+    names = ("loss", "mse", "learning_rate")
+    return [{"part": part, "step": s} | {name: records[s][name] for name in names} for s in steps]
+
+
+if __name__ == "__main__":
+    main()
