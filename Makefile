@@ -1,6 +1,6 @@
 # make sample   pictures from the shipped model, from nothing but Python
 # make test     everything a change must pass: style, types, documentation, tests
-# Overridable: PYTHON (the interpreter that makes the virtual environment), VENV (where), TORCH (which build), PYTEST (more flags).
+# Overridable: PYTHON (which makes the virtual environment), VENV (where), TORCH (which build), WORKERS, PYTEST (more flags).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -52,7 +52,7 @@ docs: install-dev ## the site, in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 test: lint docs ## everything that CI checks, the tests last
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-slow: install-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST)
