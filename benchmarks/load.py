@@ -181,7 +181,9 @@ def main() -> None:
         "A folder on disk to parameters ready for use, after imports, with the files in the system's cache. Own memory "
         "is the peak of what the process holds beyond its state before, without pages of mapped files; all memory "
         "counts those. PyTorch maps the file and reads a tensor when it is first used, so that its load reads nothing; "
-        "here every tensor is read, has its axes turned and is ready."
+        "here every tensor is read, has its axes turned and is ready. "
+        f"On average {os.getloadavg()[2]:.1f} processes wanted to run meanwhile, these included; where that is more "
+        "than there are cores, processor seconds say more than seconds."
     )
     print(write("load", "Loading", about, rows, "jax", "flax", "torch", "diffusers", "transformers"))
 
