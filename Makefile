@@ -9,8 +9,8 @@ WORKERS ?= 2
 OUTPUT ?= outputs
 
 BIN := $(VENV)/bin
-PROMPTS := --prompt "a red apple, noto style" --prompt "a smiling cat, twemoji style" \
-	--prompt "a blue fish, fluent style" --prompt "a slice of pizza, noto style"
+PROMPTS := --prompt "a red apple, noto style" --prompt "grinning face, twemoji style" \
+	--prompt "red heart, fluent style" --prompt "watermelon, noto style"
 
 .PHONY: help install install-dev sample test test-slow lint format docs clean
 .DEFAULT_GOAL := help
@@ -37,7 +37,7 @@ install: $(VENV)/.installed ## virtual environment with the package
 install-dev: $(VENV)/.installed-dev ## the same with everything tests and documentation need
 
 sample: install ## four pictures from the shipped model, with timings
-	$(BIN)/diffuse-jax generate $(PROMPTS) --seed 0 1 2 3 --output $(OUTPUT)
+	$(BIN)/diffuse-jax generate $(PROMPTS) --num-inference-steps 25 --guidance-scale 5 --seed 0 1 2 3 --output $(OUTPUT)
 
 lint: install-dev ## ruff and mypy
 	$(BIN)/ruff check .
