@@ -74,6 +74,8 @@ def main() -> None:
     sizes = {}
     for name, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}.items():
         model, params = kind.from_pretrained(source, subfolder=name)
+        if name == "text_encoder":  # else transformers would compute in float16 where the rest is float32
+            model = model.clone(config=model.config_class.from_json(model.config.to_json() | {"dtype": "float32"}))
         model.save_pretrained(target / name, params, dtype=jnp.float16)
         sizes[name] = count(params)
     for name in ("tokenizer", "scheduler"):
