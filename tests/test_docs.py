@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import diffuse_jax
+from diffuse_jax.pipelines.programs import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -42,6 +43,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one namespace and in an empty folder; a failure points at the line of the page."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PROGRAMS, "_folders", [])  # a page that saves programs does not decide how later tests compile
     names: dict[str, object] = {"__name__": "__main__"}
     for line, code in blocks(page):
         exec(compile("\n" * line + code, str(page), "exec"), names)
