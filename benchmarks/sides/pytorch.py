@@ -15,7 +15,7 @@ def setup() -> Contestant:
 
     def load(folder: str) -> None:
         nonlocal pipe
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
 
     def draw(prompts: list[str], steps: int, guidance: float, seed: int) -> Any:
