@@ -52,8 +52,9 @@ ABOUT = (
     "steps (a fifth more; 2 to 3 for sd15), the guidance scale, the prompts, the seed. `compilations` counts the "
     "programs that XLA compiled until then, `recompilations` those of all later calls. "
     "`until first image` is start, load and first image together; `processor` counts seconds on all cores (where it is "
-    "far below, other work held the machine: PyTorch's threads suffer most from that). A next process has its predecessor's programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` counts "
-    "pages of mapped files too."
+    "far below, other work held the machine: PyTorch's threads suffer most from that). A next process has its "
+    "predecessor's programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` counts pages of mapped "
+    "files too."
 )
 
 
