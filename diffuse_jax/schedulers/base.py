@@ -20,6 +20,7 @@ import numpy as np
 
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, Table
 
@@ -68,8 +69,10 @@ class Scheduler(Config):
     grid_options: ClassVar[tuple[str, ...]] = ()
     step_options: ClassVar[tuple[str, ...]] = ()
     """Keywords that :meth:`plan` hands to ``grid`` and to ``evaluations``."""
-    variance_exploding: ClassVar[bool] = False
-    """The sampler's coordinates are ``x0 + sigma * eps`` instead of ``sqrt(1 - sigma^2) * x0 + sigma * eps``."""
+    coordinates: ClassVar[str] = "preserving"
+    """The sampler's coordinates, one of ``noise_schedule.COORDINATES``."""
+    sigma_data: ClassVar[float] = 1.0
+    """Spread of clean samples that the network's preconditioning was made for (Karras et al. 2022)."""
     strength_in_grid: ClassVar[bool] = False
     """``grid`` itself takes ``strength`` (and then all of its steps are run)."""
 
@@ -223,8 +226,8 @@ class Scheduler(Config):
 
     def train_levels(self) -> Array:
         """(alpha, sigma) of every training timestep in the sampler's coordinates, ``[num_train_timesteps, 2]``."""
-        if self.variance_exploding:
-            return np.stack([np.ones_like(self.sigma_table), self.sigma_table], -1)
+        if self.coordinates == "exploding":
+            return sg.with_alpha(self.sigma_table, "exploding")
         return np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], -1)
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
@@ -300,7 +303,7 @@ class Scheduler(Config):
         begin = self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
         learned = getattr(self, "learns_variance", False)
-        table = Table.build(rows, grid.init_scale, **self._correction(), learned_variance=learned)
+        table = Table.build(rows, grid.init_scale, grid.final, **self._correction(), learned_variance=learned)
         return table if denoising_end is None else self._stop(table, denoising_end)
 
     def _check_request(
@@ -347,7 +350,14 @@ class Scheduler(Config):
 
     def evaluation(self, timestep: float, level: Level) -> Evaluation:
         """The unit vectors of one evaluation under this configuration."""
-        return Evaluation(timestep, level, self.prediction_type, corrected=self.corrects_x0)
+        return Evaluation(
+            timestep,
+            level,
+            self.prediction_type,
+            corrected=self.corrects_x0,
+            sigma_data=self.sigma_data,
+            input_scale=1.0 if self.coordinates == "flow" else None,
+        )
 
     def _cutoff(self, name: str, share: float) -> int:
         if not 0 < share < 1:

@@ -33,7 +33,7 @@ class EulerDiscreteScheduler(Scheduler):
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: str = "zero"
 
-    variance_exploding: ClassVar[bool] = True
+    coordinates: ClassVar[str] = "exploding"
     step_options: ClassVar[tuple[str, ...]] = ("s_churn", "s_tmin", "s_tmax", "s_noise")
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "interpolation_type": ("linear", "log_linear"),
@@ -74,7 +74,7 @@ class EulerAncestralDiscreteScheduler(Scheduler):
     timestep_spacing: str = "linspace"
     rescale_betas_zero_snr: bool = False
 
-    variance_exploding: ClassVar[bool] = True
+    coordinates: ClassVar[str] = "exploding"
 
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         return exploding_grid(self, n, timesteps, sigmas)
@@ -101,7 +101,7 @@ def exploding_grid(scheduler: Scheduler, n: int, timesteps: Array | None, sigmas
                 "timestep_type='continuous' derives timesteps from sigmas; give sigmas= instead of timesteps="
             )
         t = 0.25 * np.log(s[: len(t)])
-    levels = sg.with_alpha(s, variance_exploding=True)
+    levels = sg.with_alpha(s, scheduler.coordinates)
     # With leading spacing the first level lies below the one the network was trained to start from.
     scale = s.max() if scheduler.timestep_spacing != "leading" else np.sqrt(s.max() ** 2 + 1)
     return Grid(t, levels[: len(t)], levels[1 : len(t) + 1], scale)

@@ -42,7 +42,7 @@ def exponential_step(source: Array, target: Array, *, data: bool) -> Step:
 def preserving_grid(
     scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None, last: int | None = None
 ) -> Grid:
-    """Levels between training timesteps with ``alpha^2 + sigma^2 = 1``.
+    """Levels between training timesteps.
 
     Args:
       scheduler: its training schedule, spacing flags and ``final_sigmas_type`` are used.
@@ -64,7 +64,7 @@ def preserving_grid(
     else:
         t = _spaced(scheduler, n, last or scheduler.num_train_timesteps) if timesteps is None else timesteps
         s = np.append(sg.at_timesteps(table, t), final)
-    levels = sg.with_alpha(s, variance_exploding=False)
+    levels = sg.with_alpha(s, scheduler.coordinates)
     return Grid(t, levels[:-1], levels[1:])
 
 

@@ -1,7 +1,8 @@
 """Noise schedules in NumPy float64: betas, spacings of timesteps and sigmas, and what a network's output means.
 
-A noisy sample is ``x = alpha * x0 + sigma * eps``. In the variance-preserving coordinates that networks are trained in,
-``alpha^2 + sigma^2 = 1``; samplers written in variance-exploding coordinates have ``alpha = 1``.
+A noisy sample is ``x = alpha * x0 + sigma * eps``. Three kinds of coordinates occur (:data:`COORDINATES`): with
+``alpha^2 + sigma^2 = 1`` (preserving), in which most networks are trained; with ``alpha = 1`` (exploding), in which
+many samplers are written; with ``alpha + sigma = 1`` (flow), the straight lines of flow matching.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+COORDINATES = ("preserving", "exploding", "flow")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -46,28 +48,40 @@ def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:
     return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
 
 
-def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any) -> Any:
+def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> Any:
     """The clean sample that an output means, for ``x = alpha * x0 + sigma * eps`` in any coordinates.
 
-    ``v_prediction`` is ``v = a * eps - s * x0`` with ``(a, s) = (alpha, sigma) / hypot(alpha, sigma)`` (Salimans and
-    Ho 2022, appendix D). Linear in ``x`` and ``output``, which may be arrays of any library or rows of coefficients.
+    Linear in ``x`` and ``output``, which may be arrays of any library or rows of coefficients.
+
+    * ``epsilon`` is the noise, ``sample`` the clean sample.
+    * ``v_prediction`` is ``v = a * eps - s * x0 / sigma_data`` with ``(a, s) = (alpha * sigma_data, sigma)`` divided by
+      their norm (Salimans and Ho 2022, appendix D; ``sigma_data``, the spread of clean samples, is 1 there).
+    * ``edm`` is the same with the other sign, the network F of Karras et al. 2022, table 1.
+    * ``flow_prediction`` is the velocity ``eps - x0`` of the straight line that ``x / (alpha + sigma)`` lies on (Lipman
+      et al. 2023; Liu et al. 2023).
     """
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha
     if prediction_type == "sample":
         return output
-    norm2 = alpha**2 + sigma**2
-    return (alpha / norm2) * x - (sigma / norm2**0.5) * output
+    if prediction_type == "flow_prediction":
+        return (x - sigma * output) / (alpha + sigma)
+    sign = {"v_prediction": -1.0, "edm": 1.0}[prediction_type]
+    norm2 = (alpha * sigma_data) ** 2 + sigma**2
+    return (alpha * sigma_data**2 / norm2) * x + (sign * sigma * sigma_data / norm2**0.5) * output
 
 
-def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any) -> Any:
+def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> Any:
     """The noise that an output means; see :func:`predict_x0`."""
     if prediction_type == "epsilon":
         return output
     if prediction_type == "sample":
         return (x - alpha * output) / sigma
-    norm2 = alpha**2 + sigma**2
-    return (sigma / norm2) * x + (alpha / norm2**0.5) * output
+    if prediction_type == "flow_prediction":
+        return (x + alpha * output) / (alpha + sigma)
+    sign = {"v_prediction": 1.0, "edm": -1.0}[prediction_type]
+    norm2 = (alpha * sigma_data) ** 2 + sigma**2
+    return (sigma / norm2) * x + (sign * alpha * sigma_data / norm2**0.5) * output
 
 
 def space_timesteps(spacing: str, train_steps: int, n: int, offset: int, *, rounded: bool = True) -> Array:

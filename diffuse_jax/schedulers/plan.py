@@ -42,6 +42,7 @@ class Plan:
     levels: Any
     rows: Any
     log_variance: Any
+    interval: Any
     init_scale: Any
     clip: Any
     threshold: Any
@@ -61,6 +62,7 @@ class Plan:
             levels=_pad(table.levels, capacity + 1),
             rows=_pad(table.rows, capacity),
             log_variance=_pad(table.log_variance, capacity),
+            interval=_pad(table.interval, capacity),
             init_scale=np.asarray(table.init_scale, f32),
             clip=np.asarray(table.clip, f32),
             threshold=np.asarray(table.threshold or (1.0, 1.0), f32),

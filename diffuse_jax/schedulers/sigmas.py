@@ -48,7 +48,9 @@ def at_timesteps(table: Array, timesteps: Array) -> Array:
     return np.interp(timesteps, np.arange(len(table)), table)
 
 
-def with_alpha(sigmas: Array, *, variance_exploding: bool) -> Array:
-    """(alpha, sigma) pairs of noise levels ``sigma / alpha``, in either kind of coordinates."""
-    alpha = np.ones_like(sigmas) if variance_exploding else 1 / np.sqrt(1 + sigmas**2)
+def with_alpha(sigmas: Array, coordinates: str) -> Array:
+    """(alpha, sigma) pairs in one of ``ns.COORDINATES``, of noise levels ``sigma / alpha`` (in "flow" of sigma)."""
+    if coordinates == "flow":
+        return np.stack([1 - sigmas, sigmas], -1)
+    alpha = np.ones_like(sigmas) if coordinates == "exploding" else 1 / np.sqrt(1 + sigmas**2)
     return np.stack([alpha, alpha * sigmas], -1)

@@ -39,6 +39,8 @@ class Grid:
       target: ``[n, 2]``, (alpha, sigma) after each step.
       init_scale: what Gaussian noise is multiplied by to be the first sample.
       stride: training timesteps that every step goes back, where that is the same for all.
+      final: (alpha, sigma) of what the run is taken to end at: a clean sample, even where the last step leaves a trace
+        of noise, and noise for samplers that run backwards.
     """
 
     timesteps: Array
@@ -46,6 +48,7 @@ class Grid:
     target: Array
     init_scale: float = 1.0
     stride: int | None = None
+    final: Level = (1.0, 0.0)
 
 
 class Evaluation:
@@ -57,11 +60,25 @@ class Evaluation:
         it is the linear combination of ``x`` and ``output`` that it equals, which loses less to rounding.
       eps: the predicted noise, always from the raw output.
       memory: the remembered tensors.
+      input_scale: what the sample is multiplied by before the network sees it; by default that gives it the spread that
+        the network was trained on (variance 1 in preserving coordinates).
     """
 
-    def __init__(self, timestep: float, level: Level, prediction_type: str, *, corrected: bool = False) -> None:
-        self.timestep, self.prediction_type = float(timestep), prediction_type
+    def __init__(
+        self,
+        timestep: float,
+        level: Level,
+        prediction_type: str,
+        *,
+        corrected: bool = False,
+        sigma_data: float = 1.0,
+        input_scale: float | None = None,
+    ) -> None:
+        self.timestep, self.prediction_type, self.sigma_data = float(timestep), prediction_type, sigma_data
         self.alpha, self.sigma = (float(v) for v in level)
+        self.input_scale = float(
+            1 / np.hypot(self.alpha * sigma_data, self.sigma) if input_scale is None else input_scale
+        )
         if prediction_type == "epsilon" and self.alpha == 0:
             raise ValueError(
                 f"timestep {timestep:g} is pure noise (zero terminal SNR), where a network that predicts epsilon says"
@@ -74,20 +91,33 @@ class Evaluation:
 
     def x0_of(self, x: Array, output: Array) -> Array:
         """What ``output`` means as a clean sample if the sample is ``x``."""
-        return predict_x0(self.prediction_type, x, output, self.alpha, self.sigma)
+        return predict_x0(self.prediction_type, x, output, self.alpha, self.sigma, self.sigma_data)
 
     def eps_of(self, x: Array, output: Array) -> Array:
         """What ``output`` means as noise if the sample is ``x``."""
-        return predict_eps(self.prediction_type, x, output, self.alpha, self.sigma)
+        return predict_eps(self.prediction_type, x, output, self.alpha, self.sigma, self.sigma_data)
 
     def eps_from_x0(self) -> Array:
         """The noise that goes with the (clipped) ``x0``."""
         return (self.x - self.alpha * self.x0) / self.sigma
 
-    def row(self, sample: Array, memory: Sequence[Array] = (), log_variance: tuple[float, float] = (0.0, 0.0)) -> Row:
-        """Close it: the next sample, the next memory (the rest becomes zero), the range of a learned variance."""
+    def row(
+        self,
+        sample: Array,
+        memory: Sequence[Array] = (),
+        log_variance: tuple[float, float] = (0.0, 0.0),
+        interval: tuple[float, float] = (0.0, 0.0),
+    ) -> Row:
+        """Close it.
+
+        Args:
+          sample: the next sample.
+          memory: the next memory; what is not given becomes zero.
+          log_variance: range of a learned variance.
+          interval: see :attr:`Table.interval`.
+        """
         rest = [np.zeros(WIDTH)] * (MEMORY - len(memory))
-        return Row(self, np.stack([sample, *memory, *rest]), log_variance)
+        return Row(self, np.stack([sample, *memory, *rest]), log_variance, interval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +127,7 @@ class Row:
     evaluation: Evaluation
     coefficients: Array
     log_variance: tuple[float, float] = (0.0, 0.0)
+    interval: tuple[float, float] = (0.0, 0.0)
 
 
 def transfer(x: Array, eps: Array, source: Level, target: Level) -> Array:
@@ -115,6 +146,8 @@ class Table:
       levels: ``[n + 1, 2]``, (alpha, sigma) of the sample at each evaluation; the last entry is after the run.
       rows: ``[n, 1 + MEMORY, WIDTH]``.
       log_variance: ``[n, 2]``, lower and upper logarithm of a learned variance (zero where none is learned).
+      interval: ``[n, 2]``, the piece ``(a, b)`` of [0, 1] over which the noise is the increment of one Brownian path
+        for the whole run, ``(W(b) - W(a)) / sqrt(b - a)``; an empty piece stands for noise independent of all other.
       init_scale: what noise is multiplied by to be the first sample.
       clip: limit of ``|x0|``, infinite for none.
       threshold: (ratio, largest value) of dynamic thresholding, or None.
@@ -127,6 +160,7 @@ class Table:
     levels: Array
     rows: Array
     log_variance: Array
+    interval: Array
     init_scale: float = 1.0
     clip: float = np.inf
     threshold: tuple[float, float] | None = None
@@ -137,22 +171,24 @@ class Table:
         cls,
         rows: Iterable[Row],
         init_scale: float,
+        final: Level = (1.0, 0.0),
         clip: float = np.inf,
         threshold: tuple[float, float] | None = None,
         learned_variance: bool = False,
     ) -> Table:
-        """Collect the rows of a sampler."""
+        """Collect the rows of a sampler; ``final`` is the level of the sample after the last one."""
         rows = list(rows)
         evaluations = [r.evaluation for r in rows]
-        levels = np.array([(e.alpha, e.sigma) for e in evaluations] + [(1.0, 0.0)])
+        levels = np.array([(e.alpha, e.sigma) for e in evaluations] + [tuple(final)])
         to_x0 = [e.x0_of(np.array([1.0, 0.0]), np.array([0.0, 1.0])) for e in evaluations]
         return cls(
             timesteps=np.array([e.timestep for e in evaluations]),
-            input_scale=1 / np.hypot(levels[:-1, 0], levels[:-1, 1]),
+            input_scale=np.array([e.input_scale for e in evaluations]),
             to_x0=np.array(to_x0),
             levels=levels,
             rows=np.stack([r.coefficients for r in rows]),
             log_variance=np.array([r.log_variance for r in rows]),
+            interval=np.array([r.interval for r in rows]),
             init_scale=float(init_scale),
             clip=clip,
             threshold=threshold,
@@ -166,7 +202,7 @@ class Table:
         """The first ``n`` evaluations: the run stops while there is still noise in the sample."""
         if not 1 <= n <= len(self):
             raise ValueError(f"cannot keep {n} of {len(self)} evaluations; keep between 1 and {len(self)}")
-        names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance")
+        names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance", "interval")
         return dataclasses.replace(
             self, levels=self.levels[: n + 1], **{name: getattr(self, name)[:n] for name in names}
         )

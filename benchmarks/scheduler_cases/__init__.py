@@ -1,0 +1,11 @@
+"""The configurations that the parity benchmark and its tests compare, by family of samplers."""
+
+from benchmarks.scheduler_cases import classic
+from benchmarks.scheduler_cases.case import Case
+
+FAMILIES = (classic,)
+
+
+def cases() -> list[Case]:
+    """Every configuration of every family."""
+    return [case for family in FAMILIES for case in family.cases()]
