@@ -16,6 +16,9 @@ from diffuse_jax.schedulers.table import Grid, Row
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
 
+TINY = 1e-20
+"""Floor of the posterior variance, as published samplers have it, so that its logarithm is finite."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPMScheduler(Scheduler):
@@ -53,11 +56,11 @@ class DDPMScheduler(Scheduler):
             e = self.evaluation(t, source)
             step_alpha = (e.alpha / alpha) ** 2
             beta = 1 - step_alpha
-            small = (sigma / e.sigma) ** 2 * beta
+            small = max((sigma / e.sigma) ** 2 * beta, TINY)
             # Eq. 7: the posterior mean given x0.
             mean = (alpha * beta / e.sigma**2) * e.x0 + (np.sqrt(step_alpha) * (sigma / e.sigma) ** 2) * e.x
             std = np.sqrt(beta if self.variance_type.startswith("fixed_large") else small)
             bounds = (0.0, 0.0)
             if self.learns_variance:
-                std, bounds = 1.0, (float(np.log(max(small, 1e-20))), float(np.log(beta)))
+                std, bounds = 1.0, (float(np.log(small)), float(np.log(beta)))
             yield e.row(mean + (std if t > 0 else 0.0) * e.noise, log_variance=bounds)
