@@ -64,14 +64,16 @@ def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
         pipe.send((time.perf_counter() - start, time.process_time() - cpu))
 
 
-def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[dict[str, Any]]:
-    """Rows for ``{name: (build, *arguments)}`` after ``rounds`` turns each; ratios are to the first side."""
-    sides = [Side(name, *build).ready() for name, build in builds.items()]
-    for _ in range(rounds):
-        for side in sides:
-            side.run()
-    for side in sides:
-        side.close()
+def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool = False) -> list[dict[str, Any]]:
+    """Rows for ``{name: (build, *arguments)}``; ratios are to the first side.
+
+    Args:
+      builds: the sides.
+      rounds: runs of each side, one per turn.
+      apart: for sides that do not fit into memory together: each is built, does all its rounds and ends before the
+        next one starts, and all of that twice.
+    """
+    sides = _apart(builds, rounds) if apart else _together(builds, rounds)
     first = sides[0]
     return [
         {
@@ -87,6 +89,32 @@ def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[dict[str
         }
         for side in sides
     ]
+
+
+def _together(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[Side]:
+    sides = [Side(name, *build).ready() for name, build in builds.items()]
+    for _ in range(rounds):
+        for side in sides:
+            side.run()
+    for side in sides:
+        side.close()
+    return sides
+
+
+def _apart(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[Side]:
+    turns: list[list[Side]] = []
+    for _ in range(2):
+        turns.append([])
+        for name, build in builds.items():
+            side = Side(name, *build).ready()
+            for _ in range(rounds):
+                side.run()
+            side.close()
+            turns[-1].append(side)
+    for first, second in zip(*turns, strict=True):
+        first.seconds += second.seconds
+        first.cpu_seconds += second.cpu_seconds
+    return turns[0]
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Published architectures with random weights, the same on both sides, in float32 
 
     python benchmarks/unet_step.py                       # SD 1.5 UNet, 2 x 64 x 64 latents; 8 GB of memory
     python benchmarks/unet_step.py --model vae           # its decoder, one picture of 512 pixels
-    python benchmarks/unet_step.py --model sdxl          # SDXL UNet, 2 x 64 x 64 latents; 22 GB of memory
+    python benchmarks/unet_step.py --model sdxl --apart  # SDXL UNet, 2 x 64 x 64 latents; 13 GB (22 GB side by side)
     python benchmarks/unet_step.py --compile --stock     # also torch.compile, and JAX without our kernels
 """
 
@@ -112,8 +112,9 @@ def theirs(name: str, size: int, batch: int, dtype: str, device: str, compiled: 
         raise ValueError(f"weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
     del state
     module = module.to(device=device, dtype=getattr(torch, dtype))
-    call = torch.compile(module.decode if name == "vae" else module) if compiled else None
-    call = call or (module.decode if name == "vae" else module)
+    call = module.decode if name == "vae" else module
+    if compiled:
+        call = torch.compile(call)
     arrays = {k: torch.from_numpy(v).to(device, getattr(torch, dtype)) for k, v in inputs(name, size, batch).items()}
 
     def run() -> np.ndarray:
@@ -138,6 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="add torch.compile")
     parser.add_argument("--stock", action="store_true", help="add JAX with its own attention and convolution")
+    parser.add_argument("--apart", action="store_true", help="one side in memory at a time, two turns of all rounds")
     return parser.parse_args(argv)
 
 
@@ -152,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.stock:
         builds["JAX without our kernels"] = (ours, *task, True)
     label = {"model": args.model, "latents": f"{batch} x {args.size} x {args.size}", "device": args.device}
-    rows = [label | {"dtype": dtype} | row for row in compete(builds, args.rounds)]
+    rows = [label | {"dtype": dtype} | row for row in compete(builds, args.rounds, apart=args.apart)]
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
     path = RESULTS / "unet_step.json"
