@@ -62,6 +62,8 @@ class Scheduler(Config):
     steps_offset: int = 0
     given: tuple[str, ...] = dataclasses.field(init=False, compare=False, repr=False)
 
+    absent: ClassVar[tuple[str, ...]] = ()
+    """Common settings that this scheduler does not have: its algorithm fixes them. Not read, not written."""
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Allowed values of fields beyond the common ones."""
     aliases: ClassVar[dict[str, dict[str, str]]] = {}
@@ -89,6 +91,10 @@ class Scheduler(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in dataclasses.fields(self):
+            if field.name in self.absent and getattr(self, field.name) != field.default:
+                has = ", ".join(_field_names(type(self)))
+                raise ValueError(f"{self.class_name} has no setting {field.name}; it has {has}")
         aliases = {"prediction_type": {"original_sample": "sample"}} | self.aliases
         for name, table in aliases.items():
             object.__setattr__(self, name, table.get(getattr(self, name), getattr(self, name)))
@@ -118,7 +124,7 @@ class Scheduler(Config):
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Build from the object of a ``scheduler_config.json``; keys of other schedulers are kept."""
         data = _modern_spelling(data)
-        names = {f.name for f in dataclasses.fields(cls)} - {"extra", "given"}
+        names = _field_names(cls)
         fields = {k: v for k, v in data.items() if k in names}
         extra = {k: v for k, v in data.items() if k not in names and k not in ("_class_name", "given")}
         try:
@@ -128,15 +134,13 @@ class Scheduler(Config):
 
     def to_json(self) -> dict[str, Any]:
         """Every setting, the kept unknown ones and ``_class_name``: what PyTorch diffusers reads."""
-        data = super().to_json()
-        del data["given"]
-        return data
+        left_out = {"given", *self.absent} - set(dict(self.extra))
+        return {k: v for k, v in super().to_json().items() if k not in left_out}
 
     def settings(self) -> dict[str, Any]:
         """What another scheduler inherits: the settings given on purpose, not the defaults of this class."""
-        data = self.to_json()
-        names = {f.name for f in dataclasses.fields(self)}
-        return {k: v for k, v in data.items() if k not in names or k in self.given}
+        names = _field_names(type(self))
+        return {k: v for k, v in self.to_json().items() if k not in names or k in self.given}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; the changed ones count as given on purpose."""
@@ -159,7 +163,8 @@ class Scheduler(Config):
         scheduler = target.from_json(data | changes)
         unknown = sorted(set(changes) & set(scheduler.ignored))
         if unknown:
-            raise ValueError(f"{target.class_name} has no setting {', '.join(unknown)}; it has {_field_names(target)}")
+            has = ", ".join(_field_names(target))
+            raise ValueError(f"{target.class_name} has no setting {', '.join(unknown)}; it has {has}")
         if scheduler.ignored and source != target.class_name:
             logger.warning("%s built from %s ignores: %s", target.class_name, source or "a dict", scheduler.ignored)
         return scheduler  # type: ignore[return-value]
@@ -419,8 +424,8 @@ def _class_named(name: str) -> type[Scheduler]:
     return REGISTRY[name]
 
 
-def _field_names(cls: type[Scheduler]) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls) if f.name not in ("extra", "given"))
+def _field_names(cls: type[Scheduler]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.name not in ("extra", "given", *cls.absent)]
 
 
 def _freeze(value: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pickle
@@ -67,10 +68,15 @@ def test_settings_given_on_purpose_are_inherited() -> None:
     assert changed.timestep_spacing == "trailing"
 
 
+def has(name: str, setting: str) -> bool:
+    return setting in getattr(schedulers, name)().to_json()
+
+
 @pytest.mark.parametrize("source", NAMES)
 @pytest.mark.parametrize("target", NAMES)
 def test_every_scheduler_from_every_other(source: str, target: str) -> None:
     shared = {"num_train_timesteps": 600, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    shared = {k: v for k, v in shared.items() if all(has(name, k) for name in (source, target))}
     built = getattr(schedulers, target).from_config(getattr(schedulers, source)(**shared))
     assert {k: getattr(built, k) for k in shared} == shared
     assert len(built.table(8)) >= 8
@@ -120,6 +126,24 @@ def test_reading_errors_name_the_file(tmp_path: Path) -> None:
         Scheduler.from_config({"_class_name": "Nope"})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixed(DDIMScheduler):
+    """An algorithm that fixes two common settings."""
+
+    beta_schedule: str = "squaredcos_cap_v2"
+    absent = ("beta_start", "beta_schedule")
+
+
+def test_settings_that_an_algorithm_fixes() -> None:
+    fixed = Fixed.from_config(SD15 | {"prediction_type": "sample"})
+    assert fixed.beta_schedule == "squaredcos_cap_v2"
+    assert (fixed.ignored["beta_start"], fixed.ignored["beta_schedule"]) == (0.00085, "scaled_linear")
+    assert not {"beta_start", "beta_schedule"} & set(Fixed().to_json())
+    assert fixed.replace(beta_end=0.03).beta_end == 0.03
+    back = DDIMScheduler.from_config(fixed)
+    assert (back.beta_start, back.beta_schedule, back.prediction_type) == (0.00085, "scaled_linear", "sample")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -140,6 +164,7 @@ def test_reading_errors_name_the_file(tmp_path: Path) -> None:
         (lambda: UniPCMultistepScheduler(lower_order_final=False), "set lower_order_final=True"),
         (lambda: UniPCMultistepScheduler(predict_x0=False), "set final_sigmas_type='sigma_min'"),
         (lambda: DDPMScheduler(variance_type="learned"), "variance_type must be one of .*'learned_range'"),
+        (lambda: Fixed(beta_start=0.1), "Fixed has no setting beta_start; it has num_train_timesteps, beta_end"),
         (lambda: DDIMScheduler.from_config({}, solver_order=2), "DDIMScheduler has no setting solver_order; it has"),
     ],
 )
@@ -209,9 +234,9 @@ def test_impossible_requests(scheduler: Scheduler, request_: dict[str, Any], mes
 def test_any_configuration_gives_a_finite_table(
     name: str, n: int, spacing: str, schedule: str, prediction: str, train: int, strength: float | None
 ) -> None:
-    scheduler = getattr(schedulers, name)(
-        timestep_spacing=spacing, beta_schedule=schedule, prediction_type=prediction, num_train_timesteps=train
-    )
+    config = {"timestep_spacing": spacing, "beta_schedule": schedule, "prediction_type": prediction}
+    config = {k: v for k, v in (config | {"num_train_timesteps": train}).items() if has(name, k)}
+    scheduler = getattr(schedulers, name)(**config)
     if isinstance(scheduler, LCMScheduler):
         n = min(n, int(scheduler.original_inference_steps * (strength or 1)))
     elif strength:
