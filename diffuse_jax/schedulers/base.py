@@ -77,11 +77,14 @@ class Scheduler(Config):
     """Spread of clean samples that the network's preconditioning was made for (Karras et al. 2022)."""
     strength_in_grid: ClassVar[bool] = False
     """``grid`` itself takes ``strength`` (and then all of its steps are run)."""
+    ascends: ClassVar[bool] = False
+    """The run goes from a picture to noise: timesteps and sigmas ascend, and ``strength`` runs the first steps."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.class_name = cls.__name__
-        REGISTRY[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            REGISTRY[cls.__name__] = cls
 
     def __new__(cls, **fields: Any) -> Self:
         # Only the call can tell a default from the same value passed on purpose.
@@ -286,7 +289,9 @@ class Scheduler(Config):
           num_inference_steps: number of steps; or else one of
           timesteps: descending training timesteps, one per step;
           sigmas: descending noise levels ``sigma / alpha``, one per step and the final one (samplers based on sigmas).
-          strength: in (0, 1], the share of the steps that is run, the last ones (image to image).
+            Samplers that run from a picture to noise take both ascending.
+          strength: in (0, 1], the share of the steps that is run, the last ones (image to image); the first ones of a
+            run from a picture to noise.
           denoising_start, denoising_end: in (0, 1), the share of the training schedule to leave to the model before and
             after this one; the sample is handed over with its noise.
           **options: of the scheduler at hand, see ``grid_options`` and ``step_options``.
@@ -304,11 +309,18 @@ class Scheduler(Config):
         grid_options = {k: options[k] for k in self.grid_options if k in options}
         if self.strength_in_grid and strength is not None:
             grid_options["strength"] = strength
+        if self.ascends and (denoising_start, denoising_end) != (None, None):
+            raise ValueError(
+                f"{self.class_name} runs from a picture to noise and has no part to leave to another model; give"
+                " strength= to stop early instead of denoising_start= or denoising_end="
+            )
         grid = self.grid(n, timesteps=t, sigmas=s, **grid_options)
-        begin = self._begin(n, grid, strength, denoising_start)
+        begin = 0 if self.ascends else self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
         learned = getattr(self, "learns_variance", False)
         table = Table.build(rows, grid.init_scale, grid.final, **self._correction(), learned_variance=learned)
+        if self.ascends and strength is not None:
+            return table.cut(_steps_to_run(n, strength))
         return table if denoising_end is None else self._stop(table, denoising_end)
 
     def _check_request(
@@ -319,10 +331,11 @@ class Scheduler(Config):
         if len(got) != 1:
             raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
         if timesteps is not None:
-            array = ns.check_descending(timesteps, "timesteps", upper=self.num_train_timesteps - 1)
+            most = self.num_train_timesteps - 1
+            array = ns.check_ordered(timesteps, "timesteps", ascending=self.ascends, upper=most)
             return len(array), array, None
         if sigmas is not None:
-            array = ns.check_descending(sigmas, "sigmas")
+            array = ns.check_ordered(sigmas, "sigmas", ascending=self.ascends)
             if len(array) < 2:
                 raise ValueError(f"sigmas needs one entry per step and the final one, got {len(array)}")
             return len(array) - 1, None, array

@@ -117,16 +117,19 @@ def beta_sigmas(sigma_min: float, sigma_max: float, n: int, alpha: float = 0.6, 
     return sigma_min + betaincinv(alpha, beta, np.linspace(1, 0, n)) * (sigma_max - sigma_min)
 
 
-def check_descending(values: Sequence[float], name: str, *, upper: float | None = None) -> Array:
-    """``values`` as an array, or an error naming the first entry that is not smaller than the one before it."""
+def check_ordered(values: Sequence[float], name: str, *, ascending: bool = False, upper: float | None = None) -> Array:
+    """``values`` as an array, or an error naming the first entry that is not smaller than the one before it.
+
+    With ``ascending``, not larger. No entry may be negative or larger than ``upper``.
+    """
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must be a non-empty flat list of numbers, got shape {array.shape}")
-    bad = np.flatnonzero(np.diff(array) >= 0)
+    bad = np.flatnonzero(~(np.diff(array) > 0 if ascending else np.diff(array) < 0))
     if bad.size:
-        i = int(bad[0])
-        raise ValueError(f"{name} must descend, but entry {i + 1} is {array[i + 1]:g} after {array[i]:g}")
-    if array[-1] < 0 or (upper is not None and array[0] > upper):
+        i, order = int(bad[0]), "ascend" if ascending else "descend"
+        raise ValueError(f"{name} must {order}, but entry {i + 1} is {array[i + 1]:g} after {array[i]:g}")
+    if not array.min() >= 0 or (upper is not None and array.max() > upper):
         limit = "at least 0" if upper is None else f"between 0 and {upper:g}"
         raise ValueError(f"{name} must lie {limit}, got {array[0]:g} ... {array[-1]:g}")
     return array
