@@ -42,7 +42,7 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     add("--mixed_precision", default="no", choices=sorted(PRECISIONS), help="dtype of the computation")
     add("--checkpointing_steps", type=int, default=500, help="write checkpoint-N every so many updates")
     add("--checkpoints_total_limit", type=int, default=None, help="keep at most this many checkpoints")
-    add("--resume_from_checkpoint", default=None, help='"latest" or the name of a checkpoint in output_dir')
+    add("--resume_from_checkpoint", default=None, help='"latest", a checkpoint of output_dir, or a path')
     add("--logging_steps", type=int, default=50, help="write a line to log.jsonl every so many updates")
     return parser
 

@@ -36,7 +36,7 @@ def save_checkpoint(output_dir: str | Path, state: TrainState, limit: int | None
 
 
 def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
-    """The folder of ``checkpoint-N`` by its name, or of the ``latest``; None if ``latest`` finds none.
+    """A checkpoint by its path (also another run's), by its name ``checkpoint-N``, or the ``latest`` (None if none is).
 
     Raises:
       FileNotFoundError: the named checkpoint does not exist.
@@ -44,6 +44,8 @@ def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
     found = checkpoints(output_dir)
     if which == "latest":
         return found[max(found)] if found else None
+    if (Path(which) / STATE).is_dir():
+        return Path(which)
     for path in found.values():
         if path.name == Path(which).name:
             return path

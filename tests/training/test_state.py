@@ -71,6 +71,7 @@ def test_oldest_checkpoints_go_first(tmp_path: Path) -> None:
     assert list(checkpoints(tmp_path)) == [9, 12]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-12"
     assert find_checkpoint(tmp_path, "anything/checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find_checkpoint(tmp_path / "another run", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
     with pytest.raises(FileNotFoundError, match="checkpoint-7.*checkpoint-9, checkpoint-12"):
         find_checkpoint(tmp_path, "checkpoint-7")
 

@@ -5,7 +5,8 @@ The result is an ordinary image folder that the scripts beside it read with ``--
     OUTPUT/train/metadata.jsonl     a line per picture: file_name, text (a list of captions), label, style, licence ...
     OUTPUT/train/noto/red-apple.png
     OUTPUT/heldout/...              a tenth of the (concept, style) pairs, never trained on
-    OUTPUT/common/metadata.jsonl    the lines of train/ with common concepts, for the last part of training
+    OUTPUT/common/metadata.jsonl    the lines of train/ with common concepts
+    OUTPUT/mixed/metadata.jsonl     all lines of train/, those with common concepts seven times: half of what is seen
 
 Needs ``npm`` (to fetch the packages) and ``resvg-py`` (to draw the SVG files); takes about two minutes. Example:
 
@@ -35,6 +36,8 @@ from captions import Record, captions, held_out, is_common
 from sources import CAPTIONS, SOURCES, Source
 
 LEFT_OUT_GROUPS = {"component", "flags"}
+REPEATS = 6
+"""How many more times ``mixed/`` lists a picture of a common concept."""
 
 
 def main() -> None:
@@ -48,8 +51,10 @@ def main() -> None:
         lines = write_folder(output / split, chosen)
         print(f"{output / split}: {len(lines)} pictures of {len({line['label'] for line in lines})} concepts")
         if split == "train":
-            common = [line | {"file_name": f"../train/{line['file_name']}"} for line in lines if is_common(line)]
+            moved = [line | {"file_name": f"../train/{line['file_name']}"} for line in lines]
+            common = [line for line in moved if is_common(line)]
             write_lines(output / "common", common)
+            write_lines(output / "mixed", moved + REPEATS * common)
 
 
 def parse_args() -> argparse.Namespace:
