@@ -54,6 +54,15 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with axes over which the compiler divides the work, as the networks here expect.
+
+    The axes of ``jax.make_mesh`` are explicit in recent versions of JAX: every operation would have to say how its
+    result is cut.
+    """
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Mapping[str, str] = RULES) -> PartitionSpec:
     """How the parameter at ``path`` (joined with ``/``) is cut; an axis that does not divide evenly stays whole."""
     named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
@@ -65,6 +74,7 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Mapping[str, 
 
 def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
     """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays."""
+    mesh = automatic(mesh)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(key.key for key in path)
@@ -75,9 +85,9 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Arrays with a leading batch axis: cut along ``data``."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(automatic(mesh), PartitionSpec("data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(automatic(mesh), PartitionSpec())

@@ -16,7 +16,7 @@ from diffuse_jax import weights
 from diffuse_jax.models import AutoencoderKL, Model, Params, UNet2DConditionModel
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import Component, WeightsError
 
@@ -47,7 +47,8 @@ class DiffusionPipeline:
       components: name -> network, scheduler, tokenizer or None.
       params: name -> tree of ``jax.Array``, for the networks.
       options: the other values of ``model_index.json``.
-      mesh: where to run; None is JAX's default device.
+      mesh: where to run, with an axis ``data`` (pictures) and, if networks are to be cut, ``fsdp`` and ``tensor``; None
+        is JAX's default device.
       vae_tiling: edge in latents of the tiles that pictures are decoded in, or None for one piece.
       vae_slicing: decode one picture after another, in the memory of one.
       programs: the compiled programs, shared by all pipelines unless given.
@@ -69,6 +70,8 @@ class DiffusionPipeline:
         if missing:
             have = [name for name, part in self.components.items() if part is not None]
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; given are {', '.join(have)}")
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", automatic(self.mesh))
 
     @property
     def scheduler(self) -> Scheduler:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from PIL import Image
 
 from diffuse_jax import schedulers
@@ -91,11 +93,18 @@ def test_one_seed_gives_different_pictures_the_first_of_which_is_the_seed_alone(
     assert np.abs(many[0] - many[1]).max() > 5
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_eight_devices_make_the_pictures_of_one(pipe: StableDiffusionPipeline, axes: dict[str, int]):
+MESHES = {
+    "data": lambda: make_mesh(data=8),
+    "all axes": lambda: make_mesh(data=2, fsdp=2, tensor=2),
+    "explicit axes": lambda: jax.make_mesh((8,), ("data",)),
+}
+
+
+@pytest.mark.parametrize("make", MESHES.values(), ids=MESHES)
+def test_eight_devices_make_the_pictures_of_one(pipe: StableDiffusionPipeline, make: Callable[[], Mesh]):
     prompts = [f"number {i}" for i in range(9)]  # 9 pictures on 8 devices: padded to 16
     alone = pictures(pipe, prompts, seed=list(range(9)), batch_size=1)
-    mesh = make_mesh(**axes)
+    mesh = make()
     params = {k: jax.device_put(v, param_shardings(v, mesh)) for k, v in pipe.params.items()}
     shared = pictures(pipe.replace(mesh=mesh, params=params), prompts, seed=list(range(9)))
     assert np.abs(alone - shared).max() <= 1
