@@ -13,14 +13,16 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
 
 Build = Callable[..., Callable[[], np.ndarray]]
 """Makes a side ready, compiled and warm, and returns what one run of it is."""
@@ -115,6 +117,21 @@ def _apart(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[Side]:
         first.seconds += second.seconds
         first.cpu_seconds += second.cpu_seconds
     return turns[0]
+
+
+def make_venv(name: str, python: str, requirements: Sequence[str]) -> Path:
+    """The interpreter of a virtual environment with other libraries, under ``.cache/venvs``; made at first use."""
+    folder = ROOT / ".cache" / "venvs" / name
+    stamp, wanted = folder / "requirements.txt", "\n".join(requirements)
+    interpreter = folder / "bin" / "python"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        version = subprocess.run([python, "--version"], capture_output=True)
+        if version.returncode:
+            raise SystemExit(f"{python} does not run; name an interpreter with --{python.replace('.', '')}")
+        subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *requirements], check=True)
+        stamp.write_text(wanted)
+    return interpreter
 
 
 def machine(*packages: str) -> dict[str, Any]:

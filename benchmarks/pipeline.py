@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write
+from common import RESULTS, make_venv, write
 from folders import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,28 +201,13 @@ def next_process(setting: Setting, before: Side, cache: Path, suffix: str, **opt
     return row(setting, side, suffix)
 
 
-def make_venv(name: str, python: str) -> Path:
-    """The interpreter of a virtual environment with another library, made at first use."""
-    folder = ROOT / ".cache" / "venvs" / name
-    stamp, wanted = folder / "requirements.txt", "\n".join(REQUIREMENTS[name])
-    interpreter = folder / "bin" / "python"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        version = subprocess.run([python, "--version"], capture_output=True)
-        if version.returncode:
-            raise SystemExit(f"{python} does not run; name an interpreter with --{python.replace('.', '')}")
-        subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *wanted.split()], check=True)
-        stamp.write_text(wanted)
-    return interpreter
-
-
 def contestants(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
     """Interpreter and script of each side."""
     sides: list[tuple[str | Path, str]] = [(sys.executable, f"{side}.py") for side in args.sides]
     if args.flax:
-        sides.append((make_venv("flax", args.python311), "diffusers_flax.py"))
+        sides.append((make_venv("flax", args.python311, REQUIREMENTS["flax"]), "diffusers_flax.py"))
     if args.dew:
-        sides.append((make_venv("dew", args.python312), "dew_task.py"))
+        sides.append((make_venv("dew", args.python312, REQUIREMENTS["dew"]), "dew_task.py"))
     return sides
 
 
