@@ -28,6 +28,7 @@ _PUBLIC = {
     "diffuse_jax.schedulers": (
         "DDIMScheduler",
         "DDPMScheduler",
+        "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",

@@ -63,7 +63,9 @@ def cases() -> list[Case]:
         add((*VE, *MULTISTEP), flag, {flag: True})
     add((*VE, *MULTISTEP), "sigma-min-last", {"final_sigmas_type": "sigma_min"})
     karras_min = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
-    add((*VE, *MULTISTEP), "karras-sigma-min-last", karras_min)
+    add((*VE, "DPMSolverMultistepScheduler"), "karras-sigma-min-last", karras_min)
+    # With one step diffusers stays at the first sigma.
+    add(("UniPCMultistepScheduler",), "karras-sigma-min-last", karras_min, steps=STEPS[1:])
     add(VE, "log-linear", {"interpolation_type": "log_linear"})
     add(
         (*VE, "UniPCMultistepScheduler"),

@@ -3,6 +3,7 @@
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import DDIMScheduler
 from diffuse_jax.schedulers.ddpm import DDPMScheduler
+from diffuse_jax.schedulers.deis import DEISMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffuse_jax.schedulers.lcm import LCMScheduler
@@ -12,6 +13,7 @@ from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

@@ -80,10 +80,10 @@ class Scheduler(Config):
     ascends: ClassVar[bool] = False
     """The run goes from a picture to noise: timesteps and sigmas ascend, and ``strength`` runs the first steps."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.class_name = cls.__name__
-        if not cls.__name__.startswith("_"):
+        if not abstract:
             REGISTRY[cls.__name__] = cls
 
     def __new__(cls, **fields: Any) -> Self:

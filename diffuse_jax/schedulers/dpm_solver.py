@@ -3,69 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.base import Scheduler
-from diffuse_jax.schedulers.multistep import exponential_step, log_snr_half, preserving_grid
+from diffuse_jax.schedulers.multistep import FEW_STEPS, ExponentialIntegrator, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Row
 
-FEW_STEPS = 15
-"""Runs shorter than this end with steps of lower order (``lower_order_final``)."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPMSolverMultistepScheduler(Scheduler):
-    """Exponential multistep integrator of order 1 to 3.
+class DPMSolver(ExponentialIntegrator, abstract=True):
+    """What the multistep, singlestep and inverse variants share: settings and the form of an update.
 
     ``algorithm_type`` says what is extrapolated, the clean sample (names ending in ``++``) or the noise, and whether
-    fresh noise is added (``sde-``). ``solver_type`` matters for order 2. The last step has order 1 if it goes to a
-    clean sample, with ``euler_at_final``, or with ``lower_order_final`` in a run of fewer than 15 steps.
+    fresh noise is added (``sde-``). ``variance_type`` says that the network returns a variance too, which is ignored.
     """
 
-    timestep_spacing: str = "linspace"
     solver_order: int = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     algorithm_type: str = "dpmsolver++"
     solver_type: str = "midpoint"
     lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    use_lu_lambdas: bool = False
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
-    final_sigmas_type: str = "zero"
     lambda_min_clipped: float = -float("inf")
     variance_type: str | None = None
-    rescale_betas_zero_snr: bool = False
-    use_dynamic_shifting: bool = False
-    time_shift_type: str = "exponential"
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
         "solver_type": ("midpoint", "heun"),
-        "final_sigmas_type": sg.FINAL_SIGMAS,
-        "use_flow_sigmas": (False, None),
-        "use_dynamic_shifting": (False, None),
+        "variance_type": (None, "learned", "learned_range"),
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},
-        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+        "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sg.sigma_spacing(self)
-        if not self.predicts_data and self.final_sigmas_type == "zero":
+        if not self.predicts_data and self.ends_clean:
             raise ValueError(
                 f"algorithm_type={self.algorithm_type!r} extrapolates noise and cannot step to a clean sample; set"
                 f" final_sigmas_type='sigma_min' or algorithm_type={self.algorithm_type + '++'!r}"
@@ -78,52 +55,26 @@ class DPMSolverMultistepScheduler(Scheduler):
         """Whether the clean sample is extrapolated, rather than the noise."""
         return self.algorithm_type.endswith("++")
 
-    def whole_timesteps(self, t: Array) -> Array:
-        """Whole timesteps for the network from fractional ones (the cosine schedule rounds towards 0)."""
-        rounds = (self.use_karras_sigmas or self.use_lu_lambdas) and self.beta_schedule != "squaredcos_cap_v2"
-        return np.round(t) if rounds else np.trunc(t)
+    def advance(
+        self, e: Evaluation, x: Array, source: Array, target: Array, outputs: Sequence[Array], *, midpoint: bool
+    ) -> Array:
+        """One step from ``x`` at level ``source`` to ``target``: the integral of a Taylor polynomial of the output.
 
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
-        # Timesteps whose lambda is below the limit are left out: the cosine schedule has nearly infinite noise there.
-        last = self.num_train_timesteps - np.searchsorted(-np.log(self.sigma_table[::-1]), self.lambda_min_clipped)
-        return preserving_grid(self, n, timesteps, sigmas, int(last))
-
-    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
-        n = len(grid.timesteps)
-        for i in range(begin, n):
-            e = self.evaluation(grid.timesteps[i], grid.source[i])
-            newest = e.x0 if self.predicts_data else e.eps_from_x0() if self.corrects_x0 else e.eps
-            outputs = [newest, *e.memory[:2]]
-            order = self._order(n - i, n, i - begin)
-            levels = [grid.target[i], *grid.source[i - order + 1 : i + 1][::-1]]
-            yield e.row(self._update(e, outputs, levels), outputs[:2])
-
-    def _order(self, left: int, n: int, done: int) -> int:
-        """The order of a step with ``left`` of ``n`` steps to go, itself included, after ``done`` steps of this run."""
-        few = self.lower_order_final and n < FEW_STEPS
-        if left == 1 and (self.euler_at_final or few or self.final_sigmas_type == "zero"):
-            return 1
-        return min(self.solver_order, done + 1, 2 if left == 2 and few else 3)
-
-    def _update(self, e: Evaluation, m: list[Array], levels: list[Array]) -> Array:
-        """One step of order ``len(levels) - 1``; ``levels`` and ``m`` run from the newest backwards."""
-        p, q, u, std = self._step(levels[1], levels[0])
+        Args:
+          e: its noise is used.
+          x, source, target: where the step begins and ends.
+          outputs: the output at ``source`` and its derivatives, the k-th times ``h ** k`` (h: the step in lambda).
+          midpoint: use the second-order formula of DPM-Solver++ (2M, 2S) in place of Taylor's.
+        """
+        p, q, u, std = self._step(source, target)
         phi1 = np.expm1(u)
-        x = p * e.x - q * phi1 * m[0] + std * e.noise
-        if len(levels) == 2 or u == 0:
+        x = p * x - q * phi1 * outputs[0] + std * e.noise
+        if len(outputs) == 1 or u == 0:
             return x
-        lambdas = [log_snr_half(level) for level in levels]
-        h, h0 = lambdas[0] - lambdas[1], lambdas[1] - lambdas[2]
-        d1 = (h / h0) * (m[0] - m[1])
-        if len(levels) == 3:
-            return x - q * (0.5 * phi1 if self.solver_type == "midpoint" else phi1 / u - 1) * d1
-        h1 = lambdas[2] - lambdas[3]
-        d1_older = (h / h1) * (m[1] - m[2])
-        d2 = h / (h0 + h1) * (d1 - d1_older)
-        d1 = d1 + h0 / (h0 + h1) * (d1 - d1_older)
         # Taylor's formula has -0.5 for all; PyTorch's stochastic variant has +0.5 and published pictures follow it.
         half = 0.5 if self.algorithm_type == "sde-dpmsolver++" else -0.5
-        return x - q * (phi1 / u - 1) * d1 - q * ((phi1 - u) / u**2 + half) * d2
+        weights = [0.5 * phi1 if midpoint else phi1 / u - 1, (phi1 - u) / u**2 + half]
+        return x - q * sum(w * derivative for w, derivative in zip(weights, outputs[1:], strict=False))
 
     def _step(self, source: Array, target: Array) -> tuple[float, float, float, float]:
         """``(p, q, u)`` of the step and the amount of fresh noise (sde-: DPM-Solver++, appendix on SDE solvers)."""
@@ -133,3 +84,62 @@ class DPMSolverMultistepScheduler(Scheduler):
         if self.algorithm_type == "sde-dpmsolver":
             return p, 2 * q, u, target[1] * np.sqrt(np.expm1(2 * u))
         return p, q, u, 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPMSolverMultistepScheduler(DPMSolver):
+    """Exponential multistep integrator of order 1 to 3.
+
+    ``solver_type`` matters for order 2. The last step has order 1 if it goes to a clean sample, with
+    ``euler_at_final``, or with ``lower_order_final`` in a run of fewer than 15 steps.
+    """
+
+    euler_at_final: bool = False
+    use_lu_lambdas: bool = False
+    final_sigmas_type: str = "zero"
+    rescale_betas_zero_snr: bool = False
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = DPMSolver.choices | {
+        "final_sigmas_type": sg.FINAL_SIGMAS,
+        "use_dynamic_shifting": (False, None),
+    }
+
+    def whole_timesteps(self, t: Array) -> Array:
+        # The cosine schedule rounds towards 0, as published samplers do.
+        rounds = (self.use_karras_sigmas or self.use_lu_lambdas) and self.beta_schedule != "squaredcos_cap_v2"
+        return np.round(t) if rounds else np.trunc(t)
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        return multistep(self, grid, begin, euler_at_final=self.euler_at_final)
+
+
+def multistep(scheduler: DPMSolver, grid: Grid, begin: int, *, euler_at_final: bool) -> Iterator[Row]:
+    """The rows of a run whose derivatives come from the outputs of earlier steps."""
+    n = len(grid.timesteps)
+    few = scheduler.lower_order_final and n < FEW_STEPS
+    for i in range(begin, n):
+        e = scheduler.evaluation(grid.timesteps[i], grid.source[i])
+        outputs = [scheduler.newest_output(e, data=scheduler.predicts_data), *e.memory[:2]]
+        order = min(scheduler.solver_order, i - begin + 1, n - i if few else n)
+        if grid.target[i, 1] == 0 or (i + 1 == n and euler_at_final):
+            order = 1
+        levels = [grid.target[i], *grid.source[i - order + 1 : i + 1][::-1]]
+        taylor = _derivatives(outputs[:order], [log_snr_half(level) for level in levels])
+        midpoint = order == 2 and scheduler.solver_type == "midpoint"
+        x = scheduler.advance(e, e.x, levels[1], levels[0], taylor, midpoint=midpoint)
+        yield e.row(x, outputs[:2])
+
+
+def _derivatives(m: Sequence[Array], lambdas: Sequence[float]) -> list[Array]:
+    """Newest output and its scaled derivatives, from divided differences; everything runs from the newest backwards."""
+    if len(m) == 1:
+        return [m[0]]
+    h, h0 = lambdas[0] - lambdas[1], lambdas[1] - lambdas[2]
+    d1 = (h / h0) * (m[0] - m[1])
+    if len(m) == 2:
+        return [m[0], d1]
+    h1 = lambdas[2] - lambdas[3]
+    change = (d1 - (h / h1) * (m[1] - m[2])) / (h0 + h1)
+    return [m[0], d1 + h0 * change, h * change]

@@ -10,35 +10,25 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.base import Scheduler
-from diffuse_jax.schedulers.multistep import exponential_step, log_snr_half, preserving_grid
+from diffuse_jax.schedulers.multistep import ExponentialIntegrator, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniPCMultistepScheduler(Scheduler):
+class UniPCMultistepScheduler(ExponentialIntegrator):
     """Unified predictor-corrector of order 1 to 3; one evaluation per step serves the corrector and the predictor.
 
     ``solver_type`` is the paper's B(h): ``bh1`` is h, ``bh2`` is exp(h) - 1. ``disable_corrector`` lists the steps
     after which nothing is corrected, useful at large guidance scales.
     """
 
-    timestep_spacing: str = "linspace"
     solver_order: int = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
     predict_x0: bool = True
     solver_type: str = "bh2"
     lower_order_final: bool = True
     disable_corrector: tuple[int, ...] = ()
     solver_p: None = None
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
     final_sigmas_type: str = "zero"
     rescale_betas_zero_snr: bool = False
     use_dynamic_shifting: bool = False
@@ -47,12 +37,11 @@ class UniPCMultistepScheduler(Scheduler):
     sigma_max: float | None = None
     shift_terminal: float | None = None
 
-    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "solver_order": (1, 2, 3),
         "solver_type": ("bh1", "bh2"),
         "solver_p": (None,),
         "final_sigmas_type": sg.FINAL_SIGMAS,
-        "use_flow_sigmas": (False, None),
         "use_dynamic_shifting": (False, None),
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
@@ -61,7 +50,6 @@ class UniPCMultistepScheduler(Scheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sg.sigma_spacing(self)
         if self.final_sigmas_type == "zero" and not self.predict_x0:
             raise ValueError("predict_x0=False cannot step to a clean sample; set final_sigmas_type='sigma_min'")
         if self.final_sigmas_type == "zero" and not self.lower_order_final and self.solver_order > 1:
@@ -70,28 +58,18 @@ class UniPCMultistepScheduler(Scheduler):
                 " final_sigmas_type='sigma_min'"
             )
 
-    def whole_timesteps(self, t: Array) -> Array:
-        """Whole timesteps for the network from fractional ones."""
-        return np.round(t) if self.use_karras_sigmas else np.trunc(t)
-
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
-        grid = preserving_grid(self, n, timesteps, sigmas)
-        if sg.sigma_spacing(self) and self.final_sigmas_type == "sigma_min":
-            # Spaced sigmas end at sigma_min themselves, so the last step stays where it is.
-            return dataclasses.replace(grid, target=np.concatenate([grid.target[:-1], grid.source[-1:]]))
-        return grid
-
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         n, order = len(grid.timesteps), 0
         for i in range(begin, n):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
-            newest = e.x0 if self.predict_x0 else e.eps
+            newest = self.newest_output(e, data=self.predict_x0)
             older, previous = e.memory[:3], e.memory[3]
             x = e.x
             if i > begin and i - 1 not in self.disable_corrector:
                 levels = [grid.source[i], *grid.source[i - order : i][::-1]]
                 x = self._update(previous, older, levels, corrector=newest)
             order = min(self.solver_order, n - i if self.lower_order_final else n, i - begin + 1)
+            order = 1 if grid.target[i, 1] == 0 else order
             outputs = [newest, *older]
             levels = [grid.target[i], *grid.source[i - order + 1 : i + 1][::-1]]
             yield e.row(self._update(x, outputs, levels), [*outputs[:3], x])

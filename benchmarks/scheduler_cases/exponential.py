@@ -1,0 +1,60 @@
+"""Exponential integrators beyond the classic ones, SA-Solver, TCD and the options of the newest release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case
+
+DEIS = "DEISMultistepScheduler"
+
+MOST = STEPS[:-1]
+"""Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS in closed form
+loses eight digits to cancellation)."""
+
+
+def cases() -> list[Case]:
+    """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
+    return [*_common(), *_deis()]
+
+
+def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
+    return Case(name, label, SD | (config or {}), **rest)
+
+
+def _common() -> list[Case]:
+    """What all of them have."""
+    out: list[Case] = []
+    for name in (DEIS,):
+
+        def add(label: str, config: dict[str, Any] | None = None, name: str = name, **rest: Any) -> None:
+            out.append(_case(name, label, config, **rest))
+
+        add("plain")
+        for prediction in ("v_prediction", "sample"):
+            add(prediction, {"prediction_type": prediction})
+        for spacing in ("leading", "linspace", "trailing"):
+            add(spacing, {"timestep_spacing": spacing})
+        add("offset", {"timestep_spacing": "leading", "steps_offset": 1}, steps=MOST)
+        for schedule in ("linear", "squaredcos_cap_v2"):
+            add(schedule, {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02})
+        add("trained-betas", {"trained_betas": TRAINED_BETAS})
+        add("500-train-steps", {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024}, steps=MOST)
+        add("threshold", {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9})
+        for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            # With one step diffusers stays at the first sigma.
+            add(flag, {flag: True}, steps=STEPS[1:])
+        add("strength", plan={"strength": 0.6}, steps=STEPS[1:])
+    return out
+
+
+def _deis() -> list[Case]:
+    out = []
+    for order in (1, 2, 3):
+        steps, several = (STEPS, STEPS[1:]) if order < 3 else (MOST, MOST[1:])
+        config = {"solver_order": order}
+        out.append(_case(DEIS, f"order-{order}", config, steps=steps))
+        out.append(_case(DEIS, f"strength-{order}", config, plan={"strength": 0.6}, steps=several))
+        out.append(_case(DEIS, f"not-lower-final-{order}", config | {"lower_order_final": False}, steps=steps))
+        out.append(_case(DEIS, f"karras-{order}", config | {"use_karras_sigmas": True}, steps=several))
+    return out
