@@ -29,6 +29,7 @@ _PUBLIC = {
         "DDIMScheduler",
         "DDPMScheduler",
         "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
         "DPMSolverMultistepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case
 
-DEIS = "DEISMultistepScheduler"
+DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
 
 MOST = STEPS[:-1]
 """Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS in closed form
@@ -15,7 +15,7 @@ loses eight digits to cancellation)."""
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis()]
+    return [*_common(), *_deis(), *_inverse()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -25,7 +25,7 @@ def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: A
 def _common() -> list[Case]:
     """What all of them have."""
     out: list[Case] = []
-    for name in (DEIS,):
+    for name in (DEIS, INVERSE):
 
         def add(label: str, config: dict[str, Any] | None = None, name: str = name, **rest: Any) -> None:
             out.append(_case(name, label, config, **rest))
@@ -42,8 +42,8 @@ def _common() -> list[Case]:
         add("500-train-steps", {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024}, steps=MOST)
         add("threshold", {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9})
         for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-            # With one step diffusers stays at the first sigma.
-            add(flag, {flag: True}, steps=STEPS[1:])
+            # With one step diffusers stays at the first sigma; its inverse sampler drops steps of equal timesteps.
+            add(flag, {flag: True}, steps=(2, 3, 5, 10) if name == INVERSE else STEPS[1:])
         add("strength", plan={"strength": 0.6}, steps=STEPS[1:])
     return out
 
@@ -57,4 +57,31 @@ def _deis() -> list[Case]:
         out.append(_case(DEIS, f"strength-{order}", config, plan={"strength": 0.6}, steps=several))
         out.append(_case(DEIS, f"not-lower-final-{order}", config | {"lower_order_final": False}, steps=steps))
         out.append(_case(DEIS, f"karras-{order}", config | {"use_karras_sigmas": True}, steps=several))
+    return out
+
+
+def _inverse() -> list[Case]:
+    out = []
+    for order in (1, 2, 3):
+        for kind in ("dpmsolver++", "dpmsolver"):
+            for solver in ("midpoint", "heun"):
+                config = {"algorithm_type": kind, "solver_order": order, "solver_type": solver}
+                out.append(_case(INVERSE, f"{kind}-{order}-{solver}", config))
+        config = {"solver_order": order, "lower_order_final": False}
+        out.append(_case(INVERSE, f"not-lower-final-{order}", config))
+        out.append(_case(INVERSE, f"euler-at-final-{order}", config | {"euler_at_final": True}))
+        out.append(_case(INVERSE, f"strength-{order}", config, plan={"strength": 0.6}, steps=STEPS[1:]))
+        # The last step stays where it is; with a higher order there diffusers divides zero by zero.
+        karras = {"solver_order": order, "use_karras_sigmas": True}
+        out.append(_case(INVERSE, f"karras-{order}", karras, steps=(2, 3, 5, 10)))
+    noise = {"algorithm_type": "dpmsolver", "thresholding": True, "sample_max_value": 1.5}
+    out.append(_case(INVERSE, "dpmsolver-threshold", noise))
+    for prediction in ("v_prediction", "sample"):
+        config = {"algorithm_type": "dpmsolver", "prediction_type": prediction}
+        out.append(_case(INVERSE, f"dpmsolver-{prediction}", config))
+    for variance in ("learned", "learned_range"):
+        out.append(_case(INVERSE, variance, {"variance_type": variance}))
+    for spacing in ("leading", "linspace", "trailing"):
+        config = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
+        out.append(_case(INVERSE, f"lambda-clipped-{spacing}", config, steps=MOST))
     return out

@@ -115,21 +115,20 @@ class ExponentialIntegrator(Scheduler, abstract=True):
 
     def _spaced(self, n: int, timesteps: Array | None, sigmas: Array | None) -> tuple[Array, Array]:
         """Timesteps and, one more, noise levels."""
-        table = self.sigma_table
+        table, up = self.sigma_table, 1 if self.ascends else -1
         if sigmas is not None:
             sg.check_no_spacing(self, "sigmas")
             return ns.sigma_to_timestep(sigmas[:-1], table), sigmas
         if sg.sigma_spacing(self):
             if timesteps is not None:
                 sg.check_no_spacing(self, "timesteps")
-            # Spaced sigmas end at sigma_min themselves, so without a clean end the last of several steps stays there.
-            spaced = sg.respaced(self, table[0], table[-1], max(n, 2))
-            s = spaced[:n]
-            return self.whole_timesteps(ns.sigma_to_timestep(s, table)), np.append(
-                s, 0.0 if self.ends_clean else spaced[-1]
-            )
-        t = self.spaced_timesteps(n)[::-1] if timesteps is None else timesteps
-        return t, np.append(sg.at_timesteps(table, t), 0.0 if self.ends_clean else table[0])
+            # A spacing reaches both ends itself, so without a clean end the last of several steps stays where it is.
+            s = sg.respaced(self, table[0], table[-1], max(n, 2))[::-up]
+            t, s, last = self.whole_timesteps(ns.sigma_to_timestep(s[:n], table)), s[:n], s[-1]
+        else:
+            t = self.spaced_timesteps(n)[::up] if timesteps is None else timesteps
+            s, last = sg.at_timesteps(table, t), table[self.last_timesteps - 1 if self.ascends else 0]
+        return t, np.append(s, 0.0 if self.ends_clean else last)
 
     def spaced_timesteps(self, n: int) -> Array:
         """``n`` ascending timesteps of a spacing of one more, whose last point (the first, backwards) is left out."""
