@@ -82,9 +82,13 @@ class EulerAncestralDiscreteScheduler(Scheduler):
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         for t, source, (_, sigma) in zip(grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True):
             e = self.evaluation(t, source)
-            up = sigma * np.sqrt(1 - (sigma / e.sigma) ** 2)
-            down = sigma**2 / e.sigma
+            down, up = ancestral_split(e.sigma, sigma)
             yield e.row(e.x + (down - e.sigma) * (e.x - e.x0) / e.sigma + up * e.noise)
+
+
+def ancestral_split(sigma: float, target: float) -> tuple[float, float]:
+    """The level of the deterministic part of a step to ``target``, and the standard deviation of the noise after it."""
+    return target**2 / sigma, target * np.sqrt(1 - (target / sigma) ** 2)
 
 
 def exploding_grid(scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None) -> Grid:

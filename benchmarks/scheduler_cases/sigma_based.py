@@ -1,0 +1,62 @@
+"""The samplers that live on noise levels: Heun, DPM-Solver-2, LMS, iPNDM, SDE, EDM, consistency models, flow matching."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case
+
+MIDPOINT = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+BETAS = ("HeunDiscreteScheduler", *MIDPOINT, "LMSDiscreteScheduler")
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def cases() -> list[Case]:
+    """Every option of every scheduler of the family."""
+    return [*_with_betas(), *_ipndm()]
+
+
+def _with_betas() -> list[Case]:
+    """Samplers of networks with trained betas, on top of Stable Diffusion's."""
+    out: list[Case] = []
+
+    def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
+        out.extend(Case(name, label, SD | (config or {}), **rest) for name in names)
+
+    add(BETAS, "plain")
+    add(BETAS, "v", {"prediction_type": "v_prediction"})
+    # Networks that predict the sample are not implemented for the others in diffusers.
+    add(("HeunDiscreteScheduler", "LMSDiscreteScheduler"), "sample", {"prediction_type": "sample"})
+    for spacing in ("leading", "linspace", "trailing"):
+        add(BETAS, spacing, {"timestep_spacing": spacing})
+    add(BETAS, "offset", {"timestep_spacing": "leading", "steps_offset": 1})
+    add(BETAS, "linear", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02})
+    add(tuple(n for n in BETAS if "Ancestral" not in n), "cosine", {"beta_schedule": "squaredcos_cap_v2"})
+    # In long steps from a high level diffusers loses digits of the lower level to a difference of squares.
+    add(("KDPM2AncestralDiscreteScheduler",), "cosine", {"beta_schedule": "squaredcos_cap_v2"}, steps=STEPS[6:])
+    add(("HeunDiscreteScheduler",), "exp", {"beta_schedule": "exp"})
+    add(BETAS, "trained-betas", {"trained_betas": TRAINED_BETAS})
+    add(BETAS, "500-train-steps", {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024})
+    for flag in SPACINGS:
+        for prediction, label in {"epsilon": flag, "v_prediction": f"{flag}-v"}.items():
+            config = {flag: True, "prediction_type": prediction}
+            add(tuple(name for name in BETAS if name[0] != "L"), label, config)
+            # With 999 levels so spaced, the last step to sigma 0 extrapolates four slopes 150 times as far as they are
+            # apart; float32 cannot hold that.
+            add(("LMSDiscreteScheduler",), label, config, steps=STEPS if flag == "use_beta_sigmas" else STEPS[:-1])
+    # LMS entered late takes the coefficients of slopes that it does not have, in diffusers.
+    add(tuple(name for name in BETAS if name[0] != "L"), "strength", plan={"strength": 0.6}, steps=STEPS[1:])
+    heun = ("HeunDiscreteScheduler",)
+    add(heun, "clip", {"clip_sample": True})
+    add(heun, "clip2", {"clip_sample": True, "clip_sample_range": 2.0, "prediction_type": "v_prediction"})
+    add(heun, "explicit-timesteps", plan={"timesteps": [999, 850, 736, 545, 343, 233, 124, 24]}, steps=(0,))
+    for order in (1, 2, 3, 4, 5, 6):
+        add(("LMSDiscreteScheduler",), f"order-{order}", plan={"order": order}, step={"order": order})
+    return out
+
+
+def _ipndm() -> list[Case]:
+    betas = tuple(float(b) for b in (1.0, 0.97, 0.9, 0.7, 0.4, 0.1, 0.0))
+    trained = {"trained_betas": betas, "num_train_timesteps": len(betas)}
+    name = "IPNDMScheduler"
+    return [Case(name, "plain", {}), Case(name, "trained-betas", trained, steps=(len(betas) - 1,))]

@@ -1,0 +1,69 @@
+"""iPNDM: linear multistep sampling without a warm-up, Zhang and Chen 2022 (arXiv 2204.13902, section 4).
+
+The formulas are those of PNDM (Liu et al. 2022, arXiv 2202.09778, eq. 9); where that begins with Runge-Kutta steps, the
+first steps here have the order of the outputs that are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers.continuous import ContinuousScheduler
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.pndm import ADAMS_BASHFORTH
+from diffuse_jax.schedulers.table import Grid, Row
+
+LEAST_SIGNAL = 1e-8
+"""Where there is less signal, the noise says nothing about the picture, and a step only shrinks the sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IPNDMScheduler(ContinuousScheduler):
+    """Multistep method of order 4 for networks that predict v (Dance Diffusion).
+
+    Time runs from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)`` and is what the network is told. ``trained_betas`` are
+    the sigmas of a run of their own, ``num_train_timesteps`` of them: one per step and the final one.
+    """
+
+    prediction_type: str = "v_prediction"
+
+    absent: ClassVar[tuple[str, ...]] = (
+        *(name for name in ContinuousScheduler.absent if name != "trained_betas"),
+        "prediction_type",
+    )
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
+        sigma = xp.sin(np.pi / 2 * t)
+        return xp.sqrt(1 - sigma**2), sigma
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        if sigmas is not None:
+            raise ValueError(f"{self.class_name} has its levels at timesteps; give timesteps= instead of sigmas=")
+        t = np.arcsin(self._sigmas(n)) * 2 / np.pi if timesteps is None else np.append(timesteps, 0.0)
+        levels = np.stack(self.level(t), -1)
+        return Grid(t[:-1], levels[:-1], levels[1:])
+
+    def _sigmas(self, n: int) -> Array:
+        if self.trained_betas is None:
+            return np.sin(np.linspace(1, 0, n + 1) * np.pi / 2) ** 2
+        if n + 1 != len(self.trained_betas):
+            most = len(self.trained_betas)
+            raise ValueError(f"trained_betas has the {most} sigmas of {most - 1} steps, {n} steps were asked for")
+        return np.array(self.trained_betas)
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        for k, i in enumerate(range(begin, len(grid.timesteps))):
+            e = self.evaluation(grid.timesteps[i], grid.source[i])
+            outputs = [e.eps, *e.memory[: min(k, 3)]]
+            weights = ADAMS_BASHFORTH[len(outputs) - 1]
+            eps = sum((w * m for w, m in zip(weights, outputs, strict=True)), np.zeros_like(e.x))
+            alpha, sigma = grid.target[i]
+            yield e.row(alpha * (e.x - e.sigma * eps) / max(e.alpha, LEAST_SIGNAL) + sigma * eps, outputs[:3])
