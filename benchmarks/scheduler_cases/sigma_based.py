@@ -1,4 +1,4 @@
-"""The samplers that live on noise levels: Heun, DPM-Solver-2, LMS, iPNDM, SDE, EDM, consistency models, flow matching."""
+"""Samplers that live on noise levels: Heun, DPM-Solver-2, LMS, iPNDM, SDE, EDM, consistency models, flow matching."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ LEAST_SIGNAL = 1e-8
 class IPNDMScheduler(ContinuousScheduler):
     """Multistep method of order 4 for networks that predict v (Dance Diffusion).
 
-    Time runs from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)`` and is what the network is told. ``trained_betas`` are
-    the sigmas of a run of their own, ``num_train_timesteps`` of them: one per step and the final one.
+    The network is told the time, from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)``. ``trained_betas`` are the sigmas
+    of a run of their own, ``num_train_timesteps`` of them: one per step and the final one.
     """
 
     prediction_type: str = "v_prediction"
