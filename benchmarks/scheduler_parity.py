@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import types
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scheduler_cases import cases
-from benchmarks.scheduler_cases.case import Case
+from benchmarks.scheduler_cases.case import Case, Theirs
 
 KINDS = ("float64", "float32", "stock")
 ABOUT = (
@@ -40,10 +41,13 @@ SHAPE = (2, 4, 4, 3)
 MOST_EVALUATIONS = 2048
 
 
-def network(x: Any, t: Any, lib: Any, *, variance: bool, axis: int) -> Any:
+def network(x: Any, t: Any, lib: Any, *, variance: str, axis: int) -> Any:
     """A smooth nonlinear function of sample and timestep in place of a network."""
     out = 0.9 * x + 0.2 * lib.sin(1.5 * x + 0.002 * t)
-    return lib.concatenate([out, lib.tanh(x)], axis) if variance else out
+    if not variance:
+        return out
+    # A variance is positive, a place in a range of variances is not.
+    return lib.concatenate([out, 0.01 * lib.tanh(x) ** 2 if variance == "learned" else lib.tanh(x)], axis)
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -86,32 +90,41 @@ def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> 
     import diffusers
     import torch
 
-    cls = getattr(diffusers, case.scheduler)
+    cls = getattr(diffusers.schedulers, case.scheduler)
     z = torch.from_numpy(np.moveaxis(noise, -1, 2).copy()).to(torch.float64 if double else torch.float32)
-    current: list[Any] = [None]
-    with patched(importlib.import_module(cls.__module__), lambda *a, **k: current[0], double=double):
+    variance = case.config.get("variance_type") or ""
+    variance = variance if variance.startswith("learned") else ""
+    theirs = Theirs(None, None, lambda x, t: network(x, float(t), torch, variance=variance, axis=1), z[0], z[2:])
+    with patched(importlib.import_module(cls.__module__), theirs.draw, double=double):
         scheduler = cls(**{k: list(v) if isinstance(v, tuple) else v for k, v in case.config.items()})
-        plan = dict(case.plan)
-        keep = {k: plan[k] for k in ("timesteps", "sigmas", "original_inference_steps") if k in plan}
-        strength = plan.get("strength", 1.0)
-        if case.scheduler == "LCMScheduler" and "strength" in plan:
-            keep["strength"] = plan["strength"]
-        scheduler.set_timesteps(**(keep if not n else {"num_inference_steps": n} | keep))
-        begin = 0 if case.scheduler == "LCMScheduler" else n - int(n * strength)
-        timesteps = scheduler.timesteps[begin:]
+        names = inspect.signature(scheduler.set_timesteps).parameters
+        options = {k: v for k, v in case.plan.items() if k in names}
+        scheduler.set_timesteps(**({"num_inference_steps": n} if n else {}), **options)
+        left_out = 0 if "strength" in names else n - int(n * case.plan.get("strength", 1.0))
+        left_out *= getattr(scheduler, "order", 1)
+        run = slice(0, len(scheduler.timesteps) - left_out) if _scheduler(case).ascends else slice(left_out, None)
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        if "strength" in plan:
-            sample = scheduler.add_noise(z[1], z[0], timesteps[:1].repeat(len(z[0])))
+            scheduler.set_begin_index(run.start)
+        theirs.scheduler, theirs.timesteps = scheduler, scheduler.timesteps[run]
+        if _from_image(case):
+            theirs.start = scheduler.add_noise(z[1], z[0], theirs.timesteps[:1].repeat(len(z[0])))
         else:
-            sample = z[0] * scheduler.init_noise_sigma
-        samples = [sample]
-        variance = case.config.get("variance_type") == "learned_range"
-        for t, current[0] in zip(timesteps, z[2:], strict=False):
-            out = network(scheduler.scale_model_input(sample, t), float(t), torch, variance=variance, axis=1)
-            sample = scheduler.step(out, t, sample, **case.step).prev_sample
-            samples.append(sample)
+            theirs.start = z[0] * getattr(scheduler, "init_noise_sigma", 1.0)
+        samples = case.loop(theirs) if case.loop else _steps(theirs, case.step)
     return np.moveaxis(torch.stack(samples).numpy().astype(np.float64), 2, -1)
+
+
+def _steps(theirs: Theirs, options: dict[str, Any]) -> list[Any]:
+    samples = [theirs.start]
+    for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
+        theirs.drawn = noise
+        out = theirs.network(theirs.scheduler.scale_model_input(samples[-1], t), t)
+        samples.append(theirs.scheduler.step(out, t, samples[-1], **options).prev_sample)
+    return samples
+
+
+def _from_image(case: Case) -> bool:
+    return "strength" in case.plan and not _scheduler(case).ascends
 
 
 # ---- this library ----------------------------------------------------------------------------------------------------
@@ -122,7 +135,7 @@ def numpy_trajectory(case: Case, n: int, noise: np.ndarray) -> np.ndarray:
     table = _scheduler(case).table(n or None, **case.plan)
     variance = table.learned_variance
     start = table.init_scale * noise[0]
-    if "strength" in case.plan:
+    if _from_image(case):
         start = table.levels[0, 0] * noise[1] + table.levels[0, 1] * noise[0]
 
     def model(x: np.ndarray, t: float) -> np.ndarray:
@@ -134,7 +147,7 @@ def numpy_trajectory(case: Case, n: int, noise: np.ndarray) -> np.ndarray:
 def jax_trajectory(case: Case, n: int, noise: np.ndarray) -> np.ndarray:
     """The float32 plan in one compiled loop that all cases share."""
     plan = _scheduler(case).plan(n or None, **case.plan)
-    samples = _loop()(plan, noise.astype(np.float32), "strength" in case.plan)
+    samples = _loop()(plan, noise.astype(np.float32), _from_image(case))
     return np.asarray(samples)[: int(plan.num_evaluations) + 1].astype(np.float64)
 
 

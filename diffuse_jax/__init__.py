@@ -26,7 +26,10 @@ _PUBLIC = {
         "StableDiffusionXLPipeline",
     ),
     "diffuse_jax.schedulers": (
+        "DDIMInverseScheduler",
+        "DDIMParallelScheduler",
         "DDIMScheduler",
+        "DDPMParallelScheduler",
         "DDPMScheduler",
         "DEISMultistepScheduler",
         "DPMSolverMultistepInverseScheduler",

@@ -1,9 +1,9 @@
 """The configurations that the parity benchmark and its tests compare, by family of samplers."""
 
-from benchmarks.scheduler_cases import classic, exponential
+from benchmarks.scheduler_cases import classic, discrete, exponential
 from benchmarks.scheduler_cases.case import Case
 
-FAMILIES = (classic, exponential)
+FAMILIES = (classic, discrete, exponential)
 
 
 def cases() -> list[Case]:

@@ -1,8 +1,9 @@
 """Samplers: frozen configurations that turn a number of steps into a table that one ``step`` function executes."""
 
 from diffuse_jax.schedulers.base import Scheduler
-from diffuse_jax.schedulers.ddim import DDIMScheduler
-from diffuse_jax.schedulers.ddpm import DDPMScheduler
+from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
+from diffuse_jax.schedulers.ddim_inverse import DDIMInverseScheduler
+from diffuse_jax.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from diffuse_jax.schedulers.deis import DEISMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver_inverse import DPMSolverMultistepInverseScheduler
@@ -12,7 +13,10 @@ from diffuse_jax.schedulers.pndm import PNDMScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",

@@ -317,7 +317,7 @@ class Scheduler(Config):
         grid = self.grid(n, timesteps=t, sigmas=s, **grid_options)
         begin = 0 if self.ascends else self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
-        learned = getattr(self, "learns_variance", False)
+        learned = self.learned_variance
         table = Table.build(rows, grid.init_scale, grid.final, **self._correction(), learned_variance=learned)
         if self.ascends and strength is not None:
             return table.cut(_steps_to_run(n, strength))
@@ -360,6 +360,11 @@ class Scheduler(Config):
         if getattr(self, "thresholding", False):
             return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}  # type: ignore[attr-defined]
         return {"clip": self.clip_sample_range} if getattr(self, "clip_sample", False) else {}  # type: ignore[attr-defined]
+
+    @property
+    def learned_variance(self) -> str:
+        """What the second half of the network's output says: "" (ignored), "learned" or "learned_range"."""
+        return ""
 
     @property
     def corrects_x0(self) -> bool:

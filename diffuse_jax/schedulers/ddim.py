@@ -47,6 +47,15 @@ class DDIMScheduler(Scheduler):
             yield e.row(alpha * e.x0 + np.sqrt(max(0.0, sigma**2 - std**2)) * eps + std * e.noise)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIMParallelScheduler(DDIMScheduler):
+    """DDIM under the name that configurations of ParaDiGMS carry (Shih et al. 2023, arXiv 2305.16317).
+
+    What parallel sampling needs, the steps of samples at different places of the run in one call, every plan can do:
+    ``plan.step`` with ``[B]`` indices.
+    """
+
+
 def discrete_grid(
     scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None, *, uniform: bool = True
 ) -> Grid:

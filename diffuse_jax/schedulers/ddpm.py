@@ -12,9 +12,9 @@ from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import Grid, Row
+from diffuse_jax.schedulers.table import LEARNED_VARIANCES, Grid, Row
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 TINY = 1e-20
 """Floor of the posterior variance, as published samplers have it, so that its logarithm is finite."""
@@ -25,8 +25,9 @@ class DDPMScheduler(Scheduler):
     """DDPM sampling, and the training schedule that fine-tuning starts from.
 
     ``variance_type`` is the variance of the noise of each step: that of the posterior (``fixed_small``), beta
-    (``fixed_large``), or in between as the second half of the network's output says (``learned_range``, Nichol and
-    Dhariwal 2021, eq. 15). The names ending in ``_log`` are the same variances.
+    (``fixed_large``), in between as the second half of the network's output says (``learned_range``, Nichol and
+    Dhariwal 2021, eq. 15), or that half itself (``learned``; what is negative counts as 0). The names ending in
+    ``_log`` are the same variances.
     """
 
     variance_type: str = "fixed_small"
@@ -38,13 +39,13 @@ class DDPMScheduler(Scheduler):
     rescale_betas_zero_snr: bool = False
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "beta_schedule": (*ns.BETA_SCHEDULES, "sigmoid"),
+        "beta_schedule": (*ns.BETA_SCHEDULES, "sigmoid", "laplace"),
         "variance_type": VARIANCE_TYPES,
     }
 
     @property
-    def learns_variance(self) -> bool:
-        return self.variance_type == "learned_range"
+    def learned_variance(self) -> str:
+        return self.variance_type if self.variance_type in LEARNED_VARIANCES else ""
 
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         return discrete_grid(self, n, timesteps, sigmas, uniform=False)
@@ -61,6 +62,13 @@ class DDPMScheduler(Scheduler):
             mean = (alpha * beta / e.sigma**2) * e.x0 + (np.sqrt(step_alpha) * (sigma / e.sigma) ** 2) * e.x
             std = np.sqrt(beta if self.variance_type.startswith("fixed_large") else small)
             bounds = (0.0, 0.0)
-            if self.learns_variance:
-                std, bounds = 1.0, (float(np.log(small)), float(np.log(beta)))
+            if self.learned_variance:
+                std = 1.0
+            if self.learned_variance == "learned_range":
+                bounds = (float(np.log(small)), float(np.log(beta)))
             yield e.row(mean + (std if t > 0 else 0.0) * e.noise, log_variance=bounds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDPMParallelScheduler(DDPMScheduler):
+    """DDPM under the name that configurations of ParaDiGMS carry; see :class:`DDIMParallelScheduler`."""

@@ -28,18 +28,31 @@ def beta_table(schedule: str, start: float, end: float, steps: int) -> Array:
     """The betas ``[steps]`` of a named training schedule.
 
     ``linear`` (Ho et al. 2020), ``scaled_linear`` (latent diffusion: linear in the square root), ``squaredcos_cap_v2``
-    (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999), ``sigmoid`` (GeoDiff).
+    (Nichol and Dhariwal 2021, eq. 17, betas capped at 0.999), ``sigmoid`` (GeoDiff), ``laplace`` (Hang et al. 2024,
+    arXiv 2407.03297, table 1, betas capped likewise), ``exp`` (alpha_bar falls exponentially, capped likewise).
     """
     if schedule == "linear":
         return np.linspace(start, end, steps)
     if schedule == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, steps) ** 2
-    if schedule == "squaredcos_cap_v2":
-        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     if schedule == "sigmoid":
         return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
-    raise ValueError(f"beta_schedule must be one of {(*BETA_SCHEDULES, 'sigmoid')}, got {schedule!r}")
+    alpha_bar = _alpha_bar_at(schedule, np.arange(steps + 1) / steps)
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def _alpha_bar_at(schedule: str, t: Array) -> Array:
+    """Schedules that are given by alpha_bar as a function of time in [0, 1]."""
+    if schedule == "squaredcos_cap_v2":
+        return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    if schedule == "laplace":
+        # Networks were trained with this root of the paper's alpha_bar.
+        log_snr = -0.5 * np.where(t <= 0.5, 1, -1) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
+        return np.sqrt(1 / (1 + np.exp(-log_snr)))
+    if schedule == "exp":
+        return np.exp(-12.0 * t)
+    names = ("linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2", "laplace", "exp")
+    raise ValueError(f"beta_schedule must be one of {names}, got {schedule!r}")
 
 
 def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:

@@ -31,8 +31,9 @@ class State(NamedTuple):
 class Plan:
     """A sampling run as a pytree of float32 arrays, padded to ``CAPACITY`` rows or more; :class:`Table` has the fields.
 
-    The entries from ``num_evaluations`` on are padding. ``i`` below is the index of a model evaluation, an int or a
-    traced integer.
+    The entries from ``num_evaluations`` on are padding. ``i`` below is the index of a model evaluation: an int or a
+    traced integer, or ``[B]`` of them, one for each sample, so that samples at different places of the run make their
+    steps in one call (Shih et al. 2023, 'Parallel Sampling of Diffusion Models', arXiv 2305.16317).
     """
 
     num_evaluations: Any
@@ -47,7 +48,7 @@ class Plan:
     clip: Any
     threshold: Any
     thresholding: bool = dataclasses.field(metadata={"static": True}, default=False)
-    learned_variance: bool = dataclasses.field(metadata={"static": True}, default=False)
+    learned_variance: str = dataclasses.field(metadata={"static": True}, default="")
 
     @classmethod
     def from_table(cls, table: Table) -> Plan:
@@ -80,25 +81,26 @@ class Plan:
         return State(sample, (jnp.zeros_like(sample),) * MEMORY)
 
     def timestep(self, i: Any) -> jax.Array:
-        """What the network is told at evaluation ``i``, a float32 scalar."""
+        """What the network is told at evaluation ``i``, a float32 scalar (``[B]`` for ``[B]`` indices)."""
         return _at(self.timesteps, i)
 
     def model_input(self, state: State, i: Any) -> jax.Array:
         """What the network sees at evaluation ``i``, float32 ``[B, ...]``."""
-        return _at(self.input_scale, i) * state.sample
+        return _over(_at(self.input_scale, i), state.sample) * state.sample
 
     def noised(self, x0: jax.Array, noise: jax.Array, i: Any) -> jax.Array:
         """``x0`` with ``noise`` at the level of the sample before evaluation ``i``; clean after the last evaluation."""
-        level = _at(self.levels, i)
-        return level[0] * _f32(x0) + level[1] * _f32(noise)
+        x0 = _f32(x0)
+        alpha, sigma = _columns(_at(self.levels, i), x0)
+        return alpha * x0 + sigma * _f32(noise)
 
     def predict_x0(self, state: State, i: Any, model_output: jax.Array) -> jax.Array:
         """The clean sample that the output means, clipped or thresholded as the scheduler says, ``[B, ...]``."""
         return self._x0(state.sample, i, self._split(state.sample, model_output)[0])
 
     def _x0(self, sample: jax.Array, i: Any, output: jax.Array) -> jax.Array:
-        c = _at(self.to_x0, i)
-        x0 = c[0] * sample + c[1] * output
+        of_sample, of_output = _columns(_at(self.to_x0, i), sample)
+        x0 = of_sample * sample + of_output * output
         if not self.thresholding:
             return jnp.clip(x0, -self.clip, self.clip)
         s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), self.threshold[0], axis=1)
@@ -116,7 +118,7 @@ class Plan:
           model_output: what the network returned, ``[B, ..., C]`` or ``[B, ..., 2 C]`` with a variance in the second
             half (used with a learned variance, ignored otherwise).
           key: one typed key, or ``[B]`` keys so that every sample owns its noise. ``i`` is folded in here. Samplers
-            without noise neither draw from it nor pay for it.
+            without noise neither draw from it nor pay for it. ``[B]`` indices need ``[B]`` keys.
           noise: use this ``[B, ...]`` instead of drawing from ``key``.
 
         Raises:
@@ -126,12 +128,14 @@ class Plan:
         output, variance = self._split(sample, model_output)
         row = _at(self.rows, i)
         noise = self._draw(row, i, sample, key) if noise is None else _f32(noise)
-        if variance is not None:
-            low, high = _at(self.log_variance, i)
+        if variance is not None and self.learned_variance == "learned":
+            noise = noise * jnp.sqrt(jnp.maximum(variance, 0.0))
+        elif variance is not None:
+            low, high = _columns(_at(self.log_variance, i), sample)
             noise = noise * jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
         stack = (sample, self._x0(sample, i, output), output, *state.memory, noise)
         # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
-        new = [sum(row[r, k] * tensor for k, tensor in enumerate(stack)) for r in range(1 + MEMORY)]
+        new = [sum(_over(row[..., r, k], sample) * x for k, x in enumerate(stack)) for r in range(1 + MEMORY)]
         return State(new[0], tuple(new[1:]))
 
     def _draw(self, row: Any, i: Any, sample: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -144,12 +148,16 @@ class Plan:
         if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != sample.shape[0]):
             raise ValueError(f"key must be one key or {sample.shape[0]} keys (one per sample), got shape {key.shape}")
 
+        if jnp.ndim(i) > key.ndim:
+            raise ValueError(f"samples at different evaluations need a key each, {sample.shape[0]} keys, got one")
+
         def draw() -> jax.Array:
             if key.ndim == 0:
                 return jax.random.normal(jax.random.fold_in(key, i), sample.shape)
-            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), sample.shape[1:]))(key)
+            keys = jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(i, key.shape))
+            return jax.vmap(lambda k: jax.random.normal(k, sample.shape[1:]))(keys)
 
-        return jax.lax.cond(jnp.any(row[:, -1] != 0), draw, lambda: jnp.zeros_like(sample))
+        return jax.lax.cond(jnp.any(row[..., -1] != 0), draw, lambda: jnp.zeros_like(sample))
 
     def _split(self, sample: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         doubled = (*sample.shape[:-1], 2 * sample.shape[-1])
@@ -169,6 +177,16 @@ def _f32(x: Any) -> jax.Array:
 def _at(array: Any, i: Any) -> Any:
     # A NumPy plan outside of jit is indexed on the host; a traced index needs a JAX array.
     return array[i] if isinstance(i, int) else jnp.asarray(array)[i]
+
+
+def _over(c: Any, sample: Any) -> Any:
+    """A coefficient, or one for each sample, as a factor of ``sample [B, ...]``."""
+    return c if jnp.ndim(c) == 0 else jnp.reshape(c, (-1, *[1] * (sample.ndim - 1)))
+
+
+def _columns(c: Any, sample: Any) -> tuple[Any, Any]:
+    """The two coefficients in ``c [2]`` or ``[B, 2]`` as factors of ``sample [B, ...]``."""
+    return _over(c[..., 0], sample), _over(c[..., 1], sample)
 
 
 def _pad(array: np.ndarray, length: int) -> np.ndarray:

@@ -29,6 +29,10 @@ WIDTH = 3 + MEMORY + 1
 """Length of the stack: x, x0, output, memory, noise."""
 
 
+LEARNED_VARIANCES = ("", "learned", "learned_range")
+"""What a network may say about the variance of the noise: nothing, itself, or where in a range (in the logarithm)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Where a sampler evaluates the network.
@@ -151,7 +155,7 @@ class Table:
       init_scale: what noise is multiplied by to be the first sample.
       clip: limit of ``|x0|``, infinite for none.
       threshold: (ratio, largest value) of dynamic thresholding, or None.
-      learned_variance: the network returns twice the channels and the second half chooses the variance.
+      learned_variance: one of ``LEARNED_VARIANCES``: what the second half of twice the channels says, "" for nothing.
     """
 
     timesteps: Array
@@ -164,7 +168,7 @@ class Table:
     init_scale: float = 1.0
     clip: float = np.inf
     threshold: tuple[float, float] | None = None
-    learned_variance: bool = False
+    learned_variance: str = ""
 
     @classmethod
     def build(
@@ -174,7 +178,7 @@ class Table:
         final: Level = (1.0, 0.0),
         clip: float = np.inf,
         threshold: tuple[float, float] | None = None,
-        learned_variance: bool = False,
+        learned_variance: str = "",
     ) -> Table:
         """Collect the rows of a sampler; ``final`` is the level of the sample after the last one."""
         rows = list(rows)
@@ -228,8 +232,10 @@ class Table:
             if self.learned_variance:
                 output, variance = np.split(output, 2, axis=-1)
             x0 = self.correct(self.to_x0[i, 0] * sample + self.to_x0[i, 1] * output)
-            low, high = self.log_variance[i]
             z = np.zeros_like(sample) if noise is None else noise[i]
+            if self.learned_variance == "learned":
+                z = z * np.sqrt(np.maximum(variance, 0))
+            low, high = self.log_variance[i]
             z = z * np.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
             stack = (sample, x0, output, *memory, z)
             sample, *memory = (

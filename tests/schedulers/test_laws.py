@@ -10,8 +10,8 @@ import pytest
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.table import MEMORY, Table
+from tests.schedulers.samplers import NAMES, ascends, make, prediction_types, stochastic
 
-NAMES = [name for name in schedulers.__all__ if name != "Scheduler"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STD = 0.6
 """Standard deviation of the data; the best network is then known and so is where every path ends."""
@@ -28,25 +28,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc-bh1": ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
 }
 
-NOT_ODE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "dpm-sde")
+ODE = [name for name in VARIANTS if name != "dpm-sde" and not stochastic(VARIANTS[name][0])]
 
 
 def build(name: str, **changes: Any) -> schedulers.Scheduler:
     cls, config = VARIANTS[name]
-    clip = {"clip_sample": False} if cls in ("DDIMScheduler", "DDPMScheduler") else {}
-    return getattr(schedulers, cls).from_config(SD | clip | config | changes)
+    # A network that predicts clean samples cannot start from one.
+    common = {"clip_sample": False} | ({"set_alpha_to_one": False} if ascends(cls) else {})
+    return make(cls, **(SD | common | config | changes))
 
 
-def gaussian_network(table: Table, prediction_type: str) -> Any:
+def gaussian_network(table: Table) -> Any:
     """The best prediction for data N(0, STD^2): the posterior mean, in whatever form the sampler wants it."""
-    levels = iter(table.levels)
+    rows = iter(zip(table.levels, table.to_x0, table.input_scale, strict=False))
 
     def model(x: np.ndarray, t: float) -> np.ndarray:
-        alpha, sigma = next(levels)
-        alpha, sigma = np.array([alpha, sigma]) / np.hypot(alpha, sigma)
-        x0 = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
-        eps = sigma / (alpha**2 * STD**2 + sigma**2) * x
-        return {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[prediction_type]
+        (alpha, sigma), (of_sample, of_output), scale = next(rows)
+        x0 = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x / scale
+        return (x0 - of_sample * x / scale) / of_output
 
     return model
 
@@ -57,11 +56,12 @@ def exact_end(table: Table, x: float) -> float:
     return float(x * std[-1] / std[0])
 
 
-@pytest.mark.parametrize("prediction_type", ns.PREDICTION_TYPES)
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in NOT_ODE])
-def test_gaussian_end_point(name: str, prediction_type: str) -> None:
-    table = build(name, prediction_type=prediction_type).table(200)
-    end = table.run(gaussian_network(table, prediction_type), np.array([[table.init_scale]]))[-1]
+@pytest.mark.parametrize("name", ODE)
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_gaussian_end_point(name: str, k: int) -> None:
+    types = prediction_types(VARIANTS[name][0])
+    table = build(name, prediction_type=types[k % len(types)]).table(200)
+    end = table.run(gaussian_network(table), np.array([[table.init_scale]]))[-1]
     assert end.item() == pytest.approx(exact_end(table, table.init_scale), rel=0.03)
 
 
@@ -82,7 +82,7 @@ def test_gaussian_variance_of_stochastic_samplers(name: str) -> None:
     start = np.zeros((n + 1, 1))
     start[-1] = np.hypot(*table.levels[0] * (STD, 1.0))
     draws = np.eye(n, n + 1)[:, :, None]
-    response = table.run(gaussian_network(table, "epsilon"), start, list(draws))[-1]
+    response = table.run(gaussian_network(table), start, list(draws))[-1]
     assert np.sqrt((response**2).sum()) == pytest.approx(STD, rel=0.03)
 
 
@@ -94,7 +94,7 @@ def ode_error(name: str, n: int, **changes: Any) -> float:
     std = np.sqrt((table.levels[:-1, 0] * STD) ** 2 + table.levels[:-1, 1] ** 2)
     end_alpha = 1.0 if exploding else 1 / np.hypot(1, sigmas[-1])
     end_std = end_alpha * np.hypot(STD, sigmas[-1])
-    end = table.run(gaussian_network(table, "epsilon"), np.array([[std[0]]]))[-1].item()
+    end = table.run(gaussian_network(table), np.array([[std[0]]]))[-1].item()
     return abs(end / end_std - 1)
 
 
@@ -174,8 +174,9 @@ def test_final_sigma_zero_returns_the_prediction(name: str, rng: np.random.Gener
 def test_structure_of_tables(name: str, n: int) -> None:
     table = build(name).table(n)
     assert all(np.isfinite(getattr(table, field)).all() for field in ("rows", "to_x0", "levels", "input_scale"))
-    assert np.all(np.diff(table.timesteps) <= 0)
-    assert np.all(np.diff(table.levels[:, 1] / table.levels[:, 0]) <= 0)
+    up = -1 if ascends(VARIANTS[name][0]) else 1
+    assert np.all(up * np.diff(table.timesteps) <= 0)
+    assert np.all(up * np.diff(table.levels[:, 1] / table.levels[:, 0]) <= 0)
     live = np.zeros(MEMORY, bool)
     for row in table.rows:
         reads = row[:, 3 : 3 + MEMORY] != 0
@@ -200,7 +201,7 @@ def test_two_halves_make_a_whole(name: str, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(end[-1], whole[-1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if VARIANTS[n][0] != "LCMScheduler"])
+@pytest.mark.parametrize("name", [n for n, (cls, _) in VARIANTS.items() if cls != "LCMScheduler" and not ascends(cls)])
 def test_strength_runs_the_last_steps(name: str) -> None:
     scheduler = build(name)
     whole, part = scheduler.table(50), scheduler.table(50, strength=0.8)

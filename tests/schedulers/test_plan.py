@@ -14,9 +14,9 @@ import pytest
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers.plan import CAPACITY, Plan
 from diffuse_jax.schedulers.table import Evaluation, Table
+from tests.schedulers.samplers import NAMES, ascends, stochastic
 
-NAMES = [name for name in schedulers.__all__ if name != "Scheduler"]
-STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+STOCHASTIC = [name for name in NAMES if stochastic(name)]
 SHAPE = (3, 4, 4, 2)
 TRACES: list[int] = []
 
@@ -141,7 +141,7 @@ def test_predicted_samples_are_limited(thresholding: bool, start: np.ndarray) ->
 
 
 def test_image_to_image_starts_at_the_level_of_its_first_step(start: np.ndarray) -> None:
-    for name in NAMES:
+    for name in [name for name in NAMES if not ascends(name)]:
         scheduler = build(name)
         plan = scheduler.plan(10, strength=0.5)
         x0 = jnp.ones(SHAPE)
@@ -210,3 +210,58 @@ def test_tables_need_no_jax() -> None:
         " assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_samples_at_different_evaluations_in_one_call(name: str, start: np.ndarray, keys: jax.Array) -> None:
+    """What parallel sampling needs: the same numbers and the same noise as one sample after the other."""
+    plan = build(name).plan(9)
+    memory = tuple(jax.random.normal(jax.random.key(k), SHAPE) for k in range(5))
+    state, at = plan.init(start)._replace(memory=memory), np.array([0, 7, 3])
+    x, t = plan.model_input(state, at), plan.timestep(at)
+    output = network(x, t.reshape(-1, 1, 1, 1))
+    together = jax.jit(Plan.step)(plan, state, at, output, keys)
+    for b, i in enumerate(at.tolist()):
+        own = jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], state)
+        np.testing.assert_array_equal(plan.model_input(own, i), x[b : b + 1])
+        np.testing.assert_array_equal(plan.timestep(i), t[b])
+        alone = plan.step(own, i, output[b : b + 1], keys[b : b + 1])
+        for mine, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(mine[0], theirs[b], atol=1e-5)
+        np.testing.assert_allclose(
+            plan.noised(start, output, at)[b], plan.noised(start[b], output[b], i), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            plan.predict_x0(state, at, output)[b], plan.predict_x0(own, i, output[b : b + 1])[0], atol=1e-5
+        )
+    with pytest.raises(ValueError, match="different evaluations need a key each, 3 keys, got one"):
+        plan.step(state, at, output, keys[0])
+
+
+def test_parallel_sampling_finds_the_sequential_run(start: np.ndarray) -> None:
+    """Picard iteration (Shih et al. 2023, alg. 1): all steps at once, until nothing changes."""
+    n, plan = 6, build("DDIMScheduler", clip_sample=False).plan(6, eta=0.5)
+    first, key, every = start[:1], jax.random.key(3), jnp.arange(6)
+    keys = jnp.broadcast_to(key[None], (n,))
+    state = plan.init(first)
+    for i in range(n):
+        state = plan.step(state, i, network(plan.model_input(state, i), plan.timestep(i)), key[None])
+    path = jnp.broadcast_to(plan.init(first).sample, (n + 1, *first.shape[1:]))
+    for _ in range(n):
+        here = plan.resume(path[:-1])
+        output = network(plan.model_input(here, every), plan.timestep(every).reshape(-1, 1, 1, 1))
+        moves = plan.step(here, every, output, keys).sample - path[:-1]
+        path = path.at[1:].set(path[:1] + jnp.cumsum(moves, 0))
+    np.testing.assert_allclose(path[-1:], state.sample, atol=1e-4)
+
+
+def test_a_variance_in_the_second_half_is_taken_as_it_is(start: np.ndarray) -> None:
+    plan = build("DDPMScheduler", variance_type="learned", clip_sample=False).plan(10)
+    state, one = plan.init(start), jnp.ones(SHAPE)
+
+    def moved(v: float) -> np.ndarray:
+        out = jnp.concatenate([start, jnp.full(SHAPE, v)], -1)
+        return np.asarray(plan.step(state, 3, out, noise=one).sample - plan.step(state, 3, out, noise=0 * one).sample)
+
+    np.testing.assert_allclose(moved(0.04), 0.2, rtol=1e-4)
+    np.testing.assert_array_equal(moved(-1.0), 0)

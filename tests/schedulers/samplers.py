@@ -1,0 +1,45 @@
+"""What the tests that go through every sampler need to know about each of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from diffuse_jax import schedulers
+from diffuse_jax.schedulers import noise_schedule as ns
+
+NAMES = [name for name in schedulers.__all__ if name != "Scheduler"]
+"""Every sampler."""
+
+
+def has(name: str, setting: str) -> bool:
+    """Whether the class has this setting."""
+    return setting in getattr(schedulers, name)().to_json()
+
+
+def make(name: str, **config: Any) -> schedulers.Scheduler:
+    """The scheduler with those of the settings that its class has."""
+    return getattr(schedulers, name)(**{k: v for k, v in config.items() if has(name, k)})
+
+
+def ascends(name: str) -> bool:
+    """Whether it runs from a picture to noise."""
+    return getattr(schedulers, name).ascends
+
+
+@functools.cache
+def stochastic(name: str) -> bool:
+    """Whether a run without options draws noise."""
+    return bool((make(name).table(20).rows[:, 0, -1] != 0).any())
+
+
+def prediction_types(name: str) -> tuple[str, ...]:
+    """Those that the class takes."""
+    return getattr(schedulers, name).choices.get("prediction_type", ns.PREDICTION_TYPES)
+
+
+LINEAR = NAMES
+"""Samplers whose runs are tables."""
+
+ONE_WAY = NAMES
+"""Samplers that never go back to more noise (inverse ones: to less)."""
