@@ -34,6 +34,7 @@ _PUBLIC = {
         "DEISMultistepScheduler",
         "DPMSolverMultistepInverseScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "LCMScheduler",

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case
 
 DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
+SINGLE = "DPMSolverSinglestepScheduler"
 
 MOST = STEPS[:-1]
 """Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS in closed form
@@ -15,7 +16,7 @@ loses eight digits to cancellation)."""
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis(), *_inverse()]
+    return [*_common(), *_deis(), *_inverse(), *_single()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -25,7 +26,7 @@ def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: A
 def _common() -> list[Case]:
     """What all of them have."""
     out: list[Case] = []
-    for name in (DEIS, INVERSE):
+    for name in (DEIS, INVERSE, SINGLE):
 
         def add(label: str, config: dict[str, Any] | None = None, name: str = name, **rest: Any) -> None:
             out.append(_case(name, label, config, **rest))
@@ -33,9 +34,10 @@ def _common() -> list[Case]:
         add("plain")
         for prediction in ("v_prediction", "sample"):
             add(prediction, {"prediction_type": prediction})
-        for spacing in ("leading", "linspace", "trailing"):
-            add(spacing, {"timestep_spacing": spacing})
-        add("offset", {"timestep_spacing": "leading", "steps_offset": 1}, steps=MOST)
+        if name != SINGLE:
+            for spacing in ("leading", "linspace", "trailing"):
+                add(spacing, {"timestep_spacing": spacing})
+            add("offset", {"timestep_spacing": "leading", "steps_offset": 1}, steps=MOST)
         for schedule in ("linear", "squaredcos_cap_v2"):
             add(schedule, {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02})
         add("trained-betas", {"trained_betas": TRAINED_BETAS})
@@ -84,4 +86,31 @@ def _inverse() -> list[Case]:
     for spacing in ("leading", "linspace", "trailing"):
         config = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
         out.append(_case(INVERSE, f"lambda-clipped-{spacing}", config, steps=MOST))
+    return out
+
+
+def _single() -> list[Case]:
+    out = []
+    for order in (1, 2, 3):
+        for kind in ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"):
+            for solver in ("midpoint", "heun"):
+                if (kind, order, solver) == ("sde-dpmsolver++", 3, "heun"):
+                    continue  # a wrong sign in diffusers makes the weight of the second derivative -1 instead of 0
+                last = "zero" if kind.endswith("++") else "sigma_min"
+                config = {"algorithm_type": kind, "solver_order": order, "solver_type": solver}
+                out.append(_case(SINGLE, f"{kind}-{order}-{solver}", config | {"final_sigmas_type": last}))
+        config = {"solver_order": order, "final_sigmas_type": "sigma_min"}
+        out.append(_case(SINGLE, f"sigma-min-{order}", config))
+        out.append(_case(SINGLE, f"lower-final-{order}", config | {"lower_order_final": True}))
+        out.append(_case(SINGLE, f"karras-{order}", config | {"use_karras_sigmas": True}))
+        out.append(_case(SINGLE, f"strength-{order}", {"solver_order": order}, plan={"strength": 0.6}, steps=STEPS[1:]))
+    for prediction in ("v_prediction", "sample"):
+        config = {"algorithm_type": "dpmsolver", "prediction_type": prediction, "final_sigmas_type": "sigma_min"}
+        out.append(_case(SINGLE, f"dpmsolver-{prediction}", config))
+    for variance in ("learned", "learned_range"):
+        out.append(_case(SINGLE, variance, {"variance_type": variance}))
+    config = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}
+    out.append(_case(SINGLE, "lambda-clipped", config, steps=MOST))
+    timesteps = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    out.append(_case(SINGLE, "explicit-timesteps", {"solver_order": 3}, plan={"timesteps": timesteps}, steps=(0,)))
     return out

@@ -7,6 +7,7 @@ from diffuse_jax.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
 from diffuse_jax.schedulers.deis import DEISMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver_inverse import DPMSolverMultistepInverseScheduler
+from diffuse_jax.schedulers.dpm_solver_singlestep import DPMSolverSinglestepScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
@@ -21,6 +22,7 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "LCMScheduler",
