@@ -1,9 +1,9 @@
 """The configurations that the parity benchmark and its tests compare, by family of samplers."""
 
-from benchmarks.scheduler_cases import classic, discrete, exponential
+from benchmarks.scheduler_cases import classic, discrete, exponential, sigma_based
 from benchmarks.scheduler_cases.case import Case
 
-FAMILIES = (classic, discrete, exponential)
+FAMILIES = (classic, discrete, exponential, sigma_based)
 
 
 def cases() -> list[Case]:

@@ -4,13 +4,19 @@ from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
 from diffuse_jax.schedulers.ddim_inverse import DDIMInverseScheduler
 from diffuse_jax.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
+from diffuse_jax.schedulers.ddpm_wuerstchen import DDPMWuerstchenScheduler
 from diffuse_jax.schedulers.deis import DEISMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver_inverse import DPMSolverMultistepInverseScheduler
 from diffuse_jax.schedulers.dpm_solver_singlestep import DPMSolverSinglestepScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffuse_jax.schedulers.heun import HeunDiscreteScheduler
+from diffuse_jax.schedulers.ipndm import IPNDMScheduler
+from diffuse_jax.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from diffuse_jax.schedulers.lcm import LCMScheduler
+from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
+from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
@@ -19,14 +25,21 @@ __all__ = [
     "DDIMScheduler",
     "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Scheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]

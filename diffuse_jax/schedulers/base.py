@@ -245,7 +245,7 @@ class Scheduler(Config):
         """
         import jax.numpy as jnp
 
-        alpha, sigma = _levels_at(self.train_levels(), t, x0)
+        alpha, sigma = _columns(self._train_level(t), x0)
         return (alpha * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(x0.dtype)
 
     def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
@@ -253,8 +253,12 @@ class Scheduler(Config):
         import jax.numpy as jnp
 
         levels = np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], -1)
-        alpha, sigma = _levels_at(levels, t, x0)
+        alpha, sigma = _columns(_lookup(levels, t), x0)
         return (alpha * noise.astype(jnp.float32) - sigma * x0.astype(jnp.float32)).astype(x0.dtype)
+
+    def _train_level(self, t: jax.Array) -> jax.Array:
+        """(alpha, sigma) at training timesteps, ``[*t.shape, 2]``."""
+        return _lookup(self.train_levels(), t)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
@@ -331,8 +335,8 @@ class Scheduler(Config):
         if len(got) != 1:
             raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
         if timesteps is not None:
-            most = self.num_train_timesteps - 1
-            array = ns.check_ordered(timesteps, "timesteps", ascending=self.ascends, upper=most)
+            low, high = self.timestep_range
+            array = ns.check_ordered(timesteps, "timesteps", ascending=self.ascends, lower=low, upper=high)
             return len(array), array, None
         if sigmas is not None:
             array = ns.check_ordered(sigmas, "sigmas", ascending=self.ascends)
@@ -355,6 +359,11 @@ class Scheduler(Config):
         if begin == len(grid.timesteps):
             raise ValueError(f"denoising_start={denoising_start} leaves none of {n} steps; use a smaller value")
         return begin
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Lowest and highest timestep that the network may be told."""
+        return 0.0, self.num_train_timesteps - 1.0
 
     def _correction(self) -> dict[str, Any]:
         if getattr(self, "thresholding", False):
@@ -382,10 +391,13 @@ class Scheduler(Config):
             input_scale=1.0 if self.coordinates == "flow" else None,
         )
 
-    def _cutoff(self, name: str, share: float) -> int:
+    def _cutoff(self, name: str, share: float) -> float:
         if not 0 < share < 1:
             raise ValueError(f"{name} must lie strictly between 0 and 1, got {share}")
-        return round(self.num_train_timesteps - share * self.num_train_timesteps)
+        low, high = self.timestep_range
+        if (low, high) == (0, self.num_train_timesteps - 1):
+            return round(self.num_train_timesteps - share * self.num_train_timesteps)
+        return high - share * (high - low)
 
     def _stop(self, table: Table, share: float) -> Table:
         keep = int(np.sum(table.timesteps >= self._cutoff("denoising_end", share)))
@@ -415,14 +427,15 @@ def _alpha_bar(
     return alpha_bar
 
 
-def _levels_at(levels: Array, t: Any, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _lookup(levels: Array, t: Any) -> jax.Array:
     import jax.numpy as jnp
 
-    table = jnp.asarray(levels, jnp.float32)
-    t = jnp.asarray(t)
-    picked = table[t.astype(jnp.int32)]
-    shape = t.shape + (1,) * (like.ndim - t.ndim)
-    return picked[..., 0].reshape(shape), picked[..., 1].reshape(shape)
+    return jnp.asarray(levels, jnp.float32)[jnp.asarray(t).astype(jnp.int32)]
+
+
+def _columns(levels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = levels.shape[:-1] + (1,) * (like.ndim + 1 - levels.ndim)
+    return levels[..., 0].reshape(shape), levels[..., 1].reshape(shape)
 
 
 def _steps_to_run(n: int, strength: float) -> int:

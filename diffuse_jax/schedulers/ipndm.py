@@ -17,10 +17,6 @@ from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.pndm import ADAMS_BASHFORTH
 from diffuse_jax.schedulers.table import Grid, Row
 
-LEAST_SIGNAL = 1e-8
-"""Where there is less signal, the noise says nothing about the picture, and a step only shrinks the sample."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IPNDMScheduler(ContinuousScheduler):
     """Multistep method of order 4 for networks that predict v (Dance Diffusion).
@@ -65,5 +61,7 @@ class IPNDMScheduler(ContinuousScheduler):
             outputs = [e.eps, *e.memory[: min(k, 3)]]
             weights = ADAMS_BASHFORTH[len(outputs) - 1]
             eps = sum((w * m for w, m in zip(weights, outputs, strict=True)), np.zeros_like(e.x))
+            # From pure noise, where noise alone says nothing about the picture, v does.
+            x0 = e.x0 if k == 0 else (e.x - e.sigma * eps) / e.alpha
             alpha, sigma = grid.target[i]
-            yield e.row(alpha * (e.x - e.sigma * eps) / max(e.alpha, LEAST_SIGNAL) + sigma * eps, outputs[:3])
+            yield e.row(alpha * x0 + sigma * eps, outputs[:3])

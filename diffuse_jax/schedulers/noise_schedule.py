@@ -130,10 +130,12 @@ def beta_sigmas(sigma_min: float, sigma_max: float, n: int, alpha: float = 0.6, 
     return sigma_min + betaincinv(alpha, beta, np.linspace(1, 0, n)) * (sigma_max - sigma_min)
 
 
-def check_ordered(values: Sequence[float], name: str, *, ascending: bool = False, upper: float | None = None) -> Array:
+def check_ordered(
+    values: Sequence[float], name: str, *, ascending: bool = False, lower: float = 0.0, upper: float | None = None
+) -> Array:
     """``values`` as an array, or an error naming the first entry that is not smaller than the one before it.
 
-    With ``ascending``, not larger. No entry may be negative or larger than ``upper``.
+    With ``ascending``, not larger. No entry may be smaller than ``lower`` or larger than ``upper``.
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -142,7 +144,7 @@ def check_ordered(values: Sequence[float], name: str, *, ascending: bool = False
     if bad.size:
         i, order = int(bad[0]), "ascend" if ascending else "descend"
         raise ValueError(f"{name} must {order}, but entry {i + 1} is {array[i + 1]:g} after {array[i]:g}")
-    if not array.min() >= 0 or (upper is not None and array.max() > upper):
-        limit = "at least 0" if upper is None else f"between 0 and {upper:g}"
+    if not array.min() >= lower or (upper is not None and array.max() > upper):
+        limit = f"at least {lower:g}" if upper is None else f"between {lower:g} and {upper:g}"
         raise ValueError(f"{name} must lie {limit}, got {array[0]:g} ... {array[-1]:g}")
     return array

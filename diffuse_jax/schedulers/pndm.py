@@ -107,4 +107,4 @@ class PNDMScheduler(Scheduler):
                     firsts, origin, total = [e.output, *e.memory[:2]], e.x, np.zeros_like(e.x)
                 total = total + e.output * (1 / 6, 1 / 3, 1 / 3, 1 / 6)[k]
                 sample = self._move(origin, e.output if k < 3 else total, level(start), level(reached[k]))
-                yield e.row(sample, [*firsts, origin, total])
+                yield e.row(sample, [*firsts, origin, total], inner=k < 3)

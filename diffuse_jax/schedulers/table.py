@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffuse_jax.schedulers.noise_schedule import Array, predict_eps, predict_x0
 
@@ -111,6 +112,7 @@ class Evaluation:
         memory: Sequence[Array] = (),
         log_variance: tuple[float, float] = (0.0, 0.0),
         interval: tuple[float, float] = (0.0, 0.0),
+        inner: bool = False,
     ) -> Row:
         """Close it.
 
@@ -119,9 +121,10 @@ class Evaluation:
           memory: the next memory; what is not given becomes zero.
           log_variance: range of a learned variance.
           interval: see :attr:`Table.interval`.
+          inner: this evaluation does not finish its step.
         """
         rest = [np.zeros(WIDTH)] * (MEMORY - len(memory))
-        return Row(self, np.stack([sample, *memory, *rest]), log_variance, interval)
+        return Row(self, np.stack([sample, *memory, *rest]), log_variance, interval, inner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,7 @@ class Row:
     coefficients: Array
     log_variance: tuple[float, float] = (0.0, 0.0)
     interval: tuple[float, float] = (0.0, 0.0)
+    inner: bool = False
 
 
 def transfer(x: Array, eps: Array, source: Level, target: Level) -> Array:
@@ -152,6 +156,7 @@ class Table:
       log_variance: ``[n, 2]``, lower and upper logarithm of a learned variance (zero where none is learned).
       interval: ``[n, 2]``, the piece ``(a, b)`` of [0, 1] over which the noise is the increment of one Brownian path
         for the whole run, ``(W(b) - W(a)) / sqrt(b - a)``; an empty piece stands for noise independent of all other.
+      inner: ``[n]``, whether more evaluations follow until the step is finished.
       init_scale: what noise is multiplied by to be the first sample.
       clip: limit of ``|x0|``, infinite for none.
       threshold: (ratio, largest value) of dynamic thresholding, or None.
@@ -165,6 +170,7 @@ class Table:
     rows: Array
     log_variance: Array
     interval: Array
+    inner: NDArray[np.bool_]
     init_scale: float = 1.0
     clip: float = np.inf
     threshold: tuple[float, float] | None = None
@@ -193,6 +199,7 @@ class Table:
             rows=np.stack([r.coefficients for r in rows]),
             log_variance=np.array([r.log_variance for r in rows]),
             interval=np.array([r.interval for r in rows]),
+            inner=np.array([r.inner for r in rows]),
             init_scale=float(init_scale),
             clip=clip,
             threshold=threshold,
@@ -203,10 +210,11 @@ class Table:
         return len(self.timesteps)
 
     def cut(self, n: int) -> Table:
-        """The first ``n`` evaluations: the run stops while there is still noise in the sample."""
+        """The first ``n`` evaluations (and those that finish a step): the run stops while there is still noise."""
         if not 1 <= n <= len(self):
             raise ValueError(f"cannot keep {n} of {len(self)} evaluations; keep between 1 and {len(self)}")
-        names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance", "interval")
+        n += int(np.argmin(self.inner[n - 1 :]))
+        names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance", "interval", "inner")
         return dataclasses.replace(
             self, levels=self.levels[: n + 1], **{name: getattr(self, name)[:n] for name in names}
         )

@@ -138,12 +138,14 @@ def test_prediction_types_say_the_same(rng: np.random.Generator) -> None:
 def test_velocity_and_noising_agree_with_prediction(name: str, rng: np.random.Generator) -> None:
     scheduler = build(name)
     x0, eps = rng.standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
-    t = np.array([1, 500, 998])
+    low, high = scheduler.timestep_range
+    t = np.array([1, 500, 998]) if high > 998 else np.linspace(low, high, 3)
     x, v = scheduler.add_noise(x0, eps, t), scheduler.velocity(x0, eps, t)
-    for b in range(3):
-        level = scheduler.train_levels()[t[b]]
-        back = ns.predict_x0("v_prediction", np.asarray(x[b]), np.asarray(v[b]), *level)
-        np.testing.assert_allclose(back, x0[b], atol=2e-5)
+    ones, zeros = np.ones_like(x0), np.zeros_like(x0)
+    alpha, sigma = np.asarray(scheduler.add_noise(ones, zeros, t)), np.asarray(scheduler.add_noise(zeros, ones, t))
+    kind = "flow_prediction" if scheduler.coordinates == "flow" else "v_prediction"
+    back = ns.predict_x0(kind, np.asarray(x), np.asarray(v), alpha, sigma, scheduler.sigma_data)
+    np.testing.assert_allclose(back, x0, atol=2e-5)
 
 
 ENDING_CLEAN = [
@@ -175,8 +177,8 @@ def test_structure_of_tables(name: str, n: int) -> None:
     table = build(name).table(n)
     assert all(np.isfinite(getattr(table, field)).all() for field in ("rows", "to_x0", "levels", "input_scale"))
     up = -1 if ascends(VARIANTS[name][0]) else 1
-    assert np.all(up * np.diff(table.timesteps) <= 0)
-    assert np.all(up * np.diff(table.levels[:, 1] / table.levels[:, 0]) <= 0)
+    assert np.all(up * np.diff(table.timesteps) <= 1e-9)
+    assert np.all(up * np.diff(np.arctan2(table.levels[:, 1], table.levels[:, 0])) <= 1e-9)
     live = np.zeros(MEMORY, bool)
     for row in table.rows:
         reads = row[:, 3 : 3 + MEMORY] != 0
@@ -205,7 +207,7 @@ def test_two_halves_make_a_whole(name: str, rng: np.random.Generator) -> None:
 def test_strength_runs_the_last_steps(name: str) -> None:
     scheduler = build(name)
     whole, part = scheduler.table(50), scheduler.table(50, strength=0.8)
-    run = len(part) - (len(whole) - 50)
+    run = np.sum(~part.inner) - (np.sum(~whole.inner) - 50)
     assert run == 40 or name in ("PNDMScheduler",)
     np.testing.assert_array_equal(part.timesteps[-30:], whole.timesteps[-30:])
     assert part.init_scale == whole.init_scale
