@@ -2,6 +2,7 @@
 
 from diffuse_jax.pipelines.auto import AutoPipelineForText2Image
 from diffuse_jax.pipelines.base import DiffusionPipeline
+from diffuse_jax.pipelines.call import CallOptions, TextToImagePipeline
 from diffuse_jax.pipelines.run import ImagePipelineOutput
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
@@ -14,8 +15,10 @@ PIPELINES: dict[str, type[DiffusionPipeline]] = {
 __all__ = [
     "PIPELINES",
     "AutoPipelineForText2Image",
+    "CallOptions",
     "DiffusionPipeline",
     "ImagePipelineOutput",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
+    "TextToImagePipeline",
 ]

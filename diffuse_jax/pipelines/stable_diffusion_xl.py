@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.pipelines.base import DiffusionPipeline
+from diffuse_jax.pipelines.call import CallOptions, TextToImagePipeline, check_options, generate
 from diffuse_jax.pipelines.prompts import Prompt, number_of_prompts, one_per_prompt, tokenize
-from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_batch, run_job
-from diffuse_jax.pipelines.task import Encoders, check_size, guides, make_task, text_of
+from diffuse_jax.pipelines.run import ImagePipelineOutput
+from diffuse_jax.pipelines.task import Encoders, check_size, text_of
 from diffuse_jax.pipelines.text_to_image import Prompts, Text
 
 Size = tuple[int, int]
@@ -22,7 +22,7 @@ ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Text encoders in the order in which their states are joined, and whose tokenizer each uses."""
 
 
-class StableDiffusionXLPipeline(DiffusionPipeline):
+class StableDiffusionXLPipeline(TextToImagePipeline):
     """Pictures from prompts with CLIP-L and OpenCLIP bigG, told how large and how cropped the picture should look."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
@@ -31,59 +31,43 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         self,
         prompt: Prompt | None = None,
         prompt_2: Prompt | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float | Sequence[float] = 5.0,
+        *,
         negative_prompt: Prompt | None = None,
         negative_prompt_2: Prompt | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        key: jax.Array | None = None,
-        latents: Any = None,
         prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
-        output_type: str = "pil",
-        guidance_rescale: float = 0.0,
+        guidance_scale: float | Sequence[float] = 5.0,
+        denoising_end: float | None = None,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
         negative_original_size: Size | None = None,
         negative_crops_coords_top_left: Size = (0, 0),
         negative_target_size: Size | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        progress_bar: bool = False,
-        batch_size: int | None = None,
-        compile_only: bool = False,
+        **options: Unpack[CallOptions],
     ) -> ImagePipelineOutput | None:
         """Make pictures. Arguments that :class:`StableDiffusionPipeline` has too mean the same here.
 
         Args:
           prompt_2, negative_prompt_2: prompts of the second encoder; those of the first if None.
-          denoising_end: share in (0, 1) of the schedule after which to stop, for a refiner to go on; use it with
-            ``output_type="latent"``.
           negative_prompt: if None, the unconditional text is all zeros where the checkpoint says so
             (``force_zeros_for_empty_prompt``), and the empty prompt otherwise.
           prompt_embeds, pooled_prompt_embeds: ``[prompts,L,2048]`` and ``[prompts,1280]``, together; likewise the
             negative ones.
+          denoising_end: share in (0, 1) of the schedule after which to stop, for a refiner to go on; use it with
+            ``output_type="latent"``.
           original_size, target_size: (height, width) in pixels, those of the picture if None.
           crops_coords_top_left: (top, left) in pixels.
           negative_original_size, negative_crops_coords_top_left, negative_target_size: what the unconditional half is
             told; the sizes are those of the positive half unless both are given.
+          **options: see :class:`~diffuse_jax.pipelines.call.CallOptions`.
         """
-        prompts = number_of_prompts(prompt, prompt_embeds, num_images_per_prompt)
-        images = prompts * num_images_per_prompt
-        height, width = check_size(self, height, width)
-        guided = guides(self, guidance_scale)
-
-        own = original_size or (height, width), crops_coords_top_left, target_size or (height, width)
+        check_options(self, options)
+        prompts = number_of_prompts(prompt, prompt_embeds, options.get("num_images_per_prompt", 1))
+        size = check_size(self, options.get("height"), options.get("width"))
+        own = original_size or size, crops_coords_top_left, target_size or size
         apart = negative_original_size is not None and negative_target_size is not None
         other = (negative_original_size, negative_crops_coords_top_left, negative_target_size) if apart else own
         zeros = negative_prompt is None and bool(self.options.get("force_zeros_for_empty_prompt", True))
@@ -96,43 +80,13 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
             prompts,
             "negative_prompt",
         )
-        repeat = lambda p, sizes: jax.tree.map(lambda rows: np.repeat(rows, num_images_per_prompt, axis=0), p)._replace(
-            time_ids=np.tile(np.array([n for pair in sizes for n in pair], np.float32), (images, 1))
-        )
         keep = 0.0 if zeros and negative_prompt_embeds is None else 1.0
-        weighted = repeat(negative, other)._replace(weight=np.full(images, keep, np.float32))
-
-        task = make_task(self, tuple(ENCODERS), encode, height, width, output_type, clip_skip)
-        batch, seeds = make_batch(
-            repeat(positive, own),
-            weighted if guided else None,
-            images,
-            guidance_scale,
-            guidance_rescale,
-            seed,
-            key,
-            latents,
-            task.latent_shape,
+        told = lambda sizes: np.tile(np.array([n for pair in sizes for n in pair], np.float32), (prompts, 1))
+        both = (
+            positive._replace(time_ids=told(own)),
+            negative._replace(time_ids=told(other), weight=np.full(prompts, keep, np.float32)),
         )
-        plan = self.scheduler.plan(
-            50 if num_inference_steps is None and timesteps is None and sigmas is None else num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            denoising_end=denoising_end,
-            **({} if eta is None else {"eta": eta}),
-        )
-        job = Job(task, batch, plan, images, seeds)
-        if compile_only:
-            compile_job(self, job, batch_size)
-            return None
-        return run_job(
-            self, job, output_type, batch_size=batch_size, callback=callback_on_step_end, progress_bar=progress_bar
-        )
-
-    def compile(self, prompt: Prompt = "", **arguments: Any) -> StableDiffusionXLPipeline:
-        """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
-        self(prompt, **arguments, compile_only=True)
-        return self
+        return generate(self, tuple(ENCODERS), encode, both, guidance_scale, options, denoising_end=denoising_end)
 
     def _prompts(
         self, texts: tuple[Prompt | None, Prompt | None], embeds: Any, pooled: Any, prompts: int, name: str
