@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.scheduler_cases.case import SD, STEPS, Case
+import numpy as np
+
+from benchmarks.scheduler_cases.case import SD, STEPS, Case, Theirs
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -16,7 +18,7 @@ TIMESTEPS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_inverse(), *_parallel(), *_ddpm()]
+    return [*_inverse(), *_parallel(), *_ddpm(), *_wuerstchen(), *_unclip()]
 
 
 def _inverse() -> list[Case]:
@@ -77,3 +79,48 @@ def _ddpm() -> list[Case]:
     out.append(Case(name, "learned-clip", SD | {"variance_type": "learned", "clip_sample_range": 2.0}))
     out.append(Case(name, "learned-range-threshold", SD | THRESHOLD | {"variance_type": "learned_range"}))
     return out
+
+
+def _wuerstchen() -> list[Case]:
+    def loop(theirs: Theirs) -> list[Any]:
+        """The scheduler wants a timestep for every sample; the last one is where the run ends."""
+        samples = [theirs.start]
+        for t, noise in zip(theirs.timesteps[:-1], theirs.noise, strict=False):
+            theirs.drawn, out = noise, theirs.network(samples[-1], t)
+            samples.append(theirs.scheduler.step(out, t.expand(len(out)), samples[-1]).prev_sample)
+        return samples
+
+    def case(label: str, config: dict[str, Any], **rest: Any) -> Case:
+        return Case("DDPMWuerstchenScheduler", label, config, loop=loop, **rest)
+
+    # The list of the published pipelines: most steps at high noise.
+    stage_c = [*np.linspace(1.0, 2 / 3, 20), *np.linspace(2 / 3, 0.0, 11)[1:]]
+    return [
+        case("plain", {}),
+        case("scaler-above-1", {"scaler": 1.7}),
+        case("scaler-below-1", {"scaler": 0.6}),
+        case("s", {"s": 0.03}),
+        case("explicit-timesteps", {}, plan={"timesteps": [float(t) for t in stage_c]}, steps=(0,)),
+    ]
+
+
+def _unclip() -> list[Case]:
+    def loop(theirs: Theirs) -> list[Any]:
+        """As the pipelines: every step is told the next timestep, the last one nothing."""
+        samples, after = [theirs.start], [*theirs.timesteps[1:], None]
+        for t, previous, noise in zip(theirs.timesteps, after, theirs.noise, strict=False):
+            theirs.drawn, out = noise, theirs.network(samples[-1], t)
+            samples.append(theirs.scheduler.step(out, t, samples[-1], prev_timestep=previous).prev_sample)
+        return samples
+
+    configs = {
+        "plain": {},
+        "not-clipped": {"clip_sample": False},
+        "prior": {"clip_sample_range": 5.0, "prediction_type": "sample"},
+        "learned-range": {"variance_type": "learned_range"},
+        "learned-range-not-clipped": {"variance_type": "learned_range", "clip_sample": False},
+    }
+    # One step: diffusers divides by zero.
+    own = [Case("UnCLIPScheduler", label, config, loop=loop, steps=STEPS[1:]) for label, config in configs.items()]
+    few = {"num_train_timesteps": 500}
+    return [*own, Case("UnCLIPScheduler", "500-train-steps", few, loop=loop, steps=STEPS[1:-1])]

@@ -12,7 +12,7 @@ from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import LEARNED_VARIANCES, Grid, Row
+from diffuse_jax.schedulers.table import LEARNED_VARIANCES, Evaluation, Grid, Level, Row
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -51,15 +51,10 @@ class DDPMScheduler(Scheduler):
         return discrete_grid(self, n, timesteps, sigmas, uniform=False)
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
-        for t, source, (alpha, sigma) in zip(
-            grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True
-        ):
+        for t, source, target in zip(grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True):
             e = self.evaluation(t, source)
-            step_alpha = (e.alpha / alpha) ** 2
-            beta = 1 - step_alpha
-            small = max((sigma / e.sigma) ** 2 * beta, TINY)
-            # Eq. 7: the posterior mean given x0.
-            mean = (alpha * beta / e.sigma**2) * e.x0 + (np.sqrt(step_alpha) * (sigma / e.sigma) ** 2) * e.x
+            mean, small, beta = posterior(e, target)
+            small = max(small, TINY)
             std = np.sqrt(beta if self.variance_type.startswith("fixed_large") else small)
             bounds = (0.0, 0.0)
             if self.learned_variance:
@@ -67,6 +62,14 @@ class DDPMScheduler(Scheduler):
             if self.learned_variance == "learned_range":
                 bounds = (float(np.log(small)), float(np.log(beta)))
             yield e.row(mean + (std if t > 0 else 0.0) * e.noise, log_variance=bounds)
+
+
+def posterior(e: Evaluation, target: Level) -> tuple[Array, float, float]:
+    """Ho et al. 2020, eq. 7: mean and variance of the sample at a lower level given ``x`` and ``x0``, and beta."""
+    alpha, sigma = target
+    step_alpha = (e.alpha / alpha) ** 2
+    beta, share = 1 - step_alpha, (sigma / e.sigma) ** 2
+    return (alpha * beta / e.sigma**2) * e.x0 + (np.sqrt(step_alpha) * share) * e.x, share * beta, beta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers.base import _COMMON_CHOICES
 
 NAMES = [name for name in schedulers.__all__ if name != "Scheduler"]
 """Every sampler."""
@@ -17,9 +18,14 @@ def has(name: str, setting: str) -> bool:
     return setting in getattr(schedulers, name)().to_json()
 
 
+def takes(name: str, setting: str, value: Any) -> bool:
+    """Whether the class has this setting and allows this value."""
+    return has(name, setting) and value in (_COMMON_CHOICES | getattr(schedulers, name).choices).get(setting, [value])
+
+
 def make(name: str, **config: Any) -> schedulers.Scheduler:
-    """The scheduler with those of the settings that its class has."""
-    return getattr(schedulers, name)(**{k: v for k, v in config.items() if has(name, k)})
+    """The scheduler with those of the settings that its class has and allows."""
+    return getattr(schedulers, name)(**{k: v for k, v in config.items() if takes(name, k, v)})
 
 
 def ascends(name: str) -> bool:

@@ -1,0 +1,66 @@
+"""Ancestral sampling in continuous time, the sampler of Würstchen: Pernias et al. 2023 (arXiv 2306.00637)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffuse_jax.schedulers.continuous import ContinuousScheduler
+from diffuse_jax.schedulers.ddpm import posterior
+from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Grid, Row
+
+ALPHA_BAR_RANGE = (0.0001, 0.9999)
+"""The cosine schedule is cut off here, so even the last sample keeps a trace of noise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDPMWuerstchenScheduler(ContinuousScheduler):
+    """DDPM steps (Ho et al. 2020, eq. 7) between times from 1 to 0, which are what the network is told.
+
+    The levels are those of the cosine schedule (Nichol and Dhariwal 2021, eq. 17) with offset ``s``, at times that
+    ``scaler`` bends towards more noise (above 1) or towards less (below 1).
+
+    Explicit ``timesteps`` may, as in diffusers, end with the 0 that the last step goes to.
+    """
+
+    scaler: float = 1.0
+    s: float = 0.008
+
+    absent: ClassVar[tuple[str, ...]] = (*ContinuousScheduler.absent, "num_train_timesteps", "prediction_type")
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
+        t = 1 - (1 - t) ** self.scaler if self.scaler > 1 else t**self.scaler
+        angle = np.pi / 2 / (1 + self.s)
+        alpha_bar = xp.clip(xp.cos((t + self.s) * angle) ** 2 / np.cos(self.s * angle) ** 2, *ALPHA_BAR_RANGE)
+        return xp.sqrt(alpha_bar), xp.sqrt(1 - alpha_bar)
+
+    def _check_request(
+        self, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    ) -> tuple[int, Array | None, Array | None]:
+        if timesteps is not None and len(timesteps) > 1 and timesteps[-1] == 0:
+            timesteps = timesteps[:-1]
+        return super()._check_request(n, timesteps, sigmas)
+
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
+        if sigmas is not None:
+            raise ValueError(
+                f"{self.class_name} has its levels at times; give timesteps= from 1 to 0 instead of sigmas="
+            )
+        t = np.linspace(1, 0, n + 1) if timesteps is None else np.append(timesteps, 0.0)
+        levels = np.stack(self.level(t), -1)
+        return Grid(t[:-1], levels[:-1], levels[1:])
+
+    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+        n = len(grid.timesteps)
+        for i in range(begin, n):
+            e = self.evaluation(grid.timesteps[i], grid.source[i])
+            mean, variance, _ = posterior(e, grid.target[i])
+            yield e.row(mean + (np.sqrt(variance) if i + 1 < n else 0.0) * e.noise)
