@@ -45,6 +45,7 @@ _PUBLIC = {
         "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
+        "SASolverScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",
     ),

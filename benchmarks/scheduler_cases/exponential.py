@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case
+from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Theirs
 
 DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
-SINGLE = "DPMSolverSinglestepScheduler"
+SINGLE, SA = "DPMSolverSinglestepScheduler", "SASolverScheduler"
 
 MOST = STEPS[:-1]
-"""Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS in closed form
-loses eight digits to cancellation)."""
+"""Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS and order 4
+of SA-Solver lose eight digits to cancellation there)."""
 
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis(), *_inverse(), *_single()]
+    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -26,7 +27,7 @@ def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: A
 def _common() -> list[Case]:
     """What all of them have."""
     out: list[Case] = []
-    for name in (DEIS, INVERSE, SINGLE):
+    for name in (DEIS, INVERSE, SINGLE, SA):
 
         def add(label: str, config: dict[str, Any] | None = None, name: str = name, **rest: Any) -> None:
             out.append(_case(name, label, config, **rest))
@@ -114,3 +115,39 @@ def _single() -> list[Case]:
     timesteps = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
     out.append(_case(SINGLE, "explicit-timesteps", {"solver_order": 3}, plan={"timesteps": timesteps}, steps=(0,)))
     return out
+
+
+def _sa() -> list[Case]:
+    out = []
+    for kind in ("data_prediction", "noise_prediction"):
+        for orders in ((1, 1), (1, 2), (2, 1), (3, 3), (3, 2), (2, 4), (4, 4)):
+            config = {"algorithm_type": kind, "predictor_order": orders[0], "corrector_order": orders[1]}
+            steps, label = STEPS if max(orders) < 4 else MOST, f"{kind}-{orders[0]}-{orders[1]}"
+            out.append(_case(SA, label, config, steps=steps))
+            out.append(_case(SA, f"{label}-not-lower", config | {"lower_order_final": False}, steps=steps))
+        for label, tau in {"ode": lambda t: 0.0, "sde": lambda t: 1.0, "varied": lambda t: 0.3 + t / 1000}.items():
+            config = {"algorithm_type": kind, "predictor_order": 3, "corrector_order": 3}
+            out.append(_case(SA, f"{kind}-{label}", config, plan={"tau": tau}, loop=_with_tau(tau)))
+        config["predictor_order"] = 4
+        out.append(_case(SA, f"{kind}-strength", config, plan={"strength": 0.6}, steps=MOST[1:]))
+    for prediction in ("v_prediction", "sample"):
+        config = {"algorithm_type": "noise_prediction", "prediction_type": prediction}
+        out.append(_case(SA, f"noise-{prediction}", config))
+    for variance in ("learned", "learned_range"):
+        out.append(_case(SA, variance, {"variance_type": variance}))
+    for spacing in ("leading", "linspace", "trailing"):
+        config = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
+        out.append(_case(SA, f"lambda-clipped-{spacing}", config, steps=MOST))
+    return out
+
+
+def _with_tau(tau: Callable[[float], float]) -> Callable[[Theirs], list[Any]]:
+    def loop(theirs: Theirs) -> list[Any]:
+        theirs.scheduler.tau_func, samples = tau, [theirs.start]
+        for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
+            theirs.drawn = noise
+            out = theirs.network(samples[-1], t)
+            samples.append(theirs.scheduler.step(out, t, samples[-1]).prev_sample)
+        return samples
+
+    return loop

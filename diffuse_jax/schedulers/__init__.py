@@ -16,6 +16,7 @@ from diffuse_jax.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2D
 from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
+from diffuse_jax.schedulers.sa_solver import SASolverScheduler
 from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 
@@ -39,6 +40,7 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
     "Scheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",

@@ -60,6 +60,8 @@ def adams_weights(nodes: Sequence[float], h: float, rate: float = 1.0) -> Array:
 
     k = np.arange(len(nodes))
     moments = [factorial(i) / rate ** (i + 1) * gammainc(i + 1, rate * h) / h**i for i in k]
+    if len(nodes) == 1:
+        return np.array(moments)
     return np.linalg.solve(np.vander(np.asarray(nodes) / h, increasing=True).T, moments)
 
 
