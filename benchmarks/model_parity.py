@@ -43,6 +43,12 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             twins.unet_twin,
             lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
         ),
+        (
+            "UNet over pixels",
+            twins.PIXEL_UNETS,
+            twins.pixel_unet_twin,
+            lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
+        ),
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
         (
             "text encoder",

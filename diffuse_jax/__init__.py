@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; at run time __getattr__
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "UNet2DConditionModel"),
+    "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "UNet2DConditionModel", "UNet2DModel"),
     "diffuse_jax.pipelines": (
         "AutoPipelineForText2Image",
         "DiffusionPipeline",
@@ -35,6 +35,7 @@ _PUBLIC = {
         "DEISMultistepScheduler",
         "DPMSolverMultistepInverseScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSDEScheduler",
         "DPMSolverSinglestepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
@@ -45,6 +46,7 @@ _PUBLIC = {
         "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
+        "RePaintScheduler",
         "SASolverScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",

@@ -5,6 +5,7 @@ from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
+from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Params",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
+    "UNet2DConfig",
+    "UNet2DModel",
     "consistency_denoiser",
     "tiled_decode",
     "tiled_encode",

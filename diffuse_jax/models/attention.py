@@ -36,6 +36,29 @@ class Attention(nn.Module):
         return dense(attention(query, key, value).reshape(B, L, D), True, "to_out_0")
 
 
+class SpatialAttention(nn.Module):
+    """Attention of a feature map's pixels to each other; ``[B,H,W,C] -> [B,H,W,C]``, without residual.
+
+    A group norm comes first unless ``groups`` is None. The parameters and those of the attention inside share one level
+    of names.
+    """
+
+    heads: int
+    groups: int | None
+    eps: float
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, C = x.shape
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = x if self.groups is None else GroupNorm(self.groups, self.eps, **dtypes, name="group_norm")(x)
+        attend = Attention(self.heads, qkv_bias=True, **dtypes, name=None)
+        nn.share_scope(self, attend)
+        return attend(h.reshape(B, H * W, C)).reshape(B, H, W, C)
+
+
 class FeedForward(nn.Module):
     """A gated GELU layer of width ``4 D`` and a projection back (Shazeer 2020, GEGLU): ``[B,L,D] -> [B,L,D]``."""
 

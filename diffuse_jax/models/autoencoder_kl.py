@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.config import Config
-from diffuse_jax.models.attention import Attention
+from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import Conv, GroupNorm
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
@@ -200,23 +200,11 @@ class Middle(Stage):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        B, H, W, C = x.shape
+        C = x.shape[-1]
         x = self.resnet(C, "resnets_0")(x)
         if self.config.mid_block_add_attention:
-            x = x + SpatialAttention(self.config, **self.dtypes, name="attentions_0")(x)
+            x = x + SpatialAttention(1, self.config.norm_num_groups, EPS, **self.dtypes, name="attentions_0")(x)
         return self.resnet(C, "resnets_1")(x)
-
-
-class SpatialAttention(Stage):
-    """Norm and one-head attention over pixels; its parameters and those of the attention share one level of names."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        B, H, W, C = x.shape
-        h = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="group_norm")(x)
-        attend = Attention(1, qkv_bias=True, **self.dtypes, name=None)
-        nn.share_scope(self, attend)
-        return attend(h.reshape(B, H * W, C)).reshape(B, H, W, C)
 
 
 class Encoder(Stage):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 ATTENTION_BELOW_FIRST: dict[str, Any] = {
@@ -66,6 +67,26 @@ SDXL_REFINER_UNET = SDXL_UNET.replace(
     num_attention_heads=(6, 12, 24, 24),
     cross_attention_dim=1280,
     projection_class_embeddings_input_dim=2560,
+)
+
+#: 35,746,307; DDPM on 32 pixels (CIFAR-10)
+DDPM_CIFAR10_UNET = UNet2DConfig(
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=None,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_eps=1e-6,
+)
+#: 113,673,219; DDPM on 256 pixels (cats, churches, faces)
+DDPM_256_UNET = DDPM_CIFAR10_UNET.replace(
+    sample_size=256,
+    block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 )
 
 #: 83,653,863; 1.x and 2.x

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import UNet2DConditionModel, UNet2DModel
 from tests.oracle.twins import Twin
 
 torch = pytest.importorskip("torch")
@@ -24,7 +24,7 @@ LENGTH = 20
 """Tokens of a text."""
 
 
-def unet_inputs(model: UNet2DConditionModel, rng: np.random.Generator) -> dict[str, Any]:
+def unet_inputs(model: UNet2DConditionModel | UNet2DModel, rng: np.random.Generator) -> dict[str, Any]:
     """Inputs for a batch of two, of the size that the config names; one for every condition it has."""
     c = model.config
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -32,8 +32,10 @@ def unet_inputs(model: UNet2DConditionModel, rng: np.random.Generator) -> dict[s
     inputs: dict[str, Any] = {
         "sample": normal(2, height, width, c.in_channels),
         "timesteps": np.array([3, 701], np.int32),
-        "encoder_hidden_states": normal(2, 5, c.cross_attention_dim),
     }
+    if isinstance(model, UNet2DModel):
+        return inputs | ({"class_labels": np.array([1, 9], np.int32)} if c.has_classes else {})
+    inputs["encoder_hidden_states"] = normal(2, 5, c.cross_attention_dim)
     if c.addition_embed_type == "text_time":
         count = (c.projection_class_embeddings_input_dim - 20) // c.addition_time_embed_dim
         ids = rng.integers(0, 1025, (2, count)).astype(np.float32)
@@ -47,7 +49,7 @@ def unet_inputs(model: UNet2DConditionModel, rng: np.random.Generator) -> dict[s
     return inputs
 
 
-def run_unet(model: UNet2DConditionModel, params: Any, inputs: Mapping[str, Any]) -> np.ndarray:
+def run_unet(model: UNet2DConditionModel | UNet2DModel, params: Any, inputs: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, presets
+from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel, presets
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
@@ -37,6 +37,7 @@ UNETS = {
     "SDXL_LCM_UNET": 2_567_545_604,
     "SDXL_REFINER_UNET": 2_259_526_660,
 }
+PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
 TEXTS = {
     "CLIP_L": (CLIPTextModel, 123_060_480),
@@ -73,6 +74,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
             partial(diffusers.UNet2DConditionModel.from_config, config.to_json()),
             count,
         )
+    for name, count in PIXEL_UNETS.items():
+        config = getattr(presets, name)
+        yield name, UNet2DModel(config), partial(diffusers.UNet2DModel.from_config, config.to_json()), count
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
@@ -95,7 +99,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def test_every_preset_is_checked() -> None:
     in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_VAE"))}
-    assert in_modules == UNETS.keys() | VAES.keys()
+    assert in_modules == UNETS.keys() | PIXEL_UNETS.keys() | VAES.keys()
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

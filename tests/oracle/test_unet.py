@@ -21,6 +21,14 @@ def test_output_equals_pytorch(name: str, tmp_path: Path, rng: np.random.Generat
     assert_every_input_matters(twin[0], inputs)
 
 
+@pytest.mark.parametrize("name", twins.PIXEL_UNETS)
+def test_output_over_pixels_equals_pytorch(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    twin = twins.pixel_unet_twin(name, tmp_path)
+    inputs = unet_inputs(twin[1], rng)
+    assert max(compare_unet(twin, inputs).values()) <= TOLERANCE
+    assert_every_input_matters(twin[0], inputs)
+
+
 def assert_every_input_matters(module: Any, inputs: dict[str, Any]) -> None:
     """Agreement says little about an input that the random weights hardly look at."""
     output = run_torch_unet(module, inputs)

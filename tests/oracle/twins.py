@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
+from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
 torch = pytest.importorskip("torch")
@@ -113,6 +113,54 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+PIXELS = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+}
+PIXEL_UNETS: dict[str, dict[str, Any]] = {
+    "DDPM": PIXELS
+    | {"layers_per_block": 2, "block_out_channels": (16, 16, 32)}
+    | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
+    | {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")},
+    "DDPM, first release": PIXELS
+    | {
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    },
+    "classes": PIXELS | {"num_class_embeds": 10, "in_channels": 4, "out_channels": 8},
+    "consistency model": PIXELS
+    | {
+        "num_class_embeds": 10,
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+    },
+    "norm without groups": PIXELS | {"resnet_time_scale_shift": "scale_shift"},
+    "super-resolution of unCLIP": PIXELS
+    | {
+        "in_channels": 6,
+        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "add_attention": False,
+    },
+    "other embeddings": PIXELS
+    | {"class_embed_type": "timestep", "center_input_sample": True, "time_embedding_dim": 40, "act_fn": "gelu"},
+    "no middle": PIXELS | {"mid_block_type": None},
+}
+
 VAE = {
     "block_out_channels": (8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -170,6 +218,10 @@ def twin(module: Any, ours: type, folder: Path) -> Twin:
 
 def unet_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.UNet2DConditionModel(**UNETS[name]), UNet2DConditionModel, folder)
+
+
+def pixel_unet_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.UNet2DModel(**PIXEL_UNETS[name]), UNet2DModel, folder)
 
 
 def vae_twin(name: str, folder: Path) -> Twin:
