@@ -18,6 +18,7 @@ import functools
 import importlib
 import inspect
 import json
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool)
     """Let a diffusers scheduler module take its noise from ``draw`` and, if asked, work in float64."""
     import torch
 
-    names: dict[str, Any] = {"randn_tensor": draw}
+    names: dict[str, Any] = {"randn_tensor": draw, "BrownianTreeNoiseSampler": lambda *_, **__: draw}
     if double:
         names |= {"torch": _Double(torch), "np": _Double(np)}
     names = {k: v for k, v in names.items() if hasattr(module, k)}
@@ -85,12 +86,29 @@ def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool)
             setattr(module, k, v)
 
 
+def torch_class(name: str) -> Any:
+    """A scheduler class of diffusers."""
+    import diffusers
+
+    cls = getattr(diffusers.schedulers, name)
+    if "dummy" not in cls.__module__:
+        return cls
+    # It wants torchsde, for the noise that is given to it here.
+    sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
+    return getattr(importlib.import_module(f"diffusers.schedulers.{_NEED_TORCHSDE[name]}"), name)
+
+
+_NEED_TORCHSDE = {
+    "CosineDPMSolverMultistepScheduler": "scheduling_cosine_dpmsolver_multistep",
+    "DPMSolverSDEScheduler": "scheduling_dpmsolver_sde",
+}
+
+
 def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> np.ndarray:
     """The samples of diffusers; ``noise[0]`` starts the run, ``noise[1]`` is the picture of image to image."""
-    import diffusers
     import torch
 
-    cls = getattr(diffusers.schedulers, case.scheduler)
+    cls = torch_class(case.scheduler)
     z = torch.from_numpy(np.moveaxis(noise, -1, 2).copy()).to(torch.float64 if double else torch.float32)
     variance = case.config.get("variance_type") or ""
     variance = variance if variance.startswith("learned") else ""

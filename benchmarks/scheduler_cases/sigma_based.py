@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Theirs
 
 MIDPOINT = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-BETAS = ("HeunDiscreteScheduler", *MIDPOINT, "LMSDiscreteScheduler")
+BETAS = ("HeunDiscreteScheduler", *MIDPOINT, "LMSDiscreteScheduler", "DPMSolverSDEScheduler")
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -36,7 +36,8 @@ def _with_betas() -> list[Case]:
     add(("KDPM2AncestralDiscreteScheduler",), "cosine", {"beta_schedule": "squaredcos_cap_v2"}, steps=STEPS[6:])
     add(("HeunDiscreteScheduler",), "exp", {"beta_schedule": "exp"})
     add(BETAS, "trained-betas", {"trained_betas": TRAINED_BETAS})
-    add(BETAS, "500-train-steps", {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024})
+    few = {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024}
+    add(BETAS, "500-train-steps", few, steps=(*STEPS[:-1], 499))
     for flag in SPACINGS:
         for prediction, label in {"epsilon": flag, "v_prediction": f"{flag}-v"}.items():
             config = {flag: True, "prediction_type": prediction}
@@ -50,6 +51,7 @@ def _with_betas() -> list[Case]:
     add(heun, "clip", {"clip_sample": True})
     add(heun, "clip2", {"clip_sample": True, "clip_sample_range": 2.0, "prediction_type": "v_prediction"})
     add(heun, "explicit-timesteps", plan={"timesteps": [999, 850, 736, 545, 343, 233, 124, 24]}, steps=(0,))
+    add(("DPMSolverSDEScheduler",), "noise", plan={"s_noise": 1.1}, step={"s_noise": 1.1})
     for order in (1, 2, 3, 4, 5, 6):
         add(("LMSDiscreteScheduler",), f"order-{order}", plan={"order": order}, step={"order": order})
     return out

@@ -8,6 +8,7 @@ from diffuse_jax.schedulers.ddpm_wuerstchen import DDPMWuerstchenScheduler
 from diffuse_jax.schedulers.deis import DEISMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver_inverse import DPMSolverMultistepInverseScheduler
+from diffuse_jax.schedulers.dpm_solver_sde import DPMSolverSDEScheduler
 from diffuse_jax.schedulers.dpm_solver_singlestep import DPMSolverSinglestepScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffuse_jax.schedulers.heun import HeunDiscreteScheduler
@@ -30,6 +31,7 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",

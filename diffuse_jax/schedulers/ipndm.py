@@ -17,6 +17,7 @@ from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.pndm import ADAMS_BASHFORTH
 from diffuse_jax.schedulers.table import Grid, Row
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IPNDMScheduler(ContinuousScheduler):
     """Multistep method of order 4 for networks that predict v (Dance Diffusion).

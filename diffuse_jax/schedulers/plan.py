@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.schedulers import brownian
 from diffuse_jax.schedulers.table import MEMORY, Table
 
 CAPACITY = 2048
@@ -94,6 +95,21 @@ class Plan:
         alpha, sigma = _columns(_at(self.levels, i), x0)
         return alpha * x0 + sigma * _f32(noise)
 
+    def blend(self, state: State, i: Any, x0: jax.Array, noise: jax.Array, known: jax.Array) -> State:
+        """The state after evaluation ``i`` with the known part of a picture put in, for inpainting.
+
+        Args:
+          state: what ``step`` returned for evaluation ``i``.
+          i: index of that evaluation.
+          x0: the picture, ``[B, ...]`` (values where it is not known do not matter).
+          noise: Gaussian noise to take the picture to the level of the sample; after the last evaluation there is none.
+          known: 1 where the picture is known, 0 where not, of a shape that broadcasts to the sample's.
+        """
+        known = jnp.broadcast_to(_f32(known), state.sample.shape)
+        # A choice, not a weighted sum, where the mask is sharp: whatever stands in the unknown part stays out.
+        there = jnp.where(known > 0, self.noised(x0, noise, jnp.asarray(i) + 1), 0.0)
+        return state._replace(sample=known * there + (1 - known) * state.sample)
+
     def predict_x0(self, state: State, i: Any, model_output: jax.Array) -> jax.Array:
         """The clean sample that the output means, clipped or thresholded as the scheduler says, ``[B, ...]``."""
         return self._x0(state.sample, i, self._split(state.sample, model_output)[0])
@@ -117,8 +133,9 @@ class Plan:
           i: index of the evaluation.
           model_output: what the network returned, ``[B, ..., C]`` or ``[B, ..., 2 C]`` with a variance in the second
             half (used with a learned variance, ignored otherwise).
-          key: one typed key, or ``[B]`` keys so that every sample owns its noise. ``i`` is folded in here. Samplers
-            without noise neither draw from it nor pay for it. ``[B]`` indices need ``[B]`` keys.
+          key: one typed key, or ``[B]`` keys so that every sample owns its noise; the same in all steps of a run. ``i``
+            is folded in here, or the noise is that of the key's Brownian path. Samplers without noise neither draw from
+            it nor pay for it. ``[B]`` indices need ``[B]`` keys.
           noise: use this ``[B, ...]`` instead of drawing from ``key``.
 
         Raises:
@@ -157,7 +174,20 @@ class Plan:
             keys = jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(i, key.shape))
             return jax.vmap(lambda k: jax.random.normal(k, sample.shape[1:]))(keys)
 
-        return jax.lax.cond(jnp.any(row[..., -1] != 0), draw, lambda: jnp.zeros_like(sample))
+        start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(_at(self.interval, i))), -1, 0)
+
+        def follow() -> jax.Array:
+            if key.ndim == 0:
+                return brownian.increment(key, start, end, sample.shape)
+            piece = (jnp.broadcast_to(tick, key.shape) for tick in (start, end))
+            return jax.vmap(lambda k, a, b: brownian.increment(k, a, b, sample.shape[1:]))(key, *piece)
+
+        def both() -> jax.Array:
+            return jnp.where(_over(start < end, sample), follow(), draw())
+
+        used, on_path = jnp.any(row[..., -1] != 0), jnp.any(start < end)
+        along = follow if jnp.ndim(start) == 0 else both
+        return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros_like(sample), draw, along))
 
     def _split(self, sample: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         doubled = (*sample.shape[:-1], 2 * sample.shape[-1])

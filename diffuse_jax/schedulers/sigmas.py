@@ -48,6 +48,15 @@ def at_timesteps(table: Array, timesteps: Array) -> Array:
     return np.interp(timesteps, np.arange(len(table)), table)
 
 
+def path_interval(sigma: float, target: float) -> tuple[float, float]:
+    """The piece of the one Brownian path of a run that a step from ``sigma`` down to ``target`` uses.
+
+    Time on the path is ``1 / (1 + sqrt(sigma))``: it depends on neither the number of steps nor the schedule, so runs
+    of more steps follow the same path, and it resolves all levels that samplers use.
+    """
+    return 1 / (1 + sigma**0.5), 1 / (1 + target**0.5)
+
+
 def with_alpha(sigmas: Array, coordinates: str) -> Array:
     """(alpha, sigma) pairs in one of ``ns.COORDINATES``, of noise levels ``sigma / alpha`` (in "flow" of sigma)."""
     if coordinates == "flow":

@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 
 CASES = parity.cases()
 NAMES = sorted(name for name in schedulers.__all__ if name != "Scheduler" and hasattr(diffusers.schedulers, name))
-THEIRS = {name: getattr(diffusers.schedulers, name) for name in NAMES}
+THEIRS = {name: parity.torch_class(name) for name in NAMES}
 # Formulas agree to rounding of float64; the compiled loop may lose what float32 and the number of steps explain.
 EXACT, COMPILED = 1e-10, 1e-5
 
