@@ -48,6 +48,7 @@ _PUBLIC = {
         "PNDMScheduler",
         "RePaintScheduler",
         "SASolverScheduler",
+        "TCDScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",
     ),

@@ -9,6 +9,7 @@ from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Thei
 
 DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
 SINGLE, SA = "DPMSolverSinglestepScheduler", "SASolverScheduler"
+TCD, LCM = "TCDScheduler", "LCMScheduler"
 
 MOST = STEPS[:-1]
 """Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS and order 4
@@ -17,7 +18,7 @@ of SA-Solver lose eight digits to cancellation there)."""
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa()]
+    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa(), *_consistency()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -151,3 +152,32 @@ def _with_tau(tau: Callable[[float], float]) -> Callable[[Theirs], list[Any]]:
         return samples
 
     return loop
+
+
+def _consistency() -> list[Case]:
+    """At most 50 steps: those of the distillation."""
+    out = []
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        for eta in (0.0, 0.3, 1.0):
+            option, config = {"eta": eta}, {"prediction_type": prediction}
+            out.append(_case(TCD, f"{prediction}-{eta}", config, plan=option, step=option, steps=MOST))
+    for schedule in ("linear", "squaredcos_cap_v2"):
+        config = {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02}
+        out.append(_case(TCD, schedule, config, steps=MOST))
+    out.append(_case(TCD, "trained-betas", {"trained_betas": TRAINED_BETAS}, steps=MOST))
+    zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    out.append(_case(TCD, "zero-snr", zero_snr, steps=MOST))
+    config = {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024}
+    out.append(_case(TCD, "500-train-steps", config, steps=MOST))
+    for name in (TCD, LCM):
+        config = {"original_inference_steps": 100}
+        out.append(_case(name, "original-100-config", config, steps=MOST))
+        out.append(_case(name, "original-70", plan={"original_inference_steps": 70}, steps=MOST))
+        for strength in (0.5, 0.8):
+            out.append(_case(name, f"strength-{strength}", plan={"strength": strength}, steps=MOST[:-1]))
+        timesteps = [999, 759, 520, 499, 259, 3]
+        # LCM of diffusers adds noise after the last step of a list of one's own that is entered late.
+        for strength in (1.0, 0.5) if name == TCD else (1.0,):
+            plan = {"timesteps": timesteps, "strength": strength}
+            out.append(_case(name, f"explicit-{strength}", plan=plan, steps=(0,)))
+    return out

@@ -18,6 +18,7 @@ from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
 from diffuse_jax.schedulers.sa_solver import SASolverScheduler
+from diffuse_jax.schedulers.tcd import TCDScheduler
 from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 
@@ -44,6 +45,7 @@ __all__ = [
     "PNDMScheduler",
     "SASolverScheduler",
     "Scheduler",
+    "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 ]

@@ -324,7 +324,7 @@ class Scheduler(Config):
         learned = self.learned_variance
         table = Table.build(rows, grid.init_scale, grid.final, **self._correction(), learned_variance=learned)
         if self.ascends and strength is not None:
-            return table.cut(_steps_to_run(n, strength))
+            return table.cut(steps_to_run(n, strength))
         return table if denoising_end is None else self._stop(table, denoising_end)
 
     def _check_request(
@@ -352,7 +352,7 @@ class Scheduler(Config):
 
     def _begin(self, n: int, grid: Grid, strength: float | None, denoising_start: float | None) -> int:
         if denoising_start is None:
-            return 0 if self.strength_in_grid or strength is None else n - _steps_to_run(n, strength)
+            return 0 if self.strength_in_grid or strength is None else n - steps_to_run(n, strength)
         if strength is not None:
             raise ValueError("give strength or denoising_start, not both: each says where to start")
         begin = int(np.sum(grid.timesteps >= self._cutoff("denoising_start", denoising_start)))
@@ -438,7 +438,8 @@ def _columns(levels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
     return levels[..., 0].reshape(shape), levels[..., 1].reshape(shape)
 
 
-def _steps_to_run(n: int, strength: float) -> int:
+def steps_to_run(n: int, strength: float) -> int:
+    """How many of ``n`` steps ``strength`` leaves; an error if none."""
     run = min(int(n * strength), n)
     if run < 1:
         raise ValueError(

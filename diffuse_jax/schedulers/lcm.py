@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.base import Scheduler, steps_to_run
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
@@ -55,27 +55,34 @@ class LCMScheduler(Scheduler):
     ) -> Grid:
         if timesteps is not None:
             # A list of one's own is entered late, as with other samplers.
-            timesteps = timesteps[n - max(1, int(n * strength)) :]
+            timesteps = timesteps[n - steps_to_run(n, strength) :]
         elif sigmas is None:
-            original = original_inference_steps or self.original_inference_steps
-            timesteps = self._distilled(n, original, strength, strided)
+            timesteps = self._choose(n, original_inference_steps, strength, strided)
         return discrete_grid(self, n, timesteps, sigmas, uniform=False)
 
-    def _distilled(self, n: int, original: int, strength: float, strided: bool) -> Array:
-        train = self.num_train_timesteps
-        if not 1 <= original <= train:
-            raise ValueError(f"original_inference_steps must lie between 1 and {train}, got {original}")
-        kept = int(original * strength)
+    def _choose(self, n: int, original: int | None, strength: float, strided: bool) -> Array:
+        """``n`` of the timesteps of the distillation, from the noisiest one that ``strength`` leaves."""
+        most = self.original_inference_steps if original is None else original
+        if not 1 <= most <= self.num_train_timesteps:
+            train = self.num_train_timesteps
+            raise ValueError(f"original_inference_steps must lie between 1 and {train}, got {most}")
+        timesteps = self.distilled(original, strength)[::-1]
+        kept = min(most, len(timesteps))
         if n > kept:
-            advice = f", or a strength of at least {n / original:g}" if n <= original else ""
+            advice = f", or a strength of at least {n / most:g}" if n <= most else ""
             raise ValueError(
-                f"original_inference_steps={original} and strength={strength} leave {kept} timesteps, fewer than"
+                f"original_inference_steps={most} and strength={strength} leave {kept} timesteps, fewer than"
                 f" the {n} steps asked for; use at most {kept} steps{advice}"
             )
-        descending = (np.arange(kept, 0, -1) * (train // original) - 1).astype(np.float64)
         if strided:
-            return descending[:: kept // n][:n]
-        return descending[np.floor(np.linspace(0, kept, n, endpoint=False)).astype(int)]
+            return timesteps[:: len(timesteps) // n][:n]
+        return timesteps[np.floor(np.linspace(0, len(timesteps), n, endpoint=False)).astype(int)]
+
+    def distilled(self, original: int | None, strength: float) -> Array:
+        """Ascending timesteps to choose from: every ``num_train_timesteps // original``-th one."""
+        original = self.original_inference_steps if original is None else original
+        count = np.arange(1, int(original * strength) + 1)
+        return (count * (self.num_train_timesteps // original) - 1).astype(np.float64)
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         for i in range(begin, len(grid.timesteps)):

@@ -82,9 +82,10 @@ class SASolverScheduler(ExponentialIntegrator):
     def _update(
         self, x: Array, noise: Array, tau: float, source: Array, target: Array, outputs: Sequence[Array], nodes: Array
     ) -> Array:
-        """Eq. 14 (predictor) and 17 (corrector) of the paper, from ``source`` to ``target``.
+        """The SA-Predictor and the SA-Corrector (alg. 1), from ``source`` to ``target``.
 
-        The outputs at the levels ``nodes`` are interpolated by a polynomial in lambda.
+        The outputs at the levels ``nodes``, ``target`` among them for the corrector, are interpolated by a polynomial in
+        lambda and integrated.
         """
         _, scale, u = exponential_step(source, target, data=self.predicts_data)
         rate, h, ratio = 1 + tau**2, abs(u), target[0] / source[0]
