@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.scheduler_cases.case import SD, STEPS, Case, Theirs
 
@@ -18,7 +19,7 @@ TIMESTEPS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_inverse(), *_parallel(), *_ddpm(), *_wuerstchen(), *_unclip()]
+    return [*_inverse(), *_parallel(), *_ddpm(), *_wuerstchen(), *_unclip(), *_repaint()]
 
 
 def _inverse() -> list[Case]:
@@ -124,3 +125,61 @@ def _unclip() -> list[Case]:
     own = [Case("UnCLIPScheduler", label, config, loop=loop, steps=STEPS[1:]) for label, config in configs.items()]
     few = {"num_train_timesteps": 500}
     return [*own, Case("UnCLIPScheduler", "500-train-steps", few, loop=loop, steps=STEPS[1:-1])]
+
+
+def _repaint() -> list[Case]:
+    def case(label: str, config: dict[str, Any], jumps: tuple[int, int] = (10, 10), **rest: Any) -> Case:
+        plan = {"jump_length": jumps[0], "jump_n_sample": jumps[1]}
+        # Jumps of 10 steps, ten times each, make 9819 evaluations of 999 steps.
+        steps = rest.pop("steps", STEPS if jumps[1] <= 2 else STEPS[:-1])
+        return Case("RePaintScheduler", label, SD | config, plan=plan, loop=repaint_loop, steps=steps, **rest)
+
+    few, cut = (3, 2), {"clip_sample": False}
+    out = [case("plain", {}), case("ancestral", {"eta": 1.0}), case("some-noise", {"eta": 0.4})]
+    out += [
+        case(f"jumps-{length}-{count}", {"eta": 0.7}, (length, count)) for length, count in ((1, 3), (2, 4), (7, 2))
+    ]
+    out += [case(f"not-clipped-eta-{eta:g}", cut | {"eta": eta}, few) for eta in (0.0, 0.5, 1.0)]
+    for schedule in ("linear", "squaredcos_cap_v2", "sigmoid"):
+        betas = {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02}
+        out.append(case(schedule, betas | {"eta": 1.0}, few))
+    out.append(case("every-training-step", {"num_train_timesteps": 50, "eta": 1.0, "beta_end": 0.1}, steps=(50,)))
+    return out
+
+
+def repaint_loop(theirs: Theirs) -> list[Any]:
+    """As the pipeline of diffusers with nothing known of the picture; its many draws add up to our one for each row.
+
+    A jump is one training step after the other from where the step down has led, so that it ends at the level of the
+    timestep that the network is told next; diffusers' own begins later by one less than the training steps in a step.
+    """
+    scheduler, samples, steps = theirs.scheduler, [theirs.start], [int(t) for t in theirs.timesteps]
+    n, train = scheduler.num_inference_steps, len(scheduler.betas)
+    k = 0
+    for noise in theirs.noise:
+        now, up = steps[k], []
+        while k + 1 < len(steps) and steps[k + 1] > steps[k]:
+            up += range(max(0, steps[k] - train // n + 1), steps[k] + 1)
+            k += 1
+        std = scheduler.eta * scheduler._get_variance(now) ** 0.5
+        theirs.drawn = iter(_parts(noise, std, [float(scheduler.betas[j]) for j in up]))
+        x, nothing = samples[-1], torch.zeros_like(samples[-1])
+        x = scheduler.step(theirs.network(x, now), now, x, nothing, nothing).prev_sample
+        scheduler.num_inference_steps = train  # undo_step then makes one training step
+        for j in up:
+            x = scheduler.undo_step(x, j)
+        scheduler.num_inference_steps = n
+        samples.append(x)
+        k += 1
+        if k == len(steps):
+            break
+    return samples
+
+
+def _parts(noise: Any, std: Any, betas: list[float]) -> Any:
+    """Independent-looking draws whose sum, weighted as steps with these betas weight them, is that of ``noise``."""
+    after = np.sqrt(np.cumprod([1.0, *(1 - np.array(betas[::-1]))]))[::-1]
+    weights = torch.tensor([float(std) * after[0], *np.sqrt(betas) * after[1:]], dtype=noise.dtype)
+    others = torch.randn(len(weights), *noise.shape, generator=torch.Generator().manual_seed(0), dtype=noise.dtype)
+    direction = weights / weights.norm().clamp(min=1e-30)
+    return others + direction[:, None, None, None, None] * (noise - torch.tensordot(direction, others, 1))

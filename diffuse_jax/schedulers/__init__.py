@@ -17,6 +17,7 @@ from diffuse_jax.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2D
 from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
+from diffuse_jax.schedulers.repaint import RePaintScheduler
 from diffuse_jax.schedulers.sa_solver import SASolverScheduler
 from diffuse_jax.schedulers.tcd import TCDScheduler
 from diffuse_jax.schedulers.unclip import UnCLIPScheduler
@@ -43,6 +44,7 @@ __all__ = [
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "RePaintScheduler",
     "SASolverScheduler",
     "Scheduler",
     "TCDScheduler",

@@ -319,6 +319,12 @@ class Scheduler(Config):
                 " strength= to stop early instead of denoising_start= or denoising_end="
             )
         grid = self.grid(n, timesteps=t, sigmas=s, **grid_options)
+        parts = (strength, denoising_start, denoising_end) != (None, None, None) and not self.strength_in_grid
+        if parts and not self.ascends and np.any(np.diff(grid.timesteps) > 0):
+            raise ValueError(
+                f"{self.class_name} goes back to more noise between its steps and is run as a whole, without strength=,"
+                " denoising_start= and denoising_end="
+            )
         begin = 0 if self.ascends else self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **{k: options[k] for k in self.step_options if k in options})
         learned = self.learned_variance

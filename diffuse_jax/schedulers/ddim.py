@@ -11,7 +11,7 @@ import numpy as np
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import Grid, Row
+from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,14 +37,17 @@ class DDIMScheduler(Scheduler):
     def evaluations(
         self, grid: Grid, begin: int, eta: float = 0.0, use_clipped_model_output: bool = False
     ) -> Iterator[Row]:
-        for t, source, (alpha, sigma) in zip(
-            grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True
-        ):
+        for t, source, target in zip(grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True):
             e = self.evaluation(t, source)
-            eps = e.eps_from_x0() if use_clipped_model_output else e.eps
-            # Eq. 16; zero where the step goes to a clean sample.
-            std = eta * (sigma / e.sigma) * np.sqrt(max(0.0, 1 - (e.alpha / alpha) ** 2))
-            yield e.row(alpha * e.x0 + np.sqrt(max(0.0, sigma**2 - std**2)) * eps + std * e.noise)
+            mean, std = ddim_step(e, target, eta, e.eps_from_x0() if use_clipped_model_output else None)
+            yield e.row(mean + std * e.noise)
+
+
+def ddim_step(e: Evaluation, target: Level, eta: float, eps: Array | None = None) -> tuple[Array, float]:
+    """Eq. 12: the mean of the next sample and the standard deviation of its noise (eq. 16, 0 at a clean sample)."""
+    alpha, sigma = target
+    std = eta * (sigma / e.sigma) * np.sqrt(max(0.0, 1 - (e.alpha / alpha) ** 2))
+    return alpha * e.x0 + np.sqrt(max(0.0, sigma**2 - std**2)) * (e.eps if eps is None else eps), std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

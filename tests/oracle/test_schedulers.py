@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import jax
 import numpy as np
 import pytest
 
@@ -77,7 +80,7 @@ def test_defaults_are_those_of_pytorch(name: str) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("target", [n for n in NAMES if "PNDMScheduler" in THEIRS[n]._compatibles])
+@pytest.mark.parametrize("target", [n for n in NAMES if "PNDMScheduler" in getattr(THEIRS[n], "_compatibles", ())])
 def test_from_config_keeps_what_pytorch_keeps(target: str) -> None:
     pndm = SD | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
     theirs = THEIRS[target].from_config(diffusers.PNDMScheduler.from_config(pndm).config)
@@ -117,3 +120,44 @@ def test_steps_at_several_timesteps_at_once(name: str, prediction_type: str, noi
     plan = getattr(schedulers, name)(**config).plan(n)
     got = plan.step(plan.resume(x), np.arange(n), out, noise=np.zeros_like(x)).sample
     assert parity.relative(np.asarray(got), want) < 1e-5
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_repaint_with_a_mask(eta: float, noise: np.ndarray) -> None:
+    """What diffusers draws for the step, the known part and the jump is combined as the docstring of ours says."""
+    config = SD | {"num_train_timesteps": 30, "eta": eta}
+    theirs, jumps = THEIRS["RePaintScheduler"](**config), {"jump_length": 4, "jump_n_sample": 3}
+    theirs.set_timesteps(30, **jumps)
+    plan = schedulers.RePaintScheduler(**config).plan(30, **jumps)
+    known, picture = (noise[2] > 0.5).astype(np.float32), noise[1].astype(np.float32)
+    torch_known, torch_picture = (torch.tensor(np.moveaxis(a, -1, 1)) for a in (known, picture))
+    state, sample = plan.init(noise[0]), torch.tensor(np.moveaxis(noise[0], -1, 1).astype(np.float32))
+    steps, rng, k = theirs.timesteps.tolist(), np.random.default_rng(0), 0
+
+    def draw(a: list[np.ndarray]) -> torch.Tensor:
+        a.append(rng.standard_normal(noise[0].shape).astype(np.float32))
+        return torch.tensor(np.moveaxis(a[-1], -1, 1))
+
+    for i in range(int(plan.num_evaluations)):
+        now, first, up = steps[k], [], []
+        out = parity.network(sample, now, torch, variance="", axis=1)
+        with parity.patched(sys.modules[type(theirs).__module__], lambda *_, **__: draw(first), double=False):  # noqa: B023
+            sample = theirs.step(out, now, sample, torch_picture, torch_known).prev_sample
+        alpha2 = float(theirs.alphas_cumprod[now - 1]) if now else 1.0
+        std = eta * float(theirs._get_variance(now)) ** 0.5
+        shrink2, total = 1.0, np.zeros_like(noise[0])
+        while k + 1 < len(steps) and steps[k + 1] > steps[k]:
+            beta = float(theirs.betas[steps[k]])
+            with parity.patched(sys.modules[type(theirs).__module__], lambda *_, **__: draw(up), double=False):  # noqa: B023
+                sample = theirs.undo_step(sample, steps[k])
+            total, shrink2 = (1 - beta) ** 0.5 * total + beta**0.5 * up[-1], shrink2 * (1 - beta)
+            k += 1
+        k += 1
+        both = (shrink2 * std**2 + 1 - shrink2) ** 0.5
+        after = (1 - shrink2 * alpha2) ** 0.5
+        z = (shrink2**0.5 * std * first[0] + total) / max(both, 1e-12)
+        z_known = (shrink2**0.5 * (1 - alpha2) ** 0.5 * first[0] + total) / max(after, 1e-12)
+        output = parity.network(plan.model_input(state, i), now, jax.numpy, variance="", axis=-1)
+        state = plan.blend(plan.step(state, i, output, noise=z), i, picture, z_known, known)
+        assert parity.relative(np.asarray(state.sample), np.moveaxis(sample.numpy(), 1, -1)) < 1e-4
+    np.testing.assert_array_equal(np.asarray(state.sample)[known > 0], picture[known > 0])

@@ -47,5 +47,8 @@ def prediction_types(name: str) -> tuple[str, ...]:
 LINEAR = NAMES
 """Samplers whose runs are tables."""
 
-ONE_WAY = NAMES
+ONE_WAY = [name for name in NAMES if name != "RePaintScheduler"]
 """Samplers that never go back to more noise (inverse ones: to less)."""
+
+LATE = [name for name in ONE_WAY if not (ascends(name) or getattr(schedulers, name).strength_in_grid)]
+"""Samplers that ``strength`` enters late, with the steps of the whole run."""
