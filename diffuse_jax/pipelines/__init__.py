@@ -2,23 +2,23 @@
 
 from diffuse_jax.pipelines.auto import AutoPipelineForText2Image
 from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.call import CallOptions, TextToImagePipeline
 from diffuse_jax.pipelines.run import ImagePipelineOutput
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
-    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline, DDPMPipeline, DDIMPipeline)
 }
 """Pipelines by the name in ``model_index.json``."""
 
 __all__ = [
     "PIPELINES",
     "AutoPipelineForText2Image",
-    "CallOptions",
+    "DDIMPipeline",
+    "DDPMPipeline",
     "DiffusionPipeline",
     "ImagePipelineOutput",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
-    "TextToImagePipeline",
 ]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
-from diffuse_jax.models import AutoencoderKL, Model, Params, UNet2DConditionModel
+from diffuse_jax.models import AutoencoderKL, Model, Params, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
@@ -21,7 +21,8 @@ from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import Component, WeightsError
 
 MODELS: dict[str, type[Model]] = {
-    cls.__name__: cls for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
+    cls.__name__: cls
+    for cls in (UNet2DConditionModel, UNet2DModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
 }
 """Networks by the class name that ``model_index.json`` gives them (an old ``Flax`` in front is taken off)."""
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.prompts import Prompt
-from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_batch, run_job
+from diffuse_jax.pipelines.prompts import Prompt, one_per_image
+from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_draws, run_job
 from diffuse_jax.pipelines.task import check_size, guides, make_task
-from diffuse_jax.pipelines.text_to_image import Prompts, Text
+from diffuse_jax.pipelines.text_to_image import Batch, Prompts, Text
 
 STEPS = 50
 
@@ -94,16 +94,15 @@ def generate(
     task = make_task(pipe, encoders, encode, height, width, output_type, options.get("clip_skip"))
     positive, negative = jax.tree.map(lambda rows: np.repeat(rows, copies, axis=0), prompts)
     images = len(jax.tree.leaves(positive)[0])
-    batch, seeds = make_batch(
+    draws, seeds = make_draws(
+        images, options.get("seed"), options.get("key"), options.get("latents"), task.latent_shape
+    )
+    batch = Batch(
         positive,
         negative if guides(pipe, guidance_scale) else None,
-        images,
-        guidance_scale,
-        options.get("guidance_rescale", 0.0),
-        options.get("seed"),
-        options.get("key"),
-        options.get("latents"),
-        task.latent_shape,
+        one_per_image(guidance_scale, images, "guidance_scale"),
+        one_per_image(options.get("guidance_rescale", 0.0), images, "guidance_rescale"),
+        draws,
     )
     steps, timesteps, sigmas = options.get("num_inference_steps"), options.get("timesteps"), options.get("sigmas")
     if steps is None and timesteps is None and sigmas is None:

@@ -36,6 +36,14 @@ def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:
     return values * (prompts if len(values) == 1 else 1)
 
 
+def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.ndarray:
+    """A number, or one per picture, as float32 ``[images]``."""
+    array = np.asarray(value, np.float32)
+    if array.shape not in ((), (images,)):
+        raise ValueError(f"{name} has {array.size} entries for {images} pictures; give one number or one each")
+    return np.broadcast_to(array, (images,))
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:
     """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that names the rest.
 

@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.pipelines import text_to_image as programs
+from diffuse_jax.pipelines import sampling
 from diffuse_jax.pipelines.base import DiffusionPipeline
 from diffuse_jax.pipelines.prompts import image_seeds
-from diffuse_jax.pipelines.text_to_image import Batch, Prompts, TextToImage
+from diffuse_jax.pipelines.sampling import Draws, Task
 from diffuse_jax.schedulers.plan import Plan
 
 StepCallback = Callable[[Any, int, float, dict[str, jax.Array]], dict[str, jax.Array] | None]
@@ -45,34 +45,36 @@ class ImagePipelineOutput:
 class Job:
     """A request, ready to run: what is compiled, its data for ``size`` pictures, and the sampler's plan."""
 
-    task: TextToImage
-    batch: Batch
+    task: Task
+    batch: Any
     plan: Plan
     size: int
     seeds: list[int] | None
 
 
-def make_batch(
-    prompt: Prompts,
-    negative: Prompts | None,
+def program_output(output_type: str) -> str:
+    """What the program returns for an ``output_type``.
+
+    Raises:
+      ValueError: there is no such type.
+    """
+    if output_type not in OUTPUTS:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+    return OUTPUTS[output_type]
+
+
+def make_draws(
     images: int,
-    guidance_scale: float | Sequence[float],
-    guidance_rescale: float,
     seed: int | Sequence[int] | None,
     key: jax.Array | None,
     latents: Any,
     latent_shape: tuple[int, int, int],
-) -> tuple[Batch, list[int] | None]:
-    """The data of ``images`` pictures, checked, and their seeds.
+) -> tuple[Draws, list[int] | None]:
+    """Where the noise of ``images`` pictures comes from, and their seeds.
 
     Raises:
-      ValueError: a length or shape that does not fit the number of pictures, or both ``seed`` and ``key``.
+      ValueError: the shape of ``latents`` does not fit, or both ``seed`` and ``key`` were given.
     """
-    scale = np.asarray(guidance_scale, np.float32)
-    if scale.shape not in ((), (images,)):
-        raise ValueError(
-            f"guidance_scale has {scale.shape[0]} entries for {images} pictures; give one number or one each"
-        )
     if seed is not None and key is not None:
         raise ValueError("give seed or key, not both")
     if latents is not None:
@@ -81,16 +83,14 @@ def make_batch(
             raise ValueError(f"latents must be {(images, *latent_shape)} (channel-last), got {latents.shape}")
     seeds, indices = (None, None) if key is not None else image_seeds(seed, images)
     keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(images, dtype=np.uint32))
-    fill = lambda value: np.broadcast_to(np.asarray(value, np.float32), (images,))
-    batch = Batch(prompt, negative, fill(scale), fill(guidance_rescale), seeds, indices, keys, latents)
-    return batch, None if seeds is None else [int(s) for s in seeds]
+    return Draws(seeds, indices, keys, latents), None if seeds is None else [int(s) for s in seeds]
 
 
 def compile_job(pipe: DiffusionPipeline, job: Job, batch_size: int | None) -> None:
     """Compile the program of ``job`` without running it."""
     for rows in chunks(pipe, job, batch_size):
         arguments = place(pipe.mesh, rows, job.plan)
-        _program(pipe, programs.text_to_image, job.task, (ROWS, WHOLE), arguments)
+        _program(pipe, sampling.sample, job.task, (ROWS, WHOLE), arguments)
 
 
 def run_job(
@@ -107,7 +107,7 @@ def run_job(
     for rows in chunks(pipe, job, batch_size):
         batch, plan = place(pipe.mesh, rows, job.plan)
         if callback is None and not progress_bar:
-            program = _program(pipe, programs.text_to_image, job.task, (ROWS, WHOLE), (batch, plan))
+            program = _program(pipe, sampling.sample, job.task, (ROWS, WHOLE), (batch, plan))
             results.append(program(dict(pipe.params), batch, plan))
         else:
             results.append(_run_by_steps(pipe, job.task, batch, plan, callback, progress_bar))
@@ -115,33 +115,33 @@ def run_job(
 
 
 def _run_by_steps(
-    pipe: DiffusionPipeline, task: TextToImage, batch: Batch, plan: Plan, callback: StepCallback | None, bar: bool
+    pipe: DiffusionPipeline, task: Task, batch: Any, plan: Plan, callback: StepCallback | None, bar: bool
 ) -> jax.Array:
     """The same computation as the one program, with the host between the steps."""
     from tqdm.auto import tqdm
 
     params = dict(pipe.params)
-    begin = _program(pipe, programs.start, task, (ROWS, WHOLE), (batch, plan))
+    begin = _program(pipe, sampling.start, task, (ROWS, WHOLE), (batch, plan))
     prepared, state = begin(params, batch, plan)
     step_args = lambda i: (batch, plan, prepared, state, np.int32(i))
-    advance = _program(pipe, programs.advance, task, (ROWS, WHOLE, ROWS, ROWS, WHOLE), step_args(0))
+    advance = _program(pipe, sampling.advance, task, (ROWS, WHOLE, ROWS, ROWS, WHOLE), step_args(0))
     for i in tqdm(range(int(plan.num_evaluations)), disable=not bar):
         state = advance(params, *step_args(i))
         if callback is not None:
             answer = callback(pipe, i, float(plan.timesteps[i]), {"latents": state.sample})
             if answer and "latents" in answer:
                 state = state._replace(sample=jax.device_put(answer["latents"], state.sample.sharding))
-    return _program(pipe, programs.finish, task, (ROWS,), (state,))(params, state)
+    return _program(pipe, sampling.finish, task, (ROWS,), (state,))(params, state)
 
 
 def _program(
-    pipe: DiffusionPipeline, fn: Any, task: TextToImage, specs: tuple[PartitionSpec, ...], args: tuple[Any, ...]
+    pipe: DiffusionPipeline, fn: Any, task: Task, specs: tuple[PartitionSpec, ...], args: tuple[Any, ...]
 ) -> Any:
     params: dict[str, Params] = dict(pipe.params)
     return pipe.programs.get(fn, task, pipe.mesh, (WHOLE, *specs), (params, *args))
 
 
-def chunks(pipe: DiffusionPipeline, job: Job, batch_size: int | None) -> Iterator[Batch]:
+def chunks(pipe: DiffusionPipeline, job: Job, batch_size: int | None) -> Iterator[Any]:
     """The job's data in pieces of at most ``batch_size`` pictures, each padded to a size that is used again."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
     if batch_size is not None and batch_size < 1:
@@ -161,7 +161,7 @@ def _pad(rows: Any, size: int) -> Any:
     return rows[np.minimum(np.arange(size), len(rows) - 1)]
 
 
-def place(mesh: Mesh | None, batch: Batch, plan: Plan) -> tuple[Batch, Plan]:
+def place(mesh: Mesh | None, batch: Any, plan: Plan) -> tuple[Any, Plan]:
     """Rows over the mesh's ``data`` axis, the plan on every device; without a mesh, onto the default device."""
     if mesh is None:
         return jax.device_put(batch), jax.device_put(plan)
@@ -174,4 +174,6 @@ def convert(results: Sequence[jax.Array], size: int, output_type: str) -> Any:
         whole = results[0] if len(results) == 1 else jax.numpy.concatenate(results)
         return whole[:size]
     images = np.concatenate([np.asarray(r) for r in results])[:size]
-    return [Image.fromarray(image) for image in images] if output_type == "pil" else images
+    if output_type != "pil":
+        return images
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL
 from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.run import OUTPUTS
+from diffuse_jax.pipelines.run import program_output
 from diffuse_jax.pipelines.text_to_image import Text, TextToImage
 from diffuse_jax.text import CLIPTextModel
 
@@ -57,8 +57,6 @@ def make_task(
     Raises:
       ValueError: an unknown ``output_type``, or ``clip_skip`` outside the encoder's layers.
     """
-    if output_type not in OUTPUTS:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
     parts = tuple((name, pipe.components[name]) for name in encoders if pipe.components.get(name) is not None)
     layers = min(encoder.config.num_hidden_layers for _, encoder in parts)
     if clip_skip is not None and not 0 <= clip_skip < layers:
@@ -70,7 +68,7 @@ def make_task(
         encode=encode,
         height=height,
         width=width,
-        output=OUTPUTS[output_type],
+        output=program_output(output_type),
         clip_skip=clip_skip,
         tile=pipe.vae_tiling,
         slices=pipe.vae_slicing,

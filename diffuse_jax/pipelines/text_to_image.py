@@ -1,14 +1,10 @@
-"""Text to image as one pure program: token ids in, pixels out.
-
-``TextToImage`` holds everything that decides what is compiled; ``Batch`` and the plan are data. Prompts, seeds,
-samplers, numbers of steps and guidance scales therefore never cause a second compilation.
-"""
+"""Text to image as one pure program: token ids in, pixels out (see :mod:`diffuse_jax.pipelines.sampling`)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +13,9 @@ from diffuse_jax.models.autoencoder_kl import AutoencoderKL
 from diffuse_jax.models.base import Params
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
 from diffuse_jax.pipelines import denoise as verbs
+from diffuse_jax.pipelines.sampling import Draws, Rows, first_noise
 from diffuse_jax.schedulers.plan import Plan, State
 from diffuse_jax.text.clip import CLIPTextModel
-
-Rows = Any
-"""An array with one row per picture: NumPy on the host, traced inside the program."""
 
 
 class Text(NamedTuple):
@@ -47,15 +41,20 @@ class Batch(NamedTuple):
     negative: Prompts | None  # None where no guidance is wanted
     guidance_scale: Rows  # [B]
     guidance_rescale: Rows  # [B]
-    seeds: Rows | None  # uint32 [B]
-    indices: Rows | None  # uint32 [B]
-    keys: Rows | None  # typed keys [B] instead of seeds
-    latents: Rows | None  # [B,h,w,c] standard normal, instead of drawing them
+    draws: Draws
+
+
+class Prepared(NamedTuple):
+    """What the loop needs beside the state: both prompts encoded (negative first) and a key for each picture."""
+
+    text: Text
+    time_ids: jax.Array | None
+    keys: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImage:
-    """The static half of a request: networks and choices that change the program. Hashable."""
+    """The static half of a request: networks and choices that change the program."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -73,55 +72,32 @@ class TextToImage:
         scale = self.vae.config.scale
         return self.height // scale, self.width // scale, self.vae.config.latent_channels
 
+    def start(self, params: dict[str, Params], batch: Batch, plan: Plan) -> tuple[Prepared, State]:
+        """Encode the prompts and draw the first latents."""
+        prompts = [encode(self, params, p, skip) for p, skip in prompts_of(self, batch)]
+        text, time_ids = jax.tree.map(lambda *rows: jnp.concatenate(rows), *prompts)
+        noise, keys = first_noise(batch.draws, self.latent_shape)
+        return Prepared(text, time_ids, keys), plan.init(noise)
 
-class Prepared(NamedTuple):
-    """What the loop needs beside the state: both prompts encoded (negative first) and a key for each picture."""
+    def denoiser(self, params: dict[str, Params], batch: Batch, prepared: Prepared) -> verbs.Denoiser:
+        """The UNet with its conditions, guided where there is a negative prompt."""
+        added = None
+        if prepared.time_ids is not None:
+            added = {"text_embeds": prepared.text.pooled, "time_ids": prepared.time_ids}
+        dim = self.unet.config.time_cond_proj_dim
+        cond = None if dim is None else verbs.guidance_embedding(batch.guidance_scale, dim)
 
-    text: Text
-    time_ids: jax.Array | None
-    keys: jax.Array
+        def unet(x: jax.Array, t: jax.Array) -> jax.Array:
+            return self.unet.apply({"params": params["unet"]}, x, t, prepared.text.states, added, timestep_cond=cond)
 
+        return unet if batch.negative is None else verbs.guided(unet, batch.guidance_scale, batch.guidance_rescale)
 
-def text_to_image(task: TextToImage, params: dict[str, Params], batch: Batch, plan: Plan) -> jax.Array:
-    """The whole program: ``[B,H,W,3]`` uint8 or float32, or latents ``[B,h,w,c]``, as ``task.output`` says."""
-    prepared, state = start(task, params, batch, plan)
-    denoiser = make_denoiser(task, params, batch, prepared)
-    return finish(task, params, verbs.denoise(denoiser, plan, state, prepared.keys))
-
-
-def start(task: TextToImage, params: dict[str, Params], batch: Batch, plan: Plan) -> tuple[Prepared, State]:
-    """Encode the prompts and draw the first latents."""
-    prompts = [encode(task, params, p, skip) for p, skip in prompts_of(task, batch)]
-    text, time_ids = jax.tree.map(lambda *rows: jnp.concatenate(rows), *prompts)
-    if batch.keys is not None:
-        k_init, k_loop = verbs.split_keys(batch.keys)
-    else:
-        assert batch.seeds is not None
-        assert batch.indices is not None
-        k_init, k_loop = verbs.sample_keys(batch.seeds, batch.indices)
-    noise = verbs.initial_noise(k_init, task.latent_shape) if batch.latents is None else batch.latents
-    return Prepared(text, time_ids, k_loop), plan.init(noise)
-
-
-def advance(
-    task: TextToImage,
-    params: dict[str, Params],
-    batch: Batch,
-    plan: Plan,
-    prepared: Prepared,
-    state: State,
-    i: jax.Array,
-) -> State:
-    """One evaluation, for a caller who wants to look at (or change) the latents in between."""
-    return verbs.denoise_step(make_denoiser(task, params, batch, prepared), plan, state, i, prepared.keys)
-
-
-def finish(task: TextToImage, params: dict[str, Params], state: State) -> jax.Array:
-    """Latents to what the caller asked for."""
-    if task.output == "latent":
-        return state.sample
-    images = verbs.decode_latents(task.vae, params["vae"], state.sample, tile=task.tile, slices=task.slices)
-    return verbs.to_uint8(images) if task.output == "uint8" else images
+    def finish(self, params: dict[str, Params], state: State) -> jax.Array:
+        """Latents to what the caller asked for."""
+        if self.output == "latent":
+            return state.sample
+        images = verbs.decode_latents(self.vae, params["vae"], state.sample, tile=self.tile, slices=self.slices)
+        return verbs.to_uint8(images) if self.output == "uint8" else images
 
 
 def prompts_of(task: TextToImage, batch: Batch) -> list[tuple[Prompts, int | None]]:
@@ -142,19 +118,3 @@ def encode(
         weight = prompts.weight
         text = jax.tree.map(lambda x: x * verbs.per_sample(weight, x).astype(x.dtype), text)
     return text, prompts.time_ids
-
-
-def make_denoiser(
-    task: TextToImage, params: dict[str, Params], batch: Batch, prepared: Prepared
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The UNet with its conditions, guided where there is a negative prompt."""
-    added = None
-    if prepared.time_ids is not None:
-        added = {"text_embeds": prepared.text.pooled, "time_ids": prepared.time_ids}
-    dim = task.unet.config.time_cond_proj_dim
-    cond = None if dim is None else verbs.guidance_embedding(batch.guidance_scale, dim)
-
-    def unet(x: jax.Array, t: jax.Array) -> jax.Array:
-        return task.unet.apply({"params": params["unet"]}, x, t, prepared.text.states, added, timestep_cond=cond)
-
-    return unet if batch.negative is None else verbs.guided(unet, batch.guidance_scale, batch.guidance_rescale)
