@@ -25,10 +25,17 @@ from diffuse_jax.models.base import Params
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
 from diffuse_jax.schedulers import DDPMScheduler, Scheduler
 from diffuse_jax.text.clip import CLIPTextModel
-from diffuse_jax.training.arguments import PRECISIONS, make_optimizer, make_parser, train_options
+from diffuse_jax.training.arguments import (
+    PRECISIONS,
+    add_objective,
+    make_parser,
+    objective_from,
+    optimizer_from,
+    train_options,
+)
 from diffuse_jax.training.data import Pictures, batch_indices, caption_batch, pixel_batch, read_pictures
 from diffuse_jax.training.loop import resume, train
-from diffuse_jax.training.objective import min_snr_weight, snr_table, target, weighted_error
+from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics, TrainState, init_state, make_step
 from diffuse_jax.weights import resolve
 
@@ -51,9 +58,10 @@ def main() -> None:
     trainable = {name: params[name] for name in ("unet", "text_encoder") if name == "unet" or args.train_text_encoder}
     frozen = {name: value for name, value in params.items() if name not in trainable}
 
-    optimizer, rate = make_optimizer(args)
+    optimizer, rate = optimizer_from(args)
     state = resume(args.output_dir, args.resume_from_checkpoint, init_state(trainable, optimizer, args.use_ema))
-    step = make_step(functools.partial(denoising_loss, models, args.snr_gamma), optimizer, args.seed, args.ema_decay)
+    loss = functools.partial(denoising_loss, models, objective_from(args, models.scheduler))
+    step = make_step(loss, optimizer, args.seed, args.ema_decay)
     pictures = read_pictures(args.train_data_dir, args.resolution, args.caption_column)
     batches = make_batches(args, pictures, tokenizer(source), models.vae, frozen["vae"])
 
@@ -78,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     add("--train_text_encoder", action="store_true", help="train the text encoder together with the UNet")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions replaced by the empty text")
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="instead of the scheduler's")
-    add("--snr_gamma", type=float, default=None, help="Min-SNR weighting of the loss; 5 is recommended")
+    add_objective(parser)
     args = parser.parse_args()
     if not 0 <= args.proportion_empty_prompts <= 1:
         parser.error(f"--proportion_empty_prompts must be between 0 and 1, got {args.proportion_empty_prompts}")
@@ -151,28 +159,20 @@ def encode_all(
 
 
 def denoising_loss(
-    models: Models, snr_gamma: float | None, trainable: Params, frozen: Params, batch: Batch, key: jax.Array
+    models: Models, objective: Objective, trainable: Params, frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Squared error of the prediction at uniform random timesteps (Ho et al. 2020, algorithm 1)."""
+    """Squared error of the prediction at random timesteps (Ho et al. 2020, algorithm 1)."""
     params = {**frozen, **trainable}
-    k_latent, k_noise, k_time = jax.random.split(key, 3)
+    k_latent, k_draw = jax.random.split(key)
     if "moments" in batch:
         posterior = Posterior(*jnp.split(batch["moments"], 2, axis=-1))
     else:
         posterior = models.vae.apply({"params": params["vae"]}, batch["pixel_values"], method="encode")
     x0 = scale_latents(posterior.sample(k_latent), models.vae.config)
-    noise = jax.random.normal(k_noise, x0.shape)
-    t = jax.random.randint(k_time, (x0.shape[0],), 0, models.scheduler.num_train_timesteps)
-
+    drawn = draw(objective, k_draw, x0)
     states = models.text_encoder.apply({"params": params["text_encoder"]}, batch["input_ids"]).last_hidden_state
-    noisy = models.scheduler.add_noise(x0, noise, t)
-    prediction = models.unet.apply({"params": params["unet"]}, noisy, t, states)
-    weight = None
-    if snr_gamma is not None:
-        snr = jnp.asarray(snr_table(models.scheduler))[t]
-        weight = min_snr_weight(snr, snr_gamma, models.scheduler.prediction_type)
-    wanted = target(models.scheduler, x0, noise, t)
-    return weighted_error(prediction, wanted, weight), {"mse": weighted_error(prediction, wanted, None)}
+    prediction = models.unet.apply({"params": params["unet"]}, noised(objective, x0, drawn), drawn.t, states)
+    return errors(objective, prediction, x0, drawn)
 
 
 def save_pipeline(models: Models, source: Path, params: dict[str, Params], folder: Path, state: TrainState) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL
 from diffuse_jax.models.base import Params
-from diffuse_jax.training.arguments import PRECISIONS, make_optimizer, make_parser, train_options
+from diffuse_jax.training.arguments import PRECISIONS, make_parser, optimizer_from, train_options
 from diffuse_jax.training.data import Pictures, batch_indices, pixel_batch, read_pictures
 from diffuse_jax.training.loop import resume, train
 from diffuse_jax.training.state import Metrics, init_state, make_step
@@ -32,7 +32,7 @@ def main() -> None:
         args.pretrained_model_name_or_path, subfolder="vae", dtype=PRECISIONS[args.mixed_precision]
     )
     pictures = read_pictures(args.train_data_dir, args.resolution, caption_column=None)
-    optimizer, rate = make_optimizer(args)
+    optimizer, rate = optimizer_from(args)
     state = resume(args.output_dir, args.resume_from_checkpoint, init_state(params, optimizer, args.use_ema))
     loss = functools.partial(vae_loss, vae, args.kl_weight, args.edge_weight)
     step = make_step(loss, optimizer, args.seed, args.ema_decay)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from diffuse_jax.training.optimizer import SCHEDULES, adamw, learning_rate
+from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.training.objective import TIMESTEP_BIASES, Objective, timestep_probabilities
+from diffuse_jax.training.optimizer import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
 
 PRECISIONS: dict[str, DTypeLike] = {"no": jnp.float32, "bf16": jnp.bfloat16}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults are shown, and the description keeps its lines."""
+
+
+class Refused(argparse.Action):
+    """A flag of other libraries that has no meaning here: an error that says what to do instead."""
+
+    def __init__(self, option_strings: list[str], dest: str, advice: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.advice = advice
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(f"{self.option_strings[0]}: {self.advice}")
 
 
 def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
@@ -30,12 +44,17 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     add("--train_batch_size", type=int, default=16, help="pictures per device and update")
     add("--max_train_steps", type=int, default=1000, help="updates in all, counted from step 0 also when resuming")
     add("--learning_rate", type=float, default=1e-4, help="highest learning rate")
-    add("--lr_scheduler", default="constant", choices=sorted(SCHEDULES), help="how the rate changes")
+    add("--lr_scheduler", default="constant", choices=SCHEDULES, help="how the rate changes")
     add("--lr_warmup_steps", type=int, default=500, help="updates of linear warm-up")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    add("--lr_num_cycles", type=int, default=1, help="periods of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="exponent of polynomial")
+    add("--lr_step_rules", default="", help='of piecewise_constant, such as "1:10,0.1:20,0.01"')
+    add("--optimizer", default="adamw", choices=sorted(OPTIMIZERS), help="lion and adafactor need less memory")
+    add("--adam_beta1", type=float, default=None, help="decay of the first moment; the optimiser's own if left out")
+    add("--adam_beta2", type=float, default=None, help="decay of the second moment; likewise")
     add("--adam_weight_decay", type=float, default=1e-2, help="weight decay, not scaled by the gradient")
-    add("--adam_epsilon", type=float, default=1e-8, help="added to the root of the second moment")
+    add("--adam_epsilon", type=float, default=None, help="added to the root of the second moment; likewise")
+    add("--use_8bit_adam", action=Refused, advice="JAX has no 8-bit Adam; --optimizer lion or adafactor saves as much")
     add("--max_grad_norm", type=float, default=1.0, help="global norm to which the gradient is clipped")
     add("--use_ema", action="store_true", help="average the parameters and save the average")
     add("--ema_decay", type=float, default=0.9999, help="decay of that average, reached after a ramp")
@@ -47,18 +66,58 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     return parser
 
 
-def make_optimizer(args: argparse.Namespace) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser that the flags describe, and its learning rate."""
-    rate = learning_rate(args.lr_scheduler, args.learning_rate, args.lr_warmup_steps, args.max_train_steps)
-    optimizer = adamw(
-        rate,
-        beta1=args.adam_beta1,
-        beta2=args.adam_beta2,
-        weight_decay=args.adam_weight_decay,
-        epsilon=args.adam_epsilon,
-        max_grad_norm=args.max_grad_norm,
+def add_objective(parser: argparse.ArgumentParser) -> None:
+    """The flags of the loss of denoising networks."""
+    add = parser.add_argument_group("loss").add_argument
+    add("--snr_gamma", type=float, default=None, help="Min-SNR weighting; 5 is recommended")
+    add("--noise_offset", type=float, default=0.0, help="noise that all pixels of a channel share; 0.1 is usual")
+    add("--input_perturbation", type=float, default=0.0, help="extra noise in the input only; 0.1 is usual")
+    add("--timestep_bias_strategy", default="none", choices=TIMESTEP_BIASES, help="which timesteps to draw more often")
+    add("--timestep_bias_multiplier", type=float, default=1.0, help="how many times more often")
+    add("--timestep_bias_portion", type=float, default=0.25, help="share of timesteps for earlier and later")
+    add("--timestep_bias_begin", type=int, default=0, help="first timestep of range")
+    add("--timestep_bias_end", type=int, default=None, help="timestep before which range ends; all if left out")
+
+
+def objective_from(args: argparse.Namespace, scheduler: Scheduler, prior_loss_weight: float | None = None) -> Objective:
+    """The loss that those flags describe.
+
+    Raises:
+      ValueError: a flag is impossible.
+    """
+    bias = timestep_probabilities(
+        args.timestep_bias_strategy,
+        scheduler.num_train_timesteps,
+        multiplier=args.timestep_bias_multiplier,
+        portion=args.timestep_bias_portion,
+        begin=args.timestep_bias_begin,
+        end=args.timestep_bias_end,
     )
-    return optimizer, rate
+    return Objective(
+        scheduler=scheduler,
+        snr_gamma=args.snr_gamma,
+        noise_offset=args.noise_offset,
+        input_perturbation=args.input_perturbation,
+        timestep_bias=bias,
+        prior_loss_weight=prior_loss_weight,
+    )
+
+
+def optimizer_from(args: argparse.Namespace) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser that the flags describe, and its learning rate."""
+    rate = learning_rate(
+        args.lr_scheduler,
+        args.learning_rate,
+        args.lr_warmup_steps,
+        args.max_train_steps,
+        cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        rules=args.lr_step_rules,
+    )
+    names = ("beta1", "beta2", "weight_decay", "epsilon")
+    settings = {name: getattr(args, f"adam_{name}") for name in names}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return make_optimizer(args.optimizer, rate, max_grad_norm=args.max_grad_norm, **given), rate
 
 
 def train_options(args: argparse.Namespace) -> dict[str, object]:

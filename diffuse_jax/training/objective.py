@@ -1,6 +1,13 @@
-"""What a denoising network is trained to predict, and how much each noise level counts."""
+"""What a denoising network is trained to predict, and how much each noise level counts.
+
+A trainer draws noise and timesteps (:func:`draw`), asks its network at the noised sample and hands the answer back
+(:func:`errors`); everything between is one :class:`Objective`.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +52,118 @@ def weighted_error(prediction: jax.Array, wanted: jax.Array, weight: jax.Array |
     error = jnp.square(prediction.astype(jnp.float32) - wanted.astype(jnp.float32))
     per_sample = error.mean(tuple(range(1, error.ndim)))
     return (per_sample if weight is None else per_sample * weight).mean()
+
+
+TIMESTEP_BIASES = ("none", "earlier", "later", "range")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of a denoising network, for latents as for pixels.
+
+    Attributes:
+      scheduler: the training schedule and what is predicted.
+      snr_gamma: Min-SNR weighting, see :func:`min_snr_weight`; None for none.
+      noise_offset: amount of noise that is the same for all pixels of a channel, so that brightness is learned too
+        (Guttenberg 2023).
+      input_perturbation: extra noise in the input that the target does not know of (Ning et al. 2023); 0.1 is usual.
+      timestep_bias: probabilities of the timesteps, :func:`timestep_probabilities`; None for uniform.
+      prior_loss_weight: DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): the second half of a batch are
+        pictures of the class, whose loss counts so much; None where there is no such half.
+    """
+
+    scheduler: Scheduler
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    timestep_bias: tuple[float, ...] | None = None
+    prior_loss_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise ValueError(f"snr_gamma must be positive, got {self.snr_gamma}")
+        steps = self.scheduler.num_train_timesteps
+        if self.timestep_bias is not None and len(self.timestep_bias) != steps:
+            raise ValueError(f"timestep_bias has {len(self.timestep_bias)} entries for {steps} training timesteps")
+
+
+class Draw(NamedTuple):
+    """The random part of one update: what the target knows, what the input gets on top, and when."""
+
+    noise: jax.Array  # [B,...]
+    extra: jax.Array | None  # [B,...] more noise of the input only
+    t: jax.Array  # int32 [B]
+
+
+def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
+    """Noise and timesteps for a batch of clean samples ``[B,...,C]``, float32."""
+    k_noise, k_time, k_offset, k_extra = jax.random.split(key, 4)
+    noise = jax.random.normal(k_noise, x0.shape)
+    if objective.noise_offset:
+        flat = (x0.shape[0], *(1,) * (x0.ndim - 2), x0.shape[-1])
+        noise = noise + objective.noise_offset * jax.random.normal(k_offset, flat)
+    extra = None
+    if objective.input_perturbation:
+        extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape)
+    steps, shape = objective.scheduler.num_train_timesteps, x0.shape[:1]
+    if objective.timestep_bias is None:
+        return Draw(noise, extra, jax.random.randint(k_time, shape, 0, steps))
+    logits = jnp.log(jnp.asarray(objective.timestep_bias, jnp.float32))
+    return Draw(noise, extra, jax.random.categorical(k_time, logits, shape=shape))
+
+
+def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
+    """The network's input ``[B,...]``, float32."""
+    noise = drawn.noise if drawn.extra is None else drawn.noise + drawn.extra
+    return objective.scheduler.add_noise(x0.astype(jnp.float32), noise, drawn.t)
+
+
+def errors(
+    objective: Objective, prediction: jax.Array, x0: jax.Array, drawn: Draw
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss and, as metrics, its parts: ``mse`` without weights and ``prior_loss`` where there is one."""
+    wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
+    weight = None
+    if objective.snr_gamma is not None:
+        snr = jnp.asarray(snr_table(objective.scheduler))[drawn.t]
+        weight = min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
+    if objective.prior_loss_weight is None:
+        return weighted_error(prediction, wanted, weight), {"mse": weighted_error(prediction, wanted, None)}
+    half = len(x0) // 2
+    rows = lambda part: (prediction[part], wanted[part], None if weight is None else weight[part])
+    own, prior = (weighted_error(*rows(part)) for part in (slice(half), slice(half, None)))
+    mse = weighted_error(prediction[:half], wanted[:half], None)
+    return own + objective.prior_loss_weight * prior, {"mse": mse, "prior_loss": prior}
+
+
+def timestep_probabilities(
+    strategy: str, steps: int, *, multiplier: float = 1.0, portion: float = 0.25, begin: int = 0, end: int | None = None
+) -> tuple[float, ...] | None:
+    """Probabilities with which training timesteps are drawn; None for uniform ones.
+
+    Args:
+      strategy: "none"; "earlier" or "later", the first or last ``portion`` of the timesteps; "range" from ``begin`` to
+        before ``end``.
+      steps: number of training timesteps.
+      multiplier: how many times more often those are drawn than the others.
+      portion, begin, end: see ``strategy``; ``end`` is ``steps`` if None.
+
+    Raises:
+      ValueError: an unknown strategy, a range outside the timesteps, a multiplier or portion that is not positive.
+    """
+    if strategy not in TIMESTEP_BIASES:
+        raise ValueError(f"timestep_bias_strategy must be one of {', '.join(TIMESTEP_BIASES)}, got {strategy!r}")
+    if strategy == "none":
+        return None
+    if multiplier <= 0:
+        raise ValueError(f"timestep_bias_multiplier must be positive, got {multiplier}; 'none' turns the bias off")
+    count = int(portion * steps)
+    if strategy != "range" and not 1 <= count <= steps:
+        raise ValueError(f"timestep_bias_portion must leave 1 to {steps} timesteps, {portion} leaves {count}")
+    end = steps if end is None else end
+    if strategy == "range" and not 0 <= begin < end <= steps:
+        raise ValueError(f"timestep_bias_begin and _end must be 0 <= begin < end <= {steps}, got {begin} and {end}")
+    chosen = {"earlier": slice(count), "later": slice(steps - count, None), "range": slice(begin, end)}[strategy]
+    weights = np.ones(steps)
+    weights[chosen] *= multiplier
+    return tuple(float(w) for w in weights / weights.sum())

@@ -1,4 +1,4 @@
-"""AdamW with clipping, and the learning rates over a run."""
+"""Optimisers by name, and the learning rates over a run."""
 
 from __future__ import annotations
 
@@ -10,38 +10,84 @@ import optax
 DECAY_SHARE = 1 / 3
 """Share of a ``warmup_stable_decay`` run in which the rate falls."""
 
-SCHEDULES: dict[str, Callable[[jnp.ndarray], jnp.ndarray]] = {
-    "constant": lambda p: jnp.ones_like(p),
-    "constant_with_warmup": lambda p: jnp.ones_like(p),
-    "linear": lambda p: 1 - p,
-    "cosine": lambda p: 0.5 * (1 + jnp.cos(jnp.pi * p)),
-    "warmup_stable_decay": lambda p: jnp.minimum(1.0, (1 - p) / DECAY_SHARE),
-}
-"""Factor on the rate as a function of ``p``, the share of the run after the warm-up that is over (0 to 1).
+LOWEST = 1e-7
+"""Where ``polynomial`` ends."""
 
-``warmup_stable_decay`` is constant until its last third, so a run can be resumed with another
-``--max_train_steps``.
-"""
+Factor = Callable[[jnp.ndarray], jnp.ndarray]
+
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+    "warmup_stable_decay",
+)
+"""Names of learning-rate schedules; see :func:`learning_rate`."""
 
 
-def learning_rate(name: str, peak: float, warmup: int, total: int) -> optax.Schedule:
+def learning_rate(
+    name: str, peak: float, warmup: int, total: int, *, cycles: int = 1, power: float = 1.0, rules: str = ""
+) -> optax.Schedule:
     """The rate at each update: a linear ramp to ``peak`` over ``warmup`` updates, then the named schedule to ``total``.
 
+    With ``p`` the share of the run after the warm-up that is over, the factor on the peak is
+
+    * ``constant`` (which has no warm-up) and ``constant_with_warmup``: 1,
+    * ``linear``: ``1 - p``,
+    * ``cosine``: half a period, from 1 to 0,
+    * ``cosine_with_restarts``: that ``cycles`` times,
+    * ``polynomial``: ``(1 - p) ** power``, down to a rate of 1e-7,
+    * ``piecewise_constant`` (no warm-up): ``rules`` such as ``"1:10,0.1:20,0.01"``: 1 until update 10, 0.1 until 20,
+      then 0.01,
+    * ``warmup_stable_decay``: 1 until the last third, in which it falls to 0 in a line; such a run can be resumed with
+      another ``total``.
+
     Raises:
-      ValueError: the name is not known, or the warm-up is longer than the run.
+      ValueError: the name is not known, the warm-up is longer than the run, or the rules cannot be read.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"lr_scheduler must be one of {sorted(SCHEDULES)}, got {name!r}")
+        raise ValueError(f"lr_scheduler must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    if name == "piecewise_constant":
+        return _piecewise(peak, rules)
     warmup = 0 if name == "constant" else warmup
-    if warmup >= total:
-        raise ValueError(f"lr_warmup_steps {warmup} must be smaller than max_train_steps {total}")
+    if not 0 <= warmup < total:
+        raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
+    if name == "polynomial" and peak <= LOWEST:
+        raise ValueError(f"the polynomial schedule ends at {LOWEST:g}, so learning_rate must be larger, got {peak:g}")
+    factor = {
+        "linear": lambda p: 1 - p,
+        "cosine": lambda p: 0.5 * (1 + jnp.cos(jnp.pi * p)),
+        "cosine_with_restarts": lambda p: jnp.where(p >= 1, 0.0, 0.5 * (1 + jnp.cos(jnp.pi * ((cycles * p) % 1)))),
+        "polynomial": lambda p: ((peak - LOWEST) * (1 - p) ** power + LOWEST) / peak,
+        "warmup_stable_decay": lambda p: jnp.minimum(1.0, (1 - p) / DECAY_SHARE),
+    }.get(name, jnp.ones_like)
 
     def rate(step: jnp.ndarray) -> jnp.ndarray:
         s = jnp.asarray(step, jnp.float32)
         p = jnp.clip((s - warmup) / (total - warmup), 0.0, 1.0)
-        return peak * jnp.where(s < warmup, s / max(warmup, 1), SCHEDULES[name](p))
+        return peak * jnp.where(s < warmup, s / max(warmup, 1), factor(p))
 
     return rate
+
+
+def _piecewise(peak: float, rules: str) -> optax.Schedule:
+    *pieces, last = rules.split(",")
+    try:
+        pairs = [(float(factor), int(until)) for factor, until in (piece.split(":") for piece in pieces)]
+        final = float(last)
+    except ValueError:
+        raise ValueError(
+            f"lr_step_rules must look like '1:10,0.1:20,0.01' (factor:until update, ..., last factor), got {rules!r}"
+        ) from None
+    ends = [until for _, until in pairs]
+    if ends != sorted(set(ends)):
+        raise ValueError(f"the updates in lr_step_rules must ascend, got {ends}")
+    factors = jnp.array([factor for factor, _ in pairs] + [final], jnp.float32)
+    bounds = jnp.array(ends, jnp.float32)
+    return lambda step: peak * factors[jnp.searchsorted(bounds, jnp.asarray(step, jnp.float32), side="right")]
 
 
 def adamw(
@@ -51,10 +97,59 @@ def adamw(
     beta2: float = 0.999,
     weight_decay: float = 0.01,
     epsilon: float = 1e-8,
-    max_grad_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping the gradient to a global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay),
+    """AdamW (Loshchilov and Hutter 2019): two moments, so twice the parameters' memory."""
+    return optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
+
+
+def lion(
+    rate: optax.Schedule, *, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.01, epsilon: float = 0.0
+) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023): one moment; wants a rate 3 to 10 times below AdamW's. ``epsilon`` has no use."""
+    del epsilon
+    return optax.lion(rate, b1=beta1, b2=beta2, weight_decay=weight_decay)
+
+
+def adafactor(
+    rate: optax.Schedule, *, beta1: float = 0.0, beta2: float = 0.999, weight_decay: float = 0.0, epsilon: float = 1e-30
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer and Stern 2018) with the given rate: row and column means of the second moment only.
+
+    ``beta1=0`` keeps no first moment; ``beta2`` has no use, its decay approaches 1 by the paper's rule.
+    """
+    del beta2
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
+        momentum=beta1 or None,
+        weight_decay_rate=weight_decay or None,
+        eps=epsilon,
     )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "lion": lion,
+    "adafactor": adafactor,
+}
+"""Optimisers by the name that ``--optimizer`` takes."""
+
+
+def make_optimizer(
+    name: str, rate: optax.Schedule, *, max_grad_norm: float | None = 1.0, **settings: float
+) -> optax.GradientTransformation:
+    """An optimiser after clipping the gradient to a global norm (None: not clipped).
+
+    Args:
+      name: one of :data:`OPTIMIZERS`.
+      rate: the learning rate by update.
+      max_grad_norm: see above.
+      **settings: ``beta1``, ``beta2``, ``weight_decay``, ``epsilon``; those left out are the optimiser's own.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    optimizer = OPTIMIZERS[name](rate, **settings)
+    return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)

@@ -9,7 +9,18 @@ import pytest
 
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.schedulers.noise_schedule import predict_x0
-from diffuse_jax.training.objective import min_snr_weight, snr_table, target, weighted_error
+from diffuse_jax.training.objective import (
+    Draw,
+    Objective,
+    draw,
+    errors,
+    min_snr_weight,
+    noised,
+    snr_table,
+    target,
+    timestep_probabilities,
+    weighted_error,
+)
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -65,3 +76,77 @@ def test_error_is_weighted_per_sample() -> None:
     assert float(weighted_error(prediction, wanted, None)) == pytest.approx(4.5)
     half = weighted_error(prediction.astype(jnp.bfloat16), wanted.astype(jnp.bfloat16), None)
     assert half.dtype == jnp.float32
+
+
+def clean(rng: np.random.Generator, shape: tuple[int, ...] = (6, 4, 4, 3)) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def test_the_right_answer_has_no_error(rng: np.random.Generator) -> None:
+    objective = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0, noise_offset=0.1)
+    x0 = clean(rng)
+    drawn = draw(objective, jax.random.key(0), x0)
+    loss, metrics = errors(objective, drawn.noise, x0, drawn)
+    assert float(loss) == float(metrics["mse"]) == 0.0
+
+
+def test_offset_noise_is_shared_by_the_pixels_of_a_channel(rng: np.random.Generator) -> None:
+    plain, offset = (Objective(scheduler=DDPMScheduler(), noise_offset=o) for o in (0.0, 0.5))
+    x0 = clean(rng)
+    shift = draw(offset, jax.random.key(1), x0).noise - draw(plain, jax.random.key(1), x0).noise
+    np.testing.assert_allclose(shift, jnp.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)
+    assert float(jnp.abs(shift).mean()) > 0.1
+
+
+def test_perturbation_is_in_the_input_and_not_in_the_target(rng: np.random.Generator) -> None:
+    plain, perturbed = (Objective(scheduler=DDPMScheduler(), input_perturbation=p) for p in (0.0, 0.3))
+    x0 = clean(rng)
+    a, b = draw(plain, jax.random.key(2), x0), draw(perturbed, jax.random.key(2), x0)
+    np.testing.assert_array_equal(a.noise, b.noise)
+    assert float(jnp.abs(noised(plain, x0, a) - noised(perturbed, x0, b)).max()) > 0.01
+    assert float(errors(perturbed, b.noise, x0, b)[0]) == 0.0
+
+
+def test_prior_preservation_adds_the_error_of_the_second_half(rng: np.random.Generator) -> None:
+    x0, prediction = clean(rng), clean(rng)
+    make = lambda weight: Objective(scheduler=DDPMScheduler(), snr_gamma=5.0, prior_loss_weight=weight)
+    drawn = draw(make(0.0), jax.random.key(3), x0)
+    none, half = (errors(make(w), prediction, x0, drawn) for w in (0.0, 0.5))
+    own = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0)
+    alone = errors(own, prediction[:3], x0[:3], Draw(drawn.noise[:3], None, drawn.t[:3]))[0]
+    assert float(none[0]) == pytest.approx(float(alone))
+    assert float(half[0]) == pytest.approx(float(alone) + 0.5 * float(half[1]["prior_loss"]))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "chosen", "more"),
+    [
+        ("earlier", slice(0, 20), {"portion": 0.2}),
+        ("later", slice(80, 100), {"portion": 0.2}),
+        ("range", slice(30, 50), {"begin": 30, "end": 50}),
+    ],
+)
+def test_biased_timesteps_are_drawn_so_many_times_more_often(strategy: str, chosen: slice, more: dict) -> None:
+    p = np.array(timestep_probabilities(strategy, 100, multiplier=4.0, **more))
+    assert p.sum() == pytest.approx(1.0)
+    assert p[chosen] == pytest.approx(4.0 * p.min())
+    objective = Objective(scheduler=DDPMScheduler(num_train_timesteps=100), timestep_bias=tuple(p))
+    t = np.asarray(draw(objective, jax.random.key(4), jnp.zeros((20000, 1, 1, 1))).t)
+    inside = np.isin(t, np.arange(100)[chosen]).mean()
+    assert inside == pytest.approx(p[chosen].sum(), abs=0.02)
+    assert timestep_probabilities("none", 100) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"strategy": "middle"}, "middle"),
+        ({"strategy": "later", "multiplier": 0.0}, "timestep_bias_multiplier"),
+        ({"strategy": "later", "portion": 0.001}, "timestep_bias_portion"),
+        ({"strategy": "range", "begin": 5, "end": 101}, "100"),
+        ({"strategy": "range", "begin": -1}, "-1"),
+    ],
+)
+def test_impossible_biases(request_: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timestep_probabilities(steps=100, **request_)

@@ -45,7 +45,7 @@ def held_out(records: Sequence[Record]) -> list[bool]:
 
 
 def is_common(record: Record) -> bool:
-    """Whether a picture shows what people ask for, and is trained on more: short names of faces, animals and food, in four styles."""
+    """Whether a picture is trained on more than others: short names of faces, animals and food, in four styles."""
     short = len(record["label"].split()) <= 2
     return short and record["group"] in COMMON_GROUPS and record["style"] in COMMON_STYLES
 

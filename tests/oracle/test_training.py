@@ -1,0 +1,50 @@
+"""Learning rates and running averages against PyTorch diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffuse_jax.training.optimizer import learning_rate
+from diffuse_jax.training.state import ema_rate, ema_update
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+PEAK, WARMUP, TOTAL = 3e-4, 7, 40
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("constant", {}, {}),
+    ("constant_with_warmup", {}, {}),
+    ("linear", {}, {}),
+    ("cosine", {}, {}),
+    ("cosine_with_restarts", {"cycles": 3}, {"num_cycles": 3}),
+    ("polynomial", {"power": 2.0}, {"power": 2.0}),
+    ("piecewise_constant", {"rules": "1:10,0.1:20,0.01:30,0.005"}, {"step_rules": "1:10,0.1:20,0.01:30,0.005"}),
+]
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs"), CASES, ids=[case[0] for case in CASES])
+def test_learning_rate(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    steps = {"num_warmup_steps": WARMUP, "num_training_steps": TOTAL}
+    scheduler = diffusers.optimization.get_scheduler(name, optimizer=optimizer, **steps, **theirs)
+    rate = learning_rate(name, PEAK, WARMUP, TOTAL, **ours)
+    for step in range(TOTAL + 1):
+        assert float(rate(jnp.int32(step))) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-5, abs=1e-10), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_running_average(rng: np.random.Generator) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    theirs = diffusers.training_utils.EMAModel([parameter], decay=0.9)
+    ours = jnp.zeros(4)
+    for n in range(1, 30):
+        value = rng.standard_normal(4).astype(np.float32)
+        parameter.data.copy_(torch.tensor(value))
+        theirs.step([parameter])
+        ours = ema_update(ours, jnp.asarray(value), ema_rate(jnp.int32(n), 0.9))
+        np.testing.assert_allclose(ours, theirs.shadow_params[0].numpy(), atol=1e-6)
