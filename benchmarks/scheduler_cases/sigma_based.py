@@ -13,7 +13,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_with_betas(), *_ipndm()]
+    return [*_with_betas(), *_ipndm(), *_edm()]
 
 
 def _with_betas() -> list[Case]:
@@ -54,6 +54,53 @@ def _with_betas() -> list[Case]:
     add(("DPMSolverSDEScheduler",), "noise", plan={"s_noise": 1.1}, step={"s_noise": 1.1})
     for order in (1, 2, 3, 4, 5, 6):
         add(("LMSDiscreteScheduler",), f"order-{order}", plan={"order": order}, step={"order": order})
+    return out
+
+
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+COSINE = "CosineDPMSolverMultistepScheduler"
+
+
+def _edm() -> list[Case]:
+    """Samplers whose levels lie between two of their own."""
+    out: list[Case] = []
+
+    def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
+        out.extend(Case(name, label, config or {}, **rest) for name in names)
+
+    every, multistep = (*EDM, COSINE), (EDM[1], COSINE)
+    # A single level of an exponential spacing is the lowest one in diffusers.
+    several = STEPS[1:]
+    add(EDM, "plain")
+    add((COSINE,), "plain", steps=several)
+    add(every, "karras", {"sigma_schedule": "karras"})
+    add(every, "exponential", {"sigma_schedule": "exponential"}, steps=several)
+    add(every, "v", {"prediction_type": "v_prediction", "sigma_schedule": "karras"})
+    add((COSINE,), "epsilon", {"prediction_type": "epsilon", "sigma_schedule": "karras"})
+    range_ = {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 0.7, "rho": 5.0, "sigma_schedule": "karras"}
+    add(every, "range", range_)
+    # With a single step diffusers' Euler stays where it is.
+    add(every, "sigma-min-last", {"final_sigmas_type": "sigma_min"}, steps=several)
+    add(every, "strength", plan={"strength": 0.6}, steps=several)
+    churn = {"s_churn": 10.0, "s_tmin": 0.2, "s_tmax": 30.0, "s_noise": 1.01}
+    add(EDM[:1], "churn", plan=churn, step=churn)
+    add(EDM[:1], "churn-v", {"prediction_type": "v_prediction"}, plan=churn, step=churn)
+    for kind in ("dpmsolver++", "sde-dpmsolver++"):
+        for order, solver in ((1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")):
+            config = {"algorithm_type": kind, "solver_order": order, "solver_type": solver}
+            # Its stochastic variant of order 3 is not implemented in diffusers.
+            if kind == "dpmsolver++" or order < 3:
+                add(EDM[1:], f"{kind}-{order}-{solver}", config)
+    for config in ({"solver_order": 1}, {"solver_type": "heun"}):
+        add((COSINE,), f"{config}", config, steps=several)
+    for label, config in {
+        "not-lower-final": {"lower_order_final": False},
+        "not-lower-final-sigma-min": {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        "euler-at-final": {"euler_at_final": True, "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+    }.items():
+        add(multistep, label, config, steps=several)
+    threshold = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
+    add(EDM[1:], "threshold", threshold)
     return out
 
 

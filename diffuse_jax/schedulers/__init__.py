@@ -10,6 +10,8 @@ from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.dpm_solver_inverse import DPMSolverMultistepInverseScheduler
 from diffuse_jax.schedulers.dpm_solver_sde import DPMSolverSDEScheduler
 from diffuse_jax.schedulers.dpm_solver_singlestep import DPMSolverSinglestepScheduler
+from diffuse_jax.schedulers.edm_dpm_solver import CosineDPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
+from diffuse_jax.schedulers.edm_euler import EDMEulerScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffuse_jax.schedulers.heun import HeunDiscreteScheduler
 from diffuse_jax.schedulers.ipndm import IPNDMScheduler
@@ -24,6 +26,7 @@ from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
+    "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -35,6 +38,8 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",

@@ -75,6 +75,10 @@ class Scheduler(Config):
     """The sampler's coordinates, one of ``noise_schedule.COORDINATES``."""
     sigma_data: ClassVar[float] = 1.0
     """Spread of clean samples that the network's preconditioning was made for (Karras et al. 2022)."""
+    limits_steps: ClassVar[bool] = True
+    """There are no more steps than ``num_train_timesteps``."""
+    final_sigma_given: ClassVar[bool] = True
+    """Explicit ``sigmas`` end with the level after the last step."""
     strength_in_grid: ClassVar[bool] = False
     """``grid`` itself takes ``strength`` (and then all of its steps are run)."""
     ascends: ClassVar[bool] = False
@@ -341,19 +345,18 @@ class Scheduler(Config):
         if len(got) != 1:
             raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
         if timesteps is not None:
-            low, high = self.timestep_range
+            low, high = self.explicit_range
             array = ns.check_ordered(timesteps, "timesteps", ascending=self.ascends, lower=low, upper=high)
             return len(array), array, None
         if sigmas is not None:
             array = ns.check_ordered(sigmas, "sigmas", ascending=self.ascends)
-            if len(array) < 2:
+            if self.final_sigma_given and len(array) < 2:
                 raise ValueError(f"sigmas needs one entry per step and the final one, got {len(array)}")
-            return len(array) - 1, None, array
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 1 <= n <= self.num_train_timesteps:
-            most = self.num_train_timesteps
-            raise ValueError(
-                f"num_inference_steps must be a whole number from 1 to {most} (num_train_timesteps), got {n!r}"
-            )
+            return len(array) - self.final_sigma_given, None, array
+        most = self.num_train_timesteps if self.limits_steps else np.inf
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 1 <= n <= most:
+            limit = f"from 1 to {most} (num_train_timesteps)" if self.limits_steps else "above 0"
+            raise ValueError(f"num_inference_steps must be a whole number {limit}, got {n!r}")
         return int(n), None, None
 
     def _begin(self, n: int, grid: Grid, strength: float | None, denoising_start: float | None) -> int:
@@ -370,6 +373,11 @@ class Scheduler(Config):
     def timestep_range(self) -> tuple[float, float]:
         """Lowest and highest timestep that the network may be told."""
         return 0.0, self.num_train_timesteps - 1.0
+
+    @property
+    def explicit_range(self) -> tuple[float, float]:
+        """Lowest and highest of the ``timesteps`` that :meth:`plan` takes."""
+        return self.timestep_range
 
     def _correction(self) -> dict[str, Any]:
         if getattr(self, "thresholding", False):

@@ -30,6 +30,8 @@ class ContinuousScheduler(Scheduler, abstract=True):
         "steps_offset",
     )
 
+    limits_steps: ClassVar[bool] = False
+
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
         """(alpha, sigma) at timesteps ``t``, with ``xp`` NumPy or ``jax.numpy``."""
         raise TypeError(f"{type(self).__name__} has no noise levels of its own")

@@ -59,8 +59,7 @@ class EulerDiscreteScheduler(Scheduler):
     ) -> Iterator[Row]:
         for i in range(begin, len(grid.timesteps)):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
-            gamma = min(s_churn / len(grid.timesteps), 2**0.5 - 1) if s_tmin <= e.sigma <= s_tmax else 0.0
-            sigma_hat = e.sigma * (1 + gamma)
+            sigma_hat = churned(e.sigma, s_churn / len(grid.timesteps), s_tmin, s_tmax)
             x_hat = e.x + s_noise * np.sqrt(sigma_hat**2 - e.sigma**2) * e.noise
             level = sigma_hat if self.prediction_type == "epsilon" else e.sigma
             x0 = ns.predict_x0(self.prediction_type, x_hat, e.output, 1.0, level)
@@ -84,6 +83,11 @@ class EulerAncestralDiscreteScheduler(Scheduler):
             e = self.evaluation(t, source)
             down, up = ancestral_split(e.sigma, sigma)
             yield e.row(e.x + (down - e.sigma) * (e.x - e.x0) / e.sigma + up * e.noise)
+
+
+def churned(sigma: float, gamma: float, low: float, high: float) -> float:
+    """The level that noise is added up to before a step (Karras et al. 2022, alg. 2)."""
+    return sigma * (1 + (min(gamma, 2**0.5 - 1) if low <= sigma <= high else 0.0))
 
 
 def ancestral_split(sigma: float, target: float) -> tuple[float, float]:
