@@ -55,6 +55,8 @@ _PUBLIC = {
         "SASolverScheduler",
         "ScoreSdeVeScheduler",
         "ScoreSdeVpScheduler",
+        "ScoreSdeVeScheduler",
+        "ScoreSdeVpScheduler",
         "TCDScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",

@@ -21,6 +21,8 @@ from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
 from diffuse_jax.schedulers.repaint import RePaintScheduler
 from diffuse_jax.schedulers.sa_solver import SASolverScheduler
+from diffuse_jax.schedulers.score_sde_ve import ScoreSdeVeScheduler
+from diffuse_jax.schedulers.score_sde_vp import ScoreSdeVpScheduler
 from diffuse_jax.schedulers.tcd import TCDScheduler
 from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
@@ -52,6 +54,8 @@ __all__ = [
     "RePaintScheduler",
     "SASolverScheduler",
     "Scheduler",
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
     "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",

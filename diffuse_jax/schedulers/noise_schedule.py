@@ -70,6 +70,7 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
     * ``v_prediction`` is ``v = a * eps - s * x0 / sigma_data`` with ``(a, s) = (alpha * sigma_data, sigma)`` divided by
       their norm (Salimans and Ho 2022, appendix D; ``sigma_data``, the spread of clean samples, is 1 there).
     * ``edm`` is the same with the other sign, the network F of Karras et al. 2022, table 1.
+    * ``score`` is the gradient of the log density of the noisy samples, ``-eps / sigma`` (Song et al. 2021).
     * ``flow_prediction`` is the velocity ``eps - x0`` of the straight line that ``x / (alpha + sigma)`` lies on (Lipman
       et al. 2023; Liu et al. 2023).
     """
@@ -77,6 +78,8 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
         return (x - sigma * output) / alpha
     if prediction_type == "sample":
         return output
+    if prediction_type == "score":
+        return (x + sigma**2 * output) / alpha
     if prediction_type == "flow_prediction":
         return (x - sigma * output) / (alpha + sigma)
     sign = {"v_prediction": -1.0, "edm": 1.0}[prediction_type]
@@ -90,6 +93,8 @@ def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: An
         return output
     if prediction_type == "sample":
         return (x - alpha * output) / sigma
+    if prediction_type == "score":
+        return -sigma * output
     if prediction_type == "flow_prediction":
         return (x + alpha * output) / (alpha + sigma)
     sign = {"v_prediction": 1.0, "edm": -1.0}[prediction_type]

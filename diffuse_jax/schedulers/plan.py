@@ -7,6 +7,7 @@ function that takes a plan as an argument is therefore compiled once for all sam
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -156,23 +157,12 @@ class Plan:
         return State(new[0], tuple(new[1:]))
 
     def _draw(self, row: Any, i: Any, sample: jax.Array, key: jax.Array | None) -> jax.Array:
-        if key is None:
-            raise ValueError(
-                "step needs a key (one, or one per sample) or noise=; samplers without noise do not use it"
-            )
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            raise ValueError(f"key must be made by jax.random.key (a typed key), got an array of {key.dtype}")
-        if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != sample.shape[0]):
-            raise ValueError(f"key must be one key or {sample.shape[0]} keys (one per sample), got shape {key.shape}")
-
+        key = check_key(key, sample.shape[0])
         if jnp.ndim(i) > key.ndim:
             raise ValueError(f"samples at different evaluations need a key each, {sample.shape[0]} keys, got one")
 
         def draw() -> jax.Array:
-            if key.ndim == 0:
-                return jax.random.normal(jax.random.fold_in(key, i), sample.shape)
-            keys = jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(i, key.shape))
-            return jax.vmap(lambda k: jax.random.normal(k, sample.shape[1:]))(keys)
+            return draw_each(jax.random.normal, key, i, sample.shape)
 
         start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(_at(self.interval, i))), -1, 0)
 
@@ -198,6 +188,25 @@ class Plan:
             want = doubled if self.learned_variance else sample.shape
             raise ValueError(f"the network returned {output.shape} for a sample of {sample.shape}; expected {want}")
         return _f32(output), None
+
+
+def check_key(key: jax.Array | None, batch: int) -> jax.Array:
+    """The key, or an error that says what it has to be: one typed key, or one for each of ``batch`` samples."""
+    if key is None:
+        raise ValueError("step needs a key (one, or one per sample) or noise=; samplers without noise do not use it")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be made by jax.random.key (a typed key), got an array of {key.dtype}")
+    if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != batch):
+        raise ValueError(f"key must be one key or {batch} keys (one per sample), got shape {key.shape}")
+    return key
+
+
+def draw_each(draw: Callable[..., jax.Array], key: jax.Array, i: Any, shape: tuple[int, ...]) -> jax.Array:
+    """``draw(key, shape)`` with ``i`` folded into the key, ``shape`` being ``[B, ...]``; ``[B]`` keys draw one each."""
+    if key.ndim == 0:
+        return draw(jax.random.fold_in(key, i), shape)
+    keys = jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(i, key.shape))
+    return jax.vmap(lambda k: draw(k, shape[1:]))(keys)
 
 
 def _f32(x: Any) -> jax.Array:

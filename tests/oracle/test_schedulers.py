@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -161,3 +162,33 @@ def test_repaint_with_a_mask(eta: float, noise: np.ndarray) -> None:
         state = plan.blend(plan.step(state, i, output, noise=z), i, picture, z_known, known)
         assert parity.relative(np.asarray(state.sample), np.moveaxis(sample.numpy(), 1, -1)) < 1e-4
     np.testing.assert_array_equal(np.asarray(state.sample)[known > 0], picture[known > 0])
+
+
+@pytest.mark.parametrize("n", [2, 10, 60])
+def test_predictor_and_corrector(n: int, noise: np.ndarray) -> None:
+    """The whole loop of the pipeline; diffusers averages norms over a batch, so it gets one picture at a time."""
+    ours, theirs = schedulers.ScoreSdeVeScheduler(correct_steps=2), THEIRS["ScoreSdeVeScheduler"](correct_steps=2)
+    plan, batch = ours.plan(n), len(noise[0])
+
+    def score(x: Any, sigma: float, lib: Any) -> Any:
+        return -(x - 0.3 * lib.tanh(x)) / (1 + sigma**2)
+
+    theirs.set_timesteps(n)
+    theirs.set_sigmas(n)
+    state, samples = plan.init(noise[0]), [torch.tensor(noise[0, b : b + 1]).float() * 1348 for b in range(batch)]
+    for i in range(n):
+        draws = noise[2 + 3 * i : 5 + 3 * i]
+        for turn in range(2):
+            out = score(plan.model_input(state, i), float(plan.timestep(i)), jax.numpy)
+            state = ours.correct(state, i, out, turn=turn, noise=draws[turn])
+        out = score(plan.model_input(state, i), float(plan.timestep(i)), jax.numpy)
+        state = plan.step(state, i, out, noise=draws[2])
+        sigma = float(theirs.sigmas[i])
+        for b, x in enumerate(samples):
+            drawn = iter(torch.tensor(draws[:, b : b + 1]).float())
+            with parity.patched(sys.modules[type(theirs).__module__], lambda *_, d=drawn, **__: next(d), double=False):
+                for _ in range(2):
+                    x = theirs.step_correct(score(x, sigma, torch), x).prev_sample
+                step = theirs.step_pred(score(x, sigma, torch), theirs.timesteps[i], x)
+            samples[b] = step.prev_sample if i + 1 < n else step.prev_sample_mean
+        assert parity.relative(np.asarray(state.sample), torch.cat(samples).numpy()) < 2e-5

@@ -106,6 +106,8 @@ def ends_clean(scheduler: schedulers.Scheduler, n: int) -> bool:
     """Whether the last step goes to sigma 0, and exactly so."""
     if scheduler.class_name == "LCMScheduler":
         return False  # a little of the last sample stays in the result
+    if scheduler.class_name == "ScoreSdeVpScheduler":
+        return False  # Euler-Maruyama steps in time are exact only in the limit
     if scheduler.class_name == "PNDMScheduler":
         return False  # repeated and rounded half steps: averages of outputs that mean slightly different pictures
     if getattr(scheduler, "variance_type", None) in ("fixed_large", "fixed_large_log"):
