@@ -10,6 +10,7 @@ from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Thei
 DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
 SINGLE, SA = "DPMSolverSinglestepScheduler", "SASolverScheduler"
 TCD, LCM = "TCDScheduler", "LCMScheduler"
+MULTI, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 
 MOST = STEPS[:-1]
 """Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS and order 4
@@ -18,7 +19,7 @@ of SA-Solver lose eight digits to cancellation there)."""
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa(), *_consistency()]
+    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa(), *_consistency(), *_flow()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -142,18 +143,6 @@ def _sa() -> list[Case]:
     return out
 
 
-def _with_tau(tau: Callable[[float], float]) -> Callable[[Theirs], list[Any]]:
-    def loop(theirs: Theirs) -> list[Any]:
-        theirs.scheduler.tau_func, samples = tau, [theirs.start]
-        for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
-            theirs.drawn = noise
-            out = theirs.network(samples[-1], t)
-            samples.append(theirs.scheduler.step(out, t, samples[-1]).prev_sample)
-        return samples
-
-    return loop
-
-
 def _consistency() -> list[Case]:
     """At most 50 steps: those of the distillation."""
     out = []
@@ -181,3 +170,67 @@ def _consistency() -> list[Case]:
             plan = {"timesteps": timesteps, "strength": strength}
             out.append(_case(name, f"explicit-{strength}", plan=plan, steps=(0,)))
     return out
+
+
+def _flow() -> list[Case]:
+    """Levels of flow matching; diffusers converts such outputs to clean samples only, not to noise."""
+    out = []
+    plain = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+    def add(name: str, label: str, config: dict[str, Any], final: float | None = None, **rest: Any) -> None:
+        rest |= {} if final is None else {"loop": _ending_at(final)}
+        out.append(_case(name, f"flow-{label}", plain | config, **rest))
+
+    first = 0.001
+    for name in (MULTI, SINGLE, UNIPC):
+        dynamic = {"use_dynamic_shifting": True}
+        for order in (1, 2, 3):
+            add(name, f"{order}", {"solver_order": order})
+            add(name, f"shift-{order}", {"solver_order": order, "flow_shift": 3.0})
+        add(name, "strength", {"flow_shift": 3.0}, plan={"strength": 0.6}, steps=STEPS[1:])
+        add(name, "dynamic", dynamic, plan={"mu": 0.8})
+        add(name, "500-train-steps", {"num_train_timesteps": 500}, steps=MOST)
+        add(name, "threshold", {"thresholding": True, "sample_max_value": 1.5})
+        # diffusers ends at a level of the betas (DPM-Solver) or at the last step's own (UniPC), not at the first one.
+        add(name, "sigma-min", {"final_sigmas_type": "sigma_min"}, first, steps=MOST)
+    for order in (1, 2, 3):
+        add(MULTI, f"sde-{order}", {"algorithm_type": "sde-dpmsolver++", "solver_order": order})
+        add(SINGLE, f"sde-{order}", {"algorithm_type": "sde-dpmsolver++", "solver_order": order})
+        add(DEIS, f"{order}", {"solver_order": order, "flow_shift": 3.0}, 3 * first / (1 + 2 * first), steps=MOST)
+        config = {"predictor_order": order, "corrector_order": order, "flow_shift": 3.0}
+        add(SA, f"{order}", config, 3 * first / (1 + 2 * first), steps=MOST)
+    add(UNIPC, "linear-dynamic", {"use_dynamic_shifting": True, "time_shift_type": "linear"}, plan={"mu": 2.5})
+    add(UNIPC, "terminal", {"shift_terminal": 0.1, "flow_shift": 2.0}, steps=STEPS[1:])
+    karras = {"use_karras_sigmas": True, "sigma_min": 0.01, "sigma_max": 200.0}
+    add(UNIPC, "karras", karras)
+    add(UNIPC, "karras-sigma-min", karras | {"final_sigmas_type": "sigma_min"}, steps=STEPS[1:])
+    return out
+
+
+def _with_tau(tau: Callable[[float], float]) -> Callable[[Theirs], list[Any]]:
+    def change(scheduler: Any) -> None:
+        scheduler.tau_func = tau
+
+    return _after(change)
+
+
+def _ending_at(sigma: float) -> Callable[[Theirs], list[Any]]:
+    def change(scheduler: Any) -> None:
+        scheduler.sigmas[-1] = sigma
+
+    return _after(change)
+
+
+def _after(change: Callable[[Any], None]) -> Callable[[Theirs], list[Any]]:
+    """The usual run of diffusers after a change of its scheduler."""
+
+    def loop(theirs: Theirs) -> list[Any]:
+        change(theirs.scheduler)
+        samples = [theirs.start]
+        for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
+            theirs.drawn = noise
+            out = theirs.network(samples[-1], t)
+            samples.append(theirs.scheduler.step(out, t, samples[-1]).prev_sample)
+        return samples
+
+    return loop

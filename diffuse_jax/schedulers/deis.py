@@ -8,13 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.multistep import (
-    FEW_STEPS,
-    ExponentialIntegrator,
-    adams_weights,
-    exponential_step,
-    log_snr_half,
-)
+from diffuse_jax.schedulers import flow
+from diffuse_jax.schedulers.exponential import ExponentialIntegrator
+from diffuse_jax.schedulers.multistep import FEW_STEPS, adams_weights, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
 
@@ -35,10 +31,12 @@ class DEISMultistepScheduler(ExponentialIntegrator):
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
+    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "solver_order": (1, 2, 3),
         "algorithm_type": ("deis",),
         "solver_type": ("logrho",),
+        "time_shift_type": flow.SHIFT_TYPES,
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
         "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},

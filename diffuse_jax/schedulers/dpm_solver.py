@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.multistep import FEW_STEPS, ExponentialIntegrator, exponential_step, log_snr_half
+from diffuse_jax.schedulers.exponential import ExponentialIntegrator
+from diffuse_jax.schedulers.multistep import FEW_STEPS, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Row
 
@@ -108,9 +110,10 @@ class DPMSolverMultistepScheduler(DPMSolver):
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
+    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = DPMSolver.choices | {
         "final_sigmas_type": sg.FINAL_SIGMAS,
-        "use_dynamic_shifting": (False, None),
+        "time_shift_type": flow.SHIFT_TYPES,
     }
 
     def whole_timesteps(self, t: Array) -> Array:

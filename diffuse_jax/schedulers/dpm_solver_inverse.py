@@ -34,8 +34,8 @@ class DPMSolverMultistepInverseScheduler(DPMSolver):
                 f" backwards; use {self.algorithm_type.removeprefix('sde-')!r}"
             )
 
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
-        grid = super().grid(n, timesteps=timesteps, sigmas=sigmas)
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None, mu: float | None = None) -> Grid:
+        grid = super().grid(n, timesteps=timesteps, sigmas=sigmas, mu=mu)
         return dataclasses.replace(grid, final=grid.target[-1])
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:

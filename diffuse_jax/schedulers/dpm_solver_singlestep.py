@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.dpm_solver import DPMSolver
 from diffuse_jax.schedulers.multistep import log_snr_half
@@ -28,10 +29,11 @@ class DPMSolverSinglestepScheduler(DPMSolver):
     time_shift_type: str = "exponential"
 
     absent: ClassVar[tuple[str, ...]] = ("timestep_spacing", "steps_offset")
+    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = DPMSolver.choices | {
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
         "final_sigmas_type": sg.FINAL_SIGMAS,
-        "use_dynamic_shifting": (False, None),
+        "time_shift_type": flow.SHIFT_TYPES,
     }
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:

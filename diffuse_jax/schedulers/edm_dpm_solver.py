@@ -16,7 +16,7 @@ from diffuse_jax.schedulers.table import Grid, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):  # type: ignore[misc]  # no mu
     """The update of :class:`DPMSolverMultistepScheduler` between the levels of EDM."""
 
     absent: ClassVar[tuple[str, ...]] = (
@@ -33,6 +33,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
         "time_shift_type",
         "rescale_betas_zero_snr",
     )
+    grid_options: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[dict[str, tuple[Any, ...]]] = (
         DPMSolverMultistepScheduler.choices
         | EDMScheduler.choices

@@ -67,7 +67,7 @@ def stretch_to_terminal(sigmas: Array, terminal: float) -> Array:
     """Scale the distances to pure noise so that the last level becomes ``terminal`` (LTX-Video, arXiv 2501.00103)."""
     if sigmas[-1] == 1:  # a single step, from pure noise: there is no distance to scale
         return sigmas
-    return np.asarray(1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1]))
+    return np.asarray(1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal)))
 
 
 def training_sigmas(train_steps: int, factor: float = 1.0) -> Array:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.multistep import ExponentialIntegrator, adams_weights, exponential_step, log_snr_half
+from diffuse_jax.schedulers.exponential import ExponentialIntegrator
+from diffuse_jax.schedulers.multistep import adams_weights, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
 
@@ -84,8 +85,8 @@ class SASolverScheduler(ExponentialIntegrator):
     ) -> Array:
         """The SA-Predictor and the SA-Corrector (alg. 1), from ``source`` to ``target``.
 
-        The outputs at the levels ``nodes``, ``target`` among them for the corrector, are interpolated by a polynomial in
-        lambda and integrated.
+        The outputs at the levels ``nodes``, ``target`` among them for the corrector, are interpolated by a polynomial
+        in lambda and integrated.
         """
         _, scale, u = exponential_step(source, target, data=self.predicts_data)
         rate, h, ratio = 1 + tau**2, abs(u), target[0] / source[0]

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.multistep import ExponentialIntegrator, exponential_step, log_snr_half
+from diffuse_jax.schedulers.exponential import ExponentialIntegrator
+from diffuse_jax.schedulers.multistep import exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
 
@@ -37,12 +39,14 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
     sigma_max: float | None = None
     shift_terminal: float | None = None
 
+    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
+    karras_flow: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "solver_order": (1, 2, 3),
         "solver_type": ("bh1", "bh2"),
         "solver_p": (None,),
         "final_sigmas_type": sg.FINAL_SIGMAS,
-        "use_dynamic_shifting": (False, None),
+        "time_shift_type": flow.SHIFT_TYPES,
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
         "solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"},
@@ -57,6 +61,9 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
                 "the last step goes to a clean sample, which only order 1 can do; set lower_order_final=True or"
                 " final_sigmas_type='sigma_min'"
             )
+
+    def flow_points(self, n: int) -> Array:
+        return np.linspace(1, 1 / self.num_train_timesteps, n + 1)[:-1]
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         n, order = len(grid.timesteps), 0
