@@ -18,8 +18,17 @@ def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
     out: list[Case] = []
 
-    def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
+    def add(
+        names: tuple[str, ...],
+        label: str,
+        config: dict[str, Any] | None = None,
+        steps: tuple[int, ...] = STEPS,
+        **rest: Any,
+    ) -> None:
         for name in names:
+            # There are no more timesteps than those of training, for LCM of the distillation.
+            most = 50 if name == "LCMScheduler" else (config or {}).get("num_train_timesteps", 1000)
+            rest["steps"] = tuple(n for n in steps if n <= most)
             clip = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
             plms = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
             out.append(Case(name, label, SD | clip | plms | (config or {}), **rest))
@@ -29,7 +38,10 @@ def cases() -> list[Case]:
     add((*(n for n in VP if n != "PNDMScheduler"), *VE, *MULTISTEP), "sample", {"prediction_type": "sample"})
     for spacing in ("leading", "linspace", "trailing"):
         add(ALL, spacing, {"timestep_spacing": spacing})
-    add(ALL, "offset", {"timestep_spacing": "leading", "steps_offset": 1})
+    offset = {"timestep_spacing": "leading", "steps_offset": 1}
+    add(tuple(n for n in ALL if n not in MULTISTEP), "offset", offset)
+    # The timesteps of multistep samplers reach the end of training already without an offset.
+    add(MULTISTEP, "offset", offset, steps=STEPS[:-1])
     for schedule in ("linear", "squaredcos_cap_v2"):
         add(ALL, schedule, {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02})
     add(ALL, "trained-betas", {"trained_betas": TRAINED_BETAS})
@@ -101,7 +113,7 @@ def cases() -> list[Case]:
     add(dpm, "lu", {"use_lu_lambdas": True})
     for spacing in ("leading", "linspace", "trailing"):
         clipped = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
-        add(dpm, f"lambda-clipped-{spacing}", clipped)
+        add(dpm, f"lambda-clipped-{spacing}", clipped, steps=STEPS[:-1])
 
     unipc = ("UniPCMultistepScheduler",)
     for order in (1, 2, 3):
