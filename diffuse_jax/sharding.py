@@ -73,11 +73,15 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Mapping[str, 
 
 
 def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
-    """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays."""
+    """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays.
+
+    The tree may hold parameters deeper inside, as a training state does: an optimiser's moments are cut like the
+    parameters that they belong to, and what has no such path is whole on every device.
+    """
     mesh = automatic(mesh)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(key.key for key in path)
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         return NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, shapes)
@@ -86,6 +90,11 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Arrays with a leading batch axis: cut along ``data``."""
     return NamedSharding(automatic(mesh), PartitionSpec("data"))
+
+
+def train_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches of training, ``[accumulation steps, B, ...]``: the second axis is cut along ``data`` and ``fsdp``."""
+    return NamedSharding(automatic(mesh), PartitionSpec(None, tuple(a for a in ("data", "fsdp") if a in mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

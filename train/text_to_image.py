@@ -24,17 +24,21 @@ from diffuse_jax.models.autoencoder_kl import AutoencoderKL, Posterior, scale_la
 from diffuse_jax.models.base import Params
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
 from diffuse_jax.schedulers import DDPMScheduler, Scheduler
+from diffuse_jax.sharding import param_shardings
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.training.arguments import (
     PRECISIONS,
     add_objective,
+    average_from,
     make_parser,
+    mesh_from,
     objective_from,
     optimizer_from,
+    pictures_per_update,
     train_options,
 )
 from diffuse_jax.training.data import Pictures, batch_indices, caption_batch, pixel_batch, read_pictures
-from diffuse_jax.training.loop import resume, train
+from diffuse_jax.training.loop import place, resume, train
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics, TrainState, init_state, make_step
 from diffuse_jax.weights import resolve
@@ -58,15 +62,19 @@ def main() -> None:
     trainable = {name: params[name] for name in ("unet", "text_encoder") if name == "unet" or args.train_text_encoder}
     frozen = {name: value for name, value in params.items() if name not in trainable}
 
-    optimizer, rate = optimizer_from(args)
-    state = resume(args.output_dir, args.resume_from_checkpoint, init_state(trainable, optimizer, args.use_ema))
+    mesh = mesh_from(args)
+    optimizer, rate = optimizer_from(args, mesh)
+    state = place(init_state(trainable, optimizer, args.use_ema), mesh)
+    state = resume(args.output_dir, args.resume_from_checkpoint, state)
     loss = functools.partial(denoising_loss, models, objective_from(args, models.scheduler))
-    step = make_step(loss, optimizer, args.seed, args.ema_decay)
+    step = make_step(loss, optimizer, args.seed, average_from(args), param_shardings(state, mesh))
     pictures = read_pictures(args.train_data_dir, args.resolution, args.caption_column)
-    batches = make_batches(args, pictures, tokenizer(source), models.vae, frozen["vae"])
+    size = pictures_per_update(args, mesh)
+    batches = make_batches(args, size, pictures, tokenizer(source), models.vae, frozen["vae"])
 
     export = functools.partial(save_pipeline, models, source, params)
-    state = train(state, step, frozen, batches, rate=rate, export=export, **train_options(args))
+    frozen = place(frozen, mesh)
+    state = train(state, step, frozen, batches, mesh=mesh, rate=rate, export=export, **train_options(args))
     export(Path(args.output_dir), state)
     print(args.output_dir)
 
@@ -99,6 +107,7 @@ def load(args: argparse.Namespace, source: Path) -> tuple[Models, dict[str, Para
     """The networks in the wanted computing precision, with float32 parameters."""
     dtypes = {"dtype": PRECISIONS[args.mixed_precision], "param_dtype": jnp.float32}
     unet, unet_params = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **dtypes)
+    unet = unet.clone(remat=args.gradient_checkpointing)
     text_encoder, text_params = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **dtypes)
     vae_source = args.pretrained_vae_model_name_or_path or source
     vae, vae_params = AutoencoderKL.from_pretrained(vae_source, subfolder="vae")
@@ -124,13 +133,13 @@ def tokenizer(source: Path) -> Callable[[list[str]], np.ndarray]:
 
 def make_batches(
     args: argparse.Namespace,
+    size: int,
     pictures: Pictures,
     tokenize: Callable[[list[str]], np.ndarray],
     vae: AutoencoderKL,
     vae_params: Params,
 ) -> Callable[[int], Batch]:
-    """``batches(n)``: token ids, and pixels or (with ``--cache_latents``) the moments of their latents."""
-    size = args.train_batch_size * jax.device_count()
+    """``batches(n)`` of ``size`` pictures: token ids, and pixels or (``--cache_latents``) moments of their latents."""
     pixels = functools.partial(pixel_batch, size=args.resolution, seed=args.seed)
     if args.cache_latents:
         moments = encode_all(vae, vae_params, pictures, functools.partial(pixels, step=0, center_crop=True))

@@ -20,9 +20,18 @@ import numpy as np
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL
 from diffuse_jax.models.base import Params
-from diffuse_jax.training.arguments import PRECISIONS, make_parser, optimizer_from, train_options
+from diffuse_jax.sharding import param_shardings
+from diffuse_jax.training.arguments import (
+    PRECISIONS,
+    average_from,
+    make_parser,
+    mesh_from,
+    optimizer_from,
+    pictures_per_update,
+    train_options,
+)
 from diffuse_jax.training.data import Pictures, batch_indices, pixel_batch, read_pictures
-from diffuse_jax.training.loop import resume, train
+from diffuse_jax.training.loop import place, resume, train
 from diffuse_jax.training.state import Metrics, init_state, make_step
 
 
@@ -32,17 +41,19 @@ def main() -> None:
         args.pretrained_model_name_or_path, subfolder="vae", dtype=PRECISIONS[args.mixed_precision]
     )
     pictures = read_pictures(args.train_data_dir, args.resolution, caption_column=None)
-    optimizer, rate = optimizer_from(args)
-    state = resume(args.output_dir, args.resume_from_checkpoint, init_state(params, optimizer, args.use_ema))
+    mesh = mesh_from(args)
+    optimizer, rate = optimizer_from(args, mesh)
+    state = place(init_state(params, optimizer, args.use_ema), mesh)
+    state = resume(args.output_dir, args.resume_from_checkpoint, state)
     loss = functools.partial(vae_loss, vae, args.kl_weight, args.edge_weight)
-    step = make_step(loss, optimizer, args.seed, args.ema_decay)
-    batch_size = args.train_batch_size * jax.device_count()
+    step = make_step(loss, optimizer, args.seed, average_from(args), param_shardings(state, mesh))
+    batch_size = pictures_per_update(args, mesh)
 
     def batches(n: int) -> np.ndarray:
         chosen = batch_indices(args.seed, n, batch_size, len(pictures))
         return pixel_batch([pictures.images[i] for i in chosen], args.crop_size or args.resolution, args.seed, n)
 
-    state = train(state, step, {}, batches, rate=rate, **train_options(args))
+    state = train(state, step, {}, batches, mesh=mesh, rate=rate, **train_options(args))
     save(vae, state.params if state.ema is None else state.ema, pictures, args)
 
 

@@ -112,6 +112,7 @@ class UNet2DModel(Model):
     """
 
     config: UNet2DConfig = UNet2DConfig()
+    remat: bool = False  # compute blocks again in the backward pass instead of keeping what is inside
     config_class: ClassVar[type[Config]] = UNet2DConfig
 
     def example_inputs(self) -> dict[str, Any]:
@@ -152,15 +153,17 @@ class UNet2DModel(Model):
 
         x = Conv(c.block_out_channels[0], **dtypes, name="conv_in")(x)
         skips, last = [x], len(c.block_out_channels) - 1
+        remat = nn.remat if self.remat else lambda block, **_: block
+        down_block, mid_block, up_block = remat(DownBlock), remat(MidBlock), remat(UpBlock)
         for i, channels in enumerate(c.block_out_channels):
-            block = DownBlock(c, c.down_block_types[i], channels, i < last, **dtypes, name=f"down_blocks_{i}")
+            block = down_block(c, c.down_block_types[i], channels, i < last, **dtypes, name=f"down_blocks_{i}")
             x, new = block(x, temb)
             skips += new
         if c.mid_block_type is not None:
-            x = MidBlock(c, "", c.block_out_channels[-1], **dtypes, name="mid_block")(x, temb)
+            x = mid_block(c, "", c.block_out_channels[-1], **dtypes, name="mid_block")(x, temb)
         for i, channels in enumerate(c.block_out_channels[::-1]):
             here, skips = skips[-c.layers_per_block - 1 :], skips[: -c.layers_per_block - 1]
-            x = UpBlock(c, c.up_block_types[i], channels, i < last, **dtypes, name=f"up_blocks_{i}")(x, here, temb)
+            x = up_block(c, c.up_block_types[i], channels, i < last, **dtypes, name=f"up_blocks_{i}")(x, here, temb)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         return Conv(c.out_channels, **dtypes, name="conv_out")(nn.silu(x))

@@ -198,6 +198,7 @@ class UNet2DConditionModel(Model):
     """
 
     config: UNet2DConditionConfig = UNet2DConditionConfig()
+    remat: bool = False  # compute blocks again in the backward pass instead of keeping what is inside
     config_class: ClassVar[type[Config]] = UNet2DConditionConfig
 
     def example_inputs(self) -> dict[str, Any]:
@@ -258,15 +259,17 @@ class UNet2DConditionModel(Model):
         x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=c.conv_in_kernel // 2, **dtypes, name="conv_in")(x)
         skips = [x]
         down, up = c.down_levels(), c.up_levels()
+        remat = nn.remat if self.remat else lambda block, **_: block
+        down_block, mid_block, up_block = remat(DownBlock), remat(MidBlock), remat(UpBlock, static_argnums=(5,))
         for i, level in enumerate(down):
-            x, new = DownBlock(c, level, i + 1 < len(down), **dtypes, name=f"down_blocks_{i}")(x, temb, context)
+            x, new = down_block(c, level, i + 1 < len(down), **dtypes, name=f"down_blocks_{i}")(x, temb, context)
             skips += new
         if c.mid_block_type is not None:
-            x = MidBlock(c, c.mid_level(), **dtypes, name="mid_block")(x, temb, context)
+            x = mid_block(c, c.mid_level(), **dtypes, name="mid_block")(x, temb, context)
         for i, level in enumerate(up):
             here, skips = skips[-level.layers :], skips[: -level.layers]
             size = None if i + 1 == len(up) else skips[-1].shape[1:3]
-            x = UpBlock(c, level, **dtypes, name=f"up_blocks_{i}")(x, here, temb, context, size)
+            x = up_block(c, level, **dtypes, name=f"up_blocks_{i}")(x, here, temb, context, size)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         x = ACTIVATIONS[c.act_fn](x)

@@ -7,13 +7,23 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.objective import TIMESTEP_BIASES, Objective, timestep_probabilities
 from diffuse_jax.training.optimizer import OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
+from diffuse_jax.training.state import Average
 
 PRECISIONS: dict[str, DTypeLike] = {"no": jnp.float32, "bf16": jnp.bfloat16}
+
+
+MESH_FLAGS = (
+    ("data", -1, "devices along which batches are divided; -1 is all that remain"),
+    ("fsdp", 1, "devices along which batches, parameters and optimiser are divided"),
+    ("tensor", 1, "devices along which wide layers are divided"),
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -56,8 +66,15 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     add("--adam_epsilon", type=float, default=None, help="added to the root of the second moment; likewise")
     add("--use_8bit_adam", action=Refused, advice="JAX has no 8-bit Adam; --optimizer lion or adafactor saves as much")
     add("--max_grad_norm", type=float, default=1.0, help="global norm to which the gradient is clipped")
+    add("--scale_lr", action="store_true", help="multiply learning_rate by the pictures of an update")
+    add("--gradient_accumulation_steps", type=int, default=1, help="parts of an update, one in memory at a time")
+    add("--gradient_checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
     add("--use_ema", action="store_true", help="average the parameters and save the average")
     add("--ema_decay", type=float, default=0.9999, help="decay of that average, reached after a ramp")
+    add("--ema_inv_gamma", type=float, default=None, help="use the ramp 1 - (1 + n / this) ** -power instead")
+    add("--ema_power", type=float, default=2 / 3, help="power of that ramp")
+    for axis, size, what in MESH_FLAGS:
+        add(f"--mesh_{axis}", type=int, default=size, help=what)
     add("--mixed_precision", default="no", choices=sorted(PRECISIONS), help="dtype of the computation")
     add("--checkpointing_steps", type=int, default=500, help="write checkpoint-N every so many updates")
     add("--checkpoints_total_limit", type=int, default=None, help="keep at most this many checkpoints")
@@ -103,11 +120,11 @@ def objective_from(args: argparse.Namespace, scheduler: Scheduler, prior_loss_we
     )
 
 
-def optimizer_from(args: argparse.Namespace) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def optimizer_from(args: argparse.Namespace, mesh: Mesh) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser that the flags describe, and its learning rate."""
     rate = learning_rate(
         args.lr_scheduler,
-        args.learning_rate,
+        args.learning_rate * (pictures_per_update(args, mesh) if args.scale_lr else 1),
         args.lr_warmup_steps,
         args.max_train_steps,
         cycles=args.lr_num_cycles,
@@ -120,7 +137,23 @@ def optimizer_from(args: argparse.Namespace) -> tuple[optax.GradientTransformati
     return make_optimizer(args.optimizer, rate, max_grad_norm=args.max_grad_norm, **given), rate
 
 
+def average_from(args: argparse.Namespace) -> Average:
+    """The running average that the flags describe."""
+    return Average(decay=args.ema_decay, inv_gamma=args.ema_inv_gamma, power=args.ema_power)
+
+
+def mesh_from(args: argparse.Namespace) -> Mesh:
+    """The mesh that the flags describe, over all devices."""
+    return make_mesh(data=args.mesh_data, fsdp=args.mesh_fsdp, tensor=args.mesh_tensor)
+
+
+def pictures_per_update(args: argparse.Namespace, mesh: Mesh) -> int:
+    """``train_batch_size`` for each device that gets a part of the batch, times the accumulation steps."""
+    return args.train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"] * args.gradient_accumulation_steps
+
+
 def train_options(args: argparse.Namespace) -> dict[str, object]:
     """The flags that :func:`diffuse_jax.training.loop.train` takes."""
     names = ("output_dir", "max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit")
-    return {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names}
+    return options | {"accumulation_steps": args.gradient_accumulation_steps}

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffuse_jax.models.base import Params
+from diffuse_jax.sharding import param_shardings, train_batch_sharding
 from diffuse_jax.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from diffuse_jax.training.state import Metrics, TrainState
 
@@ -56,12 +57,19 @@ def resume(output_dir: str | Path, which: str | None, state: TrainState) -> Trai
     return load_checkpoint(folder, state) if folder else state
 
 
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Put a state, or frozen parameters, onto the mesh: cut where the mesh has ``fsdp`` or ``tensor``, else whole."""
+    return jax.device_put(tree, param_shardings(tree, mesh))
+
+
 def train(
     state: TrainState,
     step: Step,
     frozen: Params,
     batches: Callable[[int], Any],
     *,
+    mesh: Mesh,
+    accumulation_steps: int = 1,
     output_dir: str | Path,
     max_train_steps: int,
     rate: Callable[[int], Any],
@@ -72,17 +80,23 @@ def train(
 ) -> TrainState:
     """Run ``step`` on ``batches(n)`` until ``max_train_steps`` updates are made in all, counted from the state's own.
 
-    The batch is divided over all local devices along its first axis; parameters are copied to each. ``export`` writes
-    the model in its inference format beside each checkpoint's state.
+    Args:
+      state: placed on the mesh already (:func:`place`).
+      step: of :func:`~diffuse_jax.training.state.make_step`.
+      frozen: parameters that the loss needs and that stay.
+      batches: update ``n`` -> a tree of arrays ``[accumulation_steps * B, ...]``.
+      mesh: each batch is divided over its ``data`` and ``fsdp`` axes.
+      accumulation_steps: parts in which each batch is worked off.
+      export: writes the model in its inference format beside each checkpoint's state.
+      output_dir, max_train_steps, logging_steps, checkpointing_steps, checkpoints_total_limit, rate: as the flags.
     """
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    divided, copied = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-    state, frozen = jax.device_put((state, frozen), copied)
+    divided = train_batch_sharding(mesh)
+    parts = lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:])
     log = Log(output_dir)
     first = int(state.step)
     bar = tqdm(range(first, max_train_steps), initial=first, total=max_train_steps, mininterval=5, file=sys.stderr)
     for n in bar:
-        state, metrics = step(state, frozen, jax.device_put(batches(n), divided))
+        state, metrics = step(state, frozen, jax.device_put(jax.tree.map(parts, batches(n)), divided))
         log.add(metrics)
         if (n + 1) % logging_steps == 0 or n + 1 == max_train_steps:
             record = log.flush(n + 1, learning_rate=float(rate(n)))

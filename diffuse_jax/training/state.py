@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,36 +43,92 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, use_ema:
     return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
 
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """How the running average of the parameters follows them; see :func:`ema_rate`.
+
+    Attributes:
+      decay: reached after a ramp.
+      min_decay: never less, once the average has begun.
+      update_after_step: updates after which it begins.
+      inv_gamma, power: with ``inv_gamma`` the ramp is ``1 - (1 + n / inv_gamma) ** -power`` instead of
+        ``(1 + n) / (10 + n)``.
+    """
+
+    decay: float = 0.9999
+    min_decay: float = 0.0
+    update_after_step: int = 0
+    inv_gamma: float | None = None
+    power: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        for name in ("decay", "min_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} of the running average must lie in [0, 1], got {getattr(self, name)}")
+
+
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, seed: int, ema_decay: float = 0.9999
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    average: Average = Average(),
+    shardings: Any = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Compile ``step(state, frozen, batch) -> (state, metrics)``; the old state's memory is re-used.
 
-    The random key of update ``n`` is ``fold_in(key(seed), n)``. Metrics are those of the loss, plus ``loss`` and
-    ``grad_norm`` (before clipping).
+    Every array of ``batch`` is ``[accumulation steps, B, ...]``: the gradients of that many losses are averaged, one
+    after the other, before the one update. The random key of part ``m`` of update ``n`` is
+    ``fold_in(fold_in(key(seed), n), m)``. Metrics are means of the loss's, plus ``loss`` and ``grad_norm`` (before
+    clipping).
+
+    Args:
+      loss: what is minimised.
+      optimizer: how.
+      seed: decides all random numbers of the run.
+      average: of the running average, where the state has one.
+      shardings: where the new state goes (:func:`diffuse_jax.sharding.param_shardings` of a state); None leaves that to
+        the compiler.
     """
 
-    @jax.jit(donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
+        grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        count = state.step + 1
-        ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(count, ema_decay))
-        metrics = metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(count, params, opt_state, ema), metrics
+        made = state.step + 1
+        ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(made, average))
+        return TrainState(made, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
 
 
-def ema_rate(updates: jax.Array, decay: float) -> jax.Array:
-    """The decay after so many updates: ``(1 + n) / (10 + n)`` with ``n = updates - 1``, at most ``decay``; 0 at first.
+def mean_gradient(loss: Loss, params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the mean loss over the parts of ``batch [parts, B, ...]``, one in memory at a time."""
 
-    The ramp keeps the untrained start out of the average.
+    def part(m: Any, own: Any) -> tuple[Params, Metrics]:
+        compute = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = compute(params, frozen, own, jax.random.fold_in(key, m))
+        return grads, metrics | {"loss": value}
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
+    if count == 1:
+        return part(0, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0, first))
+    add = lambda total, indexed: (jax.tree.map(jnp.add, total, part(*indexed)), None)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def ema_rate(updates: jax.Array, average: Average) -> jax.Array:
+    """The decay after so many updates: the ramp of :class:`Average` with ``n = updates - update_after_step - 1``.
+
+    It is 0 while ``n`` is not positive, which keeps the untrained start out of the average.
     """
-    n = jnp.maximum(updates - 1, 0).astype(jnp.float32)
-    return jnp.where(n > 0, jnp.minimum((1 + n) / (10 + n), decay), 0.0)
+    n = jnp.maximum(updates - average.update_after_step - 1, 0).astype(jnp.float32)
+    ramp = (1 + n) / (10 + n) if average.inv_gamma is None else 1 - (1 + n / average.inv_gamma) ** -average.power
+    return jnp.where(n > 0, jnp.clip(ramp, average.min_decay, average.decay), 0.0)
 
 
 def ema_update(ema: Params, params: Params, decay: jax.Array) -> Params:

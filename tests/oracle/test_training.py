@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.training.optimizer import learning_rate
-from diffuse_jax.training.state import ema_rate, ema_update
+from diffuse_jax.training.state import Average, ema_rate, ema_update
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -46,5 +46,5 @@ def test_running_average(rng: np.random.Generator) -> None:
         value = rng.standard_normal(4).astype(np.float32)
         parameter.data.copy_(torch.tensor(value))
         theirs.step([parameter])
-        ours = ema_update(ours, jnp.asarray(value), ema_rate(jnp.int32(n), 0.9))
+        ours = ema_update(ours, jnp.asarray(value), ema_rate(jnp.int32(n), Average(decay=0.9)))
         np.testing.assert_allclose(ours, theirs.shadow_params[0].numpy(), atol=1e-6)

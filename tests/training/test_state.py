@@ -12,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 
+from diffuse_jax.sharding import make_mesh, param_shardings
 from diffuse_jax.training.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from diffuse_jax.training.loop import resume, train
+from diffuse_jax.training.loop import place, resume, train
 from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
-from diffuse_jax.training.state import TrainState, ema_rate, init_state, make_step
+from diffuse_jax.training.state import Average, TrainState, ema_rate, init_state, make_step
 
 START = {"dense": {"kernel": np.full((2, 1), 0.5, np.float32), "bias": np.zeros((1,), np.float32)}}
 
@@ -37,9 +38,10 @@ FROZEN = {"slope": np.array([[2.0], [-1.0]], np.float32)}
 def run(folder: Path, steps: int, resume_from: str | None = None, **options: Any) -> TrainState:
     rate = learning_rate("constant", 0.05, 0, 1000)
     optimizer = make_optimizer("adamw", rate)
-    state = resume(folder, resume_from, init_state(START, optimizer, use_ema=True))
-    step = make_step(line_loss, optimizer, seed=3, ema_decay=0.9)
-    options = {"logging_steps": 5, "checkpointing_steps": 4} | options
+    mesh = make_mesh(fsdp=2)
+    state = resume(folder, resume_from, place(init_state(START, optimizer, use_ema=True), mesh))
+    step = make_step(line_loss, optimizer, 3, Average(decay=0.9), param_shardings(state, mesh))
+    options = {"logging_steps": 5, "checkpointing_steps": 4, "mesh": mesh} | options
     return train(state, step, FROZEN, batches, output_dir=folder, max_train_steps=steps, rate=rate, **options)
 
 
@@ -97,8 +99,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     step = make_step(broken, optimizer, seed=0)
     state = init_state({"w": np.ones(2, np.float32)}, optimizer, use_ema=False)
     with pytest.raises(FloatingPointError, match="step 5"):
-        train(state, step, {}, batches, output_dir=tmp_path, max_train_steps=9, rate=lambda _: 1.0,
-              logging_steps=5, checkpointing_steps=99)  # fmt: skip
+        train(state, step, {}, batches, mesh=make_mesh(), output_dir=tmp_path, max_train_steps=9,
+              rate=lambda _: 1.0, logging_steps=5, checkpointing_steps=99)  # fmt: skip
 
 
 def test_half_precision_parameters_are_refused() -> None:
@@ -107,7 +109,7 @@ def test_half_precision_parameters_are_refused() -> None:
 
 
 def test_average_forgets_the_start_and_then_moves_slowly() -> None:
-    rates = [float(ema_rate(jnp.int32(n), 0.99)) for n in (1, 2, 3, 10, 10**6)]
+    rates = [float(ema_rate(jnp.int32(n), Average(decay=0.99))) for n in (1, 2, 3, 10, 10**6)]
     np.testing.assert_allclose(rates, [0, 2 / 11, 3 / 12, 10 / 19, 0.99], rtol=1e-6)
 
 
@@ -144,8 +146,36 @@ def test_every_optimizer_learns_the_line(name: str) -> None:
     optimizer = make_optimizer(name, learning_rate("linear", 0.02, 0, 300), weight_decay=0.0)
     state, step = init_state(START, optimizer, use_ema=False), make_step(line_loss, optimizer, seed=0)
     for n in range(300):
-        state, _ = step(state, FROZEN, batches(n))
+        state, _ = step(state, FROZEN, batches(n)[None])
     np.testing.assert_allclose(state.params["dense"]["kernel"], FROZEN["slope"], atol=0.2)
+
+
+def still_loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The line without noise, so that parts of a batch can be compared with the whole."""
+    error = batch @ trainable["dense"]["kernel"] + trainable["dense"]["bias"].reshape(1, 1) - batch @ frozen["slope"]
+    return jnp.square(error).mean(), {}
+
+
+def test_accumulated_parts_make_the_update_of_the_whole_batch() -> None:
+    optimizer = make_optimizer("adamw", lambda _: 0.1)
+    whole, parts = (init_state(START, optimizer, use_ema=True) for _ in range(2))
+    step = make_step(still_loss, optimizer, seed=0)
+    for n in range(3):
+        whole, one = step(whole, FROZEN, batches(n)[None])
+        parts, four = step(parts, FROZEN, batches(n).reshape(4, 2, 2))
+        assert float(one["loss"]) == pytest.approx(float(four["loss"]), rel=1e-6)
+    for a, b in zip(leaves(whole), leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_average_begins_late_and_keeps_its_limits() -> None:
+    late = Average(decay=0.9, min_decay=0.2, update_after_step=5)
+    rates = [float(ema_rate(jnp.int32(n), late)) for n in (1, 6, 7, 10**6)]
+    np.testing.assert_allclose(rates, [0, 0, 0.2, 0.9], rtol=1e-6)
+    warm = Average(decay=0.9999, inv_gamma=1.0, power=0.75)
+    assert float(ema_rate(jnp.int32(11), warm)) == pytest.approx(1 - 11**-0.75)
+    with pytest.raises(ValueError, match="decay"):
+        Average(decay=1.5)
 
 
 def test_unknown_optimizer_is_refused() -> None:

@@ -1,0 +1,88 @@
+"""Training on any mesh is training on one device, and computing blocks again changes nothing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.schedulers import DDPMScheduler
+from diffuse_jax.sharding import make_mesh, param_shardings, train_batch_sharding
+from diffuse_jax.training.initial import initial_params
+from diffuse_jax.training.loop import place
+from diffuse_jax.training.objective import Objective, draw, errors, noised
+from diffuse_jax.training.optimizer import make_optimizer
+from diffuse_jax.training.state import init_state, make_step
+
+UNET = UNet2DConditionModel(
+    UNet2DConditionConfig(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+    )
+)
+OBJECTIVE = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0)
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def loss(unet: UNet2DConditionModel, params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+    drawn = draw(OBJECTIVE, key, batch["x0"])
+    prediction = unet.apply({"params": params}, noised(OBJECTIVE, batch["x0"], drawn), drawn.t, batch["text"])
+    return errors(OBJECTIVE, prediction, batch["x0"], drawn)
+
+
+def curve(mesh: jax.sharding.Mesh, unet: UNet2DConditionModel = UNET, parts: int = 1) -> tuple[list[float], Any]:
+    """Losses of four updates, and the state."""
+    optimizer = make_optimizer("adamw", lambda _: 1e-3)
+    state = place(init_state(initial_params(UNET.shapes(), 0), optimizer, use_ema=True), mesh)
+    step = make_step(functools.partial(loss, unet), optimizer, 0, shardings=param_shardings(state, mesh))
+    losses = []
+    for n in range(4):
+        rng = np.random.default_rng(n)
+        normal = lambda *shape, r=rng: r.standard_normal((parts, 8 // parts, *shape)).astype(np.float32)
+        batch = {"x0": normal(4, 4, 4), "text": normal(3, 16)}
+        state, metrics = step(state, {}, jax.device_put(batch, train_batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[float], Any]:
+    return curve(make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_losses_are_those_of_one_device(alone: tuple[list[float], Any], axes: dict[str, int]) -> None:
+    losses, state = curve(make_mesh(**axes))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
+    if axes.get("fsdp", 1) > 1:
+        moments = jax.tree.leaves(state.opt_state)
+        assert any(not leaf.sharding.is_fully_replicated for leaf in moments), "the optimiser is divided too"
+
+
+def test_blocks_computed_again_give_the_same_losses(alone: tuple[list[float], Any]) -> None:
+    losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=True))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+
+
+def test_every_block_is_computed_again() -> None:
+    batch = {"x0": jnp.zeros((1, 4, 4, 4)), "text": jnp.zeros((1, 3, 16))}
+    forward = lambda unet: jax.make_jaxpr(lambda p: loss(unet, p, {}, batch, jax.random.key(0))[0])(UNET.shapes())
+    blocks = lambda unet: sum(
+        "remat" in str(e.primitive) or "checkpoint" in str(e.primitive) for e in forward(unet).eqns
+    )
+    assert (blocks(UNET), blocks(UNET.clone(remat=True))) == (0, 5)
