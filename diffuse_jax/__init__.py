@@ -48,6 +48,8 @@ _PUBLIC = {
         "IPNDMScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
+        "KarrasEDMScheduler",
+        "KarrasVeScheduler",
         "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",

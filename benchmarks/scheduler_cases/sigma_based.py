@@ -13,7 +13,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_with_betas(), *_ipndm(), *_edm()]
+    return [*_with_betas(), *_ipndm(), *_edm(), *_karras_ve()]
 
 
 def _with_betas() -> list[Case]:
@@ -102,6 +102,43 @@ def _edm() -> list[Case]:
     threshold = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
     add(EDM[1:], "threshold", threshold)
     return out
+
+
+def _karras_ve() -> list[Case]:
+    several = STEPS[1:]  # diffusers divides by the number of steps less one
+    configs = {
+        "plain": {},
+        "churn-from-the-start": {"s_max": 200.0, "s_churn": 2.0},
+        "range": {"sigma_min": 0.1, "sigma_max": 30.0, "s_noise": 1.0, "s_min": 0.3, "s_max": 10.0},
+        "no-churn": {"s_churn": 0.0},
+    }
+    return [Case("KarrasVeScheduler", k, v, steps=several, loop=_karras_ve_loop) for k, v in configs.items()]
+
+
+def _karras_ve_loop(theirs: Theirs) -> list[Any]:
+    """Alg. 2 with diffusers' parts; its levels are squares of the paper's, and its networks predict the negative noise.
+
+    The noise before the first step is part of the first sample here, so none is drawn then.
+    """
+    scheduler, samples, noise = theirs.scheduler, [], iter(theirs.noise)
+    schedule = scheduler.schedule.sqrt()
+    first = scheduler.add_noise_to_input
+    theirs.drawn = theirs.start / schedule[-1]
+    raised = first(0 * theirs.start, schedule[-1])[0]
+    x, theirs.drawn = (theirs.start**2 + raised**2).sqrt() * theirs.start.sign(), 0 * theirs.start
+    for t in theirs.timesteps.tolist():
+        sigma, target = schedule[t], schedule[t - 1] if t else 0 * schedule[0]
+        x_hat, sigma_hat = scheduler.add_noise_to_input(x, sigma)
+        samples.append(x_hat)
+        step = scheduler.step(-theirs.network(x_hat, sigma_hat), sigma_hat, target, x_hat)
+        next(noise)
+        if target:
+            samples.append(step.prev_sample)
+            out = -theirs.network(step.prev_sample, target)
+            step = scheduler.step_correct(out, sigma_hat, target, x_hat, step.prev_sample, step.derivative)
+            theirs.drawn = next(noise)
+        x = step.prev_sample
+    return [*samples, x]
 
 
 def _ipndm() -> list[Case]:

@@ -15,6 +15,8 @@ from diffuse_jax.schedulers.edm_euler import EDMEulerScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffuse_jax.schedulers.heun import HeunDiscreteScheduler
 from diffuse_jax.schedulers.ipndm import IPNDMScheduler
+from diffuse_jax.schedulers.karras_edm import KarrasEDMScheduler
+from diffuse_jax.schedulers.karras_ve import KarrasVeScheduler
 from diffuse_jax.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
@@ -48,6 +50,8 @@ __all__ = [
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "KarrasEDMScheduler",
+    "KarrasVeScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",

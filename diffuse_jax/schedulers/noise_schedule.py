@@ -119,8 +119,17 @@ def sigma_to_timestep(sigma: Array, table: Array) -> Array:
 
 def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) -> Array:
     """Karras et al. 2022, eq. 5."""
-    ramp = np.linspace(0, 1, n)
+    return karras_ramp(np.linspace(0, 1, n), sigma_min, sigma_max, rho)
+
+
+def karras_ramp(ramp: Array, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Array:
+    """The same at places ``ramp`` between 0 (``sigma_max``) and 1 (``sigma_min``)."""
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def training_ramp(timesteps: Array, train_steps: int) -> Array:
+    """Ascending places between 0 and 1 of descending places in a list of ``train_steps`` levels."""
+    return timesteps[::-1] / max(train_steps - 1, 1)
 
 
 def exponential_sigmas(sigma_min: float, sigma_max: float, n: int) -> Array:
