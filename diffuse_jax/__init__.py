@@ -28,6 +28,7 @@ _PUBLIC = {
         "StableDiffusionXLPipeline",
     ),
     "diffuse_jax.schedulers": (
+        "ConsistencyDecoderScheduler",
         "CosineDPMSolverMultistepScheduler",
         "DDIMInverseScheduler",
         "DDIMParallelScheduler",
@@ -62,6 +63,7 @@ _PUBLIC = {
         "TCDScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",
+        "VQDiffusionScheduler",
     ),
     "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }

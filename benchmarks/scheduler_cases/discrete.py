@@ -19,7 +19,16 @@ TIMESTEPS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_inverse(), *_parallel(), *_ddpm(), *_wuerstchen(), *_unclip(), *_repaint(), *_score_sde()]
+    return [
+        *_inverse(),
+        *_parallel(),
+        *_ddpm(),
+        *_wuerstchen(),
+        *_unclip(),
+        *_repaint(),
+        *_score_sde(),
+        *_consistency_decoder(),
+    ]
 
 
 def _inverse() -> list[Case]:
@@ -212,3 +221,8 @@ def _score_sde() -> list[Case]:
         Case(ve, "narrow", narrow, loop=loop, steps=STEPS[1:]),
         Case(ve, "sampling-eps", narrow | {"sampling_eps": 1e-4}, loop=loop, steps=STEPS[1:]),
     ]
+
+
+def _consistency_decoder() -> list[Case]:
+    name = "ConsistencyDecoderScheduler"
+    return [Case(name, f"sigma-data-{s:g}", {"sigma_data": s}, steps=(2,)) for s in (0.5, 0.9)]

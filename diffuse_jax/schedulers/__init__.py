@@ -1,6 +1,7 @@
 """Samplers: frozen configurations that turn a number of steps into a table that one ``step`` function executes."""
 
 from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.consistency_decoder import ConsistencyDecoderScheduler
 from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
 from diffuse_jax.schedulers.ddim_inverse import DDIMInverseScheduler
 from diffuse_jax.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
@@ -28,8 +29,10 @@ from diffuse_jax.schedulers.score_sde_vp import ScoreSdeVpScheduler
 from diffuse_jax.schedulers.tcd import TCDScheduler
 from diffuse_jax.schedulers.unclip import UnCLIPScheduler
 from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
+from diffuse_jax.schedulers.vq_diffusion import VQDiffusionScheduler
 
 __all__ = [
+    "ConsistencyDecoderScheduler",
     "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
     "DDIMParallelScheduler",
@@ -63,4 +66,5 @@ __all__ = [
     "TCDScheduler",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
+    "VQDiffusionScheduler",
 ]

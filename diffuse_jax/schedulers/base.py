@@ -133,6 +133,9 @@ class Scheduler(Config):
         data = _modern_spelling(data)
         names = _field_names(cls)
         fields = {k: v for k, v in data.items() if k in names}
+        missing = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
+        if not {*missing} <= {*fields}:
+            raise ValueError(f"{cls.class_name} needs the setting {', '.join({*missing} - {*fields})}")
         extra = {k: v for k, v in data.items() if k not in names and k not in ("_class_name", "given")}
         try:
             return cls(**fields, extra=_freeze(extra))

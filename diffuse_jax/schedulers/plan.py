@@ -55,17 +55,16 @@ class Plan:
     @classmethod
     def from_table(cls, table: Table) -> Plan:
         """Round a table to float32 and pad it."""
-        capacity = max(CAPACITY, 1 << (len(table) - 1).bit_length())
-        f32 = np.float32
+        capacity, f32 = room(len(table)), np.float32
         return cls(
             num_evaluations=np.asarray(len(table), np.int32),
-            timesteps=_pad(table.timesteps, capacity),
-            input_scale=_pad(table.input_scale, capacity),
-            to_x0=_pad(table.to_x0, capacity),
-            levels=_pad(table.levels, capacity + 1),
-            rows=_pad(table.rows, capacity),
-            log_variance=_pad(table.log_variance, capacity),
-            interval=_pad(table.interval, capacity),
+            timesteps=pad(table.timesteps, capacity),
+            input_scale=pad(table.input_scale, capacity),
+            to_x0=pad(table.to_x0, capacity),
+            levels=pad(table.levels, capacity + 1),
+            rows=pad(table.rows, capacity),
+            log_variance=pad(table.log_variance, capacity),
+            interval=pad(table.interval, capacity),
             init_scale=np.asarray(table.init_scale, f32),
             clip=np.asarray(table.clip, f32),
             threshold=np.asarray(table.threshold or (1.0, 1.0), f32),
@@ -228,7 +227,13 @@ def _columns(c: Any, sample: Any) -> tuple[Any, Any]:
     return _over(c[..., 0], sample), _over(c[..., 1], sample)
 
 
-def _pad(array: np.ndarray, length: int) -> np.ndarray:
+def room(evaluations: int) -> int:
+    """Rows that a plan of so many evaluations has."""
+    return max(CAPACITY, 1 << (evaluations - 1).bit_length())
+
+
+def pad(array: np.ndarray, length: int) -> np.ndarray:
+    """``array`` in float32 with zeros appended up to ``length``."""
     out = np.zeros((length, *array.shape[1:]), np.float32)
     out[: len(array)] = array
     return out

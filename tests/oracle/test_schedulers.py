@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,13 +13,14 @@ import pytest
 from benchmarks import scheduler_parity as parity
 from benchmarks.scheduler_cases.case import SD, Case
 from diffuse_jax import schedulers
-from tests.schedulers.samplers import has, make, prediction_types
+from diffuse_jax.schedulers.vq_diffusion import log_posterior
+from tests.schedulers.samplers import EVERY, REQUIRED, make, takes
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 CASES = parity.cases()
-NAMES = sorted(name for name in schedulers.__all__ if name != "Scheduler" and hasattr(diffusers.schedulers, name))
+NAMES = sorted(name for name in EVERY if hasattr(diffusers.schedulers, name))
 THEIRS = {name: parity.torch_class(name) for name in NAMES}
 # Formulas agree to rounding of float64; the compiled loop may lose what float32 and the number of steps explain.
 EXACT, COMPILED = 1e-10, 1e-5
@@ -59,8 +61,8 @@ def test_one_compilation_for_all_samplers_and_step_counts(noise: np.ndarray) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_configuration_opens_in_pytorch(name: str, tmp_path) -> None:
-    config = {"num_train_timesteps": 500, "prediction_type": prediction_types(name)[1], "s": 0.01}
-    config = {k: v for k, v in config.items() if has(name, k)}
+    config = {"num_train_timesteps": 500, "prediction_type": "sample", "s": 0.01, "sigma_max": 60.0}
+    config = {k: v for k, v in config.items() if takes(name, k, v)}
     ours = make(name, **config)
     ours.save_pretrained(tmp_path)
     theirs = THEIRS[name].from_pretrained(tmp_path)
@@ -76,8 +78,8 @@ def test_saved_configuration_opens_in_pytorch(name: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults_are_those_of_pytorch(name: str) -> None:
-    theirs = {k: v for k, v in THEIRS[name]().config.items() if not k.startswith("_")}
-    ours = {k: v for k, v in getattr(schedulers, name)().to_json().items() if not k.startswith("_")}
+    theirs = {k: v for k, v in THEIRS[name](**REQUIRED.get(name, {})).config.items() if not k.startswith("_")}
+    ours = {k: v for k, v in make(name).to_json().items() if not k.startswith("_")}
     assert ours == theirs
 
 
@@ -192,3 +194,43 @@ def test_predictor_and_corrector(n: int, noise: np.ndarray) -> None:
                 step = theirs.step_pred(score(x, sigma, torch), theirs.timesteps[i], x)
             samples[b] = step.prev_sample if i + 1 < n else step.prev_sample_mean
         assert parity.relative(np.asarray(state.sample), torch.cat(samples).numpy()) < 2e-5
+
+
+CLASSES, PIXELS = 11, 40
+
+
+def categorical(n: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any, Any, Any, Any]]:
+    """Both sides of VQ-Diffusion before each of the last ``n`` timesteps, which is what diffusers runs.
+
+    Theirs, the timestep, the classes, a prediction for ours and for theirs (class axis second).
+    """
+    theirs = THEIRS["VQDiffusionScheduler"](num_vec_classes=CLASSES + 1)
+    theirs.set_timesteps(n)
+    for t in theirs.timesteps:
+        logits = 2 * rng.standard_normal((2, PIXELS, CLASSES))
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        yield theirs, t, rng.integers(0, CLASSES + 1, (2, PIXELS)), log_p, torch.tensor(np.moveaxis(log_p, -1, 1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 100])
+def test_vq_diffusion_posterior(n: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # they keep their tables in float32
+    table = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).table(timesteps=range(n - 1, -1, -1))
+    for i, (theirs, t, x, log_p, torch_p) in enumerate(categorical(n, rng)):
+        got = np.exp(log_posterior(table.log_abc[i], x, log_p))
+        if t == 0:
+            np.testing.assert_allclose(got[..., :-1], np.exp(log_p), atol=1e-10)
+            continue
+        want = theirs.q_posterior(torch_p, torch.tensor(x), t).exp().numpy()
+        np.testing.assert_allclose(got, np.moveaxis(want, 1, -1), atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 10, 100])
+def test_vq_diffusion_draws(n: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).plan(timesteps=range(n - 1, -1, -1))
+    for i, (theirs, t, x, log_p, torch_p) in enumerate(categorical(n, rng)):
+        uniform = rng.uniform(1e-6, 1, (2, PIXELS, CLASSES + 1)).astype(np.float32)
+        drawn = torch.tensor(np.moveaxis(uniform, -1, 1)[:, : CLASSES + bool(t)])
+        monkeypatch.setattr(torch, "rand", lambda *_, d=drawn, **__: d)
+        want = theirs.step(torch_p.float(), t, torch.tensor(x)).prev_sample.numpy()
+        np.testing.assert_array_equal(plan.step(x, i, log_p.astype(np.float32), uniform=uniform), want)

@@ -9,13 +9,20 @@ from diffuse_jax import schedulers
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.base import _COMMON_CHOICES
 
-NAMES = [name for name in schedulers.__all__ if name != "Scheduler"]
+EVERY = [name for name in schedulers.__all__ if issubclass(getattr(schedulers, name, int), schedulers.Scheduler)]
+EVERY.remove("Scheduler")
 """Every sampler."""
+
+NAMES = [name for name in EVERY if name not in ("ConsistencyDecoderScheduler", "VQDiffusionScheduler")]
+"""Those whose runs are tables of any number of steps."""
+
+REQUIRED: dict[str, dict[str, Any]] = {"VQDiffusionScheduler": {"num_vec_classes": 9}}
+"""Settings without a default."""
 
 
 def has(name: str, setting: str) -> bool:
     """Whether the class has this setting."""
-    return setting in getattr(schedulers, name)().to_json()
+    return setting in make(name).to_json()
 
 
 def takes(name: str, setting: str, value: Any) -> bool:
@@ -25,7 +32,7 @@ def takes(name: str, setting: str, value: Any) -> bool:
 
 def make(name: str, **config: Any) -> schedulers.Scheduler:
     """The scheduler with those of the settings that its class has and allows."""
-    return getattr(schedulers, name)(**{k: v for k, v in config.items() if takes(name, k, v)})
+    return getattr(schedulers, name)(**REQUIRED.get(name, {}), **{k: v for k, v in config.items() if takes(name, k, v)})
 
 
 def ascends(name: str) -> bool:
@@ -40,15 +47,18 @@ def stochastic(name: str) -> bool:
 
 
 def prediction_types(name: str) -> tuple[str, ...]:
-    """Those that the class takes."""
+    """Those that the class takes, and after which a sampler ends at what the network said."""
+    if name == "KarrasEDMScheduler":
+        return ("sample",)  # what the others mean is preconditioned once more
     return getattr(schedulers, name).choices.get("prediction_type", ns.PREDICTION_TYPES)
 
 
-LINEAR = NAMES
-"""Samplers whose runs are tables."""
-
-ONE_WAY = [name for name in NAMES if name != "RePaintScheduler"]
+ONE_WAY = [name for name in NAMES if name not in ("RePaintScheduler", "KarrasVeScheduler")]
 """Samplers that never go back to more noise (inverse ones: to less)."""
 
-LATE = [name for name in ONE_WAY if not (ascends(name) or getattr(schedulers, name).strength_in_grid)]
+LATE = [
+    name
+    for name in NAMES
+    if not (ascends(name) or getattr(schedulers, name).strength_in_grid or name == "RePaintScheduler")
+]
 """Samplers that ``strength`` enters late, with the steps of the whole run."""

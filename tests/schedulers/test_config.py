@@ -23,7 +23,7 @@ from diffuse_jax.schedulers import (
     Scheduler,
     UniPCMultistepScheduler,
 )
-from tests.schedulers.samplers import NAMES, takes
+from tests.schedulers.samplers import EVERY, NAMES, REQUIRED, takes
 
 SD15 = {
     "_class_name": "PNDMScheduler",
@@ -76,10 +76,11 @@ def test_every_scheduler_from_every_other(source: str, target: str) -> None:
     assert len(built.table(8)) >= 8
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_saving_and_reading(name: str, tmp_path: Path) -> None:
     common = {k: v for k, v in SD15.items() if k[0] == "_" or takes(name, k, v)}
-    scheduler = getattr(schedulers, name).from_config(common | {"_class_name": name, "from_the_future": {"a": [1, 2]}})
+    common |= REQUIRED.get(name, {}) | {"_class_name": name, "from_the_future": {"a": [1, 2]}}
+    scheduler = getattr(schedulers, name).from_config(common)
     path = scheduler.save_pretrained(tmp_path / "scheduler")
     assert path.name == "scheduler_config.json"
     data = json.loads(path.read_text())
@@ -160,6 +161,7 @@ def test_settings_that_an_algorithm_fixes() -> None:
         (lambda: UniPCMultistepScheduler(predict_x0=False), "set final_sigmas_type='sigma_min'"),
         (lambda: DDPMScheduler(variance_type="both"), "variance_type must be one of .*'learned', 'learned_range'"),
         (lambda: Fixed(beta_start=0.1), "Fixed has no setting beta_start; it has num_train_timesteps, beta_end"),
+        (lambda: Scheduler.from_config({"_class_name": "VQDiffusionScheduler"}), "needs the setting num_vec_classes"),
         (lambda: DDIMScheduler.from_config({}, solver_order=2), "DDIMScheduler has no setting solver_order; it has"),
     ],
 )
