@@ -19,7 +19,7 @@ of SA-Solver lose eight digits to cancellation there)."""
 
 def cases() -> list[Case]:
     """Every option of every scheduler, one or a few at a time on top of Stable Diffusion's training schedule."""
-    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa(), *_consistency(), *_flow()]
+    return [*_common(), *_deis(), *_inverse(), *_single(), *_sa(), *_consistency(), *_flow(), *_classic()]
 
 
 def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: Any) -> Case:
@@ -169,6 +169,30 @@ def _consistency() -> list[Case]:
         for strength in (1.0, 0.5) if name == TCD else (1.0,):
             plan = {"timesteps": timesteps, "strength": strength}
             out.append(_case(name, f"explicit-{strength}", plan=plan, steps=(0,)))
+    return out
+
+
+def _classic() -> list[Case]:
+    """Options of the multistep samplers of the first releases that came later."""
+    out = []
+    for variance in ("learned", "learned_range"):
+        for kind, last in {"dpmsolver++": "zero", "sde-dpmsolver++": "zero", "dpmsolver": "sigma_min"}.items():
+            config = {"variance_type": variance, "algorithm_type": kind, "final_sigmas_type": last}
+            out.append(_case(MULTI, f"{variance}-{kind}", config))
+    for flag in ("use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_karras_sigmas"):
+        for order in (1, 3):
+            config = {flag: True, "solver_order": order, "final_sigmas_type": "sigma_min", "euler_at_final": True}
+            out.append(_case(MULTI, f"{flag}-{order}-sigma-min", config))
+            sde = {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}
+            out.append(_case(MULTI, f"{flag}-{order}-sde", {flag: True, "solver_order": order} | sde))
+    cosine = {"use_lu_lambdas": True, "beta_schedule": "squaredcos_cap_v2"}
+    out.append(_case(MULTI, "lu-cosine", cosine))
+    for flag in ("use_exponential_sigmas", "use_beta_sigmas", "use_karras_sigmas"):
+        config = {flag: True, "sigma_min": 0.1, "sigma_max": 9.0, "solver_order": 3}
+        out.append(_case(UNIPC, f"{flag}-range", config))
+        config = config | {"final_sigmas_type": "sigma_min"}
+        out.append(_case(UNIPC, f"{flag}-range-sigma-min", config, steps=STEPS[1:]))
+        out.append(_case(UNIPC, f"{flag}-strength", {flag: True}, plan={"strength": 0.6}, steps=STEPS[1:]))
     return out
 
 
