@@ -28,6 +28,7 @@ _PUBLIC = {
         "StableDiffusionXLPipeline",
     ),
     "diffuse_jax.schedulers": (
+        "CMStochasticIterativeScheduler",
         "ConsistencyDecoderScheduler",
         "CosineDPMSolverMultistepScheduler",
         "DDIMInverseScheduler",

@@ -13,7 +13,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_with_betas(), *_ipndm(), *_edm(), *_karras_ve()]
+    return [*_with_betas(), *_ipndm(), *_edm(), *_karras_ve(), *_consistency()]
 
 
 def _with_betas() -> list[Case]:
@@ -139,6 +139,24 @@ def _karras_ve_loop(theirs: Theirs) -> list[Any]:
             theirs.drawn = next(noise)
         x = step.prev_sample
     return [*samples, x]
+
+
+def _consistency() -> list[Case]:
+    few = (1, 2, 3, 5, 10, 20, 40)  # 40 is what networks are trained with
+    name = "CMStochasticIterativeScheduler"
+    configs = {
+        "plain": {},
+        "not-clipped": {"clip_denoised": False},
+        "range": {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 0.7, "rho": 5.0},
+        "noise": {"s_noise": 1.2},
+    }
+    out = [Case(name, label, config, steps=few) for label, config in configs.items()]
+    out.append(Case(name, "999-train-steps", {"num_train_timesteps": 999}))
+    # Without the highest level, diffusers starts with more noise than the first one has.
+    for places in ([39, 12, 0], [17, 0]):
+        out.append(Case(name, f"explicit-{places}", {}, plan={"timesteps": places}, steps=(0,)))
+    out.append(Case(name, "strength", {}, plan={"strength": 0.6}, steps=few[1:]))
+    return out
 
 
 def _ipndm() -> list[Case]:

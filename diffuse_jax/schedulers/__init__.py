@@ -2,6 +2,7 @@
 
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.consistency_decoder import ConsistencyDecoderScheduler
+from diffuse_jax.schedulers.consistency_models import CMStochasticIterativeScheduler
 from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
 from diffuse_jax.schedulers.ddim_inverse import DDIMInverseScheduler
 from diffuse_jax.schedulers.ddpm import DDPMParallelScheduler, DDPMScheduler
@@ -32,6 +33,7 @@ from diffuse_jax.schedulers.unipc import UniPCMultistepScheduler
 from diffuse_jax.schedulers.vq_diffusion import VQDiffusionScheduler
 
 __all__ = [
+    "CMStochasticIterativeScheduler",
     "ConsistencyDecoderScheduler",
     "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",

@@ -75,7 +75,8 @@ def churned_grid(
     n = len(sigmas) - 1
     raised = np.array([churned(sigma, s_churn / n, low, high) for sigma in sigmas[:-1]])
     source, target = sg.with_alpha(raised, "exploding"), sg.with_alpha(sigmas[1:], "exploding")
-    return Grid(timestep(sigmas[:-1]), source, target, float(np.hypot(sigmas[0], s_noise * added(sigmas[0], raised[0]))))
+    scale = float(np.hypot(sigmas[0], s_noise * added(sigmas[0], raised[0])))
+    return Grid(timestep(sigmas[:-1]), source, target, scale)
 
 
 def added(sigma: float, raised: float) -> float:

@@ -18,6 +18,8 @@ STD = 0.6
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in NAMES},
+    "CMStochasticIterativeScheduler": ("CMStochasticIterativeScheduler", {"num_train_timesteps": 1000}),
+    "KarrasEDMScheduler": ("KarrasEDMScheduler", {"num_train_timesteps": 1000}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpm1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
     "dpm3": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
