@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Theirs
+from diffuse_jax.schedulers import Scheduler
 
 DEIS, INVERSE = "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"
 SINGLE, SA = "DPMSolverSinglestepScheduler", "SASolverScheduler"
@@ -193,7 +195,34 @@ def _classic() -> list[Case]:
         config = config | {"final_sigmas_type": "sigma_min"}
         out.append(_case(UNIPC, f"{flag}-range-sigma-min", config, steps=STEPS[1:]))
         out.append(_case(UNIPC, f"{flag}-strength", {flag: True}, plan={"strength": 0.6}, steps=STEPS[1:]))
+    predictors: dict[str, tuple[str, int, dict[str, Any]]] = {
+        "dpm-2": (MULTI, 2, {"solver_order": 2}),
+        "dpm-3": (MULTI, 2, {"solver_order": 3}),
+        "sde": (MULTI, 2, {"algorithm_type": "sde-dpmsolver++"}),
+        "dpm-1": (MULTI, 3, {"solver_order": 1}),
+        "single": (SINGLE, 1, {"solver_order": 3}),
+    }
+    for label, (name, order, config) in predictors.items():
+        plan = {"solver_p": Scheduler.from_config({"_class_name": name} | SD | config)}
+        loop = _with_predictor(name, config)
+        out.append(_case(UNIPC, f"predictor-{label}", {"solver_order": order}, plan=plan, loop=loop))
     return out
+
+
+def _with_predictor(name: str, config: dict[str, Any]) -> Callable[[Theirs], list[Any]]:
+    def loop(theirs: Theirs) -> list[Any]:
+        import torch
+
+        from benchmarks.scheduler_parity import patched, torch_class
+
+        cls = torch_class(name)
+        double = theirs.start.dtype == torch.float64
+        with patched(importlib.import_module(cls.__module__), theirs.draw, double=double):
+            theirs.scheduler.solver_p = cls(**SD, **config)
+            theirs.scheduler.solver_p.set_timesteps(len(theirs.scheduler.timesteps))
+            return _run(theirs)
+
+    return loop
 
 
 def _flow() -> list[Case]:
@@ -250,11 +279,15 @@ def _after(change: Callable[[Any], None]) -> Callable[[Theirs], list[Any]]:
 
     def loop(theirs: Theirs) -> list[Any]:
         change(theirs.scheduler)
-        samples = [theirs.start]
-        for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
-            theirs.drawn = noise
-            out = theirs.network(samples[-1], t)
-            samples.append(theirs.scheduler.step(out, t, samples[-1]).prev_sample)
-        return samples
+        return _run(theirs)
 
     return loop
+
+
+def _run(theirs: Theirs) -> list[Any]:
+    samples = [theirs.start]
+    for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
+        theirs.drawn = noise
+        out = theirs.network(samples[-1], t)
+        samples.append(theirs.scheduler.step(out, t, samples[-1]).prev_sample)
+    return samples
