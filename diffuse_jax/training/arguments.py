@@ -41,8 +41,8 @@ class Refused(argparse.Action):
         parser.error(f"{self.option_strings[0]}: {self.advice}")
 
 
-def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
-    """A parser with the shared flags; scripts add theirs."""
+def make_parser(description: str | None, output_dir: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the shared flags; scripts add theirs, and may give other defaults."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=Help,
@@ -80,6 +80,7 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
     add("--checkpoints_total_limit", type=int, default=None, help="keep at most this many checkpoints")
     add("--resume_from_checkpoint", default=None, help='"latest", a checkpoint of output_dir, or a path')
     add("--logging_steps", type=int, default=50, help="write a line to log.jsonl every so many updates")
+    parser.set_defaults(**defaults)
     return parser
 
 

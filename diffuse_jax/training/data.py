@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 ORDER, CROP, CAPTION = range(3)
 """What a stream of random numbers is for; part of its seed, so that the streams are independent."""
 
@@ -36,13 +38,19 @@ def read_pictures(folder: str | Path, resolution: int, caption_column: str | Non
     Args:
       folder: where ``metadata.jsonl`` and the pictures lie.
       resolution: the shorter side is resized to this (bilinear).
-      caption_column: key of the caption; None where captions are not needed.
+      caption_column: key of the caption; None where captions are not needed. Then ``metadata.jsonl`` may be missing:
+        all pictures in the folder and below are read, by name.
 
     Raises:
-      FileNotFoundError: no ``metadata.jsonl``, or a picture that it names is missing.
+      FileNotFoundError: no ``metadata.jsonl``, or a picture that it names is missing, or there are no pictures.
       ValueError: a line without the column, a caption that is not text, or no lines at all.
     """
     path = Path(folder) / "metadata.jsonl"
+    if caption_column is None and not path.is_file():
+        files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in {folder}")
+        return Pictures([_read(file, resolution) for file in files], [("",)] * len(files))
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --train_data_dir needs one line per picture there: "
                                 '{"file_name": "a.png", "text": "a caption"}')  # fmt: skip

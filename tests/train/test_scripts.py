@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.pipelines import DDPMPipeline
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.training.initial import initial_params
 
@@ -33,6 +35,12 @@ UNET = UNet2DConditionConfig(
     sample_size=8, in_channels=2, out_channels=2, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
     up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, norm_num_groups=2, cross_attention_dim=128,
     num_attention_heads=1, mid_block_type=None,
+)  # fmt: skip
+
+
+PIXEL_UNET = UNet2DConfig(
+    block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+    norm_num_groups=2, mid_block_type=None,
 )  # fmt: skip
 
 
@@ -103,6 +111,22 @@ def test_vae(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(losses) == 4
 
 
+def test_unconditional_learns_eight_pictures(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    UNet2DModel(PIXEL_UNET).save_pretrained(tmp_path / "net", initial_params(UNet2DModel(PIXEL_UNET).shapes(), 0))
+    options = {"model_config_name_or_path": tmp_path / "net", "max_train_steps": 60, "use_ema": True, "snr_gamma": 5,
+               "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "learning_rate": 3e-3,
+               "checkpointing_steps": 50}  # fmt: skip
+    shared = {k: v for k, v in flags(start, tmp_path / "out").items() if k not in ("pretrained_model_name_or_path")}
+    run(monkeypatch, "unconditional.py", **shared | options)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
+    images = pipe(2, num_inference_steps=5, seed=0, output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    assert np.isfinite(images).all()
+    assert DDPMPipeline.from_pretrained(tmp_path / "out" / "checkpoint-50").scheduler == pipe.scheduler
+
+
 def test_text_to_image_resumes_bit_for_bit(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"train_text_encoder": True, "cache_latents": True, "use_ema": True, "snr_gamma": 5,
                "proportion_empty_prompts": 0.5, "lr_scheduler": "constant", "checkpointing_steps": 2}  # fmt: skip
@@ -148,7 +172,9 @@ def test_wrong_flags_are_explained(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", ["vae.py", "text_to_image.py", "emoji/make_dataset.py", "emoji/export.py"])
+@pytest.mark.parametrize(
+    "path", ["vae.py", "text_to_image.py", "unconditional.py", "emoji/make_dataset.py", "emoji/export.py"]
+)
 def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str) -> None:
     monkeypatch.setattr(sys, "argv", [path, "--help"])
     monkeypatch.syspath_prepend(str(ROOT / "train" / "emoji"))
