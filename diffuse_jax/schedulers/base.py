@@ -236,7 +236,11 @@ class Scheduler(Config):
     @cached_property
     def sigma_table(self) -> Array:
         """``sqrt((1 - alpha_bar) / alpha_bar)``, ascending; zero terminal SNR is kept just finite."""
-        alpha_bar = np.where(self.alpha_bar == 0, ns.ALMOST_ZERO_SNR, self.alpha_bar)
+        alpha_bar = self.alpha_bar
+        if alpha_bar[-1] == 0:
+            # In long schedules the timestep before may have even less signal; then half of that.
+            almost = ns.ALMOST_ZERO_SNR if alpha_bar[-2] > ns.ALMOST_ZERO_SNR else alpha_bar[-2] / 4
+            alpha_bar = np.append(alpha_bar[:-1], almost)
         return np.sqrt((1 - alpha_bar) / alpha_bar)
 
     def train_levels(self) -> Array:

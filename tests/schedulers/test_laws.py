@@ -227,6 +227,17 @@ def test_beta_schedules() -> None:
     assert rescaled[0] == pytest.approx(alpha_bar[0])
 
 
+@pytest.mark.parametrize("train", [100, 1000, 2000, 5000])
+@pytest.mark.parametrize("schedule", ns.BETA_SCHEDULES)
+def test_zero_terminal_snr_is_the_highest_level(train: int, schedule: str) -> None:
+    scheduler = make(
+        "EulerDiscreteScheduler", num_train_timesteps=train, beta_schedule=schedule, rescale_betas_zero_snr=True
+    )
+    assert np.isfinite(scheduler.sigma_table).all()
+    assert np.all(np.diff(scheduler.sigma_table) > 0)
+    assert scheduler.sigma_table[-1] >= 4095.99
+
+
 def test_lcm_timesteps() -> None:
     """The evenly spread rule and the strided rule of the first releases, 1000 training and 50 distillation steps."""
     scheduler = build("LCMScheduler")
