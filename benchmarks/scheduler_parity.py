@@ -125,7 +125,9 @@ def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> 
             scheduler.set_begin_index(run.start)
         theirs.scheduler, theirs.timesteps = scheduler, scheduler.timesteps[run]
         if _from_image(case):
-            theirs.start = scheduler.add_noise(z[1], z[0], theirs.timesteps[:1].repeat(len(z[0])))
+            t = theirs.timesteps[:1].repeat(len(z[0]))
+            flow = hasattr(scheduler, "scale_noise")
+            theirs.start = scheduler.scale_noise(z[1], t, z[0]) if flow else scheduler.add_noise(z[1], z[0], t)
         else:
             theirs.start = z[0] * getattr(scheduler, "init_noise_sigma", 1.0)
         samples = case.loop(theirs) if case.loop else _steps(theirs, case.step)
@@ -136,7 +138,8 @@ def _steps(theirs: Theirs, options: dict[str, Any]) -> list[Any]:
     samples = [theirs.start]
     for t, noise in zip(theirs.timesteps, theirs.noise, strict=False):
         theirs.drawn = noise
-        out = theirs.network(theirs.scheduler.scale_model_input(samples[-1], t), t)
+        scaled = getattr(theirs.scheduler, "scale_model_input", lambda x, _: x)(samples[-1], t)
+        out = theirs.network(scaled, t)
         samples.append(theirs.scheduler.step(out, t, samples[-1], **options).prev_sample)
     return samples
 

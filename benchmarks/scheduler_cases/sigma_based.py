@@ -13,7 +13,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 def cases() -> list[Case]:
     """Every option of every scheduler of the family."""
-    return [*_with_betas(), *_ipndm(), *_edm(), *_karras_ve(), *_consistency()]
+    return [*_with_betas(), *_ipndm(), *_edm(), *_karras_ve(), *_consistency(), *_flow()]
 
 
 def _with_betas() -> list[Case]:
@@ -156,6 +156,45 @@ def _consistency() -> list[Case]:
     for places in ([39, 12, 0], [17, 0]):
         out.append(Case(name, f"explicit-{places}", {}, plan={"timesteps": places}, steps=(0,)))
     out.append(Case(name, "strength", {}, plan={"strength": 0.6}, steps=few[1:]))
+    return out
+
+
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+
+
+def _flow() -> list[Case]:
+    out: list[Case] = []
+
+    def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
+        out.extend(Case(name, label, config or {}, **rest) for name in names)
+
+    every = (*FLOW, "FlowMatchHeunDiscreteScheduler")
+    several = STEPS[1:]
+    add(every, "plain")
+    for shift in (0.5, 3.0):
+        add(every, f"shift-{shift:g}", {"shift": shift})
+    add(every, "500-train-steps", {"num_train_timesteps": 500, "shift": 2.0})
+    add(every, "strength", {"shift": 3.0}, plan={"strength": 0.6}, steps=several)
+    dynamic = {"use_dynamic_shifting": True, "shift": 3.0}
+    add(FLOW, "dynamic", dynamic, plan={"mu": 1.15})
+    add(FLOW, "dynamic-linear", dynamic | {"time_shift_type": "linear"}, plan={"mu": 2.3})
+    # A single step at pure noise cannot be stretched; diffusers divides zero by zero.
+    add(FLOW, "terminal", {"shift_terminal": 0.1, "shift": 3.0}, steps=several)
+    add(FLOW, "terminal-dynamic", dynamic | {"shift_terminal": 0.02}, plan={"mu": 0.8}, steps=several)
+    for flag in SPACINGS:
+        add(FLOW, flag, {flag: True})
+        add(FLOW, f"{flag}-shift", {flag: True, "shift": 3.0, "shift_terminal": 0.05}, steps=several)
+    # With stochastic sampling, diffusers reads the outputs of such networks as if time ran the other way.
+    add(FLOW[:1], "inverted", {"invert_sigmas": True})
+    add(FLOW[:1], "inverted-shift", {"invert_sigmas": True, "shift": 3.0})
+    add(FLOW[:1], "stochastic", {"stochastic_sampling": True})
+    add(FLOW[:1], "stochastic-dynamic", dynamic | {"stochastic_sampling": True}, plan={"mu": 1.15})
+    sigmas = [1.0, 0.9, 0.75, 0.5, 0.2, 0.1]
+    add(FLOW, "explicit-sigmas", plan={"sigmas": sigmas}, steps=(0,))
+    add(FLOW, "explicit-sigmas-shift", {"shift": 3.0, "shift_terminal": 0.1}, plan={"sigmas": sigmas}, steps=(0,))
+    add(FLOW, "explicit-sigmas-dynamic", dynamic, plan={"sigmas": sigmas, "mu": 1.0}, steps=(0,))
+    add(FLOW, "explicit-sigmas-karras", {"use_karras_sigmas": True}, plan={"sigmas": sigmas}, steps=(0,))
+    add(FLOW, "explicit-timesteps", plan={"timesteps": [1000.0, 870.5, 600.0, 250.0]}, steps=(0,))
     return out
 
 

@@ -15,6 +15,11 @@ from diffuse_jax.schedulers.dpm_solver_singlestep import DPMSolverSinglestepSche
 from diffuse_jax.schedulers.edm_dpm_solver import CosineDPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
 from diffuse_jax.schedulers.edm_euler import EDMEulerScheduler
 from diffuse_jax.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffuse_jax.schedulers.flow_match import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 from diffuse_jax.schedulers.heun import HeunDiscreteScheduler
 from diffuse_jax.schedulers.ipndm import IPNDMScheduler
 from diffuse_jax.schedulers.karras_edm import KarrasEDMScheduler
@@ -51,6 +56,9 @@ __all__ = [
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",

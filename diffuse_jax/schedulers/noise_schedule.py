@@ -72,7 +72,7 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
     * ``edm`` is the same with the other sign, the network F of Karras et al. 2022, table 1.
     * ``score`` is the gradient of the log density of the noisy samples, ``-eps / sigma`` (Song et al. 2021).
     * ``flow_prediction`` is the velocity ``eps - x0`` of the straight line that ``x / (alpha + sigma)`` lies on (Lipman
-      et al. 2023; Liu et al. 2023).
+      et al. 2023; Liu et al. 2023), ``negative_flow`` the same with the other sign.
     """
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha
@@ -80,8 +80,8 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
         return output
     if prediction_type == "score":
         return (x + sigma**2 * output) / alpha
-    if prediction_type == "flow_prediction":
-        return (x - sigma * output) / (alpha + sigma)
+    if prediction_type in ("flow_prediction", "negative_flow"):
+        return (x - (sigma if prediction_type == "flow_prediction" else -sigma) * output) / (alpha + sigma)
     sign = {"v_prediction": -1.0, "edm": 1.0}[prediction_type]
     norm2 = (alpha * sigma_data) ** 2 + sigma**2
     return (alpha * sigma_data**2 / norm2) * x + (sign * sigma * sigma_data / norm2**0.5) * output
@@ -95,8 +95,8 @@ def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: An
         return (x - alpha * output) / sigma
     if prediction_type == "score":
         return -sigma * output
-    if prediction_type == "flow_prediction":
-        return (x + alpha * output) / (alpha + sigma)
+    if prediction_type in ("flow_prediction", "negative_flow"):
+        return (x + (alpha if prediction_type == "flow_prediction" else -alpha) * output) / (alpha + sigma)
     sign = {"v_prediction": 1.0, "edm": -1.0}[prediction_type]
     norm2 = (alpha * sigma_data) ** 2 + sigma**2
     return (sigma / norm2) * x + (sign * alpha * sigma_data / norm2**0.5) * output
