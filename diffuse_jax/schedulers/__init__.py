@@ -1,5 +1,6 @@
 """Samplers: frozen configurations that turn a number of steps into a table that one ``step`` function executes."""
 
+from diffuse_jax.schedulers.ays import AYS as AYS
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.consistency_decoder import ConsistencyDecoderScheduler
 from diffuse_jax.schedulers.consistency_models import CMStochasticIterativeScheduler

@@ -1,12 +1,12 @@
 """Schedules of ten steps made for a model: Sabour et al. 2024, 'Align Your Steps' (arXiv 2404.14507).
 
 >>> from diffuse_jax.schedulers import DPMSolverMultistepScheduler
->>> plan = DPMSolverMultistepScheduler().plan(timesteps=AysSchedules["StableDiffusionTimesteps"])
+>>> plan = DPMSolverMultistepScheduler().plan(timesteps=AYS["StableDiffusionTimesteps"])
 """
 
 from __future__ import annotations
 
-AysSchedules: dict[str, tuple[float, ...]] = {
+AYS: dict[str, tuple[float, ...]] = {
     "StableDiffusionTimesteps": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
     "StableDiffusionSigmas": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0),
     "StableDiffusionXLTimesteps": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
@@ -15,5 +15,5 @@ AysSchedules: dict[str, tuple[float, ...]] = {
 }
 """The published schedules: timesteps, one per step, for ``plan(timesteps=)``; sigmas, one more, for ``plan(sigmas=)``.
 
-The names are those of PyTorch diffusers.
+The same as ``AysSchedules`` of PyTorch diffusers.
 """
