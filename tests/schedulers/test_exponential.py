@@ -168,3 +168,15 @@ def test_contradictions(name: str, config: dict[str, Any], message: str) -> None
 def test_what_cannot_be(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [None, "learned", "learned_range"])
+def test_a_variance_from_the_network_is_ignored(kind: str | None) -> None:
+    """The first half of the channels is what counts; nothing of the second half reaches the sample."""
+    plan = DPMSolverMultistepScheduler(variance_type=kind).plan(5)
+    x, out, variance = np.random.default_rng(0).standard_normal((3, 1, 2, 2, 3)).astype(np.float32)
+    state = plan.init(x)
+    noise = np.zeros_like(x)
+    plain = plan.step(state, 0, out, noise=noise).sample
+    doubled = plan.step(state, 0, np.concatenate([out, variance], -1), noise=noise).sample
+    np.testing.assert_array_equal(plain, doubled)
