@@ -62,8 +62,6 @@ _PUBLIC = {
         "SASolverScheduler",
         "ScoreSdeVeScheduler",
         "ScoreSdeVpScheduler",
-        "ScoreSdeVeScheduler",
-        "ScoreSdeVpScheduler",
         "TCDScheduler",
         "UnCLIPScheduler",
         "UniPCMultistepScheduler",
