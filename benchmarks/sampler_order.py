@@ -26,7 +26,7 @@ from diffuse_jax.schedulers.table import Table
 
 WEIGHTS, MEANS, SPREADS = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.4, 1.3]), np.array([0.4, 0.3, 0.5])
 QUANTILES = np.linspace(0.05, 0.95, 19)
-STEPS = (16, 24, 36, 54, 81)
+STEPS = (20, 25, 40, 50, 100)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -41,25 +41,44 @@ class Method:
     plan: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self) -> Scheduler:
-        fields = {f.name for f in dataclasses.fields(getattr(schedulers, self.scheduler))}
-        common = {k: v for k, v in SD.items() if k in fields} | (
-            {"clip_sample": False} if "clip_sample" in fields else {}
-        )
-        return getattr(schedulers, self.scheduler)(**common | self.config)
+        cls = getattr(schedulers, self.scheduler)
+        wanted = SD | {"clip_sample": False}
+        return cls(**{k: v for k, v in wanted.items() if k in cls().to_json()} | self.config)
 
 
 KARRAS = {"use_karras_sigmas": True}
 METHODS = [
     Method("DDIMScheduler", "", 1),
     Method("EulerDiscreteScheduler", "Karras", 1, KARRAS),
+    Method("HeunDiscreteScheduler", "Karras", 2, KARRAS),
+    Method("KDPM2DiscreteScheduler", "Karras", 2, KARRAS),
+    *(Method("LMSDiscreteScheduler", f"order {k}, Karras", k, KARRAS, {"order": k}) for k in (1, 2, 3, 4)),
+    Method("IPNDMScheduler", "", 2),
+    Method("PNDMScheduler", "Runge-Kutta start", 2),
+    Method("PNDMScheduler", "skip_prk_steps", 2, {"skip_prk_steps": True}),
     # The published third-order formula gives the second derivative half its weight, which leaves order 2.
     *(
         Method("DPMSolverMultistepScheduler", f"order {k}, Karras", min(k, 2), KARRAS | {"solver_order": k})
         for k in (1, 2, 3)
     ),
+    *(Method("DPMSolverSinglestepScheduler", f"order {k}, Karras", k, KARRAS | {"solver_order": k}) for k in (1, 2, 3)),
+    *(Method("DEISMultistepScheduler", f"order {k}, Karras", k, KARRAS | {"solver_order": k}) for k in (1, 2, 3)),
     *(Method("UniPCMultistepScheduler", f"order {k}, Karras", k + 1, KARRAS | {"solver_order": k}) for k in (1, 2, 3)),
-    Method("PNDMScheduler", "Runge-Kutta start", 2),
-    Method("PNDMScheduler", "skip_prk_steps", 2, {"skip_prk_steps": True}),
+    *(
+        Method(
+            "SASolverScheduler",
+            f"orders {k} and {k}, no noise, Karras",
+            k,
+            KARRAS | {"predictor_order": k, "corrector_order": k},
+            {"tau": 0.0},
+        )
+        for k in (1, 2, 3)
+    ),
+    Method("EDMEulerScheduler", "", 1),
+    *(Method("EDMDPMSolverMultistepScheduler", f"order {k}", min(k, 2), {"solver_order": k}) for k in (1, 2, 3)),
+    Method("KarrasVeScheduler", "no churn", 2, {"s_churn": 0.0}),
+    Method("FlowMatchEulerDiscreteScheduler", "", 1),
+    Method("FlowMatchHeunDiscreteScheduler", "", 2),
 ]
 
 

@@ -59,6 +59,7 @@ USES = {
     "UnCLIP": Use("1", "unCLIP priors and decoders"),
     "RePaint": Use("1", "inpainting with a network that was not trained for it"),
     "KarrasVe": Use("2", "the stochastic sampler of EDM, algorithm 2, for variance-exploding networks"),
+    "KarrasEDM": Use("2", "the same for networks with the preconditioning of EDM, and consistency networks"),
     "ScoreSdeVp": Use("1", "score networks of Song et al., variance preserving"),
     "ScoreSdeVe": Use("1", "the same, variance exploding, with a corrector"),
     "CMStochasticIterative": Use(None, "consistency models, 1 to a few steps"),

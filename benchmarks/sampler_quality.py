@@ -9,7 +9,6 @@ Left, the problem of ``sampler_order.py``, whose answer is known: how far what c
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "samplers.png
 def build(name: str, config: dict[str, Any]) -> Scheduler:
     """A sampler with those of the settings that it has."""
     cls = getattr(schedulers, name)
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = cls().to_json()
     more = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False}
     return cls(**{k: v for k, v in (more | config).items() if k in fields})
 
