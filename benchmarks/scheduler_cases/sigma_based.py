@@ -52,6 +52,13 @@ def _with_betas() -> list[Case]:
     add(heun, "clip2", {"clip_sample": True, "clip_sample_range": 2.0, "prediction_type": "v_prediction"})
     add(heun, "explicit-timesteps", plan={"timesteps": [999, 850, 736, 545, 343, 233, 124, 24]}, steps=(0,))
     add(("DPMSolverSDEScheduler",), "noise", plan={"s_noise": 1.1}, step={"s_noise": 1.1})
+    euler = ("EulerDiscreteScheduler",)
+    for flag in SPACINGS:
+        add(euler, f"{flag}-range", {flag: True, "sigma_min": 0.1, "sigma_max": 9.0})
+        add(euler, f"{flag}-log-linear", {flag: True, "interpolation_type": "log_linear"})
+        add(euler, f"{flag}-sigma-min-last", {flag: True, "final_sigmas_type": "sigma_min"})
+        add(euler, f"{flag}-v", {flag: True, "prediction_type": "v_prediction", "timestep_type": "continuous"})
+    add(euler, "log-linear-sigma-min-last", {"interpolation_type": "log_linear", "final_sigmas_type": "sigma_min"})
     for order in (1, 2, 3, 4, 5, 6):
         add(("LMSDiscreteScheduler",), f"order-{order}", plan={"order": order}, step={"order": order})
     return out

@@ -19,7 +19,7 @@ SHIFT_TYPES = ("exponential", "linear")
 
 def shift(sigmas: Array, factor: float) -> Array:
     """Levels moved towards noise by ``factor`` (Esser et al. 2024, eq. 23, with ``factor = sqrt(m / n)``)."""
-    return factor * sigmas / (1 + (factor - 1) * sigmas)
+    return sigmas / (sigmas + (1 - sigmas) / factor)  # so written, pure noise stays pure noise to the last digit
 
 
 def shift_factor(
