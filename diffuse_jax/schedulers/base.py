@@ -256,7 +256,7 @@ class Scheduler(Config):
         """
         import jax.numpy as jnp
 
-        alpha, sigma = _columns(self._train_level(t), x0)
+        alpha, sigma = columns(self._train_level(t), x0)
         return (alpha * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(x0.dtype)
 
     def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
@@ -264,7 +264,7 @@ class Scheduler(Config):
         import jax.numpy as jnp
 
         levels = np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)], -1)
-        alpha, sigma = _columns(_lookup(levels, t), x0)
+        alpha, sigma = columns(_lookup(levels, t), x0)
         return (alpha * noise.astype(jnp.float32) - sigma * x0.astype(jnp.float32)).astype(x0.dtype)
 
     def _train_level(self, t: jax.Array) -> jax.Array:
@@ -454,7 +454,8 @@ def _lookup(levels: Array, t: Any) -> jax.Array:
     return jnp.asarray(levels, jnp.float32)[jnp.asarray(t).astype(jnp.int32)]
 
 
-def _columns(levels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+def columns(levels: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha and sigma of ``levels [..., 2]`` as factors of ``like``."""
     shape = levels.shape[:-1] + (1,) * (like.ndim + 1 - levels.ndim)
     return levels[..., 0].reshape(shape), levels[..., 1].reshape(shape)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler, _columns
+from diffuse_jax.schedulers.base import Scheduler, columns
 from diffuse_jax.schedulers.noise_schedule import Array
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ContinuousScheduler(Scheduler, abstract=True):
         """What a v-prediction network should return; see :func:`noise_schedule.predict_x0`."""
         import jax.numpy as jnp
 
-        alpha, sigma = _columns(self._train_level(t), x0)
+        alpha, sigma = columns(self._train_level(t), x0)
         a, s = alpha * self.sigma_data, sigma / self.sigma_data
         v = (a * noise.astype(jnp.float32) - s * x0.astype(jnp.float32)) / jnp.hypot(a, sigma)
         return v.astype(x0.dtype)

@@ -48,12 +48,12 @@ class LMSDiscreteScheduler(Scheduler):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             known = min(order, i - begin + 1)
             slopes = [(e.x - e.x0) / e.sigma, *e.memory[: known - 1]]
-            weights = adams_weights(grid.source[i + 1 - known : i + 1, 1][::-1], grid.target[i, 1])
+            weights = lagrange_integrals(grid.source[i + 1 - known : i + 1, 1][::-1], grid.target[i, 1])
             step = sum((w * slope for w, slope in zip(weights, slopes, strict=True)), np.zeros_like(e.x))
             yield e.row(e.x + step, memory=slopes[:MEMORY])
 
 
-def adams_weights(nodes: Array, end: float) -> Array:
+def lagrange_integrals(nodes: Array, end: float) -> Array:
     """Integrals from ``nodes[0]`` to ``end`` of the Lagrange polynomials of the ``nodes``.
 
     By Gauss-Legendre quadrature, which is exact for polynomials of degree ``2 * points - 1``.

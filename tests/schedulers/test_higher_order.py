@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers.lms import adams_weights
+from diffuse_jax.schedulers.lms import lagrange_integrals
 from diffuse_jax.schedulers.table import Table
 
 STD = 0.6
@@ -61,14 +61,14 @@ def test_more_slopes_are_more_accurate_once_there() -> None:
     assert errors[1] > 2 * errors[2]
 
 
-def test_adams_weights_integrate_polynomials_exactly() -> None:
+def test_lagrange_integrals_integrate_polynomials_exactly() -> None:
     nodes = np.array([2.0, 2.7, 3.1, 4.6, 5.0, 6.2])
     for count in range(1, 7):
-        weights = adams_weights(nodes[:count], 1.3)
+        weights = lagrange_integrals(nodes[:count], 1.3)
         for power in range(count):
             exact = (1.3 ** (power + 1) - 2.0 ** (power + 1)) / (power + 1)
             assert weights @ nodes[:count] ** power == pytest.approx(exact, rel=1e-10)
-    np.testing.assert_allclose(adams_weights(np.array([3.0, 4.0, 5.0, 6.0]), 2.0) * -24, [55, -59, 37, -9])
+    np.testing.assert_allclose(lagrange_integrals(np.array([3.0, 4.0, 5.0, 6.0]), 2.0) * -24, [55, -59, 37, -9])
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"])
