@@ -30,10 +30,11 @@ def _with_betas() -> list[Case]:
     for spacing in ("leading", "linspace", "trailing"):
         add(BETAS, spacing, {"timestep_spacing": spacing})
     add(BETAS, "offset", {"timestep_spacing": "leading", "steps_offset": 1})
-    add(BETAS, "linear", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02})
-    add(tuple(n for n in BETAS if "Ancestral" not in n), "cosine", {"beta_schedule": "squaredcos_cap_v2"})
-    # In long steps from a high level diffusers loses digits of the lower level to a difference of squares.
-    add(("KDPM2AncestralDiscreteScheduler",), "cosine", {"beta_schedule": "squaredcos_cap_v2"}, steps=STEPS[6:])
+    for schedule, label in {"linear": "linear", "squaredcos_cap_v2": "cosine"}.items():
+        config = {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02}
+        add(tuple(n for n in BETAS if "Ancestral" not in n), label, config)
+        # In long steps from a high level diffusers loses the lower level, a difference of squares, to rounding.
+        add(("KDPM2AncestralDiscreteScheduler",), label, config, steps=STEPS[3 if label == "linear" else 6 :])
     add(("HeunDiscreteScheduler",), "exp", {"beta_schedule": "exp"})
     add(BETAS, "trained-betas", {"trained_betas": TRAINED_BETAS})
     few = {"num_train_timesteps": 500, "beta_start": 0.0017, "beta_end": 0.024}
