@@ -1,6 +1,7 @@
 """Write the training curves of the emoji model, thinned out, as a result for the documentation.
 
-python train/emoji/log_summary.py --vae runs/emoji/vae/log.jsonl --model runs/emoji/model/log.jsonl
+    python train/emoji/log_summary.py --vae runs/emoji/vae/log.jsonl \\
+        --model runs/emoji/model/log.jsonl runs/emoji/mixed/log.jsonl
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ ABOUT = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", required=True, help="log.jsonl of train/vae.py")
-    parser.add_argument("--model", required=True, help="log.jsonl of train/text_to_image.py on all pictures")
-    parser.add_argument("--common", required=True, help="the same of its last part, on the common concepts")
+    parser.add_argument("--model", required=True, nargs="+", help="those of train/text_to_image.py, in their order")
     parser.add_argument("--output", default="docs/results/emoji_training.json", help="file to write")
     args = parser.parse_args()
-    parts = {"autoencoder": args.vae, "UNet": args.model, "UNet, common concepts": args.common}
-    rows = [row for part, path in parts.items() for row in curve(part, Path(path))]
+    rows = curve("autoencoder", [args.vae]) + curve("UNet", args.model, points=16)
     result = {
         "title": "Training of the shipped model",
         "about": ABOUT,
@@ -34,9 +33,10 @@ def main() -> None:
     Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def curve(part: str, path: Path, points: int = 8) -> list[dict[str, object]]:
-    """About ``points`` evenly spaced records of a log; where a resumed run repeated a step, the later one counts."""
-    records = {r["step"]: r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+def curve(part: str, logs: list[str], points: int = 8) -> list[dict[str, object]]:
+    """About ``points`` evenly spaced records; where a resumed run repeated a step, the later one counts."""
+    lines = [line for log in logs for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    records = {r["step"]: r for r in map(json.loads, lines)}
     last = max(records)
     steps = [min(records, key=lambda s: abs(s - last * i / points)) for i in range(1, points + 1)]
     names = ("loss", "mse", "learning_rate")
