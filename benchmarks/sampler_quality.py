@@ -1,6 +1,6 @@
 """The picture of the samplers page: what every interchangeable sampler makes of how many evaluations.
 
-    python -m benchmarks.sampler_quality        # a few minutes; needs matplotlib
+    python -m benchmarks.sampler_quality        # a minute; needs matplotlib (pip install -e ".[plots]")
 
 Left, the problem of ``sampler_order.py``, whose answer is known: how far what comes out is from the data
 (Wasserstein-1, 4000 samples). Right, the shipped model: one prompt and seed, 2 to 32 evaluations of the network.
