@@ -53,6 +53,7 @@ _PUBLIC = {
         "IPNDMScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
+        "KarrasDiffusionSchedulers",
         "KarrasEDMScheduler",
         "KarrasVeScheduler",
         "LCMScheduler",

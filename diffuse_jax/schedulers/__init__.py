@@ -64,6 +64,7 @@ __all__ = [
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "KarrasDiffusionSchedulers",
     "KarrasEDMScheduler",
     "KarrasVeScheduler",
     "LCMScheduler",
@@ -79,3 +80,22 @@ __all__ = [
     "UniPCMultistepScheduler",
     "VQDiffusionScheduler",
 ]
+
+KarrasDiffusionSchedulers: tuple[type[Scheduler], ...] = (
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    LMSDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    KDPM2DiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    DEISMultistepScheduler,
+    UniPCMultistepScheduler,
+    DPMSolverSDEScheduler,
+    EDMEulerScheduler,
+)
+"""The interchangeable samplers: each takes the configuration of every other one (``X.from_config(other)``)."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers import settings as st
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, Table
@@ -66,6 +67,8 @@ class Scheduler(Config):
     """Common settings that this scheduler does not have: its algorithm fixes them. Not read, not written."""
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Allowed values of fields beyond the common ones."""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Older names of settings."""
     aliases: ClassVar[dict[str, dict[str, str]]] = {}
     """Values of other schedulers (or older spellings) and what they mean here."""
     grid_options: ClassVar[tuple[str, ...]] = ()
@@ -130,7 +133,7 @@ class Scheduler(Config):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Build from the object of a ``scheduler_config.json``; keys of other schedulers are kept."""
-        data = _modern_spelling(data)
+        data = st.modern_spelling(data, cls.renamed)
         names = _field_names(cls)
         fields = {k: v for k, v in data.items() if k in names}
         missing = [f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING]
@@ -162,7 +165,8 @@ class Scheduler(Config):
     def from_config(cls, config: Mapping[str, Any] | Scheduler, **changes: Any) -> Self:
         """Build from a dict or from another scheduler, keeping every setting that both understand.
 
-        Settings that only the other one has are kept in ``extra`` (see :attr:`ignored`) and reported on the log.
+        Settings that only the other one has are kept in ``extra`` (see :attr:`ignored`). Those that make a difference
+        are reported on the log: a clipping that this one does not do, but not the order of the other one's method.
 
         Raises:
           ValueError: a setting is not allowed here, or (on ``Scheduler`` itself) the class is unknown.
@@ -175,8 +179,9 @@ class Scheduler(Config):
         if unknown:
             has = ", ".join(_field_names(target))
             raise ValueError(f"{target.class_name} has no setting {', '.join(unknown)}; it has {has}")
-        if scheduler.ignored and source != target.class_name:
-            logger.warning("%s built from %s ignores: %s", target.class_name, source or "a dict", scheduler.ignored)
+        lost = st.worth_telling(scheduler.ignored, scheduler.to_json(), _defaults(target))
+        if lost:
+            logger.warning("%s built from %s ignores: %s", target.class_name, source or "a dict", lost)
         return scheduler  # type: ignore[return-value]
 
     @classmethod
@@ -488,10 +493,12 @@ def _freeze(value: Mapping[str, Any]) -> Any:
     return freeze(value)
 
 
-def _modern_spelling(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace spellings of old configurations by today's."""
-    data = dict(data)
-    predict_epsilon = data.pop("predict_epsilon", None)
-    if predict_epsilon is not None:
-        data.setdefault("prediction_type", "epsilon" if predict_epsilon else "sample")
-    return {k: (v.tolist() if isinstance(v, np.ndarray) else v) for k, v in data.items()}
+def _defaults(target: type[Scheduler]) -> dict[str, list[Any]]:
+    """Setting -> its defaults in the classes that have it; of what ``target`` has fixed, only how."""
+    found: dict[str, list[Any]] = {}
+    for cls in REGISTRY.values():
+        names = _field_names(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in names:
+                found.setdefault(field.name, []).append(field.default)
+    return found | {f.name: [f.default] for f in dataclasses.fields(target) if f.name in target.absent}

@@ -31,6 +31,7 @@ class DDIMInverseScheduler(Scheduler):
     rescale_betas_zero_snr: bool = False
 
     ascends: ClassVar[bool] = True
+    renamed: ClassVar[dict[str, str]] = {"set_alpha_to_zero": "set_alpha_to_one"}
 
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         down = discrete_grid(self, n, None if timesteps is None else timesteps[::-1], sigmas)

@@ -39,7 +39,7 @@ class DEISMultistepScheduler(ExponentialIntegrator):
         "time_shift_type": flow.SHIFT_TYPES,
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
-        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"), "deis"),
         "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
+from diffuse_jax.schedulers.ddpm import VARIANCE_TYPES
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
 from diffuse_jax.schedulers.multistep import FEW_STEPS, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
@@ -35,7 +36,7 @@ class DPMSolver(ExponentialIntegrator, abstract=True):
         "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
         "solver_type": ("midpoint", "heun"),
-        "variance_type": (None, "learned", "learned_range"),
+        "variance_type": (None, *VARIANCE_TYPES),
     }
     aliases: ClassVar[dict[str, dict[str, str]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},

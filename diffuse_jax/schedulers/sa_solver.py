@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.schedulers.ddpm import VARIANCE_TYPES
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
 from diffuse_jax.schedulers.multistep import adams_weights, exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
@@ -43,7 +44,7 @@ class SASolverScheduler(ExponentialIntegrator):
         "predictor_order": (1, 2, 3, 4),
         "corrector_order": (1, 2, 3, 4),
         "algorithm_type": ("data_prediction", "noise_prediction"),
-        "variance_type": (None, "learned", "learned_range"),
+        "variance_type": (None, *VARIANCE_TYPES),
     }
 
     def __post_init__(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -234,3 +237,79 @@ def test_vq_diffusion_draws(n: int, rng: np.random.Generator, monkeypatch: pytes
         monkeypatch.setattr(torch, "rand", lambda *_, d=drawn, **__: d)
         want = theirs.step(torch_p.float(), t, torch.tensor(x)).prev_sample.numpy()
         np.testing.assert_array_equal(plan.step(x, i, log_p.astype(np.float32), uniform=uniform), want)
+
+
+INTERCHANGEABLE = [cls.class_name for cls in schedulers.KarrasDiffusionSchedulers]
+# Values that are nobody's default and that contradict nothing.
+OWN: dict[str, Any] = {
+    "num_train_timesteps": 60,
+    "beta_start": 0.002,
+    "beta_end": 0.015,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "clip_sample_range": 2.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.9,
+    "sample_max_value": 1.5,
+    "rescale_betas_zero_snr": True,
+    "use_karras_sigmas": True,
+    "flow_shift": 3.0,
+    "sigma_min": 0.03,
+    "sigma_max": 60.0,
+    "sigma_data": 0.7,
+    "sigma_schedule": "exponential",
+    "rho": 5.0,
+    "solver_order": 3,
+    "solver_type": "heun",
+    "algorithm_type": "sde-dpmsolver++",
+    "euler_at_final": True,
+    "final_sigmas_type": "sigma_min",
+    "variance_type": "fixed_large",
+    "interpolation_type": "log_linear",
+    "noise_sampler_seed": 5,
+    "lambda_min_clipped": -5.1,
+    "disable_corrector": [1, 3],
+    "time_shift_type": "linear",
+}
+
+
+def test_the_interchangeable_set_is_theirs() -> None:
+    assert [e.name for e in diffusers.schedulers.KarrasDiffusionSchedulers] == INTERCHANGEABLE
+
+
+@functools.cache
+def their_settings(name: str) -> set[str]:
+    """Settings of the class in diffusers."""
+    return {*inspect.signature(THEIRS[name]).parameters}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers|numpy")  # many thousands of them
+@pytest.mark.parametrize("source", INTERCHANGEABLE)
+@pytest.mark.parametrize("target", INTERCHANGEABLE)
+def test_any_two_keep_what_is_common(source: str, target: str, caplog: pytest.LogCaptureFixture) -> None:
+    own = {k: v for k, v in OWN.items() if takes(source, k, tuple(v) if isinstance(v, list) else v)}
+    if target == "DEISMultistepScheduler":
+        own.pop("algorithm_type", None)  # theirs refuses that of a stochastic solver
+    common = their_settings(source) & their_settings(target)
+    other = THEIRS[target].from_config(THEIRS[source](**own).config)
+    ours = getattr(schedulers, source)(**own)
+    with caplog.at_level(logging.WARNING):
+        built = getattr(schedulers, target).from_config(ours)
+    mine = built.to_json()
+    assert {k: mine[k] for k in their_settings(target)} == {k: other.config[k] for k in their_settings(target)}
+    assert common & {*own} == {k for k in own if k in built.given}
+    assert set(built.ignored) == {*own} - common
+    assert all(f"'{k}'" not in caplog.text for k in mine if k not in built.ignored)
+    again = getattr(schedulers, source).from_config(built)
+    changed = {k for k in own if getattr(again, k) != getattr(ours, k)}
+    assert changed <= {"solver_type", "algorithm_type"}, "the way back loses nothing but names that mean something else"
+    assert len(built.table(10)) >= 10
+
+
+def test_a_stochastic_solver_becomes_deis() -> None:
+    source = schedulers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    assert schedulers.DEISMultistepScheduler.from_config(source).algorithm_type == "deis"

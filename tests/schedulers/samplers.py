@@ -9,8 +9,7 @@ from diffuse_jax import schedulers
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.base import _COMMON_CHOICES
 
-EVERY = [name for name in schedulers.__all__ if issubclass(getattr(schedulers, name, int), schedulers.Scheduler)]
-EVERY.remove("Scheduler")
+EVERY = [name for name in schedulers.__all__ if name not in ("KarrasDiffusionSchedulers", "Scheduler")]
 """Every sampler."""
 
 NAMES = [name for name in EVERY if name not in ("ConsistencyDecoderScheduler", "VQDiffusionScheduler")]

@@ -14,6 +14,7 @@ import pytest
 
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -45,16 +46,45 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
     assert isinstance(pndm, PNDMScheduler)
     with caplog.at_level(logging.WARNING):
         dpm = DPMSolverMultistepScheduler.from_config(pndm.config)
+    assert not caplog.text, "nothing that is left out makes a difference"
     assert (dpm.beta_start, dpm.steps_offset) == (0.00085, 1)
     assert dpm.timestep_spacing == "linspace", "a default of PNDM is not a setting"
     assert dpm.ignored == {"skip_prk_steps": True, "set_alpha_to_one": False, "clip_sample": False}
-    assert "DPMSolverMultistepScheduler built from PNDMScheduler ignores" in caplog.text
-    assert "skip_prk_steps" in caplog.text
     assert pickle.loads(pickle.dumps(dpm)).settings() == dpm.settings()
     assert np.isfinite(dpm.table(20).rows).all()
     back = PNDMScheduler.from_config(dpm)
     assert back.skip_prk_steps
     assert back.table(20).timesteps.tolist() == pndm.table(20).timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "told"),
+    [
+        # Clipping, zero terminal SNR, spacings and ranges of noise levels are about pictures and networks.
+        ("EulerDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, "clip_sample clip_sample_range"),
+        ("EulerDiscreteScheduler", {"clip_sample": False, "clip_sample_range": 2.0}, ""),
+        ("PNDMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ("PNDMScheduler", {"thresholding": True, "sample_max_value": 1.0}, "thresholding"),
+        ("DDIMScheduler", {"use_karras_sigmas": True, "sigma_min": 0.1}, "sigma_min use_karras_sigmas"),
+        ("DDIMScheduler", {"use_karras_sigmas": None, "interpolation_type": "linear", "sigma_max": None}, ""),
+        ("DDIMScheduler", {"interpolation_type": "log_linear"}, "interpolation_type"),
+        ("UnCLIPScheduler", {"beta_start": 0.00085, "beta_end": 0.02}, "beta_start"),
+        # How another method works inside is not.
+        ("DDPMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": True, "solver_order": 3}, ""),
+        ("DDIMScheduler", {"variance_type": "fixed_large", "algorithm_type": "sde-dpmsolver++"}, ""),
+        ("DDIMScheduler", {"tensor_format": "pt", "timesteps": 1000, "timestep_values": None}, ""),
+        # Settings of a later release may be important.
+        ("DDIMScheduler", {"_class_name": "DDIMScheduler", "use_better_noise": True}, "use_better_noise"),
+    ],
+)
+def test_what_is_reported(target: str, config: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        scheduler = getattr(schedulers, target).from_config(config)
+    lost = {name: config[name] for name in told.split()}
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"{target} built from {config.get('_class_name', 'a dict')} ignores: {lost}"] if lost else []
+    )
+    assert {k: v for k, v in scheduler.to_json().items() if k in config} == config, "all of it is kept"
 
 
 def test_settings_given_on_purpose_are_inherited() -> None:
@@ -99,6 +129,9 @@ def test_old_spellings() -> None:
     assert EulerDiscreteScheduler(prediction_type="original_sample").prediction_type == "sample"
     assert DPMSolverMultistepScheduler(solver_type="bh2", algorithm_type="deis").solver_type == "midpoint"
     assert UniPCMultistepScheduler(solver_type="midpoint").solver_type == "bh2"
+    assert not DDIMInverseScheduler.from_config({"set_alpha_to_zero": False}).set_alpha_to_one
+    shown = {"beta_end": 0.5, "beta_start": 0.1, "_use_default_values": ["beta_end", "steps_offset"]}
+    assert (DDIMScheduler.from_config(shown).beta_end, DDIMScheduler.from_config(shown).beta_start) == (0.02, 0.1)
     betas = np.linspace(1e-4, 0.02, 100)
     trained = DDPMScheduler.from_config({"trained_betas": betas, "num_train_timesteps": 100})
     assert trained.alpha_bar[-1] == pytest.approx(np.prod(1 - betas))
