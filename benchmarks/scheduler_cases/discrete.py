@@ -146,7 +146,8 @@ def _repaint() -> list[Case]:
     few, cut = (3, 2), {"clip_sample": False}
     out = [case("plain", {}), case("ancestral", {"eta": 1.0}), case("some-noise", {"eta": 0.4})]
     out += [
-        case(f"jumps-{length}-{count}", {"eta": 0.7}, (length, count)) for length, count in ((1, 3), (2, 4), (7, 2))
+        case(f"jumps-{length}-{count}", cut | {"eta": 0.7}, (length, count))
+        for length, count in ((1, 3), (2, 4), (7, 2))
     ]
     out += [case(f"not-clipped-eta-{eta:g}", cut | {"eta": eta}, few) for eta in (0.0, 0.5, 1.0)]
     for schedule in ("linear", "squaredcos_cap_v2", "sigmoid"):
