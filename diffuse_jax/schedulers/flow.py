@@ -19,7 +19,8 @@ SHIFT_TYPES = ("exponential", "linear")
 
 def shift(sigmas: Array, factor: float) -> Array:
     """Levels moved towards noise by ``factor`` (Esser et al. 2024, eq. 23, with ``factor = sqrt(m / n)``)."""
-    return sigmas / (sigmas + (1 - sigmas) / factor)  # so written, pure noise stays pure noise to the last digit
+    moved = factor * sigmas / (1 + (factor - 1) * sigmas)
+    return np.where(sigmas == 1, 1.0, moved)  # pure noise stays pure noise to the last digit
 
 
 def shift_factor(
