@@ -50,8 +50,8 @@ autoencoder of {vae:,}, a CLIP text encoder of {text:,}, a byte-pair tokenizer o
 float16. Trained from random numbers on {total:,} pictures by `train/vae.py` and `train/text_to_image.py`; how is told
 in the documentation of diffuse_jax, page "The shipped model".
 
-Limits: it knows emoji and nothing else. Most faces, food, plants, hearts and buttons and many animals and people come out
-recognisable; thin things, hands, buildings and vehicles often come out vague, and writing is never legible.
+Limits: it knows emoji and nothing else. Most faces, food, plants, hearts and buttons and many animals and people come
+out recognisable; thin things, hands, buildings and vehicles often come out vague, and writing is never legible.
 
 ## Sources and licences
 
