@@ -6,11 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
-import numpy as np
-
-from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.edm import EDMScheduler
-from diffuse_jax.schedulers.euler import churned
+from diffuse_jax.schedulers.euler import churned_euler
 from diffuse_jax.schedulers.table import Grid, Row
 
 
@@ -24,18 +21,5 @@ class EDMEulerScheduler(EDMScheduler):
 
     step_options: ClassVar[tuple[str, ...]] = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
-    def evaluations(
-        self,
-        grid: Grid,
-        begin: int,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = np.inf,
-        s_noise: float = 1.0,
-    ) -> Iterator[Row]:
-        for i in range(begin, len(grid.timesteps)):
-            e = self.evaluation(grid.timesteps[i], grid.source[i])
-            sigma_hat = churned(e.sigma, s_churn / len(grid.timesteps), s_tmin, s_tmax)
-            x_hat = e.x + s_noise * np.sqrt(sigma_hat**2 - e.sigma**2) * e.noise
-            x0 = ns.predict_x0(e.prediction_type, x_hat, e.output, 1.0, sigma_hat, self.sigma_data)
-            yield e.row(x_hat + (grid.target[i, 1] - sigma_hat) * (x_hat - x0) / sigma_hat)
+    def evaluations(self, grid: Grid, begin: int, **churn: float) -> Iterator[Row]:
+        return churned_euler(self, grid, begin, read_raised=True, **churn)

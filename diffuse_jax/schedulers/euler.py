@@ -48,22 +48,8 @@ class EulerDiscreteScheduler(Scheduler):
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         return exploding_grid(self, n, timesteps, sigmas)
 
-    def evaluations(
-        self,
-        grid: Grid,
-        begin: int,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = np.inf,
-        s_noise: float = 1.0,
-    ) -> Iterator[Row]:
-        for i in range(begin, len(grid.timesteps)):
-            e = self.evaluation(grid.timesteps[i], grid.source[i])
-            sigma_hat = churned(e.sigma, s_churn / len(grid.timesteps), s_tmin, s_tmax)
-            x_hat = e.x + s_noise * np.sqrt(sigma_hat**2 - e.sigma**2) * e.noise
-            level = sigma_hat if self.prediction_type == "epsilon" else e.sigma
-            x0 = ns.predict_x0(self.prediction_type, x_hat, e.output, 1.0, level)
-            yield e.row(x_hat + (grid.target[i, 1] - sigma_hat) * (x_hat - x0) / sigma_hat)
+    def evaluations(self, grid: Grid, begin: int, **churn: float) -> Iterator[Row]:
+        return churned_euler(self, grid, begin, read_raised=self.prediction_type == "epsilon", **churn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +79,31 @@ def churned(sigma: float, gamma: float, low: float, high: float) -> float:
 def ancestral_split(sigma: float, target: float) -> tuple[float, float]:
     """The level of the deterministic part of a step to ``target``, and the standard deviation of the noise after it."""
     return target**2 / sigma, target * np.sqrt(1 - (target / sigma) ** 2)
+
+
+def churned_euler(
+    scheduler: Scheduler,
+    grid: Grid,
+    begin: int,
+    *,
+    read_raised: bool,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = np.inf,
+    s_noise: float = 1.0,
+) -> Iterator[Row]:
+    """Euler steps from levels raised by churn (Karras et al. 2022, alg. 2), samples ``x0 + sigma * eps``.
+
+    The network is evaluated before the noise of a step is added, and its output read as if it had been asked after
+    (``read_raised``) or at its own level, as published pictures have it.
+    """
+    for i in range(begin, len(grid.timesteps)):
+        e = scheduler.evaluation(grid.timesteps[i], grid.source[i])
+        sigma_hat = churned(e.sigma, s_churn / len(grid.timesteps), s_tmin, s_tmax)
+        x_hat = e.x + s_noise * np.sqrt(sigma_hat**2 - e.sigma**2) * e.noise
+        level = sigma_hat if read_raised else e.sigma
+        x0 = ns.predict_x0(e.prediction_type, x_hat, e.output, 1.0, level, e.sigma_data)
+        yield e.row(x_hat + (grid.target[i, 1] - sigma_hat) * (x_hat - x0) / sigma_hat)
 
 
 def exploding_grid(scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None) -> Grid:
