@@ -1,4 +1,4 @@
-"""The picture of the samplers page: what every interchangeable sampler makes of how many evaluations.
+"""The picture of the samplers page: what every sampler for ordinary networks makes of how many evaluations.
 
     python -m benchmarks.sampler_quality        # a minute; needs matplotlib (pip install -e ".[plots]")
 
@@ -26,6 +26,9 @@ SAMPLES = 4000
 PROMPT, SEED = "red apple, fluent style", 3
 OTHER_NETWORKS = "EDMEulerScheduler"
 """Interchangeable by its place in diffusers' list, but for networks with another preconditioning."""
+
+MORE = ("SASolverScheduler", "LCMScheduler", "TCDScheduler")
+"""Others that run on any network; the last two are made for distilled ones. The rest need networks of their own."""
 
 OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "samplers.png"
 
@@ -119,7 +122,7 @@ def main() -> None:
     from common import write
 
     rng = np.random.default_rng(0)
-    names = [cls.__name__ for cls in schedulers.KarrasDiffusionSchedulers]
+    names = [cls.__name__ for cls in schedulers.KarrasDiffusionSchedulers] + list(MORE)
     rows = []
     for name in names:
         scheduler = build(name, problem.SD)
