@@ -72,8 +72,9 @@ def main() -> None:
     size = pictures_per_update(args, mesh)
     batches = make_batches(args, size, pictures, tokenizer(source), models.vae, frozen["vae"])
 
-    export = functools.partial(save_pipeline, models, source, params)
     frozen = place(frozen, mesh)
+    export = functools.partial(save_pipeline, models, source, frozen)
+    del params, trainable  # the state has its own copy
     state = train(state, step, frozen, batches, mesh=mesh, rate=rate, export=export, **train_options(args))
     export(Path(args.output_dir), state)
     print(args.output_dir)
@@ -184,12 +185,12 @@ def denoising_loss(
     return errors(objective, prediction, x0, drawn)
 
 
-def save_pipeline(models: Models, source: Path, params: dict[str, Params], folder: Path, state: TrainState) -> None:
+def save_pipeline(models: Models, source: Path, frozen: dict[str, Params], folder: Path, state: TrainState) -> None:
     """Write the whole pipeline: trained parts from the state (their average with ``--use_ema``), the rest as it was."""
-    trained = {**params, **(state.params if state.ema is None else state.ema)}
-    models.unet.save_pretrained(folder / "unet", trained["unet"])
-    models.text_encoder.save_pretrained(folder / "text_encoder", trained["text_encoder"])
-    models.vae.save_pretrained(folder / "vae", trained["vae"])
+    params = {**frozen, **(state.params if state.ema is None else state.ema)}
+    models.unet.save_pretrained(folder / "unet", params["unet"])
+    models.text_encoder.save_pretrained(folder / "text_encoder", params["text_encoder"])
+    models.vae.save_pretrained(folder / "vae", params["vae"])
     shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     shutil.copy(source / "model_index.json", folder)
     sampler = Scheduler.from_pretrained(source, subfolder="scheduler")

@@ -62,9 +62,13 @@ def make_parser(description: str | None, output_dir: str, **defaults: Any) -> ar
     add("--optimizer", default="adamw", choices=sorted(OPTIMIZERS), help="lion and adafactor need less memory")
     add("--adam_beta1", type=float, default=None, help="decay of the first moment; the optimiser's own if left out")
     add("--adam_beta2", type=float, default=None, help="decay of the second moment; likewise")
-    add("--adam_weight_decay", type=float, default=1e-2, help="weight decay, not scaled by the gradient")
+    add("--adam_weight_decay", type=float, default=1e-2, help="weight decay, scaled by the rate only")
     add("--adam_epsilon", type=float, default=None, help="added to the root of the second moment; likewise")
-    add("--use_8bit_adam", action=Refused, advice="JAX has no 8-bit Adam; --optimizer lion or adafactor saves as much")
+    add(
+        "--use_8bit_adam",
+        action=Refused,
+        advice="JAX has no 8-bit Adam; --optimizer lion or adafactor needs less memory",
+    )
     add("--max_grad_norm", type=float, default=1.0, help="global norm to which the gradient is clipped")
     add("--scale_lr", action="store_true", help="multiply learning_rate by the pictures of an update")
     add("--gradient_accumulation_steps", type=int, default=1, help="parts of an update, one in memory at a time")

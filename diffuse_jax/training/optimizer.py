@@ -118,13 +118,9 @@ def adafactor(
     ``beta1=0`` keeps no first moment; ``beta2`` has no use, its decay approaches 1 by the paper's rule.
     """
     del beta2
-    return optax.adafactor(
-        rate,
-        multiply_by_parameter_scale=False,
-        momentum=beta1 or None,
-        weight_decay_rate=weight_decay or None,
-        eps=epsilon,
-    )
+    descent = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=beta1 or None, eps=epsilon)
+    # optax's own decay is not scaled by the rate: 0.01 would take a hundredth of every weight in every update.
+    return optax.chain(descent, optax.add_decayed_weights(-weight_decay), optax.scale_by_schedule(rate))
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {

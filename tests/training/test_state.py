@@ -178,6 +178,14 @@ def test_average_begins_late_and_keeps_its_limits() -> None:
         Average(decay=1.5)
 
 
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_weights_decay_by_the_rate(name: str) -> None:
+    optimizer = make_optimizer(name, lambda _: 0.1, weight_decay=0.01)
+    weights = {"w": jnp.full((4, 4), 2.0)}
+    updates, _ = optimizer.update({"w": jnp.zeros((4, 4))}, optimizer.init(weights), weights)
+    np.testing.assert_allclose(updates["w"], -0.1 * 0.01 * 2.0, rtol=1e-5)
+
+
 def test_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"adamw.*got 'sgdx'"):
         make_optimizer("sgdx", lambda _: 0.1)
