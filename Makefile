@@ -54,8 +54,9 @@ docs: install-dev ## the site, in docs/_build/html; a warning is an error
 test: lint docs ## everything that CI checks, the tests last
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
-test-slow: install-dev ## the tests that take minutes
+test-slow: install-dev ## the tests that take minutes, and new random configurations of samplers
 	$(BIN)/python -m pytest -m slow $(PYTEST)
+	DIFFUSE_JAX_TEST_RANDOM=1 $(BIN)/python -m pytest tests/schedulers/test_properties.py $(PYTEST)
 
 clean: ## caches and built documentation, not the virtual environment
 	rm -rf docs/_build docs/_generated build dist .mypy_cache .ruff_cache .pytest_cache .cache

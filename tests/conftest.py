@@ -16,12 +16,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("DIFFUSE_JAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples every time, so that a change is judged by what it changed; DIFFUSE_JAX_TEST_RANDOM=1 looks for new
+# ones (as `make test-slow` does) and prints the blob that repeats a failure.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("random" if os.environ.get("DIFFUSE_JAX_TEST_RANDOM") == "1" else "fixed")
 
 
 @pytest.fixture

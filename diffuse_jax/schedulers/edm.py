@@ -58,15 +58,17 @@ class EDMScheduler(ContinuousScheduler, abstract=True):
         return Evaluation(timestep, level, kind, corrected=self.corrects_x0, sigma_data=self.sigma_data)
 
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
-        final = self.sigma_min if self.final_sigmas_type == "sigma_min" else 0.0
         if sigmas is not None:
             s = sigmas
-        elif timesteps is not None:
-            s = np.append(self.level(timesteps)[1], final)
-        elif self.sigma_schedule == "karras":
-            s = np.append(ns.karras_sigmas(self.sigma_min, self.sigma_max, n, self.rho), final)
         else:
-            s = np.append(ns.exponential_sigmas(self.sigma_min, self.sigma_max, n), final)
+            if timesteps is not None:
+                s = self.level(timesteps)[1]
+            elif self.sigma_schedule == "karras":
+                s = ns.karras_sigmas(self.sigma_min, self.sigma_max, n, self.rho)
+            else:
+                s = ns.exponential_sigmas(self.sigma_min, self.sigma_max, n)
+            # A spacing reaches sigma_min only up to rounding, and a step upwards, however small, has no solution.
+            s = np.append(s, min(self.sigma_min, s[-1]) if self.final_sigmas_type == "sigma_min" else 0.0)
         levels = sg.with_alpha(s, self.coordinates)
         t = self.timestep(s[:-1]) if timesteps is None else timesteps
         return Grid(t, levels[:-1], levels[1:], float(np.hypot(s[0], 1)))

@@ -139,5 +139,5 @@ def _spaced(scheduler: Scheduler, table: Array, n: int, timesteps: Array | None)
     if sg.sigma_spacing(scheduler):
         s = sg.respaced(scheduler, s[-1], s[0], n)
         t = ns.sigma_to_timestep(s, table)
-    last = table[0] if getattr(scheduler, "final_sigmas_type", "zero") == "sigma_min" else 0.0
+    last = min(table[0], s[-1]) if getattr(scheduler, "final_sigmas_type", "zero") == "sigma_min" else 0.0
     return t, np.append(s, last)

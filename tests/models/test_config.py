@@ -43,7 +43,7 @@ def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=unet_configs())
 def test_reading_and_writing_loses_nothing(data: dict[str, Any]) -> None:
     config = UNet2DConditionConfig.from_json(data)
@@ -55,7 +55,7 @@ def test_reading_and_writing_loses_nothing(data: dict[str, Any]) -> None:
     assert hash(again) == hash(again.replace())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(value=JSON)
 def test_thaw_undoes_freeze(value: Any) -> None:
     frozen = freeze(value)

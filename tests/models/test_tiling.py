@@ -28,7 +28,7 @@ def enlarge(x: jax.Array) -> jax.Array:
     return nearest(jnp.tanh(2 * x), (4 * x.shape[1], 4 * x.shape[2]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(1, 200), tile=st.integers(1, 40), data=st.data())
 def test_tiles_cover_and_weights_add_up_to_one(length: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))

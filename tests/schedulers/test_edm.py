@@ -25,6 +25,17 @@ def test_levels_run_between_the_ends_of_the_range(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_a_run_that_ends_at_sigma_min_takes_no_step_upwards(name: str, spacing: str) -> None:
+    """Rounding puts the last level of a spacing on either side of ``sigma_min``."""
+    for low in np.linspace(0.1, 0.9, 41):
+        cls = getattr(schedulers, name)
+        table = cls(sigma_schedule=spacing, sigma_min=float(low), final_sigmas_type="sigma_min").table(2)
+        assert np.all(np.isfinite(table.rows)), low
+        assert np.all(np.diff(table.levels[:, 1]) <= 0), low
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_timesteps_and_sigmas_say_the_same(name: str) -> None:
     scheduler = getattr(schedulers, name)()
     table = scheduler.table(8)

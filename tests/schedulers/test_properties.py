@@ -66,7 +66,7 @@ def test_any_configuration_and_any_number_of_steps(name: str) -> None:
     refused = []
     steps = st.integers(1, 60) if name in NAMES else st.just(2)
 
-    @settings(max_examples=40, deadline=None, print_blob=True)
+    @settings(max_examples=40)
     @given(data=st.data(), n=steps, strength=st.sampled_from([None, None, 0.3, 1.0]))
     def check(data: st.DataObject, n: int, strength: float | None) -> None:
         scheduler = data.draw(configurations(name))
