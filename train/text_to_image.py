@@ -35,6 +35,7 @@ from diffuse_jax.training.arguments import (
     objective_from,
     optimizer_from,
     pictures_per_update,
+    remat_from,
     train_options,
 )
 from diffuse_jax.training.data import Pictures, batch_indices, caption_batch, pixel_batch, read_pictures
@@ -108,7 +109,7 @@ def load(args: argparse.Namespace, source: Path) -> tuple[Models, dict[str, Para
     """The networks in the wanted computing precision, with float32 parameters."""
     dtypes = {"dtype": PRECISIONS[args.mixed_precision], "param_dtype": jnp.float32}
     unet, unet_params = UNet2DConditionModel.from_pretrained(source, subfolder="unet", **dtypes)
-    unet = unet.clone(remat=args.gradient_checkpointing)
+    unet = unet.clone(remat=remat_from(args))
     text_encoder, text_params = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", **dtypes)
     vae_source = args.pretrained_vae_model_name_or_path or source
     vae, vae_params = AutoencoderKL.from_pretrained(vae_source, subfolder="vae")

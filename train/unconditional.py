@@ -29,6 +29,7 @@ from diffuse_jax.training.arguments import (
     objective_from,
     optimizer_from,
     pictures_per_update,
+    remat_from,
     train_options,
 )
 from diffuse_jax.training.data import batch_indices, pixel_batch, read_pictures
@@ -108,12 +109,12 @@ def load(args: argparse.Namespace) -> tuple[UNet2DModel, Params]:
     dtypes = {"dtype": PRECISIONS[args.mixed_precision], "param_dtype": jnp.float32}
     if args.pretrained_model_name_or_path is not None:
         unet, params = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet", **dtypes)
-        return unet.clone(remat=args.gradient_checkpointing), params
+        return unet.clone(remat=remat_from(args)), params
     if args.model_config_name_or_path is not None:
         unet = UNet2DModel.from_config(resolve(args.model_config_name_or_path), dtype=dtypes["dtype"])
     else:
         unet = UNet2DModel(UNet2DConfig(**FROM_SCRATCH), **dtypes)
-    unet = unet.clone(config=unet.config.replace(sample_size=args.resolution), remat=args.gradient_checkpointing)
+    unet = unet.clone(config=unet.config.replace(sample_size=args.resolution), remat=remat_from(args))
     return unet, initial_params(unet.shapes(), args.seed)
 
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm, LayerNorm
+from diffuse_jax.models.remat import remat_block
 
 
 class Attention(nn.Module):
@@ -118,6 +119,7 @@ class Transformer2D(nn.Module):
     groups: int = 32
     linear_projection: bool = False
     only_cross_attention: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -133,6 +135,6 @@ class Transformer2D(nn.Module):
         )
         h = project("proj_in")(GroupNorm(self.groups, 1e-6, **dtypes, name="norm")(x)).reshape(B, H * W, C)
         for i in range(self.depth):
-            block = TransformerBlock(self.heads, self.only_cross_attention, **dtypes, name=f"transformer_blocks_{i}")
-            h = block(h, context)
+            block = remat_block(TransformerBlock, self.remat)
+            h = block(self.heads, self.only_cross_attention, **dtypes, name=f"transformer_blocks_{i}")(h, context)
         return x + project("proj_out")(h.reshape(B, H, W, C))

@@ -15,6 +15,7 @@ from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
+from diffuse_jax.models.remat import check_policy, remat_block, remat_level
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 
 KINDS = {
@@ -112,7 +113,7 @@ class UNet2DModel(Model):
     """
 
     config: UNet2DConfig = UNet2DConfig()
-    remat: bool = False  # compute blocks again in the backward pass instead of keeping what is inside
+    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
     config_class: ClassVar[type[Config]] = UNet2DConfig
 
     def example_inputs(self) -> dict[str, Any]:
@@ -143,6 +144,7 @@ class UNet2DModel(Model):
           ValueError: the channels of ``sample`` are wrong, or ``class_labels`` are missing or not wanted.
         """
         c = self.config
+        check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if sample.ndim != 4 or sample.shape[-1] != c.in_channels:
             raise ValueError(f"sample must be [B,h,w,{c.in_channels}] (channel-last), got {sample.shape}")
@@ -153,17 +155,17 @@ class UNet2DModel(Model):
 
         x = Conv(c.block_out_channels[0], **dtypes, name="conv_in")(x)
         skips, last = [x], len(c.block_out_channels) - 1
-        remat = nn.remat if self.remat else lambda block, **_: block
-        down_block, mid_block, up_block = remat(DownBlock), remat(MidBlock), remat(UpBlock)
+        down_block, mid_block, up_block = (remat_level(level, self.remat) for level in (DownBlock, MidBlock, UpBlock))
+        shared = {**dtypes, "remat": self.remat}
         for i, channels in enumerate(c.block_out_channels):
-            block = down_block(c, c.down_block_types[i], channels, i < last, **dtypes, name=f"down_blocks_{i}")
+            block = down_block(c, c.down_block_types[i], channels, i < last, **shared, name=f"down_blocks_{i}")
             x, new = block(x, temb)
             skips += new
         if c.mid_block_type is not None:
-            x = mid_block(c, "", c.block_out_channels[-1], **dtypes, name="mid_block")(x, temb)
+            x = mid_block(c, "", c.block_out_channels[-1], **shared, name="mid_block")(x, temb)
         for i, channels in enumerate(c.block_out_channels[::-1]):
             here, skips = skips[-c.layers_per_block - 1 :], skips[: -c.layers_per_block - 1]
-            x = up_block(c, c.up_block_types[i], channels, i < last, **dtypes, name=f"up_blocks_{i}")(x, here, temb)
+            x = up_block(c, c.up_block_types[i], channels, i < last, **shared, name=f"up_blocks_{i}")(x, here, temb)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         return Conv(c.out_channels, **dtypes, name="conv_out")(nn.silu(x))
@@ -199,12 +201,13 @@ class Block(nn.Module):
     kind: str
     channels: int
     resamples: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     def resnet(self, name: str, x: jax.Array, temb: jax.Array, resample: str | None = None) -> jax.Array:
         c = self.config
-        return ResnetBlock(
+        return remat_block(ResnetBlock, self.remat)(
             self.channels,
             c.norm_num_groups,
             c.norm_eps,
@@ -219,9 +222,9 @@ class Block(nn.Module):
     def attend(self, i: int, x: jax.Array, groups: int | None) -> jax.Array:
         width = self.config.attention_head_dim or self.channels
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return x + SpatialAttention(
-            self.channels // width, groups, self.config.norm_eps, **dtypes, name=f"attentions_{i}"
-        )(x)
+        attention = remat_block(SpatialAttention, self.remat)
+        heads = self.channels // width
+        return x + attention(heads, groups, self.config.norm_eps, **dtypes, name=f"attentions_{i}")(x)
 
     def layer(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
         """Residual block ``i`` and, in blocks that have it, attention."""

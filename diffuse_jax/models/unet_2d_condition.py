@@ -16,6 +16,7 @@ from diffuse_jax.models.attention import Transformer2D
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
+from diffuse_jax.models.remat import check_policy, remat_block, remat_level
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 
 HAS_ATTENTION = {
@@ -198,7 +199,7 @@ class UNet2DConditionModel(Model):
     """
 
     config: UNet2DConditionConfig = UNet2DConditionConfig()
-    remat: bool = False  # compute blocks again in the backward pass instead of keeping what is inside
+    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
     config_class: ClassVar[type[Config]] = UNet2DConditionConfig
 
     def example_inputs(self) -> dict[str, Any]:
@@ -247,6 +248,7 @@ class UNet2DConditionModel(Model):
           ValueError: the channels of ``sample`` or the conditions do not fit the configuration.
         """
         c = self.config
+        check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if sample.ndim != 4 or sample.shape[-1] != c.in_channels:
             raise ValueError(f"sample must be [B,h,w,{c.in_channels}] (channel-last), got {sample.shape}")
@@ -259,17 +261,18 @@ class UNet2DConditionModel(Model):
         x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=c.conv_in_kernel // 2, **dtypes, name="conv_in")(x)
         skips = [x]
         down, up = c.down_levels(), c.up_levels()
-        remat = nn.remat if self.remat else lambda block, **_: block
-        down_block, mid_block, up_block = remat(DownBlock), remat(MidBlock), remat(UpBlock, static_argnums=(5,))
+        down_block, mid_block = (remat_level(level, self.remat) for level in (DownBlock, MidBlock))
+        up_block = remat_level(UpBlock, self.remat, static_argnums=(5,))
+        shared = {**dtypes, "remat": self.remat}
         for i, level in enumerate(down):
-            x, new = down_block(c, level, i + 1 < len(down), **dtypes, name=f"down_blocks_{i}")(x, temb, context)
+            x, new = down_block(c, level, i + 1 < len(down), **shared, name=f"down_blocks_{i}")(x, temb, context)
             skips += new
         if c.mid_block_type is not None:
-            x = mid_block(c, c.mid_level(), **dtypes, name="mid_block")(x, temb, context)
+            x = mid_block(c, c.mid_level(), **shared, name="mid_block")(x, temb, context)
         for i, level in enumerate(up):
             here, skips = skips[-level.layers :], skips[: -level.layers]
             size = None if i + 1 == len(up) else skips[-1].shape[1:3]
-            x = up_block(c, level, **dtypes, name=f"up_blocks_{i}")(x, here, temb, context, size)
+            x = up_block(c, level, **shared, name=f"up_blocks_{i}")(x, here, temb, context, size)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         x = ACTIVATIONS[c.act_fn](x)
@@ -334,12 +337,13 @@ class Block(nn.Module):
     config: UNet2DConditionConfig
     level: Level
     downsample: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
         c = self.config
-        return ResnetBlock(
+        return remat_block(ResnetBlock, self.remat)(
             self.level.channels,
             c.norm_num_groups,
             c.norm_eps,
@@ -359,6 +363,7 @@ class Block(nn.Module):
             self.config.norm_num_groups,
             self.config.use_linear_projection,
             self.level.only_cross_attention,
+            self.remat,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=f"attentions_{i}",

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.objective import TIMESTEP_BIASES, Objective, timestep_probabilities
@@ -72,7 +73,8 @@ def make_parser(description: str | None, output_dir: str, **defaults: Any) -> ar
     add("--max_grad_norm", type=float, default=1.0, help="global norm to which the gradient is clipped")
     add("--scale_lr", action="store_true", help="multiply learning_rate by the pictures of an update")
     add("--gradient_accumulation_steps", type=int, default=1, help="parts of an update, one in memory at a time")
-    add("--gradient_checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
+    add("--gradient_checkpointing", action="store_true", help="the same as --remat_policy blocks")
+    add("--remat_policy", default=None, choices=POLICIES, help="what the backward pass computes again to save memory")
     add("--use_ema", action="store_true", help="average the parameters and save the average")
     add("--ema_decay", type=float, default=0.9999, help="decay of that average, reached after a ramp")
     add("--ema_inv_gamma", type=float, default=None, help="use the ramp 1 - (1 + n / this) ** -power instead")
@@ -140,6 +142,11 @@ def optimizer_from(args: argparse.Namespace, mesh: Mesh) -> tuple[optax.Gradient
     settings = {name: getattr(args, f"adam_{name}") for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
     return make_optimizer(args.optimizer, rate, max_grad_norm=args.max_grad_norm, **given), rate
+
+
+def remat_from(args: argparse.Namespace) -> str:
+    """What the UNet's ``remat`` should be; ``--remat_policy`` decides over ``--gradient_checkpointing``."""
+    return args.remat_policy or ("blocks" if args.gradient_checkpointing else "none")
 
 
 def average_from(args: argparse.Namespace) -> Average:

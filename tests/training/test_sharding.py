@@ -74,15 +74,36 @@ def test_losses_are_those_of_one_device(alone: tuple[list[float], Any], axes: di
         assert any(not leaf.sharding.is_fully_replicated for leaf in moments), "the optimiser is divided too"
 
 
-def test_blocks_computed_again_give_the_same_losses(alone: tuple[list[float], Any]) -> None:
-    losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=True))
+@pytest.mark.parametrize("policy", ["blocks", "full"])
+def test_parts_computed_again_give_the_same_losses(alone: tuple[list[float], Any], policy: str) -> None:
+    losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=policy))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
 
 
-def test_every_block_is_computed_again() -> None:
+def test_what_is_computed_again() -> None:
     batch = {"x0": jnp.zeros((1, 4, 4, 4)), "text": jnp.zeros((1, 3, 16))}
     forward = lambda unet: jax.make_jaxpr(lambda p: loss(unet, p, {}, batch, jax.random.key(0))[0])(UNET.shapes())
-    blocks = lambda unet: sum(
-        "remat" in str(e.primitive) or "checkpoint" in str(e.primitive) for e in forward(unet).eqns
-    )
-    assert (blocks(UNET), blocks(UNET.clone(remat=True))) == (0, 5)
+    parts = lambda unet: sum(e.primitive.name in ("remat2", "checkpoint") for e in forward(unet).eqns)
+    assert parts(UNET) == 0
+    assert parts(UNET.clone(remat="blocks")) == 8 + 4, "residual blocks and transformer blocks"
+    assert parts(UNET.clone(remat="full")) == 5, "two levels down, the middle, two levels up"
+
+
+def test_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="remat must be one of none, blocks, full, got 'all'"):
+        jax.eval_shape(UNET.clone(remat="all").init, jax.random.key(0), **UNET.example_inputs())
+
+
+def test_less_is_kept_from_policy_to_policy() -> None:
+    """What the forward pass hands to the backward pass, in bytes; parameters and inputs apart."""
+    unet = UNET.clone(config=UNET.config.replace(layers_per_block=2))
+    batch = {"x0": jnp.zeros((1, 16, 16, 4)), "text": jnp.zeros((1, 3, 16))}
+    params = initial_params(unet.shapes(), 0)
+
+    def kept(policy: str) -> int:
+        run = lambda p: loss(unet.clone(remat=policy), p, {}, batch, jax.random.key(0))[0]
+        backward = jax.eval_shape(lambda p: jax.vjp(run, p)[1], params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    none, blocks, full = map(kept, ("none", "blocks", "full"))
+    assert none > 2 * blocks > 2 * full
