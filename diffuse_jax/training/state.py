@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
+from diffuse_jax.sharding import param_shardings
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -29,8 +31,13 @@ class TrainState:
     ema: Params | None  # running average of params; None without --use_ema
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
-    """A state at step 0. Trainable parameters must be float32: updates are lost in lower precision.
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, use_ema: bool, mesh: Mesh | None = None
+) -> TrainState:
+    """A state at step 0, with copies of the parameters.
+
+    Trainable parameters must be float32: updates are lost in lower precision. On a mesh every part is made where it
+    stays, cut as :func:`~diffuse_jax.sharding.param_shardings` says, so no device ever holds a whole optimiser.
 
     Raises:
       ValueError: a parameter has another dtype.
@@ -38,9 +45,17 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, use_ema:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if leaf.dtype != jnp.float32:
             raise ValueError(f"trainable parameter {jax.tree_util.keystr(path)} is {leaf.dtype}; load it as float32")
-    params = jax.tree.map(jnp.array, params)
-    ema = jax.tree.map(jnp.copy, params) if use_ema else None
-    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+    def build(params: Params) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if use_ema else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+    if mesh is None:
+        return jax.jit(build)(jax.tree.map(jnp.array, params))
+    shardings = param_shardings(jax.eval_shape(build, params), mesh)
+    # The step gives its input's memory away, so the state must not share any with the caller.
+    own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.params)(params)
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(own)
 
 
 @dataclasses.dataclass(frozen=True)

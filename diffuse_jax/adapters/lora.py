@@ -1,0 +1,130 @@
+"""Low-rank adaptation (LoRA; Hu et al. 2021, arXiv 2106.09685).
+
+A dense layer with kernel ``W [in, out]`` gets a pair ``down [in, r]``, ``up [r, out]`` and computes
+``x W + scale * (x down) up`` (section 4.1; there ``W_0 + B A``, and ``scale`` is ``alpha / r``). The pairs of a network
+are a tree of their own, ``{..., "to_q": {"down", "up"}}`` at the paths of the layers. :func:`live` computes with pairs
+beside the kernels, which is what training wants: no gradient of a whole kernel is ever made. :func:`merge` adds them to
+the kernels, which is what sampling wants: nothing is left to compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+# The one import of linen outside of networks: its interceptors let a network compute with pairs it knows nothing about.
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.models.base import Model, Params
+from diffuse_jax.weights.names import Path, flatten, unflatten
+
+TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
+"""Paths of the layers that get pairs unless others are named: all projections of UNets' and of CLIP's attention."""
+
+PAIR = ("down", "up")
+
+
+def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> Params:
+    """Pairs for the dense layers of a network: ``down`` normal with deviation ``1 / rank``, ``up`` zero, float32.
+
+    The network computes at first what it did without them.
+
+    Args:
+      shapes: the network's parameters or their shapes.
+      rank: inner dimension ``r``.
+      key: decides ``down``.
+      targets: regular expression for the paths ``a/b/to_q`` of the layers.
+
+    Raises:
+      ValueError: the rank is not positive, or no dense layer matches.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+    layers = dense_layers(shapes)
+    chosen = [path for path in layers if re.search(targets, "/" + "/".join(path))]
+    if not chosen:
+        raise ValueError(f"no dense layer matches the LoRA targets {targets!r}; there are, for example, "
+                         + ", ".join("/".join(path) for path in list(layers)[:3]))  # fmt: skip
+    flat: dict[Path, jax.Array] = {}
+    for path, k in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+        rows, columns = layers[path]
+        flat[(*path, "down")] = jax.random.normal(k, (rows, rank), jnp.float32) / rank
+        flat[(*path, "up")] = jnp.zeros((rank, columns), jnp.float32)
+    return unflatten(flat)
+
+
+def dense_layers(shapes: Params) -> dict[Path, tuple[int, int]]:
+    """Path -> ``(in, out)`` of every layer with a kernel of rank 2."""
+    kernels = {path[:-1]: leaf.shape for path, leaf in flatten(shapes).items() if path[-1] == "kernel"}
+    return {path: shape for path, shape in kernels.items() if len(shape) == 2}
+
+
+def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
+    """Parameters with ``scale * down @ up`` added to the kernels; the opposite scale takes them out again.
+
+    The sum is made in float32 and has the kernel's dtype.
+
+    Raises:
+      ValueError: a pair has no kernel in ``params``, or does not fit it.
+    """
+    flat = flatten(params)
+    for path, pair in pairs_of(pairs).items():
+        kernel, name = flat.get((*path, "kernel")), "/".join(path)
+        if kernel is None or kernel.shape != (pair["down"].shape[0], pair["up"].shape[1]):
+            have = "no kernel there" if kernel is None else f"a kernel {kernel.shape}"
+            raise ValueError(
+                f"LoRA for {name} is {pair['down'].shape} x {pair['up'].shape}; this network has {have}: "
+                "it was made for another one"
+            )
+        change = scale * (jnp.asarray(pair["down"], jnp.float32) @ jnp.asarray(pair["up"], jnp.float32))
+        flat[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + change).astype(kernel.dtype)
+    return unflatten(flat)
+
+
+def pairs_of(pairs: Params) -> dict[Path, dict[str, jax.Array]]:
+    """Path of each layer -> its pair."""
+    found: dict[Path, dict[str, jax.Array]] = {}
+    for path, leaf in flatten(pairs).items():
+        found.setdefault(path[:-1], {})[path[-1]] = leaf
+    for path, pair in found.items():
+        if set(pair) != set(PAIR):
+            raise ValueError(f"LoRA for {'/'.join(path)} must have down and up, got {sorted(pair)}")
+    return found
+
+
+@contextlib.contextmanager
+def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
+    """Networks applied inside compute with the pairs; they are inputs like others, so gradients reach them."""
+    table = pairs_of(pairs)
+
+    def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y = call(*args, **kwargs)
+        pair = table.get(context.module.path) if context.method_name == "__call__" else None
+        if pair is None:
+            return y
+        down, up = (jnp.asarray(pair[name], y.dtype) for name in PAIR)
+        return y + scale * ((jnp.asarray(args[0], y.dtype) @ down) @ up)
+
+    with nn.intercept_methods(interceptor):
+        yield
+
+
+class Adapted(NamedTuple):
+    """A network that computes with pairs; stands where a :class:`Model` is applied."""
+
+    model: Model
+    pairs: Params
+    scale: float = 1.0
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As ``model.apply``."""
+        with live(self.pairs, self.scale):
+            return self.model.apply(variables, *args, **kwargs)

@@ -1,0 +1,140 @@
+"""New words for a text encoder: textual inversion (Gal et al. 2022, arXiv 2208.01618).
+
+A new word stands for one or several new rows at the end of the table of token embeddings; everything else stays. The
+words of several rows are ``<word>``, ``<word>_1``, ``<word>_2`` ..., as diffusers names them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.models.base import Params
+from diffuse_jax.text.clip import CLIPTextModel
+from diffuse_jax.weights.errors import WeightsError, bad
+from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from diffuse_jax.weights.torch_file import read_torch_object
+
+FILE = "learned_embeds.safetensors"
+
+TABLE = ("text_model", "embeddings", "token_embedding", "embedding")
+
+
+def words(token: str, vectors: int) -> list[str]:
+    """The words of ``vectors`` rows."""
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
+
+
+def spelled(prompt: str, tokenizer: Any) -> str:
+    """The prompt with every new word of several rows written as all of them."""
+    known = tokenizer.get_added_vocab()
+    for token in [word for word in known if f"{word}_1" in known and word in prompt]:
+        count = next(n for n in range(2, len(known) + 2) if f"{token}_{n}" not in known)
+        prompt = prompt.replace(token, " ".join(words(token, count)))
+    return prompt
+
+
+def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
+    """A tokenizer that knows the words of ``token`` too; the given one stays.
+
+    Raises:
+      ValueError: fewer than one vector, or a word that the tokenizer knows already.
+    """
+    if vectors < 1:
+        raise ValueError(f"num_vectors must be at least 1, got {vectors}")
+    new, known = words(token, vectors), tokenizer.get_vocab()
+    for word in new:
+        if word in known:
+            raise ValueError(f"the tokenizer knows {word!r} already; choose another placeholder_token")
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens(new)
+    return extended
+
+
+def token_id(tokenizer: Any, word: str) -> int:
+    """The id of a word that is one token.
+
+    Raises:
+      ValueError: it is several tokens, or none.
+    """
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
+        raise ValueError(f"the initializer_token must be a single token, but {word!r} is {pieces}; choose another word")
+    return int(ids[0])
+
+
+def with_rows(model: CLIPTextModel, params: Params, rows: jax.Array) -> tuple[CLIPTextModel, Params]:
+    """The encoder with ``rows [n,D]`` at the end of its table; the other parameters are shared.
+
+    Raises:
+      ValueError: the rows have another width.
+    """
+    if rows.ndim != 2 or rows.shape[1] != model.config.hidden_size:
+        raise ValueError(f"new embeddings must be [n,{model.config.hidden_size}] for this encoder, got {rows.shape}")
+    config = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + len(rows))
+    return model.clone(config=config), _replace_table(params, lambda table: jnp.concatenate([table, rows]))
+
+
+def table_of(params: Params) -> jax.Array:
+    """The table of token embeddings ``[V,D]``."""
+    for word in TABLE:
+        params = params[word]
+    return params  # type: ignore[return-value]
+
+
+def combine(base: Params, rows: jax.Array) -> Params:
+    """An encoder's parameters with ``rows [n,D]`` in place of the last rows of its table."""
+    return _replace_table(base, lambda table: table.at[-len(rows) :].set(rows.astype(table.dtype)))
+
+
+def _replace_table(params: Params, change: Any) -> Params:
+    def walk(node: Any, path: tuple[str, ...]) -> Any:
+        return change(node) if not path else {**node, path[0]: walk(node[path[0]], path[1:])}
+
+    return walk(params, TABLE)
+
+
+def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
+    """Write ``{token: rows [n,D]}`` as safetensors, which PyTorch's ``load_textual_inversion`` reads."""
+    path, array = Path(file), np.asarray(jax.device_get(rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {token: (array.dtype, array.shape)}, iter([array]))
+    return path
+
+
+def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.ndarray]:
+    """A word and its rows ``[n,D]`` float32 from a ``.safetensors``, ``.bin`` or ``.pt`` file, or a folder with one.
+
+    Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param``, ``name``) are understood.
+
+    Args:
+      token: the word to use instead of the file's.
+
+    Raises:
+      WeightsError: no such file, or not the embeddings of one word.
+    """
+    path = Path(source)
+    if path.is_dir():
+        names = [FILE, "learned_embeds.bin"]
+        path = next((path / name for name in names if (path / name).is_file()), path / FILE)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected learned embeddings (.safetensors, .bin, .pt)")
+    data: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_object(path)
+    name = None
+    if "string_to_param" in data:
+        name, data = data.get("name"), data["string_to_param"]
+        data = {name or word: rows for word, rows in data.items()}
+    if len(data) != 1:
+        raise bad(path, f"holds {len(data)} tensors; expected the embeddings of one word")
+    ((word, rows),) = data.items()
+    rows = np.asarray(rows, np.float32)
+    if rows.ndim not in (1, 2):
+        raise bad(path, f"{word!r} has shape {list(rows.shape)}; expected [n,D] or [D]")
+    return token or word, rows.reshape(-1, rows.shape[-1])
