@@ -46,11 +46,11 @@ def save_lora(folder: str | Path, pairs: Mapping[str, Params]) -> Path:
             stem = f"{network}.{torch_key((*path, 'kernel')).removesuffix('.weight')}.{kind}"
             for half in PAIR:
                 tensors[f"{stem}.{half}.weight"] = np.asarray(jax.device_get(pair[half])).T
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(folder) / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     ordered = dict(sorted(tensors.items()))
-    write_safetensors(path, {k: (v.dtype, v.shape) for k, v in ordered.items()}, iter(ordered.values()))
-    return path
+    write_safetensors(file, {k: (v.dtype, v.shape) for k, v in ordered.items()}, iter(ordered.values()))
+    return file
 
 
 def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Params]:

@@ -47,11 +47,10 @@ def min_snr_weight(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Ar
     return jnp.where(s > gamma, gamma / jnp.maximum(s, 1e-8), 1.0)
 
 
-def weighted_error(prediction: jax.Array, wanted: jax.Array, weight: jax.Array | None) -> jax.Array:
-    """Mean squared error in float32: per sample first, then the mean weighted by ``weight [B]`` (1 if it is None)."""
+def per_sample_error(prediction: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Mean squared error of each sample in float32, ``[B,...] -> [B]``."""
     error = jnp.square(prediction.astype(jnp.float32) - wanted.astype(jnp.float32))
-    per_sample = error.mean(tuple(range(1, error.ndim)))
-    return (per_sample if weight is None else per_sample * weight).mean()
+    return error.mean(tuple(range(1, error.ndim)))
 
 
 TIMESTEP_BIASES = ("none", "earlier", "later", "range")
@@ -68,8 +67,8 @@ class Objective:
         (Guttenberg 2023).
       input_perturbation: extra noise in the input that the target does not know of (Ning et al. 2023); 0.1 is usual.
       timestep_bias: probabilities of the timesteps, :func:`timestep_probabilities`; None for uniform.
-      prior_loss_weight: DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): the second half of a batch are
-        pictures of the class, whose loss counts so much; None where there is no such half.
+      prior_loss_weight: DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): how much the loss of pictures of the
+        class counts, beside that of the pictures of the instance; see :func:`errors`.
     """
 
     scheduler: Scheduler
@@ -77,7 +76,7 @@ class Objective:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     timestep_bias: tuple[float, ...] | None = None
-    prior_loss_weight: float | None = None
+    prior_loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -119,21 +118,32 @@ def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
 
 
 def errors(
-    objective: Objective, prediction: jax.Array, x0: jax.Array, drawn: Draw
+    objective: Objective, prediction: jax.Array, x0: jax.Array, drawn: Draw, prior: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss and, as metrics, its parts: ``mse`` without weights and ``prior_loss`` where there is one."""
+    """The loss and, as metrics, its parts: ``mse`` without weights and ``prior_loss`` where there is one.
+
+    Args:
+      prediction, x0: ``[B,...]``.
+      drawn: what the prediction was made from.
+      prior: bool ``[B]``, true for pictures of the class; they have a mean of their own, which is added with
+        ``prior_loss_weight``.
+    """
     wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
-    weight = None
+    squares = per_sample_error(prediction, wanted)
+    weighted = squares
     if objective.snr_gamma is not None:
         snr = jnp.asarray(snr_table(objective.scheduler))[drawn.t]
-        weight = min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
-    if objective.prior_loss_weight is None:
-        return weighted_error(prediction, wanted, weight), {"mse": weighted_error(prediction, wanted, None)}
-    half = len(x0) // 2
-    rows = lambda part: (prediction[part], wanted[part], None if weight is None else weight[part])
-    own, prior = (weighted_error(*rows(part)) for part in (slice(half), slice(half, None)))
-    mse = weighted_error(prediction[:half], wanted[:half], None)
-    return own + objective.prior_loss_weight * prior, {"mse": mse, "prior_loss": prior}
+        weighted = squares * min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
+    if prior is None:
+        return weighted.mean(), {"mse": squares.mean()}
+    own = mean_where(weighted, ~prior)
+    other = mean_where(weighted, prior)
+    return own + objective.prior_loss_weight * other, {"mse": mean_where(squares, ~prior), "prior_loss": other}
+
+
+def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of the chosen ``values [B]``; 0 where none is."""
+    return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
 
 
 def timestep_probabilities(

@@ -16,10 +16,10 @@ from diffuse_jax.training.objective import (
     errors,
     min_snr_weight,
     noised,
+    per_sample_error,
     snr_table,
     target,
     timestep_probabilities,
-    weighted_error,
 )
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -68,14 +68,10 @@ def test_pure_noise_has_weight_one(kind: str) -> None:
     assert float(weights[-1]) == 1.0
 
 
-def test_error_is_weighted_per_sample() -> None:
+def test_errors_are_means_per_sample_in_float32() -> None:
     prediction, wanted = jnp.array([[1.0, 3.0], [2.0, 2.0]]), jnp.zeros((2, 2))
-    assert float(weighted_error(prediction, wanted, jnp.array([0.0, 0.5]))) == pytest.approx(
-        1.0
-    )  # (0 * 5 + 0.5 * 4) / 2
-    assert float(weighted_error(prediction, wanted, None)) == pytest.approx(4.5)
-    half = weighted_error(prediction.astype(jnp.bfloat16), wanted.astype(jnp.bfloat16), None)
-    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(per_sample_error(prediction, wanted), [5.0, 4.0])
+    assert per_sample_error(prediction.astype(jnp.bfloat16), wanted.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
 def clean(rng: np.random.Generator, shape: tuple[int, ...] = (6, 4, 4, 3)) -> jax.Array:
@@ -107,15 +103,19 @@ def test_perturbation_is_in_the_input_and_not_in_the_target(rng: np.random.Gener
     assert float(errors(perturbed, b.noise, x0, b)[0]) == 0.0
 
 
-def test_prior_preservation_adds_the_error_of_the_second_half(rng: np.random.Generator) -> None:
+def test_prior_preservation_adds_the_mean_error_of_the_class(rng: np.random.Generator) -> None:
     x0, prediction = clean(rng), clean(rng)
     make = lambda weight: Objective(scheduler=DDPMScheduler(), snr_gamma=5.0, prior_loss_weight=weight)
     drawn = draw(make(0.0), jax.random.key(3), x0)
-    none, half = (errors(make(w), prediction, x0, drawn) for w in (0.0, 0.5))
-    own = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0)
-    alone = errors(own, prediction[:3], x0[:3], Draw(drawn.noise[:3], None, drawn.t[:3]))[0]
-    assert float(none[0]) == pytest.approx(float(alone))
-    assert float(half[0]) == pytest.approx(float(alone) + 0.5 * float(half[1]["prior_loss"]))
+    prior = jnp.arange(len(x0)) % 3 == 1
+    none, half = (errors(make(w), prediction, x0, drawn, prior) for w in (0.0, 0.5))
+    only = lambda rows: errors(make(1.0), prediction[rows], x0[rows], Draw(drawn.noise[rows], None, drawn.t[rows]))[0]
+    instance, others = only(np.flatnonzero(~prior)), only(np.flatnonzero(prior))
+    assert float(none[0]) == pytest.approx(float(instance))
+    assert float(half[0]) == pytest.approx(float(instance) + 0.5 * float(others), rel=1e-6)
+    assert float(half[1]["prior_loss"]) == pytest.approx(float(others))
+    alone, _ = errors(make(1.0), prediction, x0, drawn, jnp.zeros(len(x0), bool))
+    assert float(alone) == pytest.approx(float(errors(make(1.0), prediction, x0, drawn)[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,277 @@
+"""What trainers of latent text-to-image models share: networks, prompts, the loss, and what is written.
+
+A trainer differs in which numbers it trains and how they combine with the frozen ones (:data:`Combine`), and in its
+pictures. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders and in what the UNet is told of sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from diffuse_jax import weights
+from diffuse_jax.adapters import tokens
+from diffuse_jax.adapters.lora import Adapted
+from diffuse_jax.models import AutoencoderKL, Model, Params
+from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    stable_diffusion,
+    stable_diffusion_xl,
+)
+from diffuse_jax.pipelines.base import MODELS, NOT_LOADED
+from diffuse_jax.pipelines.call import TextToImagePipeline
+from diffuse_jax.pipelines.text_to_image import Text
+from diffuse_jax.schedulers import DDPMScheduler, Scheduler
+from diffuse_jax.sharding import param_shardings
+from diffuse_jax.training.batches import Batch
+from diffuse_jax.training.objective import Objective, draw, errors, noised
+from diffuse_jax.training.state import Metrics
+
+ENCODERS: dict[type[DiffusionPipeline], tuple[Mapping[str, str], Callable[..., Text]]] = {
+    StableDiffusionPipeline: ({"text_encoder": "tokenizer"}, stable_diffusion.encode),
+    StableDiffusionXLPipeline: (stable_diffusion_xl.ENCODERS, stable_diffusion_xl.encode),
+}
+"""Pipeline -> its text encoders, the tokenizer of each, and how their outputs become the UNet's conditions."""
+
+Combine = Callable[[Params, Params], tuple[Mapping[str, Any], Params]]
+"""``(frozen, trainable) -> (networks, parameters)``, both by component: the rule that tells training methods apart."""
+
+
+def open_pipeline(
+    source: str | Path,
+    *,
+    trainable: Sequence[str],
+    mesh: Mesh,
+    dtype: DTypeLike = jnp.float32,
+    vae_source: str | Path | None = None,
+    prediction_type: str | None = None,
+    **hub: Any,
+) -> DiffusionPipeline:
+    """A Stable Diffusion pipeline for training: cut over the mesh, with a :class:`DDPMScheduler`.
+
+    Args:
+      source: a folder or a Hub id.
+      trainable: components whose parameters are read as float32; those of the others are cast to ``dtype``.
+      mesh: where parameters go; each device reads its part only.
+      dtype: what networks compute in. The autoencoder of a checkpoint that asks for it (``force_upcast``, SDXL) stays
+        in float32.
+      vae_source: a folder or Hub id whose ``vae/`` (or which itself) replaces the autoencoder.
+      prediction_type: what the UNet shall predict, instead of what the checkpoint says.
+      **hub: ``revision``, ``variant``, ``cache_dir`` ... as in :meth:`DiffusionPipeline.from_pretrained`.
+
+    Raises:
+      WeightsError: as :meth:`DiffusionPipeline.from_pretrained`.
+      ValueError: the folder holds another kind of pipeline.
+    """
+    folder = weights.resolve(source, **hub)
+    index = weights.read_index(folder)
+    known = {kind.__name__: kind for kind in ENCODERS}
+    if index.class_name not in known:
+        raise ValueError(f"{source} is a {index.class_name}; this trainer is for {', '.join(known)}")
+    parts: dict[str, Any] = {}
+    for name, entry in index.components.items():
+        if entry.class_name in MODELS:
+            own = Path(vae_source) if vae_source is not None and name == "vae" else folder
+            parts[name] = _open(entry.class_name, own, name, name in trainable, mesh, dtype, hub)
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if prediction_type is not None:
+        scheduler = scheduler.replace(prediction_type=prediction_type)
+    parts |= {name: None for name in index.components if name in NOT_LOADED}
+    return known[index.class_name].from_pretrained(folder, mesh=mesh, scheduler=scheduler, **parts)
+
+
+def _open(
+    class_name: str, source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
+) -> tuple[Model, Params]:
+    """One network, computing in ``dtype``, its parameters placed on the mesh."""
+    found = weights.resolve(source, **hub)
+    folder = found / name if (found / name).is_dir() else found
+    model = MODELS[class_name].from_config(folder, dtype=jnp.dtype(dtype))
+    if isinstance(model, AutoencoderKL) and model.config.force_upcast:
+        model = model.clone(dtype=jnp.float32)
+    kept = jnp.float32 if trained else model.dtype
+    _, params = type(model).from_pretrained(
+        folder,
+        dtype=model.dtype,
+        param_dtype=kept,
+        variant=hub.get("variant"),
+        shardings=param_shardings(model.shapes(), mesh),
+    )
+    return model, params
+
+
+# How trainable numbers combine with frozen ones
+
+
+def whole(models: Mapping[str, Any]) -> Combine:
+    """Trained networks replace the frozen ones of their name: full fine-tuning."""
+    return lambda frozen, trainable: (models, {**frozen, **trainable})
+
+
+def with_lora(models: Mapping[str, Any], scale: float = 1.0) -> Combine:
+    """Networks compute with trained low-rank pairs beside their frozen kernels."""
+
+    def combine(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
+        return {**models, **{name: Adapted(models[name], pairs, scale) for name, pairs in trainable.items()}}, frozen
+
+    return combine
+
+
+def with_tokens(models: Mapping[str, Any]) -> Combine:
+    """The last rows of text encoders' tables are the trained ones: textual inversion."""
+
+    def combine(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
+        return models, {**frozen, **{name: tokens.combine(frozen[name], rows) for name, rows in trainable.items()}}
+
+    return combine
+
+
+# From examples to the loss
+
+
+def finish(tokenizers: Mapping[str, tuple[Any, int]], sizes: bool, example: Any) -> Batch:
+    """The arrays of one :class:`~diffuse_jax.training.data.Example`; runs in the data workers.
+
+    Args:
+      tokenizers: text encoder -> its tokenizer and length.
+      sizes: add ``time_ids`` [6]: original height and width, top and left of the crop, height and width (SDXL).
+      example: picture uint8 ``[h,w,3]`` and caption.
+
+    Returns: ``pixel_values`` uint8 ``[h,w,3]`` and token ids int32 ``[L]`` under each encoder's name.
+    """
+    arrays = {name: token_ids(tokenizer, length, example.caption) for name, (tokenizer, length) in tokenizers.items()}
+    arrays["pixel_values"] = example.pixels
+    if sizes:
+        told = (*example.original_size, *example.crop_top_left, *example.target_size)
+        arrays["time_ids"] = np.array(told, np.float32)
+    return arrays
+
+
+def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
+    """Ids int32 ``[length]``, cut and padded; new words of several rows are spelled out."""
+    ids = tokenizer(tokens.spelled(text, tokenizer), padding="max_length", truncation=True, max_length=length)
+    return np.array(ids.input_ids, np.int32)
+
+
+def finisher(pipe: DiffusionPipeline) -> Callable[[Any], Batch]:
+    """:func:`finish` for a pipeline's tokenizers."""
+    names, _ = ENCODERS[type(pipe)]
+    used = {}
+    for name, tokenizer in names.items():
+        if pipe.components.get(name) is not None:
+            own = pipe.components[tokenizer]
+            used[name] = own, min(pipe.components[name].config.max_position_embeddings, own.model_max_length)
+    return functools.partial(finish, used, pipe.components["unet"].config.addition_embed_type == "text_time")
+
+
+def denoising_loss(
+    encode: Callable[..., Text],
+    combine: Combine,
+    objective: Objective,
+    trainable: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+) -> tuple[jax.Array, Metrics]:
+    """Squared error of the UNet at random timesteps of random latents (Rombach et al. 2022, eq. 2).
+
+    ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
+    distribution; token ids ``[B,L]`` under each text encoder's name, or ``states [B,L,D]`` and for SDXL ``pooled
+    [B,P]``; for SDXL ``time_ids [B,6]``; and with prior preservation ``prior [B]``.
+    """
+    models, params = combine(frozen, trainable)
+    k_latent, k_draw = jax.random.split(key)
+    x0 = latents(models["vae"], params["vae"], batch, k_latent)
+    text = prompt_states(encode, models, params, batch)
+    added = None
+    if "time_ids" in batch:
+        added = {"text_embeds": text.pooled, "time_ids": batch["time_ids"]}
+    drawn = draw(objective, k_draw, x0)
+    x = noised(objective, x0, drawn)
+    prediction = models["unet"].apply({"params": params["unet"]}, x, drawn.t, text.states, added)
+    return errors(objective, prediction, x0, drawn, batch.get("prior"))
+
+
+def latents(vae: Any, params: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Scaled latents ``[B,h,w,c]`` float32, drawn from their distribution."""
+    if "moments" in batch:
+        moments = jnp.asarray(batch["moments"], jnp.float32)
+        posterior = Posterior(*jnp.split(moments, 2, axis=-1))
+    else:
+        posterior = vae.apply({"params": params}, normalised(batch["pixel_values"]), method="encode")
+    return scale_latents(posterior.sample(key), vae.config)
+
+
+def normalised(pixels: jax.Array) -> jax.Array:
+    """uint8 pixels as float32 in [-1, 1]; others as they are."""
+    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
+
+
+def prompt_states(
+    encode: Callable[..., Text], models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
+) -> Text:
+    """The UNet's text conditions from token ids, unless they come encoded."""
+    if "states" in batch:
+        return Text(batch["states"], batch.get("pooled"))
+    encoders = tuple((name, model) for name, model in models.items() if name in batch and name.startswith("text_enc"))
+    return encode(encoders, params, {name: batch[name] for name, _ in encoders}, None)
+
+
+def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> Callable[..., Any]:
+    """:func:`denoising_loss` for a pipeline, as :func:`~diffuse_jax.training.state.make_step` takes it."""
+    return functools.partial(denoising_loss, ENCODERS[type(pipe)][1], combine, objective)
+
+
+def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The pipeline's networks by name, in the order of its text encoders."""
+    names = [*ENCODERS[type(pipe)][0], "unet", "vae"]
+    return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
+
+
+# What is written
+
+
+def save_networks(pipe: DiffusionPipeline, folder: Path, params: Mapping[str, Params]) -> None:
+    """Write trained networks in inference format: ``folder/unet`` and so on."""
+    for name, own in params.items():
+        pipe.components[name].save_pretrained(folder / name, own)
+
+
+def save_pipeline(pipe: DiffusionPipeline, source: Path, folder: Path, params: Mapping[str, Params]) -> None:
+    """Write the whole pipeline: trained networks, and every other file of ``source`` as it is there.
+
+    The scheduler stays the source's sampler, with the prediction type that was trained. ``model_index.json`` comes
+    last; it leaves out what ``source`` names but does not hold.
+    """
+    index = weights.read_index(source)
+    copied = [name for name, entry in index.components.items() if entry.folder.is_dir() and name not in params]
+    for name in copied:
+        shutil.copytree(index.components[name].folder, folder / name, dirs_exist_ok=True)
+    save_networks(pipe, folder, params)
+    sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
+    sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
+    entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
+    for name, entry in index.components.items():
+        there = name in copied or name in params
+        entries[name] = (entry.library, entry.class_name) if there else (None, None)
+    weights.write_index(folder, index.class_name, entries, index.options)
+
+
+def sample_pictures(pipe: TextToImagePipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:
+    """Validation pictures: ``(prompt, PIL picture)`` for each prompt, in one call of the pipeline."""
+    asked = list(prompts)
+    per = options.get("num_images_per_prompt", 1)
+    images = pipe(asked, **options).images  # type: ignore[operator]
+    return [(asked[i // per], image) for i, image in enumerate(images)]
