@@ -1,0 +1,130 @@
+"""Low-rank pairs: the same computed beside the kernels and merged into them, files, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffuse_jax.adapters import lora
+from diffuse_jax.adapters.lora_file import load_lora, save_lora
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models.presets import SD15_UNET
+from diffuse_jax.text.clip import CLIPTextModel
+from diffuse_jax.training.initial import initial_params
+from diffuse_jax.weights import WeightsError
+from tests.pipelines import tiny
+
+UNET, TEXT = tiny.pipeline().components["unet"], tiny.pipeline().components["text_encoder"]
+
+
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A sample, a timestep and text states for the tiny UNet."""
+    k_sample, k_text = jax.random.split(jax.random.key(7))
+    text = jax.random.normal(k_text, (1, 5, UNET.config.cross_attention_dim))
+    return jax.random.normal(k_sample, (1, 8, 8, UNET.config.in_channels)), jnp.array([3]), text
+
+
+def pairs(model: object, rng: np.random.Generator, rank: int = 3) -> dict:
+    """Pairs whose second half is not zero any more."""
+    fresh = lora.init(model.shapes(), rank, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) / 4, fresh)
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    params = initial_params(UNET.shapes(), 0, zero=())
+    fresh = lora.init(UNET.shapes(), 4, jax.random.key(0))
+    plain = UNET.apply({"params": params}, *inputs())
+    np.testing.assert_array_equal(lora.Adapted(UNET, fresh).apply({"params": params}, *inputs()), plain)
+    down = np.concatenate([np.ravel(pair["down"]) for pair in lora.pairs_of(fresh).values()])
+    assert down.std() == pytest.approx(1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["none", "blocks", "full"])
+def test_beside_the_kernels_and_in_them_is_the_same(remat: str, rng: np.random.Generator) -> None:
+    params, own = initial_params(UNET.shapes(), 0, zero=()), pairs(UNET, rng)
+    model = UNET.clone(remat=remat)
+
+    def loss(own: dict, merged: bool) -> jax.Array:
+        apply = model.apply if merged else lora.Adapted(model, own, 0.5).apply
+        return jnp.square(apply({"params": lora.merge(params, own, 0.5) if merged else params}, *inputs())).mean()
+
+    (a, grad_a), (b, grad_b) = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(own, m) for m in (True, False))
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    assert float(a) != pytest.approx(float(jnp.square(model.apply({"params": params}, *inputs())).mean()), rel=1e-3)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad_a))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * scale), grad_a, grad_b)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grad_b)), "a pair that gets no gradient"
+
+
+def test_merging_is_undone_by_the_opposite_scale(rng: np.random.Generator) -> None:
+    params, own = initial_params(UNET.shapes(), 0), pairs(UNET, rng)
+    again = lora.merge(lora.merge(params, own, 0.7), own, -0.7)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, again)
+
+
+def test_all_attention_of_stable_diffusion_gets_pairs() -> None:
+    """32 attention layers of four projections (spec: 12 down, 2 in the middle, 18 up), whose file PyTorch knows."""
+    found = lora.pairs_of(
+        jax.eval_shape(lambda k: lora.init(UNet2DConditionModel(SD15_UNET).shapes(), 4, k), jax.random.key(0))
+    )
+    assert len(found) == 4 * 32
+    assert sum(leaf.size for pair in found.values() for leaf in pair.values()) == 797_184
+
+
+def test_files_come_back_and_other_spellings_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    own = {"unet": pairs(UNET, rng), "text_encoder": pairs(TEXT, rng)}
+    shapes = {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()}
+    file = save_lora(tmp_path, own)
+    jax.tree.map(np.testing.assert_array_equal, load_lora(tmp_path, shapes), own)
+    tensors = load_file(file)
+    assert all("lora" in key for key in tensors)
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight" in tensors
+
+    peft = {k.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B"): v for k, v in tensors.items()}
+    doubled = {f"unet.{k}" if k.startswith("unet") else k: v for k, v in tensors.items()}
+    for other in (peft, doubled):
+        save_file(other, tmp_path / "other.safetensors")
+        jax.tree.map(np.testing.assert_array_equal, load_lora(tmp_path / "other.safetensors", shapes), own)
+
+    key = next(k for k in tensors if k.endswith(".lora.up.weight"))
+    scaled = tensors | {key.replace(".lora.up.weight", ".alpha"): np.float32(6.0)}
+    save_file({k: np.asarray(v) for k, v in scaled.items()}, tmp_path / "alpha.safetensors")
+    read = save_lora(tmp_path / "again", load_lora(tmp_path / "alpha.safetensors", shapes))
+    np.testing.assert_allclose(load_file(read)[key], 2.0 * tensors[key], err_msg="alpha 6 for rank 3 is a factor of 2")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    own, shapes = {"unet": pairs(UNET, rng)}, {"unet": UNET.shapes()}
+    tensors = load_file(save_lora(tmp_path, own))
+    key = next(k for k in tensors if k.endswith("down.weight"))
+    cases = [
+        ({k: v for k, v in tensors.items() if k != key}, "has no down half"),
+        (tensors | {"unet.conv_in.lora.down.weight": tensors[key]}, "no dense layer"),
+        (tensors | {"unet.lora_conv": tensors[key]}, "no LoRA tensor"),
+        (tensors | {key: tensors[key][:, :2]}, "do not fit"),
+    ]
+    for content, message in cases:
+        save_file({k: np.ascontiguousarray(v) for k, v in content.items()}, tmp_path / "bad.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            load_lora(tmp_path / "bad.safetensors", shapes)
+    with pytest.raises(WeightsError, match="no such file"):
+        load_lora(tmp_path / "nowhere", shapes)
+    with pytest.raises(ValueError, match="made for another one"):
+        lora.merge(initial_params(TEXT.shapes(), 0), own["unet"])
+    with pytest.raises(ValueError, match="at least 1"):
+        lora.init(UNET.shapes(), 0, jax.random.key(0))
+    with pytest.raises(ValueError, match="no dense layer matches"):
+        lora.init(UNET.shapes(), 1, jax.random.key(0), targets="nothing")
+
+
+def test_text_encoders_take_pairs_too(rng: np.random.Generator) -> None:
+    params, own, ids = initial_params(TEXT.shapes(), 0), pairs(TEXT, rng), jnp.arange(8)[None]
+    assert isinstance(TEXT, CLIPTextModel)
+    a = lora.Adapted(TEXT, own).apply({"params": params}, ids).last_hidden_state
+    b = TEXT.apply({"params": lora.merge(params, own)}, ids).last_hidden_state
+    np.testing.assert_allclose(a, b, atol=1e-5)
