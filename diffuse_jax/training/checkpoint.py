@@ -1,38 +1,155 @@
-"""Checkpoints of a whole training state in ``OUTPUT/checkpoint-N``, N being the number of updates made."""
+"""Checkpoints of a whole run in ``OUTPUT/checkpoint-N``, N being the number of updates made.
+
+A checkpoint holds the training state (``state``, orbax), the position of the data of every process (``data-P.json``)
+and what ``export`` writes. All of it is made in ``.checkpoint-N.new``, which takes its name when everything is on disk:
+a folder that is called ``checkpoint-N`` is whole, however the run ended. It goes the same way when it is removed.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from diffuse_jax.training.state import TrainState
 
 STATE = "state"
 
 
+class Position(NamedTuple):
+    """Where the data of a run is; one for each process.
+
+    Attributes:
+      batches: what :meth:`diffuse_jax.training.batches.Batches.get_state` returned.
+      rows: pictures of one update, all processes and accumulation steps together.
+      processes: number of processes of the run.
+    """
+
+    batches: dict[str, Any]
+    rows: int
+    processes: int
+
+
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The complete checkpoints of a run by number of updates, oldest first."""
+    """The checkpoints of a run that can be resumed by number of updates, oldest first."""
     found = {
         int(m[1]): p for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     }
     return {n: found[n] for n in sorted(found) if (found[n] / STATE).is_dir()}
 
 
-def save_checkpoint(output_dir: str | Path, state: TrainState, limit: int | None = None) -> Path:
-    """Write ``checkpoint-N/state`` (whole or not at all); the oldest ones go first so that at most ``limit`` remain."""
-    step = int(state.step)
-    if limit is not None:
-        old = [n for n in checkpoints(output_dir) if n != step]
-        for n in old[: max(0, len(old) - limit + 1)]:
-            shutil.rmtree(Path(output_dir) / f"checkpoint-{n}")
-    folder = Path(output_dir).resolve() / f"checkpoint-{step}"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / STATE, state, force=True)
-    return folder
+class Checkpoints:
+    """Writes the checkpoints of one run, one after the other, while training goes on.
+
+    Args:
+      output_dir: the folder of the run; all processes must see the same.
+      limit: how many checkpoints stay. Before a save the oldest go until ``limit - 1`` are left, but never the last
+        one: that goes when the new one is whole. None keeps all.
+
+    Raises:
+      ValueError: ``limit`` is less than 1.
+    """
+
+    def __init__(self, output_dir: str | Path, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, got {limit}; leave it out to keep all")
+        self.folder, self.limit = Path(output_dir).resolve(), limit
+        self._orbax = ocp.StandardCheckpointer()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._commit: Future[None] | None = None
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".checkpoint-*"):
+                shutil.rmtree(left)
+
+    def save(
+        self, step: int, state: TrainState, position: Position, export: Callable[[Path], None] | None = None
+    ) -> None:
+        """Begin to write ``checkpoint-{step}``; returns as soon as ``state`` may be given away.
+
+        All processes must call it. ``export`` runs at once, on process 0 only.
+
+        Raises:
+          FloatingPointError: the state has numbers that are not finite; nothing is written or removed.
+          Exception: what made the save before this one fail.
+        """
+        self.wait()
+        if not bool(_finite(state)):
+            raise FloatingPointError(f"the training state is not finite after step {step}; no checkpoint is written")
+        new = self.folder / f".checkpoint-{step}.new"
+        if jax.process_index() == 0:
+            self._remove_oldest(before=step, keep=None if self.limit is None else max(self.limit - 1, 1))
+            if new.exists():
+                shutil.rmtree(new)
+            new.mkdir(parents=True)
+            if export is not None:
+                export(new)
+        meet("checkpoint folder")
+        (new / f"data-{jax.process_index()}.json").write_text(json.dumps(position._asdict()), encoding="utf-8")
+        self._orbax.save(new / STATE, state)
+        self._commit = self._thread.submit(self._finish, step, new)
+
+    def _finish(self, step: int, new: Path) -> None:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            final = self.folder / f"checkpoint-{step}"
+            if final.exists():
+                remove(final)
+            new.rename(final)
+            self._remove_oldest(before=step, keep=None if self.limit is None else self.limit - 1)
+
+    def _remove_oldest(self, before: int, keep: int | None) -> None:
+        """Checkpoints of later steps belong to a run that was left behind; they count as the oldest."""
+        found = list(checkpoints(self.folder))
+        old = [n for n in found if n > before] + [n for n in found if n < before]
+        for n in [] if keep is None else old[: max(0, len(old) - keep)]:
+            remove(self.folder / f"checkpoint-{n}")
+
+    def wait(self) -> None:
+        """Until the last save is on disk, on all processes; what made it fail is raised."""
+        if self._commit is not None:
+            commit, self._commit = self._commit, None
+            commit.result()
+            meet("checkpoint written")
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+
+def meet(name: str) -> None:
+    """All processes wait for each other."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; it stops counting at once, even if the process ends on the way."""
+    away = folder.with_name(f".{folder.name}.old")
+    if away.exists():
+        shutil.rmtree(away)
+    folder.rename(away)
+    shutil.rmtree(away)
+
+
+@jax.jit
+def _finite(state: Any) -> jax.Array:
+    parts = [jnp.isfinite(x).all() for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack(parts).all()
 
 
 def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
@@ -53,8 +170,81 @@ def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
     raise FileNotFoundError(f"no checkpoint {Path(which).name} in {output_dir}; there: {names}")
 
 
-def load_checkpoint(folder: Path, like: TrainState) -> TrainState:
-    """Read a state that has the shapes and dtypes of ``like``, bit for bit as it was saved."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+def load_checkpoint(folder: Path, like: Any) -> TrainState:
+    """Read a state, bit for bit as it was saved.
+
+    Args:
+      folder: ``checkpoint-N``.
+      like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings: what the numbers are and where they go. The
+        mesh may be another than the one that the checkpoint was written on.
+
+    Raises:
+      ValueError: the checkpoint holds other arrays; the text names them.
+    """
+    wanted = shapes_of(like)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.resolve() / STATE, shapes)
+        saved = checkpointer.metadata(folder.resolve() / STATE).item_metadata
+        _compare(folder, _table(saved.tree), _table(wanted))
+        return checkpointer.restore(folder.resolve() / STATE, wanted)
+
+
+def shapes_of(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _table(tree: Any) -> dict[str, str]:
+    """Path of each array -> its dtype and shape, as text."""
+    return {
+        keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
+
+
+def _compare(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise if the two tables differ, with examples of each kind of difference."""
+    parts = []
+    for what, only in (
+        ("only in the checkpoint", saved.keys() - wanted.keys()),
+        ("only in this run", wanted.keys() - saved.keys()),
+    ):
+        if only:
+            parts.append(f"{len(only)} {what}, e.g. {min(only)}")
+    other = [k for k in sorted(saved.keys() & wanted.keys()) if saved[k] != wanted[k]]
+    if other:
+        k = other[0]
+        parts.append(f"{len(other)} of another shape, e.g. {k}: {saved[k]} in the checkpoint, {wanted[k]} in this run")
+    if parts:
+        raise ValueError(
+            f"{folder} is the checkpoint of another training, by its arrays: {'; '.join(parts)}. Resume with the "
+            "optimiser, --use_ema and model that it was made with"
+        )
+
+
+def load_position(folder: Path) -> Position | None:
+    """Where this process's data was; None if the checkpoint does not say (those of diffuse_jax 0.1).
+
+    Raises:
+      ValueError: the run had another number of processes, and its data was divided among them.
+    """
+    found = sorted(folder.glob("data-*.json"), key=lambda p: int(p.stem.removeprefix("data-")))
+    positions = [Position(**json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    if not positions:
+        return None
+    if len(positions) == jax.process_count():
+        return positions[jax.process_index()]
+    if any(p.batches != positions[0].batches for p in positions):
+        raise ValueError(
+            f"{folder} was written by {len(positions)} processes, each at its own place in the data; it cannot be "
+            f"resumed by {jax.process_count()}"
+        )
+    return positions[0]
+
+
+def save_checkpoint(output_dir: str | Path, state: TrainState, limit: int | None = None) -> Path:
+    """Until the callers have moved to :class:`Checkpoints`."""
+    saver = Checkpoints(output_dir, limit)
+    saver.save(int(state.step), state, Position({}, 0, 1))
+    saver.close()
+    return Path(output_dir) / f"checkpoint-{int(state.step)}"

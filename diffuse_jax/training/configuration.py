@@ -1,0 +1,91 @@
+"""Flags in files: ``--config FILE`` reads them, ``OUTPUT/training.yaml`` keeps those of a run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "training.yaml"
+SECRETS = ("hub_token",)
+OWN = ("config", "process_id")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Flag names (without dashes) -> values, from YAML or JSON.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it does not hold one mapping of names to values.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config {path} does not exist")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path} must map names of flags to values, such as `learning_rate: 1e-4`")
+    return values
+
+
+def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negated: Iterable[str]) -> list[str]:
+    """The command line that says the same; ``None`` and ``false`` mean that a flag is left out.
+
+    Args:
+      values: of :func:`read_config`.
+      parser: knows the flags.
+      negated: switches that stay off whatever the file says.
+
+    Raises:
+      ValueError: a name is not a flag (the text has the nearest one), or a switch is not true or false.
+    """
+    actions = {name: action for action in parser._actions for name in names_of(action)}
+    line: list[str] = []
+    for name, value in values.items():
+        if name in OWN or name not in actions:
+            raise ValueError(f"{name} is not a flag{nearest(name, actions)}")
+        switch = actions[name].nargs == 0
+        if switch and not isinstance(value, bool | None):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+        both_ways = isinstance(actions[name], argparse.BooleanOptionalAction)
+        if value is None or name in negated or (value is False and not both_ways):
+            continue
+        if switch:
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            line += [f"--{name}", *map(str, value)]
+        else:
+            line.append(f"--{name}={value}")
+    return line
+
+
+def names_of(action: argparse.Action) -> list[str]:
+    """Of a flag, as a file spells them."""
+    return [option[2:] for option in action.option_strings if option.startswith("--") and option != "--help"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean X?"`` if something known looks alike."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def write_config(output: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write all flags of a run to ``OUTPUT/training.yaml``, without secrets; returns them."""
+    import yaml
+
+    plain = lambda v: v if isinstance(v, int | float | str | bool | list | None) else str(v)
+    values = {name: plain(v) for name, v in sorted(vars(args).items()) if name not in (*OWN, *SECRETS)}
+    output.mkdir(parents=True, exist_ok=True)
+    new = output / f".{CONFIG_FILE}.new"
+    new.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    new.replace(output / CONFIG_FILE)
+    return values

@@ -1,0 +1,56 @@
+"""Traces of ``jax.profiler`` on request (``--profile_steps``, ``--profile_validation``, ``--profile_memory``)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import jax
+
+
+class Profiler:
+    """Writes into ``OUTPUT/profile``; open the folder with TensorBoard's profile plugin or Perfetto.
+
+    Args:
+      args: flags of :func:`~diffuse_jax.training.arguments.make_parser`.
+      output: the folder of the run.
+      first: updates made before this run. Its first step, which compiles, is never traced.
+    """
+
+    def __init__(self, args: argparse.Namespace, output: Path, first: int) -> None:
+        self._args, self._folder = args, output / "profile"
+        self._begin, self._end = first + 1, first + 1 + args.profile_steps
+        self._tracing = False
+
+    @contextmanager
+    def step(self, n: int) -> Iterator[None]:
+        """Around update ``n``, counted from 0; the first and the last of the traced ones start and stop the trace."""
+        if self._args.profile_steps and n == self._begin:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=n):
+            yield
+
+    def after(self, n: int, results: object) -> None:
+        """After update ``n`` was started: ends the trace when its ``results`` are there."""
+        if self._tracing and n + 1 >= self._end:
+            jax.block_until_ready(results)
+            self.close()
+
+    def validation(self, last: bool) -> AbstractContextManager[None]:
+        """Around validation pictures; only those at the end of the run are traced."""
+        wanted = last and self._args.profile_validation and not self._tracing
+        return jax.profiler.trace(str(self._folder)) if wanted else nullcontext()
+
+    def memory(self, name: str) -> None:
+        """What is on the devices now, in ``OUTPUT/profile/memory_NAME.prof`` (pprof)."""
+        if self._args.profile_memory and jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.save_device_memory_profile(str(self._folder / f"memory_{name}.prof"))
+
+    def close(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()

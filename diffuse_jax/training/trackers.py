@@ -1,0 +1,177 @@
+"""Where the numbers and pictures of a run are written: a JSONL file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+Pictures = Sequence[tuple[str, Image.Image]]
+
+TRACKERS = ("tensorboard", "wandb")
+INSTALL = {"tensorboard": "pip install tensorboard", "wandb": "pip install wandb, then `wandb login`"}
+
+
+class Tracker(Protocol):
+    """Something that takes records of a run; see :class:`JsonLines` for the simplest."""
+
+    def numbers(self, step: int, record: Mapping[str, float]) -> None: ...
+
+    def pictures(self, step: int, pictures: Pictures) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One object per line in ``OUTPUT/log.jsonl``, and pictures in ``OUTPUT/validation/step-N``.
+
+    A run that goes on from a checkpoint drops the lines after it, so each step is in the file once.
+    """
+
+    def __init__(self, output_dir: Path, first_step: int) -> None:
+        self.folder, self.path = output_dir, output_dir / "log.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if _step(line) <= first_step]
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        new.replace(self.path)
+
+    def numbers(self, step: int, record: Mapping[str, float]) -> None:
+        rounded = {k: float(f"{v:.8g}") for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **rounded}) + "\n")
+
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        folder = self.folder / "validation" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, (name, picture) in enumerate(pictures):
+            picture.save(folder / f"{n:02d}-{_file_name(name)}.png")
+
+    def close(self) -> None:
+        pass
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that a killed run left half-written belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _file_name(text: str) -> str:
+    kept = "".join(c if c.isalnum() else "-" for c in text[:60])
+    return "-".join(part for part in kept.split("-") if part) or "picture"
+
+
+class TensorBoard:
+    """Event files in ``OUTPUT/LOGGING_DIR``, written by the package ``tensorboard`` alone."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event = Event
+        self._writer = EventFileWriter(str(folder))
+        # Tells TensorBoard to forget what a run that this one takes over from wrote after this step.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+
+    def _add(self, step: int, values: Sequence[Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def numbers(self, step: int, record: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(step, [Summary.Value(tag=f"train/{k}", simple_value=v) for k, v in record.items()])
+
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = []
+        for n, (name, picture) in enumerate(pictures):
+            encoded = io.BytesIO()
+            picture.convert("RGB").save(encoded, "PNG")
+            image = Summary.Image(
+                height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+            )
+            values.append(Summary.Value(tag=f"validation/{n:02d} {name}", image=image))
+        self._add(step, values)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the package ``wandb``; its id stays in the folder, so that a resumed run continues the same curves."""
+
+    def __init__(self, folder: Path, first_step: int, project: str, entity: str | None, config: dict[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "wandb-id"
+        name = known.read_text(encoding="utf-8") if first_step and known.is_file() else os.urandom(4).hex()
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project, entity=entity, config=config, dir=str(folder), id=name, resume="allow", reinit=True
+        )
+        known.write_text(name, encoding="utf-8")
+
+    def numbers(self, step: int, record: Mapping[str, float]) -> None:
+        self._run.log({f"train/{k}": v for k, v in record.items()}, step=step)
+
+    def pictures(self, step: int, pictures: Pictures) -> None:
+        images = [self._wandb.Image(picture, caption=name) for name, picture in pictures]
+        self._run.log({"validation": images}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wanted_trackers(report_to: str | None) -> tuple[str, ...]:
+    """The trackers that ``--report_to`` names: None is TensorBoard if it is installed, "all" those that are installed.
+
+    Raises:
+      ImportError: one that is named is not installed; the text says how to install it.
+      ValueError: the name is not known.
+    """
+    installed = tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
+    if report_to in (None, "all"):
+        return installed if report_to == "all" else tuple(name for name in installed if name == "tensorboard")
+    if report_to == "none":
+        return ()
+    if report_to not in TRACKERS:
+        raise ValueError(f"report_to must be one of {', '.join(TRACKERS)}, none, all, got {report_to!r}")
+    if report_to not in installed:
+        raise ImportError(f"--report_to {report_to} needs the package {report_to}: {INSTALL[report_to]}")
+    return (report_to,)
+
+
+def open_trackers(
+    names: Sequence[str],
+    output_dir: Path,
+    logging_dir: str,
+    first_step: int,
+    *,
+    project: str,
+    entity: str | None,
+    config: dict[str, Any],
+) -> list[Tracker]:
+    """The JSONL file and the named trackers (:func:`wanted_trackers`); records are of steps after ``first_step``."""
+    folder = output_dir / logging_dir
+    trackers: list[Tracker] = [JsonLines(output_dir, first_step)]
+    if "tensorboard" in names:
+        trackers.append(TensorBoard(folder, first_step))
+    if "wandb" in names:
+        trackers.append(WeightsAndBiases(folder, first_step, project, entity, config))
+    return trackers
