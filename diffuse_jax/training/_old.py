@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -98,6 +99,8 @@ def train(
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         if (n + 1) % checkpointing_steps == 0:
             saver = Checkpoints(output_dir, checkpoints_total_limit)
-            saver.save(n + 1, state, Position({}, 0, 1), None if export is None else lambda f, s=state: export(f, s))
+            saver.save(
+                n + 1, state, Position({}, 0, 1), None if export is None else functools.partial(export, state=state)
+            )
             saver.close()
     return state

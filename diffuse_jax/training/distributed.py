@@ -50,6 +50,6 @@ def _join() -> None:
 
 def on_tpu_machine() -> bool:
     """Whether this machine has TPU chips and JAX is going to use them; asks no device."""
-    wanted = jax.config.read("jax_platforms") or "tpu"
+    wanted = getattr(jax.config, "jax_platforms", None) or "tpu"
     chips = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return "tpu" in wanted.split(",") and chips and importlib.util.find_spec("libtpu") is not None

@@ -91,17 +91,21 @@ def _operations(eqn: core.JaxprEqn, inner: list[float]) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        left = _shape(eqn.invars[0])
+        return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
-        numbers, kernel = params["dimension_numbers"], eqn.invars[1].aval.shape
+        numbers, kernel = params["dimension_numbers"], _shape(eqn.invars[1])
         window = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
         # Of a dilated input, as the gradient of a strided convolution has it, only one in so many numbers is not zero.
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * window / math.prod(params["lhs_dilation"])
+        return 2.0 * math.prod(_shape(eqn.outvars[0])) * window / math.prod(params["lhs_dilation"])
     if name == "cond":
         return max(inner)
     turns = {"scan": lambda: params["length"], "pallas_call": lambda: math.prod(params["grid_mapping"].grid)}
     return sum(inner) * turns.get(name, lambda: 1)()
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
 
 
 def _programs(params: dict[str, Any]) -> list[core.ClosedJaxpr | core.Jaxpr]:

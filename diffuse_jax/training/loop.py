@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -77,7 +77,8 @@ def fit(
     state = init_state(local(trainable), optimizer, args.use_ema, mesh)
     rows = pictures_per_update(args, mesh)
     if folder is not None:
-        like, state = shapes_of(state), None  # the memory of the one is free before the other is read
+        like = shapes_of(state)
+        del state  # the memory of the one is free before the other is read
         state = resumed(folder, like, batches, rows)
     frozen = place(frozen, mesh)
     step = make_step(loss, optimizer, args.seed, average, param_shardings(state, mesh))
@@ -161,7 +162,7 @@ def open_monitor(
 
     def more(made: int) -> dict[str, float]:
         numbers = {"learning_rate": float(rate(made - 1))}
-        return numbers | ({"ema_decay": float(ema_rate(np.int32(made), average))} if args.use_ema else {})
+        return numbers | ({"ema_decay": float(ema_rate(jnp.int32(made), average))} if args.use_ema else {})
 
     return Monitor(opened, first, args.max_train_steps, work, more)
 

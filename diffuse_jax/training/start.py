@@ -138,7 +138,7 @@ def local_shares(sharding: NamedSharding) -> int:
     """In how many different parts the second axis lies on this process's devices."""
     size = math.prod(sharding.mesh.shape.values())
     places = sharding.addressable_devices_indices_map((1, size)).values()
-    return len({(index[1].start, index[1].stop) for index in places})
+    return len({(index[1].start, index[1].stop) for index in places if index is not None})
 
 
 def whole(tree: Params) -> Params:
