@@ -1,24 +1,49 @@
 """Data of training: sources of captioned pictures, examples made from them, and batches that can be resumed."""
 
-from diffuse_jax.training.data.flags import add_data, batches_from, source_from, transform_from
+from diffuse_jax.training.data.cache import Stored, cache_captions, cache_pictures, cached, fingerprint_params
+from diffuse_jax.training.data.flags import (
+    add_data,
+    batches_from,
+    buckets_from,
+    cache_dir_from,
+    check_data,
+    source_from,
+    transform_from,
+)
+from diffuse_jax.training.data.hub import Stream, TableSource
 from diffuse_jax.training.data.memory import Pictures, batch_indices, caption_batch, pixel_batch, read_pictures
+from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
 from diffuse_jax.training.data.sources import FolderSource, Part, Source
 from diffuse_jax.training.data.transform import Example, Record, Transform
 
 __all__ = [
+    "ArrayRecordSource",
     "Example",
     "FolderSource",
     "Part",
     "Pictures",
     "Record",
     "Source",
+    "Stored",
+    "Stream",
+    "TableSource",
+    "TarSource",
     "Transform",
     "add_data",
     "batch_indices",
     "batches_from",
+    "buckets_from",
+    "cache_captions",
+    "cache_dir_from",
+    "cache_pictures",
+    "cached",
     "caption_batch",
+    "check_data",
+    "fingerprint_params",
     "pixel_batch",
     "read_pictures",
     "source_from",
     "transform_from",
+    "write_array_record",
+    "write_tar",
 ]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.order import Bucketed, Plain
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Transform
+
+if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
+    from jax.sharding import Mesh
 
 Finish = Callable[[Example], dict[str, np.ndarray]]
 """Makes the arrays of one example, such as token ids and pixels; runs in the workers, so it must pickle."""
@@ -114,7 +116,7 @@ def read_ahead(maker: Maker, workers: int) -> Iterator[Any]:
 
 
 def in_processes(dataset: Any, workers: int) -> Iterator[Any]:
-    """What a grain ``IterDataset`` of ``(batch, names)`` holds, each worker making every ``workers``-th element.
+    """What a grain ``IterDataset`` of ``(batch, ...)`` holds, each worker making every ``workers``-th element.
 
     Arrays arrive in shared memory and are copied out of it, so that nothing of it is left when the run ends.
     """
@@ -126,8 +128,8 @@ def in_processes(dataset: Any, workers: int) -> Iterator[Any]:
     options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     iterator = iter(dataset.mp_prefetch(options, worker_init_fn=without_accelerator))
     try:
-        for batch, names in iterator:
-            yield {key: np.array(value) for key, value in batch.items()}, names
+        for batch, *rest in iterator:
+            yield {key: np.array(value) for key, value in batch.items()}, *rest
     finally:
         iterator.close()
 
@@ -155,7 +157,7 @@ def process_rows(mesh: Mesh, accumulation_steps: int, rows: int, process: int | 
 
     process = jax.process_index() if process is None else process
     shape = (accumulation_steps, rows)
-    parts = train_batch_sharding(mesh).devices_indices_map(shape)
+    parts: Any = train_batch_sharding(mesh).devices_indices_map(shape)
     mine = {index[1].indices(rows) for device, index in parts.items() if device.process_index == process}
     columns = np.array(sorted(column for part in mine for column in range(*part)), np.int64)
     return (np.arange(accumulation_steps)[:, None] * rows + columns).reshape(-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
 """What a stream of random numbers is for; part of its seed, so that the streams are independent."""
 
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")}
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -38,7 +39,8 @@ class Record(NamedTuple):
     name: str
 
 
-class Example(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Example:
     """One picture as a batch will hold it; sizes are (height, width) in pixels.
 
     Attributes:
@@ -165,33 +167,6 @@ def corner(size: Size, target: Size, place: tuple[float, float] | None) -> Size:
     return int(place[0] * (room[0] + 1)), int(place[1] * (room[1] + 1))
 
 
-def bucket_sizes(resolution: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of at most ``resolution ** 2`` pixels, sides in multiples of ``step``, from tall to wide.
-
-    For 1024 these are the sizes of SDXL (Podell et al. 2023, appendix I) that are the largest of their width or height.
-
-    Raises:
-      ValueError: ``step`` does not divide ``resolution``, or ``max_aspect`` is below 1.
-    """
-    if step < 1 or resolution % step:
-        raise ValueError(f"--bucket_step {step} must divide --resolution {resolution}")
-    if max_aspect < 1:
-        raise ValueError(f"--bucket_max_aspect must be at least 1, got {max_aspect}")
-    area = resolution**2
-    wide = {(height, area // height // step * step) for height in range(step, resolution + 1, step)}
-    wide = {(height, width) for height, width in wide if width <= max_aspect * height}
-    return tuple(sorted(wide | {(w, h) for h, w in wide}, key=lambda size: (size[1] / size[0], size)))
-
-
-def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """The bucket whose proportions are nearest, in the logarithm."""
-    aspect = lambda s: np.log(s[1] / s[0])
-    return int(np.argmin([abs(aspect(size) - aspect(bucket)) for bucket in buckets]))
-
-
 def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture."""
     return path.suffix.lower() in PICTURE_SUFFIXES
-
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

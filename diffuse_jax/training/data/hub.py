@@ -1,0 +1,132 @@
+"""Data sets read with Hugging Face ``datasets``: from the Hub, a local folder, or what ``save_to_disk`` wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax.training.data.sources import captions_of, fingerprint
+from diffuse_jax.training.data.transform import Record
+
+
+class TableSource:
+    """Rows of a ``datasets.Dataset``; its table stays on disk, also in worker processes."""
+
+    def __init__(self, dataset: Any, image_column: str = "image", caption_column: str | None = "text") -> None:
+        """See :func:`undecoded` for the errors."""
+        self._name = str(dataset.info.dataset_name or "row")
+        self._dataset = undecoded(dataset, image_column, caption_column)
+        self._image_column, self._caption_column = image_column, caption_column
+        self.fingerprint = fingerprint("table", [self._dataset._fingerprint])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        where = f"{self._name}[{index}]"
+        return record_of(self._dataset[int(index)], self._image_column, self._caption_column, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A data set to be streamed, and which part of it.
+
+    Attributes:
+      dataset: a ``datasets.IterableDataset``.
+      image_column: column of the pictures.
+      caption_column: column of the captions; None where they are not needed.
+      seed: of the order.
+      window: rows that are shuffled with each other.
+      count: rows of the data set that are used, the first of its shuffled files; all if None.
+      part: which of ``parts`` shares is read; a process's, and within it a worker's.
+      parts: shares in all. Best is a divisor of the number of files, or else every share reads all files.
+    """
+
+    dataset: Any
+    image_column: str = "image"
+    caption_column: str | None = "text"
+    seed: int = 0
+    window: int = 1000
+    count: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def share(self, part: int, parts: int) -> Stream:
+        """A share of this share."""
+        return dataclasses.replace(self, part=self.part * parts + part, parts=self.parts * parts)
+
+
+def load(
+    name: str, config: str | None = None, *, streaming: bool = False, cache_dir: str | None = None, split: str = "train"
+) -> Any:
+    """``datasets.load_dataset`` for a Hub id or a local folder; the split must exist."""
+    import datasets
+
+    return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache_dir)
+
+
+def load_saved(folder: str | Path, split: str = "train") -> Any:
+    """What ``save_to_disk`` wrote: a data set, or several splits of which one is taken.
+
+    Raises:
+      ValueError: there are splits, but not this one.
+    """
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"{folder} has no split {split!r}; it has {sorted(loaded)}")
+        return loaded[split]
+    return loaded
+
+
+def undecoded(dataset: Any, image_column: str, caption_column: str | None) -> Any:
+    """The two columns of a data set (or stream), pictures as they are in their files.
+
+    Raises:
+      ValueError: a column is missing, or captions are neither texts nor lists of texts.
+    """
+    import datasets
+
+    if dataset.features is None:  # streams of files that do not say what is in them
+        dataset = dataset._resolve_features()
+    features = dataset.features
+    columns = {"--image_column": image_column, "--caption_column": caption_column}
+    wanted = {flag: column for flag, column in columns.items() if column is not None}
+    for flag, column in wanted.items():
+        if column not in features:
+            raise ValueError(f"{flag} {column!r}: the data set has the columns {sorted(features)}")
+    if caption_column is not None and not _is_text(features[caption_column]):
+        raise ValueError(
+            f"--caption_column {caption_column!r} must hold texts or lists of texts, but it is "
+            f"{features[caption_column]}; the columns are {sorted(features)}"
+        )
+    dataset = dataset.select_columns(list(wanted.values()))
+    if isinstance(features[image_column], datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset
+
+
+def _is_text(feature: Any) -> bool:
+    feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def record_of(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> Record:
+    """A row of a data set whose pictures are not decoded.
+
+    Raises:
+      ValueError: there is neither the content nor the path of a picture, or no caption.
+    """
+    value = row[image_column]
+    path = value.get("path") if isinstance(value, dict) else value
+    image = value.get("bytes") if isinstance(value, dict) else value
+    image = image if image is not None else path
+    if not isinstance(image, bytes | str):
+        raise ValueError(
+            f"{where}: {image_column!r} holds no picture file but {type(value).__name__}; see --image_column"
+        )
+    name = f"{where} ({path})" if isinstance(path, str) else where
+    return Record(image, captions_of(row, caption_column, where), name)
