@@ -164,10 +164,12 @@ def machine(*packages: str) -> dict[str, Any]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
 
 
-def write(name: str, title: str, about: str, rows: list[dict[str, Any]], *packages: str) -> Path:
+def write(
+    name: str, title: str, about: str, rows: list[dict[str, Any]], *packages: str, folder: Path = RESULTS
+) -> Path:
     """``docs/results/<name>.json``, which the tables of the documentation are made from."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     content = {"title": title, "about": about, "machine": machine(*packages), "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path

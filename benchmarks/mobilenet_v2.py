@@ -138,8 +138,15 @@ def preprocess(pictures: jax.Array, size: int = SIZE) -> jax.Array:
 
 def features(params: Params, pictures: np.ndarray, batch: int = 64) -> np.ndarray:
     """float32 ``[N,1280]`` of uint8 pictures ``[N,H,W,3]``."""
-    run = jax.jit(lambda x: apply(params, preprocess(x)))
     pad = -len(pictures) % batch  # one shape, one program
     padded = np.concatenate([pictures, np.zeros((pad, *pictures.shape[1:]), np.uint8)])
-    chunks = [run(padded[i : i + batch]) for i in tqdm(range(0, len(padded), batch), desc="features", disable=None)]
+    chunks = [
+        _features(params, padded[i : i + batch])
+        for i in tqdm(range(0, len(padded), batch), desc="features", disable=None)
+    ]
     return np.concatenate(chunks)[: len(pictures)]
+
+
+@jax.jit
+def _features(params: Params, pictures: jax.Array) -> jax.Array:
+    return apply(params, preprocess(pictures))

@@ -106,6 +106,11 @@ def test_a_result_becomes_a_table(tmp_path: Path) -> None:
     assert few.splitlines()[1:-1] == ["| seconds | model |", "| --- | --- |", "| 0.123 | a\\|b |", "| – | c |"]
 
 
+def test_an_estimate_stands_with_its_interval() -> None:
+    rows = [{"share": {"value": 0.31234, "interval": [0.27, 0.36]}}]
+    assert results.table(rows).splitlines()[-1] == "| 0.312 (0.27–0.36) |"
+
+
 def test_a_malformed_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"odd\.json.*'title'"):

@@ -23,13 +23,18 @@ BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<columns>( \w+)*) -->\n).
 
 
 def cell(value: Any) -> str:
-    """A JSON value as it stands in a table: floats with three significant digits, missing values as a dash."""
+    """A JSON value as it stands in a table: floats with three significant digits, missing values as a dash.
+
+    ``{"value": ..., "interval": [low, high]}`` is an estimate with its interval.
+    """
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, dict):
+        return f"{cell(value['value'])} ({'–'.join(map(cell, value['interval']))})"
     if isinstance(value, list):
         return ", ".join(map(cell, value))
     return str(value).replace("|", "\\|")
