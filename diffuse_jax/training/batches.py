@@ -47,3 +47,37 @@ class Numbered:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next = state["batch"]
+
+
+class Counted:
+    """Other batches with ``update`` int32 ``[rows]`` in each: how many came before, for losses that change with time."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._next = 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._batches.names
+
+    @property
+    def total(self) -> int | None:
+        """Examples in an epoch, if the other batches know it."""
+        return getattr(self._batches, "total", None)
+
+    def __next__(self) -> Batch:
+        n, self._next = self._next, self._next + 1
+        batch = next(self._batches)
+        rows = len(next(iter(batch.values())))
+        return batch | {"update": np.full(rows, n, np.int32)}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"update": self._next, "batches": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next = state["update"]
+        self._batches.set_state(state["batches"])
+
+    def close(self) -> None:
+        """Close the other batches, if they can be closed."""
+        getattr(self._batches, "close", lambda: None)()
