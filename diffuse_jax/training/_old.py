@@ -50,6 +50,10 @@ class Log:
         return record
 
 
+def _export(export: Callable[[Path, TrainState], None], state: TrainState, folder: Path) -> None:
+    export(folder, state)
+
+
 def resume(output_dir: str | Path, which: str | None, state: TrainState) -> TrainState:
     """``state``, or what ``--resume_from_checkpoint`` names; ``latest`` without a checkpoint starts anew."""
     folder = find_checkpoint(output_dir, which) if which else None
@@ -100,7 +104,7 @@ def train(
         if (n + 1) % checkpointing_steps == 0:
             saver = Checkpoints(output_dir, checkpoints_total_limit)
             saver.save(
-                n + 1, state, Position({}, 0, 1), None if export is None else functools.partial(export, state=state)
+                n + 1, state, Position({}, 0, 1), None if export is None else functools.partial(_export, export, state)
             )
             saver.close()
     return state

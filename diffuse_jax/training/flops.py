@@ -80,10 +80,15 @@ class _Count:
         name, inner = eqn.primitive.name, _programs(eqn.params)
         if name not in ("cond", "scan", "while", "pallas_call") and len(inner) == 1:
             return self.program(inner[0], arguments)
-        key = (name, *arguments, str(eqn.params))
-        if (key, 0) not in self._numbers:
-            self.total += _operations(eqn, [_Count().of(_closed(sub)) for sub in inner])
-        return [self.number((key, i)) for i in range(max(1, len(eqn.outvars)))][: len(eqn.outvars)]
+        counts = [_Count().of(_closed(sub)) for sub in inner]
+        # A loop that is computed again also hands out what the backward pass needs, so it is known by its work instead
+        # of its program, and its results by their shapes.
+        key = (name, *arguments, *(counts or [str(eqn.params)]))
+        if key not in self._numbers:
+            self.number(key)
+            self.total += _operations(eqn, counts)
+        shapes = [str(v.aval) for v in eqn.outvars]
+        return [self.number((key, shape, shapes[:i].count(shape))) for i, shape in enumerate(shapes)]
 
 
 def _operations(eqn: core.JaxprEqn, inner: list[float]) -> float:

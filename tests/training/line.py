@@ -1,0 +1,91 @@
+"""A whole training of a straight line, as a script: for the tests that kill it, and those with several processes.
+
+python tests/training/line.py --output_dir FOLDER --max_train_steps 20 [--pause SECONDS] [any shared flag]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.training.arguments import make_parser, mesh_from, pictures_per_update
+from diffuse_jax.training.batches import Batch, Numbered
+from diffuse_jax.training.data.loader import process_rows
+from diffuse_jax.training.loop import fit
+
+SLOPE = np.array([[2.0], [-1.0], [0.5], [1.0], [-2.0], [0.0], [3.0], [-0.5]], np.float32)
+FLAGS = {"learning_rate": 0.05, "lr_warmup_steps": 0, "train_batch_size": 1, "logging_steps": 1, "report_to": "none"}
+"""Unlike the scripts' defaults."""
+
+
+def start() -> dict[str, Any]:
+    return {"dense": {"kernel": np.full((8, 1), 0.5, np.float32), "bias": np.zeros((1,), np.float32)}}
+
+
+def line_loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Squared distance from a line whose heights are noisy."""
+    x = batch["x"]
+    wanted = x @ frozen["slope"] + 0.1 * jax.random.normal(key, (len(x), 1))
+    error = x @ trainable["dense"]["kernel"] + trainable["dense"]["bias"].reshape(1, 1) - wanted
+    return jnp.square(error).mean(), {"worst": jnp.abs(error).max()}
+
+
+def points(n: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([7, n]).standard_normal((rows, len(SLOPE))).astype(np.float32)
+
+
+def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> Numbered:
+    """This process's rows of update ``n``; every update takes at least ``pause`` seconds."""
+    rows = pictures_per_update(args, mesh)
+    parts = args.gradient_accumulation_steps
+    mine = process_rows(mesh, parts, rows // parts)
+
+    def batch(n: int) -> Batch:
+        time.sleep(pause)
+        return {"x": points(n, rows)[mine]}
+
+    return Numbered(batch, lambda n: [f"point {n}.{row}" for row in mine])
+
+
+def save(folder: Path, params: Any) -> None:
+    """What stands for the model in its inference format."""
+    (folder / "line").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "line" / "params.npz", **params["dense"])
+
+
+def arguments(*words: str, **flags: object) -> argparse.Namespace:
+    """Flags of a run, as if from a command line."""
+    line = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return make_parser(__doc__, output_dir="line", **FLAGS).parse_args([*words, *line])
+
+
+def train_line(args: argparse.Namespace, **options: Any) -> Any:
+    """Train; ``options`` are those of :func:`fit`, where they differ."""
+    mesh = options.pop("mesh", None) or mesh_from(args)
+    given = {
+        "trainable": start(),
+        "frozen": {"slope": SLOPE},
+        "loss": line_loss,
+        "batches": line_batches(args, mesh),
+        "export": save,
+    }
+    return fit(args, mesh, **given | options)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, output_dir="line", **FLAGS)
+    parser.add_argument("--pause", type=float, default=0.0)
+    args = parser.parse_args()
+    mesh = mesh_from(args)
+    train_line(args, mesh=mesh, batches=line_batches(args, mesh, args.pause))
+    print("finished")
+
+
+if __name__ == "__main__":
+    main()
