@@ -59,7 +59,6 @@ def make_parser(description: str | None, output_dir: str, **defaults: Any) -> Pa
         _add_hub,
     ):
         add_flags(parser)
-    parser.add_argument("--train_data_dir")  # until every script takes its data flags from add_data
     parser.set_defaults(**defaults, output_dir=output_dir)
     return parser
 
@@ -68,7 +67,7 @@ def _add_model(parser: Parser) -> None:
     add = parser.group("model")
     add("--revision", help="branch, tag or commit of the model on the Hub")
     add("--variant", help='which weight files to read, such as "fp16"')
-    add("--non_ema_revision", help="branch with weights that are no average, for the trained networks")
+    add("--non_ema_revision", action=Refused, advice="all networks come from one branch: --revision")
     add("--cache_dir", help="where downloads are kept, instead of the Hub's own folder")
     add("--from_pt", action=Accepted, note="PyTorch weights are read as they are")
 
@@ -258,10 +257,3 @@ def mesh_from(args: argparse.Namespace) -> Mesh:
 def pictures_per_update(args: argparse.Namespace, mesh: Mesh) -> int:
     """``train_batch_size`` for each device that gets a part of the batch, times the accumulation steps."""
     return args.train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"] * args.gradient_accumulation_steps
-
-
-def train_options(args: argparse.Namespace) -> dict[str, object]:
-    """The flags that :func:`diffuse_jax.training.loop.train` takes."""
-    names = ("output_dir", "max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit")
-    options = {name: getattr(args, name) for name in names}
-    return options | {"accumulation_steps": args.gradient_accumulation_steps}

@@ -240,11 +240,3 @@ def load_position(folder: Path) -> Position | None:
             f"resumed by {jax.process_count()}"
         )
     return positions[0]
-
-
-def save_checkpoint(output_dir: str | Path, state: TrainState, limit: int | None = None) -> Path:
-    """Until the callers have moved to :class:`Checkpoints`."""
-    saver = Checkpoints(output_dir, limit)
-    saver.save(int(state.step), state, Position({}, 0, 1))
-    saver.close()
-    return Path(output_dir) / f"checkpoint-{int(state.step)}"

@@ -14,7 +14,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults are shown where there are any, and the description keeps its lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False or action.default == ""
+        return action.help if nothing else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload]
 
 
 class Refused(argparse.Action):
@@ -47,7 +51,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=Help, allow_abbrev=False, conflict_handler="resolve", **options)
+        usage = "%(prog)s [--config FILE] [--NAME [VALUE] ...]"
+        super().__init__(usage=usage, formatter_class=Help, allow_abbrev=False, **options)
         self._titles: dict[str, argparse._ArgumentGroup] = {}
 
     def group(self, title: str) -> Callable[..., argparse.Action]:

@@ -83,7 +83,7 @@ class _Count:
         counts = [_Count().of(_closed(sub)) for sub in inner]
         # A loop that is computed again also hands out what the backward pass needs, so it is known by its work instead
         # of its program, and its results by their shapes.
-        key = (name, *arguments, *(counts or [str(eqn.params)]))
+        key = (name, *arguments, *counts) if counts else (name, *arguments, str(eqn.params))
         if key not in self._numbers:
             self.number(key)
             self.total += _operations(eqn, counts)

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.sharding import param_shardings
-from diffuse_jax.training._old import resume, train  # noqa: F401
 from diffuse_jax.training.arguments import average_from, optimizer_from, pictures_per_update
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.checkpoint import Checkpoints, Position, shapes_of

@@ -1,9 +1,7 @@
-"""The compiled step, the running average, learning rates and checkpoints, on a two-parameter network."""
+"""The compiled step, the running average and learning rates, on a two-parameter network."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from diffuse_jax.sharding import make_mesh, param_shardings
-from diffuse_jax.training.checkpoint import checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
-from diffuse_jax.training.loop import place, resume, train
 from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
 from diffuse_jax.training.state import Average, TrainState, ema_rate, init_state, make_step
 
@@ -35,72 +30,8 @@ def batches(n: int) -> np.ndarray:
 FROZEN = {"slope": np.array([[2.0], [-1.0]], np.float32)}
 
 
-def run(folder: Path, steps: int, resume_from: str | None = None, **options: Any) -> TrainState:
-    rate = learning_rate("constant", 0.05, 0, 1000)
-    optimizer = make_optimizer("adamw", rate)
-    mesh = make_mesh(fsdp=2)
-    state = resume(folder, resume_from, place(init_state(START, optimizer, use_ema=True), mesh))
-    step = make_step(line_loss, optimizer, 3, Average(decay=0.9), param_shardings(state, mesh))
-    options = {"logging_steps": 5, "checkpointing_steps": 4, "mesh": mesh} | options
-    return train(state, step, FROZEN, batches, output_dir=folder, max_train_steps=steps, rate=rate, **options)
-
-
 def leaves(state: TrainState) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(state)]
-
-
-def test_training_learns_the_line_and_logs_it(tmp_path: Path) -> None:
-    state = run(tmp_path, 200, checkpointing_steps=1000)
-    np.testing.assert_allclose(state.params["dense"]["kernel"], FROZEN["slope"], atol=0.1)
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(5, 201, 5))
-    assert {"loss", "worst", "grad_norm", "learning_rate", "steps_per_second"} <= records[0].keys()
-    assert records[-1]["loss"] < 0.1 * records[0]["loss"]
-    assert checkpoints(tmp_path) == {}
-
-
-def test_resumed_run_equals_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", 11)
-    run(tmp_path / "parts", 9)
-    parts = run(tmp_path / "parts", 11, "latest")
-    assert int(parts.step) == 11
-    for a, b in zip(leaves(whole), leaves(parts), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_oldest_checkpoints_go_first(tmp_path: Path) -> None:
-    run(tmp_path, 13, checkpointing_steps=3, checkpoints_total_limit=2)
-    assert list(checkpoints(tmp_path)) == [9, 12]
-    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-12"
-    assert find_checkpoint(tmp_path, "anything/checkpoint-9") == tmp_path / "checkpoint-9"
-    assert find_checkpoint(tmp_path / "another run", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    with pytest.raises(FileNotFoundError, match="checkpoint-7.*checkpoint-9, checkpoint-12"):
-        find_checkpoint(tmp_path, "checkpoint-7")
-
-
-def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert int(run(tmp_path, 2, "latest").step) == 2
-    assert "starting from step 0" in capsys.readouterr().err
-
-
-def test_checkpoint_keeps_every_bit(tmp_path: Path) -> None:
-    state = init_state(
-        {"w": np.array([np.pi, 1e-38, -0.0], np.float32)}, make_optimizer("adamw", lambda _: 0.1), use_ema=False
-    )
-    assert state.ema is None
-    back = load_checkpoint(save_checkpoint(tmp_path, state), state)
-    for a, b in zip(leaves(state), leaves(back), strict=True):
-        np.testing.assert_array_equal(np.frombuffer(a.tobytes(), np.uint8), np.frombuffer(b.tobytes(), np.uint8))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    broken = lambda params, frozen, batch, key: (jnp.sum(params["w"]) * jnp.nan, {})
-    optimizer = optax.sgd(1.0)
-    step = make_step(broken, optimizer, seed=0)
-    state = init_state({"w": np.ones(2, np.float32)}, optimizer, use_ema=False)
-    with pytest.raises(FloatingPointError, match="step 5"):
-        train(state, step, {}, batches, mesh=make_mesh(), output_dir=tmp_path, max_train_steps=9,
-              rate=lambda _: 1.0, logging_steps=5, checkpointing_steps=99)  # fmt: skip
 
 
 def test_half_precision_parameters_are_refused() -> None:

@@ -1,0 +1,65 @@
+"""Uploading a trained model to the Hub (``--push_to_hub``)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from diffuse_jax.training.start import say
+
+LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "profile/**", "*.new")
+"""What stays here: the training states are large and of use to this run alone."""
+
+CARD = "README.md"
+
+
+def push_to_hub(args: argparse.Namespace) -> str | None:
+    """Upload ``args.output_dir`` if ``--push_to_hub`` says so; to be called when the model is complete.
+
+    A ``README.md`` is written first, if there is none: the base model, the flags and the last validation pictures.
+
+    Returns:
+      The address of the commit; None if nothing was uploaded (without the flag, and on all processes but the first).
+
+    Raises:
+      huggingface_hub.errors.HfHubHTTPError: the Hub refuses, for example because no token is stored.
+    """
+    if not args.push_to_hub or jax.process_index() != 0:
+        return None
+    from huggingface_hub import HfApi
+
+    folder = Path(args.output_dir)
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or folder.resolve().name
+    repository = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+    if not (folder / CARD).is_file():
+        (folder / CARD).write_text(card(args, repository), encoding="utf-8")
+    ignored = [p for p in (*LEFT_OUT, f"{args.logging_dir}/**") if p]
+    commit = api.upload_folder(
+        repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
+    )
+    say(f"uploaded to {commit}")
+    return str(commit)
+
+
+def card(args: argparse.Namespace, repository: str) -> str:
+    """The model card: what was trained from what, and pictures."""
+    base = getattr(args, "pretrained_model_name_or_path", None)
+    on_hub = base is not None and not Path(base).exists()
+    head = ["library_name: diffusers", "tags: [diffusers, diffuse-jax]", *([f"base_model: {base}"] if on_hub else [])]
+    text = ["---", *head, "---", "", f"# {repository}", ""]
+    text += [f"Trained with diffuse_jax{f' from `{base}`' if base else ''}; `training.yaml` holds every flag.", ""]
+    prompts = getattr(args, "validation_prompt", None) or []
+    if prompts:
+        text += ["Prompts of the pictures: " + "; ".join(f"“{p}”" for p in prompts), ""]
+    return "\n".join(text + [f"![{p.stem}]({p.relative_to(args.output_dir)})" for p in last_pictures(args)]) + "\n"
+
+
+def last_pictures(args: argparse.Namespace) -> list[Path]:
+    """The validation pictures of the last step that has any."""
+    steps = sorted(
+        (Path(args.output_dir) / "validation").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-"))
+    )
+    return sorted(steps[-1].glob("*.png")) if steps else []

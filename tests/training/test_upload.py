@@ -1,0 +1,53 @@
+"""What goes to the Hub, with the Hub's client replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from PIL import Image
+
+from diffuse_jax.training.upload import push_to_hub
+from tests.training.line import arguments, train_line
+
+
+class Hub:
+    """Notes what it is asked for."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, token: str | None) -> None:
+        Hub.asked = {"token": token}
+
+    def create_repo(self, name: str, **options: Any) -> SimpleNamespace:
+        Hub.asked |= {"name": name, **options}
+        return SimpleNamespace(repo_id=f"somebody/{name}")
+
+    def upload_folder(self, folder_path: Path, ignore_patterns: list[str], **options: Any) -> str:
+        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
+        kept = huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=ignore_patterns)
+        Hub.asked |= {"files": sorted(kept), **options}
+        return "https://hub/commit"
+
+
+def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "hub_token": "secret"}
+    args = arguments("--push_to_hub", output_dir=tmp_path / "my-line", report_to="tensorboard", **flags)
+    train_line(args, validate=lambda params: [("a line", Image.new("RGB", (4, 4)))])
+    assert push_to_hub(args) == "https://hub/commit"
+    assert Hub.asked["repo_id"] == "somebody/my-line"
+    assert Hub.asked["token"] == "secret"
+    expected = ["README.md", "line/params.npz", "log.jsonl", "training.yaml"]
+    pictures = [f"validation/step-{n}/00-a-line.png" for n in (2, 4)]
+    assert Hub.asked["files"] == sorted(expected + pictures)
+    assert "](validation/step-4/00-a-line.png)" in (tmp_path / "my-line" / "README.md").read_text()
+    assert "secret" not in "".join(p.read_text() for p in (tmp_path / "my-line").glob("*.*") if p.is_file())
+
+
+def test_nothing_happens_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: pytest.fail("asked the Hub"))
+    assert push_to_hub(arguments(output_dir=tmp_path)) is None
