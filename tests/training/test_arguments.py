@@ -1,0 +1,181 @@
+"""Flags: groups, files, names of other libraries, and messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffuse_jax.training.arguments import make_parser, mesh_from, optimizer_from, pictures_per_update
+from diffuse_jax.training.configuration import write_config
+from diffuse_jax.training.flags import Parser
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = make_parser("about", output_dir="somewhere", lr_scheduler="cosine")
+    parser.group("model")("--pretrained_model_name_or_path", required=True)
+    parser.group("monitoring")("--validation_prompt", nargs="+")
+    return parser
+
+
+MODEL = ["--pretrained_model_name_or_path", "model"]
+
+
+def config(tmp_path: Path, values: Any) -> list[str]:
+    path = tmp_path / "flags.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return ["--config", str(path)]
+
+
+def refused(parser: Parser, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([*MODEL, *words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_command_line_wins_over_file_wins_over_defaults(parser: Parser, tmp_path: Path) -> None:
+    values = {
+        "pretrained_model_name_or_path": "other",
+        "learning_rate": 3e-5,
+        "max_grad_norm": 0.5,
+        "use_ema": True,
+        "scale_lr": False,
+        "adam_beta1": None,
+        "validation_prompt": ["-a red house", "b"],
+        "ema_max_decay": 0.5,  # another name of ema_decay
+    }
+    args = parser.parse_args([*config(tmp_path, values), "--learning_rate", "2e-5"])
+    assert (args.learning_rate, args.max_grad_norm, args.lr_power) == (2e-5, 0.5, 1.0)
+    assert args.pretrained_model_name_or_path == "other"
+    assert (args.use_ema, args.scale_lr, args.adam_beta1) == (True, False, None)
+    assert args.ema_decay == 0.5
+    assert args.validation_prompt == ["-a red house", "b"]
+    assert args.lr_scheduler == "cosine"
+    assert args.output_dir == "somewhere"
+
+
+def test_a_switch_of_the_file_can_be_turned_off(parser: Parser, tmp_path: Path) -> None:
+    given = config(tmp_path, {"use_ema": True, "scale_lr": True, "distributed": True})
+    args = parser.parse_args([*MODEL, *given, "--no-use_ema", "--no-distributed"])
+    assert (args.use_ema, args.scale_lr, args.distributed) == (False, True, False)
+
+
+def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Path) -> None:
+    (tmp_path / "flags.json").write_text(json.dumps({"seed": 7, "learning_rate": 1e-3, "hub_token": "secret"}))
+    words = ["--config", str(tmp_path / "flags.json"), "--validation_prompt", "a b", "c", "--adam_beta1=0.5"]
+    args = parser.parse_args([*MODEL, *words])
+    write_config(tmp_path / "run", args)
+    assert "secret" not in (tmp_path / "run" / "training.yaml").read_text()
+    again = parser.parse_args(["--config", str(tmp_path / "run" / "training.yaml")])
+    different = {name for name, value in vars(args).items() if vars(again)[name] != value}
+    assert different == {"config", "hub_token"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lerning_rate": 1}, "lerning_rate is not a flag; did you mean learning_rate?"),
+        ({"config": "other.yaml"}, "config is not a flag"),
+        ({"use_ema": "yes"}, "use_ema must be true or false, got 'yes'"),
+        ({"seed": "x"}, "invalid int value: 'x'"),
+        ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
+        ({"use_8bit_adam": True}, "--optimizer lion or adafactor needs less memory"),
+        (["seed"], "must map names of flags to values"),
+    ],
+)
+def test_bad_files_are_explained(
+    parser: Parser, tmp_path: Path, capsys: pytest.CaptureFixture[str], values: Any, message: str
+) -> None:
+    assert message in refused(parser, capsys, *config(tmp_path, values))
+
+
+def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config nowhere.yaml does not exist" in refused(parser, capsys, "--config", "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert "cannot be read" in refused(parser, capsys, "--config", str(tmp_path / "broken.yaml"))
+
+
+def test_unknown_flags_name_the_nearest(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--learning_rat=3; did you mean --learning_rate?" in refused(parser, capsys, "--learning_rat=3")
+    assert "unrecognized arguments: --no-such" in refused(parser, capsys, "--no-such")
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["--use_8bit_adam"], "lion or adafactor"),
+        (["--save_steps", "5"], "--checkpointing_steps"),
+        (["--save_model_epochs", "5"], "--checkpointing_steps"),
+        (["--no_safe_serialization"], "safetensors"),
+        (["--non_ema_revision", "main"], "--revision"),
+        (["--mixed_precision", "fp16"], "bf16"),
+        (["--mixed_precision", "fp8"], "choose from no, bf16"),
+    ],
+)
+def test_flags_that_have_no_meaning_here_say_what_to_do(
+    parser: Parser, capsys: pytest.CaptureFixture[str], words: list[str], advice: str
+) -> None:
+    assert advice in refused(parser, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--allow_tf32"],
+        ["--set_grads_to_none"],
+        ["--enable_xformers_memory_efficient_attention"],
+        ["--local_rank", "0"],
+        ["--from_pt"],
+        ["--use_auth_token"],
+    ],
+)
+def test_flags_that_change_nothing_are_noted(
+    parser: Parser, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    before = parser.parse_args(MODEL)
+    assert parser.parse_args([*MODEL, *words]) == before
+    assert capsys.readouterr().err.startswith(f"note: {words[0]} has no effect: ")
+
+
+def test_old_names_still_work(parser: Parser) -> None:
+    words = ["--num_epochs", "3", "--ema_max_decay", "0.9", "--logger", "none", "--save_images_epochs", "2"]
+    args = parser.parse_args([*MODEL, *words])
+    assert (args.num_train_epochs, args.ema_decay, args.report_to, args.validation_epochs) == (3, 0.9, "none", 2)
+
+
+def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options", "model", "output", "optimisation", "precision and memory",
+                      "running average of the weights", "devices", "checkpoints", "monitoring", "hub"]  # fmt: skip
+    assert "(default: 500)" in text
+    assert "use_8bit_adam" not in text, "what is refused is not offered"
+
+
+def test_pictures_of_an_update(parser: Parser) -> None:
+    words = ["--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--mesh_fsdp", "2", "--mesh_tensor", "2"]
+    args = parser.parse_args([*MODEL, *words, "--max_train_steps", "9", "--lr_warmup_steps", "0", "--scale_lr"])
+    mesh = mesh_from(args)
+    assert pictures_per_update(args, mesh) == 3 * 2 * (2 * 2)
+    _, rate = optimizer_from(args, mesh)
+    assert float(rate(0)) == pytest.approx(1e-4 * 24)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--coordinator_address", "host:1"], r"--num_processes.*is missing"),
+        (["--coordinator_address", "host:1", "--num_processes", "2", "--process_id", "2"], "from 0 to 1, got 2"),
+        (["--mesh_fsdp", "3"], "does not fit 8 devices"),
+    ],
+)
+def test_processes_and_meshes_that_cannot_be(parser: Parser, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mesh_from(parser.parse_args([*MODEL, *words]))
