@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -63,7 +65,9 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def param_spec(path: str, shape: Sequence[int], mesh: Mesh, rules: Mapping[str, str] = RULES) -> PartitionSpec:
+def param_spec(
+    path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping[str, str] = RULES
+) -> PartitionSpec:
     """How the parameter at ``path`` (joined with ``/``) is cut; an axis that does not divide evenly stays whole."""
     named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
     logical = next(named, BY_RANK.get(len(shape), (None,) * len(shape)))
@@ -85,6 +89,59 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
         return NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def gathered(path: Sequence[str], kernel: jax.Array) -> jax.Array:
+    """All of a parameter that is stored cut along ``fsdp``, at the place where a layer uses it.
+
+    Its gradient is cut along ``fsdp`` again, so what each device gets of the sum is its part. Left alone, the compiler
+    may also keep the parameter cut and divide the layer's work by channels, which moves activations between devices and
+    holds those of the whole batch. Does nothing unless the current mesh (``jax.set_mesh``, or that of
+    :func:`diffuse_jax.training.state.make_step`) has an automatic axis ``fsdp``.
+
+    Args:
+      path: names from the root of the parameters to this one.
+      kernel: in the dtype that should travel between devices.
+    """
+    if "fsdp" not in automatic_axes():
+        return kernel
+    cut = param_spec("/".join(path), kernel.shape, jax.sharding.get_abstract_mesh())
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut))
+    return kernel if whole == cut else _gather(kernel, cut, whole)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> jax.Array:
+    return lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(x, cut, whole), None
+
+
+def _gather_backward(cut: PartitionSpec, whole: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Whole first: asked for a part at once, the compiler may gather the batch to compute just that.
+    return (lax.with_sharding_constraint(lax.with_sharding_constraint(gradient, whole), cut),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def cut_batch(x: jax.Array) -> jax.Array:
+    """``x [B,...]`` with its first axis cut along ``data`` and ``fsdp`` of the current mesh, where they divide it."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), automatic_axes()
+    over = tuple(axis for axis in ("data", "fsdp") if axis in axes)
+    if not over or x.shape[0] % math.prod(mesh.shape[axis] for axis in over):
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, PartitionSpec(over, *free))
+
+
+def automatic_axes() -> set[str]:
+    """Axes of the current mesh that have more than one device and are left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.models.layers import ACTIVATIONS, Dense
+from diffuse_jax.sharding import gathered
 
 
 def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> jax.Array:
@@ -62,4 +63,4 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.num, self.dim), self.param_dtype)
-        return jnp.take(jnp.asarray(table, self.dtype), ids, axis=0)
+        return jnp.take(gathered((*self.path, "embedding"), jnp.asarray(table, self.dtype)), ids, axis=0)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.kernels import conv2d
+from diffuse_jax.sharding import gathered
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -38,7 +39,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
-        y = jnp.asarray(x, self.dtype) @ jnp.asarray(kernel, self.dtype)
+        kernel = gathered((*self.path, "kernel"), jnp.asarray(kernel, self.dtype))
+        y = jnp.asarray(x, self.dtype) @ kernel
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
@@ -65,7 +67,8 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
         p = self.padding
         pads = ((p, p), (p, p)) if isinstance(p, int) else p
-        y = conv2d(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype), stride=self.stride, padding=pads)
+        kernel = gathered((*self.path, "kernel"), jnp.asarray(kernel, self.dtype))
+        y = conv2d(jnp.asarray(x, self.dtype), kernel, stride=self.stride, padding=pads)
         return y + jnp.asarray(bias, self.dtype).reshape(1, 1, 1, -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def init_state(
     """A state at step 0, with copies of the parameters.
 
     Trainable parameters must be float32: updates are lost in lower precision. On a mesh every part is made where it
-    stays, cut as :func:`~diffuse_jax.sharding.param_shardings` says, so no device ever holds a whole optimiser.
+    stays, cut as :func:`~diffuse_jax.sharding.param_shardings` says, so no device ever holds a whole optimiser; and
+    parameters that are cut like that already become the state's own, without a copy: do not use them any more.
 
     Raises:
       ValueError: a parameter has another dtype.
@@ -53,9 +55,7 @@ def init_state(
     if mesh is None:
         return jax.jit(build)(jax.tree.map(jnp.array, params))
     shardings = param_shardings(jax.eval_shape(build, params), mesh)
-    # The step gives its input's memory away, so the state must not share any with the caller.
-    own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.params)(params)
-    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(own)
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +101,17 @@ def make_step(
       optimizer: how.
       seed: decides all random numbers of the run.
       average: of the running average, where the state has one.
-      shardings: where the new state goes (:func:`diffuse_jax.sharding.param_shardings` of a state); None leaves that to
-        the compiler.
+      shardings: where the new state goes (:func:`diffuse_jax.sharding.param_shardings` of a state), and the mesh that
+        networks compute on; None leaves that to the compiler.
     """
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
+        # The mesh is what kernels that XLA cannot cut, and layers with parameters in parts, ask for.
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+            grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         made = state.step + 1

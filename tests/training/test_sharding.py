@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from diffuse_jax.models.layers import Conv, Dense
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.sharding import make_mesh, param_shardings, train_batch_sharding
+from diffuse_jax.sharding import cut_batch, make_mesh, param_shardings, train_batch_sharding
 from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.loop import place
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import make_optimizer
+from diffuse_jax.training.start import place
 from diffuse_jax.training.state import init_state, make_step
 
 UNET = UNet2DConditionModel(
@@ -107,3 +111,34 @@ def test_less_is_kept_from_policy_to_policy() -> None:
 
     none, blocks, full = map(kept, ("none", "blocks", "full"))
     assert none > 2 * blocks > 2 * full
+
+
+def test_layers_gather_their_parameters_and_leave_activations_where_they_are() -> None:
+    """Of a batch that is cut along ``fsdp`` nothing moves between devices; of a gradient each keeps its part."""
+    mesh = make_mesh(data=1, fsdp=8)
+    layers = nn.Sequential([Conv(16), lambda x: x.mean((1, 2)), Dense(24)])
+    shapes = jax.eval_shape(layers.init, jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]
+    cut = param_shardings(shapes, mesh)
+    cut_over_fsdp = jax.tree.map(lambda s: "fsdp" in s.spec, cut)
+    assert cut_over_fsdp == {name: {"kernel": True, "bias": False} for name in ("layers_0", "layers_2")}
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, cut)
+    batch = jax.ShapeDtypeStruct((16, 4, 4, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    def gradient(params: Any, x: jax.Array) -> Any:
+        return jax.grad(lambda p: jnp.square(layers.apply({"params": p}, x)).sum())(params)
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradient).lower(params, batch).compile()
+    moved = set(re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text()))
+    assert moved == {"3,3,8,16", "16,24"}
+    assert not re.search("all-to-all|collective-permute", program.as_text())
+    as_stored = lambda made, stored, x: made.is_equivalent_to(stored, x.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(as_stored, program.output_shardings, cut, shapes)))
+
+
+def test_a_batch_is_cut_where_the_mesh_divides_it() -> None:
+    made = jax.jit(lambda n: cut_batch(jnp.arange(n)), static_argnums=0)
+    with jax.set_mesh(make_mesh(data=2, fsdp=4)):
+        assert made(16).sharding.spec == PartitionSpec(("data", "fsdp"))
+        assert made(12).sharding.is_fully_replicated
+    assert made(16).sharding.device_set == {jax.devices()[0]}
