@@ -7,7 +7,6 @@ pictures. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders an
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from diffuse_jax.pipelines import (
 from diffuse_jax.pipelines.base import MODELS, NOT_LOADED
 from diffuse_jax.pipelines.call import TextToImagePipeline
 from diffuse_jax.pipelines.text_to_image import Text
-from diffuse_jax.schedulers import DDPMScheduler, Scheduler
+from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.objective import Objective, draw, errors, noised
@@ -96,8 +95,7 @@ def _open(
     class_name: str, source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
 ) -> tuple[Model, Params]:
     """One network, computing in ``dtype``, its parameters placed on the mesh."""
-    found = weights.resolve(source, **hub)
-    folder = found / name if (found / name).is_dir() else found
+    folder = component_folder(source, name, **hub)
     model = MODELS[class_name].from_config(folder, dtype=jnp.dtype(dtype))
     if isinstance(model, AutoencoderKL) and model.config.force_upcast:
         model = model.clone(dtype=jnp.float32)
@@ -110,6 +108,12 @@ def _open(
         shardings=param_shardings(model.shapes(), mesh),
     )
     return model, params
+
+
+def component_folder(source: str | Path, name: str, **hub: Any) -> Path:
+    """Where a network lies: in the folder ``name`` of a pipeline, or alone."""
+    found = weights.resolve(source, **hub)
+    return found / name if (found / name).is_dir() else found
 
 
 # How trainable numbers combine with frozen ones
@@ -141,22 +145,44 @@ def with_tokens(models: Mapping[str, Any]) -> Combine:
 # From examples to the loss
 
 
-def finish(tokenizers: Mapping[str, tuple[Any, int]], sizes: bool, example: Any) -> Batch:
+Tokenizers = Mapping[str, tuple[Any, int]]
+"""Text encoder -> its tokenizer and the number of tokens."""
+
+
+def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, tuple[Any, int]]:
+    """The tokenizers of a pipeline's text encoders."""
+    used = {}
+    for name, tokenizer in ENCODERS[type(pipe)][0].items():
+        if pipe.components.get(name) is not None:
+            own = pipe.components[tokenizer]
+            used[name] = own, min(pipe.components[name].config.max_position_embeddings, own.model_max_length)
+    return used
+
+
+def finish(
+    tokenizers: Tokenizers,
+    told: Callable[[Any], np.ndarray] | None,
+    pictures: Callable[[Any], Batch] | None,
+    texts: Callable[[Any], Batch] | None,
+    example: Any,
+) -> Batch:
     """The arrays of one :class:`~diffuse_jax.training.data.Example`; runs in the data workers.
 
     Args:
-      tokenizers: text encoder -> its tokenizer and length.
-      sizes: add ``time_ids`` [6]: original height and width, top and left of the crop, height and width (SDXL).
-      example: picture uint8 ``[h,w,3]`` and caption.
-
-    Returns: ``pixel_values`` uint8 ``[h,w,3]`` and token ids int32 ``[L]`` under each encoder's name.
+      tokenizers: for token ids int32 ``[L]`` under each text encoder's name.
+      told: makes ``time_ids`` for SDXL; None for others.
+      pictures: what stands in place of ``pixel_values`` uint8 ``[h,w,3]`` (and of ``time_ids``), from a cache.
+      texts: what stands in place of token ids, from a cache.
+      example: picture and caption.
     """
-    arrays = {name: token_ids(tokenizer, length, example.caption) for name, (tokenizer, length) in tokenizers.items()}
+    if texts is None:
+        arrays = {name: token_ids(*tokenizer, example.caption) for name, tokenizer in tokenizers.items()}
+    else:
+        arrays = texts(example)
+    if pictures is not None:
+        return arrays | pictures(example)
     arrays["pixel_values"] = example.pixels
-    if sizes:
-        told = (*example.original_size, *example.crop_top_left, *example.target_size)
-        arrays["time_ids"] = np.array(told, np.float32)
-    return arrays
+    return arrays if told is None else arrays | {"time_ids": told(example)}
 
 
 def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
@@ -165,15 +191,15 @@ def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
     return np.array(ids.input_ids, np.int32)
 
 
-def finisher(pipe: DiffusionPipeline) -> Callable[[Any], Batch]:
-    """:func:`finish` for a pipeline's tokenizers."""
-    names, _ = ENCODERS[type(pipe)]
-    used = {}
-    for name, tokenizer in names.items():
-        if pipe.components.get(name) is not None:
-            own = pipe.components[tokenizer]
-            used[name] = own, min(pipe.components[name].config.max_position_embeddings, own.model_max_length)
-    return functools.partial(finish, used, pipe.components["unet"].config.addition_embed_type == "text_time")
+def sizes_of(true: bool, example: Any) -> np.ndarray:
+    """SDXL's ``time_ids [6]`` (Podell et al. 2023, 2.2): original height and width, top and left of the cut, size.
+
+    Unless they shall be true, the picture is said to be whole and to have had this size: what pictures are asked for
+    later are told, so that a handful of training pictures does not stand for their own resolution.
+    """
+    target = example.target_size
+    told = (*example.original_size, *example.crop_top_left) if true else (*target, 0, 0)
+    return np.array((*told, *target), np.float32)
 
 
 def denoising_loss(
@@ -193,7 +219,7 @@ def denoising_loss(
     """
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
-    x0 = latents(models["vae"], params["vae"], batch, k_latent)
+    x0 = latents(models["vae"], params.get("vae"), batch, k_latent)
     text = prompt_states(encode, models, params, batch)
     added = None
     if "time_ids" in batch:
@@ -204,7 +230,7 @@ def denoising_loss(
     return errors(objective, prediction, x0, drawn, batch.get("prior"))
 
 
-def latents(vae: Any, params: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
     """Scaled latents ``[B,h,w,c]`` float32, drawn from their distribution."""
     if "moments" in batch:
         moments = jnp.asarray(batch["moments"], jnp.float32)
@@ -247,26 +273,6 @@ def save_networks(pipe: DiffusionPipeline, folder: Path, params: Mapping[str, Pa
     """Write trained networks in inference format: ``folder/unet`` and so on."""
     for name, own in params.items():
         pipe.components[name].save_pretrained(folder / name, own)
-
-
-def save_pipeline(pipe: DiffusionPipeline, source: Path, folder: Path, params: Mapping[str, Params]) -> None:
-    """Write the whole pipeline: trained networks, and every other file of ``source`` as it is there.
-
-    The scheduler stays the source's sampler, with the prediction type that was trained. ``model_index.json`` comes
-    last; it leaves out what ``source`` names but does not hold.
-    """
-    index = weights.read_index(source)
-    copied = [name for name, entry in index.components.items() if entry.folder.is_dir() and name not in params]
-    for name in copied:
-        shutil.copytree(index.components[name].folder, folder / name, dirs_exist_ok=True)
-    save_networks(pipe, folder, params)
-    sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
-    sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
-    entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
-    for name, entry in index.components.items():
-        there = name in copied or name in params
-        entries[name] = (entry.library, entry.class_name) if there else (None, None)
-    weights.write_index(folder, index.class_name, entries, index.options)
 
 
 def sample_pictures(pipe: TextToImagePipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,166 @@
+"""What the networks of a latent model are given: worked out in every step, or once before the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.models import Params
+from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.training.batches import Batch
+from diffuse_jax.training.data import (
+    Example,
+    Source,
+    buckets_from,
+    cache_captions,
+    cache_dir_from,
+    cache_pictures,
+    fingerprint_params,
+    source_from,
+    transform_from,
+)
+from diffuse_jax.training.data.sources import Record
+from diffuse_jax.training.latent import (
+    ENCODERS,
+    finish,
+    normalised,
+    prompt_states,
+    sizes_of,
+    token_ids,
+    tokenizers_of,
+)
+from diffuse_jax.training.latent_flags import component_from
+
+Told = Callable[[Example], np.ndarray] | None
+
+PIXELS_AT_ONCE = 2**21
+"""Pixels that are encoded in one call: eight pictures of 512 x 512."""
+
+
+class Inputs(NamedTuple):
+    """How examples become batches.
+
+    Attributes:
+      source: the data set; None for the stream that the flags describe.
+      finish: makes the arrays of one example.
+      pixels: whether it needs the picture.
+      unused: networks that have done all their work already.
+    """
+
+    source: Source | None
+    finish: Callable[[Example], Batch]
+    pixels: bool
+    unused: tuple[str, ...]
+
+
+class Repeated:
+    """Another source so many times over: a handful of pictures still fills an update."""
+
+    def __init__(self, source: Source, times: int) -> None:
+        self._source, self._times = source, times
+        self.fingerprint = f"{source.fingerprint}-{times}"
+
+    def __len__(self) -> int:
+        return len(self._source) * self._times
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[index % len(self._source)]
+
+
+def inputs_from(
+    args: argparse.Namespace,
+    pipe: DiffusionPipeline,
+    *,
+    trained: Sequence[str],
+    source: Source | None = None,
+    times: int = 1,
+    true_sizes: bool = True,
+) -> Inputs:
+    """What the flags say the networks are given.
+
+    Args:
+      args: flags of :func:`~diffuse_jax.training.data.add_data` with caches.
+      pipe: the pipeline to train.
+      trained: networks that change during the run.
+      source: instead of the one that the flags describe.
+      times: repeat it so often.
+      true_sizes: tell SDXL the size of each picture and where it was cut; else that all are whole and of the target's
+        size.
+
+    Raises:
+      ValueError: a cache of what changes during the run, or of what differs each time.
+    """
+    encoders = [name for name in ENCODERS[type(pipe)][0] if pipe.components.get(name) is not None]
+    if args.cache_latents and args.random_flip:
+        raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
+    if args.cache_text_embeddings and set(encoders) & set(trained):
+        raise ValueError("--cache_text_embeddings keeps what the text encoder says now, but it is trained")
+    told: Told = None
+    if pipe.components["unet"].config.addition_embed_type == "text_time":
+        told = functools.partial(sizes_of, true_sizes)
+    if source is None and args.streaming:
+        return Inputs(None, functools.partial(finish, tokenizers_of(pipe), told, None, None), True, ())
+
+    rows = source_from(args) if source is None else source
+    pictures = latent_cache(args, pipe, rows, told, true_sizes) if args.cache_latents else None
+    texts = text_cache(args, pipe, rows) if args.cache_text_embeddings else None
+    make = functools.partial(finish, {} if texts else tokenizers_of(pipe), told, pictures, texts)
+    unused = [*(["vae"] if pictures else []), *(encoders if texts else [])]
+    if times > 1:
+        make = functools.partial(finish_repeated, make, len(rows))
+        rows = Repeated(rows, times)
+    return Inputs(rows, make, pictures is None, tuple(unused))
+
+
+def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:
+    """``make`` for an example of a repeated source."""
+    return make(dataclasses.replace(example, index=example.index % length))
+
+
+def latent_cache(
+    args: argparse.Namespace, pipe: DiffusionPipeline, source: Source, told: Told, true_sizes: bool
+) -> Callable[[Example], Batch]:
+    """``moments [h,w,2c]`` of every picture's latents and, for SDXL, ``time_ids [6]``."""
+    vae, params = component_from(args, pipe, "vae")
+    encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
+
+    def compute(examples: list[Example]) -> Batch:
+        pixels = np.stack([np.asarray(example.pixels) for example in examples])
+        at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
+        parts = [encode(params, pixels[i : i + at_once]) for i in range(0, len(pixels), at_once)]
+        found = {"moments": np.concatenate([np.asarray(part, np.float32) for part in parts])}
+        return found | ({"time_ids": np.stack([told(example) for example in examples])} if told else {})
+
+    key = {"vae": network_key(vae, params), "sizes": true_sizes if told else None}
+    buckets = buckets_from(args, source)
+    return cache_pictures(cache_dir_from(args), "latents", key, source, transform_from(args), compute, buckets)
+
+
+def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source) -> Callable[[Example], Batch]:
+    """``states [L,D]`` and, for SDXL, ``pooled [P]`` of every caption and of the empty one."""
+    tokenizers, encode = tokenizers_of(pipe), ENCODERS[type(pipe)][1]
+    opened = {name: component_from(args, pipe, name) for name in tokenizers}
+    models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
+    text = jax.jit(lambda params, ids: prompt_states(encode, models, params, ids))
+
+    def compute(captions: list[str]) -> Batch:
+        ids = lambda tokenizer: np.stack([token_ids(*tokenizer, caption) for caption in captions])
+        out = text(params, {name: ids(tokenizer) for name, tokenizer in tokenizers.items()})
+        found = {"states": np.asarray(out.states, np.float32)}
+        return found if out.pooled is None else found | {"pooled": np.asarray(out.pooled, np.float32)}
+
+    key = {name: network_key(models[name], params[name]) for name in tokenizers}
+    key |= {f"{name} tokens": token_ids(*own, "a fox").tolist() for name, own in tokenizers.items()}
+    return cache_captions(cache_dir_from(args), "text", key, source, compute)
+
+
+def network_key(model: Any, params: Params) -> str:
+    """What a network's outputs depend on."""
+    return f"{model.config} {jnp.dtype(model.dtype)} {fingerprint_params(params)}"
