@@ -78,14 +78,18 @@ def check_data(args: argparse.Namespace) -> None:
         raise ValueError("--dataset_config_name needs --dataset_name")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise ValueError(f"--max_train_samples must be at least 1, got {args.max_train_samples}")
+    if args.streaming:
+        _check_streaming(args)
+    _check_examples(args)
+
+
+def _check_examples(args: argparse.Namespace) -> None:
     if not 0 <= getattr(args, "proportion_empty_prompts", 0.0) <= 1:
         raise ValueError(f"--proportion_empty_prompts must be between 0 and 1, got {args.proportion_empty_prompts}")
     if args.resolution < 1:
         raise ValueError(f"--resolution must be at least 1, got {args.resolution}")
     if args.dataloader_num_workers < 0:
         raise ValueError(f"--dataloader_num_workers must be 0 or more, got {args.dataloader_num_workers}")
-    if args.streaming:
-        _check_streaming(args)
     if getattr(args, "cache_latents", False) and args.random_flip:
         raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
 
@@ -198,6 +202,7 @@ def batches_from(
     Raises:
       ValueError: an update has more examples than the data set, or as :func:`source_from`.
     """
+    _check_examples(args)
     transform = transform_from(args, crop_size=crop_size, pixels=pixels)
     parts = args.gradient_accumulation_steps
     rows = args.train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.order import Bucketed, Plain
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Transform
+from diffuse_jax.training.data.workers import in_turns
 
 if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
+    import jax
     from jax.sharding import Mesh
 
 Finish = Callable[[Example], dict[str, np.ndarray]]
@@ -23,12 +25,10 @@ Finish = Callable[[Example], dict[str, np.ndarray]]
 THREADS = 2
 """Batches that are made at once where there are no worker processes."""
 
-ENDLESS = 1 << 40
-
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Batch ``n`` after ``first`` examples, as grain reads it: a source of ``(batch, names)``."""
+    """Batches as a function of the number of examples before them; iterates over every ``turns``-th from ``first``."""
 
     source: Source
     transform: Transform
@@ -36,12 +36,13 @@ class Maker:
     rows: np.ndarray
     finish: Finish
     first: int = 0
+    turns: int = 1
 
-    def __len__(self) -> int:
-        return ENDLESS
+    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+        return map(self, itertools.count(self.first, self.turns * self.order.batch_size))
 
-    def __getitem__(self, number: int) -> tuple[Batch, list[str]]:
-        start = self.first + number * self.order.batch_size
+    def __call__(self, start: int) -> tuple[Batch, list[str]]:
+        """The batch after ``start`` examples, and the names in it."""
         indices, size = self.order(start)
         make = lambda row: self.transform(self.source[int(indices[row])], int(indices[row]), start + int(row), size)
         return collate([make(row) for row in self.rows], self.finish)
@@ -65,12 +66,14 @@ class Loader:
         self.total = len(maker.source)
         self._maker, self._workers = maker, workers
         self._position = 0
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Generator[Any, None, None] | None = None
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            maker = dataclasses.replace(self._maker, first=self._position)
-            self._iterator = read_ahead(maker, self._workers)
+            turns, size = self._workers or THREADS, self._maker.order.batch_size
+            starts = [self._position + turn * size for turn in range(turns)]
+            shares = [dataclasses.replace(self._maker, first=start, turns=turns) for start in starts]
+            self._iterator = in_turns(shares, processes=self._workers > 0)
         batch, self.names = next(self._iterator)
         self._position += self._maker.order.batch_size
         return batch
@@ -101,45 +104,13 @@ class Loader:
     def close(self) -> None:
         """End threads and worker processes; the next batch starts them again."""
         if self._iterator is not None:
-            self._iterator.close()  # type: ignore[attr-defined]
+            self._iterator.close()
         self._iterator = None
 
 
-def read_ahead(maker: Maker, workers: int) -> Iterator[Any]:
-    """What ``maker`` holds, in its order, made by ``workers`` processes; by threads of this process if 0."""
-    import grain
-
-    dataset = grain.MapDataset.source(maker)
-    if workers == 0:
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)))
-    return in_processes(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), workers)
-
-
-def in_processes(dataset: Any, workers: int) -> Iterator[Any]:
-    """What a grain ``IterDataset`` of ``(batch, ...)`` holds, each worker making every ``workers``-th element.
-
-    Arrays arrive in shared memory and are copied out of it, so that nothing of it is left when the run ends.
-    """
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # grain reads flags of absl, which only a program started by absl would have parsed
-        flags.FLAGS.mark_as_parsed()
-    options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    iterator = iter(dataset.mp_prefetch(options, worker_init_fn=without_accelerator))
-    try:
-        for batch, *rest in iterator:
-            yield {key: np.array(value) for key, value in batch.items()}, *rest
-    finally:
-        iterator.close()
-
-
-def without_accelerator(worker: int, workers: int) -> None:
-    """In a worker process: whatever its code imports, the devices belong to the process that trains."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-def process_rows(mesh: Mesh, accumulation_steps: int, rows: int, process: int | None = None) -> np.ndarray:
+def process_rows(
+    mesh: Mesh, accumulation_steps: int, rows: int, ours: Callable[[jax.Device], bool] | None = None
+) -> np.ndarray:
     """Rows of the global batch ``[accumulation_steps * rows]`` that a process provides, in the order it holds them.
 
     Processes whose devices hold the same part of the batch (where the ``tensor`` axis spans processes) provide the
@@ -149,15 +120,14 @@ def process_rows(mesh: Mesh, accumulation_steps: int, rows: int, process: int | 
       mesh: of the training step.
       accumulation_steps: parts of an update.
       rows: examples of each part, of all processes together.
-      process: index of the process; this one if None.
+      ours: whether a device belongs to the process; those of this process if None.
     """
     import jax
 
     from diffuse_jax.sharding import train_batch_sharding
 
-    process = jax.process_index() if process is None else process
-    shape = (accumulation_steps, rows)
-    parts: Any = train_batch_sharding(mesh).devices_indices_map(shape)
-    mine = {index[1].indices(rows) for device, index in parts.items() if device.process_index == process}
+    ours = ours or (lambda device: device.process_index == jax.process_index())
+    parts: Any = train_batch_sharding(mesh).devices_indices_map((accumulation_steps, rows))
+    mine = {index[1].indices(rows) for device, index in parts.items() if ours(device)}
     columns = np.array(sorted(column for part in mine for column in range(*part)), np.int64)
     return (np.arange(accumulation_steps)[:, None] * rows + columns).reshape(-1)

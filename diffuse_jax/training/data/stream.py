@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.hub import Stream, record_of, undecoded
-from diffuse_jax.training.data.loader import Finish, collate, in_processes
+from diffuse_jax.training.data.loader import Finish, collate
 from diffuse_jax.training.data.transform import WINDOW, Record, Transform
+from diffuse_jax.training.data.workers import in_turns
 
 
 class Records:
@@ -121,12 +121,12 @@ class StreamLoader:
         turns = max(workers, 1)
         self._workers, self._parts, self._count = workers, stream.parts, 0
         self._shares = [Share(stream.share(w, turns), None, transform, finish, size) for w in range(turns)]
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Generator[Any, None, None] | None = None
 
     def __next__(self) -> Batch:
         turn = self._count % len(self._shares)
         if self._iterator is None:
-            self._iterator = read_ahead(self._shares[turn:] + self._shares[:turn], self._workers)
+            self._iterator = in_turns(self._shares[turn:] + self._shares[:turn], processes=self._workers > 0)
         batch, self.names, state = next(self._iterator)
         self._shares[turn] = dataclasses.replace(self._shares[turn], state=state)
         self._count += 1
@@ -163,44 +163,5 @@ class StreamLoader:
     def close(self) -> None:
         """End threads and worker processes; the next batch starts them again."""
         if self._iterator is not None:
-            self._iterator.close()  # type: ignore[attr-defined]
+            self._iterator.close()
         self._iterator = None
-
-
-def read_ahead(shares: Sequence[Share], workers: int) -> Iterator[Any]:
-    """A batch of each share in turn, made in as many processes; in a thread of this process if ``workers`` is 0."""
-    dataset = Turns(shares)
-    if workers:
-        return in_processes(dataset, workers)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2))
-
-
-class Turns(grain.IterDataset):
-    """The shares as grain reads them: ``set_slice`` says which worker this is."""
-
-    def __init__(self, shares: Sequence[Share]) -> None:
-        super().__init__()
-        self._shares, self._turn = shares, 0
-
-    def set_slice(self, part: slice, sequential_slice: bool = False) -> None:
-        self._turn = part.start
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return Turn(self._shares[self._turn])
-
-
-class Turn(grain.DatasetIterator):
-    """One share; its position travels with each batch, so grain's own states are not used."""
-
-    def __init__(self, share: Share) -> None:
-        super().__init__()
-        self._batches = iter(share)
-
-    def __next__(self) -> Any:
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("the position is in the Share")

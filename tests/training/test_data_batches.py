@@ -1,0 +1,185 @@
+"""Batches from flags: the same whatever makes them, and restored to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.data import batches_from
+from diffuse_jax.training.data.loader import Loader, Maker
+from diffuse_jax.training.data.order import Plain
+from diffuse_jax.training.data.sources import FolderSource
+from diffuse_jax.training.data.transform import Transform
+
+from .data_sets import finish, flags, image_folder
+
+
+def mesh(devices: int = 1) -> jax.sharding.Mesh:
+    return make_mesh(devices=jax.devices()[:devices])
+
+
+def take(batches: Loader, count: int) -> list[dict[str, np.ndarray]]:
+    return [next(batches) for _ in range(count)]
+
+
+def assert_same(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for key in a.keys() - {"process"}:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_batch_holds_pictures_and_their_captions(tmp_path: Path) -> None:
+    batches = batches_from(flags("--train_data_dir", str(image_folder(tmp_path, 10)), batch=4), mesh(), finish)
+    seen = take(batches, 5)
+    assert seen[0]["pixels"].shape == (4, 8, 8, 3)
+    for batch in seen:
+        np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], batch["caption"])
+    assert batches.names == [str(tmp_path / f"{i}.png") for i in seen[-1]["index"]]
+    assert sorted(np.concatenate([b["index"] for b in seen])[:10]) == list(range(10))
+    assert batches.total == 10
+    batches.close()
+
+
+def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(tmp_path: Path) -> None:
+    args = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip", batch=3)
+    batches = batches_from(args, mesh(), finish)
+    first = take(batches, 2)
+    time.sleep(0.1)  # more batches are being made
+    state = json.loads(json.dumps(batches.get_state()))
+    rest = take(batches, 6)
+    again = batches_from(args, mesh(), finish)
+    again.set_state(state)
+    assert_same(take(again, 6), rest)
+    batches.set_state(state)
+    assert_same(take(batches, 6), rest)
+    assert len({b["pixels"].tobytes() for b in first + rest}) == 8
+
+
+def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
+    line = ["--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip"]
+    threads = batches_from(flags(*line, batch=3), mesh(), finish)
+    workers = batches_from(flags(*line, "--dataloader_num_workers", "2", batch=3), mesh(), finish)
+    wanted = take(threads, 7)
+    made = take(workers, 4)
+    assert_same(made, wanted[:4])
+    assert len({int(b["process"][0]) for b in made} - {int(wanted[0]["process"][0])}) == 2
+    threads.set_state(workers.get_state())
+    assert_same(take(threads, 3), wanted[4:])
+    assert all(type(array) is np.ndarray for array in made[0].values()), "no memory of a worker is left in a batch"
+    workers.close()
+
+
+def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, 4)
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(b"damaged")
+    batches = batches_from(flags("--train_data_dir", str(folder), "--dataloader_num_workers", "1"), mesh(), finish)
+    with pytest.raises(ValueError, match=r"\d.png is not a picture that can be read"):
+        next(batches)
+
+
+def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:
+    source = FolderSource(image_folder(tmp_path, 10))
+    make = lambda rows: Maker(source, Transform(8), Plain(0, 10, 8), np.array(rows), finish)(24)[0]
+    whole, parts = make(range(8)), [make([0, 1, 4, 5]), make([2, 3, 6, 7])]
+    np.testing.assert_array_equal(whole["index"][[0, 1, 4, 5]], parts[0]["index"])
+    np.testing.assert_array_equal(whole["index"][[2, 3, 6, 7]], parts[1]["index"])
+
+
+def test_a_fresh_start_with_fewer_pictures_per_update(tmp_path: Path) -> None:
+    """The position counts examples: on fewer devices the run goes on with the ones that come next."""
+    line = ["--train_data_dir", str(image_folder(tmp_path, 20))]
+    two, one = batches_from(flags(*line), mesh(2), finish), batches_from(flags(*line), mesh(1), finish)
+    assert len(next(two)["index"]) == 4
+    one.set_state(two.get_state())
+    following = np.concatenate([b["index"] for b in take(one, 4)])
+    np.testing.assert_array_equal(following, np.concatenate([b["index"] for b in take(two, 2)]))
+
+
+def test_buckets(tmp_path: Path) -> None:
+    """Each batch has one size; small pictures are enlarged to cover it."""
+    folder = image_folder(tmp_path / "data", 12, [(30, 20), (20, 30), (20, 20)])
+    line = ["--train_data_dir", str(folder), "--resolution", "16", "--aspect_ratio_buckets", "--bucket_step", "4"]
+    args = flags(*line, output_dir=str(tmp_path / "out"))
+    batches = batches_from(args, mesh(), finish)
+    seen = take(batches, 12)
+    shapes = {batch["pixels"].shape[1:3] for batch in seen}
+    assert shapes == {(20, 12), (12, 20), (16, 16)}
+    state = batches.get_state()
+    rest = take(batches, 3)
+    again = batches_from(args, mesh(), finish)
+    again.set_state(state)
+    assert_same(take(again, 3), rest)
+    with pytest.raises(ValueError, match="written with 2 examples per update, this run has 4"):
+        batches_from(args, mesh(2), finish).set_state(state)
+
+
+SCRIPT = """
+import sys
+import time
+
+import numpy as np
+from diffuse_jax.training.data.loader import Loader, Maker
+from diffuse_jax.training.data.order import Plain
+from diffuse_jax.training.data.sources import FolderSource
+from diffuse_jax.training.data.transform import Transform
+
+
+def finish(example):
+    import os
+    return {"index": np.int64(example.index), "jax": np.bool_("jax" in sys.modules), "process": np.int64(os.getpid())}
+
+
+def main(folder):
+    maker = Maker(FolderSource(folder), Transform(8), Plain(0, 4, 2), np.arange(2), finish)
+    batches = Loader(maker, workers=2)
+    found = [next(batches) for _ in range(4)]
+    print(sorted(np.concatenate([b["index"] for b in found[:2]]).tolist()), any(b["jax"].any() for b in found))
+    print(*{int(b["process"][0]) for b in found}, flush=True)
+    time.sleep(float(sys.argv[2]))
+
+"""
+GUARDED = 'if __name__ == "__main__":\n    main(sys.argv[1])\n'
+
+
+def start_script(tmp_path: Path, end: str, seconds: int = 0) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + end)
+    command = [sys.executable, str(script), str(image_folder(tmp_path / "data", 4)), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_script_ends_by_itself_and_its_workers_do_without_jax(tmp_path: Path) -> None:
+    """It closes nothing, and batches are made ahead."""
+    with start_script(tmp_path, GUARDED) as script:
+        out, errors = script.communicate(timeout=300)
+    assert (script.returncode, errors, out.splitlines()[0]) == (0, "", "[0, 1, 2, 3] False")
+
+
+def test_workers_die_with_the_script(tmp_path: Path) -> None:
+    with start_script(tmp_path, GUARDED, seconds=600) as script:
+        assert script.stdout is not None
+        script.stdout.readline()
+        workers = [int(process) for process in script.stdout.readline().split()]
+        assert len(workers) == 2
+        script.kill()
+        script.communicate()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, f"{workers} are still there"
+        time.sleep(0.1)
+
+
+def test_a_script_without_a_guard_says_what_to_do(tmp_path: Path) -> None:
+    with start_script(tmp_path, "main(sys.argv[1])\n") as script:
+        errors = script.communicate(timeout=300)[1]
+    assert script.returncode != 0
+    assert 'code outside of `if __name__ == "__main__":`' in errors.splitlines()[-1]

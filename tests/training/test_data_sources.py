@@ -1,0 +1,244 @@
+"""Where pictures come from: every kind of data set gives the same records; what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.data import FolderSource, Source, batches_from, source_from, write_array_record, write_tar
+from diffuse_jax.training.data.shards import braces
+from diffuse_jax.training.data.transform import decode
+
+from .data_sets import finish, flags, image_folder, picture, png, table
+
+Row = tuple[str, bytes, Any]
+
+
+def rows(numbers: range) -> list[Row]:
+    return [(f"{i}.png", png(picture(i)), str(i)) for i in numbers]
+
+
+def folder(path: Path) -> list[str]:
+    return ["--train_data_dir", str(image_folder(path / "a", 6))]
+
+
+def nested(path: Path) -> list[str]:
+    """Two folders with a ``metadata.jsonl`` each."""
+    image_folder(path / "a" / "0", 3)
+    image_folder(path / "a" / "1", 6)
+    lines = (path / "a" / "1" / "metadata.jsonl").read_text().splitlines()
+    (path / "a" / "1" / "metadata.jsonl").write_text("\n".join(lines[3:]))
+    return ["--train_data_dir", str(path / "a")]
+
+
+def parquet(path: Path) -> list[str]:
+    (path / "a").mkdir()
+    table(6).to_parquet(path / "a" / "train.parquet")
+    return ["--dataset_name", str(path / "a"), "--cache_dir", str(path / "cache")]
+
+
+def saved(path: Path) -> list[str]:
+    table(6).save_to_disk(path / "a")
+    return ["--train_data_dir", str(path / "a"), "--load_from_disk"]
+
+
+def saved_splits(path: Path) -> list[str]:
+    import datasets
+
+    datasets.DatasetDict(train=table(6), test=table(2)).save_to_disk(path / "a")
+    return ["--train_data_dir", str(path / "a"), "--load_from_disk"]
+
+
+def folder_through_datasets(path: Path) -> list[str]:
+    return ["--dataset_name", folder(path)[1], "--cache_dir", str(path / "cache")]
+
+
+def tar(path: Path) -> list[str]:
+    write_tar(path / "a-00.tar", rows(range(2)))
+    write_tar(path / "a-01.tar", rows(range(2, 6)))
+    return ["--train_shards", str(path / "a-{00..01}.tar")]
+
+
+def array_record(path: Path) -> list[str]:
+    write_array_record(path / "a.array_record", rows(range(4)))
+    write_array_record(path / "b.array_record", rows(range(4, 6)))
+    return ["--train_shards", str(path / "a.array_record"), str(path / "b.*")]
+
+
+KINDS = (folder, nested, parquet, saved, saved_splits, folder_through_datasets, tar, array_record)
+
+
+def with_cache(line: list[str]) -> Any:
+    """Flags; ``--cache_dir`` belongs to the parser of whole scripts."""
+    if "--cache_dir" in line:
+        at = line.index("--cache_dir")
+        return flags(*line[:at], cache_dir=line[at + 1])
+    return flags(*line)
+
+
+def values(source: Source) -> list[tuple[int, tuple[str, ...]]]:
+    return [(int(np.asarray(decode(record))[0, 0, 0]), record.captions) for record in map(source.__getitem__, range(6))]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_kind_of_data_set(tmp_path: Path, kind: Callable[[Path], list[str]]) -> None:
+    args = with_cache(kind(tmp_path))
+    source = source_from(args)
+    assert len(source) == 6
+    assert values(source) == [(i, (str(i),)) for i in range(6)]
+    copy = pickle.loads(pickle.dumps(source))
+    assert values(copy) == values(source)
+    assert source.fingerprint == copy.fingerprint == source_from(args).fingerprint
+    assert len(pickle.dumps(source)) < 20_000, "pictures stay on disk"
+    mesh = make_mesh(devices=jax.devices()[:1])
+    batch = next(batches_from(args, mesh, finish, source=source))
+    np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], batch["caption"])
+
+
+def test_some_pictures_only(tmp_path: Path) -> None:
+    line = ["--train_data_dir", str(image_folder(tmp_path, 20)), "--max_train_samples"]
+    source = source_from(flags(*line, "5"))
+    names = [source[i].name for i in range(len(source))]
+    assert len(set(names)) == 5
+    assert names == [source_from(flags(*line, "5"))[i].name for i in range(5)]
+    assert names != [source_from(flags(*line, "5", seed=1))[i].name for i in range(5)]
+    assert len(source_from(flags(*line, "100"))) == 20
+    assert source.fingerprint != source_from(flags(*line, "6")).fingerprint
+
+
+def test_captions_may_be_lists_and_columns_have_names(tmp_path: Path) -> None:
+    texts = [["one", "two"], ["three"]]
+    table(2, caption=texts).rename_column("image", "photo").save_to_disk(tmp_path / "a")
+    line = ["--load_from_disk", "--image_column", "photo", "--caption_column", "caption", "--train_data_dir"]
+    source = source_from(flags(*line, str(tmp_path / "a")))
+    assert [source[i].captions for i in range(2)] == [("one", "two"), ("three",)]
+    write_tar(tmp_path / "a.tar", [("0.png", png(picture(0)), ["a", "b"])])
+    assert source_from(flags("--train_shards", str(tmp_path / "a.tar")))[0].captions == ("a", "b")
+
+
+def test_pictures_alone_need_no_metadata(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png"):
+        picture(1).save(tmp_path / name)
+    source = FolderSource(tmp_path, caption_column=None)
+    assert [Path(source[i].name).name for i in range(2)] == ["a.png", "b.png"]
+    assert source[0].captions == ("",)
+
+
+def test_a_changed_picture_is_another_data_set(tmp_path: Path) -> None:
+    image_folder(tmp_path, 3)
+    before = FolderSource(tmp_path).fingerprint
+    picture(200, 9).save(tmp_path / "1.png")
+    assert FolderSource(tmp_path).fingerprint != before
+
+
+def test_braces() -> None:
+    assert list(braces("a-{008..010}.{tar,zip}"))[:3] == ["a-008.tar", "a-008.zip", "a-009.tar"]
+    assert list(braces("plain")) == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [({"file_name": "0.png"}, "no column 'text'"), ({"file_name": "0.png", "text": 3}, "must be a text"),
+     ({"file_name": "0.png", "text": []}, "must be a text"), ({"text": "a"}, 'needs a "file_name"')],
+)  # fmt: skip
+def test_bad_lines_are_named(tmp_path: Path, line: dict[str, object], message: str) -> None:
+    image_folder(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps(line))
+    with pytest.raises(ValueError, match=rf"metadata.jsonl:2: .*{message}"):
+        FolderSource(tmp_path)
+
+
+def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--train_data_dir needs one line per picture"):
+        FolderSource(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        FolderSource(tmp_path, caption_column=None)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        FolderSource(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}')
+    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl:1: .*gone.png does not exist"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([], "exactly one of --train_data_dir, --dataset_name, --train_shards; got none"),
+        (["--train_data_dir", "a", "--dataset_name", "b"], "got --train_data_dir and --dataset_name"),
+        (["--train_data_dir", "a", "--proportion_empty_prompts", "1.5"], "must be between 0 and 1, got 1.5"),
+        (["--train_data_dir", "a", "--max_train_samples", "0"], "--max_train_samples must be at least 1, got 0"),
+        (["--train_data_dir", "a", "--resolution", "0"], "--resolution must be at least 1, got 0"),
+        (["--train_data_dir", "a", "--dataloader_num_workers", "-1"], "must be 0 or more, got -1"),
+        (["--train_data_dir", "a", "--streaming"], "--streaming reads --dataset_name"),
+        (["--dataset_name", "a", "--load_from_disk"], "--load_from_disk reads the folder --train_data_dir"),
+        (["--train_data_dir", "a", "--dataset_config_name", "b"], "--dataset_config_name needs --dataset_name"),
+        (["--train_data_dir", "a", "--cache_latents", "--random_flip"], "leave out --random_flip"),
+        (["--dataset_name", "a", "--streaming", "--cache_latents"], "has to see all pictures"),
+        (["--dataset_name", "a", "--streaming", "--shuffle_buffer_size", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_flags_that_cannot_be(line: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        source_from(flags(*line))
+
+
+def test_a_stream_needs_an_end_or_a_number_of_steps() -> None:
+    with pytest.raises(ValueError, match="give --max_train_samples, or --max_train_steps"):
+        source_from(flags("--dataset_name", "a", "--streaming", max_train_steps=None))
+
+
+def test_missing_columns_are_named_with_those_that_there_are(tmp_path: Path) -> None:
+    line = saved(tmp_path)
+    for flag in ("--image_column", "--caption_column"):
+        with pytest.raises(ValueError, match=rf"{flag} 'gone': the data set has the columns \['image', 'text'\]"):
+            source_from(flags(*line, flag, "gone"))
+    table(2, label=[1, 2]).save_to_disk(tmp_path / "b")
+    with pytest.raises(ValueError, match="'label' must hold texts or lists of texts"):
+        source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "b"), "--caption_column", "label"))
+    source = source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "b"), "--image_column", "label",
+                               "--caption_column", "text"))  # fmt: skip
+    with pytest.raises(ValueError, match="'label' holds no picture file but int"):
+        source[0]
+
+
+def test_missing_splits_are_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict(test=table(2)).save_to_disk(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"has no split 'train'; it has \['test'\]"):
+        source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "a")))
+
+
+def test_an_update_larger_than_the_data_set(tmp_path: Path) -> None:
+    args = flags("--train_data_dir", str(image_folder(tmp_path, 6)), batch=1)
+    with pytest.raises(ValueError, match=r"takes 8 examples \(--train_batch_size 1 on 8 devices.* the data set has 6"):
+        batches_from(args, make_mesh(data=8), finish)
+
+
+def test_bad_shards(tmp_path: Path) -> None:
+    find = lambda name: source_from(flags("--train_shards", str(tmp_path / name)))
+    with pytest.raises(FileNotFoundError, match=r"no file .*a-1.tar"):
+        find("a-{1..2}.tar")
+    (tmp_path / "a.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(ValueError, match="a.tar is not an uncompressed tar file"):
+        find("a.tar")
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(ValueError, match="must name .tar files"):
+        find("a.zip")
+    with tarfile.open(tmp_path / "b.tar", "w") as shard:
+        shard.add(image_folder(tmp_path / "c", 1) / "0.png", "deep/0.png")
+    with pytest.raises(ValueError, match="deep/0 has no caption"):
+        find("b.tar")
+    write_array_record(tmp_path / "d.array_record", [("0.png", b"", 3)])
+    with pytest.raises(ValueError, match="'text' must be a text"):
+        find("d.array_record")[0]

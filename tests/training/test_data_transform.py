@@ -1,0 +1,104 @@
+"""From a record to an example: upright, resized, cut, mirrored, with one of its captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax.training.data.transform import Record, Transform, cover, decode, picture_size
+
+from .data_sets import picture, png
+
+
+def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def record(pixels: np.ndarray, *captions: str) -> Record:
+    return Record(png(Image.fromarray(pixels)), captions or ("a",), "a.png")
+
+
+@pytest.mark.parametrize(("size", "expected"), [((6, 9), (8, 12)), ((7, 5), (11, 8)), ((8, 8), (8, 8))])
+def test_the_shorter_side_is_resized_and_the_longer_rounded_down(size: tuple[int, int], expected: tuple) -> None:
+    resized = cover(picture(9, *size), (8, 8))
+    assert (resized.height, resized.width) == expected
+
+
+def test_the_middle_is_cut_out(rng: np.random.Generator) -> None:
+    pixels = noise(rng, 8, 13)
+    example = Transform(8, center_crop=True)(record(pixels), index=3, position=0)
+    np.testing.assert_array_equal(example.pixels, pixels[:, 2:10])
+    assert (example.original_size, example.crop_top_left, example.target_size) == ((8, 13), (0, 2), (8, 8))
+    assert (example.index, example.caption, example.name) == (3, "a", "a.png")
+
+
+def test_cuts_and_mirrored_cuts_are_where_they_say(rng: np.random.Generator) -> None:
+    """``crop_top_left`` of a mirrored example is the place in the mirrored picture.
+
+    The reference uses the width of the cut instead of that of the picture, which can be negative.
+    """
+    pixels = noise(rng, 8, 13)
+    transform = Transform(8, random_flip=True)
+    seen = Counter()
+    for position in range(100):
+        example = transform(record(pixels), 0, position)
+        top, left = example.crop_top_left
+        plain, mirrored = pixels[:, left : left + 8], pixels[:, ::-1][:, left : left + 8]
+        flip = np.array_equal(example.pixels, mirrored)
+        assert flip or np.array_equal(example.pixels, plain)
+        assert top == 0 <= left <= 5
+        seen[left, flip] += 1
+    assert len(seen) == 2 * 6, "every place, both ways"
+
+
+def test_a_smaller_square_can_be_cut(rng: np.random.Generator) -> None:
+    pixels = noise(rng, 8, 8)
+    example = Transform(8, crop_size=5)(record(pixels), 0, 1)
+    top, left = example.crop_top_left
+    np.testing.assert_array_equal(example.pixels, pixels[top : top + 5, left : left + 5])
+
+
+def test_a_bucket_decides_the_size() -> None:
+    example = Transform(8).fixed(record(np.zeros((10, 30, 3), np.uint8)), 0, size=(4, 16))
+    assert example.pixels is not None
+    assert (example.pixels.shape, example.crop_top_left) == ((4, 16, 3), (0, 0)) or example.pixels.shape == (4, 16, 3)
+    assert example.target_size == (4, 16)
+    assert example.original_size == (10, 30)
+
+
+def test_choices_depend_on_seed_and_position_only(rng: np.random.Generator) -> None:
+    one = record(noise(rng, 8, 40), "a", "b", "c")
+    draw = lambda seed: [Transform(8, random_flip=True, seed=seed)(one, 0, p) for p in range(20)]
+    first, again, other = ([(e.crop_top_left, e.caption) for e in draw(seed)] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_shares_of_captions() -> None:
+    one = record(np.zeros((8, 8, 3), np.uint8), "a", "b")
+    examples = [Transform(8, empty_share=0.1, pixels=False)(one, 0, position) for position in range(4000)]
+    shares = {text: n / 4000 for text, n in Counter(e.caption for e in examples).items()}
+    assert shares == pytest.approx({"": 0.1, "a": 0.45, "b": 0.45}, abs=0.03)
+    assert all(e.caption == ("a", "b", "")[e.caption_index] for e in examples)
+    assert examples[0].pixels is None
+
+
+def test_pictures_are_turned_upright_and_transparency_is_dropped(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = noise(rng, 4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the first row is the right side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    turned = Record(str(tmp_path / "a.png"), ("",), "a")
+    np.testing.assert_array_equal(np.asarray(decode(turned)), np.rot90(pixels, -1))
+    assert picture_size(turned) == (6, 4)
+    transparent = Image.fromarray(np.concatenate([pixels, np.zeros((4, 6, 1), np.uint8)], -1))
+    np.testing.assert_array_equal(np.asarray(decode(Record(png(transparent), ("",), "b"))), pixels)
+
+
+@pytest.mark.parametrize("damaged", [b"no picture", png(picture(3, 40, 40))[:60]])
+def test_damaged_pictures_are_named(damaged: bytes) -> None:
+    with pytest.raises(ValueError, match="holiday.png is not a picture that can be read"):
+        decode(Record(damaged, ("",), "holiday.png"))
