@@ -20,6 +20,7 @@ from diffuse_jax.training.dreambooth import add_dreambooth, check_dreambooth, dr
 from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
 from diffuse_jax.training.latent_flags import latent_parser, pipeline_from, save_rest, trained_names, validation_from
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.upload import push_to_hub
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     if jax.process_index() == 0:
         save_rest(args, pipe, trained=params)
         print(args.output_dir)
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:

@@ -24,6 +24,7 @@ from diffuse_jax.training.latent_flags import (
     validation_from,
 )
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.upload import push_to_hub
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
         validate=validation_from(args, pipe, merged_lora(pipe)),
     )
     print(args.output_dir)
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:

@@ -26,6 +26,7 @@ from diffuse_jax.training.latent_flags import (
     validation_from,
 )
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.upload import push_to_hub
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     if jax.process_index() == 0:
         save_rest(args, pipe, trained=params)
         print(args.output_dir)
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:

@@ -27,6 +27,7 @@ from diffuse_jax.training.inversion import (
 from diffuse_jax.training.latent import loss_of, networks, save_networks, with_tokens
 from diffuse_jax.training.latent_flags import latent_parser, pipeline_from, save_rest, validation_from
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.upload import push_to_hub
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
         pipe.components["tokenizer"].save_pretrained(Path(args.output_dir) / "tokenizer")
         save_rest(args, pipe, trained=("text_encoder", "tokenizer"))
     print(args.output_dir)
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:
