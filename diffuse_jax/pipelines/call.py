@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.adapters import tokens
+from diffuse_jax.adapters.lora import merge
+from diffuse_jax.adapters.lora_file import load_lora
 from diffuse_jax.pipelines.base import DiffusionPipeline
 from diffuse_jax.pipelines.prompts import Prompt, one_per_image
 from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_draws, run_job
@@ -64,6 +69,44 @@ class TextToImagePipeline(DiffusionPipeline):
         """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
         self(prompt, **arguments, compile_only=True)  # type: ignore[operator]
         return self
+
+    def load_lora_weights(self, source: str | Path, *, scale: float = 1.0) -> Self:
+        """A pipeline whose networks have low-rank pairs merged into them (LoRA); this one stays as it is.
+
+        Compiled programs are shared. Several files may be loaded one after another; the opposite scale takes one out.
+
+        Args:
+          source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers, or its folder.
+          scale: how strongly it acts; 0 changes nothing.
+
+        Raises:
+          WeightsError: no such file, or it was made for other networks.
+        """
+        names = [name for name in self.params if name == "unet" or name.startswith("text_encoder")]
+        pairs = load_lora(source, {name: self.components[name].shapes() for name in names})
+        merged = {name: (self.components[name], merge(self.params[name], own, scale)) for name, own in pairs.items()}
+        return self.replace(**merged)
+
+    def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
+        """A pipeline that knows one more word (textual inversion, one text encoder); this one stays as it is.
+
+        Args:
+          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one.
+          token: what the word shall be; the file's own if None.
+
+        Raises:
+          WeightsError: no such file, or not the embeddings of one word.
+          ValueError: the word is known already, the embeddings have another width, or there are two text encoders.
+        """
+        if self.components.get("text_encoder_2") is not None:
+            raise ValueError(f"textual inversion is for one text encoder; {type(self).__name__} has two")
+        word, rows = tokens.load_rows(source, token)
+        encoder, params = self.components["text_encoder"], self.params["text_encoder"]
+        table = tokens.table_of(params)
+        return self.replace(
+            tokenizer=tokens.with_words(self.components["tokenizer"], word, len(rows)),
+            text_encoder=tokens.with_rows(encoder, params, jnp.asarray(rows, table.dtype)),
+        )
 
 
 def generate(

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.adapters.tokens import spelled
+
 Prompt = str | Sequence[str]
 
 
@@ -50,7 +52,10 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndar
     Args:
       tokenizer: a transformers tokenizer.
       max_length: the encoder's number of positions; the tokenizer's own limit counts too.
+
+    A new word of several embeddings (textual inversion) is spelled out as all of them.
     """
+    prompts = [spelled(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
     full = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
     for ids in full:

@@ -1,0 +1,94 @@
+"""New words: tokenizers, rows of the table, files, and a pipeline that knows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from diffuse_jax.adapters import tokens
+from diffuse_jax.weights import WeightsError
+from tests.pipelines import tiny
+
+
+def test_a_new_word_of_several_rows_is_spelled_out_and_has_the_last_ids() -> None:
+    old = tiny.tokenizer()
+    new = tokens.with_words(old, "<cat>", 3)
+    assert new("x <cat> y")["input_ids"] != old("x <cat> y")["input_ids"]
+    assert tokens.spelled("x <cat> y", new) == "x <cat> <cat>_1 <cat>_2 y"
+    ids = new(tokens.spelled("<cat>", new), add_special_tokens=False)["input_ids"]
+    assert ids == [len(old), len(old) + 1, len(old) + 2]
+    assert tokens.spelled("x <cat> y", old) == "x <cat> y", "the tokenizer given is not changed"
+    assert tokens.token_id(old, "a") == old("a", add_special_tokens=False)["input_ids"][0]
+
+
+def test_words_that_cannot_be_are_refused() -> None:
+    old = tiny.tokenizer()
+    with pytest.raises(ValueError, match="knows '<cat>' already"):
+        tokens.with_words(tokens.with_words(old, "<cat>", 1), "<cat>", 1)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        tokens.with_words(old, "<cat>", 0)
+    with pytest.raises(ValueError, match="single token, but 'toy' is 't', 'o', 'y</w>'"):
+        tokens.token_id(old, "toy")
+
+
+def test_rows_are_added_and_replaced_without_touching_the_others(rng: np.random.Generator) -> None:
+    pipe = tiny.pipeline()
+    model, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
+    rows = jnp.asarray(rng.standard_normal((2, model.config.hidden_size)), jnp.float32)
+    larger, extended = tokens.with_rows(model, params, rows)
+    assert larger.config.vocab_size == model.config.vocab_size + 2
+    np.testing.assert_array_equal(tokens.table_of(extended)[-2:], rows)
+    again = tokens.combine(extended, 2 * rows)
+    np.testing.assert_array_equal(tokens.table_of(again)[-2:], 2 * rows)
+    np.testing.assert_array_equal(tokens.table_of(again)[:-2], tokens.table_of(params))
+    with pytest.raises(ValueError, match="must be \\[n,16\\]"):
+        tokens.with_rows(model, params, rows[:, :3])
+
+
+def test_files_of_several_programs_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = rng.standard_normal((2, 16)).astype(np.float32)
+    file = tokens.save_rows(tmp_path / "ours" / tokens.FILE, "<cat>", jnp.asarray(rows))
+    for source in (file, file.parent):
+        word, read = tokens.load_rows(source)
+        assert word == "<cat>"
+        np.testing.assert_array_equal(read, rows)
+    save_file({"emb": rows[0]}, tmp_path / "one.safetensors")
+    word, read = tokens.load_rows(tmp_path / "one.safetensors", "<dog>")
+    assert word == "<dog>"
+    assert read.shape == (1, 16)
+    save_file({"a": rows, "b": rows}, tmp_path / "two.safetensors")
+    with pytest.raises(WeightsError, match="holds 2 tensors"):
+        tokens.load_rows(tmp_path / "two.safetensors")
+    with pytest.raises(WeightsError, match="no such file"):
+        tokens.load_rows(tmp_path / "none.bin")
+
+
+def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.random.Generator) -> None:
+    import jax
+
+    from diffuse_jax.adapters import lora
+    from diffuse_jax.adapters.lora_file import save_lora
+
+    pipe = tiny.pipeline()
+    options = {"num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    row = tokens.table_of(pipe.params["text_encoder"])[tokens.token_id(pipe.components["tokenizer"], "a")]
+    tokens.save_rows(tmp_path / tokens.FILE, "<same>", row[None])
+    word = pipe.load_textual_inversion(tmp_path)
+    plain = pipe("a", **options).images
+    np.testing.assert_allclose(word("<same>", **options).images, plain, atol=1e-5)
+    with pytest.raises(ValueError, match="knows '<same>' already"):
+        word.load_textual_inversion(tmp_path)
+
+    pairs = lora.init(pipe.components["unet"].shapes(), 2, jax.random.key(0))
+    pairs = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), pairs)
+    save_lora(tmp_path, {"unet": pairs})
+    changed = pipe.load_lora_weights(tmp_path, scale=0.5)
+    before = pipe.programs.compilations
+    assert np.abs(changed("a", **options).images - plain).max() > 1e-3
+    back = changed.load_lora_weights(tmp_path, scale=-0.5)
+    np.testing.assert_allclose(back("a", **options).images, plain, atol=1e-4)
+    assert pipe.programs.compilations == before, "nothing is compiled for other weights"
