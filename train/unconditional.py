@@ -1,6 +1,6 @@
 """Train a denoising network over pixels, without text: DDPM (Ho et al. 2020).
 
-The result is a ``DDPMPipeline`` folder in diffusers' layout, and so is every ``checkpoint-N``. Example:
+The result is a DDPMPipeline folder in diffusers' layout, and so is every checkpoint-N. Example:
 
     python train/unconditional.py --train_data_dir my-pictures --resolution 64 --center_crop --random_flip --use_ema
 """
@@ -9,72 +9,53 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from diffuse_jax.models.base import Params
-from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
+from diffuse_jax.models import Params, UNet2DModel
+from diffuse_jax.models.presets import DDPM_256_UNET
+from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines import DDPMPipeline
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.sharding import param_shardings
-from diffuse_jax.training.arguments import (
-    PRECISIONS,
-    add_objective,
-    average_from,
-    make_parser,
-    mesh_from,
-    objective_from,
-    optimizer_from,
-    pictures_per_update,
-    remat_from,
-    train_options,
-)
-from diffuse_jax.training.data import batch_indices, pixel_batch, read_pictures
-from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.loop import place, resume, train
+from diffuse_jax.training.arguments import add_objective, make_parser, mesh_from, objective_from, remat_from
+from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.latent import normalised
+from diffuse_jax.training.loop import fit
+from diffuse_jax.training.networks import add_network, network_folder, open_network
 from diffuse_jax.training.objective import Objective, draw, errors, noised
-from diffuse_jax.training.state import Metrics, TrainState, init_state, make_step
-from diffuse_jax.weights import resolve
+from diffuse_jax.training.pixels import pixel_values
+from diffuse_jax.training.state import Metrics
+from diffuse_jax.training.upload import push_to_hub
 
-FROM_SCRATCH = {
-    "layers_per_block": 2,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-}
-"""The network that is trained where no other is named: 114 million parameters."""
+LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
+DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
+"""The network that is trained where no other is named: DDPM's for 256 pixels with today's defaults, 114 million
+parameters."""
 
 
 def main() -> None:
     args = parse_args()
-    unet, params = load(args)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        prediction_type=args.prediction_type,
-    )
     mesh = mesh_from(args)
-    optimizer, rate = optimizer_from(args, mesh)
-    state = resume(
-        args.output_dir, args.resume_from_checkpoint, place(init_state(params, optimizer, args.use_ema), mesh)
+    unet, params = open_network(UNet2DModel, args, mesh, "unet", DEFAULT)
+    unet = unet.clone(config=unet.config.replace(sample_size=args.resolution), remat=remat_from(args))
+    check_network(unet.config)
+    scheduler = scheduler_from(args)
+    params = fit(
+        args,
+        mesh,
+        trainable=params,
+        frozen={},
+        loss=functools.partial(pixel_loss, unet, objective_from(args, scheduler)),
+        batches=batches_from(args, mesh, pixel_values),
+        export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
+        validate=validation_from(args, unet, scheduler, mesh),
     )
-    loss = functools.partial(pixel_loss, unet, objective_from(args, scheduler))
-    step = make_step(loss, optimizer, args.seed, average_from(args), param_shardings(state, mesh))
-    pictures = read_pictures(args.train_data_dir, args.resolution, caption_column=None)
-    size = pictures_per_update(args, mesh)
-
-    def batches(n: int) -> np.ndarray:
-        chosen = [pictures.images[i] for i in batch_indices(args.seed, n, size, len(pictures))]
-        options = {"center_crop": args.center_crop, "flip": args.random_flip}
-        return pixel_batch(chosen, args.resolution, args.seed, n, **options)
-
-    export = functools.partial(save_pipeline, unet, scheduler)
-    state = train(state, step, {}, batches, mesh=mesh, rate=rate, export=export, **train_options(args))
-    export(Path(args.output_dir), state)
-    print(args.output_dir)
+    if jax.process_index() == 0:
+        print(args.output_dir)
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,51 +67,98 @@ def parse_args() -> argparse.Namespace:
         adam_weight_decay=1e-6,
         ema_inv_gamma=1.0,
         ema_power=0.75,
+        validation_epochs=10,
     )
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", default=None, help="pipeline to start from: a local folder or a Hub id")
-    add(
-        "--model_config_name_or_path",
-        default=None,
-        help="folder or Hub id with the config.json of the network to train",
-    )
-    add("--resolution", type=int, default=64, help="width and height of the training squares")
-    add("--center_crop", action="store_true", help="cut the square out of the middle instead of a random place")
-    add("--random_flip", action="store_true", help="mirror half of the pictures")
-    add("--prediction_type", default="epsilon", choices=("epsilon", "v_prediction", "sample"), help="what is learned")
-    add("--ddpm_num_steps", type=int, default=1000, help="timesteps of the training schedule")
-    add("--ddpm_beta_schedule", default="linear", help="its betas")
+    add_network(parser, "unet", "one of 114 million parameters")
+    add_data(parser, captions=False, resolution=64)
+    add = parser.group("loss")
+    what = "what is learned; that of the pipeline to start from, or epsilon"
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=what)
+    add("--ddpm_num_steps", type=int, help="timesteps of the training schedule; likewise, or 1000")
+    add("--ddpm_beta_schedule", help="its betas; likewise, or linear")
     add_objective(parser)
-    return parser.parse_args()
+    add = parser.group("monitoring")
+    add("--eval_batch_size", type=int, default=16, help="pictures to sample at each validation; 0: none")
+    add("--ddpm_num_inference_steps", type=int, default=1000, help="sampling steps of such a picture")
+    args = parser.parse_args()
+    if args.aspect_ratio_buckets:
+        parser.error("--aspect_ratio_buckets: the pipeline makes squares of --resolution; leave it out")
+    if args.eval_batch_size < 0:
+        parser.error(f"--eval_batch_size must be 0 or more, got {args.eval_batch_size}")
+    if args.validation_steps is not None:
+        args.validation_epochs = None
+    return args
 
 
-def load(args: argparse.Namespace) -> tuple[UNet2DModel, Params]:
-    """The network in the wanted computing precision, with float32 parameters, trained or fresh."""
-    dtypes = {"dtype": PRECISIONS[args.mixed_precision], "param_dtype": jnp.float32}
-    if args.pretrained_model_name_or_path is not None:
-        unet, params = UNet2DModel.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet", **dtypes)
-        return unet.clone(remat=remat_from(args)), params
-    if args.model_config_name_or_path is not None:
-        unet = UNet2DModel.from_config(resolve(args.model_config_name_or_path), dtype=dtypes["dtype"])
-    else:
-        unet = UNet2DModel(UNet2DConfig(**FROM_SCRATCH), **dtypes)
-    unet = unet.clone(config=unet.config.replace(sample_size=args.resolution), remat=remat_from(args))
-    return unet, initial_params(unet.shapes(), args.seed)
+def check_network(config: UNet2DConfig) -> None:
+    """Refuse networks that this loss cannot train.
+
+    Raises:
+      ValueError: naming what is in the way.
+    """
+    if (config.in_channels, config.out_channels) != (3, 3):
+        channels = f"in_channels={config.in_channels} and out_channels={config.out_channels}"
+        raise ValueError(f"the network must take and give pictures of 3 channels, its config has {channels}")
+    if config.has_classes:
+        raise ValueError("the network wants class labels, and this trainer has none; take them out of its config")
+    size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
+    if not isinstance(size, int) or size % factor:
+        raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
+
+
+def scheduler_from(args: argparse.Namespace) -> DDPMScheduler:
+    """The training schedule: that of the pipeline to start from, if there is one, with what flags change."""
+    flags = {
+        "num_train_timesteps": args.ddpm_num_steps,
+        "beta_schedule": args.ddpm_beta_schedule,
+        "prediction_type": args.prediction_type,
+    }
+    scheduler, source = DDPMScheduler(), args.pretrained_model_name_or_path
+    if source is not None:
+        folder = network_folder(args, source, "scheduler")
+        if (folder / "scheduler_config.json").is_file():
+            scheduler = DDPMScheduler.from_pretrained(folder)
+    return scheduler.replace(**{name: value for name, value in flags.items() if value is not None})
 
 
 def pixel_loss(
-    unet: UNet2DModel, objective: Objective, params: Params, frozen: Params, x0: jax.Array, key: jax.Array
+    unet: UNet2DModel,
+    objective: Objective,
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """Squared error of the prediction at random timesteps (Ho et al. 2020, algorithm 1), for pixels in [-1, 1]."""
+    """Squared error of the prediction at random timesteps (Ho et al. 2020, algorithm 1).
+
+    ``batch`` has ``pixel_values`` uint8 ``[B,H,W,3]``.
+    """
+    x0 = normalised(batch["pixel_values"])
     drawn = draw(objective, key, x0)
     prediction = unet.apply({"params": params}, noised(objective, x0, drawn), drawn.t)
     return errors(objective, prediction, x0, drawn)
 
 
-def save_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, state: TrainState) -> None:
-    """Write the pipeline with the average of the parameters, where there is one."""
-    params = state.params if state.ema is None else state.ema
-    DDPMPipeline({"unet": unet, "scheduler": scheduler}, {"unet": params}).save_pretrained(folder)
+def pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, params: Params, mesh: Mesh | None = None) -> DDPMPipeline:
+    """What is written, and what validation pictures come from."""
+    return DDPMPipeline({"unet": unet, "scheduler": scheduler}, {"unet": params}, mesh=mesh)
+
+
+def validation_from(
+    args: argparse.Namespace, unet: UNet2DModel, scheduler: DDPMScheduler, mesh: Mesh
+) -> Callable[[Params], list[tuple[str, Any]]] | None:
+    """Makes the pictures of ``--eval_batch_size``, always of the same noise; None where none are wanted."""
+    if args.eval_batch_size == 0:
+        return None
+    steps = min(args.ddpm_num_inference_steps, scheduler.num_train_timesteps)
+    mesh_of_all = mesh if jax.process_count() == 1 else None
+
+    def validate(params: Params) -> list[tuple[str, Any]]:
+        pipe = pipeline(unet, scheduler, params, mesh_of_all)
+        images = pipe(args.eval_batch_size, num_inference_steps=steps, seed=args.seed).images
+        return [("sample", image) for image in images]
+
+    return validate
 
 
 if __name__ == "__main__":

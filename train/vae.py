@@ -1,8 +1,9 @@
 """Train an AutoencoderKL: pictures to latents and back.
 
 The loss is the mean absolute difference of pixels, the same of neighbouring pixels' differences (edges), and a small
-divergence of the latents from a standard normal. At the end ``scaling_factor`` is measured, so that scaled latents have
-unit variance, and the model is saved as ``OUTPUT/vae`` in diffusers' layout. Example:
+divergence of the latents from a standard normal; if wanted, a distance in the features of a frozen network, and a
+discriminator. At the end scaling_factor is measured, so that scaled latents have unit variance; the model is
+saved as OUTPUT/vae in diffusers' layout. Example:
 
     python train/vae.py --pretrained_model_name_or_path runs/emoji/start --train_data_dir runs/emoji/data/train \\
         --resolution 64 --crop_size 32 --train_batch_size 32 --max_train_steps 2000 --learning_rate 2e-3
@@ -11,101 +12,168 @@ unit variance, and the model is saved as ``OUTPUT/vae`` in diffusers' layout. Ex
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.models.autoencoder_kl import AutoencoderKL
-from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings
-from diffuse_jax.training.arguments import (
-    PRECISIONS,
-    average_from,
-    make_parser,
-    mesh_from,
-    optimizer_from,
-    pictures_per_update,
-    train_options,
-)
-from diffuse_jax.training.data import Pictures, batch_indices, pixel_batch, read_pictures
-from diffuse_jax.training.loop import place, resume, train
-from diffuse_jax.training.state import Metrics, init_state, make_step
+from diffuse_jax.models import AutoencoderKL, Params
+from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from diffuse_jax.models.presets import SD_VAE
+from diffuse_jax.training.arguments import PRECISIONS, make_parser, mesh_from, remat_from
+from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation
+from diffuse_jax.training.batches import Batches, Counted
+from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.initial import initial_params
+from diffuse_jax.training.latent import normalised
+from diffuse_jax.training.loop import fit
+from diffuse_jax.training.networks import add_network, open_network
+from diffuse_jax.training.perceptual import NETWORKS, read_features
+from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
+from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.weights import write_json
+
+MEASURED = 2048
+"""Pictures whose latents decide ``scaling_factor``."""
 
 
 def main() -> None:
     args = parse_args()
-    vae, params = AutoencoderKL.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="vae", dtype=PRECISIONS[args.mixed_precision]
-    )
-    pictures = read_pictures(args.train_data_dir, args.resolution, caption_column=None)
     mesh = mesh_from(args)
-    optimizer, rate = optimizer_from(args, mesh)
-    state = place(init_state(params, optimizer, args.use_ema), mesh)
-    state = resume(args.output_dir, args.resume_from_checkpoint, state)
-    loss = functools.partial(vae_loss, vae, args.kl_weight, args.edge_weight)
-    step = make_step(loss, optimizer, args.seed, average_from(args), param_shardings(state, mesh))
-    batch_size = pictures_per_update(args, mesh)
+    vae, params = open_network(AutoencoderKL, args, mesh, "vae", SD_VAE.replace(sample_size=args.resolution))
+    vae = vae.clone(remat=remat_from(args))
+    trainable, frozen = {"vae": params}, {}
+    terms = Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight)
+    terms, frozen = add_perceptual(terms, frozen, args)
+    terms, trainable = add_discriminator(terms, trainable, args)
+    check_sizes(terms, args)
 
-    def batches(n: int) -> np.ndarray:
-        chosen = batch_indices(args.seed, n, batch_size, len(pictures))
-        return pixel_batch([pictures.images[i] for i in chosen], args.crop_size or args.resolution, args.seed, n)
-
-    state = train(state, step, {}, batches, mesh=mesh, rate=rate, **train_options(args))
-    save(vae, state.params if state.ema is None else state.ema, pictures, args)
+    batches: Batches = batches_from(args, mesh, pixel_values, crop_size=args.crop_size)
+    trained = fit(
+        args,
+        mesh,
+        trainable=trainable,
+        frozen=frozen,
+        loss=functools.partial(autoencoder_loss, terms),
+        batches=batches if terms.discriminator is None else Counted(batches),
+        export=lambda folder, trained: vae.save_pretrained(folder / "vae", trained["vae"]),
+        validate=validation_from(args, vae),
+    )
+    if jax.process_index() == 0:
+        print(save_measured(args, vae, trained["vae"]))
+    push_to_hub(args)
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, output_dir="runs/vae")
-    add = parser.add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="folder or Hub id whose vae/ gives shape and first values",
-    )
-    add("--resolution", type=int, default=512, help="shorter side of the pictures after resizing")
-    add("--crop_size", type=int, default=None, help="train on random squares of this size; without it, --resolution")
+    add_network(parser, "vae", "one of Stable Diffusion's size")
+    add_data(parser, captions=False)
+    add = parser.group("pictures")
+    add("--crop_size", type=int, help="train on random squares of this size; without it, --resolution")
+    add = parser.group("loss")
     add("--kl_weight", type=float, default=1e-4, help="weight of the divergence, per latent number")
     add("--edge_weight", type=float, default=1.0, help="weight of the error in differences of neighbouring pixels")
+    add("--perceptual_weight", type=float, default=0.0, help="weight of the distance in a frozen network's features")
+    add("--perceptual_model_path", help="that network: file with torchvision's (or LPIPS's) VGG16, or MobileNetV2")
+    what = "weight of the adversarial term, besides the balance with the others that is found in every step; 0: none"
+    add("--discriminator_weight", type=float, default=0.0, help=what)
+    add("--discriminator_start", type=int, default=0, help="updates before the discriminator takes part")
+    add("--discriminator_layers", type=int, default=3, help="layers that halve; 3 judge patches of 70 pixels")
+    add("--discriminator_channels", type=int, default=64, help="channels of its first layer")
+    add = parser.group("monitoring")
+    add("--validation_image", nargs="+", help="picture files to show beside their reconstructions")
+    add("--num_validation_images", type=int, default=4, help="without them, show so many of the data; 0: none")
     args = parser.parse_args()
-    if args.crop_size and args.crop_size > args.resolution:
-        parser.error(f"--crop_size {args.crop_size} is larger than --resolution {args.resolution}")
+    if args.crop_size is not None and not 0 < args.crop_size <= args.resolution:
+        parser.error(f"--crop_size must be from 1 to --resolution {args.resolution}, got {args.crop_size}")
+    if args.crop_size is not None and args.aspect_ratio_buckets:
+        parser.error("--crop_size cuts squares, --aspect_ratio_buckets other sizes; leave out one of them")
+    for name in ("kl_weight", "edge_weight", "perceptual_weight", "discriminator_weight"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
+    if (args.perceptual_weight > 0) != (args.perceptual_model_path is not None):
+        parser.error("--perceptual_weight and --perceptual_model_path belong together; one of them is missing")
     return args
 
 
-def vae_loss(
-    vae: AutoencoderKL,
-    kl_weight: float,
-    edge_weight: float,
-    params: Params,
-    frozen: Params,
-    x: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, Metrics]:
-    """Reconstruction and divergence for pictures ``x [B,H,W,3]`` in [-1, 1]."""
-    posterior = vae.apply({"params": params}, x, method="encode")
-    y = vae.apply({"params": params}, posterior.sample(key), method="decode").astype(jnp.float32)
-    pixels = jnp.abs(y - x).mean()
-    edges = sum(jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
-    kl = posterior.kl().mean() / posterior.mean[0].size
-    metrics = {"pixels": pixels, "edges": edges, "kl": kl, "mse": jnp.square(y - x).mean()}
-    return pixels + edge_weight * edges + kl_weight * kl, metrics
+def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
+    """With the frozen network of ``--perceptual_model_path``, where it is wanted."""
+    if args.perceptual_model_path is None:
+        return terms, frozen
+    features = read_features(args.perceptual_model_path)
+    terms = dataclasses.replace(terms, perceptual=features.network, perceptual_weight=args.perceptual_weight)
+    return terms, {**frozen, "perceptual": features.params}
 
 
-def save(vae: AutoencoderKL, params: Params, pictures: Pictures, args: argparse.Namespace) -> None:
-    """Write ``OUTPUT/vae`` with the scaling factor of (at most 2048 of) the training pictures' latents."""
-    encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode").mean)
-    count = min(len(pictures), 2048)
-    chunks = [
-        pixel_batch(pictures.images[i : i + 64], args.resolution, 0, 0, center_crop=True) for i in range(0, count, 64)
-    ]
-    latents = np.concatenate([np.asarray(encode(params, chunk)) for chunk in chunks])
-    config = vae.config.replace(scaling_factor=round(float(1 / latents.std()), 5), sample_size=args.resolution)
+def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
+    """With a new discriminator, where ``--discriminator_weight`` wants one."""
+    if not args.discriminator_weight:
+        return terms, trainable
+    config = PatchDiscriminatorConfig(channels=args.discriminator_channels, layers=args.discriminator_layers)
+    network = PatchDiscriminator(config=config, dtype=PRECISIONS[args.mixed_precision])
+    terms = dataclasses.replace(
+        terms,
+        discriminator=network,
+        discriminator_weight=args.discriminator_weight,
+        discriminator_start=args.discriminator_start,
+    )
+    return terms, {**trainable, "discriminator": initial_params(network.shapes(), args.seed)}
+
+
+def check_sizes(terms: Terms, args: argparse.Namespace) -> None:
+    """Refuse pictures that a network cannot look at.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    flag = "crop_size" if args.crop_size is not None else "resolution"
+    size, scale = getattr(args, flag), terms.vae.config.scale
+    sizes = [("resolution", args.resolution), (flag, size)]
+    for name, value in sizes:
+        if value % scale:
+            raise ValueError(f"--{name} must be a multiple of {scale} for this autoencoder, got {value}")
+    if terms.discriminator is not None and size < terms.discriminator.config.min_size:
+        raise ValueError(
+            f"the discriminator needs pictures of at least {terms.discriminator.config.min_size} pixels, --{flag} is "
+            f"{size}; use a smaller --discriminator_layers"
+        )
+    if terms.perceptual is not None and size < NETWORKS[terms.perceptual][1]:
+        raise ValueError(f"{terms.perceptual} needs pictures of {NETWORKS[terms.perceptual][1]} pixels, got {size}")
+
+
+def validation_from(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[Params], list[tuple[str, Any]]] | None:
+    """Shows pictures (above) and what the most likely latents give back of them; None where none are wanted."""
+    if args.validation_image:
+        pictures = picture_files(args.validation_image, args)
+    else:
+        pictures = list(first_pictures(args, args.num_validation_images))
+    if not pictures:
+        return None
+    originals = np.stack(pictures)
+
+    @jax.jit
+    def reconstruct(params: Params, pixels: jax.Array) -> jax.Array:
+        z = vae.apply({"params": params}, normalised(pixels), method="encode").mode()
+        return decode(vae, params, z)
+
+    def validate(trained: Params) -> list[tuple[str, Any]]:
+        again = to_uint8(np.asarray(reconstruct(trained["vae"], originals)))
+        return [("originals above reconstructions", sheet([originals, again]))]
+
+    return validate
+
+
+def save_measured(args: argparse.Namespace, vae: AutoencoderKL, params: Params) -> Path:
+    """Complete ``OUTPUT/vae`` by the scaling factor of (at most 2048 of) the training pictures' latents."""
+    deviation = latent_deviation(vae, params, first_pictures(args, MEASURED), args.train_batch_size)
+    config = vae.config.replace(scaling_factor=round(1 / deviation, 5), sample_size=args.resolution)
     folder = Path(args.output_dir) / "vae"
-    vae.clone(config=config).save_pretrained(folder, params)
-    print(folder)
+    write_json(folder / "config.json", vae.clone(config=config).config_json())
+    return folder
 
 
 if __name__ == "__main__":

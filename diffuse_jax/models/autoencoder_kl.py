@@ -15,6 +15,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import Conv, GroupNorm
+from diffuse_jax.models.remat import check_policy, remat_block, remat_level
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
@@ -89,13 +90,15 @@ class AutoencoderKL(Model):
     """
 
     config: AutoencoderKLConfig = AutoencoderKLConfig()
+    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
 
     def setup(self) -> None:
         c = self.config
+        check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.encoder = Encoder(c, **dtypes)
-        self.decoder = Decoder(c, **dtypes)
+        self.encoder = Encoder(c, **dtypes, remat=self.remat)
+        self.decoder = Decoder(c, **dtypes, remat=self.remat)
         if c.use_quant_conv:
             self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, **dtypes)
         if c.use_post_quant_conv:
@@ -157,11 +160,12 @@ def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array
 
 
 class Stage(nn.Module):
-    """Base of encoder, decoder and their levels: a config and two dtypes."""
+    """Base of encoder, decoder and their levels: a config, two dtypes, and what is computed again."""
 
     config: AutoencoderKLConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
 
     @property
     def dtypes(self) -> Mapping[str, DTypeLike]:
@@ -169,7 +173,8 @@ class Stage(nn.Module):
 
     def resnet(self, channels: int, name: str) -> ResnetBlock:
         c = self.config
-        return ResnetBlock(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
+        block = remat_block(ResnetBlock, self.remat)
+        return block(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
 
     def finish(self, x: jax.Array, channels: int) -> jax.Array:
         """The last layers; their activation is SiLU whatever ``act_fn`` says, which is for the residual blocks."""
@@ -203,7 +208,8 @@ class Middle(Stage):
         C = x.shape[-1]
         x = self.resnet(C, "resnets_0")(x)
         if self.config.mid_block_add_attention:
-            x = x + SpatialAttention(1, self.config.norm_num_groups, EPS, **self.dtypes, name="attentions_0")(x)
+            attention = remat_block(SpatialAttention, self.remat)
+            x = x + attention(1, self.config.norm_num_groups, EPS, **self.dtypes, name="attentions_0")(x)
         return self.resnet(C, "resnets_1")(x)
 
 
@@ -216,16 +222,17 @@ class Encoder(Stage):
         x = Conv(c.block_out_channels[0], **self.dtypes, name="conv_in")(x)
         for i, channels in enumerate(c.block_out_channels):
             resample = "down" if i + 1 < len(c.block_out_channels) else None
-            level = Level(
+            level = remat_level(Level, self.remat)(
                 c,
                 channels=channels,
                 layers=c.layers_per_block,
                 resample=resample,
                 **self.dtypes,
+                remat=self.remat,
                 name=f"down_blocks_{i}",
             )
             x = level(x)
-        x = Middle(c, **self.dtypes, name="mid_block")(x)
+        x = remat_level(Middle, self.remat)(c, **self.dtypes, remat=self.remat, name="mid_block")(x)
         return self.finish(x, 2 * c.latent_channels)
 
 
@@ -236,15 +243,16 @@ class Decoder(Stage):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         x = Conv(c.block_out_channels[-1], **self.dtypes, name="conv_in")(x)
-        x = Middle(c, **self.dtypes, name="mid_block")(x)
+        x = remat_level(Middle, self.remat)(c, **self.dtypes, remat=self.remat, name="mid_block")(x)
         for i, channels in enumerate(c.block_out_channels[::-1]):
             resample = "up" if i + 1 < len(c.block_out_channels) else None
-            level = Level(
+            level = remat_level(Level, self.remat)(
                 c,
                 channels=channels,
                 layers=c.layers_per_block + 1,
                 resample=resample,
                 **self.dtypes,
+                remat=self.remat,
                 name=f"up_blocks_{i}",
             )
             x = level(x)

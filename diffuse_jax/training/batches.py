@@ -50,7 +50,7 @@ class Numbered:
 
 
 class Counted:
-    """Other batches with ``update`` int32 ``[rows]`` in each: how many came before, for losses that change with time."""
+    """Other batches with ``update`` int32 ``[rows]``: how many came before. For losses that change with time."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches

@@ -1,0 +1,137 @@
+"""How different two pictures look: their distance in the features of a frozen network (Zhang et al. 2018, eq. 1).
+
+With l over layers, ``f_l`` a layer's features divided by their norm over channels, ``w_l >= 0`` a weight per channel,
+
+    d(x, y) = sum over l of the mean over space of the sum over channels of w_l (f_l(x) - f_l(y))^2
+
+which is the paper's LPIPS for a VGG16 and the weights that its authors fitted to people's judgements, where the file
+has them (``lin0.model.1.weight`` ... ``lin4``). Without them every ``w_l`` is 1: the paper's baseline of the same form.
+No weights were fitted for MobileNetV2, so that one is always such a baseline.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.kernels import conv2d
+from diffuse_jax.models import Params
+from diffuse_jax.training import mobilenet_v2
+from diffuse_jax.weights import WeightsError, read_checkpoint
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's pictures in [0, 1]."""
+
+VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+"""Places of the 3x3 convolutions in torchvision's ``features``, by resolution; a maximum over 2x2 stands between."""
+
+MOBILENET_LAYERS = (1, 3, 6, 13, 18)
+"""The last layer of each resolution."""
+
+NORM_EPSILON = 1e-10
+
+LPIPS_NAME = re.compile(r"^net\.slice\d\.")
+"""What LPIPS's own files have in place of ``features.``."""
+
+
+class Features(NamedTuple):
+    """A network that finds features: a key of :data:`NETWORKS`, and its numbers ``{"layers": ..., "weights": ...}``."""
+
+    network: str
+    params: Params
+
+
+def read_features(path: str | Path) -> Features:
+    """The network of a file with torchvision's VGG16 or MobileNetV2 (or with LPIPS's VGG16).
+
+    Args:
+      path: ``.pth`` or ``.safetensors``; the classifier and other tensors in it are left out.
+
+    Raises:
+      WeightsError: the file cannot be read, or holds neither network.
+    """
+    tensors = {LPIPS_NAME.sub("features.", k): v for k, v in read_checkpoint([Path(path)]).tensors.items()}
+    layers = {name: array for name, array in tensors.items() if name.startswith("features.")}
+    try:
+        if "features.0.0.weight" in layers:
+            return Features("mobilenet_v2", {"layers": mobilenet_v2.fold_norms(layers), "weights": {}})
+        names = [f"features.{place}" for places in VGG16 for place in places]
+        convolutions = {name: (_kernel(layers[f"{name}.weight"]), _float32(layers[f"{name}.bias"])) for name in names}
+        weights = {}
+        if "lin0.model.1.weight" in tensors:
+            weights = {f"lin{i}": _float32(tensors[f"lin{i}.model.1.weight"]).reshape(-1) for i in range(len(VGG16))}
+    except KeyError as error:
+        raise WeightsError(
+            f"{path}: is not torchvision's VGG16 or MobileNetV2: has no {error}; its tensors are "
+            f"{', '.join(sorted(tensors)[:5])} ..."
+        ) from error
+    return Features("vgg16", {"layers": convolutions, "weights": weights})
+
+
+def _kernel(weight: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(_float32(weight).transpose(2, 3, 1, 0))
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)
+
+
+def vgg16_maps(layers: Mapping[str, tuple[jax.Array, jax.Array]], x: jax.Array) -> list[jax.Array]:
+    """The five last activations before the resolution falls, of ``x [B,H,W,3]`` (Simonyan and Zisserman 2015, D)."""
+    found: list[jax.Array] = []
+    for places in VGG16:
+        if found:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        for place in places:
+            kernel, bias = layers[f"features.{place}"]
+            x = jnp.maximum(conv2d(x, kernel, padding=1) + bias.reshape(1, 1, 1, -1), 0)
+        found.append(x)
+    return found
+
+
+def mobilenet_maps(layers: mobilenet_v2.Params, x: jax.Array) -> list[jax.Array]:
+    """Five maps of MobileNetV2, of ``x [B,H,W,3]``; all but the last come out of linear layers and have signs."""
+    found = mobilenet_v2.maps(layers, x)
+    return [found[i] for i in MOBILENET_LAYERS]
+
+
+NETWORKS: dict[str, tuple[Callable[..., list[jax.Array]], int]] = {
+    "vgg16": (vgg16_maps, 16),
+    "mobilenet_v2": (mobilenet_maps, 1),
+}
+"""Network -> its maps, and the smallest edge of a picture that it can look at."""
+
+
+def perceptual_distance(network: str, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The distance of the module's first lines, float32 ``[B]``, not negative.
+
+    Args:
+      network: of :class:`Features`.
+      params: of :class:`Features`.
+      x, y: pictures float32 ``[B,H,W,3]`` in [-1, 1].
+    """
+    maps, _ = NETWORKS[network]
+    total = jnp.zeros(x.shape[0])
+    for i, (f, g) in enumerate(zip(maps(params["layers"], _seen(x)), maps(params["layers"], _seen(y)), strict=True)):
+        squares = jnp.square(_unit(f) - _unit(g))
+        if params["weights"]:
+            squares = squares * params["weights"][f"lin{i}"].reshape(1, 1, 1, -1)
+        total = total + squares.sum(-1).mean((1, 2))
+    return total
+
+
+def _seen(x: jax.Array) -> jax.Array:
+    """[-1, 1] as ImageNet's networks want it."""
+    mean, deviation = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (MEAN, DEVIATION))
+    return ((x + 1) / 2 - mean) / deviation
+
+
+def _unit(f: jax.Array) -> jax.Array:
+    """Divided by the norm over channels; the small number is under the root, for a gradient where all are zero."""
+    return f * jax.lax.rsqrt(jnp.square(f).sum(-1, keepdims=True) + NORM_EPSILON)

@@ -1,0 +1,150 @@
+"""``train/unconditional.py`` from its command line, on twelve emoji."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax.models import UNet2DModel
+from diffuse_jax.models.unet_2d import UNet2DConfig
+from diffuse_jax.pipelines import DDPMPipeline
+from diffuse_jax.training.initial import initial_params
+from tests.train.helpers import EMOJI, load, log, numbers, run
+
+CONFIG = UNet2DConfig(
+    block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    layers_per_block=1, norm_num_groups=4, add_attention=False,
+)  # fmt: skip
+
+
+def network(folder: Path, config: UNet2DConfig) -> Path:
+    """A folder with a config only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(UNet2DModel(config).config_json()))
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    """Flags of a small training: a new network on 16 pixels, one picture per device."""
+    return {
+        "model_config_name_or_path": network(tmp_path / "net", CONFIG),
+        "train_data_dir": EMOJI,
+        "output_dir": tmp_path / "out",
+        "resolution": 16,
+        "train_batch_size": 1,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 1,
+        "logging_steps": 1,
+        "eval_batch_size": 0,
+        "report_to": "none",
+    }
+
+
+def test_pictures_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"max_train_steps": 60, "checkpointing_steps": 50, "use_ema": True, "center_crop": True}
+    run(monkeypatch, "unconditional.py", **options | more)
+    assert np.mean(log(tmp_path / "out")[-10:]) < 0.4 * log(tmp_path / "out")[0]
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
+    images = pipe(2, num_inference_steps=5, seed=0, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+    assert np.isfinite(images).all()
+    assert DDPMPipeline.from_pretrained(tmp_path / "out" / "checkpoint-50").scheduler == pipe.scheduler
+
+
+def test_validation_pictures_on_a_mesh_in_bfloat16(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {"eval_batch_size": 3, "ddpm_num_inference_steps": 2, "validation_steps": 1}
+    more = {"max_train_steps": 2, "mesh_fsdp": 4, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    run(monkeypatch, "unconditional.py", **options | shown | more)
+    for step in (1, 2):
+        files = sorted((tmp_path / "out" / "validation" / f"step-{step}").glob("*.png"))
+        assert [Image.open(file).size for file in files] == [(16, 16)] * 3
+    assert {array.dtype for array in numbers(tmp_path / "out", UNet2DModel, "unet")} == {np.dtype(np.float32)}
+
+
+def test_a_resumed_run_is_the_whole_run(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "random_flip": True}
+    wanted = options | more | {"gradient_accumulation_steps": 1, "snr_gamma": 5, "prediction_type": "v_prediction"}
+    run(monkeypatch, "unconditional.py", **wanted)
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    resumed = {"output_dir": tmp_path / "again", "resume_from_checkpoint": "latest"}
+    run(monkeypatch, "unconditional.py", **wanted | resumed)
+    assert log(tmp_path / "again") == log(tmp_path / "out")[2:]
+    ends = (numbers(tmp_path / name, UNet2DModel, "unet") for name in ("out", "again"))
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_pipeline_is_trained_further_with_its_own_schedule(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, scheduler = load("unconditional.py").UNet2DModel(CONFIG), load("unconditional.py").DDPMScheduler()
+    kept = scheduler.replace(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    parts = {"unet": unet, "scheduler": kept}
+    DDPMPipeline(parts, {"unet": initial_params(unet.shapes(), 0)}).save_pretrained(tmp_path / "start")
+    del options["model_config_name_or_path"]
+    run(monkeypatch, "unconditional.py", **options, pretrained_model_name_or_path=tmp_path / "start", max_train_steps=2)
+    assert DDPMPipeline.from_pretrained(tmp_path / "out").scheduler == kept
+    before, after = (numbers(tmp_path / name, UNet2DModel, "unet") for name in ("start", "out"))
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_network_where_none_is_named() -> None:
+    """That of diffusers' script: 113,673,219 parameters, attention in the fifth level only."""
+    unet = UNet2DModel(load("unconditional.py").DEFAULT)
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(unet.shapes())) == 113_673_219
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (CONFIG.replace(out_channels=6), {}, "in_channels=3 and out_channels=6"),
+        (CONFIG.replace(num_class_embeds=10), {}, "wants class labels"),
+        (CONFIG, {"resolution": 15}, "--resolution must be a multiple of 2 for this network, got 15"),
+        (CONFIG, {"train_batch_size": 2}, "an update takes 16 examples"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    config: UNet2DConfig, flags: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    wanted = options | {"model_config_name_or_path": network(tmp_path / "other", config)} | flags
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, "unconditional.py", **wanted)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"aspect_ratio_buckets": True}, "the pipeline makes squares"),
+        ({"eval_batch_size": -1}, "--eval_batch_size must be 0 or more"),
+        ({"prediction_type": "flow"}, "invalid choice: 'flow'"),
+        ({"center_crops": True}, "--center_crop"),
+    ],
+)
+def test_wrong_flags_are_explained(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    wrong: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "unconditional.py", **options | wrong)
+    assert message in capsys.readouterr().err
+
+
+def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["unconditional.py", "--help"])
+    with pytest.raises(SystemExit):
+        load("unconditional.py").main()
+    assert "python train/unconditional.py --" in capsys.readouterr().out
