@@ -93,7 +93,13 @@ def _add_optimisation(parser: Parser) -> None:
     add("--lr_num_cycles", type=int, default=1, help="periods of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="exponent of polynomial")
     add("--lr_step_rules", default="", help='of piecewise_constant, such as "1:10,0.1:20,0.01"')
-    add("--optimizer", default="adamw", choices=sorted(OPTIMIZERS), help="lion and adafactor need less memory")
+    add(
+        "--optimizer",
+        default="adamw",
+        type=str.lower,
+        choices=sorted(OPTIMIZERS),
+        help="lion and adafactor need less memory",
+    )
     add("--adam_beta1", type=float, help="decay of the first moment; the optimiser's own if left out")
     add("--adam_beta2", type=float, help="decay of the second moment; likewise")
     add("--adam_weight_decay", type=float, default=1e-2, help="weight decay, scaled by the rate only")

@@ -117,15 +117,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last save is on disk, on all processes; what made it fail is raised."""
-        if self._commit is not None:
-            commit, self._commit = self._commit, None
-            commit.result()
+        if self._written():
             meet("checkpoint written")
 
+    def _written(self) -> bool:
+        """Wait for this process's part of the last save; False if there is none to wait for."""
+        commit, self._commit = self._commit, None
+        if commit is not None:
+            commit.result()
+        return commit is not None
+
     def close(self) -> None:
-        """Wait, and end the threads."""
+        """End the threads; what is being written is finished. Also where another process may have failed."""
         try:
-            self.wait()
+            self._written()
         finally:
             self._thread.shutdown()
             self._orbax.close()

@@ -44,7 +44,8 @@ class JsonLines:
         new.replace(self.path)
 
     def numbers(self, step: int, record: Mapping[str, float]) -> None:
-        rounded = {k: float(f"{v:.8g}") for k, v in record.items()}
+        # Nine digits tell any two float32 apart.
+        rounded = {k: float(f"{v:.9g}") for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **rounded}) + "\n")
 
@@ -122,9 +123,7 @@ class WeightsAndBiases:
         known = folder / "wandb-id"
         name = known.read_text(encoding="utf-8") if first_step and known.is_file() else os.urandom(4).hex()
         self._wandb = wandb
-        self._run = wandb.init(
-            project=project, entity=entity, config=config, dir=str(folder), id=name, resume="allow", reinit=True
-        )
+        self._run = wandb.init(project=project, entity=entity, config=config, dir=str(folder), id=name, resume="allow")
         known.write_text(name, encoding="utf-8")
 
     def numbers(self, step: int, record: Mapping[str, float]) -> None:
