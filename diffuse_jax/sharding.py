@@ -112,7 +112,8 @@ def gathered(path: Sequence[str], kernel: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> jax.Array:
-    return lax.with_sharding_constraint(x, whole)
+    # Cut first: the compiler might else gather what a cast to a narrower dtype was made from.
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(x, cut), whole)
 
 
 def _gather_forward(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:

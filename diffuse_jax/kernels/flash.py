@@ -102,6 +102,8 @@ def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Cal
     over_heads = "tensor" if "tensor" in automatic and heads % mesh.shape["tensor"] == 0 else None
     if not automatic:
         return kernel
+    # Axes of one device cut nothing; named here they spare the backward pass a sum over them.
+    over_batch += [axis for axis in sorted(automatic - {*over_batch, over_heads}) if mesh.shape[axis] == 1]
     array = PartitionSpec(tuple(over_batch) or None, over_heads)
     ids = PartitionSpec(tuple(over_batch) or None)
 

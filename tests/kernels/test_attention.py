@@ -9,6 +9,7 @@ import pytest
 
 from diffuse_jax.kernels import attention, blocked, target_platform
 from diffuse_jax.kernels.attention import choose_implementation
+from diffuse_jax.sharding import make_mesh
 
 
 def formula(q, k, v, mask=None, is_causal=False, scale=None) -> np.ndarray:
@@ -156,6 +157,18 @@ def test_flash_is_the_formula(rng, case):
     with tpu.force_tpu_interpret_mode():
         out = jax.jit(lambda *a: attention(*a, implementation="flash", **options))(q, k, v)
     np.testing.assert_allclose(out, formula(q, k, v, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}], ids=str)
+def test_gradients_of_flash_are_each_device_own(axes):
+    """Batch and heads are cut, so there is nothing to add up, not even over an axis of one device."""
+    shape = jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)
+    gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    with jax.set_mesh(make_mesh(**axes)), target_platform("tpu"):
+        traced = str(jax.make_jaxpr(gradient)(shape, shape, shape))
+    assert "shard_map" in traced
+    assert "flash_mha_bwd" in traced
+    assert "psum" not in traced
 
 
 def test_errors_say_what_was_given(rng):

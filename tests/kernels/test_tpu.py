@@ -15,11 +15,12 @@ PYTHON = os.environ.get("DIFFUSE_JAX_TPU_PYTHON", sys.executable if LIBTPU else 
 """An interpreter with ``jax[tpu]``; where the tests' own lacks it, another one can be named."""
 
 SCRIPT = """
-    import sys, jax, jax.numpy as jnp
+    import re, sys, jax, jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
     from diffuse_jax.kernels import attention, target_platform
-    from diffuse_jax.sharding import make_mesh
+    from diffuse_jax.models.layers import Dense
+    from diffuse_jax.sharding import make_mesh, param_shardings
 
     devices = topologies.get_topology_desc("v5e:2x4", "tpu").devices
 
@@ -53,6 +54,19 @@ SCRIPT = """
         calls, temporary = compiled(spread, 8, 4096, 4096, 8, 64, jnp.bfloat16, True)
     print("8 devices", calls, temporary >> 20, "MiB", flush=True)
     assert calls > 0
+
+    # A layer whose kernel lies cut in float32 and that computes in bfloat16: what travels is bfloat16.
+    mesh, layer = make_mesh(data=1, fsdp=8, devices=devices), Dense(512, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    params = jax.tree.map(place, shapes, param_shardings(shapes, mesh))
+    loss = lambda p, x: jnp.square(layer.apply({"params": p}, x).astype(jnp.float32)).sum()
+    with jax.set_mesh(mesh), target_platform("tpu"):
+        program = jax.jit(jax.grad(loss)).trace(params, x).lower(lowering_platforms=("tpu",)).compile()
+    moved = set(re.findall(r"= (\\w+\\[[\\d,]*\\])\\S* all-gather", program.as_text()))
+    print("gathered", moved, flush=True)
+    assert moved == {"bf16[256,512]"}
 """
 
 
