@@ -19,12 +19,16 @@ from diffuse_jax.training.data.transform import Transform
 from .data_sets import finish, flags, table
 
 
+def write_files(folder: Path, count: int) -> str:
+    for part in range(count):
+        table(10, first=10 * part).to_parquet(folder / f"train-{part:05d}-of-{count:05d}.parquet")
+    return str(folder)
+
+
 @pytest.fixture
 def parquet(tmp_path: Path) -> str:
     """Four files of ten rows."""
-    for part in range(4):
-        table(10, first=10 * part).to_parquet(tmp_path / f"train-{part:05d}-of-00004.parquet")
-    return str(tmp_path)
+    return write_files(tmp_path, 4)
 
 
 def arguments(folder: str, *line: str, batch: int = 4) -> Any:
@@ -50,15 +54,16 @@ def test_every_epoch_has_every_row_once_in_a_new_order(parquet: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_positions_are_restored_to_the_bit(parquet: str, workers: int) -> None:
+def test_positions_are_restored_to_the_bit(tmp_path: Path, workers: int) -> None:
+    parquet = write_files(tmp_path, 2)
     line = ["--dataloader_num_workers", str(workers), "--random_flip"]
     loader = batches(parquet, *line, batch=3)
     seen, states = [], []
-    for _ in range(18):
+    for _ in range(12):
         seen.append(next(loader))
         states.append(json.loads(json.dumps(loader.get_state())))
     loader.close()
-    for at in (0, 4, 13):  # within a window, at its end, in the second epoch
+    for at in (4,) if workers else (0, 4, 9):  # within a window, at its end, in the second epoch
         again = batches(parquet, *line, batch=3)
         again.set_state(states[at])
         for batch in seen[at + 1 :]:

@@ -8,6 +8,7 @@ and goes on with exactly the row that would have followed. (The shuffle buffer o
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import logging
 from collections.abc import Generator, Iterator, Sequence
@@ -67,7 +68,9 @@ class Records:
         logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
         stream = self._stream
         dataset = undecoded(stream.dataset, stream.image_column, stream.caption_column)
-        dataset = dataset.shuffle(seed=stream.seed, buffer_size=1)
+        # Recent versions would mix rows of several files here: another order, and seconds of sleep at every end.
+        recent = "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters
+        dataset = dataset.shuffle(seed=stream.seed, buffer_size=1, **({"max_buffer_input_shards": 1} if recent else {}))
         if stream.count is None:
             dataset.set_epoch(self._at["epoch"])  # another order of the files
         else:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import util
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -51,8 +52,10 @@ def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, Non
             'memory, or the script has code outside of `if __name__ == "__main__":`, which every worker runs too'
         ) from error
     finally:
+        for pool, _ in workers:  # tell all before waiting for each
+            pool.shutdown(wait=False, cancel_futures=True)
         for pool, _ in workers:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
 
 
 def _thread(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
@@ -77,6 +80,7 @@ def _begin(share: Iterable) -> None:
 
         jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    util.Finalize(None, os._exit, args=(0,), exitpriority=0)  # what was imported takes seconds to take itself apart
     _items = iter(share)
 
 
