@@ -10,9 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
+from diffuse_jax.training.initial import initial_params
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,24 +29,26 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(output: Path, process: int, processes: int, address: str, *flags: str) -> subprocess.Popen[str]:
-    """One process of a run; its share of eight devices."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0",
-    }
-    line = [sys.executable, str(ROOT / "tests" / "training" / "line.py"), "--output_dir", str(output), *flags]
+LINE = "tests/training/line.py"
+
+
+def start(
+    output: Path, process: int, processes: int, address: str, *flags: str, script: str = LINE, devices: int = 8
+) -> subprocess.Popen[str]:
+    """One process of a run; its share of the devices."""
+    xla = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla}
+    line = [sys.executable, str(ROOT / script), "--output_dir", str(output), *flags]
     if processes > 1:
         line += ["--coordinator_address", address, "--num_processes", str(processes), "--process_id", str(process)]
     pipe = subprocess.PIPE
     return subprocess.Popen(line, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment, cwd=output.parent)
 
 
-def run(output: Path, processes: int, *flags: str) -> None:
+def run(output: Path, processes: int, *flags: str, timeout: float = 120, **options: Any) -> None:
     address = f"localhost:{free_port()}"
-    started = [start(output, i, processes, address, *flags) for i in range(processes)]
-    texts = [process.communicate(timeout=120)[0] for process in started]
+    started = [start(output, i, processes, address, *flags, **options) for i in range(processes)]
+    texts = [process.communicate(timeout=timeout)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(texts)
 
 
@@ -96,3 +104,54 @@ def test_sigterm_of_one_process_stops_both_after_the_same_step(tmp_path: Path) -
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{losses(tmp_path / 'run')[-1][0]}"
     assert all(checkpoint.name in text for text in texts)
+
+
+PIXELS = UNet2DConfig(
+    block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1,
+    norm_num_groups=2, mid_block_type=None,
+)  # fmt: skip
+
+
+def pictures(folder: Path) -> None:
+    """Eight captioned pictures."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"a red thing {i}"}) for i in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "text_to_image.py"])
+def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
+    """One device each: losses and every tensor that is written, the checkpoint's copies too."""
+    pictures(tmp_path / "data")
+    flags = ["--train_data_dir", str(tmp_path / "data"), "--train_batch_size", "2", "--max_train_steps", "3"]
+    flags += ["--logging_steps", "1", "--checkpointing_steps", "2", "--report_to", "none", "--mesh_fsdp", "2"]
+    flags += ["--lr_warmup_steps", "0", "--lr_scheduler", "constant"]
+    if script == "unconditional.py":
+        model = UNet2DModel(PIXELS)
+        model.save_pretrained(tmp_path / "net", initial_params(model.shapes(), 0))
+        flags += ["--model_config_name_or_path", str(tmp_path / "net"), "--resolution", "8"]
+        flags += ["--use_ema", "--eval_batch_size", "0"]
+    else:
+        flags += ["--pretrained_model_name_or_path", "diffuse-jax/emoji", "--resolution", "64", "--center_crop"]
+        flags += [
+            "--validation_prompt",
+            "a red thing",
+            "--num_validation_images",
+            "1",
+            "--validation_inference_steps",
+            "2",
+        ]
+    for processes, name in ((1, "one"), (2, "two")):
+        run(tmp_path / name, processes, *flags, script=f"train/{script}", devices=2, timeout=900)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
+    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.safetensors")}
+    assert files == {p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.safetensors")}
+    assert any("checkpoint-2" in str(file) for file in files)
+    for file in files:
+        a, b = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=f"{file} {key}")
