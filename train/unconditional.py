@@ -8,6 +8,7 @@ The result is a DDPMPipeline folder in diffusers' layout, and so is every checkp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,7 +49,7 @@ def main() -> None:
         mesh,
         trainable=params,
         frozen={},
-        loss=functools.partial(pixel_loss, unet, objective_from(args, scheduler)),
+        loss=functools.partial(pixel_loss, unet, objective_of(args, scheduler)),
         batches=batches_from(args, mesh, pixel_values),
         export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
         validate=validation_from(args, unet, scheduler, mesh),
@@ -119,6 +120,11 @@ def scheduler_from(args: argparse.Namespace) -> DDPMScheduler:
         if (folder / "scheduler_config.json").is_file():
             scheduler = DDPMScheduler.from_pretrained(folder)
     return scheduler.replace(**{name: value for name, value in flags.items() if value is not None})
+
+
+def objective_of(args: argparse.Namespace, scheduler: DDPMScheduler) -> Objective:
+    """The loss that the flags describe; predicted clean pictures count as much as the noise that they amount to."""
+    return dataclasses.replace(objective_from(args, scheduler), snr_weighting=scheduler.prediction_type == "sample")
 
 
 def pixel_loss(

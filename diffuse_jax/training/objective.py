@@ -68,6 +68,9 @@ class Objective:
         (Guttenberg 2023).
       input_perturbation: extra noise in the input that the target does not know of (Ning et al. 2023); 0.1 is usual.
       timestep_bias: probabilities of the timesteps, :func:`timestep_probabilities`; None for uniform.
+      snr_weighting: multiply the error by the signal-to-noise ratio. Of a predicted clean sample it is then what the
+        error of the noise would be (Salimans and Ho 2022, section 4); with ``snr_gamma`` the weight is
+        ``min(s, gamma)``.
       prior_loss_weight: DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): how much the loss of pictures of the
         class counts, beside that of the pictures of the instance; see :func:`errors`.
     """
@@ -77,6 +80,7 @@ class Objective:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     timestep_bias: tuple[float, ...] | None = None
+    snr_weighting: bool = False
     prior_loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -131,10 +135,11 @@ def errors(
     """
     wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
     squares = per_sample_error(prediction, wanted)
-    weighted = squares
+    weighted, snr = squares, jnp.asarray(snr_table(objective.scheduler))[drawn.t]
+    if objective.snr_weighting:
+        weighted = weighted * snr
     if objective.snr_gamma is not None:
-        snr = jnp.asarray(snr_table(objective.scheduler))[drawn.t]
-        weighted = squares * min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
+        weighted = weighted * min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
     if prior is None:
         return weighted.mean(), {"mse": squares.mean()}
     own = mean_where(weighted, ~prior)

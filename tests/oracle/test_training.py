@@ -60,6 +60,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "epsilon": {},
     "velocity, Min-SNR": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
     "clean sample": {"prediction_type": "sample"},
+    "clean sample, as the noise's error": {"prediction_type": "sample", "snr_weighting": True},
     "noise offset": {"noise_offset": 0.1},
 }
 
@@ -105,6 +106,9 @@ def torch_update(module: Any, objective: Objective, x0: np.ndarray, text: Any, d
     prediction = module(scheduler.add_noise(clean, noise, t), t, **more).sample
     wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(clean, noise, t), "sample": clean}[kind]
     error = (prediction - wanted).square().mean((1, 2, 3))
+    if objective.snr_weighting:
+        alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)[t]  # in float32, 1 - alpha_bar is rounding at t = 0
+        error = error * (alpha_bar / (1 - alpha_bar)).float()
     if objective.snr_gamma is not None:
         snr = diffusers.training_utils.compute_snr(scheduler, t)
         s = snr + 1 if kind == "v_prediction" else snr

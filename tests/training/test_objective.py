@@ -150,3 +150,17 @@ def test_biased_timesteps_are_drawn_so_many_times_more_often(strategy: str, chos
 def test_impossible_biases(request_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         timestep_probabilities(steps=100, **request_)
+
+
+def test_weighted_by_the_ratio_a_clean_sample_counts_as_its_noise(rng: np.random.Generator) -> None:
+    """The same picture, said as clean sample or as noise, has the same error."""
+    x0, guess = clean(rng), clean(rng)
+    scheduler = DDPMScheduler()
+    said = {"sample": guess}
+    objective = Objective(scheduler=scheduler.replace(prediction_type="sample"), snr_weighting=True)
+    drawn = draw(objective, jax.random.key(0), x0)
+    alpha = jnp.sqrt(jnp.asarray(scheduler.alpha_bar, jnp.float32))[drawn.t].reshape(-1, 1, 1, 1)
+    said["epsilon"] = (noised(objective, x0, drawn) - alpha * guess) / jnp.sqrt(1 - alpha**2)
+    as_noise, _ = errors(Objective(scheduler=scheduler), said["epsilon"], x0, drawn)
+    as_sample, _ = errors(objective, said["sample"], x0, drawn)
+    assert float(as_sample) == pytest.approx(float(as_noise), rel=1e-3)
