@@ -11,7 +11,6 @@ from diffuse_jax.training.data.flags import (
     transform_from,
 )
 from diffuse_jax.training.data.hub import Stream, TableSource
-from diffuse_jax.training.data.memory import Pictures, batch_indices, caption_batch, pixel_batch, read_pictures
 from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
 from diffuse_jax.training.data.sources import FolderSource, Part, Source
 from diffuse_jax.training.data.transform import Example, Record, Transform
@@ -21,7 +20,6 @@ __all__ = [
     "Example",
     "FolderSource",
     "Part",
-    "Pictures",
     "Record",
     "Source",
     "Stored",
@@ -30,18 +28,14 @@ __all__ = [
     "TarSource",
     "Transform",
     "add_data",
-    "batch_indices",
     "batches_from",
     "buckets_from",
     "cache_captions",
     "cache_dir_from",
     "cache_pictures",
     "cached",
-    "caption_batch",
     "check_data",
     "fingerprint_params",
-    "pixel_batch",
-    "read_pictures",
     "source_from",
     "transform_from",
     "write_array_record",

@@ -1,0 +1,179 @@
+"""How many pictures per second the data of a training makes ready, and how many a TPU v5e-8 would use up.
+
+    python -m benchmarks.input_pipeline                 # about ten minutes, 0.6 GB of disk
+    python -m benchmarks.input_pipeline --sides 512     # pictures of 512 pixels only
+
+Pictures are JPEG files of SIDE x 1.25 SIDE pixels with soft shapes and grain, quality 90 (0.1 MB at 512 pixels), cut to
+512 x 512 in a random place. Every figure is the best of some rounds; worker processes are started, and have made
+batches, before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from benchmarks.common import write
+from diffuse_jax.training.data import Example, FolderSource, Source, Transform
+from diffuse_jax.training.data.cache import CachedPictures, cache_pictures
+from diffuse_jax.training.data.loader import Loader, Maker
+from diffuse_jax.training.data.order import Plain
+from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
+
+RESOLUTION, BATCH = 512, 16
+
+CHIPS, PEAK_TFLOPS, UTILISATION = 8, 197.0, 0.4
+"""A v5e-8 host: dense bfloat16 per chip, and the share of it that a well-tuned training reaches."""
+
+
+def jpeg(rng: np.random.Generator, side: int) -> bytes:
+    """A picture as hard to decode as a photograph: soft shapes and grain."""
+    small = rng.integers(0, 256, (12, 15, 3), np.uint8)
+    image = Image.fromarray(small).resize((side * 5 // 4, side), Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 12, (side, side * 5 // 4, 3))
+    image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+    buffer = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(0.8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def make_sources(folder: Path, side: int, count: int) -> dict[str, Source]:
+    """The same pictures as files, in a tar file and in an ArrayRecord file."""
+    rng = np.random.default_rng(0)
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    rows = [(f"{i:05d}.jpg", jpeg(rng, side), f"picture {i}") for i in range(count)]
+    for name, image, _ in rows:
+        (folder / "files" / name).write_bytes(image)
+    write_tar(folder / "a.tar", rows)
+    write_array_record(folder / "a.array_record", rows)
+    return {
+        "files": FolderSource(folder / "files", caption_column=None),
+        "WebDataset": TarSource([folder / "a.tar"]),
+        "ArrayRecord": ArrayRecordSource([folder / "a.array_record"]),
+    }
+
+
+def pixels(example: Example) -> dict[str, np.ndarray]:
+    """What a training script asks for: uint8, made float on the device."""
+    return {"pixel_values": np.asarray(example.pixels)}
+
+
+def latents(cache: CachedPictures, example: Example) -> dict[str, np.ndarray]:
+    return cache(example)
+
+
+def empty_latents(examples: list[Example]) -> dict[str, np.ndarray]:
+    """As large as those of SD 1.5: the time to read them does not depend on what they are."""
+    return {"moments": np.zeros((len(examples), RESOLUTION // 8, RESOLUTION // 8, 8), np.float32)}
+
+
+def make_loader(source: Source, transform: Transform, finish: Any, workers: int) -> Loader:
+    maker = Maker(source, transform, Plain(0, len(source), BATCH), np.arange(BATCH), finish)
+    loader = Loader(maker, workers)
+    for _ in range(2 * max(workers, 2)):
+        next(loader)
+    return loader
+
+
+def speed(loader: Loader, seconds: float) -> float:
+    """Pictures per second, over about so long."""
+    for _ in range(6):
+        next(loader)  # what was made ahead before
+    start, batches = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        next(loader)
+        batches += 1
+    return batches * BATCH / (time.perf_counter() - start)
+
+
+def one_core(source: Source, transform: Transform, finish: Any) -> float:
+    """Pictures per second of processor time, one after the other in this thread."""
+    maker = Maker(source, transform, Plain(0, len(source), BATCH), np.arange(BATCH), finish)
+    start = time.process_time()
+    for batch in range(4):
+        maker(batch * BATCH)
+    return 4 * BATCH / (time.process_time() - start)
+
+
+def costs() -> tuple[float, float]:
+    """TFLOP of the UNet's forward pass and of the autoencoder's encoder for one 512 x 512 picture in SD 1.5."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, presets
+    from diffuse_jax.training.flops import count_flops
+
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    unet, vae = UNet2DConditionModel(presets.SD15_UNET), AutoencoderKL(presets.SD_VAE)
+    latents, text = shape(1, RESOLUTION // 8, RESOLUTION // 8, 4), shape(1, 77, 768)
+    forward = count_flops(lambda p, *x: unet.apply({"params": p}, *x), unet.shapes(), latents, shape(1), text)
+    encode = lambda p, x: vae.apply({"params": p}, x, method="encode")
+    return forward / 1e12, count_flops(encode, vae.shapes(), shape(1, RESOLUTION, RESOLUTION, 3)) / 1e12
+
+
+def consumed(forward: float, encode: float) -> dict[str, float]:
+    """Pictures per second that a v5e-8 host uses up in a full fine-tune, whose step is three forward passes' work."""
+    available = CHIPS * PEAK_TFLOPS * UTILISATION
+    return {"pixels": available / (3 * forward + encode), "latents": available / (3 * forward)}
+
+
+def rows_of(side: int, needs: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All variants for pictures of one size."""
+    folder = args.cache / f"{side}-{args.pictures}"
+    sources = make_sources(folder, side, args.pictures)
+    transform = Transform(RESOLUTION, random_flip=True)
+    variants = {name: (source, transform, pixels) for name, source in sources.items()}
+    if side == min(args.sides):
+        cache = cache_pictures(folder, "latents", {}, sources["files"], transform, empty_latents)
+        plain = Transform(RESOLUTION, pixels=False)
+        variants["cached latents"] = (sources["files"], plain, functools.partial(latents, cache))
+    rows = []
+    for name, (source, how, finish) in variants.items():
+        per_core = max(one_core(source, how, finish) for _ in range(args.rounds))
+        row = {"data": name, "side": side, "per_second_of_one_core": round(per_core, 1)}
+        for workers in args.workers:
+            loader = make_loader(source, how, finish, workers)
+            row[f"workers_{workers}"] = round(max(speed(loader, args.seconds) for _ in range(args.rounds)), 1)
+            loader.close()
+        row["cores_for_a_v5e_8"] = round(needs["latents" if name == "cached latents" else "pixels"] / per_core, 2)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 4])
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "diffuse_jax" / "benchmarks" / "pictures"
+    )
+    args = parser.parse_args()
+    forward, encode = costs()
+    needs = consumed(forward, encode)
+    rows = [row for side in args.sides for row in rows_of(side, needs, args)]
+    about = (
+        f"Pictures per second, decoded, resized to {RESOLUTION} pixels, cut and mirrored, in batches of {BATCH}, by "
+        "threads of the process that trains (0 workers) and by worker processes; and per second of one core's "
+        f"processor time. A TPU v5e-8 host would use up {needs['pixels']:.0f} pictures per second in a full fine-tune "
+        f"of SD 1.5 at 512 pixels ({needs['latents']:.0f} from cached latents), taking 3 x {forward:.2f} TFLOP "
+        f"for the UNet's step and {encode:.2f} for the autoencoder, and {CHIPS} x {PEAK_TFLOPS:.0f} TFLOP/s of "
+        f"which {UTILISATION:.0%} are reached: that is assumed, not measured. Such a host has more than a hundred "
+        f"virtual cores. {os.getloadavg()[2]:.1f} processes wanted to run on this machine meanwhile, these included."
+    )
+    print(write("input_pipeline", "Input pipeline", about, rows, "pillow", "numpy", "grain"))
+
+
+if __name__ == "__main__":
+    main()
