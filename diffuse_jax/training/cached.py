@@ -157,7 +157,8 @@ def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source
         return found if out.pooled is None else found | {"pooled": np.asarray(out.pooled, np.float32)}
 
     key = {name: network_key(models[name], params[name]) for name in tokenizers}
-    key |= {f"{name} tokens": token_ids(*own, "a fox").tolist() for name, own in tokenizers.items()}
+    for name, (tokenizer, length) in tokenizers.items():
+        key[f"{name} tokens"] = str(token_ids(tokenizer, length, "the quick brown fox"))
     return cache_captions(cache_dir_from(args), "text", key, source, compute)
 
 

@@ -1,0 +1,66 @@
+"""Tiny Stable Diffusions (1.x and XL) in folders, for tests of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax import DiffusionPipeline
+from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig, UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.schedulers import DDIMScheduler
+from diffuse_jax.text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffuse_jax.training.initial import initial_params
+from tests.pipelines import tiny
+
+SIZE = 16
+VAE = AutoencoderKLConfig(
+    block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    norm_num_groups=2, latent_channels=4, layers_per_block=1, sample_size=SIZE, mid_block_add_attention=False,
+    scaling_factor=1.0,
+)  # fmt: skip
+UNET = UNet2DConditionConfig(
+    sample_size=SIZE // 2, block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, norm_num_groups=2, cross_attention_dim=16,
+    num_attention_heads=2, mid_block_type=None,
+)  # fmt: skip
+XL_UNET = dataclasses.replace(
+    UNET, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=6 * 4 + 16, use_linear_projection=True,
+)  # fmt: skip
+
+
+def networks(unet: UNet2DConditionConfig, encoders: dict[str, type[CLIPTextModel]], fresh: bool) -> dict[str, Any]:
+    """Networks with random weights; ``fresh``: those from which a real training would start."""
+    words = len(tiny.tokenizer())
+    text = CLIPTextConfig(
+        vocab_size=words, hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=words - 2, eos_token_id=words - 1,
+    )  # fmt: skip
+    models: dict[str, Any] = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(VAE)}
+    models |= {name: kind(text) for name, kind in encoders.items()}
+    zero = {"unet": (r"^conv_out/kernel$",)} if fresh else {}
+    return {name: (model, initial_params(model.shapes(), 0, zero.get(name, ()))) for name, model in models.items()}
+
+
+def save_sd(folder: Path, *, fresh: bool = True) -> Path:
+    """The folder of a Stable Diffusion."""
+    pairs = networks(UNET, {"text_encoder": CLIPTextModel}, fresh)
+    return saved(folder, StableDiffusionPipeline, pairs, {"tokenizer": tiny.tokenizer()})
+
+
+def save_sdxl(folder: Path, *, fresh: bool = True) -> Path:
+    """The folder of a Stable Diffusion XL."""
+    pairs = networks(XL_UNET, {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}, fresh)
+    words = {name: tiny.tokenizer() for name in ("tokenizer", "tokenizer_2")}
+    return saved(folder, StableDiffusionXLPipeline, pairs, words)
+
+
+def saved(folder: Path, kind: type[DiffusionPipeline], pairs: dict[str, Any], parts: dict[str, Any]) -> Path:
+    models, params = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
+    kind({**models, **parts, "scheduler": scheduler}, params).save_pretrained(folder)
+    return folder

@@ -1,0 +1,195 @@
+"""The trainers of latent text-to-image models from their command line: tiny networks, twelve real pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from diffuse_jax import DiffusionPipeline
+from diffuse_jax.adapters import tokens
+from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
+from diffuse_jax.text import CLIPTextModel
+from tests.train.helpers import EMOJI, log, numbers, run
+from tests.train.latent_models import SIZE, save_sd, save_sdxl
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+def flags(model: Path, output: Path, **more: Any) -> dict[str, Any]:
+    shared = {
+        "pretrained_model_name_or_path": model,
+        "output_dir": output,
+        "resolution": SIZE,
+        "train_batch_size": 1,  # on each of eight virtual devices
+        "learning_rate": 3e-3,
+        "lr_warmup_steps": 0,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+    return shared | more
+
+
+def fell(losses: list[float]) -> float:
+    """The loss at the end as a share of what it was at first."""
+    return float(np.mean(losses[-10:]) / np.mean(losses[:5]))
+
+
+@pytest.mark.parametrize("which", ["sd", "sdxl"])
+def test_text_to_image_learns_twelve_pictures(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(which)
+    options = {"train_data_dir": EMOJI, "max_train_steps": 60, "checkpointing_steps": 50, "cache_latents": True,
+               "use_ema": True, "ema_decay": 0.9, "proportion_empty_prompts": 0.2, "snr_gamma": 5,
+               "validation_prompt": "heart", "num_validation_images": 1, "validation_inference_steps": 2,
+               "validation_steps": 60}  # fmt: skip
+    run(monkeypatch, "text_to_image.py", **flags(model, tmp_path, **options))
+    assert fell(log(tmp_path)) < 0.6
+    assert len(list((tmp_path / "validation").rglob("*.png"))) == 1
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is type(DiffusionPipeline.from_pretrained(model))
+    images = pipe("heart", num_inference_steps=2, seed=0, output_type="np").images
+    assert images.shape == (1, SIZE, SIZE, 3)
+    for part, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
+        assert all(np.array_equal(a, b) for a, b in zip(numbers(tmp_path, kind, part), numbers(model, kind, part)))
+    UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-50", subfolder="unet")
+
+
+def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"train_data_dir": EMOJI, "train_text_encoder": True, "use_ema": True, "random_flip": True,
+               "proportion_empty_prompts": 0.5, "checkpointing_steps": 2, "max_train_steps": 3}  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(monkeypatch, "text_to_image.py", **flags(sd, whole, **options))
+    shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
+    run(monkeypatch, "text_to_image.py", **flags(sd, parts, resume_from_checkpoint="latest", **options))
+    assert log(whole)[2:] == log(parts)
+    for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        end, again, before = (numbers(folder, kind, part) for folder in (whole, parts, sd))
+        assert all(np.array_equal(a, b) for a, b in zip(end, again, strict=True))
+        assert any(not np.array_equal(a, b) for a, b in zip(end, before, strict=True))
+    assert json.loads((whole / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize("which", ["sd", "sdxl"])
+def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(which)
+    options = {"train_data_dir": EMOJI, "max_train_steps": 40, "checkpointing_steps": 25, "rank": 4,
+               "train_text_encoder": True, "learning_rate": 2e-2, "mixed_precision": "bf16"}  # fmt: skip
+    run(monkeypatch, "text_to_image_lora.py", **flags(model, tmp_path, **options))
+    assert fell(log(tmp_path)) < 0.98
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    encoders = ("text_encoder",) if which == "sd" else ("text_encoder", "text_encoder_2")
+    assert {key.split(".")[0] for key in tensors} == {"unet", *encoders}
+    assert all("lora" in key for key in tensors)
+    assert (tmp_path / "checkpoint-25" / "pytorch_lora_weights.safetensors").is_file()
+    pipe = DiffusionPipeline.from_pretrained(model)
+    draw = lambda p: p("heart", num_inference_steps=2, seed=0, output_type="np").images
+    assert np.abs(draw(pipe.load_lora_weights(tmp_path)) - draw(pipe)).max() > 1e-4
+
+
+@pytest.mark.parametrize("script", ["dreambooth.py", "dreambooth_lora.py"])
+def test_dreambooth_makes_the_pictures_of_the_class_and_preserves_them(
+    script: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance, others = tmp_path / "instance", tmp_path / "class"
+    instance.mkdir()
+    for name in sorted(path.name for path in EMOJI.glob("*.png"))[:3]:
+        shutil.copy(EMOJI / name, instance)
+    others.mkdir()
+    shutil.copy(next(EMOJI.glob("*.png")), others / "mine.png")
+    options = {"instance_data_dir": instance, "instance_prompt": "sks cat", "with_prior_preservation": True,
+               "class_data_dir": others, "class_prompt": "cat", "num_class_images": 6, "sample_batch_size": 4,
+               "max_train_steps": 30, "learning_rate": 5e-3 if script == "dreambooth.py" else 5e-2}  # fmt: skip
+    run(monkeypatch, script, **flags(sd, tmp_path / "out", **options))
+    pictures = sorted(others.glob("*.png"))
+    assert len(pictures) == 6
+    assert (others / "mine.png") in pictures
+    assert all(Image.open(path).size == (SIZE, SIZE) for path in pictures if path.name != "mine.png")
+    assert fell(log(tmp_path / "out")) < 0.95
+    assert all(value > 0 for value in log(tmp_path / "out", "prior_loss"))
+    if script == "dreambooth.py":
+        DiffusionPipeline.from_pretrained(tmp_path / "out")
+    else:
+        DiffusionPipeline.from_pretrained(sd).load_lora_weights(tmp_path / "out")
+
+
+def test_textual_inversion_changes_the_rows_of_the_new_word_only(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in sorted(path.name for path in EMOJI.glob("*.png"))[:3]:
+        shutil.copy(EMOJI / name, data)
+    options = {"train_data_dir": data, "placeholder_token": "<cat>", "initializer_token": "a", "num_vectors": 2,
+               "max_train_steps": 5, "checkpointing_steps": 4, "save_as_full_pipeline": True}  # fmt: skip
+    run(monkeypatch, "textual_inversion.py", **flags(sd, tmp_path / "out", **options))
+    word, rows = tokens.load_rows(tmp_path / "out")
+    assert (word, rows.shape) == ("<cat>", (2, 16))
+    before = DiffusionPipeline.from_pretrained(sd)
+    table = np.asarray(tokens.table_of(before.params["text_encoder"]))
+    start = table[tokens.token_id(before.components["tokenizer"], "a")]
+    assert np.abs(rows - start).max() > 1e-3
+    assert not np.array_equal(rows[0], rows[1])
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(np.asarray(tokens.table_of(whole.params["text_encoder"]))[:-2], table)
+    rest = lambda pipe: [np.asarray(x) for name in ("unet", "vae") for x in jax.tree.leaves(pipe.params[name])]
+    assert all(np.array_equal(a, b) for a, b in zip(rest(before), rest(whole), strict=True))
+    options = {"num_inference_steps": 2, "seed": 0, "output_type": "np"}
+    taught = before.load_textual_inversion(tmp_path / "out")("a <cat>", **options).images
+    np.testing.assert_allclose(taught, whole("a <cat>", **options).images, atol=1e-6)
+    assert np.abs(taught - before("a <cat>", **options).images).max() > 1e-6
+    assert tokens.load_rows(tmp_path / "out" / "checkpoint-4")[0] == "<cat>"
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "message"),
+    [
+        ("text_to_image.py", {"proportion_empty_prompts": 1.5}, "between 0 and 1"),
+        ("text_to_image.py", {"cache_latents": True, "random_flip": True}, "leave out --random_flip"),
+        ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "it is trained"),
+        ("text_to_image_lora.py", {"rank": 0}, "at least 1, got 0"),
+        ("dreambooth.py", {"instance_data_dir": "nowhere", "instance_prompt": "x"}, "has no pictures"),
+        ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "with_prior_preservation": True},
+         "needs --class_data_dir and --class_prompt"),
+        ("dreambooth_lora.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "streaming": True},
+         "has no use here"),
+        ("textual_inversion.py", {"placeholder_token": "a", "initializer_token": "b"}, "knows 'a' already"),
+        ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "two"}, "single token"),
+        ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "caption_column": "text"},
+         "every caption must hold {}"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    script: str, wrong: dict[str, Any], message: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = flags(sd, tmp_path / "out", max_train_steps=1)
+    if not script.startswith("dreambooth"):
+        options["train_data_dir"] = EMOJI
+    with pytest.raises(ValueError) as caught:
+        run(monkeypatch, script, **options | wrong)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inversion_is_for_one_text_encoder(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"train_data_dir": EMOJI, "placeholder_token": "<c>", "initializer_token": "b", "max_train_steps": 1}
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline has two"):
+        run(monkeypatch, "textual_inversion.py", **flags(sdxl, tmp_path, **options))
