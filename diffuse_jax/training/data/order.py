@@ -38,12 +38,18 @@ class Plain:
 
 def stream(seed: int, positions: np.ndarray, total: int, bucket: int = -1) -> np.ndarray:
     """Rows at ``positions`` of the endless sequence of epochs over ``total`` rows (of one bucket)."""
-    return np.array([_epoch_order(seed, bucket, int(p) // total, total)[int(p) % total] for p in positions])
+    epochs, places = np.divmod(positions, total)
+    rows = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = _epoch_order(seed, bucket, int(epoch), total)[places[here]]
+    return rows
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # 4 bytes per row each
 def _epoch_order(seed: int, bucket: int, epoch: int, total: int) -> np.ndarray:
-    return np.random.default_rng([seed, ORDER, epoch] + [bucket] * (bucket >= 0)).permutation(total)
+    rng = np.random.default_rng([seed, ORDER, epoch] + [bucket] * (bucket >= 0))
+    return rng.permutation(np.arange(total, dtype=np.int32 if total < 2**31 else np.int64))
 
 
 class Bucketed:

@@ -119,7 +119,7 @@ class Transform:
         original = picture.height, picture.width
         picture = cover(picture, covered, self.interpolation)
         top, left = corner((picture.height, picture.width), target, place)
-        pixels = np.asarray(picture.crop((left, top, left + target[1], top + target[0])))
+        pixels = np.asarray(picture)[top : top + target[0], left : left + target[1]]
         if flip:
             pixels, left = pixels[:, ::-1], picture.width - target[1] - left
         return Example(pixels, caption, original, (top, left), target, index, number, record.name)
@@ -134,7 +134,8 @@ def decode(record: Record) -> Image.Image:
     source = io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image
     try:
         with Image.open(source) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture.convert("RGB")
     except FileNotFoundError:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
