@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import save_file
 
@@ -144,15 +145,19 @@ def test_one_update(adversarial: bool, tmp_path: Path, rng: np.random.Generator)
     x = channel_first(pixels / np.float32(127.5) - 1)
     theirs = torch_update(module, critic, x, channel_first(np.asarray(noise)))
     for name, value in theirs.items():
-        assert float(metrics[name]) == pytest.approx(value, rel=1e-5 if not adversarial else 1e-4), name
-    compare(state.params["vae"], module)
-    if adversarial:
-        compare(state.params["discriminator"], critic)
+        assert float(metrics[name]) == pytest.approx(value, rel=1e-5), name
+    moments = optax.tree.get(state.opt_state, "mu")
+    for name, net in (("vae", module), *([("discriminator", critic)] if adversarial else [])):
+        compare(state.params[name], moments[name], net)
 
 
-def compare(params: Any, module: Any) -> None:
-    after = {torch_key(path): np.asarray(to_torch(path, leaf)) for path, leaf in flatten(params).items()}
+def compare(params: Any, moments: Any, module: Any) -> None:
+    """The parameters, and the gradient: a tenth of it is AdamW's first moment after one update."""
+    by_key = lambda tree: {torch_key(path): np.asarray(to_torch(path, leaf)) for path, leaf in flatten(tree).items()}
+    after, gradients = by_key(params), by_key(moments)
+    largest = max(float(value.grad.abs().max()) for value in module.parameters())
     for key, value in module.named_parameters():
+        np.testing.assert_allclose(10 * gradients[key], value.grad.numpy(), atol=1e-5 * largest, rtol=1e-3, err_msg=key)
         # Adam divides by the root of a gradient's square, so where a gradient is all rounding its sign may differ.
         settled = np.abs(value.grad.numpy()) > 1e-6
         np.testing.assert_allclose(after[key][settled], value.detach().numpy()[settled], atol=1e-4, err_msg=key)
