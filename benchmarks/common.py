@@ -7,12 +7,16 @@ is reported too: where other programs hold the cores, it is the figure that they
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +38,7 @@ class Side:
     """One contestant in a process of its own, so that thread pools and memory of the others do not disturb it."""
 
     def __init__(self, name: str, build: Build, *args: Any) -> None:
-        self.name, self.seconds, self.cpu_seconds = name, [], []
+        self.name, self.seconds, self.cpu_seconds, self.peak = name, [], [], 0
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
@@ -48,9 +52,10 @@ class Side:
 
     def run(self) -> None:
         self._pipe.send("run")
-        seconds, cpu_seconds = self._pipe.recv()
+        seconds, cpu_seconds, peak = self._pipe.recv()
         self.seconds.append(seconds)
         self.cpu_seconds.append(cpu_seconds)
+        self.peak = max(self.peak, peak)
 
     def close(self) -> None:
         self._pipe.send("stop")
@@ -62,10 +67,33 @@ def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
     run = build(*args)
     output = run()
     pipe.send((time.perf_counter() - start, output))
+    forget_peak()
     while pipe.recv() == "run":
         start, cpu = time.perf_counter(), time.process_time()
         run()
-        pipe.send((time.perf_counter() - start, time.process_time() - cpu))
+        pipe.send((time.perf_counter() - start, time.process_time() - cpu, peak_memory()))
+
+
+def forget_peak() -> None:
+    """Let :func:`peak_memory` count from here on where that can be done: not what it took to get ready."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only Linux with glibc has both
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Most bytes that this process held, on its GPU if it uses one (JAX: since it started), else in the machine."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if "VmHWM" in line)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool = False) -> list[dict[str, Any]]:
@@ -88,6 +116,7 @@ def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool =
             "ratio_of_median": round(statistics.median(side.seconds) / statistics.median(first.seconds), 3),
             "cpu_seconds_min": round(min(side.cpu_seconds), 4),
             "ratio_of_cpu_min": round(min(side.cpu_seconds) / min(first.cpu_seconds), 3),
+            "peak_gib": round(side.peak / 2**30, 2),
             "setup_seconds": round(side.setup, 1),
             "difference": float(np.abs(side.output - first.output).max() / first.output.std()),
         }
@@ -118,6 +147,7 @@ def _apart(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[Side]:
     for first, second in zip(*turns, strict=True):
         first.seconds += second.seconds
         first.cpu_seconds += second.cpu_seconds
+        first.peak = max(first.peak, second.peak)
     return turns[0]
 
 
