@@ -102,15 +102,24 @@ def say(text: str) -> None:
 
 
 def local(tree: Any) -> Any:
-    """Arrays that every process holds for itself, as a program over the devices of all of them takes them."""
-    return jax.tree.map(np.asarray, tree) if jax.process_count() > 1 else tree
+    """Arrays that every process holds for itself, as a program over all devices takes them; global ones as they are."""
+    return jax.tree.map(lambda x: x if _is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
+
+
+def _is_global(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Put frozen parameters onto the mesh: cut where it has ``fsdp`` or ``tensor``, else whole."""
     if jax.process_count() == 1:
         return jax.device_put(tree, param_shardings(tree, mesh))
-    put = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if _is_global(x):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+
     return jax.tree.map(put, tree, param_shardings(tree, mesh))
 
 
