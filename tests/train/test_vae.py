@@ -137,10 +137,3 @@ def test_sizes_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, "vae.py", **options, **wrong)
     assert not Path(options["output_dir"]).exists()
-
-
-def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["vae.py", "--help"])
-    with pytest.raises(SystemExit):
-        load("vae.py").main()
-    assert "python train/vae.py --" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Laws of the autoencoder's loss: whose gradient is whose, when the discriminator is heard, what is recomputed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffuse_jax.models import AutoencoderKL
+from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, balance, decode, hinge_loss, latent_deviation
+from diffuse_jax.training.batches import Counted, Numbered
+from diffuse_jax.training.initial import initial_params
+from diffuse_jax.training.latent import normalised
+
+VAE = AutoencoderKL(
+    AutoencoderKLConfig(block_out_channels=(4,), norm_num_groups=2, latent_channels=2, mid_block_add_attention=False)
+)
+CRITIC = PatchDiscriminator(PatchDiscriminatorConfig(channels=4, layers=1, norm_num_groups=4))
+TRAINABLE = {name: initial_params(net.shapes(), 0, ()) for name, net in (("vae", VAE), ("discriminator", CRITIC))}
+START = 5
+
+
+def batch(rng: np.random.Generator, update: int) -> dict[str, Any]:
+    return {"pixel_values": rng.integers(0, 256, (2, 8, 8, 3), np.uint8), "update": np.full(2, update, np.int32)}
+
+
+def gradient(terms: Terms, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    trainable = TRAINABLE if terms.discriminator else {"vae": TRAINABLE["vae"]}
+    compute = jax.jit(jax.grad(lambda p: autoencoder_loss(terms, p, {}, own, jax.random.key(0)), has_aux=True))
+    return compute(trainable)
+
+
+def test_each_network_gets_the_gradient_of_its_own_loss(rng: np.random.Generator) -> None:
+    """The discriminator that of the hinge on fixed pictures; the autoencoder that of the terms added up by hand."""
+    own = batch(rng, START)
+    terms = Terms(vae=VAE, discriminator=CRITIC, discriminator_weight=0.7, discriminator_start=START)
+    found, metrics = gradient(terms, own)
+    x = normalised(jnp.asarray(own["pixel_values"]))
+    posterior = VAE.apply({"params": TRAINABLE["vae"]}, x, method="encode")
+    y = decode(VAE, TRAINABLE["vae"], posterior.sample(jax.random.key(0)))
+    judge = lambda critic, pictures: CRITIC.apply({"params": critic}, pictures)
+    hinge = jax.grad(lambda critic: hinge_loss(judge(critic, x), judge(critic, y)))(TRAINABLE["discriminator"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found["discriminator"], hinge)
+
+    def by_hand(params: Any) -> jax.Array:
+        plain, _ = autoencoder_loss(Terms(vae=VAE), {"vae": params}, {}, own, jax.random.key(0))
+        z = VAE.apply({"params": params}, x, method="encode").sample(jax.random.key(0))
+        return plain - 0.7 * metrics["balance"] * judge(TRAINABLE["discriminator"], decode(VAE, params, z)).mean()
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found["vae"], jax.grad(by_hand)(TRAINABLE["vae"])
+    )
+
+
+def test_before_its_start_the_discriminator_changes_nothing(rng: np.random.Generator) -> None:
+    own = batch(rng, START - 1)
+    terms = Terms(vae=VAE, discriminator=CRITIC, discriminator_weight=0.7, discriminator_start=START)
+    found, _ = gradient(terms, own)
+    plain, _ = gradient(Terms(vae=VAE), own)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found["vae"], plain["vae"])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(found["discriminator"]))
+
+
+@pytest.mark.parametrize("policy", ["blocks", "full"])
+def test_what_is_computed_again_changes_no_gradient(policy: str, rng: np.random.Generator) -> None:
+    own, again = batch(rng, 0), VAE.clone(remat=policy)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        gradient(Terms(vae=again), own)[0],
+        gradient(Terms(vae=VAE), own)[0],
+    )
+    forward = jax.make_jaxpr(lambda p: again.apply({"params": p}, jnp.zeros((1, 8, 8, 3))))(TRAINABLE["vae"])
+    parts = sum(equation.primitive.name in ("remat2", "checkpoint") for equation in forward.eqns)
+    # one level and the middle in encoder and decoder; in them 1 and 2 residual blocks, and 2 and 2
+    assert parts == {"blocks": 7, "full": 4}[policy]
+
+
+def test_laws_of_hinge_and_balance() -> None:
+    sure = jnp.full((2, 3, 3, 1), 1.5)
+    assert float(hinge_loss(sure, -sure)) == 0, "a margin of one is enough"
+    assert float(hinge_loss(jnp.zeros(3), jnp.zeros(3))) == 1
+    g = jnp.ones((3, 3, 4, 3))
+    assert float(balance(2 * g, g)) == pytest.approx(2, rel=1e-4)
+    assert float(balance(g, 0 * g)) == 1e4
+
+
+def test_the_deviation_is_that_of_all_latents(rng: np.random.Generator) -> None:
+    pictures = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    means = VAE.apply({"params": TRAINABLE["vae"]}, normalised(jnp.asarray(pictures)), method="encode").mean
+    assert latent_deviation(VAE, TRAINABLE["vae"], iter(pictures), 2) == pytest.approx(float(means.std()), rel=1e-5)
+
+
+def test_counted_batches_go_on_where_they_were() -> None:
+    make = lambda: Counted(Numbered(lambda n: {"x": np.full(3, 10 * n)}, lambda n: [f"row {n}"]))
+    first, second = make(), make()
+    next(first), next(first)
+    second.set_state(first.get_state())
+    found = next(second)
+    np.testing.assert_array_equal(found["update"], np.full(3, 2, np.int32))
+    np.testing.assert_array_equal(found["x"], 20)
+    assert second.names == ["row 2"]
+    assert second.total is None
