@@ -117,6 +117,11 @@ def validation_from(
     """
     if not args.validation_prompt:
         return None
+    if jax.process_count() > 1:
+        raise ValueError(
+            "--validation_prompt needs all networks on one process, and this run has several; leave it out, and make "
+            "pictures from the checkpoints"
+        )
     sampler = Scheduler.from_pretrained(source_folder(args), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
     mesh = pipe.mesh if jax.process_count() == 1 else None

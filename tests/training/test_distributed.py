@@ -123,7 +123,7 @@ def pictures(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "text_to_image.py"])
+@pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py"])
 def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
     """One device each: losses and every tensor that is written, the checkpoint's copies too."""
     pictures(tmp_path / "data")
