@@ -137,14 +137,6 @@ def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, scrip
         flags += ["--use_ema", "--eval_batch_size", "0"]
     else:
         flags += ["--pretrained_model_name_or_path", "diffuse-jax/emoji", "--resolution", "64", "--center_crop"]
-        flags += [
-            "--validation_prompt",
-            "a red thing",
-            "--num_validation_images",
-            "1",
-            "--validation_inference_steps",
-            "2",
-        ]
     for processes, name in ((1, "one"), (2, "two")):
         run(tmp_path / name, processes, *flags, script=f"train/{script}", devices=2, timeout=900)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
