@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from diffuse_jax.sharding import make_mesh
+
 ROOT = Path(__file__).resolve().parents[2]
 EMOJI = ROOT / "tests" / "data" / "emoji"
 """Twelve real pictures of 64 pixels, with captions."""
@@ -29,12 +31,18 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def run(monkeypatch: pytest.MonkeyPatch, path: str, **flags: Any) -> None:
-    """A script from its command line: True is a switch, a list several values."""
+def run(monkeypatch: pytest.MonkeyPatch, path: str, *, devices: int | None = None, **flags: Any) -> None:
+    """A script from its command line: True is a switch, a list several values.
+
+    Long runs of tiny networks take the first ``devices``, as eight virtual ones mostly wait for each other.
+    """
     values = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
     words = [[f"--{name}", *(str(v) for v in own if v is not True)] for name, own in values.items()]
     monkeypatch.setattr(sys, "argv", [path, *itertools.chain(*words)])
-    load(path).main()
+    script = load(path)
+    if devices is not None:
+        script.mesh_from = lambda args: make_mesh(devices=jax.devices()[:devices])  # type: ignore[attr-defined]
+    script.main()
 
 
 def log(folder: Path, name: str = "loss") -> list[float]:

@@ -49,8 +49,14 @@ def options(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_pictures_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {"max_train_steps": 60, "checkpointing_steps": 50, "use_ema": True, "center_crop": True}
-    run(monkeypatch, "unconditional.py", **options | more)
+    more = {
+        "max_train_steps": 60,
+        "train_batch_size": 8,
+        "checkpointing_steps": 50,
+        "use_ema": True,
+        "center_crop": True,
+    }
+    run(monkeypatch, "unconditional.py", devices=1, **options | more)
     assert np.mean(log(tmp_path / "out")[-10:]) < 0.4 * log(tmp_path / "out")[0]
     pipe = DDPMPipeline.from_pretrained(tmp_path / "out")
     images = pipe(2, num_inference_steps=5, seed=0, output_type="np").images

@@ -43,7 +43,8 @@ def options(tmp_path: Path) -> dict[str, Any]:
 def test_pictures_are_learned_and_latents_measured(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(monkeypatch, "vae.py", **options, max_train_steps=40, crop_size=16, checkpointing_steps=30, use_ema=True)
+    more = {"max_train_steps": 40, "train_batch_size": 8, "crop_size": 16, "checkpointing_steps": 30, "use_ema": True}
+    run(monkeypatch, "vae.py", devices=1, **options | more)
     assert np.mean(log(tmp_path / "out")[-8:]) < 0.4 * log(tmp_path / "out")[0]
 
     vae, params = AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")
