@@ -151,8 +151,8 @@ def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source
     text = jax.jit(lambda params, ids: prompt_states(encode, models, params, ids))
 
     def compute(captions: list[str]) -> Batch:
-        ids = lambda tokenizer: np.stack([token_ids(*tokenizer, caption) for caption in captions])
-        out = text(params, {name: ids(tokenizer) for name, tokenizer in tokenizers.items()})
+        ids = lambda tokenizer, length: np.stack([token_ids(tokenizer, length, caption) for caption in captions])
+        out = text(params, {name: ids(*own) for name, own in tokenizers.items()})
         found = {"states": np.asarray(out.states, np.float32)}
         return found if out.pooled is None else found | {"pooled": np.asarray(out.pooled, np.float32)}
 

@@ -30,7 +30,7 @@ def latent_parser(description: str | None, output_dir: str, **defaults: Any) -> 
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="instead of the scheduler's")
     add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
     add = parser.group("monitoring")
-    add("--validation_prompt", nargs="+", help="make pictures of these prompts while training")
+    add("--validation_prompt", "--validation_prompts", nargs="+", help="make pictures of these prompts while training")
     add("--num_validation_images", type=int, default=4, help="pictures per prompt")
     add("--validation_inference_steps", type=int, default=25, help="sampling steps of such a picture")
     add("--validation_guidance_scale", type=float, default=7.5, help="guidance of such a picture")
@@ -41,7 +41,7 @@ def latent_parser(description: str | None, output_dir: str, **defaults: Any) -> 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """Where on the Hub a model is looked for."""
-    return {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
+    return {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")} | {"token": args.hub_token}
 
 
 def source_folder(args: argparse.Namespace) -> Path:
