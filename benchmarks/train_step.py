@@ -257,6 +257,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="add torch.compile")
+    add("--print-only", action="store_true", help="leave docs/results as it is")
     add("--apart", action="store_true", help="one side in memory at a time, two turns of all rounds")
     return parser.parse_args(argv)
 
@@ -272,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [about | figures(task, row) for row in measured]
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
+    if task.print_only:
+        return 0
     path = RESULTS / "train_step.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [row for row in before if about.items() - row.items()]

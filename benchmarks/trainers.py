@@ -20,15 +20,27 @@ from diffuse_jax.training.latent import denoising_loss, whole, with_lora
 from diffuse_jax.training.objective import Objective
 from diffuse_jax.training.state import Loss
 
-MODELS = ("sd15", "sdxl")
 METHODS = ("full", "lora")
-SMALL: dict[str, Any] = {
-    "block_out_channels": (320, 640),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
+MODELS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
+    "sd15": (presets.SD15_UNET, presets.SD_VAE, (text_presets.CLIP_L,)),
+    "sdxl": (presets.SDXL_UNET, presets.SDXL_VAE, (text_presets.CLIP_L, text_presets.OPENCLIP_BIGG)),
+    "small": (
+        presets.SD15_UNET.replace(
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=32,
+        ),
+        presets.SD_VAE.replace(block_out_channels=(32,) * 4, layers_per_block=1),
+        (
+            text_presets.CLIP_L.replace(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+            ),
+        ),
+    ),
 }
-"""What ``small`` changes of SD 1.5's UNet: for trying a script out."""
+"""Configs of UNet, autoencoder and text encoders; ``small`` is for trying a script out."""
 
 SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -55,7 +67,7 @@ def make_trainer(
     """What ``train/text_to_image.py`` (``full``) and ``train/text_to_image_lora.py`` (``lora``) make of a checkpoint.
 
     Args:
-      model: "sd15", "sdxl", or "small", a UNet of two levels in place of SD 1.5's.
+      model: one of :data:`MODELS`.
       method: "full" trains the UNet's parameters, "lora" low-rank pairs beside its attention.
       dtype: what networks compute in; an autoencoder whose config has ``force_upcast`` stays in float32.
       remat: of the UNet.
@@ -80,15 +92,12 @@ def make_trainer(
 
 def _networks(model: str, dtype: DTypeLike, remat: str) -> tuple[dict[str, Model], Callable[..., Any]]:
     """Networks by name, text encoders first, and how their outputs become the UNet's conditions."""
-    clip = CLIPTextModel(text_presets.CLIP_L, dtype=dtype)
-    if model == "sdxl":
-        unet = UNet2DConditionModel(presets.SDXL_UNET, dtype=dtype, remat=remat)
-        second = CLIPTextModelWithProjection(text_presets.OPENCLIP_BIGG, dtype=dtype)
-        vae = AutoencoderKL(presets.SDXL_VAE)
-        return {"text_encoder": clip, "text_encoder_2": second, "unet": unet, "vae": vae}, stable_diffusion_xl.encode
-    config = presets.SD15_UNET.replace(**SMALL) if model == "small" else presets.SD15_UNET
-    unet = UNet2DConditionModel(config, dtype=dtype, remat=remat)
-    return {"text_encoder": clip, "unet": unet, "vae": AutoencoderKL(presets.SD_VAE)}, stable_diffusion.encode
+    unet, vae, (first, *second) = MODELS[model]
+    networks: dict[str, Model] = {"text_encoder": CLIPTextModel(first, dtype=dtype)}
+    if second:
+        networks["text_encoder_2"] = CLIPTextModelWithProjection(*second, dtype=dtype)
+    networks |= {"unet": UNet2DConditionModel(unet, dtype=dtype, remat=remat), "vae": AutoencoderKL(vae)}
+    return networks, (stable_diffusion_xl if second else stable_diffusion).encode
 
 
 def _narrowed(unet: Model, width: int) -> Model:
@@ -99,11 +108,10 @@ def _narrowed(unet: Model, width: int) -> Model:
 def batch_shapes(model: str, batch: int, pixels: int, *, cached: bool = False) -> Mapping[str, jax.ShapeDtypeStruct]:
     """A batch as the data loaders make it, without the leading axis of accumulation steps."""
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *s), dtype)
-    names = ("text_encoder", "text_encoder_2") if model == "sdxl" else ("text_encoder",)
-    arrays = {"time_ids": shape(6)} if model == "sdxl" else {}
-    if not cached:
-        ids = {name: shape(77, dtype=jnp.int32) for name in names}
-        return arrays | ids | {"pixel_values": shape(pixels, pixels, 3, dtype=jnp.uint8)}
-    arrays |= {"pooled": shape(1280)} if model == "sdxl" else {}
-    states = shape(77, 2048 if model == "sdxl" else 768)
-    return arrays | {"states": states, "moments": shape(pixels // 8, pixels // 8, 8)}
+    unet, _, encoders = MODELS[model]
+    arrays = {"time_ids": shape(6), "pooled": shape(encoders[1].projection_dim)} if len(encoders) > 1 else {}
+    if cached:
+        return arrays | {"states": shape(77, unet.cross_attention_dim), "moments": shape(pixels // 8, pixels // 8, 8)}
+    arrays.pop("pooled", None)
+    ids = {name: shape(77, dtype=jnp.int32) for name in ("text_encoder", "text_encoder_2")[: len(encoders)]}
+    return arrays | ids | {"pixel_values": shape(pixels, pixels, 3, dtype=jnp.uint8)}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -23,3 +27,32 @@ def test_pipeline_tiny(tmp_path: Path) -> None:
     assert cached["compilations"] == saved["compilations"] == 0, done.stderr
     assert cold["until_first_image"] >= cold["load"] + cold["first_image"] > 0
     assert (tmp_path / "tiny" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_steps_of_both_sides_are_the_same_work(method: str) -> None:
+    """Small networks: the gradient of the first step is PyTorch's, so what is timed is comparable."""
+    pytest.importorskip("diffusers")
+    options = ["--model", "small", "--method", method, "--pixels", "32", "--rounds", "1", "--print-only"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "train_step.py", *options], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (json.loads(line) for line in done.stderr.splitlines() if line.startswith("{"))
+    assert (theirs["side"], ours["side"]) == ("PyTorch", "diffuse_jax")
+    assert ours["difference"] < 1e-3
+    assert min(row["images_per_second"] for row in (theirs, ours)) > 0
+    assert all(0 < row["peak_gib"] < 8 for row in (theirs, ours))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+def test_a_training_step_compiles_for_a_tpu() -> None:
+    options = ["--model", "small", "--pixels", "64", "--batch", "1", "--print-only"]
+    done = subprocess.run([sys.executable, BENCHMARKS / "tpu_fit.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
+    assert row["fits"]
+    assert 0 < row["state"] < row["total"] < 1
