@@ -43,7 +43,7 @@ def conv2d(
       algorithm: "direct", "matmul" or "patches" instead of the choice that :func:`choose_algorithm` makes.
 
     Returns:
-      [B, H', W', O]. Derivatives of any order and direction are those of XLA's convolution.
+      [B, H', W', O]. Derivatives of any order and direction use the same algorithm.
 
     Raises:
       ValueError: ranks or channels do not fit, or the algorithm cannot do this kernel, stride or size.
@@ -60,7 +60,7 @@ def conv2d(
             f"algorithm {chosen!r} cannot do images {x.shape}, kernel {kernel.shape}, stride {strides}, pads {pads}; "
             f"possible: {sorted(possible)}"
         )
-    return _convolve(x, kernel, strides, pads, chosen)
+    return _ALGORITHMS[chosen](x, kernel, strides, pads)
 
 
 def possible_algorithms(
@@ -91,21 +91,6 @@ def choose_algorithm(
     return "patches" if kernel[:2] != (1, 1) and wide and few else "direct"
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _convolve(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads, algorithm: str) -> Array:
-    return _ALGORITHMS[algorithm](x, kernel, strides, pads)
-
-
-@_convolve.defjvp
-def _convolve_jvp(
-    strides: tuple[int, int], pads: Pads, algorithm: str, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    # XLA's own transposes: the derivatives of the algorithms below measured no faster, and need more memory.
-    (x, kernel), (dx, dkernel) = primals, tangents
-    out = _convolve(x, kernel, strides, pads, algorithm)
-    return out, _direct(dx, kernel, strides, pads) + _direct(x, dkernel, strides, pads)
-
-
 def _direct(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -114,6 +99,7 @@ def _matmul(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Ar
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
+@partial(jax.checkpoint, static_argnums=(2, 3))  # else the backward pass would keep the windows, nine times the input
 def _patches(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
     """All windows side by side, [B H' W', kh kw C], times the kernel as a matrix."""
     (kh, kw, channels, features), batch = kernel.shape, x.shape[0]

@@ -58,6 +58,15 @@ def test_gradients_are_exact_differences(rng, shape, kernel, stride, pads):
         np.testing.assert_allclose(np.sum(up * tangent), along_x + along_w, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "matmul", "patches"])
+def test_the_backward_pass_keeps_no_more_than_image_and_kernel(algorithm):
+    size = 1 if algorithm == "matmul" else 3
+    x, w = jnp.ones((2, 8, 8, 16)), jnp.ones((size, size, 16, 4))
+    conv = lambda x, w: conv2d(x, w, padding=size // 2, algorithm=algorithm)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x, w: jax.vjp(conv, x, w)[1], x, w))
+    assert sum(leaf.size for leaf in kept) <= x.size + w.size
+
+
 @pytest.mark.parametrize("padding", [1, "SAME", ONE])
 def test_padding_has_three_spellings(rng, padding):
     x, w = rng.standard_normal((1, 6, 6, 2)), rng.standard_normal((3, 3, 2, 2))
