@@ -39,11 +39,11 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(model: Path, output: Path, **more: Any) -> dict[str, Any]:
-    shared = {
+    shared: dict[str, Any] = {
         "pretrained_model_name_or_path": model,
         "output_dir": output,
         "resolution": SIZE,
-        "train_batch_size": 1,  # on each of eight virtual devices
+        "train_batch_size": 8,
         "learning_rate": 3e-3,
         "lr_warmup_steps": 0,
         "logging_steps": 1,
@@ -66,7 +66,7 @@ def test_text_to_image_learns_twelve_pictures(
                "use_ema": True, "ema_decay": 0.9, "proportion_empty_prompts": 0.2, "snr_gamma": 5,
                "validation_prompt": "heart", "num_validation_images": 1, "validation_inference_steps": 2,
                "validation_steps": 60}  # fmt: skip
-    run(monkeypatch, "text_to_image.py", **flags(model, tmp_path, **options))
+    run(monkeypatch, "text_to_image.py", devices=1, **flags(model, tmp_path, **options))
     assert fell(log(tmp_path)) < 0.75
     assert len(list((tmp_path / "validation").rglob("*.png"))) == 1
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
@@ -80,6 +80,7 @@ def test_text_to_image_learns_twelve_pictures(
 
 def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"train_data_dir": EMOJI, "train_text_encoder": True, "use_ema": True, "random_flip": True,
+               "train_batch_size": 1, "mesh_fsdp": 2,  # on each of eight virtual devices
                "proportion_empty_prompts": 0.5, "checkpointing_steps": 2, "max_train_steps": 3}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(monkeypatch, "text_to_image.py", **flags(sd, whole, **options))
@@ -100,7 +101,7 @@ def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
     model = trained[which]
     options = {"train_data_dir": EMOJI, "max_train_steps": 40, "checkpointing_steps": 25, "rank": 4,
                "train_text_encoder": True, "learning_rate": 2e-2, "mixed_precision": "bf16"}  # fmt: skip
-    run(monkeypatch, "text_to_image_lora.py", **flags(model, tmp_path, **options))
+    run(monkeypatch, "text_to_image_lora.py", devices=1, **flags(model, tmp_path, **options))
     assert fell(log(tmp_path)) < 0.98
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     encoders = ("text_encoder",) if which == "sd" else ("text_encoder", "text_encoder_2")
@@ -125,7 +126,7 @@ def test_dreambooth_makes_the_pictures_of_the_class_and_preserves_them(
     options = {"instance_data_dir": instance, "instance_prompt": "sks cat", "with_prior_preservation": True,
                "class_data_dir": others, "class_prompt": "cat", "num_class_images": 6, "sample_batch_size": 4,
                "max_train_steps": 30, "learning_rate": 5e-3 if script == "dreambooth.py" else 5e-2}  # fmt: skip
-    run(monkeypatch, script, **flags(sd, tmp_path / "out", **options))
+    run(monkeypatch, script, devices=1, **flags(sd, tmp_path / "out", **options))
     pictures = sorted(others.glob("*.png"))
     assert len(pictures) == 6
     assert (others / "mine.png") in pictures
@@ -147,7 +148,7 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
         shutil.copy(EMOJI / name, data)
     options = {"train_data_dir": data, "placeholder_token": "<cat>", "initializer_token": "a", "num_vectors": 2,
                "max_train_steps": 5, "checkpointing_steps": 4, "save_as_full_pipeline": True}  # fmt: skip
-    run(monkeypatch, "textual_inversion.py", **flags(sd, tmp_path / "out", **options))
+    run(monkeypatch, "textual_inversion.py", devices=1, **flags(sd, tmp_path / "out", **options))
     word, rows = tokens.load_rows(tmp_path / "out")
     assert (word, rows.shape) == ("<cat>", (2, 16))
     before = DiffusionPipeline.from_pretrained(sd)
