@@ -53,7 +53,7 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Opened:
     """All that is converted.
 
     Attributes:
@@ -129,7 +129,7 @@ def _finished(dst: Path) -> Iterator[Path]:
         partial.rename(dst)
 
 
-def open_source(src: str | Path, *, variant: str | None = None, prediction_type: str | None = None) -> Source:
+def open_source(src: str | Path, *, variant: str | None = None, prediction_type: str | None = None) -> Opened:
     """Find, read and check a checkpoint in any layout; tensors stay in their files until they are used."""
     if Path(src).is_file():
         return _open_single_file(Path(src), prediction_type)
@@ -137,7 +137,7 @@ def open_source(src: str | Path, *, variant: str | None = None, prediction_type:
     if not (folder / "model_index.json").is_file():
         config = weights.read_json(folder / "config.json")
         kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-        return Source("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
+        return Opened("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
     index = weights.read_index(folder)
     networks, folders = {}, {}
     for name, entry in index.components.items():
@@ -150,7 +150,7 @@ def open_source(src: str | Path, *, variant: str | None = None, prediction_type:
         else:
             folders[name] = entry
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
-    return Source(index.class_name, networks, folders, {}, absent, index.options)
+    return Opened(index.class_name, networks, folders, {}, absent, index.options)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -174,10 +174,10 @@ def _class(kind: str, named_in: Path) -> type[Model]:
     return MODELS[plain]
 
 
-def _open_single_file(path: Path, prediction_type: str | None) -> Source:
+def _open_single_file(path: Path, prediction_type: str | None) -> Opened:
     """A pipeline from one file; its tokenizers are not in it."""
     file = weights.read_single_file(path, prediction_type=prediction_type)
-    return Source(file.class_name, _networks(file, path), {}, file.schedulers, (), file.options)
+    return Opened(file.class_name, _networks(file, path), {}, file.schedulers, (), file.options)
 
 
 def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
@@ -199,7 +199,7 @@ def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
     return jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
 
 
-def _write_diffusers(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_diffusers(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         tensors = _torch_tensors(network)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
@@ -214,7 +214,7 @@ def _architectures(network: Network, prefix: str = "") -> dict[str, Any]:
     return {"architectures": [prefix + type(network.model).__name__]} if network.model.model_type else {}
 
 
-def _write_flax(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_flax(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         old = {_old_flax(path): array for path, array in network.views.items()}
         specs = {path: (_dtype(array, dtype), array.shape) for path, array in old.items()}
@@ -229,7 +229,7 @@ def _old_flax(path: names.Path) -> names.Path:
     return tuple(names.rename("/".join(path), names.FLAX_OLD).split("/"))
 
 
-def _write_single_file(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_single_file(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
     if not source.class_name:
         raise WeightsError("one network is no single-file checkpoint; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
@@ -260,7 +260,7 @@ def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) 
     return array
 
 
-def _write_rest(source: Source, dst: Path, prefix: str) -> None:
+def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
     """Tokenizers, schedulers and the index of a pipeline."""
     if not source.class_name:
         return
@@ -281,7 +281,7 @@ def _write_rest(source: Source, dst: Path, prefix: str) -> None:
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 
 
-def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> None:
+def _verify(source: Opened, written: Path, to: str, dtype: DTypeLike | None) -> None:
     """Read the result as anybody would and compare every tensor with its source, bit for bit."""
     if to == "single-file":
         again = _networks(weights.read_single_file(written), written)
