@@ -14,12 +14,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-# The one import of linen outside of networks: its interceptors let a network compute with pairs it knows nothing about.
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.intercept import changed_layers
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
 TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
@@ -101,15 +100,13 @@ def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
     """Networks applied inside compute with the pairs; they are inputs like others, so gradients reach them."""
     table = pairs_of(pairs)
 
-    def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        y = call(*args, **kwargs)
-        pair = table.get(context.module.path) if context.method_name == "__call__" else None
-        if pair is None:
+    def add(path: Path, x: jax.Array, y: jax.Array) -> jax.Array:
+        if path not in table:
             return y
-        down, up = (jnp.asarray(pair[name], y.dtype) for name in PAIR)
-        return y + scale * ((jnp.asarray(args[0], y.dtype) @ down) @ up)
+        down, up = (jnp.asarray(table[path][name], y.dtype) for name in PAIR)
+        return y + scale * ((jnp.asarray(x, y.dtype) @ down) @ up)
 
-    with nn.intercept_methods(interceptor):
+    with changed_layers(add):
         yield
 
 
