@@ -133,6 +133,7 @@ def test_validation_sees_the_average(tmp_path: Path) -> None:
 
 def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
+    pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")
     inner = line_batches(args, mesh_from(args))
     fetched: list[int] = []
