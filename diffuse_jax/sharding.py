@@ -145,16 +145,6 @@ def automatic_axes() -> set[str]:
     return {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays with a leading batch axis: cut along ``data``."""
-    return NamedSharding(automatic(mesh), PartitionSpec("data"))
-
-
 def train_batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches of training, ``[accumulation steps, B, ...]``: the second axis is cut along ``data`` and ``fsdp``."""
     return NamedSharding(automatic(mesh), PartitionSpec(None, tuple(a for a in ("data", "fsdp") if a in mesh.shape)))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(automatic(mesh), PartitionSpec())
