@@ -21,7 +21,7 @@ class Comparison:
       name: what was compared, for example ``unet, timestep 981``.
       shape: of the array.
       max_error, mean_error: largest and mean absolute difference; infinite where one side is not finite.
-      relative_error: Euclidean norm of the difference over that of the reference.
+      relative_error: Euclidean norm of the difference over that of the reference; see :func:`compare`.
       tolerance: largest relative error that is accepted.
     """
 
@@ -43,8 +43,14 @@ class Comparison:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
 
 
-def compare(name: str, ours: Any, theirs: Any, tolerance: float) -> Comparison:
+def compare(name: str, ours: Any, theirs: Any, tolerance: float, floor: float = 0.0) -> Comparison:
     """The row of two arrays (or numbers), computed in float64; ``theirs`` is the reference.
+
+    Args:
+      name: what is compared.
+      ours, theirs: of one shape.
+      tolerance: largest relative error that is accepted.
+      floor: the difference is divided by this where the reference's norm is smaller: for what is rounding alone.
 
     Raises:
       ValueError: the shapes differ.
@@ -55,7 +61,7 @@ def compare(name: str, ours: Any, theirs: Any, tolerance: float) -> Comparison:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Comparison(name, a.shape, math.inf, math.inf, math.inf, tolerance)
     difference = np.abs(a - b)
-    distance, size = float(np.linalg.norm(difference)), float(np.linalg.norm(b))
+    distance, size = float(np.linalg.norm(difference)), max(float(np.linalg.norm(b)), floor)
     relative = distance / size if size else math.inf if distance else 0.0
     largest, mean = float(difference.max(initial=0.0)), float(difference.mean()) if difference.size else 0.0
     return Comparison(name, a.shape, largest, mean, relative, tolerance)
