@@ -144,7 +144,7 @@ class Plan:
         sample = state.sample
         output, variance = self._split(sample, model_output)
         row = _at(self.rows, i)
-        noise = self._draw(row, i, sample, key) if noise is None else _f32(noise)
+        noise = self.draw(i, sample.shape, key) if noise is None else _f32(noise)
         if variance is not None and self.learned_variance == "learned":
             noise = noise * jnp.sqrt(jnp.maximum(variance, 0.0))
         elif variance is not None:
@@ -155,28 +155,33 @@ class Plan:
         new = [sum(_over(row[..., r, k], sample) * x for k, x in enumerate(stack)) for r in range(1 + MEMORY)]
         return State(new[0], tuple(new[1:]))
 
-    def _draw(self, row: Any, i: Any, sample: jax.Array, key: jax.Array | None) -> jax.Array:
-        key = check_key(key, sample.shape[0])
-        if jnp.ndim(i) > key.ndim:
-            raise ValueError(f"samples at different evaluations need a key each, {sample.shape[0]} keys, got one")
+    def draw(self, i: Any, shape: tuple[int, ...], key: jax.Array | None) -> jax.Array:
+        """The noise of evaluation ``i`` as :meth:`step` draws it from ``key``, float32 ``shape = [B, ...]``.
 
-        def draw() -> jax.Array:
-            return draw_each(jax.random.normal, key, i, sample.shape)
+        Zeros where the sampler uses none.
+        """
+        key = check_key(key, shape[0])
+        if jnp.ndim(i) > key.ndim:
+            raise ValueError(f"samples at different evaluations need a key each, {shape[0]} keys, got one")
+
+        def fresh() -> jax.Array:
+            return draw_each(jax.random.normal, key, i, shape)
 
         start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(_at(self.interval, i))), -1, 0)
 
         def follow() -> jax.Array:
             if key.ndim == 0:
-                return brownian.increment(key, start, end, sample.shape)
+                return brownian.increment(key, start, end, shape)
             piece = (jnp.broadcast_to(tick, key.shape) for tick in (start, end))
-            return jax.vmap(lambda k, a, b: brownian.increment(k, a, b, sample.shape[1:]))(key, *piece)
+            return jax.vmap(lambda k, a, b: brownian.increment(k, a, b, shape[1:]))(key, *piece)
 
         def both() -> jax.Array:
-            return jnp.where(_over(start < end, sample), follow(), draw())
+            path = follow()
+            return jnp.where(_over(start < end, path), path, fresh())
 
-        used, on_path = jnp.any(row[..., -1] != 0), jnp.any(start < end)
+        used, on_path = jnp.any(_at(self.rows, i)[..., -1] != 0), jnp.any(start < end)
         along = follow if jnp.ndim(start) == 0 else both
-        return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros_like(sample), draw, along))
+        return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros(shape, jnp.float32), fresh, along))
 
     def _split(self, sample: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         doubled = (*sample.shape[:-1], 2 * sample.shape[-1])
