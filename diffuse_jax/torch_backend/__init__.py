@@ -6,22 +6,46 @@ A public name is imported when it is first used, so that the command line can of
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffuse_jax.torch_backend.pipeline import from_pretrained
+    from diffuse_jax.torch_backend.report import Comparison, compare
 
 _HOME = {
     "Comparison": "report",
     "compare": "report",
+    "from_pretrained": "pipeline",
 }
 
-__all__ = sorted(_HOME)
+__all__ = ["Comparison", "compare", "from_pretrained"]
+
+NEEDED = ("torch", "diffusers")
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``name`` from its module on first use and remember it."""
+    """Import ``name`` from its module on first use and remember it.
+
+    Raises:
+      ImportError: PyTorch or diffusers is not installed; it names the extra that has both.
+    """
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = globals()[name] = getattr(load(_HOME[name]), name)
     return value
+
+
+def load(module: str) -> Any:
+    """A module of this package, or an ImportError that says what to install."""
+    try:
+        return importlib.import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        raise ImportError(
+            f"the PyTorch side needs {error.name}, which is not installed; install the extra:"
+            ' pip install "diffusejax[torch]"'
+        ) from error
 
 
 def __dir__() -> list[str]:

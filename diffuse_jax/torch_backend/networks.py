@@ -1,0 +1,124 @@
+"""PyTorch's networks from a checkpoint, read by diffusers and transformers, and the border between both frameworks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from diffuse_jax.weights import WeightsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CLASSES: dict[str, Any] = {
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "AutoencoderKL": diffusers.AutoencoderKL,
+    "CLIPTextModel": transformers.CLIPTextModel,
+    "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
+}
+"""PyTorch's networks by the class name in ``model_index.json``."""
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``: "cpu" or "cuda"; CUDA where there is one, if None.
+
+    Raises:
+      ValueError: PyTorch has no such device here.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': this PyTorch sees no CUDA device; use --device cpu, or install its CUDA build")
+    return device
+
+
+def open_network(
+    class_name: str, folder: Path, dtype: str, device: torch.device, variant: str | None = None
+) -> torch.nn.Module:
+    """A network in evaluation mode, read by PyTorch's own loader.
+
+    Raises:
+      WeightsError: there are no weights that PyTorch reads, or their names and shapes do not fit the configuration.
+    """
+    cls = CLASSES[class_name]
+    options = {"torch_dtype" if cls.__module__.startswith("diffusers") else "dtype": DTYPES[dtype], "variant": variant}
+    try:
+        with quiet():
+            module, found = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{folder}: PyTorch cannot open it: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in found[what] if not str(key).endswith("position_ids"))
+        if keys:
+            problem = what.replace("_", " ")
+            raise WeightsError(f"{folder}: PyTorch finds {len(keys)} {problem}, e.g. {', '.join(keys[:3])}")
+    if dtype == "float16" and getattr(module.config, "force_upcast", False):
+        module = module.float()  # SDXL's autoencoder overflows in float16; pipelines.task.decoder does the same
+    return module.eval().requires_grad_(False).to(device)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and notes on loading; what matters of them becomes an error."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for library in libraries:
+        library.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Without gradients, and float32 is float32: no TF32, and sums of half precision are kept in float32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = (
+        (matmul, "allow_tf32"),
+        (cudnn, "allow_tf32"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+    )
+    before = [getattr(owner, name) for owner, name in flags]
+    for owner, name in flags:
+        setattr(owner, name, False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for (owner, name), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
+
+
+def to_torch(array: Any, device: torch.device) -> torch.Tensor:
+    """An array of any framework as a tensor of its own memory; bfloat16 becomes float32, which holds it exactly."""
+    host = np.asarray(array)
+    host = host if host.dtype.kind in "iub" else host.astype(np.float32)
+    return torch.tensor(host, device=device)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as a NumPy array; floating-point numbers become float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def channels_first(x: torch.Tensor) -> torch.Tensor:
+    """``[B,H,W,C]`` -> ``[B,C,H,W]``, contiguous."""
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``[B,C,H,W]`` -> ``[B,H,W,C]``."""
+    return x.permute(0, 2, 3, 1)
