@@ -1,4 +1,4 @@
-"""The ``diffuse-jax`` command: ``generate``, ``convert`` and ``env``.
+"""The ``diffuse-jax`` command: ``generate``, ``convert``, ``parity`` and ``env``.
 
 Results go to stdout or into files, messages to stderr, and the exit status is 0 only when the work was done. Building
 the parser imports nothing heavy, so ``--help`` answers at once.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffuse_jax
+from diffuse_jax.torch_backend import command as parity_command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -234,6 +235,11 @@ def convert(args: argparse.Namespace) -> None:
     say(f"converted and verified in {time.perf_counter() - start:.1f} s")
 
 
+def parity(args: argparse.Namespace) -> None:
+    """The same checkpoint here and in PyTorch: a table to stdout, an error if it is not the same."""
+    parity_command.run(args, scheduler_class(args.scheduler) if args.scheduler else None)
+
+
 def env(args: argparse.Namespace) -> None:
     """What a bug report needs, one ``name: value`` per line on stdout."""
     import jax
@@ -271,6 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate(commands)
     add_convert(commands)
+    add_parity(commands)
     add_command(commands, "env", env, "versions, devices, cache folder and optional packages", "diffuse-jax env")
     return parser
 
@@ -330,6 +337,12 @@ def add_convert(commands: Any) -> None:
     add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
     add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
     add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
+
+
+def add_parity(commands: Any) -> None:
+    example = "diffuse-jax parity diffuse-jax/emoji --num-inference-steps 4 --report outputs/parity"
+    purpose = "whether a checkpoint gives here what it gives in PyTorch"
+    parity_command.add_flags(add_command(commands, "parity", parity, purpose, example), positive, DTYPES)
 
 
 def positive(kind: type) -> Any:

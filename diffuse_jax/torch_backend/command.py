@@ -1,0 +1,151 @@
+"""The command ``diffuse-jax parity``: flags, what is printed, what is written. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffuse_jax.torch_backend import load
+
+if TYPE_CHECKING:
+    from diffuse_jax.torch_backend.parity import Request, Result, Sides
+
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+PROMPTS = ("a red apple, noto style", "grinning face, twemoji style")
+PACKAGES = ("jax", "torch", "diffusers", "transformers")
+TO_CALL = ("guidance_scale", "height", "width")
+
+DESCRIPTION = """\
+Opens the checkpoint here and in PyTorch and compares configurations, parameters, every network on the prompts, the
+latents after every step and the pixels. JAX uses its default device, PyTorch the one of --device.
+
+exit status: 0 everything is within the tolerance; 1 it is not, or a side cannot be opened; 2 wrong usage"""
+
+
+class NotTheSame(RuntimeError):
+    """The two sides differ by more than the tolerance."""
+
+
+def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str, ...]) -> None:
+    """The arguments of the command.
+
+    Args:
+      parser: of the command.
+      positive: makes an argparse type of a kind of number that must be above zero.
+      dtypes: what networks can compute in.
+    """
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder in diffusers layout or Hub id, e.g. diffuse-jax/emoji")
+    add("--reference", metavar="SOURCE", help="what PyTorch reads instead, e.g. what MODEL was converted from")
+    add("--variant", metavar="NAME", help="variant of MODEL's weight files, e.g. fp16")
+    add("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
+    add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda where there is one)")
+    add("--dtype", choices=dtypes, default="float32", help="what networks compute in (default: %(default)s)")
+    add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
+    add("--prompt", action="append", metavar="TEXT", help="repeat for several (default: two of the shipped model)")
+    add("--num-inference-steps", type=positive(int), default=10, metavar="N", help="(default: %(default)s)")
+    add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
+    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
+    add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
+    add("--component", nargs="+", choices=COMPONENTS, default=[], help="look at these networks only, not at the run")
+    add("--bisect", action="store_true", help="name the first layer where a network parts from PyTorch's")
+    add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png there")
+
+
+def run(args: argparse.Namespace, scheduler: Any = None) -> None:
+    """Compare, print and write.
+
+    Args:
+      args: of :func:`add_flags`.
+      scheduler: the class that ``--scheduler`` names.
+
+    Raises:
+      NotTheSame: something is outside the tolerance; all of it has been printed and written.
+      ImportError: PyTorch or diffusers is missing; the text names the extra.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks may share one GPU
+    parity = load("parity")
+    request = request_of(parity, args)
+    options = {name: getattr(args, name) for name in ("dtype", "device", "variant", "revision")}
+    sides = parity.open_sides(args.model, args.reference, scheduler=scheduler, **options)
+    result = parity.check(sides, request)
+    show(result)
+    if args.report is not None:
+        write(args.report, args, request, sides, result)
+    if not result.ok:
+        raise NotTheSame(verdict(result, args.dtype))
+    print(f"the same: {len(result.rows)} comparisons within the tolerances of {args.dtype}, parameters bit for bit")
+
+
+def request_of(parity: Any, args: argparse.Namespace) -> Request:
+    """The request that the flags describe."""
+    given = {name: getattr(args, name) for name in TO_CALL if getattr(args, name) is not None}
+    options = {"num_inference_steps": args.num_inference_steps, "seed": args.seed, **given}
+    return parity.Request(tuple(args.prompt or PROMPTS), options, tuple(args.component), args.bisect)
+
+
+def show(result: Result) -> None:
+    """The table, what differs, and where networks part, on stdout."""
+    from diffuse_jax.torch_backend.report import table
+
+    if result.rows:
+        print(table(result.rows))
+    for found in result.differences:
+        print(f"differs: {found}")
+    for first in result.first:
+        print(f"parts first in {first['call']}: {first['message']}")
+
+
+def verdict(result: Result, dtype: str) -> str:
+    """Why it is not the same, in one line."""
+    outside = [row for row in result.rows if not row.ok]
+    parts = []
+    if outside:
+        parts.append(
+            f"{len(outside)} of {len(result.rows)} comparisons are outside the tolerances of {dtype},"
+            f" the first is {outside[0].name}"
+        )
+    if result.differences:
+        parts.append(f"{len(result.differences)} differences, the first is {result.differences[0]}")
+    if not result.rows:
+        parts.append("networks of different shapes were not run")
+    return "not the same: " + "; ".join(parts)
+
+
+def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides, result: Result) -> None:
+    """``parity.json`` and, where pictures were made, ``parity.png``."""
+    from diffuse_jax.torch_backend.picture import amplification, save_picture
+    from diffuse_jax.torch_backend.report import write_report
+
+    context: dict[str, Any] = {
+        "model": args.model,
+        "reference": args.reference or args.model,
+        "dtype": args.dtype,
+        **devices(sides),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "scheduler": type(sides.ours.scheduler).__name__,
+        "prompts": list(request.prompts),
+        "options": request.options,
+        "same": result.ok,
+        "differences": [found._asdict() for found in result.differences],
+        "first_layers": result.first,
+    }
+    if result.images is not None:
+        context["amplification"] = amplification(*result.images)
+        print(save_picture(folder / "parity.png", *result.images))
+    print(write_report(folder / "parity.json", result.rows, **context))
+
+
+def devices(sides: Sides) -> dict[str, str]:
+    """What each side ran on."""
+    import jax
+    import torch
+
+    device = next(iter(sides.theirs.params.values())).device  # type: ignore[attr-defined]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": device.type, "torch_device": name, "jax_device": jax.devices()[0].device_kind}

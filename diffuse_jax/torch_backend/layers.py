@@ -1,0 +1,133 @@
+"""Where two networks part: every layer's input and output on both sides, in the order of execution.
+
+Layers are paired by name, because our tree of parameters uses PyTorch's names.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+from diffuse_jax.models.intercept import recorded_layers
+from diffuse_jax.torch_backend.components import KINDS, Call, tensors
+from diffuse_jax.torch_backend.networks import exact, to_numpy
+from diffuse_jax.torch_backend.report import Comparison, compare
+from diffuse_jax.weights import names
+
+NOT_ALIKE = {
+    "text": re.compile(r"text_model(\.encoder)?"),  # ours also gives the states of all layers
+    "decode": re.compile(r"decoder\.mid_block\.attentions\.0"),  # theirs adds the residual inside
+    "encode": re.compile(r"encoder\.mid_block\.attentions\.0"),
+}
+"""Kind of call -> layers of one name that return different things."""
+
+
+class LayerErrors(NamedTuple):
+    """One layer: how far its inputs and its outputs are apart; no input where only one side has it as a tensor."""
+
+    name: str
+    input: Comparison | None
+    output: Comparison
+
+
+def compare_layers(call: Call, model: Any, params: Any, module: Any, tolerance: float) -> list[LayerErrors]:
+    """Every layer that both sides have, in PyTorch's order of execution; a layer comes after the layers inside it."""
+    with jax.default_matmul_precision("highest"):
+        ours = jax.device_get(record(params, call.inputs, kind=call.kind, model=model))
+    found: dict[str, LayerErrors] = {}
+
+    def hook(name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if name in ours and name not in found:
+            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+            before, after = ours[name]
+            # Inputs that are not the same tensor by meaning (ids, a mask) have other shapes and are left out.
+            source = (
+                None if given is None or given.numel() != before.size else errors(name, layer, before, given, tolerance)
+            )
+            found[name] = LayerErrors(name, source, errors(name, layer, after, first_tensor(output), tolerance))
+
+    handles = [
+        layer.register_forward_hook(functools.partial(hook, our_name(name)), with_kwargs=True)
+        for name, layer in module.named_modules()
+    ]
+    try:
+        with exact():
+            KINDS[call.kind].theirs(module, **tensors(call, module.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "model"))
+def record(params: Any, inputs: Any, *, kind: str, model: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """PyTorch's name of each of our layers -> its input and its output."""
+    with recorded_layers() as layers:
+        KINDS[kind].ours(model, params, **inputs)
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for layer in layers:
+        name = names.torch_key((*layer.path, "")).removesuffix(".")
+        if name and not (kind in NOT_ALIKE and NOT_ALIKE[kind].fullmatch(name)):
+            found.setdefault(name, (layer.input, layer.output))
+    return found
+
+
+def our_name(name: str) -> str:
+    """A module's name as checkpoints have it; transformers 5 has an encoder's parts one level up in memory."""
+    return names.rename(f"{name}.", names.ALIASES).removesuffix(".")
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a module returned, of several tensors the first."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output
+
+
+def errors(name: str, layer: Any, ours: np.ndarray, theirs: torch.Tensor, tolerance: float) -> Comparison:
+    """Both as ``[..., C]``: PyTorch has channels second in feature maps and around group norms."""
+    if theirs.ndim == 4 or isinstance(layer, torch.nn.GroupNorm):
+        theirs = theirs.movedim(1, -1)
+    if theirs.numel() != ours.size:
+        return Comparison(name, ours.shape, math.inf, math.inf, math.inf, tolerance)
+    return compare(name, np.asarray(ours, np.float32), to_numpy(theirs).reshape(ours.shape), tolerance)
+
+
+def first_difference(layers: Sequence[LayerErrors]) -> dict[str, Any] | None:
+    """The first layer whose outputs part, what is known about its surroundings, and a sentence; None if none part.
+
+    Returns ``{"layer", "relative_error", "tolerance", "input_agrees", "inside", "last_that_agrees", "message"}``.
+    """
+    at = next((i for i, layer in enumerate(layers) if not layer.output.ok), None)
+    if at is None:
+        return None
+    first = layers[at]
+    agreed = layers[at - 1].name if at else None
+    around = [x for x in layers[at + 1 :] if first.name.startswith(f"{x.name}.") and x.input is not None and x.input.ok]
+    inside = around[0].name if around else None
+    agrees = first.input is None or first.input.ok
+    message = f"{first.name}: relative error {first.output.relative_error:.2e}, tolerance {first.output.tolerance:g}"
+    if agrees:
+        message += "; what goes into it agrees, so look at its parameters and settings"
+    else:
+        assert first.input is not None
+        message += (
+            f"; what goes into it differs already ({first.input.relative_error:.2e}), so look at what is computed"
+        )
+        message += f" between {agreed or 'the inputs'} and it" + (f", inside {inside}" if inside else "")
+    return {
+        "layer": first.name,
+        "relative_error": first.output.relative_error if math.isfinite(first.output.relative_error) else None,
+        "tolerance": first.output.tolerance,
+        "input_agrees": agrees,
+        "inside": inside,
+        "last_that_agrees": agreed,
+        "message": message,
+    }

@@ -1,0 +1,54 @@
+"""One picture of a comparison: ours, PyTorch's, and how they differ, made visible."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffuse_jax.weights.files import atomic_file
+
+HEADER, GAP, SMALLEST = 14, 4, 128
+"""Pixels: height of the caption, space between pictures, and the width up to which they are enlarged."""
+
+
+def amplification(ours: np.ndarray, theirs: np.ndarray) -> int:
+    """The largest power of ten that keeps every difference of two pictures in [0, 1] visible, at most a million."""
+    largest = float(np.abs(ours - theirs).max(initial=0.0))
+    return 1 if largest == 0 else 10 ** int(min(6, max(0, math.floor(-math.log10(largest)))))
+
+
+def side_by_side(ours: np.ndarray, theirs: np.ndarray) -> Image.Image:
+    """A row for each picture: ours, PyTorch's and the absolute difference times a factor, which the caption states.
+
+    Args:
+      ours, theirs: float ``[B,H,W,3]`` in [0, 1].
+    """
+    factor = amplification(ours, theirs)
+    columns = {
+        "diffuse_jax": ours,
+        "PyTorch": theirs,
+        f"difference x {factor}": np.clip(np.abs(ours - theirs) * factor, 0, 1),
+    }
+    images, height, width, _ = ours.shape
+    zoom = max(1, SMALLEST // width)
+    height, width = height * zoom, width * zoom
+    sheet = Image.new("RGB", (3 * (width + GAP) - GAP, HEADER + images * (height + GAP) - GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (caption, pictures) in enumerate(columns.items()):
+        left = column * (width + GAP)
+        draw.text((left + 2, 1), caption, fill="black")
+        for row, pixels in enumerate(pictures):
+            tile = Image.fromarray(np.round(pixels * 255).astype(np.uint8))
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left, HEADER + row * (height + GAP)))
+    return sheet
+
+
+def save_picture(path: Path, ours: np.ndarray, theirs: np.ndarray) -> Path:
+    """Write the picture as PNG, whole or not at all."""
+    with atomic_file(path) as file:
+        side_by_side(ours, theirs).save(file, format="PNG")
+    return path
