@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
@@ -143,6 +144,21 @@ def automatic_axes() -> set[str]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether the mesh has devices that this process does not own (a pod slice, several GPU machines)."""
+    return mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat)
+
+
+def readable(tree: Any) -> Any:
+    """The same numbers where this process can read them all; if they lie on several, all of these must call it."""
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if is_global(x) else x, tree)
+
+
+def is_global(x: Any) -> bool:
+    """Whether parts of an array are on devices of other processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def train_batch_sharding(mesh: Mesh) -> NamedSharding:

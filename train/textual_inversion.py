@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import mesh_from, objective_from
 from diffuse_jax.training.inversion import (
     add_inversion,
@@ -46,8 +47,9 @@ def main() -> None:
         export=functools.partial(save_embeddings, args),
         validate=validation_from(args, pipe, functools.partial(combined, pipe)),
     )
-    if args.save_as_full_pipeline and jax.process_index() == 0:
-        save_networks(pipe, Path(args.output_dir), combined(pipe, trained))
+    full = readable(combined(pipe, trained)) if args.save_as_full_pipeline else None
+    if full is not None and jax.process_index() == 0:
+        save_networks(pipe, Path(args.output_dir), full)
         pipe.components["tokenizer"].save_pretrained(Path(args.output_dir) / "tokenizer")
         save_rest(args, pipe, trained=("text_encoder", "tokenizer"))
     print(args.output_dir)
@@ -55,7 +57,8 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = latent_parser(__doc__, output_dir="runs/textual-inversion", train_batch_size=4, max_grad_norm=None)
+    defaults = {"train_batch_size": 4, "max_grad_norm": None}
+    parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
     add_inversion(parser)
     return parser.parse_args()
 

@@ -157,10 +157,9 @@ def validation_from(
     if args.eval_batch_size == 0:
         return None
     steps = min(args.ddpm_num_inference_steps, scheduler.num_train_timesteps)
-    mesh_of_all = mesh if jax.process_count() == 1 else None
 
     def validate(params: Params) -> list[tuple[str, Any]]:
-        pipe = pipeline(unet, scheduler, params, mesh_of_all)
+        pipe = pipeline(unet, scheduler, params, mesh)
         images = pipe(args.eval_batch_size, num_inference_steps=steps, seed=args.seed).images
         return [("sample", image) for image in images]
 

@@ -24,6 +24,7 @@ import numpy as np
 from diffuse_jax.models import AutoencoderKL, Params
 from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from diffuse_jax.models.presets import SD_VAE
+from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import PRECISIONS, make_parser, mesh_from, remat_from
 from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation
 from diffuse_jax.training.batches import Batches, Counted
@@ -161,7 +162,7 @@ def validation_from(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[P
         return decode(vae, params, z)
 
     def validate(trained: Params) -> list[tuple[str, Any]]:
-        again = to_uint8(np.asarray(reconstruct(trained["vae"], originals)))
+        again = to_uint8(readable(reconstruct(trained["vae"], originals)))
         return [("originals above reconstructions", sheet([originals, again]))]
 
     return validate

@@ -138,7 +138,7 @@ def generate(
     positive, negative = jax.tree.map(lambda rows: np.repeat(rows, copies, axis=0), prompts)
     images = len(jax.tree.leaves(positive)[0])
     draws, seeds = make_draws(
-        images, options.get("seed"), options.get("key"), options.get("latents"), task.latent_shape
+        images, options.get("seed"), options.get("key"), options.get("latents"), task.latent_shape, pipe.mesh
     )
     batch = Batch(
         positive,

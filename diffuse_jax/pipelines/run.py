@@ -17,6 +17,7 @@ from diffuse_jax.pipelines.base import DiffusionPipeline
 from diffuse_jax.pipelines.prompts import image_seeds
 from diffuse_jax.pipelines.sampling import Draws, Task
 from diffuse_jax.schedulers.plan import Plan
+from diffuse_jax.sharding import readable, spans_processes
 
 StepCallback = Callable[[Any, int, float, dict[str, jax.Array]], dict[str, jax.Array] | None]
 """``callback(pipe, step, timestep, {"latents": [B,h,w,c]})``; what it returns under "latents" replaces them."""
@@ -69,12 +70,16 @@ def make_draws(
     key: jax.Array | None,
     latents: Any,
     latent_shape: tuple[int, int, int],
+    mesh: Mesh | None = None,
 ) -> tuple[Draws, list[int] | None]:
     """Where the noise of ``images`` pictures comes from, and their seeds.
 
     Raises:
-      ValueError: the shape of ``latents`` does not fit, or both ``seed`` and ``key`` were given.
+      ValueError: the shape of ``latents`` does not fit, both ``seed`` and ``key`` were given, or neither although the
+        processes of the mesh would draw different ones.
     """
+    if seed is None and key is None and spans_processes(mesh):
+        raise ValueError("the mesh spans several processes; give them the same seed (or key), for example seed=0")
     if seed is not None and key is not None:
         raise ValueError("give seed or key, not both")
     if latents is not None:
@@ -173,7 +178,7 @@ def convert(results: Sequence[jax.Array], size: int, output_type: str) -> Any:
     if output_type == "latent":
         whole = results[0] if len(results) == 1 else jax.numpy.concatenate(results)
         return whole[:size]
-    images = np.concatenate([np.asarray(r) for r in results])[:size]
+    images = np.concatenate([np.asarray(readable(r)) for r in results])[:size]
     if output_type != "pil":
         return images
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]

@@ -109,7 +109,7 @@ class DDPMPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         config = self.components["unet"].config
         task = Unconditional(self.components["unet"], sample_shape(config), program_output(output_type))
-        draws, seeds = make_draws(batch_size, seed, key, latents, task.latent_shape)
+        draws, seeds = make_draws(batch_size, seed, key, latents, task.latent_shape, self.mesh)
         batch = Batch(draws, check_labels(class_labels, config, batch_size))
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = min(self.default_steps, self.scheduler.num_train_timesteps)

@@ -23,7 +23,8 @@ from diffuse_jax.training.state import Average
 from diffuse_jax.training.trackers import TRACKERS
 
 PRECISIONS: dict[str, DTypeLike] = {"no": jnp.float32, "bf16": jnp.bfloat16}
-
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Networks that ``--text_encoder_lr`` is for."""
 
 SEVERAL_PROCESSES = "processes are set with --coordinator_address, --num_processes and --process_id"
 EVERY_CHECKPOINT = "every checkpoint holds the model: use --checkpointing_steps"
@@ -98,7 +99,7 @@ def _add_optimisation(parser: Parser) -> None:
         default="adamw",
         type=str.lower,
         choices=sorted(OPTIMIZERS),
-        help="lion and adafactor need less memory",
+        help="lion and adafactor need less memory; prodigy finds its rate, give it --learning_rate 1",
     )
     add("--adam_beta1", type=float, help="decay of the first moment; the optimiser's own if left out")
     add("--adam_beta2", type=float, help="decay of the second moment; likewise")
@@ -220,20 +221,19 @@ def objective_from(args: argparse.Namespace, scheduler: Scheduler, prior_loss_we
 
 
 def optimizer_from(args: argparse.Namespace, mesh: Mesh) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser that the flags describe, and its learning rate."""
-    rate = learning_rate(
-        args.lr_scheduler,
-        args.learning_rate * (pictures_per_update(args, mesh) if args.scale_lr else 1),
-        args.lr_warmup_steps,
-        args.max_train_steps,
-        cycles=args.lr_num_cycles,
-        power=args.lr_power,
-        rules=args.lr_step_rules,
-    )
+    """The optimiser that the flags describe, and its learning rate (that of the networks without one of their own)."""
+    scale = pictures_per_update(args, mesh) if args.scale_lr else 1
+
+    def rate_up_to(peak: float) -> optax.Schedule:
+        shape = {"cycles": args.lr_num_cycles, "power": args.lr_power, "rules": args.lr_step_rules}
+        return learning_rate(args.lr_scheduler, peak * scale, args.lr_warmup_steps, args.max_train_steps, **shape)
+
+    rate, encoders = rate_up_to(args.learning_rate), getattr(args, "text_encoder_lr", None)
+    own = {} if encoders is None else dict.fromkeys(TEXT_ENCODERS, rate_up_to(encoders))
     names = ("beta1", "beta2", "weight_decay", "epsilon")
     settings = {name: getattr(args, f"adam_{name}") for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
-    return make_optimizer(args.optimizer, rate, max_grad_norm=args.max_grad_norm, **given), rate
+    return make_optimizer(args.optimizer, rate, max_grad_norm=args.max_grad_norm, own_rates=own, **given), rate
 
 
 def remat_from(args: argparse.Namespace) -> str:

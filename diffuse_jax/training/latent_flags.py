@@ -21,14 +21,21 @@ from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.latent import ENCODERS, component_folder, open_pipeline, sample_pictures
 
 
-def latent_parser(description: str | None, output_dir: str, **defaults: Any) -> Parser:
-    """The shared flags of :func:`~diffuse_jax.training.arguments.make_parser` and those of latent models."""
+def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
+    """The shared flags of :func:`~diffuse_jax.training.arguments.make_parser` and those of latent models.
+
+    Args:
+      description, output_dir, defaults: as there.
+      text_encoders: whether the script can train them beside the UNet.
+    """
     parser = make_parser(description, output_dir)
     add = parser.group("model")
     add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.x, 2.x or XL: a folder or a Hub id")
     add("--pretrained_vae_model_name_or_path", help="folder or Hub id whose vae/ replaces the pipeline's")
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="instead of the scheduler's")
-    add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
+    if text_encoders:
+        add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
+        add("--text_encoder_lr", type=float, help="their highest learning rate, if not --learning_rate")
     add = parser.group("monitoring")
     add("--validation_prompt", "--validation_prompts", nargs="+", help="make pictures of these prompts while training")
     add("--num_validation_images", type=int, default=4, help="pictures per prompt")
@@ -50,8 +57,14 @@ def source_folder(args: argparse.Namespace) -> Path:
 
 
 def trained_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """The networks that are trained."""
+    """The networks that are trained.
+
+    Raises:
+      ValueError: text encoders have a learning rate but are not trained.
+    """
     if not args.train_text_encoder:
+        if args.text_encoder_lr is not None:
+            raise ValueError(f"--text_encoder_lr {args.text_encoder_lr:g} has no use without --train_text_encoder")
         return ("unet",)
     index = weights.read_index(source_folder(args))
     encoders = next((names for kind, (names, _) in ENCODERS.items() if kind.__name__ == index.class_name), {})
@@ -117,19 +130,13 @@ def validation_from(
     """
     if not args.validation_prompt:
         return None
-    if jax.process_count() > 1:
-        raise ValueError(
-            "--validation_prompt needs all networks on one process, and this run has several; leave it out, and make "
-            "pictures from the checkpoints"
-        )
     sampler = Scheduler.from_pretrained(source_folder(args), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
-    mesh = pipe.mesh if jax.process_count() == 1 else None
 
     def validate(trained: Any) -> list[tuple[str, Any]]:
         changed = {name: (pipe.components[name], params) for name, params in merged(trained).items()}
         return sample_pictures(
-            pipe.replace(scheduler=sampler, mesh=mesh, **changed),  # type: ignore[arg-type]
+            pipe.replace(scheduler=sampler, **changed),  # type: ignore[arg-type]
             args.validation_prompt,
             num_images_per_prompt=args.num_validation_images,
             num_inference_steps=args.validation_inference_steps,

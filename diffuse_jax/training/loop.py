@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import param_shardings, readable
 from diffuse_jax.training.arguments import average_from, optimizer_from, pictures_per_update
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.checkpoint import Checkpoints, Position, shapes_of
@@ -22,7 +22,7 @@ from diffuse_jax.training.flops import count_flops, peak_flops
 from diffuse_jax.training.interruption import interruptions
 from diffuse_jax.training.monitor import Monitor, Work
 from diffuse_jax.training.profiling import Profiler
-from diffuse_jax.training.start import divided, local, place, resumed, say, settled, starting_point, whole
+from diffuse_jax.training.start import divided, local, place, resumed, say, settled, starting_point
 from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Pictures, open_trackers, wanted_trackers
 
@@ -56,10 +56,11 @@ def fit(
         number of examples, ``total``, the run can be counted in epochs; if they have ``close``, it is called.
       export: writes trained parameters (their average with ``--use_ema``) in inference format: into every checkpoint
         and, at the end, into ``output_dir``. Called on process 0 only, with arrays that are whole there.
-      validate: pictures of such parameters, ``[(name, PIL.Image), ...]``; called as ``export`` is.
+      validate: pictures of such parameters, ``[(name, PIL.Image), ...]``. Called on every process, with the arrays on
+        the mesh as training has them; what process 0 returns is logged.
 
     Returns:
-      The trained parameters (their average with ``--use_ema``), whole on every process.
+      The trained parameters (their average with ``--use_ema``), readable on every process.
 
     Raises:
       ValueError: flags, data and devices do not fit together, or a checkpoint is of another training.
@@ -126,27 +127,27 @@ def fit(
         monitor.close()
         getattr(batches, "close", lambda: None)()
         saver.close()
-    return trained(state)
+    return readable(trained(state))
 
 
 def trained(state: TrainState) -> Params:
-    """The parameters that are the result of the run, whole on every process; all processes must call it."""
-    return whole(state.params if state.ema is None else state.ema)
+    """The parameters that are the result of the run."""
+    return state.params if state.ema is None else state.ema
 
 
 def bound(export: Export | None, state: TrainState) -> Callable[[Path], None] | None:
     """``export`` of these parameters; all processes must call it, process 0 the result."""
     if export is None:
         return None
-    params = trained(state)
+    params = readable(trained(state))
     return lambda folder: export(folder, params)
 
 
 def show(made: int, state: TrainState, validate: Validate, monitor: Monitor) -> None:
     """Validation pictures; all processes must call it."""
-    params = trained(state)
+    pictures = validate(trained(state))
     if jax.process_index() == 0:
-        monitor.pictures(made, validate(params))
+        monitor.pictures(made, pictures)
 
 
 def open_monitor(

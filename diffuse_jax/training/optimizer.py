@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -123,16 +125,40 @@ def adafactor(
     return optax.chain(descent, optax.add_decayed_weights(-weight_decay), optax.scale_by_schedule(rate))
 
 
+def prodigy(
+    rate: optax.Schedule,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.01,
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Prodigy (Mishchenko and Defazio 2023): Adam that finds its rate; ``rate``, a factor on that, is 1 at its peak.
+
+    It estimates how far the solution is from the start, so it keeps the first parameters too: four times their memory.
+    While the rate rises in a warm-up, the estimate is held back.
+    """
+    return optax.contrib.prodigy(
+        rate, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, safeguard_warmup=True
+    )
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": adamw,
     "lion": lion,
     "adafactor": adafactor,
+    "prodigy": prodigy,
 }
 """Optimisers by the name that ``--optimizer`` takes."""
 
 
 def make_optimizer(
-    name: str, rate: optax.Schedule, *, max_grad_norm: float | None = 1.0, **settings: float
+    name: str,
+    rate: optax.Schedule,
+    *,
+    max_grad_norm: float | None = 1.0,
+    own_rates: Mapping[str, optax.Schedule] | None = None,
+    **settings: float,
 ) -> optax.GradientTransformation:
     """An optimiser after clipping the gradient to a global norm (None: not clipped).
 
@@ -140,6 +166,7 @@ def make_optimizer(
       name: one of :data:`OPTIMIZERS`.
       rate: the learning rate by update.
       max_grad_norm: see above.
+      own_rates: networks (first names in the tree of parameters) whose rate is another one.
       **settings: ``beta1``, ``beta2``, ``weight_decay``, ``epsilon``; those left out are the optimiser's own.
 
     Raises:
@@ -148,4 +175,12 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     optimizer = OPTIMIZERS[name](rate, **settings)
+    if own_rates:
+        parts = {network: OPTIMIZERS[name](own, **settings) for network, own in own_rates.items()}
+        optimizer = optax.multi_transform({**parts, "others": optimizer}, functools.partial(_labels, parts))
     return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def _labels(own: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
+    """Which optimiser each network has."""
+    return {network: network if network in own else "others" for network in params}

@@ -10,11 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings, train_batch_sharding
+from diffuse_jax.sharding import is_global, param_shardings, train_batch_sharding
 from diffuse_jax.training.arguments import pictures_per_update
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
@@ -103,11 +101,7 @@ def say(text: str) -> None:
 
 def local(tree: Any) -> Any:
     """Arrays that every process holds for itself, as a program over all devices takes them; global ones as they are."""
-    return jax.tree.map(lambda x: x if _is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
-
-
-def _is_global(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
+    return jax.tree.map(lambda x: x if is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -116,7 +110,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
         return jax.device_put(tree, param_shardings(tree, mesh))
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
-        if _is_global(x):
+        if is_global(x):
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
 
@@ -148,10 +142,3 @@ def local_shares(sharding: NamedSharding) -> int:
     size = math.prod(sharding.mesh.shape.values())
     places = sharding.addressable_devices_indices_map((1, size)).values()
     return len({(index[1].start, index[1].stop) for index in places if index is not None})
-
-
-def whole(tree: Params) -> Params:
-    """The same numbers, readable on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return tree
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -122,10 +122,22 @@ def pictures(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+PROMPT = ("--validation_prompt", "a red apple", "--num_validation_images", "2", "--validation_inference_steps", "3")
+MORE = {
+    "text_to_image_lora.py": PROMPT,
+    "textual_inversion.py": (
+        *("--placeholder_token", "<new>", "--initializer_token", "noto", "--save_as_full_pipeline"),
+        *("--validation_prompt", "a <new> apple", "--validation_inference_steps", "3"),
+    ),
+    "vae.py": ("--num_validation_images", "2"),
+}
+"""What each script wants besides."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py"])
+@pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "textual_inversion.py", "vae.py"])
 def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
-    """One device each: losses and every tensor that is written, the checkpoint's copies too."""
+    """One device each: losses, every tensor that is written, the checkpoint's copies too, and validation pictures."""
     pictures(tmp_path / "data")
     flags = ["--train_data_dir", str(tmp_path / "data"), "--train_batch_size", "2", "--max_train_steps", "3"]
     flags += ["--logging_steps", "1", "--checkpointing_steps", "2", "--report_to", "none", "--mesh_fsdp", "2"]
@@ -134,9 +146,10 @@ def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, scrip
         model = UNet2DModel(PIXELS)
         model.save_pretrained(tmp_path / "net", initial_params(model.shapes(), 0))
         flags += ["--model_config_name_or_path", str(tmp_path / "net"), "--resolution", "8"]
-        flags += ["--use_ema", "--eval_batch_size", "0"]
+        flags += ["--use_ema", "--eval_batch_size", "2", "--ddpm_num_inference_steps", "3"]
     else:
         flags += ["--pretrained_model_name_or_path", "diffuse-jax/emoji", "--resolution", "64", "--center_crop"]
+        flags += MORE[script]
     for processes, name in ((1, "one"), (2, "two")):
         run(tmp_path / name, processes, *flags, script=f"train/{script}", devices=2, timeout=900)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
@@ -147,3 +160,8 @@ def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, scrip
         a, b = (load_file(tmp_path / name / file) for name in ("one", "two"))
         for key in a:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=f"{file} {key}")
+    shown = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one" / "validation").rglob("*.png")}
+    assert shown
+    for file in shown:
+        a, b = (np.asarray(Image.open(tmp_path / name / file), np.int16) for name in ("one", "two"))
+        assert np.abs(a - b).max() <= 1, file
