@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PROMPTS := --prompt "a red apple, noto style" --prompt "grinning face, twemoji style" \
 	--prompt "red heart, fluent style" --prompt "watermelon, noto style"
 
-.PHONY: help install install-dev sample test test-slow lint format docs clean
+.PHONY: help install install-dev sample test test-slow test-gpu lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -57,6 +57,10 @@ test: lint docs ## everything that CI checks, the tests last
 test-slow: install-dev ## the tests that take minutes, and new random configurations of samplers
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 	DIFFUSE_JAX_TEST_RANDOM=1 $(BIN)/python -m pytest tests/schedulers/test_properties.py $(PYTEST)
+
+test-gpu: install-dev ## parity with PyTorch on CUDA, and docs/results/parity_cuda.json
+	JAX_PLATFORMS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu tests/torch_backend $(PYTEST)
+	$(BIN)/python -m benchmarks.parity --device cuda
 
 clean: ## caches and built documentation, not the virtual environment
 	rm -rf docs/_build docs/_generated build dist .mypy_cache .ruff_cache .pytest_cache .cache

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from jax.sharding import Mesh
 
@@ -105,14 +104,14 @@ class TorchPrograms(Programs):
         return functools.partial(PROGRAMS[fn], TWINS[type(task)](task))
 
 
-def sample(task: TorchTask, modules: Modules, batch: Any, plan: Plan) -> np.ndarray:
+def sample(task: TorchTask, modules: Modules, batch: Any, plan: Plan) -> jax.Array:
     """The whole run."""
     with exact():
         prepared, state = task.start(modules, batch, plan := steps.on_host(plan))
         denoiser = task.denoiser(modules, batch, prepared)
         for i in range(int(plan.num_evaluations)):
             state = denoise_step(denoiser, plan, state, i, prepared.keys)
-        return to_numpy(task.finish(modules, state))
+        return to_array(task.finish(modules, state))
 
 
 def start(task: TorchTask, modules: Modules, batch: Any, plan: Plan) -> tuple[Any, ours.State]:
@@ -131,10 +130,10 @@ def advance(
         return to_arrays(denoise_step(denoiser, plan, to_tensors(state, modules), int(i), prepared.keys))
 
 
-def finish(task: TorchTask, modules: Modules, state: ours.State) -> np.ndarray:
+def finish(task: TorchTask, modules: Modules, state: ours.State) -> jax.Array:
     """Its last part."""
     with exact():
-        return to_numpy(task.finish(modules, to_tensors(state, modules)))
+        return to_array(task.finish(modules, to_tensors(state, modules)))
 
 
 PROGRAMS: dict[Any, Callable[..., Any]] = {
@@ -161,10 +160,14 @@ def draw(shape: tuple[int, ...], plan: Plan, i: Any, keys: jax.Array) -> jax.Arr
     return plan.draw(i, shape, keys)
 
 
+def to_array(tensor: torch.Tensor) -> jax.Array:
+    """A tensor as callers of our pipelines see it."""
+    return jnp.asarray(to_numpy(tensor))
+
+
 def to_arrays(state: State) -> ours.State:
-    """Tensors as ``jax.Array``, as callers of our pipelines see them."""
-    array = lambda x: jnp.asarray(to_numpy(x))
-    return ours.State(array(state.sample), tuple(map(array, state.memory)))
+    """A state as callers of our pipelines see it."""
+    return ours.State(to_array(state.sample), tuple(map(to_array, state.memory)))
 
 
 def to_tensors(state: ours.State, modules: Modules) -> State:

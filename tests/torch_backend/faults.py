@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from diffuse_jax.weights import resolve
+
+SHIPPED = resolve("diffuse-jax/emoji")
+
 Edit = Callable[[Path], None]
 """Changes the files of one component's folder."""
 

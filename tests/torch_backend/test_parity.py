@@ -15,7 +15,6 @@ from PIL import Image
 
 from diffuse_jax import cli
 from diffuse_jax.schedulers import EulerAncestralDiscreteScheduler
-from diffuse_jax.weights import resolve
 from tests.torch_backend import faults
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -24,7 +23,7 @@ from diffuse_jax.torch_backend import parity, picture  # noqa: E402
 from diffuse_jax.torch_backend.networks import choose_device, open_network  # noqa: E402
 from diffuse_jax.torch_backend.tolerances import TOLERANCES  # noqa: E402
 
-EMOJI = resolve("diffuse-jax/emoji")
+EMOJI = faults.SHIPPED
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "seed": 0, "guidance_scale": 5.0}
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
