@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.torch_backend import load
+from diffuse_jax.torch_backend import load, training_command
 
 if TYPE_CHECKING:
     from diffuse_jax.torch_backend.parity import Request, Result, Sides
@@ -54,7 +54,8 @@ def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str,
     add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
     add("--component", nargs="+", choices=COMPONENTS, default=[], help="look at these networks only, not at the run")
     add("--bisect", action="store_true", help="name the first layer where a network parts from PyTorch's")
-    add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png there")
+    add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
+    training_command.add_flags(parser, positive)
 
 
 def run(args: argparse.Namespace, scheduler: Any = None) -> None:
@@ -69,6 +70,11 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
       ImportError: PyTorch or diffusers is missing; the text names the extra.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks may share one GPU
+    training_command.check_flags(args)
+    if args.training:
+        if different := training_command.run(args):
+            raise NotTheSame(different)
+        return
     parity = load("parity")
     request = request_of(parity, args)
     options = {name: getattr(args, name) for name in ("dtype", "device", "variant", "revision")}

@@ -67,17 +67,17 @@ def quiet() -> Iterator[None]:
     """Without the libraries' progress bars and notes on loading; what matters of them becomes an error."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    bars = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in libraries:
         library.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+        library.disable_progress_bar()
     try:
         yield
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        for library in bars:
+            library.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,120 @@
+"""``diffuse-jax parity --training``: flags, what is printed, what is written. Importing it imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffuse_jax.torch_backend import load
+
+if TYPE_CHECKING:
+    from diffuse_jax.torch_backend.training_report import Compared
+
+METHODS = ("full", "lora")
+PACKAGES = ("jax", "optax", "torch", "diffusers", "transformers", "peft")
+OF_TRAINING = ("method", "train_text_encoder", "snr_gamma", "batch_size", "resolution", "train_data_dir")
+OF_SAMPLING = ("scheduler", "guidance_scale", "height", "width", "component", "bisect")
+
+
+def add_flags(parser: argparse.ArgumentParser, positive: Any) -> None:
+    """The arguments that are for training steps alone.
+
+    Args:
+      parser: of the command.
+      positive: makes an argparse type of a kind of number that must be above zero.
+    """
+    add = parser.add_argument_group("training steps").add_argument
+    add("--training", action="store_true", help="compare one training step instead: loss, gradients, AdamW's update")
+    add("--method", choices=METHODS, help="train whole networks, or low-rank pairs (default: full)")
+    add("--train-text-encoder", action="store_true", default=None, help="train the text encoders too")
+    add("--snr-gamma", type=positive(float), metavar="X", help="Min-SNR weighting of the loss")
+    add("--batch-size", type=positive(int), metavar="N", help="pictures in the step (default: 2)")
+    add("--resolution", type=positive(int), metavar="PIXELS", help="their width and height (default: the model's)")
+    add("--train-data-dir", type=Path, metavar="DIR", help="image folder with captions (default: the model's VAE makes "
+        "pictures from noise, --prompt their captions)")  # fmt: skip
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+      ValueError: naming them.
+    """
+    wrong, text = (OF_SAMPLING, "leave out --training") if args.training else (OF_TRAINING, "add --training")
+    given = [f"--{name.replace('_', '-')}" for name in wrong if getattr(args, name) not in (None, False, [])]
+    if given:
+        kind = "sampling" if args.training else "training steps"
+        raise ValueError(f"{', '.join(given)}: for comparisons of {kind}; {text}, or leave it out")
+    if args.train_data_dir is not None and args.prompt:
+        raise ValueError("--prompt: captions come from --train-data-dir; leave out one of both")
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Compare, print and write.
+
+    Returns:
+      None if both steps are the same, else what differs.
+
+    Raises:
+      ImportError: PyTorch, diffusers or (for LoRA) peft is missing.
+      WeightsError, ValueError, FileNotFoundError: see :func:`training_parity.compare_training`.
+    """
+    parity = load("training_parity")
+    given = {name: getattr(args, name) for name in OF_TRAINING if getattr(args, name) is not None}
+    if args.prompt:
+        given["captions"] = tuple(args.prompt)
+    request = parity.TrainingRequest(seed=args.seed, dtype=args.dtype, **given)
+    hub = {"variant": args.variant, "revision": args.revision}
+    compared = parity.compare_training(args.model, request, reference=args.reference, device=args.device, **hub)
+    text = show(compared)
+    if args.report is not None:
+        write(args.report, args, request, compared)
+    if not compared.ok:
+        return text
+    print(text)
+    return None
+
+
+def show(compared: Compared) -> str:
+    """Print the table; returns what it means."""
+    from diffuse_jax.torch_backend.report import table
+    from diffuse_jax.torch_backend.training_report import shown, verdict
+
+    if compared.rows:
+        print(table(shown(compared)))
+    for found in compared.differences:
+        print(f"differs: {found}")
+    return verdict(compared)
+
+
+def write(folder: Path, args: argparse.Namespace, request: Any, compared: Compared) -> None:
+    """``training.json``: every row."""
+    import jax
+
+    from diffuse_jax.torch_backend.networks import choose_device
+    from diffuse_jax.torch_backend.report import write_report
+
+    fields = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(request).items()}
+    context: dict[str, Any] = {
+        "model": args.model,
+        "reference": args.reference or args.model,
+        **fields,
+        "device": choose_device(args.device).type,
+        "jax_device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES if installed(name)},
+        "same": compared.ok,
+        "differences": [found._asdict() for found in compared.differences],
+    }
+    print(write_report(folder / "training.json", compared.rows, **context))
+
+
+def installed(name: str) -> bool:
+    """Whether a distribution is there: peft is only needed for LoRA."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

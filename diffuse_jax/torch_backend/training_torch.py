@@ -1,0 +1,232 @@
+"""One training step of a Stable Diffusion on PyTorch: modules of diffusers and transformers, LoRA by peft.
+
+It is written as users of PyTorch write it, from the definitions of the loss (Ho et al. 2020, eq. 14; Hang et al. 2023,
+section 3.4; Ruiz et al. 2023, eq. 2), and takes its random numbers from our side.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+
+from diffuse_jax import weights
+from diffuse_jax.adapters.lora_file import save_lora
+from diffuse_jax.models.base import Params
+from diffuse_jax.pipelines.base import NOT_LOADED
+from diffuse_jax.torch_backend.networks import (
+    CLASSES,
+    channels_first,
+    channels_last,
+    choose_device,
+    exact,
+    open_network,
+    quiet,
+    to_numpy,
+    to_torch,
+)
+from diffuse_jax.torch_backend.text_to_image import Text, encode_sd, encode_sdxl, scale_latents
+from diffuse_jax.torch_backend.training import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Update, draws
+from diffuse_jax.training.batches import Batch
+from diffuse_jax.training.latent import ENCODERS
+from diffuse_jax.training.objective import Draw, Objective
+from diffuse_jax.weights.names import ALIASES, rename
+
+ADAPTER = "parity"
+"""What peft calls the pairs that are compared."""
+
+Parameters = dict[str, Any]
+"""Trained parameters by component and checkpoint name, ``unet.conv_in.weight``."""
+
+
+class Made(NamedTuple):
+    """The loss of a batch, with a graph, and what it was made from (:attr:`Update.values`)."""
+
+    loss: Any
+    values: dict[str, Any]
+
+
+def open_reference(
+    source: str | Path,
+    *,
+    trainable: Sequence[str],
+    dtype: str = "float32",
+    device: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A pipeline of PyTorch diffusers for training; parameters have the dtypes that ours have.
+
+    Args:
+      source: a folder in diffusers layout or a Hub id.
+      trainable: components whose parameters are float32; those of the others have ``dtype``, and the autoencoder of a
+        checkpoint that asks for it stays in float32.
+      dtype: "float32" or "bfloat16".
+      device: "cpu" or "cuda"; CUDA where there is one, if None.
+      variant, revision: as for ours.
+
+    Raises:
+      WeightsError: PyTorch cannot open one of its networks.
+      ValueError: there is no such device, or the model is no Stable Diffusion.
+    """
+    folder, where = weights.resolve(source, variant=variant, revision=revision), choose_device(device)
+    index = weights.read_index(folder)
+    known = [kind.__name__ for kind in ENCODERS]
+    if index.class_name not in known:
+        raise ValueError(f"{source} is a {index.class_name}; training steps are compared of {', '.join(known)}")
+    parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in NOT_LOADED)
+    for name, entry in index.components.items():
+        if entry.class_name in CLASSES:
+            kept = "float32" if name in trainable else dtype
+            module = open_network(entry.class_name, entry.folder, kept, where, variant)
+            parts[name] = module.float() if getattr(module.config, "force_upcast", False) else module
+    with quiet():
+        return getattr(diffusers, index.class_name).from_pretrained(folder, **parts)
+
+
+def full_parameters(pipe: Any, names: Sequence[str]) -> Parameters:
+    """All parameters of the named networks, which are trained from now on."""
+    modules = {name: getattr(pipe, name).requires_grad_(True) for name in names}
+    return {f"{name}.{spelled(key)}": p for name, module in modules.items() for key, p in module.named_parameters()}
+
+
+def spelled(key: str) -> str:
+    """A module's own name of a parameter -> the name in checkpoints; releases of transformers differ in it."""
+    return rename(key, ALIASES)
+
+
+def low_rank_parameters(pipe: Any, pairs: Mapping[str, Params]) -> Parameters:
+    """Our pairs as a trained adapter of the pipeline, through the file that PyTorch's users open.
+
+    Raises:
+      ImportError: peft is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        pipe.load_lora_weights(save_lora(Path(folder), pairs).parent, adapter_name=ADAPTER)
+    found = {}
+    for name in pairs:
+        for key, p in getattr(pipe, name).named_parameters():
+            p.requires_grad_("lora_" in key)
+            if "lora_" in key:
+                p.data = p.data.float()
+                found[f"{name}.{spelled(key).replace(f'.{ADAPTER}.', '.')}"] = p
+    return found
+
+
+def torch_step(parameters: Parameters, make: Callable[[], Made]) -> Update:
+    """One clipped update of AdamW; gradients come in the order in which the backward pass finishes them.
+
+    Args:
+      parameters: what is trained; nothing else gets a gradient that counts.
+      make: computes the loss. Parameters that it does not use are left out of the result.
+    """
+    finished: dict[str, None] = {}
+    hooks = [p.register_post_accumulate_grad_hook(lambda _, k=k: finished.setdefault(k)) for k, p in parameters.items()]
+    with exact(), torch.enable_grad():
+        made = make()
+        made.loss.backward()
+    for hook in hooks:
+        hook.remove()
+    trained = {name: parameters[name] for name in finished}
+    gradients = {name: host(p.grad) for name, p in trained.items()}
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
+    before = {name: host(p) for name, p in trained.items()}
+    torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY).step()
+    values = {name: host(value) for name, value in (made.values | {"loss": made.loss, "grad_norm": norm}).items()}
+    return Update(values, gradients, {name: host(p) - before[name] for name, p in trained.items()})
+
+
+def host(x: Any) -> np.ndarray:
+    """A copy as an array that later updates leave alone."""
+    return np.array(to_numpy(x))
+
+
+def text_to_image_loss(pipe: Any, objective: Objective, batch: Batch, seed: int, dtype: str = "float32") -> Made:
+    """The loss of a batch of pictures and captions with our noise and timesteps.
+
+    Args:
+      pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its own scheduler says what is predicted.
+      objective: weights of the loss, see :func:`loss_at`.
+      batch: as for our step.
+      seed: of the random numbers.
+      dtype: bfloat16 computes in that under ``torch.autocast``, with float32 parameters. The autoencoder of a
+        checkpoint that asks for it stays in float32.
+    """
+    device = pipe.unet.device
+    half = lambda wanted=True: torch.autocast(device.type, torch.bfloat16, enabled=wanted and dtype == "bfloat16")
+    pixels = channels_first(to_torch(batch["pixel_values"], device)).to(pipe.vae.dtype) / 127.5 - 1
+    with torch.no_grad(), half(not pipe.vae.config.force_upcast):
+        posterior = pipe.vae.encode(pixels).latent_dist
+    mean, std = channels_last(posterior.mean).float(), channels_last(posterior.std).float()
+    noise, drawn = draws(objective, seed, tuple(mean.shape))
+    x0 = scale_latents(mean + std * to_torch(noise, device), pipe.vae.config)
+    with half():
+        text = text_states(pipe, batch, device)
+    added = None
+    if text.pooled is not None:
+        added = {"text_embeds": text.pooled, "time_ids": to_torch(batch["time_ids"], device)}
+
+    def predict(x: Any, t: Any) -> Any:
+        with half():
+            return channels_last(pipe.unet(channels_first(x), t, text.states, added_cond_kwargs=added).sample)
+
+    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    made = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
+    named = {"text states": text.states, "pooled text": text.pooled}
+    return Made(made.loss, {name: x for name, x in named.items() if x is not None} | made.values)
+
+
+def text_states(pipe: Any, batch: Batch, device: Any) -> Text:
+    """What the UNet is told of the captions."""
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in batch]
+    encode = encode_sdxl if "text_encoder_2" in names else encode_sd
+    return encode([getattr(pipe, name) for name in names], [to_torch(batch[name], device) for name in names], None)
+
+
+def loss_at(
+    scheduler: Any,
+    objective: Objective,
+    x0: Any,
+    drawn: Draw,
+    predict: Callable[[Any, Any], Any],
+    prior: np.ndarray | None = None,
+) -> Made:
+    """The loss of clean samples at drawn timesteps.
+
+    Args:
+      scheduler: of PyTorch diffusers; decides what is predicted.
+      objective: for ``snr_gamma``, ``snr_weighting`` and ``prior_loss_weight``; its scheduler is not looked at.
+      x0: ``[B,h,w,c]`` float32.
+      drawn: noise and timesteps.
+      predict: ``(x, t) -> prediction``, both of the shape of ``x0``.
+      prior: bool ``[B]``, see :func:`diffuse_jax.training.objective.errors`.
+    """
+    noise, t = to_torch(drawn.noise, x0.device), to_torch(drawn.t, x0.device).long()
+    extra = 0 if drawn.extra is None else to_torch(drawn.extra, x0.device)
+    x, kind = scheduler.add_noise(x0, noise + extra, t), scheduler.config.prediction_type
+    prediction = predict(x, t).float()
+    wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0}[kind]
+    squares = (prediction - wanted).square().mean((1, 2, 3))
+    error = squares * sample_weights(scheduler, objective, t)
+    own = torch.ones_like(t, dtype=torch.bool) if prior is None else ~to_torch(prior, x0.device)
+    loss, values = error[own].mean(), {"noised latents": x, "prediction": prediction, "mse": squares[own].mean()}
+    if prior is not None:
+        values["prior_loss"] = error[~own].mean()
+        loss = loss + objective.prior_loss_weight * values["prior_loss"]
+    return Made(loss, values)
+
+
+def sample_weights(scheduler: Any, objective: Objective, t: Any) -> Any:
+    """What the squared error of each sample is multiplied by, ``[B]``."""
+    alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0).to(t.device)[t]  # 1 - alpha_bar cancels in float32
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr if objective.snr_weighting else torch.ones_like(snr)
+    if objective.snr_gamma is not None:
+        s = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
+        weight = weight * (objective.snr_gamma / s).clamp(max=1)
+    return weight.float()
