@@ -21,7 +21,7 @@ import diffuse_jax
 from diffuse_jax import cli
 from tests.pipelines import tiny
 
-COMMANDS = ("generate", "convert", "env")
+COMMANDS = ("generate", "convert", "parity", "env")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -97,6 +97,7 @@ def test_command_lines_of_the_documentation_parse(page: Path) -> None:
         ("generate",),
         ("generate", "--prompt", "x", "--height", "0"),
         ("convert", "a"),
+        ("parity",),
         ("env", "--fast"),
     ],
 )
