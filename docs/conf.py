@@ -1,7 +1,8 @@
-"""Sphinx: MyST pages, the API from docstrings, tables from ``docs/results/*.json``."""
+"""Sphinx: MyST pages, executed notebooks, the API from docstrings, tables from ``docs/results/*.json``."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ copyright = "the diffuse_jax authors"
 release = version = diffuse_jax.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -30,10 +31,29 @@ extensions = [
 exclude_patterns = ["_build", "_generated"]
 html_theme = "sphinx_book_theme"
 html_title = "diffuse_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+
+def code_state() -> str:
+    """A hash of all that notebooks run: what they showed before a change of the library must not stand after it."""
+    package = DOCS.parent / "diffuse_jax"
+    files = [path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()[:16]
+
+
+# Notebooks are stored without outputs and run by the build, in a folder of their own; an error ends the build. Their
+# outputs are kept for the next build of the same notebook with the same library.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(DOCS / "_build" / "notebooks" / code_state())
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_execution_show_tb = True
 
 autodoc_default_options = {"members": True, "special-members": "__call__", "exclude-members": "setup,PIPELINES"}
 autodoc_member_order = "bysource"

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
 import diffuse_jax
@@ -16,6 +17,7 @@ from diffuse_jax.pipelines.programs import PROGRAMS
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 WRITTEN = [p for p in sorted(DOCS.rglob("*.md")) if not any(part.startswith("_") for part in p.relative_to(DOCS).parts)]
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -45,8 +47,12 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PROGRAMS, "_folders", [])  # a page that saves programs does not decide how later tests compile
     names: dict[str, object] = {"__name__": "__main__"}
-    for line, code in blocks(page):
-        exec(compile("\n" * line + code, str(page), "exec"), names)
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    try:
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)  # one page names another folder
 
 
 def test_the_blocks_are_found() -> None:
@@ -57,10 +63,17 @@ def test_every_page_is_in_a_table_of_contents() -> None:
     listed = set()
     for page in WRITTEN:
         for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            listed |= {
-                (page.parent / line.strip()).with_suffix(".md") for line in tree.splitlines() if line[:1].isalnum()
-            }
-    assert set(WRITTEN) - {DOCS / "index.md"} == listed
+            listed |= {(page.parent / line.strip()).with_suffix("") for line in tree.splitlines() if line[:1].isalnum()}
+    assert {page.with_suffix("") for page in (*WRITTEN, *NOTEBOOKS)} - {DOCS / "index"} == listed
+
+
+def test_notebooks_are_stored_without_outputs() -> None:
+    """The build runs them; what they show is then what this version does."""
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            assert not cell.get("outputs"), f"{path.name} has outputs; clear them before committing"
+            assert cell.get("execution_count") is None, f"{path.name} was saved after a run"
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -104,6 +117,10 @@ def test_a_result_becomes_a_table(tmp_path: Path) -> None:
     assert "| c | – | – | 12,345 | 1, 2 |\n<!-- end results -->\ny" in filled
     few = results.fill("<!-- results: speed seconds model -->\n<!-- end results -->", results.read(tmp_path))
     assert few.splitlines()[1:-1] == ["| seconds | model |", "| --- | --- |", "| 0.123 | a\\|b |", "| – | c |"]
+    one = results.fill("<!-- results: speed model=c bytes -->\n<!-- end results -->", results.read(tmp_path))
+    assert one.splitlines()[3:-1] == ["| c | 12,345 |"]
+    with pytest.raises(ValueError, match="model=d"):
+        results.fill("<!-- results: speed model=d -->\n<!-- end results -->", results.read(tmp_path))
 
 
 def test_an_estimate_stands_with_its_interval() -> None:

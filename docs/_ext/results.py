@@ -7,7 +7,8 @@ A result is a JSON object, written by a test or a benchmark::
 
 The columns of the table are the keys of the rows, in the order in which they appear. ``python docs/_ext/results.py``
 rewrites the tables of README.md, which stand between ``<!-- results: NAME COLUMN ... -->`` and
-``<!-- end results -->``; without columns the table has all of them.
+``<!-- end results -->``; without columns the table has all of them. ``COLUMN=VALUE,VALUE`` leaves only such rows, and
+shows the column.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<columns>( \w+)*) -->\n).*?<!-- end results -->", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<columns>( [\w=,]+)*) -->\n).*?<!-- end results -->", re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -77,8 +78,22 @@ def write_pages(source: Path, target: Path) -> None:
 
 def fill(page: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of a page with the tables between its marks made anew."""
-    new = lambda m: table(found[m["name"]]["rows"], m["columns"].split())
-    return BLOCK.sub(lambda m: f"{m[1]}{new(m)}\n<!-- end results -->", page)
+    return BLOCK.sub(lambda m: f"{m[1]}{chosen(found[m['name']]['rows'], m['columns'])}\n<!-- end results -->", page)
+
+
+def chosen(rows: Sequence[Mapping[str, Any]], columns: str) -> str:
+    """The table of the columns ``"name seconds"``; ``"name=a,b seconds"`` leaves the rows whose name is a or b.
+
+    Raises:
+      ValueError: no such row.
+    """
+    split = [word.partition("=") for word in columns.split()]
+    for name, _, values in split:
+        if values:
+            rows = [row for row in rows if str(row.get(name)) in values.split(",")]
+    if not rows:
+        raise ValueError(f"no row is {columns!r}")
+    return table(rows, [name for name, _, _ in split])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Draw the gallery of the documentation with the shipped model: ``docs/images/gallery_*.webp``.
+
+Nothing is picked: prompts, seeds and settings stand below. Example:
+
+    python docs/gallery.py            # all of it
+    python docs/gallery.py --only steps previews
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from diffuse_jax import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffuse_jax.pipelines.denoise import decode_latents, to_uint8
+from diffuse_jax.weights.files import atomic_file
+
+FOLDER = Path(__file__).resolve().parent / "images"
+STYLES = ("noto", "blob", "fluent", "fluent flat", "twemoji", "emojione", "fxemoji", "streamline")
+EDGE, GAP = 96, 4  # pixels that a picture of 64 is drawn with, and between two
+SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "output_type": "np", "batch_size": 8}
+
+Pictures = list[np.ndarray]
+
+
+def main() -> None:
+    args = parse_args()
+    pipe = DiffusionPipeline.from_pretrained(args.model)
+    for name in args.only:
+        path = Path(args.output_dir) / f"gallery_{name}.webp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            sheet(PARTS[name](pipe)).save(file, format="WEBP", quality=88, method=6)
+        print(path)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
+    parser.add_argument("--output_dir", default=FOLDER, help="where the pictures go (default: docs/images)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="draw these (default: all)")
+    return parser.parse_args()
+
+
+def styles(pipe: Any) -> list[Pictures]:
+    """Rows of things, columns of styles, one noise."""
+    things = ("red apple", "grinning face", "dog face", "red heart", "mushroom", "cat face")
+    prompts = [f"{thing}, {style} style" for thing in things for style in STYLES]
+    return in_rows(pipe(prompts, seed=[5] * len(prompts), **SETTINGS).images)
+
+
+def guidance(pipe: Any) -> list[Pictures]:
+    """The same noise with rising guidance, the last row also rescaled."""
+    scales = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0]
+    prompts = ["red heart, fluent style", "dog face, noto style", "grinning face, twemoji style"]
+    prompts = [prompt for prompt in (*prompts, prompts[-1]) for _ in scales]
+    rescale = [0.0] * 24 + [0.7] * 8
+    given = SETTINGS | {"guidance_scale": scales * 4, "guidance_rescale": rescale}
+    return in_rows(pipe(prompts, seed=[3] * 32, **given).images)
+
+
+def steps(pipe: Any) -> list[Pictures]:
+    """The same noise with rising numbers of steps."""
+    pipe = pipe.replace(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler))
+    prompts = ["watermelon, noto style", "cat face, twemoji style", "bear, fluent style"]
+    columns = [
+        pipe(prompts, seed=[1] * 3, **SETTINGS | {"num_inference_steps": count}).images
+        for count in (2, 3, 4, 6, 8, 12, 16, 25)
+    ]
+    return [list(row) for row in zip(*columns)]
+
+
+def previews(pipe: Any) -> list[Pictures]:
+    """What the network takes the clean picture for, after each of sixteen steps."""
+    plan, found = pipe.scheduler.plan(16), []
+    before: dict[str, Any] = {}
+
+    def note(pipe: Any, i: int, timestep: float, values: dict[str, Any]) -> None:
+        # The step from one sample to the next says what the clean sample was taken for: DDIM draws no noise.
+        found.append(clean_between(plan, i, before["latents"], values["latents"]))
+        before["latents"] = values["latents"]
+
+    prompt, size = "a red apple, noto style", pipe.components["unet"].config.sample_size
+    noise = np.random.default_rng(0).standard_normal((1, size, size, 4), np.float32)
+    before["latents"] = plan.init(noise).sample
+    pipe(prompt, latents=noise, callback_on_step_end=note, **SETTINGS | {"num_inference_steps": 16})
+    images = decode_latents(pipe.components["vae"], pipe.params["vae"], jnp.concatenate(found))
+    return in_rows(np.asarray(images))
+
+
+def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
+    """The clean sample on the line that DDIM follows: ``x = alpha x0 + sigma eps`` at both ends, solved for ``x0``."""
+    (alpha, sigma), (alpha_next, sigma_next) = plan.levels[i], plan.levels[i + 1]
+    return (sigma * there - sigma_next * here) / (sigma * alpha_next - sigma_next * alpha)
+
+
+def between(pipe: Any) -> list[Pictures]:
+    """Text states mixed from one prompt to another."""
+    pairs = [
+        ("red apple, noto style", "grinning face, noto style"),
+        ("dog face, fluent style", "cat face, fluent style"),
+        ("red heart, twemoji style", "watermelon, noto style"),
+    ]
+    share = np.linspace(0, 1, 8)[:, None, None]
+    first, second = (encoded(pipe, [pair[i] for pair in pairs]) for i in (0, 1))
+    states = np.concatenate([(1 - share) * a + share * b for a, b in zip(first, second)])
+    return in_rows(pipe(prompt_embeds=states.astype(np.float32), seed=[0] * len(states), **SETTINGS).images)
+
+
+def encoded(pipe: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Text states ``[prompts, tokens, width]``."""
+    tokenizer, encoder = pipe.components["tokenizer"], pipe.components["text_encoder"]
+    length = encoder.config.max_position_embeddings
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="np")["input_ids"]
+    return np.asarray(encoder.apply({"params": pipe.params["text_encoder"]}, jnp.asarray(ids)).last_hidden_state)
+
+
+def in_rows(images: np.ndarray) -> list[Pictures]:
+    """Rows of eight."""
+    return [list(images[i : i + 8]) for i in range(0, len(images), 8)]
+
+
+def sheet(rows: Sequence[Pictures]) -> Image.Image:
+    """Pictures ``[H,W,3]`` in [0, 1] side by side, enlarged, on white."""
+    step = EDGE + GAP
+    page = Image.new("RGB", (len(rows[0]) * step - GAP, len(rows) * step - GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            small = Image.fromarray(np.asarray(to_uint8(jnp.asarray(image))))
+            page.paste(small.resize((EDGE, EDGE), Image.Resampling.LANCZOS), (x * step, y * step))
+    return page
+
+
+PARTS: dict[str, Callable[[Any], list[Pictures]]] = {
+    part.__name__: part for part in (styles, guidance, steps, previews, between)
+}
+
+if __name__ == "__main__":
+    main()
