@@ -132,7 +132,7 @@ def draws(objective: Objective, seed: int, shape: Sequence[int]) -> tuple[np.nda
 
 
 def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, batch: Batch, seed: int = 0) -> Update:
-    """One clipped update of AdamW by the library's own compiled step.
+    """One step of a text-to-image trainer.
 
     Args:
       pipe: the networks.
@@ -141,10 +141,22 @@ def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, ba
       batch: see :func:`batch_of`.
       seed: of the step's random numbers.
     """
+    return step_of(recorded(ENCODERS[type(pipe)][1], trained.combine, objective), trained, batch, seed)
+
+
+def step_of(loss: Loss, trained: Trained, batch: Mapping[str, Any], seed: int = 0) -> Update:
+    """One clipped update of AdamW by the library's own compiled step.
+
+    Args:
+      loss: of the step; its metrics become values of the result.
+      trained: what is trained.
+      batch: arrays ``[B,...]``.
+      seed: of the step's random numbers.
+    """
     own = make_optimizer("adamw", lambda _: LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, weight_decay=WEIGHT_DECAY)
     optimizer = optax.chain(remembering(), own)
-    step = make_step(recorded(ENCODERS[type(pipe)][1], trained.combine, objective), optimizer, seed)
     state = init_state(trained.trainable, optimizer, use_ema=False)
+    step = make_step(loss, optimizer, seed)
     state, metrics = step(state, trained.frozen, jax.tree.map(lambda x: x[None], dict(batch)))
     changes = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, trained.trainable)
     values = {name: np.asarray(value, np.float32) for name, value in metrics.items()}

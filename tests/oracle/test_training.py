@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 
 from diffuse_jax.schedulers import DDPMScheduler
+from diffuse_jax.torch_backend import training
+from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_updates, verdict
+from diffuse_jax.training import latent
 from diffuse_jax.training.objective import Objective, draw, errors, noised
-from diffuse_jax.training.optimizer import learning_rate, make_optimizer
-from diffuse_jax.training.state import Average, ema_rate, ema_update, init_state, make_step
-from diffuse_jax.weights.names import flatten, to_torch, torch_key
+from diffuse_jax.training.optimizer import learning_rate
+from diffuse_jax.training.state import Average, ema_rate, ema_update
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = twins.torch, twins.diffusers
+
+from diffuse_jax.torch_backend import training_torch as twin  # noqa: E402
+from diffuse_jax.torch_backend.networks import channels_first, channels_last  # noqa: E402
 
 PEAK, WARMUP, TOTAL = 3e-4, 7, 40
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -55,7 +60,7 @@ def test_running_average(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(ours, theirs.shadow_params[0].numpy(), atol=1e-6)
 
 
-BATCH, RATE = 4, 1e-3
+BATCH = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "epsilon": {},
     "velocity, Min-SNR": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
@@ -68,53 +73,32 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["text", "pixels"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_update(name: str, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The same weights, noise and timesteps give the same loss and the same parameters after AdamW."""
+    """The same weights, noise and timesteps give the same loss, gradients and parameters after AdamW."""
     make = (twins.unet_twin, "SD 2.x") if kind == "text" else (twins.pixel_unet_twin, "DDPM")
     module, model, params = make[0](make[1], tmp_path)
     settings = dict(OBJECTIVES[name])
-    scheduler = DDPMScheduler(prediction_type=settings.pop("prediction_type", "epsilon"), beta_schedule="scaled_linear")
-    objective = Objective(scheduler=scheduler, **settings)
-    x0 = jnp.asarray(rng.standard_normal((BATCH, 8, 8, model.config.in_channels)), jnp.float32)
+    schedule = {"prediction_type": settings.pop("prediction_type", "epsilon"), "beta_schedule": "scaled_linear"}
+    objective = Objective(scheduler=DDPMScheduler(**schedule), **settings)
+    x0 = rng.standard_normal((BATCH, 8, 8, model.config.in_channels)).astype(np.float32)
     text = rng.standard_normal((BATCH, 5, 24)).astype(np.float32)
-    drawn = draw(objective, jax.random.key(0), x0)._replace(t=jnp.array([0, 250, 600, 999]))
+    drawn = draw(objective, jax.random.key(0), jnp.asarray(x0))._replace(t=jnp.array([0, 250, 600, 999]))
 
-    def loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
         more = (text,) if kind == "text" else ()
-        return errors(
-            objective, model.apply({"params": params}, noised(objective, x0, drawn), drawn.t, *more), x0, drawn
-        )
+        x = noised(objective, batch["x0"], drawn)
+        prediction = model.apply({"params": trainable["unet"]}, x, drawn.t, *more)
+        value, metrics = errors(objective, prediction, batch["x0"], drawn)
+        return value, metrics | {"noised latents": x, "prediction": prediction}
 
-    optimizer = make_optimizer("adamw", lambda _: RATE, weight_decay=0.01)
-    step = make_step(loss, optimizer, seed=0)
-    state, metrics = step(init_state(params, optimizer, use_ema=False), {}, np.zeros((1, BATCH)))
-    theirs = torch_update(module, objective, np.asarray(x0), text if kind == "text" else None, drawn)
-    assert float(metrics["loss"]) == pytest.approx(theirs, rel=1e-5)
-    after = {torch_key(path): np.asarray(to_torch(path, leaf)) for path, leaf in flatten(state.params).items()}
-    for key, value in module.named_parameters():
-        # Adam divides by the root of a gradient's square, so where a gradient is all rounding its sign may differ.
-        settled = np.abs(value.grad.numpy()) > 1e-6
-        np.testing.assert_allclose(after[key][settled], value.detach().numpy()[settled], atol=1e-4, err_msg=key)
+    def predict(x: Any, t: Any) -> Any:
+        more = {"encoder_hidden_states": torch.tensor(text)} if kind == "text" else {}
+        return channels_last(module(channels_first(x), t, **more).sample)
 
-
-def torch_update(module: Any, objective: Objective, x0: np.ndarray, text: Any, drawn: Any) -> float:
-    """One update of the PyTorch twin, written as its users write it; returns the loss."""
-    first = lambda x: torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
-    kind = objective.scheduler.prediction_type
-    scheduler = diffusers.DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
-    clean, noise, t = first(x0), first(drawn.noise), torch.tensor(np.asarray(drawn.t)).long()
-    more = {} if text is None else {"encoder_hidden_states": torch.tensor(text)}
-    prediction = module(scheduler.add_noise(clean, noise, t), t, **more).sample
-    wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(clean, noise, t), "sample": clean}[kind]
-    error = (prediction - wanted).square().mean((1, 2, 3))
-    if objective.snr_weighting:
-        alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)[t]  # in float32, 1 - alpha_bar is rounding at t = 0
-        error = error * (alpha_bar / (1 - alpha_bar)).float()
-    if objective.snr_gamma is not None:
-        snr = diffusers.training_utils.compute_snr(scheduler, t)
-        s = snr + 1 if kind == "v_prediction" else snr
-        error = error * torch.minimum(s, torch.full_like(s, objective.snr_gamma)) / s
-    loss = error.mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.01).step()
-    return float(loss)
+    trained = training.Trained({"unet": params}, {}, latent.whole({}), training.named_parameters)
+    ours = training.step_of(loss, trained, {"x0": x0})
+    scheduler = diffusers.DDPMScheduler(**schedule)
+    parameters = {f"unet.{key}": value for key, value in module.named_parameters()}
+    theirs = twin.torch_step(parameters, lambda: twin.loss_at(scheduler, objective, torch.tensor(x0), drawn, predict))
+    compared = compare_updates(ours, theirs, TOLERANCES["float32"])
+    assert compared.ok, verdict(compared)
+    assert len(compared.changes) == len(parameters)
