@@ -35,7 +35,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 
@@ -54,6 +54,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_execution_show_tb = True
+nb_output_stderr = "remove"  # progress bars and notes of other libraries
 
 autodoc_default_options = {"members": True, "special-members": "__call__", "exclude-members": "setup,PIPELINES"}
 autodoc_member_order = "bysource"
