@@ -117,7 +117,8 @@ def verdict(result: Result, dtype: str) -> str:
             f" the first is {outside[0].name}"
         )
     if result.differences:
-        parts.append(f"{len(result.differences)} differences, the first is {result.differences[0]}")
+        more = f", and {len(result.differences) - 1} more" if len(result.differences) > 1 else ""
+        parts.append(f"{result.differences[0]}{more}")
     if not result.rows:
         parts.append("networks of different shapes were not run")
     return "not the same: " + "; ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,13 @@ HEADER, GAP, SMALLEST = 14, 4, 128
 """Pixels: height of the caption, space between pictures, and the width up to which they are enlarged."""
 
 
+FACTORS = (10**6, *(digit * 10**power for power in range(5, -1, -1) for digit in (5, 2, 1)))
+
+
 def amplification(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """The largest power of ten that keeps every difference of two pictures in [0, 1] visible, at most a million."""
+    """The largest of 1, 2, 5, 10, ... that leaves every difference of two pictures in [0, 1] at most 1."""
     largest = float(np.abs(ours - theirs).max(initial=0.0))
-    return 1 if largest == 0 else 10 ** int(min(6, max(0, math.floor(-math.log10(largest)))))
+    return next((factor for factor in FACTORS if largest * factor <= 1), 1) if largest else 1
 
 
 def side_by_side(ours: np.ndarray, theirs: np.ndarray) -> Image.Image:

@@ -223,7 +223,7 @@ def test_tolerances_grow_with_the_rounding_of_the_dtype() -> None:
 def test_the_factor_of_the_difference_is_stated() -> None:
     zeros = np.zeros((1, 4, 4, 3))
     assert picture.amplification(zeros, zeros) == 1
-    assert picture.amplification(zeros, zeros + 0.02) == 10
+    assert picture.amplification(zeros, zeros + 0.03) == 20
     assert picture.amplification(zeros, zeros + 3e-7) == 10**6
-    sheet = np.asarray(picture.side_by_side(zeros, zeros + 0.02))
-    assert sheet[picture.HEADER + 1, -1].tolist() == [51] * 3  # 0.02 times 10 of 255
+    sheet = np.asarray(picture.side_by_side(zeros, zeros + 0.03))
+    assert sheet[picture.HEADER + 1, -1].tolist() == [153] * 3  # 0.03 times 20 of 255
