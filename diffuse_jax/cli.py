@@ -31,8 +31,8 @@ LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 PREDICTIONS = ("epsilon", "v_prediction")
 EXTRAS = {
     "train": ("datasets", "grain", "tensorboard", "resvg-py"),
-    "torch": ("torch", "diffusers", "accelerate"),
-    "docs": ("sphinx", "myst-parser", "sphinx-book-theme"),
+    "torch": ("torch", "diffusers", "accelerate", "peft"),
+    "docs": ("sphinx", "myst-nb", "sphinx-book-theme"),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }
 REQUIRED = (
