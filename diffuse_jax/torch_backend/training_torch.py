@@ -21,6 +21,7 @@ from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines.base import NOT_LOADED
 from diffuse_jax.torch_backend.networks import (
     CLASSES,
+    DTYPES,
     channels_first,
     channels_last,
     choose_device,
@@ -80,12 +81,12 @@ def open_reference(
     if index.class_name not in known:
         raise ValueError(f"{source} is a {index.class_name}; training steps are compared of {', '.join(known)}")
     parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in NOT_LOADED)
-    for name, entry in index.components.items():
-        if entry.class_name in CLASSES:
-            kept = "float32" if name in trainable else dtype
-            module = open_network(entry.class_name, entry.folder, kept, where, variant)
-            parts[name] = module.float() if getattr(module.config, "force_upcast", False) else module
     with quiet():
+        for name, entry in index.components.items():
+            if entry.class_name in CLASSES:
+                module = open_network(entry.class_name, entry.folder, "float32", where, variant)
+                kept = name in trainable or getattr(module.config, "force_upcast", False)
+                parts[name] = module if kept else module.to(DTYPES[dtype])
         return getattr(diffusers, index.class_name).from_pretrained(folder, **parts)
 
 

@@ -150,6 +150,19 @@ def test_a_small_sdxl_with_its_text_encoders_is_the_same(tmp_path: Path) -> None
     assert unused, "the last layer of an encoder, whose states are not used, has no gradient on either side"
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_half_precision_has_its_own_tolerance(method: str, sd: Path) -> None:
+    """Trained parameters are float32, frozen ones bfloat16, the autoencoder float32 as its configuration asks."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    request = parity.TrainingRequest(dtype="bfloat16", method=method, train_text_encoder=True)
+    compared = parity.compare_training(sd, request, device="cpu")
+    assert compared.ok, verdict(compared)
+    rows = {row.name: row.relative_error for row in compared.values}
+    assert 1e-3 < rows["prediction"] < 0.05, "it was computed in bfloat16"
+    assert rows["noised latents"] < 1e-6, "and this in float32"
+
+
 def test_the_command_names_a_permuted_tensor(sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = f"{BLOCK}.attn1.to_q.weight"
     bad = faults.copied(sd, tmp_path / "bad", "unet", faults.permuted(layer))
