@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(t
 
 
 def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())
     line = ["--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip"]
     threads = batches_from(flags(*line, batch=3), mesh(), finish)
     workers = batches_from(flags(*line, "--dataloader_num_workers", "2", batch=3), mesh(), finish)
@@ -75,6 +77,7 @@ def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
     assert_same(take(threads, 3), wanted[4:])
     assert all(type(array) is np.ndarray for array in made[0].values()), "no memory of a worker is left in a batch"
     workers.close()
+    assert not set(multiprocessing.active_children()) - others
 
 
 def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:

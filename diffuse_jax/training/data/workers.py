@@ -43,19 +43,19 @@ def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, Non
         for pool, job in workers * AHEAD:
             pending.append(pool.submit(job))
         for pool, job in itertools.cycle(workers):
-            result = pending.popleft().result()
+            item = pending.popleft().result()
             pending.append(pool.submit(job))
-            yield result
+            yield item
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process of --dataloader_num_workers died; what it said stands above. It may have run out of "
             'memory, or the script has code outside of `if __name__ == "__main__":`, which every worker runs too'
         ) from error
     finally:
-        for pool, _ in workers:  # tell all before waiting for each
-            pool.shutdown(wait=False, cancel_futures=True)
+        for result in pending:  # tell all before waiting for each
+            result.cancel()
         for pool, _ in workers:
-            pool.shutdown()
+            pool.shutdown()  # once: after ``wait=False`` a pool of processes no longer knows what to wait for
 
 
 def _thread(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
