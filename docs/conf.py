@@ -56,7 +56,7 @@ nb_execution_timeout = 900
 nb_execution_show_tb = True
 nb_output_stderr = "remove"  # progress bars and notes of other libraries
 
-autodoc_default_options = {"members": True, "special-members": "__call__", "exclude-members": "setup,PIPELINES"}
+autodoc_default_options = {"members": True, "special-members": "__call__", "exclude-members": "setup"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

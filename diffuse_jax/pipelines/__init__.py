@@ -13,7 +13,6 @@ PIPELINES: dict[str, type[DiffusionPipeline]] = {
 """Pipelines by the name in ``model_index.json``."""
 
 __all__ = [
-    "PIPELINES",
     "AutoPipelineForText2Image",
     "DDIMPipeline",
     "DDPMPipeline",

@@ -18,6 +18,7 @@ from diffuse_jax.pipelines.programs import PROGRAMS, Programs
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
+from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import Component, WeightsError
 
 MODELS: dict[str, type[Model]] = {
@@ -286,9 +287,7 @@ def open_component(
         )
         return model
     if plain in TOKENIZERS:
-        import transformers
-
-        return transformers.CLIPTokenizer.from_pretrained(entry.folder)
+        return clip_tokenizer(entry.folder)
     return Scheduler.from_pretrained(entry.folder)
 
 

@@ -15,6 +15,7 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class, with_given
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import param_shardings
+from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import WeightsError
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -62,11 +63,9 @@ def open_single_file(
 
 def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:
     """The CLIP tokenizer from a folder, a Hub id or (None) the Hub's usual place, padding as the encoder expects."""
-    import transformers
-
     pad = {"pad_token": "!"} if place in PAD_WITH_EXCLAMATION_MARK else {}
     try:
-        return transformers.CLIPTokenizer.from_pretrained(CLIP_TOKENIZER if source is None else source, **pad, **hub)
+        return clip_tokenizer(CLIP_TOKENIZER if source is None else source, **pad, **hub)
     except OSError as error:
         raise WeightsError(
             f"a single file holds no tokenizer, and {source or CLIP_TOKENIZER} gave none ({error}); "
