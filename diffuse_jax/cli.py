@@ -94,9 +94,7 @@ def say(message: str) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Pictures from prompts: paths to stdout, timings to stderr."""
-    keep = not args.no_compilation_cache and compilation_cache_wanted()
-    if keep:
-        use_compilation_cache(cache_folder() / "xla")
+    keep = keep_compilations(args)
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
     say(f"loading {args.model}")
@@ -215,6 +213,14 @@ def compilation_cache_wanted() -> bool:
     return os.environ.get("DIFFUSE_JAX_COMPILATION_CACHE", "1").lower() not in ("0", "off", "false", "no")
 
 
+def keep_compilations(args: argparse.Namespace) -> bool:
+    """Whether compiled programs are to be kept on disk; if so, JAX keeps its own from now on."""
+    wanted = not args.no_compilation_cache and compilation_cache_wanted()
+    if wanted:
+        use_compilation_cache(cache_folder() / "xla")
+    return wanted
+
+
 def use_compilation_cache(folder: Path) -> None:
     """Let JAX keep compiled programs in ``folder``; ``JAX_COMPILATION_CACHE_DIR``, where set, wins."""
     import jax
@@ -237,6 +243,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def parity(args: argparse.Namespace) -> None:
     """The same checkpoint here and in PyTorch: a table to stdout, an error if it is not the same."""
+    keep_compilations(args)
     parity_command.run(args, scheduler_class(args.scheduler) if args.scheduler else None)
 
 
@@ -323,6 +330,10 @@ def add_generate(commands: Any) -> None:
         default=None,
         help="show the steps, each run as a program of its own",
     )
+    add_no_compilation_cache(add)
+
+
+def add_no_compilation_cache(add: Any) -> None:
     add("--no-compilation-cache", action="store_true", help="do not keep compiled programs on disk")
 
 
@@ -342,7 +353,9 @@ def add_convert(commands: Any) -> None:
 def add_parity(commands: Any) -> None:
     example = "diffuse-jax parity diffuse-jax/emoji --num-inference-steps 4 --report outputs/parity"
     purpose = "whether a checkpoint gives here what it gives in PyTorch"
-    parity_command.add_flags(add_command(commands, "parity", parity, purpose, example), positive, DTYPES)
+    command = add_command(commands, "parity", parity, purpose, example)
+    parity_command.add_flags(command, positive, DTYPES)
+    add_no_compilation_cache(command.add_argument)
 
 
 def positive(kind: type) -> Any:

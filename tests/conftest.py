@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 jax.config.update("jax_compilation_cache_dir", os.environ.get("DIFFUSE_JAX_TEST_CACHE", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+os.environ["DIFFUSE_JAX_COMPILATION_CACHE"] = "0"  # commands that tests call leave that folder as it is
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples every time, so that a change is judged by what it changed; DIFFUSE_JAX_TEST_RANDOM=1 looks for new

@@ -57,7 +57,6 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
     kinds = {kind: opener(kind) for kind in ("from_pretrained", "from_single_file")}
     monkeypatch.setitem(vars(diffuse_jax), "DiffusionPipeline", SimpleNamespace(**kinds))
-    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
     return fake
 
 
@@ -158,7 +157,6 @@ def test_without_a_seed_the_one_drawn_is_reported(
 def test_generate_draws_what_the_pipeline_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
     pipe = tiny.pipeline()
     pipe.save_pretrained(tmp_path / "model")
     long = "so long a prompt that the last words are cut off"
@@ -288,6 +286,21 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.cache_folder() == tmp_path / ".cache" / "diffuse_jax"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a red apple"], ["parity", "diffuse-jax/emoji"]])
+@pytest.mark.parametrize(("words", "variable"), [([], "1"), (["--no-compilation-cache"], "1"), ([], "off")])
+def test_commands_keep_what_jax_compiles(
+    command: list[str], words: list[str], variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Unless the flag or the variable says no."""
+    folders: list[Path] = []
+    monkeypatch.setattr(cli, "use_compilation_cache", folders.append)
+    monkeypatch.setenv("DIFFUSE_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", variable)
+    wanted = cli.keep_compilations(cli.build_parser().parse_args([*command, *words]))
+    assert wanted == (not words and variable == "1")
+    assert folders == [tmp_path / "xla"] * wanted
 
 
 def test_env_in_a_process_of_its_own(tmp_path: Path) -> None:
