@@ -66,7 +66,7 @@ def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:
     pad = {"pad_token": "!"} if place in PAD_WITH_EXCLAMATION_MARK else {}
     try:
         return clip_tokenizer(CLIP_TOKENIZER if source is None else source, **pad, **hub)
-    except OSError as error:
+    except WeightsError as error:
         raise WeightsError(
             f"a single file holds no tokenizer, and {source or CLIP_TOKENIZER} gave none ({error}); "
             "pass tokenizer= a folder or Hub id with CLIP's vocab.json and merges.txt"

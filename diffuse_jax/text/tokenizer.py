@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from diffuse_jax.weights import WeightsError
+
 
 def clip_tokenizer(source: Any, **options: Any) -> Any:
     """``transformers.CLIPTokenizer.from_pretrained``, without transformers' advice to install PyTorch.
@@ -14,12 +16,19 @@ def clip_tokenizer(source: Any, **options: Any) -> Any:
       options: what ``from_pretrained`` takes.
 
     Raises:
-      OSError: ``source`` has no tokenizer.
+      WeightsError: ``source`` has no tokenizer, or a damaged one.
     """
     logging.getLogger("transformers").addFilter(_is_not_about_torch)  # a tokenizer needs none
     import transformers
 
-    return transformers.CLIPTokenizer.from_pretrained(source, **options)
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # what reads the files raises Exception itself
+        raise WeightsError(f"{source}: no tokenizer of CLIP can be read there: {error}") from error
+    # Where there is no vocabulary, transformers makes one of the special words alone: all prompts are then the same.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise WeightsError(f"{source}: no vocabulary there; expected vocab.json and merges.txt, or tokenizer.json")
+    return tokenizer
 
 
 def _is_not_about_torch(record: logging.LogRecord) -> bool:
