@@ -74,6 +74,25 @@ def test_rows_that_are_missing_are_an_error(tmp_path: Path) -> None:
         cached(tmp_path / "a", {}, 5, lambda rows: {"x": np.zeros(3)})
 
 
+def test_rows_of_another_kind_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cache a: rows from 32 on are .*float16.*, those before were .*float32"):
+        cached(
+            tmp_path / "a", {}, 40, lambda rows: {"x": np.zeros(len(rows), np.float16 if rows.start else np.float32)}
+        )
+
+
+def test_files_grow_with_what_they_hold(tmp_path: Path) -> None:
+    """A file that has its whole length at first has holes, and filling one on a full disk kills the process (SIGBUS)."""
+
+    def compute(rows: range) -> dict[str, np.ndarray]:
+        sizes = [path.stat().st_size for path in tmp_path.glob("a-*.part/*.npy")]
+        assert all(size <= 1024 * rows.start + 128 for size in sizes)
+        return {"x": np.full((len(rows), 256), rows.start, np.float32)}
+
+    stored = cached(tmp_path / "a", {}, 100, compute)
+    np.testing.assert_array_equal(stored["x"][:, 0], np.arange(100) // 32 * 32)
+
+
 def slow(folder: Path, started: list[int]) -> None:
     def compute(rows: range) -> dict[str, np.ndarray]:
         (folder / f"started-{time.monotonic_ns()}").touch()

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -75,7 +75,8 @@ def cached(path: str | Path, key: Mapping[str, Any], count: int, compute: Callab
       compute: rows -> arrays ``[len(rows), ...]``, of the same names, dtypes and shapes for all rows.
 
     Raises:
-      ValueError: ``compute`` returned arrays of another length.
+      ValueError: ``compute`` returned arrays of another length, or of another kind than for the rows before.
+      OSError: the disk is full.
     """
     content = json.dumps({**key, "count": count}, sort_keys=True, indent=1)
     name = f"{Path(path).name}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
@@ -101,19 +102,34 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays]) -> None:
-    maps: Arrays = {}
-    for start in tqdm(range(0, count, CHUNK), desc=f"caching {name}", unit_scale=CHUNK, mininterval=5, disable=None):
-        rows = range(start, min(start + CHUNK, count))
-        arrays = {key: np.asarray(value) for key, value in compute(rows).items()}
-        for key, array in arrays.items():
-            if len(array) != len(rows):
-                raise ValueError(f"cache {name}: {key} has {len(array)} rows where {len(rows)} were wanted")
+    """Write the arrays row after row: where a full disk is an error, storing to a mapped file would kill the process."""
+    files: dict[str, BinaryIO] = {}
+    first: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    with contextlib.ExitStack() as stack:
+        for start in tqdm(
+            range(0, count, CHUNK), desc=f"caching {name}", unit_scale=CHUNK, mininterval=5, disable=None
+        ):
+            rows = range(start, min(start + CHUNK, count))
+            arrays = {key: np.asarray(value) for key, value in compute(rows).items()}
+            for key, array in arrays.items():
+                if len(array) != len(rows):
+                    raise ValueError(f"cache {name}: {key} has {len(array)} rows where {len(rows)} were wanted")
+            kinds = {key: (array.dtype, array.shape[1:]) for key, array in arrays.items()}
             if start == 0:
-                shape = (count, *array.shape[1:])
-                maps[key] = np.lib.format.open_memmap(folder / f"{key}.npy", "w+", array.dtype, shape)
-            maps[key][start : rows.stop] = array
-    for array in maps.values():
-        array.flush()  # type: ignore[attr-defined]
+                first = kinds
+                files = {key: stack.enter_context((folder / f"{key}.npy").open("wb")) for key in arrays}
+                for key, (dtype, shape) in first.items():
+                    _write_header(files[key], dtype, (count, *shape))
+            if kinds != first:
+                raise ValueError(f"cache {name}: rows from {start} on are {kinds}, those before were {first}")
+            for key, array in arrays.items():
+                files[key].write(array.tobytes())
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The head of a ``.npy`` file of so many rows, which are to follow."""
+    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
 
 
 def fingerprint_params(params: Any) -> str:
