@@ -82,7 +82,7 @@ def test_rows_of_another_kind_are_an_error(tmp_path: Path) -> None:
 
 
 def test_files_grow_with_what_they_hold(tmp_path: Path) -> None:
-    """A file that has its whole length at first has holes, and filling one on a full disk kills the process (SIGBUS)."""
+    """A file that is long at first has holes, and filling one on a full disk kills the process (SIGBUS)."""
 
     def compute(rows: range) -> dict[str, np.ndarray]:
         sizes = [path.stat().st_size for path in tmp_path.glob("a-*.part/*.npy")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,13 @@ def test_pictures_are_turned_upright_and_transparency_is_dropped(tmp_path: Path,
 def test_damaged_pictures_are_named(damaged: bytes) -> None:
     with pytest.raises(ValueError, match="holiday.png is not a picture that can be read"):
         decode(Record(damaged, ("",), "holiday.png"))
+
+
+@pytest.mark.parametrize("read", [decode, picture_size])
+def test_files_without_a_picture_and_pictures_too_large_are_named(
+    read: Callable[[Record], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for damaged in (b"", b"no picture", png(picture(3, 40, 40))):
+        with pytest.raises(ValueError, match="key7 in a.tar is not a picture that can be read"):
+            read(Record(damaged, ("",), "key7 in a.tar"))

@@ -102,7 +102,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays]) -> None:
-    """Write the arrays row after row: where a full disk is an error, storing to a mapped file would kill the process."""
+    """Write the arrays row after row: a full disk is an error then; with mapped files it would be a SIGBUS."""
     files: dict[str, BinaryIO] = {}
     first: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     with contextlib.ExitStack() as stack:

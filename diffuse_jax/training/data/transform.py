@@ -6,13 +6,15 @@ worker process makes the example, or whether the run was interrupted in between.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
 """What a stream of random numbers is for; part of its seed, so that the streams are independent."""
@@ -125,27 +127,41 @@ class Transform:
         return Example(pixels, caption, original, (top, left), target, index, number, record.name)
 
 
-def decode(record: Record) -> Image.Image:
-    """The picture, upright (EXIF orientation applied) and in RGB; transparency is dropped, as ``convert`` does.
+@contextlib.contextmanager
+def opened(record: Record) -> Iterator[Image.Image]:
+    """The picture of a record, not decoded yet.
 
     Raises:
-      ValueError: it is no picture, or a damaged one.
+      ValueError: here or inside the block: it is no picture, a damaged one, or larger than Pillow thinks safe.
     """
     source = io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image
     try:
         with Image.open(source) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture.convert("RGB")
+            yield picture
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{record.name} is not a picture that can be read: {error}") from error
 
 
+def decode(record: Record) -> Image.Image:
+    """The picture, upright (EXIF orientation applied) and in RGB; transparency is dropped, as ``convert`` does.
+
+    Raises:
+      ValueError: as :func:`opened`.
+    """
+    with opened(record) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture.convert("RGB")
+
+
 def picture_size(record: Record) -> Size:
-    """Height and width of the upright picture, from the head of the file."""
-    source = io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image
-    with Image.open(source) as picture:
+    """Height and width of the upright picture, from the head of the file.
+
+    Raises:
+      ValueError: as :func:`opened`.
+    """
+    with opened(record) as picture:
         turned = picture.getexif().get(0x0112, 1) >= 5
         return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
