@@ -46,14 +46,18 @@ def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.
     return np.broadcast_to(array, (images,))
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:
+def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:
     """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that names the rest.
 
     Args:
       tokenizer: a transformers tokenizer.
       max_length: the encoder's number of positions; the tokenizer's own limit counts too.
+      vocabulary: the encoder's number of token embeddings.
 
     A new word of several embeddings (textual inversion) is spelled out as all of them.
+
+    Raises:
+      ValueError: the encoder has no embedding for an id; the tokenizer is another model's.
     """
     prompts = [spelled(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
@@ -65,7 +69,13 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndar
                 f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4
             )
     padded = tokenizer(list(prompts), truncation=True, padding="max_length", max_length=length, return_tensors="np")
-    return padded["input_ids"].astype(np.int32)
+    ids = padded["input_ids"].astype(np.int32)
+    if ids.max() >= vocabulary:  # which is not an error in JAX
+        raise ValueError(
+            f"the tokenizer gives id {ids.max()} and the text encoder has {vocabulary} embeddings: "
+            "the tokenizer is another model's, or has words that the encoder was not taught"
+        )
+    return ids
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:

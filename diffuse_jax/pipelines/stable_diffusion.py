@@ -52,9 +52,10 @@ class StableDiffusionPipeline(TextToImagePipeline):
     def _prompts(self, prompt: Prompt | None, embeds: Any, prompts: int, name: str) -> Prompts:
         if embeds is not None:
             return Prompts(text=text_of(embeds, None, prompts, name))
-        tokenizer, encoder = self.components["tokenizer"], self.components["text_encoder"]
+        tokenizer, config = self.components["tokenizer"], self.components["text_encoder"].config
         texts = one_per_prompt(prompt, prompts, name)
-        return Prompts(ids={"text_encoder": tokenize(tokenizer, texts, encoder.config.max_position_embeddings)})
+        ids = tokenize(tokenizer, texts, config.max_position_embeddings, config.vocab_size)
+        return Prompts(ids={"text_encoder": ids})
 
 
 ENCODERS = ("text_encoder",)

@@ -102,8 +102,9 @@ class StableDiffusionXLPipeline(TextToImagePipeline):
             (first, first if second is None else second), ENCODERS.items(), strict=True
         ):
             if self.components.get(encoder) is not None:
-                length = self.components[encoder].config.max_position_embeddings
-                ids[encoder] = tokenize(self.components[tokenizer], one_per_prompt(text, prompts, name), length)
+                config = self.components[encoder].config
+                limits = config.max_position_embeddings, config.vocab_size
+                ids[encoder] = tokenize(self.components[tokenizer], one_per_prompt(text, prompts, name), *limits)
         return Prompts(ids=ids)
 
 

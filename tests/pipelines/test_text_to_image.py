@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffuse_jax import schedulers
+from diffuse_jax.adapters import tokens
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.pipelines.run import padded_size
@@ -200,6 +201,14 @@ def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, reque
     with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "a"} | request_)
     assert pipe.programs.compilations == before
+
+
+def test_a_tokenizer_of_another_model_is_refused(pipe: StableDiffusionPipeline):
+    """JAX takes an id without an embedding as another one's and says nothing."""
+    more = tokens.with_words(pipe.components["tokenizer"], "<thing>", 1)
+    pictures(pipe.replace(tokenizer=more), "no such word", num_inference_steps=1)
+    with pytest.raises(ValueError, match="the tokenizer gives id 190 and the text encoder has 190 embeddings"):
+        pipe.replace(tokenizer=more)("a <thing>")
 
 
 def test_pipelines_are_immutable_and_replaced(pipe: StableDiffusionPipeline):
