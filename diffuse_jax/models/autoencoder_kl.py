@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from diffuse_jax.config import Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.layers import Conv, GroupNorm
+from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.remat import check_policy, remat_block, remat_level
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 
@@ -51,6 +51,8 @@ class AutoencoderKLConfig(Config):
         kinds = set(self.down_block_types) - {"DownEncoderBlock2D"} | set(self.up_block_types) - {"UpDecoderBlock2D"}
         if kinds:
             raise ValueError(f"AutoencoderKL: unknown block types {sorted(kinds)}")
+        if self.act_fn not in ACTIVATIONS:
+            raise ValueError(f"AutoencoderKL: act_fn={self.act_fn!r}; expected one of {tuple(ACTIVATIONS)}")
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
             raise ValueError(
                 f"AutoencoderKL: {len(self.down_block_types)} down and {len(self.up_block_types)} up blocks "

@@ -86,15 +86,28 @@ class UNet2DConfig(Config):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"UNet2DModel: {name}={getattr(self, name)!r}; expected one of {allowed}")
-        for name in ("down_block_types", "up_block_types"):
-            kinds = getattr(self, name)
-            unknown = sorted(set(kinds) - set(KINDS))
+        for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
+            kinds, known = getattr(self, name), sorted(kind for kind in KINDS if way in kind)
+            unknown = sorted(set(kinds) - set(known))
             if unknown:
-                raise ValueError(f"UNet2DModel: unknown block type {unknown[0]!r}; known: {sorted(KINDS)}")
+                raise ValueError(f"UNet2DModel: unknown block type {unknown[0]!r} in {name}; known: {known}")
             if len(kinds) != len(self.block_out_channels):
                 raise ValueError(
                     f"UNet2DModel: {name} has {len(kinds)} entries for {len(self.block_out_channels)} levels"
                 )
+        for width in sorted(self.attended()):
+            if width % (self.attention_head_dim or width):
+                raise ValueError(
+                    f"UNet2DModel: {width} channels that attend cannot be split into heads of width "
+                    f"attention_head_dim={self.attention_head_dim}"
+                )
+
+    def attended(self) -> set[int]:
+        """The numbers of channels at which there is attention."""
+        levels = zip(self.block_out_channels, self.down_block_types, self.up_block_types[::-1], strict=True)
+        widths = {channels for channels, down, up in levels if KINDS[down][0] or KINDS[up][0]}
+        middle = self.mid_block_type is not None and self.add_attention
+        return widths | ({self.block_out_channels[-1]} if middle else set())
 
     @property
     def time_embed_dim(self) -> int:
@@ -134,20 +147,24 @@ class UNet2DModel(Model):
         """One evaluation of the network.
 
         Args:
-          sample: ``[B,h,w,in_channels]``.
+          sample: ``[B,h,w,in_channels]``; ``h`` and ``w`` must halve evenly at every level.
           timesteps: ``[B]`` or a scalar, in units of the training schedule (0 to 999).
           class_labels: ``[B]`` classes (or numbers, for ``class_embed_type="timestep"``), ``[B,D]`` for "identity".
 
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
         Raises:
-          ValueError: the channels of ``sample`` are wrong, or ``class_labels`` are missing or not wanted.
+          ValueError: the channels of ``sample`` are wrong, its edges do not halve evenly at every level, or
+            ``class_labels`` are missing or not wanted.
         """
         c = self.config
         check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if sample.ndim != 4 or sample.shape[-1] != c.in_channels:
             raise ValueError(f"sample must be [B,h,w,{c.in_channels}] (channel-last), got {sample.shape}")
+        multiple = 2 ** (len(c.block_out_channels) - 1)
+        if any(edge % multiple for edge in sample.shape[1:3]):
+            raise ValueError(f"height and width of sample must be multiples of {multiple}, got {sample.shape[1:3]}")
         temb = self.embed(sample.shape[0], timesteps, class_labels)
         x = jnp.asarray(sample, self.dtype)
         if c.center_input_sample:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffuse_jax.config import Config
+from diffuse_jax.config import Config, thaw
 from diffuse_jax.models.attention import Transformer2D
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
@@ -123,7 +123,7 @@ class UNet2DConditionConfig(Config):
                     f"UNet2DConditionModel: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
                 )
         choices = {
-            "mid_block_type": (None, *HAS_ATTENTION),
+            "mid_block_type": (None, *(kind for kind in HAS_ATTENTION if "Mid" in kind)),
             "addition_embed_type": (None, "text_time"),
             "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
             "resnet_time_scale_shift": ("default", "scale_shift"),
@@ -132,9 +132,11 @@ class UNet2DConditionConfig(Config):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"UNet2DConditionModel: {name}={getattr(self, name)!r}; expected one of {allowed}")
-        for kind in self.down_block_types + self.up_block_types:
-            if kind not in HAS_ATTENTION:
-                raise ValueError(f"UNet2DConditionModel: unknown block type {kind!r}; known: {sorted(HAS_ATTENTION)}")
+        for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
+            known = sorted(kind for kind in HAS_ATTENTION if way in kind)
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown:
+                raise ValueError(f"UNet2DConditionModel: unknown block type {unknown[0]!r} in {name}; known: {known}")
         sizes = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
         if self.addition_embed_type == "text_time" and not all(getattr(self, name) for name in sizes):
             raise ValueError(f"UNet2DConditionModel: addition_embed_type='text_time' needs {sizes[0]} and {sizes[1]}")
@@ -165,6 +167,11 @@ class UNet2DConditionConfig(Config):
     def _levels(self, kinds: tuple[str, ...], depths: int | tuple[int, ...]) -> list[Level]:
         n = len(self.block_out_channels)
         depths = (depths,) * n if isinstance(depths, int) else depths
+        if not all(isinstance(depth, int) for depth in depths):
+            raise ValueError(
+                "UNet2DConditionModel: transformer_layers_per_block is one number, or one per level, got "
+                f"{thaw(depths)}; a number for each block of a level is not supported"
+            )
         rows = zip(
             self.block_out_channels,
             per_level(self, "layers_per_block"),
@@ -252,6 +259,10 @@ class UNet2DConditionModel(Model):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if sample.ndim != 4 or sample.shape[-1] != c.in_channels:
             raise ValueError(f"sample must be [B,h,w,{c.in_channels}] (channel-last), got {sample.shape}")
+        width = max(per_level(c, "cross_attention_dim"))
+        given = encoder_hidden_states.shape
+        if len(given) != 3 or (given[0], given[2]) != (sample.shape[0], width):
+            raise ValueError(f"encoder_hidden_states must be [B,L,{width}] with B={sample.shape[0]}, got {given}")
         temb = self.embed_conditions(sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond)
         context = jnp.asarray(encoder_hidden_states, self.dtype)
         x = jnp.asarray(sample, self.dtype)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffuse_jax.config import Config, FrozenDict, freeze, thaw
-from diffuse_jax.models import AutoencoderKLConfig, UNet2DConditionConfig, presets
+from diffuse_jax.models import AutoencoderKLConfig, UNet2DConditionConfig, UNet2DConfig, presets
 from diffuse_jax.text import CLIPTextConfig
 from diffuse_jax.text import presets as text_presets
 from tests.models import published
@@ -104,6 +104,14 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
     ("cls", "data", "message"),
     [
         (UNet2DConditionConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "unknown block type 'AttnDownBlock2D'"),
+        (UNet2DConditionConfig, {"down_block_types": ["UpBlock2D"] * 4}, "'UpBlock2D' in down_block_types"),
+        (UNet2DConditionConfig, {"up_block_types": ["UNetMidBlock2D"] * 4}, "'UNetMidBlock2D' in up_block_types"),
+        (UNet2DConditionConfig, {"mid_block_type": "DownBlock2D"}, "mid_block_type='DownBlock2D'; expected one of"),
+        (
+            UNet2DConditionConfig,
+            {"transformer_layers_per_block": [1, [2, 2], [4, 4], 1]},  # SSD-1B and others made by pruning
+            r"one number, or one per level, got \[1, \[2, 2\], \[4, 4\], 1\]",
+        ),
         (UNet2DConditionConfig, {"block_out_channels": [320, 640]}, "4 entries for 2 levels"),
         (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),
         (UNet2DConditionConfig, {"encoder_hid_dim": 4096}, "encoder_hid_dim=4096 is not supported"),
@@ -115,6 +123,9 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (UNet2DConditionConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),
         (AutoencoderKLConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
         (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "1 down and 1 up blocks for 2"),
+        (AutoencoderKLConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),
+        (UNet2DConfig, {"down_block_types": ["AttnUpBlock2D"] * 4}, "'AttnUpBlock2D' in down_block_types"),
+        (UNet2DConfig, {"block_out_channels": [224, 448, 672, 900]}, "900 channels .* attention_head_dim=8"),
         (CLIPTextConfig, {"hidden_act": "tanh"}, "hidden_act='tanh'"),
         (CLIPTextConfig, {"hidden_size": 100}, "hidden_size 100 over 8 heads"),
         (CLIPTextConfig, {"model_type": "t5"}, "model_type='t5'"),

@@ -43,6 +43,11 @@ def conditions(ids: int, **more: Any) -> dict[str, Any]:
     [
         (UNET, {"sample": jax.ShapeDtypeStruct((2, 4, 8, 8), jnp.float32)}, r"\[B,h,w,4\] \(channel-last\)"),
         (UNET, {"sample": jax.ShapeDtypeStruct((8, 8, 4), jnp.float32)}, r"got \(8, 8, 4\)"),
+        # Twice as many texts would be read as one text of twice the length, and one text would be shared out.
+        (UNET, {"encoder_hidden_states": jax.ShapeDtypeStruct((4, 5, 24), jnp.float32)}, r"B=2, got \(4, 5, 24\)"),
+        (UNET, {"encoder_hidden_states": jax.ShapeDtypeStruct((1, 6, 24), jnp.float32)}, r"B=2, got \(1, 6, 24\)"),
+        (UNET, {"encoder_hidden_states": jax.ShapeDtypeStruct((6, 24), jnp.float32)}, r"\[B,L,24\]"),
+        (UNET, {"encoder_hidden_states": jax.ShapeDtypeStruct((2, 5, 32), jnp.float32)}, r"\[B,L,24\]"),
         (UNET.replace(num_class_embeds=10), {}, "needs class_labels"),
         (XL, {}, "needs added_cond_kwargs"),
         (XL, {"added_cond_kwargs": {"text_embeds": jax.ShapeDtypeStruct((2, 20), jnp.float32)}}, "needs added_cond"),
