@@ -103,20 +103,36 @@ def save_rest(args: argparse.Namespace, pipe: DiffusionPipeline, trained: Iterab
     last; it leaves out what the source names but does not hold.
     """
     source, folder = source_folder(args), Path(args.output_dir)
-    index, kept = weights.read_index(source), set(trained)
+    index, kept, vae = weights.read_index(source), set(trained), args.pretrained_vae_model_name_or_path
     for name, entry in index.components.items():
         if entry.folder.is_dir() and name not in kept:
-            shutil.copytree(entry.folder, folder / name, dirs_exist_ok=True)
+            own = component_folder(vae, name, **hub_options(args)) if vae and name == "vae" else entry.folder
+            copy_component(own, folder / name, args.variant)
             kept.add(name)
-    if args.pretrained_vae_model_name_or_path:
-        shutil.rmtree(folder / "vae")
-        shutil.copytree(component_folder(args.pretrained_vae_model_name_or_path, "vae"), folder / "vae")
     sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
     sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
     for name, entry in index.components.items():
         entries[name] = (entry.library, entry.class_name) if name in kept else (None, None)
     weights.write_index(folder, index.class_name, entries, index.options)
+
+
+def copy_component(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copy the files of a component; other weights that lie there go. A folder that is copied onto itself stays.
+
+    Files of a variant lose its name where there are no others: the trained networks beside them have none.
+    """
+    if not (target.is_dir() and target.samefile(source)):
+        for old in target.glob("*"):
+            if old.suffix in (".safetensors", ".bin", ".msgpack") or ".index." in old.name:
+                old.unlink()
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    for path in target.glob(f"*.{variant}[.-]*") if variant else ():
+        plain = path.with_name(path.name.replace(f".{variant}", "", 1))
+        if not plain.exists():
+            if path.suffix == ".json":  # an index, with the names of shards in it
+                path.write_text(path.read_text(encoding="utf-8").replace(f".{variant}-", "-"), encoding="utf-8")
+            path.rename(plain)
 
 
 def validation_from(

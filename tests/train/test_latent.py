@@ -17,6 +17,7 @@ from diffuse_jax import DiffusionPipeline
 from diffuse_jax.adapters import tokens
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel
+from diffuse_jax.training.latent_flags import copy_component
 from tests.train.helpers import EMOJI, log, numbers, run
 from tests.train.latent_models import SIZE, save_sd, save_sdxl
 
@@ -92,6 +93,35 @@ def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch
         assert all(np.array_equal(a, b) for a, b in zip(end, again, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(end, before, strict=True))
     assert json.loads((whole / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+
+
+def test_a_variant_is_trained_where_it_lies(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the folder that it came from, with an autoencoder from there too: nothing is copied, or lost."""
+    model = tmp_path / "model"
+    shutil.copytree(sd, model)
+    for file in model.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    options = {"train_data_dir": EMOJI, "max_train_steps": 1, "variant": "fp16",
+               "pretrained_vae_model_name_or_path": model}  # fmt: skip
+    run(monkeypatch, "text_to_image.py", devices=1, **flags(model, model, **options))
+    before, after = DiffusionPipeline.from_pretrained(sd), DiffusionPipeline.from_pretrained(model)
+    for name in ("vae", "text_encoder"):
+        pairs = zip(jax.tree.leaves(before.params[name]), jax.tree.leaves(after.params[name]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_components_are_copied_without_the_name_of_their_variant(sd: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "out" / "unet"
+    model, params = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    model.save_pretrained(source, params, variant="fp16", max_shard_size="20KB")
+    assert len(list(source.glob("*.fp16-*.safetensors"))) > 1
+    model.save_pretrained(target, jax.tree.map(np.zeros_like, params))  # of an earlier run
+    (target / "kept").mkdir()
+    copy_component(source, target, "fp16")
+    assert not list(target.glob("*fp16*"))
+    assert (target / "kept").is_dir()
+    copied = UNet2DConditionModel.from_pretrained(target)[1]
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(copied), jax.tree.leaves(params), strict=True))
 
 
 @pytest.mark.parametrize("which", ["sd", "sdxl"])
