@@ -76,7 +76,8 @@ class TextToImagePipeline(DiffusionPipeline):
         Compiled programs are shared. Several files may be loaded one after another; the opposite scale takes one out.
 
         Args:
-          source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers, or its folder.
+          source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers (``.bin`` too), or its
+            folder.
           scale: how strongly it acts; 0 changes nothing.
 
         Raises:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -98,6 +102,69 @@ def test_files_come_back_and_other_spellings_are_read(tmp_path: Path, rng: np.ra
     np.testing.assert_allclose(load_file(read)[key], 2.0 * tensors[key], err_msg="alpha 6 for rank 3 is a factor of 2")
 
 
+def older(key: str) -> str:
+    """The spelling of diffusers 0.14 to 0.16: attention processors, and no network's name before the UNet's layers."""
+    key = re.sub(r"\.(to_\w+?)(\.0)?\.lora\.(down|up)", r".processor.\1_lora.\3", key.removeprefix("unet."))
+    return re.sub(r"self_attn\.([a-z]+)_proj\.lora_linear_layer", r"self_attn.to_\1_lora", key)
+
+
+def newer(key: str) -> str:
+    """The spelling of PEFT with transformers 5, whose encoders have lost a level."""
+    return re.sub(r"\.lora(_linear_layer)?\.(down|up)", lambda m: f".lora_{'AB'[m[2] == 'up']}", key).replace(
+        "text_encoder.text_model.", "text_encoder."
+    )
+
+
+@pytest.mark.parametrize("spelling", [older, newer])
+def test_files_of_other_releases(spelling: Callable[[str], str], tmp_path: Path, rng: np.random.Generator) -> None:
+    own = {"unet": pairs(UNET, rng), "text_encoder": pairs(TEXT, rng)}
+    tensors = load_file(save_lora(tmp_path, own))
+    renamed = {spelling(key): array for key, array in tensors.items()}
+    assert not renamed.keys() & tensors.keys()
+    save_file(renamed, tmp_path / "other.safetensors")
+    shapes = {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()}
+    jax.tree.map(np.testing.assert_array_equal, load_lora(tmp_path / "other.safetensors", shapes), own)
+
+
+def test_pickles_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    own, shapes = {"unet": pairs(UNET, rng)}, {"unet": UNET.shapes()}
+    tensors = {key: torch.tensor(array) for key, array in load_file(save_lora(tmp_path / "new", own)).items()}
+    torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
+        jax.tree.map(np.testing.assert_array_equal, load_lora(source, shapes), own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        ({"unet.lora_alpha": 6, "unet.r": 3}, 2.0),
+        ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 6 / math.sqrt(3)),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {r"attn\d.to_[a-z]+(.0)?": 9}}, 3.0),
+        ({"text_encoder.lora_alpha": 6}, 1.0),
+    ],
+)
+def test_the_scale_in_pefts_settings_counts(
+    settings: dict, factor: float, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """The cases are peft's arithmetic: alpha / r, or alpha / sqrt(r), with an alpha of the layer where one matches."""
+    own, shapes = {"unet": pairs(UNET, rng)}, {"unet": UNET.shapes()}
+    tensors = load_file(save_lora(tmp_path, own))
+    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    scaled = lora.pairs_of(load_lora(tmp_path / "peft.safetensors", shapes)["unet"])
+    for path, pair in lora.pairs_of(own["unet"]).items():
+        np.testing.assert_allclose(scaled[path]["up"], factor * pair["up"], rtol=1e-6)
+        np.testing.assert_array_equal(scaled[path]["down"], pair["down"])
+
+
+def test_settings_that_are_damaged_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = load_file(save_lora(tmp_path, {"unet": pairs(UNET, rng)}))
+    for text, message in [("{", "are not JSON"), ("[]", "are no object"), ('{"unet.lora_alpha": "a"}', "not a number")]:
+        save_file(tensors, tmp_path / "bad.safetensors", {"lora_adapter_metadata": text})
+        with pytest.raises(WeightsError, match=message):
+            load_lora(tmp_path / "bad.safetensors", {"unet": UNET.shapes()})
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     own, shapes = {"unet": pairs(UNET, rng)}, {"unet": UNET.shapes()}
     tensors = load_file(save_lora(tmp_path, own))
@@ -106,6 +173,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Generator) 
         ({k: v for k, v in tensors.items() if k != key}, "has no down half"),
         (tensors | {"unet.conv_in.lora.down.weight": tensors[key]}, "no dense layer"),
         (tensors | {"unet.lora_conv": tensors[key]}, "no LoRA tensor"),
+        (tensors | {"unet.conv_in.lora.down.weight": tensors[key]}, "it is a convolution"),
+        (tensors | {"lora_unet_mid_block.alpha": np.float32(1)}, "a name of kohya's scripts"),
+        (tensors | {key.replace(".lora.down", ".lora_A"): tensors[key]}, "are the same tensor"),
         (tensors | {key: tensors[key][:, :2]}, "do not fit"),
     ]
     for content, message in cases:
