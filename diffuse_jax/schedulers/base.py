@@ -447,6 +447,10 @@ def _alpha_bar(
     schedule: str, start: float, end: float, steps: int, trained: tuple[float, ...] | None, zero_snr: bool
 ) -> Array:
     betas = ns.beta_table(schedule, start, end, steps) if trained is None else np.asarray(trained, np.float64)
+    if not np.all((betas >= 0) & (betas <= 1)):
+        given = f"beta_start={start} and beta_end={end}" if trained is None else "trained_betas"
+        low, high = betas.min(), betas.max()
+        raise ValueError(f"betas must lie between 0 and 1; those of {given} run from {low:g} to {high:g}")
     alpha_bar = np.asarray(np.cumprod(1 - betas), np.float64)
     alpha_bar = ns.rescale_zero_terminal_snr(alpha_bar) if zero_snr else alpha_bar
     alpha_bar.setflags(write=False)

@@ -44,7 +44,13 @@ class DDIMScheduler(Scheduler):
 
 
 def ddim_step(e: Evaluation, target: Level, eta: float, eps: Array | None = None) -> tuple[Array, float]:
-    """Eq. 12: the mean of the next sample and the standard deviation of its noise (eq. 16, 0 at a clean sample)."""
+    """Eq. 12: the mean of the next sample and the standard deviation of its noise (eq. 16, 0 at a clean sample).
+
+    Raises:
+      ValueError: ``eta`` would add more noise than the next level has, or less than none.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (no noise) and 1 (ancestral sampling), got {eta}")
     alpha, sigma = target
     std = eta * (sigma / e.sigma) * np.sqrt(max(0.0, 1 - (e.alpha / alpha) ** 2))
     return alpha * e.x0 + np.sqrt(max(0.0, sigma**2 - std**2)) * (e.eps if eps is None else eps), std

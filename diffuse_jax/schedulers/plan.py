@@ -198,8 +198,9 @@ def check_key(key: jax.Array | None, batch: int) -> jax.Array:
     """The key, or an error that says what it has to be: one typed key, or one for each of ``batch`` samples."""
     if key is None:
         raise ValueError("step needs a key (one, or one per sample) or noise=; samplers without noise do not use it")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key must be made by jax.random.key (a typed key), got an array of {key.dtype}")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        got = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise ValueError(f"key must be made by jax.random.key (a typed key), got {got}")
     if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != batch):
         raise ValueError(f"key must be one key or {batch} keys (one per sample), got shape {key.shape}")
     return key

@@ -21,6 +21,7 @@ from diffuse_jax.schedulers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    RePaintScheduler,
     Scheduler,
     UniPCMultistepScheduler,
 )
@@ -229,6 +230,15 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
         ),
         (DDIMScheduler(), {"num_inference_steps": 5, "strength": 1.1}, r"strength must lie in \(0, 1\], got 1.1"),
         (DDIMScheduler(), {"num_inference_steps": 5, "s_churn": 1}, "no option s_churn; its options: .*eta"),
+        (DDIMScheduler(), {"num_inference_steps": 5, "eta": 1.5}, "eta must lie between 0 .* and 1 .*, got 1.5"),
+        (DDIMScheduler(), {"num_inference_steps": 5, "eta": -0.1}, "eta must lie between 0 .* and 1 .*, got -0.1"),
+        (RePaintScheduler(eta=2.0), {"num_inference_steps": 20}, "eta must lie between 0 .* and 1 .*, got 2"),
+        (DDIMScheduler(beta_end=2.0), {"num_inference_steps": 5}, "betas .* beta_end=2.0 run from 0.0001 to 2$"),
+        (
+            EulerDiscreteScheduler(trained_betas=(-0.5, 0.1), num_train_timesteps=2),
+            {"num_inference_steps": 2},
+            "betas must lie between 0 and 1; those of trained_betas run from -0.5 to 0.1",
+        ),
         (DDIMScheduler(), {"num_inference_steps": 5, "denoising_end": 1.2}, "strictly between 0 and 1, got 1.2"),
         (
             DDIMScheduler(),

@@ -187,6 +187,8 @@ def test_errors_of_step(start: np.ndarray, keys: jax.Array) -> None:
         plan.step(state, 0, start, keys[:2])
     with pytest.raises(ValueError, match=r"made by jax\.random\.key .* got an array of uint32"):
         plan.step(state, 0, start, jax.random.PRNGKey(0))
+    with pytest.raises(ValueError, match=r"made by jax\.random\.key .* got 7"):
+        plan.step(state, 0, start, 7)
     with pytest.raises(ValueError, match=r"returned \(3, 4, 4, 1\) for a sample of \(3, 4, 4, 2\)"):
         plan.step(state, 0, start[..., :1], keys)
     learned = build("DDPMScheduler", variance_type="learned_range").plan(4)
