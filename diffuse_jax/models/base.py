@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,7 @@ class Model(nn.Module):
 
         Raises:
           WeightsError: no such model, the config is another network's, or the weights do not fit it one to one.
+          ValueError: ``dtype`` is no floating type.
 
         Example::
 
@@ -95,7 +97,7 @@ class Model(nn.Module):
             model.shapes(),
             stem=cls.weights_name,
             variant=variant,
-            dtype=dtype if param_dtype is None else param_dtype,
+            dtype=floating_type(dtype if param_dtype is None else param_dtype),
             shardings=shardings,
         )
         return model, params
@@ -106,7 +108,9 @@ class Model(nn.Module):
 
         Raises:
           WeightsError: the file is missing or malformed, belongs to another class, or has values the network refuses.
+          ValueError: ``dtype`` is no floating type.
         """
+        dtype = floating_type(dtype)
         file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
         data = source if isinstance(source, Mapping) else weights.read_json(Path(source) / "config.json")
         named = [data["_class_name"]] if "_class_name" in data else data.get("architectures") or []
@@ -148,6 +152,18 @@ class Model(nn.Module):
         """The object that :meth:`save_pretrained` writes to ``config.json``."""
         head = {"architectures": [type(self).__name__], "model_type": self.model_type} if self.model_type else {}
         return {**self.config.to_json(), **head}
+
+
+def floating_type(dtype: DTypeLike) -> jnp.dtype:
+    """``dtype`` as an object, whatever it was given as.
+
+    Raises:
+      ValueError: it is no type of floating-point numbers, which is what networks compute with.
+    """
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(found := jnp.dtype(dtype), jnp.floating):
+            return found
+    raise ValueError(f"dtype must be a floating type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}")
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -57,7 +56,7 @@ class DiffusionPipeline:
     """
 
     components: Mapping[str, Any]
-    params: Mapping[str, Params]
+    params: Mapping[str, Params] = dataclasses.field(repr=False)  # thousands of lines of numbers
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     vae_tiling: int | None = None
@@ -275,7 +274,7 @@ def open_component(
             warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=4)
         return None
     if plain in MODELS:
-        model = MODELS[plain].from_config(entry.folder, dtype=jnp.dtype(dtype))
+        model = MODELS[plain].from_config(entry.folder, dtype=dtype)
         shapes = model.shapes()
         params[name] = weights.load_params(
             entry.folder,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -39,9 +38,7 @@ def open_single_file(
     file = weights.read_single_file(path, prediction_type=prediction_type)
     target = pipeline_class(file.class_name, path)
     wanted = {name: part for name, part in file.networks.items() if name not in components}
-    models = {
-        name: MODELS[part.class_name].from_config(part.config, dtype=jnp.dtype(dtype)) for name, part in wanted.items()
-    }
+    models = {name: MODELS[part.class_name].from_config(part.config, dtype=dtype) for name, part in wanted.items()}
     shapes = {name: model.shapes() for name, model in models.items()}
     # Every name and shape of every network is checked before the first tensor is read.
     views = {

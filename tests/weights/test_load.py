@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffuse_jax import weights
+from diffuse_jax import DiffusionPipeline, weights
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import WeightsError, load_params, names, save_params
@@ -316,6 +316,17 @@ def test_models_are_made_from_config_objects_too() -> None:
     assert UNet2DConditionModel.from_config({"_class_name": "FlaxUNet2DConditionModel"}, dtype="bfloat16").dtype
     with pytest.raises(WeightsError, match="config: is the config of AutoencoderKL"):
         UNet2DConditionModel.from_config({"_class_name": "AutoencoderKL"})
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", 16])
+def test_networks_compute_with_floating_types(dtype: Any) -> None:
+    message = f"dtype must be a floating type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}"
+    with pytest.raises(ValueError, match=message):
+        UNet2DConditionModel.from_config({}, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        UNet2DConditionModel.from_pretrained("diffuse-jax/emoji", subfolder="unet", param_dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        DiffusionPipeline.from_pretrained("diffuse-jax/emoji", dtype=dtype)
 
 
 @pytest.mark.parametrize(("text", "size"), [("2GB", 2 * 10**9), ("1.5 MiB", 3 << 19), ("512kb", 512_000), (7, 7)])
