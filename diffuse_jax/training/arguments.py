@@ -261,5 +261,12 @@ def mesh_from(args: argparse.Namespace) -> Mesh:
 
 
 def pictures_per_update(args: argparse.Namespace, mesh: Mesh) -> int:
-    """``train_batch_size`` for each device that gets a part of the batch, times the accumulation steps."""
+    """``train_batch_size`` for each device that gets a part of the batch, times the accumulation steps.
+
+    Raises:
+      ValueError: one of the two is not positive.
+    """
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     return args.train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"] * args.gradient_accumulation_steps

@@ -71,15 +71,16 @@ def fit(
       Interrupted: a signal ended the run (a ``SystemExit``).
     """
     args = settled(args, mesh, batches)
-    trackers, folder = wanted_trackers(args.report_to), starting_point(args)
+    trackers = wanted_trackers(args.report_to)
     optimizer, rate = optimizer_from(args, mesh)
     average = average_from(args)
+    folder = starting_point(args)  # may remove an old run: every flag has been checked
     state = init_state(local(trainable), optimizer, args.use_ema, mesh)
     rows = pictures_per_update(args, mesh)
     if folder is not None:
         like = shapes_of(state)
         del state  # the memory of the one is free before the other is read
-        state = resumed(folder, like, batches, rows)
+        state = resumed(folder, like, batches, rows, args.max_train_steps)
     frozen = place(frozen, mesh)
     step = make_step(loss, optimizer, args.seed, average, param_shardings(state, mesh))
     describe(args, mesh, state, frozen, batches)

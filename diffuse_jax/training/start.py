@@ -46,7 +46,7 @@ def settled(args: argparse.Namespace, mesh: Mesh, batches: Batches) -> argparse.
     if validation is None:
         validation = VALIDATION_STEPS if args.validation_epochs is None else args.validation_epochs * (epoch or 1)
     counts = {"max_train_steps": steps, "validation_steps": validation}
-    for name in ("logging_steps", "checkpointing_steps", "gradient_accumulation_steps"):
+    for name in ("logging_steps", "checkpointing_steps"):
         counts[name] = getattr(args, name)
     for name, count in counts.items():
         if count < 1:
@@ -78,15 +78,20 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def resumed(folder: Path, like: Any, batches: Batches, rows: int) -> TrainState:
-    """The state of a checkpoint; ``batches`` is moved to its position.
+def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> TrainState:
+    """The state of a checkpoint, for a run to ``last`` updates; ``batches`` is moved to its position.
 
     Raises:
-      ValueError: the checkpoint is of another training.
+      ValueError: the checkpoint is of another training, or has made more updates.
     """
     state, position = load_checkpoint(folder, like), load_position(folder)
     if position is None:
         raise ValueError(f"{folder} does not say where its data was; it was not written by this version")
+    if int(state.step) > last:
+        raise ValueError(
+            f"{folder} has made {int(state.step)} updates, more than --max_train_steps {last}, which counts from the "
+            "beginning; ask for more"
+        )
     if position.rows != rows:
         say(f"note: {folder} was trained with {position.rows} pictures per update, this run has {rows}")
     batches.set_state(position.batches)

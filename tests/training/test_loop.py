@@ -88,8 +88,19 @@ def test_an_old_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
     train_line(arguments(**flags))
     with pytest.raises(FileExistsError, match=r"checkpoint-1, checkpoint-2.*--resume_from_checkpoint.*--overwrite"):
         train_line(arguments(**flags))
+    with pytest.raises(ValueError, match="lr_warmup_steps 500"):  # a mistake in another flag costs nothing
+        train_line(arguments("--overwrite_output_dir", lr_scheduler="cosine", **flags | {"lr_warmup_steps": 500}))
+    assert list(checkpoints(tmp_path)) == [1, 2]
     train_line(arguments("--overwrite_output_dir", **flags | {"max_train_steps": 1}))
     assert list(checkpoints(tmp_path)) == [1]
+
+
+def test_a_run_cannot_go_on_to_an_earlier_step(tmp_path: Path) -> None:
+    flags = {"output_dir": tmp_path, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+    train_line(arguments(max_train_steps=2, **flags))
+    with pytest.raises(ValueError, match="checkpoint-2 has made 2 updates, more than --max_train_steps 1"):
+        train_line(arguments(max_train_steps=1, **flags))
+    train_line(arguments(max_train_steps=2, **flags))  # a finished run that is started again ends at once
 
 
 def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +181,8 @@ def test_a_step_that_is_not_finite_is_named_with_its_batch(tmp_path: Path) -> No
     ("flags", "message"),
     [
         ({"logging_steps": 0}, "logging_steps must be at least 1, got 0"),
+        ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"checkpointing_steps": -1}, "checkpointing_steps must be at least 1, got -1"),
         ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
         ({"checkpoints_total_limit": 0}, "checkpoints_total_limit must be at least 1"),
