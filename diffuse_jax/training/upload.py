@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 
+from diffuse_jax.training.data import cache_dir_from
 from diffuse_jax.training.start import say
 
 LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "profile/**", "*.new")
-"""What stays here: the training states are large and of use to this run alone."""
+"""What stays here, besides the caches: the training states are large and of use to this run alone."""
 
 CARD = "README.md"
 
@@ -36,12 +37,18 @@ def push_to_hub(args: argparse.Namespace) -> str | None:
     repository = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(card(args, repository), encoding="utf-8")
-    ignored = [p for p in (*LEFT_OUT, f"{args.logging_dir}/**") if p]
+    ignored = [*LEFT_OUT, f"{args.logging_dir}/**", *caches(args)]
     commit = api.upload_folder(
         repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
     )
     say(f"uploaded to {commit}")
     return str(commit)
+
+
+def caches(args: argparse.Namespace) -> list[str]:
+    """Patterns of the encoded pictures and captions, where they lie in the folder that is uploaded."""
+    folder, cache = Path(args.output_dir).resolve(), cache_dir_from(args).resolve()
+    return [f"{cache.relative_to(folder)}/**"] if folder in cache.parents else []
 
 
 def card(args: argparse.Namespace, repository: str) -> str:

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 from PIL import Image
 
+from diffuse_jax.training.data import cache_dir_from, cached
 from diffuse_jax.training.upload import push_to_hub
 from tests.training.line import arguments, train_line
 
@@ -38,6 +40,7 @@ def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monke
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "hub_token": "secret"}
     args = arguments("--push_to_hub", output_dir=tmp_path / "my-line", report_to="tensorboard", **flags)
     train_line(args, validate=lambda params: [("a line", Image.new("RGB", (4, 4)))])
+    cached(cache_dir_from(args) / "latents", {}, 3, lambda rows: {"moments": np.zeros(len(rows))})
     assert push_to_hub(args) == "https://hub/commit"
     assert Hub.asked["repo_id"] == "somebody/my-line"
     assert Hub.asked["token"] == "secret"

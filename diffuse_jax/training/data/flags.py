@@ -163,7 +163,7 @@ def transform_from(args: argparse.Namespace, *, crop_size: int | None = None, pi
 
 def cache_dir_from(args: argparse.Namespace) -> Path:
     """The folder of encoded pictures and captions."""
-    return Path(args.data_cache_dir or Path(args.output_dir) / "cache")
+    return Path(getattr(args, "data_cache_dir", None) or Path(args.output_dir) / "cache")
 
 
 def buckets_from(args: argparse.Namespace, source: Source) -> list[tuple[Size, np.ndarray]] | None:
