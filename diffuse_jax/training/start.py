@@ -48,6 +48,8 @@ def settled(args: argparse.Namespace, mesh: Mesh, batches: Batches) -> argparse.
     counts = {"max_train_steps": steps, "validation_steps": validation}
     for name in ("logging_steps", "checkpointing_steps"):
         counts[name] = getattr(args, name)
+    if args.checkpoints_total_limit is not None:
+        counts["checkpoints_total_limit"] = args.checkpoints_total_limit
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
