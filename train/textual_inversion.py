@@ -20,6 +20,7 @@ from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import mesh_from, objective_from
 from diffuse_jax.training.inversion import (
     add_inversion,
+    check_inversion,
     combined,
     inversion_batches,
     save_embeddings,
@@ -60,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     defaults = {"train_batch_size": 4, "max_grad_norm": None}
     parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
     add_inversion(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_inversion(args)
+    return args
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negate
     actions = {name: action for action in parser._actions for name in names_of(action)}
     line: list[str] = []
     for name, value in values.items():
-        if name in OWN or name not in actions:
+        if name in OWN:
+            raise ValueError(f"{name} cannot stand in a file; say --{name} on the command line")
+        if name not in actions:
             raise ValueError(f"{name} is not a flag{nearest(name, actions)}")
         switch = actions[name].nargs == 0
         if switch and not isinstance(value, bool | None):

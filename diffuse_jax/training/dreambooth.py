@@ -52,14 +52,24 @@ def check_dreambooth(args: argparse.Namespace) -> None:
     folder = Path(args.instance_data_dir)
     if not folder.is_dir() or not pictures_in(folder):
         raise ValueError(f"--instance_data_dir {folder} has no pictures")
-    for name in ("train_data_dir", "dataset_name", "train_shards", "streaming"):
-        if getattr(args, name):
-            raise ValueError(f"--{name} has no use here; the pictures are those of --instance_data_dir")
+    refuse_other_data(args, "instance_data_dir")
     missing = [name for name in ("class_data_dir", "class_prompt") if getattr(args, name) is None]
     if args.with_prior_preservation and missing:
         raise ValueError(f"--with_prior_preservation needs --{' and --'.join(missing)}")
     if not args.with_prior_preservation and len(missing) < 2:
         warnings.warn("--class_data_dir and --class_prompt have no use without --with_prior_preservation", stacklevel=2)
+
+
+def refuse_other_data(args: argparse.Namespace, folder: str) -> None:
+    """All pictures come from one folder, whose flag is given: say so of flags for other data.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    others = "train_data_dir", "dataset_name", "dataset_config_name", "train_shards", "load_from_disk", "streaming"
+    for name in (*others, "max_train_samples"):
+        if name != folder and getattr(args, name):
+            raise ValueError(f"--{name} has no use here; the pictures are those of --{folder}")
 
 
 class Prompted:

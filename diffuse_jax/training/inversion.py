@@ -17,7 +17,7 @@ from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.cached import inputs_from
 from diffuse_jax.training.data import FolderSource, Record, add_data, batches_from
-from diffuse_jax.training.dreambooth import Prompted
+from diffuse_jax.training.dreambooth import Prompted, refuse_other_data
 from diffuse_jax.training.flags import Parser
 
 _LOOKS = ("", "good ", "bright ", "dark ", "clear ", "blurred ", "cropped ", "close-up ", "small ")
@@ -44,6 +44,17 @@ def add_inversion(parser: Parser) -> None:
     add("--repeats", type=int, default=100, help="how often a picture counts in an epoch")
     add("--save_as_full_pipeline", action="store_true", help="write the whole pipeline with the new word too")
     add_data(parser, captions=False, caches=True)
+
+
+def check_inversion(args: argparse.Namespace) -> None:
+    """Refuse what cannot work, before anything is read.
+
+    Raises:
+      ValueError: there is no folder of pictures, or another data set is named.
+    """
+    refuse_other_data(args, "train_data_dir")
+    if not args.train_data_dir:
+        raise ValueError("--train_data_dir is missing: a folder with a few pictures of what the new word stands for")
 
 
 def with_placeholder(args: argparse.Namespace, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:

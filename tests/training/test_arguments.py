@@ -80,7 +80,7 @@ def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Pat
     ("values", "message"),
     [
         ({"lerning_rate": 1}, "lerning_rate is not a flag; did you mean learning_rate?"),
-        ({"config": "other.yaml"}, "config is not a flag"),
+        ({"process_id": 1}, "process_id cannot stand in a file; say --process_id on the command line"),
         ({"use_ema": "yes"}, "use_ema must be true or false, got 'yes'"),
         ({"seed": "x"}, "invalid int value: 'x'"),
         ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
