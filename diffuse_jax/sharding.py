@@ -40,6 +40,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, "all that remain".
 
+    ``devices`` are all of JAX's if left out. Nothing is cut along ``sequence`` unless rules of your own say so.
+
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
@@ -53,7 +55,10 @@ def make_mesh(
         )
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"a mesh of {sizes} takes {math.prod(sizes)} devices, but there are {len(devices)}")
+        raise ValueError(
+            f"a mesh of {dict(zip(MESH_AXES, sizes, strict=True))} takes {math.prod(sizes)} devices, but there are "
+            f"{len(devices)}; set one of the sizes to -1 or give devices=jax.devices()[:{math.prod(sizes)}]"
+        )
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
