@@ -150,6 +150,11 @@ class InTurns:
         for part, name in zip(self._both, ("instance", "class"), strict=True):
             part.set_state(state[name])
 
+    def close(self) -> None:
+        """End the threads and worker processes of both."""
+        for part in self._both:
+            getattr(part, "close", lambda: None)()
+
 
 def dreambooth_batches(
     args: argparse.Namespace, mesh: Mesh, pipe: DiffusionPipeline, *, trained: Sequence[str]

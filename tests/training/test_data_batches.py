@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.sources import FolderSource
 from diffuse_jax.training.data.transform import Transform
+from diffuse_jax.training.dreambooth import InTurns
 
 from .data_sets import finish, flags, image_folder
 
@@ -89,6 +91,24 @@ def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
         next(batches)
 
 
+def test_pictures_of_instance_and_class_come_in_turns(tmp_path: Path) -> None:
+    others = set(threading.enumerate())
+    folders = [str(image_folder(tmp_path / name, count)) for name, count in (("instance", 4), ("class", 9))]
+    make = lambda: InTurns(*(batches_from(flags("--train_data_dir", f), mesh(), finish) for f in folders))
+    both = make()
+    first = take(both, 3)
+    assert both.total == 9
+    assert first[0]["prior"].tolist() == [False, True, False, True]
+    assert [Path(name).parent.name for name in both.names] == ["instance"] * 2 + ["class"] * 2
+    state, rest = json.loads(json.dumps(both.get_state())), take(both, 2)
+    again = make()
+    again.set_state(state)
+    assert_same(take(again, 2), rest)
+    for batches in (both, again):
+        batches.close()
+    assert not set(threading.enumerate()) - others
+
+
 def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:
     source = FolderSource(image_folder(tmp_path, 10))
     make = lambda rows: Maker(source, Transform(8), Plain(0, 10, 8), np.array(rows), finish)(24)[0]
@@ -127,6 +147,7 @@ def test_buckets(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
+import threading
 import time
 
 import numpy as np
@@ -134,6 +155,7 @@ from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.sources import FolderSource
 from diffuse_jax.training.data.transform import Transform
+from diffuse_jax.training.dreambooth import InTurns
 
 
 def finish(example):
