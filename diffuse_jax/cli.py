@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if os.environ.get("DIFFUSE_JAX_DEBUG"):
             raise
         say(f"diffuse-jax {args.command}: {error or type(error).__name__}")

@@ -191,7 +191,9 @@ def test_a_failed_save_leaves_no_picture(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("no folder 'x'"), 1), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no folder 'x'"), 1), (TypeError("no folder 'x'"), 1), (KeyboardInterrupt(), 130)]
+)
 def test_errors_are_plain_words_and_a_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

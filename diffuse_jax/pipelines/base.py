@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, cast
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from diffuse_jax import weights
+from diffuse_jax import schedulers, weights
 from diffuse_jax.models import AutoencoderKL, Model, Params, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs
 from diffuse_jax.schedulers import Scheduler
@@ -19,6 +19,7 @@ from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import Component, WeightsError
+from diffuse_jax.weights.files import require_folder
 
 MODELS: dict[str, type[Model]] = {
     cls.__name__: cls
@@ -238,8 +239,18 @@ class DiffusionPipeline:
 def with_given(
     parts: Mapping[str, Any], params: Mapping[str, Params], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Params]]:
-    """Components and parameters with those that the caller gave; a network comes as ``(model, params)``."""
+    """Components and parameters with those that the caller gave; a network comes as ``(model, params)``.
+
+    Raises:
+      TypeError: a network came without parameters, or what came is not of this library.
+    """
     pairs = {name: part for name, part in given.items() if isinstance(part, tuple)}
+    for name, part in given.items():
+        wrong = isinstance(part, Model) and name not in params
+        if wrong or (name in pairs and not (len(part) == 2 and isinstance(part[0], Model))):
+            raise TypeError(f"{name}: give a network as (model, params), as its from_pretrained returns it")
+        if name == "scheduler" and not isinstance(part, Scheduler):
+            raise TypeError(f"scheduler must be one of diffuse_jax, got {type(part).__module__}.{type(part).__name__}")
     models = {name: model for name, (model, _) in pairs.items()}
     return {**parts, **given, **models}, {**params, **{name: own for name, (_, own) in pairs.items()}}
 
@@ -273,6 +284,7 @@ def open_component(
         if NOT_LOADED[name]:
             warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=4)
         return None
+    require_folder(entry.folder)  # what opens tokenizers and schedulers would look for its name on the Hub
     if plain in MODELS:
         model = MODELS[plain].from_config(entry.folder, dtype=dtype)
         shapes = model.shapes()
@@ -287,7 +299,19 @@ def open_component(
         return model
     if plain in TOKENIZERS:
         return clip_tokenizer(entry.folder)
-    return Scheduler.from_pretrained(entry.folder)
+    return scheduler_class(plain, entry.folder).from_pretrained(entry.folder)
+
+
+def scheduler_class(name: str, folder: Path) -> type[Scheduler]:
+    """The class that the index names, which counts, as in diffusers, where the scheduler's own file names another.
+
+    Raises:
+      WeightsError: there is no such scheduler.
+    """
+    found = getattr(schedulers, name, None)
+    if not (isinstance(found, type) and issubclass(found, Scheduler)):
+        raise WeightsError(f"{folder.parent}/model_index.json: component {folder.name!r} is an unknown {name!r}")
+    return found
 
 
 def library_and_class(part: Any) -> tuple[str | None, str | None]:

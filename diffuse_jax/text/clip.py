@@ -65,8 +65,8 @@ class CLIPTextOutput(NamedTuple):
 
     def skipped(self, clip_skip: int) -> jax.Array:
         """The states before the last ``clip_skip`` layers, ``[B,L,D]``, not normalised."""
-        if not 0 <= clip_skip < len(self.hidden_states) - 1:
-            raise ValueError(f"clip_skip must be 0 to {len(self.hidden_states) - 2}, got {clip_skip}")
+        if not 0 <= clip_skip < len(self.hidden_states):
+            raise ValueError(f"clip_skip must be 0 to {len(self.hidden_states) - 1}, got {clip_skip}")
         return self.hidden_states[-1 - clip_skip]
 
 

@@ -16,13 +16,22 @@ import numpy as np
 
 from diffuse_jax.weights.errors import WeightsError, bad
 
+LFS = b"version https://git-lfs"
+"""How the small text begins that Git keeps in the place of a large file."""
+
 
 def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a read-only uint8 array backed by the file itself; nothing is read yet."""
+    """The bytes of a file as a read-only uint8 array backed by the file itself; nothing is read yet.
+
+    Raises:
+      WeightsError: the file is empty, or a clone without Git LFS left a pointer in its place.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise bad(path, "the file is empty")
+        if file.read(len(LFS)) == LFS:
+            raise bad(path, "is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`")
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 

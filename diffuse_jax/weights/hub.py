@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from diffuse_jax.weights.errors import WeightsError
 from diffuse_jax.weights.files import STEMS, choose_weights, is_plain_name, read_json
+from diffuse_jax.weights.load import READERS
 
 SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 """Ids that open from the installed package, without a network."""
@@ -49,6 +50,13 @@ def resolve(
         raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
     folder = SHIPPED.get(str(source), Path(source).expanduser())
     if not folder.is_dir():
+        if folder.is_file():
+            raise WeightsError(
+                f"{source}: is a file, and a model's folder is wanted; from_single_file opens checkpoints of one file, "
+                "and `diffuse-jax convert` makes folders of them"
+            )
+        if folder.suffix in READERS:
+            raise WeightsError(f"{source}: no such file")
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))

@@ -84,6 +84,8 @@ def read_single_file(
       WeightsError: a damaged or hostile file, no known family, or tensors that belong to no component.
     """
     path = Path(path)
+    if path.is_dir():
+        raise bad(path, "is a folder, and a checkpoint of one file is wanted; from_pretrained opens folders")
     checkpoint = read_checkpoint([path])
     name = infer.family_of(checkpoint.tensors)
     if name is None:

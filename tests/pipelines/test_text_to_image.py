@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.pipelines.run import padded_size
 from diffuse_jax.sharding import make_mesh, param_shardings
+from diffuse_jax.weights import WeightsError
 from tests.pipelines.tiny import pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +203,36 @@ def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, reque
     with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "a"} | request_)
     assert pipe.programs.compilations == before
+
+
+def test_the_index_says_which_sampler_it_is(pipe: StableDiffusionPipeline, tmp_path: Path):
+    """As in diffusers, also where the sampler's own file names another."""
+    index = pipe.save_pretrained(tmp_path) / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is schedulers.EulerDiscreteScheduler
+    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "MyScheduler"))
+    with pytest.raises(WeightsError, match="component 'scheduler' is an unknown 'MyScheduler'"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scheduler", "tokenizer", "vae"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
+    name: str, pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(pipe.save_pretrained(tmp_path / "model").parent)
+    shutil.rmtree(tmp_path / "model" / name)
+    with pytest.raises(WeightsError, match=f"^model/{name}: no such folder$"):
+        DiffusionPipeline.from_pretrained("model")
+
+
+def test_components_of_another_kind_are_refused(pipe: StableDiffusionPipeline, tmp_path: Path):
+    folder, (vae, params) = pipe.save_pretrained(tmp_path), (pipe.components["vae"], pipe.params["vae"])
+    for wrong in (vae, (params, vae)):
+        with pytest.raises(TypeError, match=r"vae: give a network as \(model, params\)"):
+            DiffusionPipeline.from_pretrained(folder, vae=wrong)
+    with pytest.raises(TypeError, match=r"scheduler must be one of diffuse_jax, got builtins\.str"):
+        pipe.replace(scheduler="euler")
+    assert pipe.replace(vae=vae.clone(dtype=jnp.bfloat16)).params["vae"] is params  # computes in another dtype
 
 
 def test_a_tokenizer_of_another_model_is_refused(pipe: StableDiffusionPipeline):

@@ -79,6 +79,11 @@ def test_local_folders_and_names_that_are_neither(tmp_path: Path) -> None:
         resolve(tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(WeightsError, match=r"has no folder 'unet'"):
         resolve(tmp_path, subfolder="unet")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(WeightsError, match="is a file, and a model's folder is wanted; from_single_file opens"):
+        resolve(tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="model.ckpt: no such file"):
+        resolve("model.ckpt")
     for escape in ("../vae", "/etc", "vae/../.."):
         with pytest.raises(WeightsError, match="is not a plain path inside the model"):
             resolve(tmp_path / "vae", subfolder=escape)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights import WeightsError, read_checkpoint
 from diffuse_jax.weights.safetensors import DTYPES, MAX_HEADER, read_metadata, read_safetensors, write_safetensors
 from tests.weights.tiny import same_bits, write_raw
 
@@ -94,6 +94,14 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         (tmp_path / "cut.safetensors").write_bytes(data[:size])
         with pytest.raises(WeightsError, match=r"cut\.safetensors"):
             read_safetensors(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".msgpack"])
+def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"model{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3438167534\n")
+    with pytest.raises(WeightsError, match="is a pointer of Git LFS"):
+        read_checkpoint([file])
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

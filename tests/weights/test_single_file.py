@@ -234,6 +234,11 @@ def test_files_that_are_no_pipelines_are_refused(kind: str, tmp_path: Path, rng:
     assert message in str(error.value)
 
 
+def test_a_folder_is_no_single_file(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is a folder, and a checkpoint of one file is wanted"):
+        read_single_file(tmp_path)
+
+
 def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.random.Generator) -> None:
     stored = stored_family("v1", rng, tmp_path)
     del stored["model.diffusion_model.out.2.bias"]
