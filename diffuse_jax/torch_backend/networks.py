@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def quiet() -> Iterator[None]:
     levels = [library.get_verbosity() for library in libraries]
     bars = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(
+            logging.CRITICAL
+        )  # a .bin is read after an "error" about the safetensors that is not there
         library.disable_progress_bar()
     try:
         yield

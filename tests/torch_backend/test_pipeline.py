@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from diffuse_jax.schedulers import EulerAncestralDiscreteScheduler
 from diffuse_jax.weights import WeightsError
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
-diffusers = folders.diffusers
+diffusers, torch = folders.diffusers, folders.torch
+networks = pytest.importorskip("diffuse_jax.torch_backend.networks")
 
 TOLERANCE = 1e-4  # of pictures in [0, 1], in float32
 PROMPTS = ["a cat", "two dogs!"]
@@ -104,3 +106,14 @@ def test_what_the_pytorch_side_does_not_do_is_said(shipped: Any, tmp_path: Path)
     if not folders.torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no CUDA device"):
             torch_backend.from_pretrained("diffuse-jax/emoji", device="cuda")
+
+
+def test_a_pickle_is_read_without_talk_of_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers first reports the safetensors that are not there as an error, and then reads the ``.bin``."""
+    unet = diffusers.UNet2DConditionModel(**folders.UNET)
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    log = logging.getLogger("diffusers")
+    log.addHandler(caplog.handler)
+    networks.open_network("UNet2DConditionModel", tmp_path, "float32", torch.device("cpu"))
+    log.removeHandler(caplog.handler)
+    assert caplog.records == []
