@@ -70,9 +70,7 @@ def quiet() -> Iterator[None]:
     levels = [library.get_verbosity() for library in libraries]
     bars = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in libraries:
-        library.set_verbosity(
-            logging.CRITICAL
-        )  # a .bin is read after an "error" about the safetensors that is not there
+        library.set_verbosity(logging.CRITICAL)  # diffusers calls it an error that a .bin has no safetensors beside it
         library.disable_progress_bar()
     try:
         yield
