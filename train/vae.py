@@ -28,7 +28,7 @@ from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import PRECISIONS, make_parser, mesh_from, remat_from
 from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation
 from diffuse_jax.training.batches import Batches, Counted
-from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.data import add_data, batches_from, check_sides
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import normalised
 from diffuse_jax.training.loop import fit
@@ -133,10 +133,9 @@ def check_sizes(terms: Terms, args: argparse.Namespace) -> None:
     """
     flag = "crop_size" if args.crop_size is not None else "resolution"
     size, scale = getattr(args, flag), terms.vae.config.scale
-    sizes = [("resolution", args.resolution), (flag, size)]
-    for name, value in sizes:
-        if value % scale:
-            raise ValueError(f"--{name} must be a multiple of {scale} for this autoencoder, got {value}")
+    check_sides(args, scale)
+    if size % scale:
+        raise ValueError(f"--{flag} must be a multiple of {scale} for this autoencoder, got {size}")
     if terms.discriminator is not None and size < terms.discriminator.config.min_size:
         raise ValueError(
             f"the discriminator needs pictures of at least {terms.discriminator.config.min_size} pixels, --{flag} is "

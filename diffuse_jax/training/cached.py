@@ -22,6 +22,7 @@ from diffuse_jax.training.data import (
     cache_captions,
     cache_dir_from,
     cache_pictures,
+    check_sides,
     fingerprint_params,
     source_from,
     transform_from,
@@ -95,13 +96,15 @@ def inputs_from(
         size.
 
     Raises:
-      ValueError: a cache of what changes during the run, or of what differs each time.
+      ValueError: a cache of what changes during the run, or of what differs each time; pictures of a size that the
+        autoencoder cannot take.
     """
     encoders = [name for name in ENCODERS[type(pipe)][0] if pipe.components.get(name) is not None]
     if args.cache_latents and args.random_flip:
         raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
     if args.cache_text_embeddings and set(encoders) & set(trained):
         raise ValueError("--cache_text_embeddings keeps what the text encoder says now, but it is trained")
+    check_sides(args, pipe.components["vae"].config.scale)
     told: Told = None
     if pipe.components["unet"].config.addition_embed_type == "text_time":
         told = functools.partial(sizes_of, true_sizes)

@@ -7,6 +7,7 @@ from diffuse_jax.training.data.flags import (
     buckets_from,
     cache_dir_from,
     check_data,
+    check_sides,
     source_from,
     transform_from,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "cache_pictures",
     "cached",
     "check_data",
+    "check_sides",
     "fingerprint_params",
     "source_from",
     "transform_from",

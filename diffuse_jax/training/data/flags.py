@@ -94,6 +94,17 @@ def _check_examples(args: argparse.Namespace) -> None:
         raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
 
 
+def check_sides(args: argparse.Namespace, multiple: int) -> None:
+    """Refuse sizes of pictures that an autoencoder cannot take.
+
+    Raises:
+      ValueError: the sides are not multiples of ``multiple`` pixels.
+    """
+    name = "bucket_step" if args.aspect_ratio_buckets else "resolution"
+    if getattr(args, name) % multiple:
+        raise ValueError(f"--{name} must be a multiple of {multiple} for this autoencoder, got {getattr(args, name)}")
+
+
 def _check_streaming(args: argparse.Namespace) -> None:
     if not args.dataset_name:
         raise ValueError("--streaming reads --dataset_name; local folders and shards are read lazily as they are")
