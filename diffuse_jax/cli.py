@@ -48,7 +48,7 @@ REQUIRED = (
 )
 FROM_FOLDER = ("dtype", "revision", "variant")
 FROM_SINGLE_FILE = ("dtype", "revision", "tokenizer", "prediction_type")
-TO_CONVERT = ("dtype", "variant", "prediction_type")
+TO_CONVERT = ("dtype", "variant", "prediction_type", "tokenizer")
 TO_CALL = (
     "prompt",
     "negative_prompt",
@@ -338,7 +338,7 @@ def add_no_compilation_cache(add: Any) -> None:
 
 
 def add_convert(commands: Any) -> None:
-    example = "diffuse-jax convert model.safetensors model-folder --to diffusers --dtype bfloat16"
+    example = "diffuse-jax convert model.safetensors model-folder --tokenizer openai/clip-vit-large-patch14"
     add = add_command(
         commands, "convert", convert, "a checkpoint in another layout, verified after writing", example
     ).add_argument
@@ -348,6 +348,7 @@ def add_convert(commands: Any) -> None:
     add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
     add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
     add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
+    add("--tokenizer", metavar="SOURCE", help="folder or Hub id with the tokenizer that a single file lacks")
 
 
 def add_parity(commands: Any) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.models import AutoencoderKL, Model, UNet2DConditionModel
+from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, open_tokenizers
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import WeightsError, names
 from diffuse_jax.weights.copy import compact, forget
@@ -61,6 +63,7 @@ class Opened:
       networks: component name -> network.
       folders: component name -> (library, class, folder) of tokenizers and schedulers, which are copied.
       schedulers: component name -> configuration, where the source has no folder for it.
+      tokenizers: component name -> tokenizer, where the source has no folder for it.
       absent: names of components left out.
       options: other values of ``model_index.json``.
     """
@@ -69,6 +72,7 @@ class Opened:
     networks: dict[str, Network]
     folders: dict[str, weights.Component] = dataclasses.field(default_factory=dict)
     schedulers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tokenizers: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -81,6 +85,7 @@ def convert(
     *,
     variant: str | None = None,
     prediction_type: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Path:
     """Rewrite a checkpoint in another layout and check what was written.
 
@@ -93,6 +98,8 @@ def convert(
       dtype: what floating-point tensors are cast to; None keeps theirs.
       variant: which weight files of the source to read, for example ``"fp16"``.
       prediction_type: of a single file; see :func:`diffuse_jax.weights.read_single_file`.
+      tokenizer: a folder or Hub id with the tokenizer that a single file does not hold, for example
+        ``"openai/clip-vit-large-patch14"``. Without it the folder that is written has none, and a warning says so.
 
     Returns:
       ``dst``.
@@ -100,7 +107,8 @@ def convert(
     Raises:
       WeightsError: the source cannot be read or does not fit its configuration, the layout has no place for it, or the
         result is not what was meant to be written. Nothing is left behind then.
-      ValueError: an unknown layout, or a single file that is not to end in ``.safetensors``.
+      ValueError: an unknown layout, a single file that is not to end in ``.safetensors``, or a ``tokenizer`` where
+        nothing lacks one.
       FileExistsError: ``dst`` is in the way.
     """
     if to not in LAYOUTS:
@@ -110,7 +118,15 @@ def convert(
         raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
     if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
         raise FileExistsError(f"{dst} exists; remove it or name another place")
-    source = open_source(src, variant=variant, prediction_type=prediction_type)
+    if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
+        raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
+    source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
+    if Path(src).is_file() and to != "single-file" and tokenizer is None:
+        warnings.warn(
+            f"{src} holds no tokenizer, so {dst} will not have one, and pipelines need it: give tokenizer= "
+            f"(--tokenizer), for example {CLIP_TOKENIZER!r}",
+            stacklevel=2,
+        )
     with _finished(dst) as partial:
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
@@ -129,10 +145,16 @@ def _finished(dst: Path) -> Iterator[Path]:
         partial.rename(dst)
 
 
-def open_source(src: str | Path, *, variant: str | None = None, prediction_type: str | None = None) -> Opened:
+def open_source(
+    src: str | Path,
+    *,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> Opened:
     """Find, read and check a checkpoint in any layout; tensors stay in their files until they are used."""
     if Path(src).is_file():
-        return _open_single_file(Path(src), prediction_type)
+        return _open_single_file(Path(src), prediction_type, tokenizer)
     folder = weights.resolve(src, variant=variant, skip=LEFT_OUT)
     if not (folder / "model_index.json").is_file():
         config = weights.read_json(folder / "config.json")
@@ -150,7 +172,7 @@ def open_source(src: str | Path, *, variant: str | None = None, prediction_type:
         else:
             folders[name] = entry
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
-    return Opened(index.class_name, networks, folders, {}, absent, index.options)
+    return Opened(index.class_name, networks, folders, absent=absent, options=index.options)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -174,10 +196,12 @@ def _class(kind: str, named_in: Path) -> type[Model]:
     return MODELS[plain]
 
 
-def _open_single_file(path: Path, prediction_type: str | None) -> Opened:
+def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Opened:
     """A pipeline from one file; its tokenizers are not in it."""
     file = weights.read_single_file(path, prediction_type=prediction_type)
-    return Opened(file.class_name, _networks(file, path), {}, file.schedulers, (), file.options)
+    tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
+    networks = _networks(file, path)
+    return Opened(file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options)
 
 
 def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
@@ -278,6 +302,9 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
         kind = prefix + config["_class_name"]
         weights.write_json(dst / name / SCHEDULER, config | {"_class_name": kind})
         entries[name] = ("diffusers", kind)
+    for name, tokenizer in source.tokenizers.items():
+        tokenizer.save_pretrained(dst / name)
+        entries[name] = ("transformers", "CLIPTokenizer")
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import diffuse_jax.convert as conversion
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
 from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from tests.pipelines.tiny import tokenizer
 from tests.weights.families import FAMILIES
 from tests.weights.tiny import same_bits, views
 
@@ -59,7 +62,8 @@ def assert_same(a: Path, b: Path, dtype: Any = None) -> None:
 def test_through_every_layout_and_back(family: str, tmp_path: Path) -> None:
     first = pipeline(tmp_path / "first", family)
     single = convert(first, tmp_path / "single.safetensors", to="single-file")
-    again = convert(single, tmp_path / "again", to="diffusers")
+    with pytest.warns(UserWarning, match="holds no tokenizer"):
+        again = convert(single, tmp_path / "again", to="diffusers")
     flax = convert(again, tmp_path / "flax", to="flax-msgpack")
     last = convert(flax, tmp_path / "last")
     for other in (single, again, flax, last):
@@ -68,6 +72,23 @@ def test_through_every_layout_and_back(family: str, tmp_path: Path) -> None:
     assert index.class_name == CLASSES[family]
     assert index.components.keys() == {*FAMILIES[family], "scheduler"}
     assert sorted(os.listdir(tmp_path)) == ["again", "first", "flax", "last", "single.safetensors"]
+
+
+@pytest.mark.parametrize(("family", "padding"), [("v1", ["<|endoftext|>"]), ("xl", ["<|endoftext|>", "!"])])
+def test_a_single_file_becomes_a_pipeline_with_a_tokenizer(family: str, padding: list[str], tmp_path: Path) -> None:
+    single = convert(pipeline(tmp_path / "first", family), tmp_path / "single.safetensors", to="single-file")
+    tokenizer().save_pretrained(tmp_path / "words")
+    with warnings.catch_warnings(action="error"):
+        folder = convert(single, tmp_path / "folder", tokenizer=tmp_path / "words")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert [pipe.components[name].pad_token for name in ("tokenizer", "tokenizer_2")[: len(padding)]] == padding
+    with pytest.warns(UserWarning, match="holds no tokenizer, so .*without will not have one"):
+        convert(single, tmp_path / "without")
+    with pytest.raises(ValueError, match="a folder has its own"):
+        convert(tmp_path / "first", tmp_path / "x", tokenizer=tmp_path / "words")
+    with pytest.raises(WeightsError, match="no vocabulary there"):
+        convert(single, tmp_path / "x", tokenizer=tmp_path / "first" / "unet")
+    assert not (tmp_path / "x").exists()
 
 
 def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,7 @@ def open_single_file(
         name: weights.match(part.checkpoint, shapes[name], label=f"{path}: {name}") for name, part in wanted.items()
     }
     parts: dict[str, Any] = dict(models)
-    for name in file.networks:
-        if name.startswith("text_encoder"):
-            key = name.replace("text_encoder", "tokenizer")
-            parts[key] = components.get(key) or open_tokenizer(tokenizer, (file.family, key), **hub)
+    parts |= open_tokenizers(file, tokenizer, components, **hub)
     parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
     params: dict[str, Params] = {}
     for name in wanted:
@@ -56,6 +54,24 @@ def open_single_file(
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
     given = {name: part for name, part in components.items() if name not in NOT_LOADED}
     return target(*with_given(parts, params, given), file.options, mesh)
+
+
+def open_tokenizers(
+    file: weights.SingleFile, source: Any, given: Mapping[str, Any] = types.MappingProxyType({}), **hub: Any
+) -> dict[str, Any]:
+    """Component name -> tokenizer, for each text encoder of a file.
+
+    Args:
+      file: what is opened.
+      source: see :func:`open_tokenizer`.
+      given: tokenizers that are there already.
+      **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+      WeightsError: there is no tokenizer at the source.
+    """
+    names = [name.replace("text_encoder", "tokenizer") for name in file.networks if name.startswith("text_encoder")]
+    return {name: given.get(name) or open_tokenizer(source, (file.family, name), **hub) for name in names}
 
 
 def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:
