@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -216,12 +215,10 @@ class Scheduler(Config):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``folder/scheduler_config.json`` (whole or not at all) and return its path."""
+        from diffuse_jax.weights.files import write_json
+
         path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        write_json(path, self.to_json())
         return path
 
     # ---- the training schedule -------------------------------------------------------------------------------------

@@ -124,6 +124,15 @@ def test_saving_and_reading(name: str, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["scheduler_config.json"]
 
 
+def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    path = EulerDiscreteScheduler().save_pretrained(tmp_path)
+    before = path.read_text()
+    with pytest.raises(TypeError, match="set is not JSON serializable"):
+        EulerDiscreteScheduler.from_config({"from_the_future": {1, 2}}).save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == before
+
+
 def test_old_spellings() -> None:
     assert isinstance(Scheduler.from_config({"_class_name": "FlaxPNDMScheduler"}), PNDMScheduler)
     assert DDPMScheduler.from_config({"predict_epsilon": False}).prediction_type == "sample"
