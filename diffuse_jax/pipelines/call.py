@@ -16,7 +16,7 @@ from diffuse_jax.adapters.lora_file import load_lora
 from diffuse_jax.pipelines.base import DiffusionPipeline
 from diffuse_jax.pipelines.prompts import Prompt, one_per_image
 from diffuse_jax.pipelines.run import ImagePipelineOutput, Job, StepCallback, compile_job, make_draws, run_job
-from diffuse_jax.pipelines.task import check_size, guides, make_task
+from diffuse_jax.pipelines.task import check_lengths, check_size, guides, make_task
 from diffuse_jax.pipelines.text_to_image import Batch, Prompts, Text
 
 STEPS = 50
@@ -138,12 +138,14 @@ def generate(
     task = make_task(pipe, encoders, encode, height, width, output_type, options.get("clip_skip"))
     positive, negative = jax.tree.map(lambda rows: np.repeat(rows, copies, axis=0), prompts)
     images = len(jax.tree.leaves(positive)[0])
+    if guided := guides(pipe, guidance_scale):
+        check_lengths(*prompts)
     draws, seeds = make_draws(
         images, options.get("seed"), options.get("key"), options.get("latents"), task.latent_shape, pipe.mesh
     )
     batch = Batch(
         positive,
-        negative if guides(pipe, guidance_scale) else None,
+        negative if guided else None,
         one_per_image(guidance_scale, images, "guidance_scale"),
         one_per_image(options.get("guidance_rescale", 0.0), images, "guidance_rescale"),
         draws,

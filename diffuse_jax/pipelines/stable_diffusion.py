@@ -51,7 +51,7 @@ class StableDiffusionPipeline(TextToImagePipeline):
 
     def _prompts(self, prompt: Prompt | None, embeds: Any, prompts: int, name: str) -> Prompts:
         if embeds is not None:
-            return Prompts(text=text_of(embeds, None, prompts, name))
+            return Prompts(text=text_of([prompt], embeds, None, prompts, name))
         tokenizer, config = self.components["tokenizer"], self.components["text_encoder"].config
         texts = one_per_prompt(prompt, prompts, name)
         ids = tokenize(tokenizer, texts, config.max_position_embeddings, config.vocab_size)

@@ -63,10 +63,17 @@ class StableDiffusionXLPipeline(TextToImagePipeline):
           negative_original_size, negative_crops_coords_top_left, negative_target_size: what the unconditional half is
             told; the sizes are those of the positive half unless both are given.
           **options: see :class:`~diffuse_jax.pipelines.call.CallOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
         check_options(self, options)
         prompts = number_of_prompts(prompt, prompt_embeds, options.get("num_images_per_prompt", 1))
         size = check_size(self, options.get("height"), options.get("width"))
+        for pair in (original_size, target_size, crops_coords_top_left, negative_original_size, negative_target_size,
+                     negative_crops_coords_top_left):  # fmt: skip
+            if pair is not None and np.shape(pair) != (2,):
+                raise ValueError(f"sizes are (height, width) and crops (top, left) in pixels, got {pair!r}")
         own = original_size or size, crops_coords_top_left, target_size or size
         apart = negative_original_size is not None and negative_target_size is not None
         other = (negative_original_size, negative_crops_coords_top_left, negative_target_size) if apart else own
@@ -95,7 +102,7 @@ class StableDiffusionXLPipeline(TextToImagePipeline):
         if (embeds is None) != (pooled is None):
             raise ValueError(f"give {name}_embeds and its pooled embeddings together")
         if embeds is not None:
-            return Prompts(text=text_of(embeds, pooled, prompts, name))
+            return Prompts(text=text_of(texts, embeds, pooled, prompts, name))
         first, second = texts
         ids = {}
         for text, (encoder, tokenizer) in zip(

@@ -11,7 +11,7 @@ import numpy as np
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL
 from diffuse_jax.pipelines.base import DiffusionPipeline
 from diffuse_jax.pipelines.run import program_output
-from diffuse_jax.pipelines.text_to_image import Text, TextToImage
+from diffuse_jax.pipelines.text_to_image import Prompts, Text, TextToImage
 from diffuse_jax.text import CLIPTextModel
 
 Encoders = Sequence[tuple[str, CLIPTextModel]]
@@ -82,9 +82,41 @@ def decoder(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def text_of(embeds: Any, pooled: Any, prompts: int, name: str) -> Text:
-    """Text that the caller encoded, as arrays with one row per prompt."""
+def text_of(given: Sequence[Any], embeds: Any, pooled: Any, prompts: int, name: str) -> Text:
+    """Text that the caller encoded, as arrays with one row per prompt.
+
+    Args:
+      given: the prompts as text that the caller gave too, each None if not.
+      embeds: ``[prompts,L,D]``.
+      pooled: ``[prompts,P]``, or None.
+      prompts: how many there are.
+      name: of the argument, without ``_embeds``.
+
+    Raises:
+      ValueError: a shape is wrong, or there is text as well.
+    """
+    if any(text is not None for text in given):
+        raise ValueError(f"give {name} or {name}_embeds, not both")
     states = np.asarray(embeds)
     if states.ndim != 3 or len(states) != prompts:
         raise ValueError(f"{name}_embeds must be [{prompts},L,D], got {states.shape}")
+    if pooled is not None and (np.ndim(pooled) != 2 or len(pooled) != prompts):
+        raise ValueError(f"the pooled embeddings of {name} must be [{prompts},P], got {np.shape(pooled)}")
     return Text(states, None if pooled is None else np.asarray(pooled))
+
+
+def check_lengths(positive: Prompts, negative: Prompts) -> None:
+    """Refuse halves of the doubled batch with different numbers of tokens.
+
+    Raises:
+      ValueError: it says both numbers.
+    """
+    tokens = [
+        (next(iter((half.ids or {}).values())) if half.text is None else half.text.states).shape[1]
+        for half in (positive, negative)
+    ]
+    if tokens[0] != tokens[1]:
+        raise ValueError(
+            f"the prompt has {tokens[0]} tokens and the negative one {tokens[1]}; guidance needs as many of both: "
+            "give prompt_embeds and negative_prompt_embeds of one length"
+        )

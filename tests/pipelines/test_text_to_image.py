@@ -196,6 +196,14 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
         ({"num_inference_steps": 2, "timesteps": [1]}, "exactly one of"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
+        (
+            {"prompt": None, "prompt_embeds": np.zeros((1, 20, 16))},
+            "the prompt has 20 tokens and the negative one 16; .* give prompt_embeds and negative_prompt_embeds",
+        ),
+        (
+            {"negative_prompt": "b", "negative_prompt_embeds": np.zeros((1, 16, 16))},
+            "give negative_prompt or negative_prompt_embeds, not both",
+        ),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, request_: dict, message: str):
