@@ -14,7 +14,8 @@ import numpy as np
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers.table import MEMORY, Table
 
-STEPS = 24
+STEPS = 20
+"""Twice as many are as many as the samplers of consistency models have."""
 
 
 class Use(NamedTuple):
@@ -111,7 +112,8 @@ def main() -> None:
     about = (
         "Order is that of the error of deterministic runs, as far as settings choose it; the rest is read off the plan "
         "of the default settings. Memory tensors have the size of the sample and come beside it. Interchangeable: "
-        "works with any network that predicts noise, velocity or the clean sample on a discrete training schedule."
+        "works with any network that predicts noise, velocity or the clean sample on a discrete training schedule "
+        "(EDMEuler is in diffusers' list of these, but is for networks with the preconditioning of EDM)."
     )
     print(write("sampler_properties", "All samplers", about, rows, "numpy"))
 
