@@ -62,7 +62,6 @@ class Monitor:
         self._flying: deque[Metrics] = deque()
         self._clock: float | None = None  # starts when the first step, which is compiled, is done
         self._timed = 0
-        self._began = time.perf_counter()
         quiet = jax.process_index() != 0
         self._bar = tqdm(
             total=total, initial=first, mininterval=5, file=sys.stderr, unit="step", disable=quiet, dynamic_ncols=True
@@ -110,9 +109,10 @@ class Monitor:
         return record
 
     def _speed(self) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = now - (self._clock if self._timed and self._clock is not None else self._began)
-        steps = (self._timed or len(self._pending)) / seconds
+        """Of the steps since the last record; nothing where the only one is the first, which was compiled."""
+        if self._clock is None or not self._timed:
+            return {}
+        steps = self._timed / (time.perf_counter() - self._clock)
         speed = {
             "steps_per_second": steps,
             "images_per_second_per_device": steps * self.work.images / self.work.devices,
@@ -128,10 +128,8 @@ class Monitor:
             jax.block_until_ready(self._pending[-1][1])
         start = time.perf_counter()
         yield
-        spent = time.perf_counter() - start
-        self._began += spent
         if self._clock is not None:
-            self._clock += spent
+            self._clock += time.perf_counter() - start
 
     def pictures(self, step: int, pictures: Pictures) -> None:
         """Hand validation pictures to the trackers."""

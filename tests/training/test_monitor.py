@@ -84,6 +84,18 @@ def test_means_and_speeds(clock: Any) -> None:
     monitor.close()
 
 
+def test_no_speed_of_a_step_that_was_compiled(clock: Any) -> None:
+    kept = Kept()
+    monitor = Monitor([kept], 0, 2, Work(images=1, devices=1), lambda n: {})
+    for step in (1, 2):  # as with --logging_steps 1
+        clock.now += 60 if step == 1 else 2
+        monitor.add(step, metrics(1.0), ())
+        monitor.flush()
+    assert "steps_per_second" not in kept.records[1]
+    assert kept.records[2]["steps_per_second"] == pytest.approx(0.5)
+    monitor.close()
+
+
 def test_no_utilisation_of_an_unknown_device() -> None:
     kept = Kept()
     monitor = Monitor([kept], 0, 1, Work(1, 1), lambda n: {})
