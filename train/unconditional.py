@@ -157,6 +157,7 @@ def validation_from(
     if args.eval_batch_size == 0:
         return None
     steps = min(args.ddpm_num_inference_steps, scheduler.num_train_timesteps)
+    scheduler.plan(steps)  # what it refuses would else end the run at its first pictures
 
     def validate(params: Params) -> list[tuple[str, Any]]:
         pipe = pipeline(unet, scheduler, params, mesh)

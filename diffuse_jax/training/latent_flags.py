@@ -143,11 +143,17 @@ def validation_from(
     Args:
       pipe: its networks, tokenizers and frozen parameters are used.
       merged: trained numbers -> parameters of the networks that they change.
+
+    Raises:
+      ValueError: pictures cannot be made in so many steps, or none are asked for.
     """
     if not args.validation_prompt:
         return None
+    if args.num_validation_images < 1:
+        raise ValueError(f"--num_validation_images must be at least 1, got {args.num_validation_images}")
     sampler = Scheduler.from_pretrained(source_folder(args), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
+    sampler.plan(args.validation_inference_steps)  # what it refuses would else end the run at its first pictures
 
     def validate(trained: Any) -> list[tuple[str, Any]]:
         changed = {name: (pipe.components[name], params) for name, params in merged(trained).items()}
