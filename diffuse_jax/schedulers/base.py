@@ -7,6 +7,7 @@ A scheduler is a frozen configuration plus two methods in float64 NumPy: ``grid`
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -37,6 +38,14 @@ REGISTRY: dict[str, type[Scheduler]] = {}
 """Every scheduler class by name; filled as the classes are defined."""
 
 
+class Settings:
+    """The signature of a scheduler's class: its settings and their defaults, which ``__new__`` alone would hide."""
+
+    def __get__(self, instance: Scheduler | None, owner: type[Scheduler]) -> inspect.Signature:
+        parameters = inspect.signature(owner.__init__).parameters
+        return inspect.Signature([p for name, p in parameters.items() if name in (*_field_names(owner), "extra")])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler(Config):
     """Base of all schedulers; its fields are the keys that every ``scheduler_config.json`` has.
@@ -62,6 +71,7 @@ class Scheduler(Config):
     steps_offset: int = 0
     given: tuple[str, ...] = dataclasses.field(init=False, compare=False, repr=False)
 
+    __signature__ = Settings()
     absent: ClassVar[tuple[str, ...]] = ()
     """Common settings that this scheduler does not have: its algorithm fixes them. Not read, not written."""
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import pickle
@@ -131,6 +132,17 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
         EulerDiscreteScheduler.from_config({"from_the_future": {1, 2}}).save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_the_settings_and_their_defaults(name: str) -> None:
+    cls = getattr(schedulers, name)
+    shown = {key: p.default for key, p in inspect.signature(cls).parameters.items() if key != "extra"}
+    has = {f.name: f.default for f in dataclasses.fields(cls) if f.init and f.name not in ("extra", *cls.absent)}
+    assert {k: v for k, v in shown.items() if v is not inspect.Parameter.empty} == {
+        k: v for k, v in has.items() if v is not dataclasses.MISSING
+    }
+    assert shown.keys() == has.keys()
 
 
 def test_old_spellings() -> None:
