@@ -63,7 +63,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]  # one entry may name several
 
 
 NOISE = (
@@ -87,7 +87,14 @@ def tidy_signature(
     return signature, result
 
 
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """In the docstring of an attribute Napoleon takes what stands before a colon on the first line for its type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("autodoc-process-signature", tidy_signature)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon's 500
