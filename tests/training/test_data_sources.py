@@ -242,3 +242,24 @@ def test_bad_shards(tmp_path: Path) -> None:
     write_array_record(tmp_path / "d.array_record", [("0.png", b"", 3)])
     with pytest.raises(ValueError, match="'text' must be a text"):
         find("d.array_record")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("0.txt", b"caf\xe9", "the caption is not UTF-8"),
+        ("0.json", b'{"text": ', "its .json cannot be read"),
+        ("0.json", b'["a"]', "its .json must hold names and values"),
+    ],
+)
+def test_captions_of_shards_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "0.png").write_bytes(png(picture(0)))
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for file in ("0.png", name):
+            shard.add(tmp_path / file, f"deep/{file}")
+    source = source_from(flags("--train_shards", str(tmp_path / "a.tar")))
+    with pytest.raises(ValueError, match=rf"deep/0 in .*a\.tar: {message}"):
+        source[0]

@@ -120,7 +120,7 @@ class TarSource:
             if self._column is None:
                 return Record(image, ("",), name)
             text = _bytes(file, Place(caption, length), name)
-        row = {self._column: text.decode().strip()} if plain else json.loads(text)
+        row = {self._column: _decoded(text, name).strip()} if plain else _object(_decoded(text, name), name)
         return Record(image, captions_of(row, self._column, name), name)
 
 
@@ -150,6 +150,23 @@ def _bytes(file: Any, place: Place, name: str) -> bytes:
     if len(content) != place.size:
         raise ValueError(f"{name}: the file ends in the middle of it")
     return content
+
+
+def _decoded(text: bytes, name: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: the caption is not UTF-8: {error}") from error
+
+
+def _object(text: str, name: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: its .json cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{name}: its .json must hold names and values, got {text[:100]}")
+    return row
 
 
 class ArrayRecordSource:
