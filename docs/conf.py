@@ -87,14 +87,24 @@ def tidy_signature(
     return signature, result
 
 
-def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+COLON = "\ue000"
+"""Stands for a colon while Napoleon reads; of Unicode's private area."""
+
+
+def hide_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """In the docstring of an attribute Napoleon takes what stands before a colon on the first line for its type."""
     if what in ("attribute", "data", "property") and lines:
-        lines.insert(0, "")
+        lines[0] = lines[0].replace(": ", f"{COLON} ")
+
+
+def show_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """What :func:`hide_colons` hid."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("autodoc-process-signature", tidy_signature)
-    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before Napoleon's 500
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)  # Napoleon's is 500
+    app.connect("autodoc-process-docstring", show_colons, priority=600)
