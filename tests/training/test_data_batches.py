@@ -147,7 +147,6 @@ def test_buckets(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-import threading
 import time
 
 import numpy as np
@@ -155,7 +154,6 @@ from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.sources import FolderSource
 from diffuse_jax.training.data.transform import Transform
-from diffuse_jax.training.dreambooth import InTurns
 
 
 def finish(example):
