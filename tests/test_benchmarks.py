@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.sampler_properties import USES
+from tests.schedulers.samplers import EVERY
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def test_the_table_of_samplers_has_them_all() -> None:
+    """A new sampler needs its line in ``benchmarks/sampler_properties.py``: its order and what it is good for."""
+    assert sorted(f"{name}Scheduler" for name in USES) == sorted(EVERY)
 
 
 def test_pipeline_tiny(tmp_path: Path) -> None:
