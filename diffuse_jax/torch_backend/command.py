@@ -97,12 +97,13 @@ def request_of(parity: Any, args: argparse.Namespace) -> Request:
 
 def show(result: Result) -> None:
     """The table, what differs, and where networks part, on stdout."""
+    from diffuse_jax.torch_backend.differences import listed
     from diffuse_jax.torch_backend.report import table
 
     if result.rows:
         print(table(result.rows))
-    for found in result.differences:
-        print(f"differs: {found}")
+    for line in listed(result.differences):
+        print(line)
     for first in result.first:
         print(f"parts first in {first['call']}: {first['message']}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,27 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.component} {self.what} {self.name}: {self.detail}".replace("  ", " ")
+
+
+MOST = 10
+"""Of differences of a component and kind that are shown; a cast checkpoint has a thousand."""
+
+
+def listed(found: Sequence[Difference]) -> list[str]:
+    """Differences as lines for the screen: the first of each component and kind, and how many more."""
+    lines = []
+    for component, what in dict.fromkeys((difference.component, difference.what) for difference in found):
+        group = [difference for difference in found if (difference.component, difference.what) == (component, what)]
+        lines += [f"differs: {difference}" for difference in group[:MOST]]
+        if len(group) > MOST:
+            lines.append(f"differs: {component} {what}, {len(group) - MOST} more, which --report writes down")
+    return lines
+
+
+def of_networks(ours: Collection[str], theirs: Collection[str]) -> Iterator[Difference]:
+    """Networks that only one of two pipelines has."""
+    for name in sorted(set(ours) ^ set(theirs)):
+        yield Difference(name, "shape", "of the network", "only here" if name in ours else "only in PyTorch")
 
 
 def of_configs(component: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Difference]:

@@ -128,8 +128,10 @@ def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Diff
     if missing := [name for name in components if not isinstance(sides.ours.components.get(name), Model)]:
         have = ", ".join(name for name, part in sides.ours.components.items() if isinstance(part, Model))
         raise ValueError(f"{type(sides.ours).__name__} has no network {', '.join(missing)}; it has {have}")
+    named = ([name for name in pipe.params if wanted(components, name)] for pipe in (sides.ours, sides.theirs))
+    yield from differences.of_networks(*named)
     for name, part in sides.ours.components.items():
-        if isinstance(part, Model) and wanted(components, name):
+        if isinstance(part, Model) and wanted(components, name) and name in sides.theirs.params:
             module: Any = sides.theirs.params[name]
             config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
             yield from differences.of_configs(name, part.config.to_json(), config)

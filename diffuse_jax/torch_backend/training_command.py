@@ -80,13 +80,14 @@ def run(args: argparse.Namespace) -> str | None:
 
 def show(compared: Compared) -> str:
     """Print the table; returns what it means."""
+    from diffuse_jax.torch_backend.differences import listed
     from diffuse_jax.torch_backend.report import table
     from diffuse_jax.torch_backend.training_report import shown, verdict
 
     if compared.rows:
         print(table(shown(compared)))
-    for found in compared.differences:
-        print(f"differs: {found}")
+    for line in listed(compared.differences):
+        print(line)
     return verdict(compared)
 
 

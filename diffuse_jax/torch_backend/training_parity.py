@@ -133,7 +133,11 @@ def compare_training(
 
 def differences_of(pipe: DiffusionPipeline, theirs: Any) -> Iterator[Difference]:
     """Configurations and parameters that are not the same before the step."""
+    modules = [name for name, part in theirs.components.items() if hasattr(part, "state_dict")]
+    yield from differences.of_networks(pipe.params, modules)
     for name, params in pipe.params.items():
+        if name not in modules:
+            continue
         module = getattr(theirs, name)
         config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
         yield from differences.of_configs(name, pipe.components[name].config.to_json(), config)

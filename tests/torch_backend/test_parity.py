@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffuse_jax import cli
+from diffuse_jax.convert import convert
 from diffuse_jax.schedulers import EulerAncestralDiscreteScheduler
 from tests.torch_backend import faults
 
@@ -183,10 +184,34 @@ def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pyte
 
 def test_networks_of_other_shapes_are_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = folders.stable_diffusion(tmp_path / "other")
-    assert cli.main(["parity", "diffuse-jax/emoji", "--reference", str(other), "--device", "cpu"]) == 1
+    command = ["parity", "diffuse-jax/emoji", "--reference", str(other), "--device", "cpu", "--report", str(tmp_path)]
+    assert cli.main(command) == 1
     out, err = capsys.readouterr()
-    assert "differs: unet shape conv_in.weight: [48, 4, 3, 3] here, [32, 4, 3, 3] in PyTorch" in out
+    assert "differs: unet config block_out_channels: [48, 96, 144] here, [32, 64] in PyTorch" in out
+    assert "differs: unet shape " in out
+    found = json.loads((tmp_path / "parity.json").read_text())["differences"]
+    (conv_in,) = [x["detail"] for x in found if (x["component"], x["name"]) == ("unet", "conv_in.weight")]
+    assert conv_in == "[48, 4, 3, 3] here, [32, 4, 3, 3] in PyTorch"
     assert "networks of different shapes were not run" in err
+
+
+def test_a_network_that_one_side_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sd, xl = folders.stable_diffusion(tmp_path / "sd"), folders.stable_diffusion_xl(tmp_path / "xl")
+    for words, side in ([(sd, xl), "only in PyTorch"], [(xl, sd), "only here"]):
+        for more in ([], ["--training"]):
+            command = ["parity", str(words[0]), "--reference", str(words[1]), "--device", "cpu", *more]
+            assert cli.main(command) == 1
+            assert f"differs: text_encoder_2 shape of the network: {side}" in capsys.readouterr().out
+
+
+def test_a_cast_conversion_is_told_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cast = convert(folders.stable_diffusion(tmp_path / "sd"), tmp_path / "cast", dtype="float16")
+    command = ["parity", str(cast), "--reference", str(tmp_path / "sd"), "--device", "cpu", "--component", "vae"]
+    assert cli.main([*command, "--num-inference-steps", "1", "--report", str(tmp_path / "report")]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
+    differences = json.loads((tmp_path / "report" / "parity.json").read_text())["differences"]
+    assert len(lines) == 11
+    assert lines[-1] == f"differs: vae parameter, {len(differences) - 10} more, which --report writes down"
 
 
 def test_weights_that_do_not_fit_their_configuration_are_named(
