@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.models import AutoencoderKL, Model, UNet2DConditionModel
+from diffuse_jax.models.base import floating_type
 from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, open_tokenizers
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import WeightsError, names
@@ -107,8 +108,8 @@ def convert(
     Raises:
       WeightsError: the source cannot be read or does not fit its configuration, the layout has no place for it, or the
         result is not what was meant to be written. Nothing is left behind then.
-      ValueError: an unknown layout, a single file that is not to end in ``.safetensors``, or a ``tokenizer`` where
-        nothing lacks one.
+      ValueError: an unknown layout or dtype, a single file that is not to end in ``.safetensors``, or a ``tokenizer``
+        where nothing lacks one.
       FileExistsError: ``dst`` is in the way.
     """
     if to not in LAYOUTS:
@@ -120,6 +121,7 @@ def convert(
         raise FileExistsError(f"{dst} exists; remove it or name another place")
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
         raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
+    dtype = None if dtype is None else floating_type(dtype)
     source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
     if Path(src).is_file() and to != "single-file" and tokenizer is None:
         warnings.warn(

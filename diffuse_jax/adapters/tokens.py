@@ -127,6 +127,8 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected learned embeddings (.safetensors, .bin, .pt)")
     data: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_object(path)
+    if not isinstance(data, dict):
+        raise bad(path, f"holds a {type(data).__name__}; expected the embeddings of one word under its name")
     name = None
     if "string_to_param" in data:
         name, data = data.get("name"), data["string_to_param"]
@@ -134,6 +136,8 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     if len(data) != 1:
         raise bad(path, f"holds {len(data)} tensors; expected the embeddings of one word")
     ((word, rows),) = data.items()
+    if not isinstance(rows, np.ndarray):
+        raise bad(path, f"{word!r} is a {type(rows).__name__}; expected a tensor [n,D] or [D]")
     rows = np.asarray(rows, np.float32)
     if rows.ndim not in (1, 2):
         raise bad(path, f"{word!r} has shape {list(rows.shape)}; expected [n,D] or [D]")

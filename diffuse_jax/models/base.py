@@ -141,7 +141,9 @@ class Model(nn.Module):
 
         Raises:
           WeightsError: the parameters are not this network's.
+          ValueError: ``dtype`` is no floating type.
         """
+        dtype = None if dtype is None else floating_type(dtype)
         weights.check_params(params, self.shapes(), label=type(self).__name__)
         weights.save_params(
             folder, params, stem=self.weights_name, dtype=dtype, variant=variant, max_shard_size=max_shard_size

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.weights.names import ALIASES, rename
 
 Row = tuple[str, str, str]
 Table = list[Row]
@@ -179,8 +180,8 @@ def openclip_table(keys: Iterable[str]) -> Table:
 
 
 def clip_table(keys: Iterable[str]) -> Table:
-    """The table of a CLIP text encoder, which the originals keep in transformers' own names."""
-    return [(key, key, "same") for key in keys]
+    """The table of a CLIP text encoder, which the originals keep in transformers' names, of its time or of today."""
+    return [(key, rename(key, ALIASES), "same") for key in keys]
 
 
 TABLES: dict[str, Callable[[Iterable[str]], Table]] = {

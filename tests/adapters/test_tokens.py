@@ -65,6 +65,11 @@ def test_files_of_several_programs_are_read(tmp_path: Path, rng: np.random.Gener
         tokens.load_rows(tmp_path / "two.safetensors")
     with pytest.raises(WeightsError, match="no such file"):
         tokens.load_rows(tmp_path / "none.bin")
+    torch = pytest.importorskip("torch")
+    for content, message in [([1, 2], "holds a list"), ({"<cat>": "x"}, "'<cat>' is a str; expected a tensor")]:
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(WeightsError, match=message):
+            tokens.load_rows(tmp_path / "odd.pt")
 
 
 def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -234,6 +234,16 @@ def test_files_that_are_no_pipelines_are_refused(kind: str, tmp_path: Path, rng:
     assert message in str(error.value)
 
 
+def test_text_encoders_without_their_first_level_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Files of 2022 that were trained further with the transformers of that time."""
+    stored = stored_family("v1", rng, tmp_path)
+    old = {key.replace(".transformer.text_model.", ".transformer."): array for key, array in stored.items()}
+    assert old.keys() != stored.keys()
+    found = [read_single_file(save(tmp_path, tensors)).networks["text_encoder"] for tensors in (old, stored)]
+    assert found[0].config == found[1].config
+    assert found[0].checkpoint.tensors.keys() == found[1].checkpoint.tensors.keys()
+
+
 def test_a_folder_is_no_single_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a folder, and a checkpoint of one file is wanted"):
         read_single_file(tmp_path)
