@@ -72,6 +72,8 @@ class DiffusionPipeline:
         if missing:
             have = [name for name, part in self.components.items() if part is not None]
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; given are {', '.join(have)}")
+        if isinstance(self.vae_tiling, bool) or (self.vae_tiling is not None and self.vae_tiling < 1):
+            raise ValueError(f"vae_tiling is the edge of a tile in latents, for example 64, got {self.vae_tiling!r}")
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
 

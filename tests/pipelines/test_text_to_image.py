@@ -175,6 +175,9 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
     tiled = pictures(pipe.replace(vae_tiling=6), "a", seed=0)
     assert tiled.shape == (1, 16, 16, 3)
     assert np.abs(tiled[0] - whole[0]).mean() < 20  # each tile has its own norms, so alike but not equal
+    for edge in (True, 0):
+        with pytest.raises(ValueError, match=f"vae_tiling is the edge of a tile in latents, .* got {edge}"):
+            pipe.replace(vae_tiling=edge)
 
 
 @pytest.mark.parametrize(
