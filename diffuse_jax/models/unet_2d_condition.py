@@ -269,7 +269,8 @@ class UNet2DConditionModel(Model):
         if c.center_input_sample:
             x = 2 * x - 1
 
-        x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=c.conv_in_kernel // 2, **dtypes, name="conv_in")(x)
+        padding = (c.conv_in_kernel - 1) // 2
+        x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=padding, **dtypes, name="conv_in")(x)
         skips = [x]
         down, up = c.down_levels(), c.up_levels()
         down_block, mid_block = (remat_level(level, self.remat) for level in (DownBlock, MidBlock))
@@ -287,7 +288,8 @@ class UNet2DConditionModel(Model):
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         x = ACTIVATIONS[c.act_fn](x)
-        return Conv(c.out_channels, c.conv_out_kernel, padding=c.conv_out_kernel // 2, **dtypes, name="conv_out")(x)
+        padding = (c.conv_out_kernel - 1) // 2
+        return Conv(c.out_channels, c.conv_out_kernel, padding=padding, **dtypes, name="conv_out")(x)
 
     def embed_conditions(
         self,

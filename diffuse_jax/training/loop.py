@@ -115,13 +115,16 @@ def fit(
                 if saves:
                     with monitor.aside():
                         save(made, export)
-                if validate is not None and (validates or made == last):
-                    with monitor.aside(), profiler.validation(made == last):
+                if validate is not None and validates and made < last:
+                    with monitor.aside():
                         show(made, state, validate, monitor)
         saver.wait()
         write = bound(export, state)
         if write is not None and jax.process_index() == 0:
             write(output)
+        if validate is not None and first < last:  # whatever becomes of the pictures, the result is there
+            with profiler.validation():
+                show(last, state, validate, monitor)
         profiler.memory("final")
     finally:
         profiler.close()

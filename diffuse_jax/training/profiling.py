@@ -39,9 +39,9 @@ class Profiler:
             jax.block_until_ready(results)
             self.close()
 
-    def validation(self, last: bool) -> AbstractContextManager[None]:
-        """Around validation pictures; only those at the end of the run are traced."""
-        wanted = last and self._args.profile_validation and not self._tracing
+    def validation(self) -> AbstractContextManager[None]:
+        """Around the validation pictures at the end of the run."""
+        wanted = self._args.profile_validation and not self._tracing
         return jax.profiler.trace(str(self._folder)) if wanted else nullcontext()
 
     def memory(self, name: str) -> None:

@@ -105,6 +105,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "class_embeddings_concat": True,
         "act_fn": "mish",
         "conv_in_kernel": 1,
+        "conv_out_kernel": 4,
         "mid_block_type": "UNetMidBlock2D",
         "transformer_layers_per_block": (2, 1),
         "reverse_transformer_layers_per_block": (1, 1),

@@ -144,6 +144,15 @@ def test_validation_sees_the_average(tmp_path: Path) -> None:
     assert_same_bits(seen[-1], last["dense"]["kernel"])
 
 
+def test_the_result_is_written_before_the_last_pictures(tmp_path: Path) -> None:
+    def validate(params: Any) -> Any:
+        raise MemoryError("too many pictures")
+
+    with pytest.raises(MemoryError, match="too many pictures"):
+        train_line(arguments(output_dir=tmp_path, max_train_steps=3), validate=validate)
+    assert (tmp_path / "line" / "params.npz").is_file()
+
+
 def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
