@@ -25,6 +25,7 @@ from diffuse_jax.training.profiling import Profiler
 from diffuse_jax.training.start import divided, local, place, resumed, say, settled, starting_point
 from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Pictures, open_trackers, wanted_trackers
+from diffuse_jax.training.upload import make_repository
 
 Export = Callable[[Path, Params], None]
 Validate = Callable[[Params], Pictures]
@@ -67,6 +68,7 @@ def fit(
       FileNotFoundError: ``--resume_from_checkpoint`` names a checkpoint that is not there.
       FileExistsError: the folder has checkpoints, and no flag says what to do with them.
       ImportError: a tracker that ``--report_to`` names is not installed.
+      ConnectionError: ``--push_to_hub``, and the Hub cannot be reached or does not let us write.
       FloatingPointError: loss, gradient or state is not finite; step and batch are named and no checkpoint is made.
       Interrupted: a signal ended the run (a ``SystemExit``).
     """
@@ -74,6 +76,7 @@ def fit(
     trackers = wanted_trackers(args.report_to)
     optimizer, rate = optimizer_from(args, mesh)
     average = average_from(args)
+    make_repository(args)
     folder = starting_point(args)  # may remove an old run: every flag has been checked
     state = init_state(local(trainable), optimizer, args.use_ema, mesh)
     rows = pictures_per_update(args, mesh)

@@ -16,6 +16,30 @@ LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "p
 CARD = "README.md"
 
 
+def make_repository(args: argparse.Namespace) -> str | None:
+    """The repository that ``--push_to_hub`` needs, made where it is missing: before training, so that no run ends here.
+
+    Returns:
+      Its id; None without the flag, and on all processes but the first.
+
+    Raises:
+      ConnectionError: the Hub cannot be reached, or does not let us write there.
+    """
+    if not args.push_to_hub or jax.process_index() != 0:
+        return None
+    from huggingface_hub import HfApi
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        api = HfApi(token=args.hub_token)
+        return str(api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id)
+    except Exception as error:  # its HTTP library, and so the classes of its errors, changes with its version
+        raise ConnectionError(
+            f"--push_to_hub: no repository {name!r} on the Hub ({error}); log in with `hf auth login` or give "
+            "--hub_token, or leave the flag out and upload the folder later"
+        ) from error
+
+
 def push_to_hub(args: argparse.Namespace) -> str | None:
     """Upload ``args.output_dir`` if ``--push_to_hub`` says so; to be called when the model is complete.
 
@@ -25,20 +49,19 @@ def push_to_hub(args: argparse.Namespace) -> str | None:
       The address of the commit; None if nothing was uploaded (without the flag, and on all processes but the first).
 
     Raises:
-      huggingface_hub.errors.HfHubHTTPError: the Hub refuses, for example because no token is stored.
+      ConnectionError: of :func:`make_repository`.
+      huggingface_hub.errors.HfHubHTTPError: the Hub refuses the files.
     """
-    if not args.push_to_hub or jax.process_index() != 0:
+    repository = make_repository(args)
+    if repository is None:
         return None
     from huggingface_hub import HfApi
 
     folder = Path(args.output_dir)
-    api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or folder.resolve().name
-    repository = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(card(args, repository), encoding="utf-8")
     ignored = [*LEFT_OUT, f"{args.logging_dir}/**", *caches(args)]
-    commit = api.upload_folder(
+    commit = HfApi(token=args.hub_token).upload_folder(
         repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
     )
     say(f"uploaded to {commit}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -19,10 +19,10 @@ from tests.training.line import arguments, train_line
 class Hub:
     """Notes what it is asked for."""
 
-    asked: dict[str, Any]
+    asked: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, token: str | None) -> None:
-        Hub.asked = {"token": token}
+        Hub.asked |= {"token": token}
 
     def create_repo(self, name: str, **options: Any) -> SimpleNamespace:
         Hub.asked |= {"name": name, **options}
@@ -49,6 +49,17 @@ def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monke
     assert Hub.asked["files"] == sorted(expected + pictures)
     assert "](validation/step-4/00-a-line.png)" in (tmp_path / "my-line" / "README.md").read_text()
     assert "secret" not in "".join(p.read_text() for p in (tmp_path / "my-line").glob("*.*") if p.is_file())
+
+
+def test_a_hub_that_refuses_is_noticed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(Hub):
+        def create_repo(self, name: str, **options: Any) -> SimpleNamespace:
+            raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Closed)
+    with pytest.raises(ConnectionError, match=r"no repository 'mine' .*401 Unauthorized.*hf auth login"):
+        train_line(arguments("--push_to_hub", output_dir=tmp_path / "mine", max_train_steps=1))
+    assert not (tmp_path / "mine").exists()
 
 
 def test_nothing_happens_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
