@@ -41,8 +41,9 @@ def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str,
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder in diffusers layout or Hub id, e.g. diffuse-jax/emoji")
     add("--reference", metavar="SOURCE", help="what PyTorch reads instead, e.g. what MODEL was converted from")
-    add("--variant", metavar="NAME", help="variant of MODEL's weight files, e.g. fp16")
-    add("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the Hub")
+    for flag, whose in (("--", "MODEL"), ("--reference-", "the reference")):
+        add(f"{flag}variant", metavar="NAME", help=f"variant of {whose}'s weight files, e.g. fp16")
+        add(f"{flag}revision", metavar="NAME", help=f"branch, tag or commit of {whose} on the Hub")
     add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda where there is one)")
     add("--dtype", choices=dtypes, default="float32", help="what networks compute in (default: %(default)s)")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
         return
     parity = load("parity")
     request = request_of(parity, args)
-    options = {name: getattr(args, name) for name in ("dtype", "device", "variant", "revision")}
+    options = {"dtype": args.dtype, "device": args.device, **training_command.hub_options(args)}
     sides = parity.open_sides(args.model, args.reference, scheduler=scheduler, **options)
     result = parity.check(sides, request)
     show(result)

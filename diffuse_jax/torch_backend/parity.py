@@ -75,6 +75,8 @@ def open_sides(
     scheduler: Any = None,
     variant: str | None = None,
     revision: str | None = None,
+    reference_variant: str | None = None,
+    reference_revision: str | None = None,
 ) -> Sides:
     """Open a checkpoint here and in PyTorch.
 
@@ -83,7 +85,8 @@ def open_sides(
       reference: what PyTorch reads instead, for example what ``model`` was converted from.
       dtype, device: see :func:`pipeline.from_pretrained`; JAX uses its default device.
       scheduler: a scheduler class that both sides use in place of their own.
-      variant, revision: of ``model``, and of the reference where there is none.
+      variant, revision: of ``model``.
+      reference_variant, reference_revision: of ``reference``.
 
     Raises:
       WeightsError: one side cannot open it.
@@ -93,8 +96,8 @@ def open_sides(
         reference or model,
         dtype=dtype,
         device=device,
-        variant=None if reference else variant,
-        revision=None if reference else revision,
+        variant=reference_variant if reference else variant,
+        revision=reference_revision if reference else revision,
     )
     ours = DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, revision=revision)
     if scheduler is not None:

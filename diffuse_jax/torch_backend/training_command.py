@@ -50,6 +50,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: for comparisons of {kind}; {text}, or leave it out")
     if args.train_data_dir is not None and args.prompt:
         raise ValueError("--prompt: captions come from --train-data-dir; leave out one of both")
+    for name in ("variant", "revision"):
+        value = getattr(args, f"reference_{name}")
+        if value is not None and args.reference is None:
+            raise ValueError(f"--reference-{name} {value}: there is no --reference; of MODEL it is --{name}")
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Which files of MODEL and of the reference are read."""
+    names = ("variant", "revision", "reference_variant", "reference_revision")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -67,8 +77,8 @@ def run(args: argparse.Namespace) -> str | None:
     if args.prompt:
         given["captions"] = tuple(args.prompt)
     request = parity.TrainingRequest(seed=args.seed, dtype=args.dtype, **given)
-    hub = {"variant": args.variant, "revision": args.revision}
-    compared = parity.compare_training(args.model, request, reference=args.reference, device=args.device, **hub)
+    options = {"reference": args.reference, "device": args.device, **hub_options(args)}
+    compared = parity.compare_training(args.model, request, **options)
     text = show(compared)
     if args.report is not None:
         write(args.report, args, request, compared)

@@ -90,6 +90,8 @@ def compare_training(
     device: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    reference_variant: str | None = None,
+    reference_revision: str | None = None,
 ) -> Compared:
     """One training step here and on PyTorch from the same weights, pictures, captions, noise and timesteps.
 
@@ -102,6 +104,7 @@ def compare_training(
       reference: what PyTorch opens instead of ``source``.
       device: of PyTorch, "cpu" or "cuda"; CUDA where there is one, if None.
       variant, revision: of ``source``.
+      reference_variant, reference_revision: of ``reference``.
 
     Raises:
       WeightsError: one side cannot open its model.
@@ -118,8 +121,8 @@ def compare_training(
         trainable=names if request.method == "full" else (),
         dtype=request.dtype,
         device=device,
-        variant=None if reference else variant,
-        revision=None if reference else revision,
+        variant=reference_variant if reference else variant,
+        revision=reference_revision if reference else revision,
     )
     found = list(differences_of(pipe, theirs))
     if any(difference.what == "shape" for difference in found):

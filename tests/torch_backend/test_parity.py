@@ -6,6 +6,7 @@ Faults are planted in copies that PyTorch reads, so that our side is compiled on
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,19 @@ def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pyte
     data = json.loads((tmp_path / "report" / "parity.json").read_text())
     assert data["same"] is False
     assert data["first_layers"][0]["layer"] == layer
+
+
+def test_the_reference_may_have_files_of_a_variant_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = shutil.copytree(EMOJI, tmp_path / "original")
+    for file in original.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    words = ["parity", "diffuse-jax/emoji", "--reference", str(original), "--device", "cpu", "--component", "vae"]
+    words += ["--num-inference-steps", "1", "--height", "32", "--width", "32"]
+    assert cli.main([*words, "--reference-variant", "fp16"]) == 0
+    assert cli.main(words) == 1
+    assert "original/text_encoder: PyTorch can" in capsys.readouterr().err
+    assert cli.main(["parity", "diffuse-jax/emoji", "--reference-variant", "fp16"]) == 1
+    assert "there is no --reference; of MODEL it is --variant" in capsys.readouterr().err
 
 
 def test_networks_of_other_shapes_are_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
