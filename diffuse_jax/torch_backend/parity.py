@@ -92,14 +92,15 @@ def open_sides(
       WeightsError: one side cannot open it.
       ValueError: there is no such device.
     """
+    shared: dict[str, Any] = {"dtype": dtype, "safety_checker": None}  # these pictures are for comparison alone
     theirs = pipeline.from_pretrained(
         reference or model,
-        dtype=dtype,
+        **shared,
         device=device,
         variant=reference_variant if reference else variant,
         revision=reference_revision if reference else revision,
     )
-    ours = DiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, revision=revision)
+    ours = DiffusionPipeline.from_pretrained(model, **shared, variant=variant, revision=revision)
     if scheduler is not None:
         ours, theirs = (pipe.replace(scheduler=scheduler.from_config(pipe.scheduler)) for pipe in (ours, theirs))
     return Sides(ours, theirs, dtype)

@@ -57,6 +57,17 @@ def test_the_shipped_model_is_the_same(sides: parity.Sides) -> None:
     assert max(row.relative_error for row in result.rows) < 1e-5, "far below the tolerance, or it means nothing"
 
 
+def test_pictures_that_are_only_compared_need_no_safety_checker(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    folder = shutil.copytree(EMOJI, tmp_path / "checked")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | checker))
+    assert parity.open_sides(str(folder), device="cpu").theirs.components["safety_checker"] is None
+    assert not [str(w.message) for w in recwarn if "safety_checker" in str(w.message)]
+
+
 def test_a_small_sdxl_is_the_same_with_a_sampler_that_draws_noise(tmp_path: Path) -> None:
     folder = folders.stable_diffusion_xl(tmp_path / "sdxl")
     sides = parity.open_sides(str(folder), device="cpu", scheduler=EulerAncestralDiscreteScheduler)
