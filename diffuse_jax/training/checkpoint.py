@@ -223,7 +223,8 @@ def _compare(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> Non
     if parts:
         raise ValueError(
             f"{folder} is the checkpoint of another training, by its arrays: {'; '.join(parts)}. Resume with the "
-            "optimiser, --use_ema and model that it was made with"
+            "model, optimiser, --use_ema, --rank and trained text encoders that it was made with; training.yaml beside "
+            "it has its flags"
         )
 
 
