@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     about = (
         "One forward pass: seconds (fastest and median of interleaved runs, and processor time of the fastest) with "
         "ratios to PyTorch diffusers, eager; `difference` is the largest, of outputs scaled to unit variance; "
-        "`setup_seconds` is from nothing to the first result, random weights included."
+        "`setup_seconds` is from nothing to the first result, random weights included; `peak_gib` is the most memory "
+        "that the side held in a run, where that was taken."
     )
     print(write("unet_step", "UNet step and decoding", about, others + rows, "jax", "torch", "diffusers"))
     return 0
