@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 
@@ -31,6 +32,7 @@ def current_platform() -> str:
     """What :func:`target_platform` says, else "cpu", "gpu" or "tpu" as where JAX puts new arrays."""
     if _target.value is not None:
         return _target.value
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    config: Any = jax.config  # only some releases declare its options
+    device = config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     return "gpu" if name in ("cuda", "rocm") else str(name)

@@ -95,7 +95,8 @@ class Programs:
 def without_compilation_cache() -> Iterator[None]:
     """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized again:
     its copy fails with "function not found"."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    config: Any = jax.config  # only some releases declare its options
+    before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:

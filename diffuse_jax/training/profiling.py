@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -39,7 +40,7 @@ class Profiler:
             jax.block_until_ready(results)
             self.close()
 
-    def validation(self) -> AbstractContextManager[None]:
+    def validation(self) -> AbstractContextManager[Any]:
         """Around the validation pictures at the end of the run."""
         wanted = self._args.profile_validation and not self._tracing
         return jax.profiler.trace(str(self._folder)) if wanted else nullcontext()
