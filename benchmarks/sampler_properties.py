@@ -15,7 +15,7 @@ from diffuse_jax import schedulers
 from diffuse_jax.schedulers.table import MEMORY, Table
 
 STEPS = 20
-"""Twice as many are as many as the samplers of consistency models have."""
+"""Tables of so many steps and of twice as many are made; the samplers of consistency models have no more than 40."""
 
 
 class Use(NamedTuple):

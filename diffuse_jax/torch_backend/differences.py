@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,8 @@ class Difference(NamedTuple):
         return f"{self.component} {self.what} {self.name}: {self.detail}".replace("  ", " ")
 
 
+Differences = Iterator[Difference]
+
 MOST = 10
 """Of differences of a component and kind that are shown; a cast checkpoint has a thousand."""
 
@@ -50,13 +52,24 @@ def listed(found: Sequence[Difference]) -> list[str]:
     return lines
 
 
-def of_networks(ours: Collection[str], theirs: Collection[str]) -> Iterator[Difference]:
-    """Networks that only one of two pipelines has."""
-    for name in sorted(set(ours) ^ set(theirs)):
-        yield Difference(name, "shape", "of the network", "only here" if name in ours else "only in PyTorch")
+def of_networks(components: Mapping[str, Any], params: Mapping[str, Any], modules: Mapping[str, Any]) -> Differences:
+    """Networks that one side lacks; configurations and parameters that differ of those that both have.
+
+    Args:
+      components: ours, by name.
+      params: the parameters of those that are networks, by name.
+      modules: PyTorch's networks, by name.
+    """
+    for name in sorted(params.keys() ^ modules.keys()):
+        yield Difference(name, "shape", "of the network", "only here" if name in params else "only in PyTorch")
+    for name in (name for name in params if name in modules):
+        config = modules[name].config
+        theirs = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        yield from of_configs(name, components[name].config.to_json(), theirs)
+        yield from of_parameters(name, params[name], modules[name])
 
 
-def of_configs(component: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Difference]:
+def of_configs(component: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Differences:
     """Values of two JSON objects that differ, of the keys that both have."""
     for key in sorted(ours.keys() & theirs.keys() - NOT_OF_THE_NETWORK):
         if not key.startswith("_") and not same_value(ours[key], theirs[key]):
@@ -73,7 +86,7 @@ def same_value(a: Any, b: Any) -> bool:
     return same_value(b, a) if isinstance(b, list) else a == b
 
 
-def of_parameters(component: str, params: Any, module: Any) -> Iterator[Difference]:
+def of_parameters(component: str, params: Any, module: Any) -> Differences:
     """Parameters that differ in name, shape or in any value; both sides were read in the same dtype."""
     ours = names.torch_keys(flat := names.flatten(params))
     theirs = {key if key in ours else our_name(key): value for key, value in module.state_dict().items()}
@@ -99,7 +112,7 @@ def described(a: np.ndarray, b: np.ndarray) -> str:
     )
 
 
-def of_tokens(component: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[Difference]:
+def of_tokens(component: str, ours: np.ndarray, theirs: np.ndarray) -> Differences:
     """Token ids that the two sides' tokenizers give for the same prompts."""
     if ours.shape != theirs.shape:
         yield Difference(component, "tokens", "", f"length {ours.shape[1]} here, {theirs.shape[1]} in PyTorch")

@@ -132,14 +132,11 @@ def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Diff
     if missing := [name for name in components if not isinstance(sides.ours.components.get(name), Model)]:
         have = ", ".join(name for name, part in sides.ours.components.items() if isinstance(part, Model))
         raise ValueError(f"{type(sides.ours).__name__} has no network {', '.join(missing)}; it has {have}")
-    named = ([name for name in pipe.params if wanted(components, name)] for pipe in (sides.ours, sides.theirs))
-    yield from differences.of_networks(*named)
-    for name, part in sides.ours.components.items():
-        if isinstance(part, Model) and wanted(components, name) and name in sides.theirs.params:
-            module: Any = sides.theirs.params[name]
-            config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-            yield from differences.of_configs(name, part.config.to_json(), config)
-            yield from differences.of_parameters(name, sides.ours.params[name], module)
+    looked_at = (
+        {name: own for name, own in pipe.params.items() if wanted(components, name)}
+        for pipe in (sides.ours, sides.theirs)
+    )
+    yield from differences.of_networks(sides.ours.components, *looked_at)
     if not components:
         schedulers = (
             {"class": type(pipe.scheduler).__name__} | pipe.scheduler.to_json() for pipe in (sides.ours, sides.theirs)

@@ -136,15 +136,8 @@ def compare_training(
 
 def differences_of(pipe: DiffusionPipeline, theirs: Any) -> Iterator[Difference]:
     """Configurations and parameters that are not the same before the step."""
-    modules = [name for name, part in theirs.components.items() if hasattr(part, "state_dict")]
-    yield from differences.of_networks(pipe.params, modules)
-    for name, params in pipe.params.items():
-        if name not in modules:
-            continue
-        module = getattr(theirs, name)
-        config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-        yield from differences.of_configs(name, pipe.components[name].config.to_json(), config)
-        yield from differences.of_parameters(name, params, module)
+    modules = {name: part for name, part in theirs.components.items() if hasattr(part, "state_dict")}
+    yield from differences.of_networks(pipe.components, pipe.params, modules)
     ours, config = pipe.scheduler.to_json(), dict(theirs.scheduler.config)
     yield from differences.of_configs("scheduler", {k: ours[k] for k in NOISE_SCHEDULE if k in ours}, config)
 
