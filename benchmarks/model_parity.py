@@ -44,6 +44,12 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
         ),
         (
+            "ControlNet",
+            twins.CONTROLNETS,
+            twins.controlnet_twin,
+            lambda t, r: comparisons.compare_controlnet(t, comparisons.controlnet_inputs(t[1], r, (9, 13))),
+        ),
+        (
             "UNet over pixels",
             twins.PIXEL_UNETS,
             twins.pixel_unet_twin,

@@ -3,6 +3,7 @@
 from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -13,6 +14,9 @@ __all__ = [
     "ADMUNetConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "ControlNetConfig",
+    "ControlNetModel",
+    "ControlNetOutput",
     "Model",
     "Params",
     "UNet2DConditionConfig",

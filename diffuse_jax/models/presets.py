@@ -1,4 +1,4 @@
-"""Configurations of the published UNets and autoencoders, as data: one line for each that differs from another.
+"""Configurations of the published UNets, ControlNets and autoencoders, as data: a line where one differs from another.
 
 ``UNet2DConditionModel(SDXL_UNET).shapes()`` is the tree of the real network without a file or memory. The number in a
 comment counts parameters; the tests hold names, shapes and counts against the PyTorch classes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -67,6 +68,25 @@ SDXL_REFINER_UNET = SDXL_UNET.replace(
     num_attention_heads=(6, 12, 24, 24),
     cross_attention_dim=1280,
     projection_class_embeddings_input_dim=2560,
+)
+
+SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
+SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; adds means
+#: 364,228,240
+SD21_CONTROLNET = SD15_CONTROLNET.replace(
+    cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True
+)
+#: 1,251,014,160
+SDXL_CONTROLNET = ControlNetConfig(
+    block_out_channels=(320, 640, 1280),
+    down_block_types=ATTENTION_BELOW_FIRST["down_block_types"],
+    transformer_layers_per_block=(1, 2, 10),
+    num_attention_heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
 )
 
 #: 35,746,307; DDPM on 32 pixels (CIFAR-10)

@@ -124,6 +124,53 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+ONLY_UNET = ("sample_size", "out_channels", "center_input_sample", "up_block_types")
+CONTROLNET: dict[str, Any] = {key: value for key, value in OLD.items() if key not in ONLY_UNET} | {
+    "_class_name": "ControlNetModel",
+    "_diffusers_version": "0.14.0.dev0",
+    "class_embed_type": None,
+    "conditioning_embedding_out_channels": [16, 32, 96, 256],
+    "controlnet_conditioning_channel_order": "rgb",
+    "cross_attention_dim": 768,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_time_scale_shift": "default",
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "SD15_CONTROLNET": CONTROLNET,
+    "SD15_SHUFFLE_CONTROLNET": CONTROLNET | {"_diffusers_version": "0.16.0.dev0", "global_pool_conditions": True},
+    "SD21_CONTROLNET": CONTROLNET
+    | {
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "upcast_attention": True,
+        "use_linear_projection": True,
+    },
+    "SDXL_CONTROLNET": CONTROLNET
+    | {
+        "_diffusers_version": "0.20.0.dev0",
+        "addition_embed_type": "text_time",
+        "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "conditioning_channels": 3,
+        "cross_attention_dim": 2048,
+        "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN],
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "global_pool_conditions": False,
+        "num_attention_heads": None,
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 10],
+        "upcast_attention": None,
+        "use_linear_projection": True,
+    },
+}
+
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.6.0",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffuse_jax.config import Config, FrozenDict, freeze, thaw
-from diffuse_jax.models import AutoencoderKLConfig, UNet2DConditionConfig, UNet2DConfig, presets
+from diffuse_jax.models import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig, UNet2DConfig, presets
 from diffuse_jax.text import CLIPTextConfig
 from diffuse_jax.text import presets as text_presets
 from tests.models import published
@@ -69,6 +69,7 @@ def test_thaw_undoes_freeze(value: Any) -> None:
     ("cls", "group", "module"),
     [
         (UNet2DConditionConfig, published.UNETS, presets),
+        (ControlNetConfig, published.CONTROLNETS, presets),
         (AutoencoderKLConfig, published.VAES, presets),
         (CLIPTextConfig, published.TEXTS, text_presets),
     ],
@@ -121,6 +122,17 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (UNet2DConditionConfig, {"addition_embed_type": "text_time"}, "needs projection_class_embeddings_input_dim"),
         (UNet2DConditionConfig, {"class_embed_type": "other"}, "class_embed_type='other'"),
         (UNet2DConditionConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),
+        (ControlNetConfig, {"mid_block_type": None}, "ControlNetModel: mid_block_type=None; expected one of"),
+        (ControlNetConfig, {"act_fn": "gelu"}, "ControlNetModel: act_fn='gelu'"),
+        (ControlNetConfig, {"class_embed_type": "simple_projection"}, "class_embed_type='simple_projection'"),
+        (ControlNetConfig, {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type='text_proj' is not supported"),
+        (ControlNetConfig, {"controlnet_conditioning_channel_order": "rbg"}, "channel_order='rbg'; expected one of"),
+        (
+            ControlNetConfig,
+            {"layers_per_block": [1, 2, 2, 2]},
+            r"must be one number, got \(1, 2, 2, 2\)",
+        ),
+        (ControlNetConfig, {"conditioning_embedding_out_channels": []}, "at least one width"),
         (AutoencoderKLConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
         (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "1 down and 1 up blocks for 2"),
         (AutoencoderKLConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),

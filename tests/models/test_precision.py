@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig, Model, UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.models import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    ControlNetConfig,
+    ControlNetModel,
+    Model,
+    UNet2DConditionConfig,
+    UNet2DConditionModel,
+)
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModelWithProjection
 from tests.models.filling import random_params
 
@@ -23,6 +31,15 @@ UNET = UNet2DConditionConfig(
     cross_attention_dim=24,
     num_attention_heads=4,
     norm_num_groups=4,
+)
+CONTROLNET = ControlNetConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    cross_attention_dim=24,
+    num_attention_heads=4,
+    norm_num_groups=4,
+    conditioning_embedding_out_channels=(4, 8, 12),
 )
 VAE = AutoencoderKLConfig(
     block_out_channels=(8, 16),
@@ -44,6 +61,8 @@ CONDITIONED = UNET.replace(
 NETWORKS = {
     "unet": (UNet2DConditionModel, UNET),
     "unet with every condition": (UNet2DConditionModel, CONDITIONED),
+    "controlnet": (ControlNetModel, CONTROLNET),
+    "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "autoencoder": (AutoencoderKL, VAE),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
 }

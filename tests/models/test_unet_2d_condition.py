@@ -51,7 +51,7 @@ def conditions(ids: int, **more: Any) -> dict[str, Any]:
         (UNET.replace(num_class_embeds=10), {}, "needs class_labels"),
         (XL, {}, "needs added_cond_kwargs"),
         (XL, {"added_cond_kwargs": {"text_embeds": jax.ShapeDtypeStruct((2, 20), jnp.float32)}}, "needs added_cond"),
-        (XL, {"added_cond_kwargs": conditions(5)}, "make a vector of 60, but this UNet takes 68"),
+        (XL, {"added_cond_kwargs": conditions(5)}, "make a vector of 60, but this network takes 68"),
         (UNET.replace(norm_num_groups=5), {}, "16 channels cannot be normalised in 5 groups"),
         (UNET.replace(num_attention_heads=3), {}, "width 16 cannot be split over 3"),
     ],
@@ -59,6 +59,63 @@ def conditions(ids: int, **more: Any) -> dict[str, Any]:
 def test_wrong_inputs_are_refused_while_tracing(config: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trace(config, **changes)
+
+
+SKIPS = [(2, 8, 8, 16), (2, 8, 8, 16), (2, 4, 4, 16), (2, 4, 4, 32)]
+"""The tensors that the downward path of ``UNET`` hands over, for a sample of 8 by 8."""
+
+
+def residuals(*shapes: tuple[int, ...]) -> dict[str, Any]:
+    return {"down_block_additional_residuals": [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (residuals(*SKIPS[:3]), "down_block_additional_residuals must be 4 arrays for this network, got 3"),
+        (
+            residuals(*SKIPS[:3], (2, 8, 8, 32)),
+            r"residuals\[3\] must be \(2, 4, 4, 32\) \(or pooled, \(2, 1, 1, 32\)\)",
+        ),
+        (residuals((1, 8, 8, 16), *SKIPS[1:]), r"residuals\[0\] must be \(2, 8, 8, 16\) .*, got \(1, 8, 8, 16\)"),
+        (
+            {"mid_block_additional_residual": jax.ShapeDtypeStruct((2, 4, 4, 16), jnp.float32)},
+            r"mid_block_additional_residual must be \(2, 4, 4, 32\)",
+        ),
+    ],
+)
+def test_residuals_that_do_not_fit_are_refused_while_tracing(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(UNET, **changes)
+
+
+def test_residuals_are_added_where_they_belong(rng: np.random.Generator) -> None:
+    """Zeros change nothing, each residual changes something, and a pooled one counts at every position."""
+    model = UNet2DConditionModel(UNET)
+    params = random_params(model.shapes(), rng)
+    inputs = {
+        "sample": jnp.asarray(rng.standard_normal((2, 8, 8, 4)), jnp.float32),
+        "timesteps": jnp.array([10, 900]),
+        "encoder_hidden_states": jnp.asarray(rng.standard_normal((2, 5, 24)), jnp.float32),
+    }
+    run = jax.jit(
+        lambda down, middle: model.apply(
+            {"params": params},
+            **inputs,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        )
+    )
+    plain = model.apply({"params": params}, **inputs)
+    zeros = [jnp.zeros(shape) for shape in [*SKIPS, SKIPS[-1]]]
+    np.testing.assert_allclose(run(zeros[:-1], zeros[-1]), plain, atol=1e-5)
+    for i, zero in enumerate(zeros):
+        pooled = jnp.asarray(rng.standard_normal((2, 1, 1, zero.shape[-1])), jnp.float32)
+        full = [*zeros[:i], jnp.broadcast_to(pooled, zero.shape), *zeros[i + 1 :]]
+        output = run(full[:-1], full[-1])
+        assert np.abs(output - plain).max() > 0.01
+        given = [*zeros[:i], pooled, *zeros[i + 1 :]]
+        np.testing.assert_allclose(run(given[:-1], given[-1]), output, atol=1e-5)
 
 
 def test_tree_does_not_depend_on_the_size_of_example_inputs() -> None:

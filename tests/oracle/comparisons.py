@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffuse_jax.models import UNet2DConditionModel, UNet2DModel
+from diffuse_jax.models import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from tests.oracle.twins import Twin
 
 torch = pytest.importorskip("torch")
@@ -27,15 +27,35 @@ LENGTH = 20
 def unet_inputs(model: UNet2DConditionModel | UNet2DModel, rng: np.random.Generator) -> dict[str, Any]:
     """Inputs for a batch of two, of the size that the config names; one for every condition it has."""
     c = model.config
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    height, width = c.sample_size if isinstance(c.sample_size, tuple) else (c.sample_size, c.sample_size)
-    inputs: dict[str, Any] = {
-        "sample": normal(2, height, width, c.in_channels),
+    size = c.sample_size if isinstance(c.sample_size, tuple) else (c.sample_size, c.sample_size)
+    inputs = {
+        "sample": rng.standard_normal((2, *size, c.in_channels)).astype(np.float32),
         "timesteps": np.array([3, 701], np.int32),
     }
     if isinstance(model, UNet2DModel):
         return inputs | ({"class_labels": np.array([1, 9], np.int32)} if c.has_classes else {})
-    inputs["encoder_hidden_states"] = normal(2, 5, c.cross_attention_dim)
+    return inputs | conditions(c, rng)
+
+
+def controlnet_inputs(
+    model: ControlNetModel, rng: np.random.Generator, size: tuple[int, int] = (8, 8)
+) -> dict[str, Any]:
+    """The same for a ControlNet and latents of a size, with control images of different colours."""
+    c = model.config
+    colour = rng.uniform(0, 1, (2, 1, 1, c.conditioning_channels))
+    pixels = rng.uniform(0, 1, (2, size[0] * c.scale, size[1] * c.scale, c.conditioning_channels))
+    inputs = {
+        "sample": rng.standard_normal((2, *size, c.in_channels)).astype(np.float32),
+        "timesteps": np.array([3, 701], np.int32),
+        "controlnet_cond": ((colour + pixels) / 2).astype(np.float32),
+    }
+    return inputs | conditions(c, rng)
+
+
+def conditions(c: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """Text states and every other condition of a config, for a batch of two."""
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    inputs: dict[str, Any] = {"encoder_hidden_states": normal(2, 5, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":
         count = (c.projection_class_embeddings_input_dim - 20) // c.addition_time_embed_dim
         ids = rng.integers(0, 1025, (2, count)).astype(np.float32)
@@ -57,6 +77,21 @@ def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
     given = {k: v for k, v in to_torch(inputs).items() if k not in ("sample", "timesteps")}
     with torch.no_grad():
         return channel_last(module(channel_first(inputs["sample"]), torch.tensor(inputs["timesteps"]), **given).sample)
+
+
+def run_controlnet(model: ControlNetModel, params: Any, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+    """Every residual, the middle's last."""
+    output = jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs))
+    return [np.asarray(residual) for residual in (*output.down_block_res_samples, output.mid_block_res_sample)]
+
+
+def run_torch_controlnet(module: Any, inputs: Mapping[str, Any]) -> list[np.ndarray]:
+    given = to_torch({k: v for k, v in inputs.items() if k not in ("sample", "timesteps", "controlnet_cond")})
+    spatial = (channel_first(inputs[name]) for name in ("sample", "controlnet_cond"))
+    with torch.no_grad():
+        sample, images = spatial
+        output = module(sample, torch.tensor(inputs["timesteps"]), controlnet_cond=images, **given)
+    return [channel_last(residual) for residual in (*output.down_block_res_samples, output.mid_block_res_sample)]
 
 
 def to_torch(tree: Any) -> Any:
@@ -83,6 +118,15 @@ def compare_unet(twin: Twin, inputs: Mapping[str, Any]) -> dict[str, float]:
     """Output -> difference."""
     module, model, params = twin
     return {"output": difference(run_unet(model, params, inputs), run_torch_unet(module, inputs))}
+
+
+def compare_controlnet(twin: Twin, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Each residual -> difference."""
+    module, model, params = twin
+    ours, theirs = run_controlnet(model, params, inputs), run_torch_controlnet(module, inputs)
+    assert len(ours) == len(theirs)
+    names = [*(f"down {i}" for i in range(len(ours) - 1)), "middle"]
+    return {name: difference(*pair) for name, *pair in zip(names, ours, theirs)}
 
 
 def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
 torch = pytest.importorskip("torch")
@@ -86,6 +86,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "sample_size": (9, 13),
     },
     "scale and shift": SMALL | {"resnet_time_scale_shift": "scale_shift", "layers_per_block": (1, 2)},
+    "SDXL with GELU": SDXL | {"act_fn": "gelu"},  # which the added conditions do not follow
     "other embeddings": SMALL
     | {
         "class_embed_type": "timestep",
@@ -111,6 +112,40 @@ UNETS: dict[str, dict[str, Any]] = {
         "reverse_transformer_layers_per_block": (1, 1),
         "down_block_types": (CROSS_DOWN, CROSS_DOWN),
         "up_block_types": (CROSS_UP, CROSS_UP),
+    },
+}
+
+CONTROLNET = {key: value for key, value in SMALL.items() if key not in ("up_block_types", "sample_size")} | {
+    "conditioning_embedding_out_channels": (4, 8, 12)
+}
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "SD 1.x": CONTROLNET | {"layers_per_block": 2},
+    "SD 2.x": CONTROLNET
+    | {"attention_head_dim": (2, 4), "use_linear_projection": True, "down_block_types": (CROSS_DOWN, CROSS_DOWN)},
+    "SDXL": CONTROLNET
+    | {
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "down_block_types": (DOWN, CROSS_DOWN),
+        "transformer_layers_per_block": (1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+    },
+    "means over positions": CONTROLNET | {"global_pool_conditions": True},
+    "classes, bgr": CONTROLNET | {"num_class_embeds": 10, "controlnet_conditioning_channel_order": "bgr"},
+    "one channel, no attention in the middle": CONTROLNET
+    | {
+        "conditioning_channels": 1,
+        "conditioning_embedding_out_channels": (8, 16),
+        "mid_block_type": "UNetMidBlock2D",
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 12,
+        "resnet_time_scale_shift": "scale_shift",
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "block_out_channels": (16, 16, 32),
+        "down_block_types": (CROSS_DOWN, DOWN, DOWN),
     },
 }
 
@@ -219,6 +254,10 @@ def twin(module: Any, ours: type, folder: Path) -> Twin:
 
 def unet_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.UNet2DConditionModel(**UNETS[name]), UNet2DConditionModel, folder)
+
+
+def controlnet_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.ControlNetModel(**CONTROLNETS[name]), ControlNetModel, folder)
 
 
 def pixel_unet_twin(name: str, folder: Path) -> Twin:

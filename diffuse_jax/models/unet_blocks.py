@@ -1,0 +1,102 @@
+"""The levels of text-conditioned UNets: downward, the middle, and upward."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from diffuse_jax.models.attention import Transformer2D
+from diffuse_jax.models.remat import remat_block
+from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
+from diffuse_jax.models.unet_config import EncoderConfig, Level
+
+
+class Block(nn.Module):
+    """What the three kinds of block share: their config, their level and how they make a residual and an attention."""
+
+    config: EncoderConfig
+    level: Level
+    downsample: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
+        c = self.config
+        return remat_block(ResnetBlock, self.remat)(
+            self.level.channels,
+            c.norm_num_groups,
+            c.norm_eps,
+            c.act_fn,
+            c.resnet_time_scale_shift,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=f"resnets_{i}",
+        )(x, temb)
+
+    def attend(self, i: int, x: jax.Array, context: jax.Array) -> jax.Array:
+        if not self.level.depth:
+            return x
+        return Transformer2D(
+            self.level.heads,
+            self.level.depth,
+            self.config.norm_num_groups,
+            self.config.use_linear_projection,
+            self.level.only_cross_attention,
+            self.remat,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=f"attentions_{i}",
+        )(x, context)
+
+
+class DownBlock(Block):
+    """One level downward; returns the result and every tensor that the upward path will want."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        skips = []
+        for i in range(self.level.layers):
+            x = self.attend(i, self.resnet(i, x, temb), context)
+            skips.append(x)
+        if self.downsample:
+            x = Downsample(
+                self.level.channels,
+                self.config.downsample_padding,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name="downsamplers_0",
+            )(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Block):
+    """Residual, attention, residual at the coarsest level; the kind without attention is one residual block."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+        x = self.resnet(0, x, temb)
+        return self.resnet(1, self.attend(0, x, context), temb) if self.level.depth else x
+
+
+class UpBlock(Block):
+    """One level upward: each residual block takes one tensor from the way down; then the size of the next level."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: list[jax.Array],
+        temb: jax.Array,
+        context: jax.Array,
+        size: tuple[int, int] | None,
+    ) -> jax.Array:
+        for i in range(self.level.layers):
+            x = self.attend(i, self.resnet(i, jnp.concatenate([x, skips[-1 - i]], -1), temb), context)
+        if size is None:
+            return x
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Upsample(self.level.channels, **dtypes, name="upsamplers_0")(x, size)

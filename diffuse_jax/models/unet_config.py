@@ -1,0 +1,176 @@
+"""Configuration of the half of a UNet that its ControlNets copy: the downward path, the middle and the conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+from diffuse_jax.config import Config, thaw
+
+HAS_ATTENTION = {
+    "DownBlock2D": False,
+    "UpBlock2D": False,
+    "UNetMidBlock2D": False,
+    "CrossAttnDownBlock2D": True,
+    "CrossAttnUpBlock2D": True,
+    "UNetMidBlock2DCrossAttn": True,
+}
+
+MIDDLES = tuple(kind for kind in HAS_ATTENTION if "Mid" in kind)
+
+
+class Level(NamedTuple):
+    """One resolution of the UNet."""
+
+    channels: int
+    layers: int
+    heads: int
+    depth: int  # transformer blocks after each residual block; 0 where there is no attention
+    only_cross_attention: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Config):
+    """What the JSON of a UNet and of its ControlNet share; what may differ by level is one value or one per level.
+
+    ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer kept by every published file.
+    ``cross_attention_dim`` describes the checkpoint (width of the text states).
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "mid_block_scale_factor": 1,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+    }
+    """Options of the JSON that change the network and for which only this value is implemented."""
+
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "addition_embed_type": (None, "text_time"),
+        "resnet_time_scale_shift": ("default", "scale_shift"),
+    }
+    """Field -> the values that are implemented."""
+
+    in_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    num_attention_heads: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    projection_class_embeddings_input_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        data = dict(data)
+        heads = data.pop("attention_head_dim", 8)
+        if data.get("num_attention_heads") is None:
+            data["num_attention_heads"] = heads
+        return super().from_json(data)
+
+    def to_json(self) -> dict[str, Any]:
+        data = super().to_json()
+        return data | {"attention_head_dim": data["num_attention_heads"], "num_attention_heads": None}
+
+    def _check(self) -> None:
+        network, options = self.class_name, dict(self.extra)
+        for name, value in self.fixed.items():
+            if options.get(name, value) != value:
+                raise ValueError(
+                    f"{network}: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
+                )
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{network}: {name}={getattr(self, name)!r}; expected one of {allowed}")
+        sizes = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+        if self.addition_embed_type == "text_time" and not all(getattr(self, name) for name in sizes):
+            raise ValueError(f"{network}: addition_embed_type='text_time' needs {sizes[0]} and {sizes[1]}")
+        self.check_blocks("down_block_types", "Down")
+        self.down_levels()
+
+    def check_blocks(self, name: str, way: str) -> None:
+        """Raise ``ValueError`` unless the field ``name`` has one known kind of block ("Down" or "Up") per level."""
+        kinds, levels = getattr(self, name), len(self.block_out_channels)
+        known = sorted(kind for kind in HAS_ATTENTION if way in kind)
+        unknown = sorted(set(kinds) - set(known))
+        if unknown:
+            raise ValueError(f"{self.class_name}: unknown block type {unknown[0]!r} in {name}; known: {known}")
+        if len(kinds) != levels:
+            raise ValueError(f"{self.class_name}: {name} has {len(kinds)} entries for {levels} levels")
+
+    def down_levels(self) -> list[Level]:
+        """What each level of the downward path consists of, finest first."""
+        return self._levels(self.down_block_types, self.transformer_layers_per_block)
+
+    def mid_level(self) -> Level:
+        """The middle: as the coarsest level, with attention if ``mid_block_type`` has it."""
+        depths = self.per_level("transformer_layers_per_block")
+        level = self.down_levels()[-1]
+        attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
+        return level._replace(layers=1, depth=depths[-1] if attends else 0, only_cross_attention=False)
+
+    def _levels(self, kinds: tuple[str, ...], depths: int | tuple[int, ...]) -> list[Level]:
+        n = len(self.block_out_channels)
+        depths = (depths,) * n if isinstance(depths, int) else depths
+        if not all(isinstance(depth, int) for depth in depths):
+            raise ValueError(
+                f"{self.class_name}: transformer_layers_per_block is one number, or one per level, got "
+                f"{thaw(depths)}; a number for each block of a level is not supported"
+            )
+        rows = zip(
+            self.block_out_channels,
+            self.per_level("layers_per_block"),
+            self.per_level("num_attention_heads"),
+            [d if HAS_ATTENTION[k] else 0 for d, k in zip(depths, kinds, strict=True)],
+            self.per_level("only_cross_attention"),
+            strict=True,
+        )
+        return [Level(*row) for row in rows]
+
+    def per_level(self, name: str) -> tuple[Any, ...]:
+        """The field ``name`` as one value per level."""
+        value, n = getattr(self, name), len(self.block_out_channels)
+        if not isinstance(value, tuple):
+            return (value,) * n
+        if len(value) != n:
+            raise ValueError(f"{self.class_name}: {name} has {len(value)} entries for {n} levels of block_out_channels")
+        return value
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the vector that everything that is not spatial is embedded as."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def time_cond_proj_dim(self) -> int | None:
+        """Width of LCM's embedded guidance scale; a UNet's file may name one, a ControlNet's cannot."""
+        return None
+
+    @property
+    def class_embeddings_concat(self) -> bool:
+        """Whether classes are appended to the timestep instead of added, which again only a UNet's file may say."""
+        return False
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text states."""
+        return max(self.per_level("cross_attention_dim"))
