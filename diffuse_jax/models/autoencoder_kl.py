@@ -72,8 +72,23 @@ class Posterior(NamedTuple):
     logvar: jax.Array
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """``mean + std * noise``; ``key`` is one typed key for the batch."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        """``mean + std * noise``.
+
+        Args:
+          key: one typed key for the batch, or ``[B]`` keys; then each image's latents depend on its own key alone.
+
+        Raises:
+          ValueError: ``key`` is neither.
+        """
+        shape, dtype = self.mean.shape, self.mean.dtype
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), shape[:1]):
+            raise ValueError(
+                f"key must be one typed key (jax.random.key) or [{shape[0]}] of them, one per image; "
+                f"got {key.dtype} {key.shape}"
+            )
+        draw = lambda key, shape: jax.random.normal(key, shape, dtype)
+        noise = jax.vmap(lambda k: draw(k, shape[1:]))(key) if key.ndim else draw(key, shape)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> jax.Array:
         """The most likely latents, which is the mean."""

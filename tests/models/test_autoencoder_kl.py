@@ -20,6 +20,25 @@ def test_samples_have_the_posterior_s_mean_and_deviation() -> None:
     np.testing.assert_array_equal(posterior.mode(), posterior.mean)
 
 
+def test_with_a_key_per_image_a_sample_does_not_depend_on_its_batch(rng: np.random.Generator) -> None:
+    posterior = Posterior(*jnp.asarray(rng.standard_normal((2, 3, 4, 5, 2)), jnp.float32))
+    keys = jax.random.split(jax.random.key(0), 3)
+    draws = posterior.sample(keys)
+    for i in range(3):
+        alone = Posterior(posterior.mean[i : i + 1], posterior.logvar[i : i + 1])
+        np.testing.assert_array_equal(alone.sample(keys[i : i + 1]), draws[i : i + 1])
+    noise = (draws - posterior.mean) / jnp.exp(0.5 * posterior.logvar)
+    assert not np.allclose(noise[0], noise[1])
+    np.testing.assert_array_equal(posterior.sample(keys[::-1])[1], draws[1])
+
+
+@pytest.mark.parametrize("key", [jax.random.split(jax.random.key(0), 2), jax.random.PRNGKey(0), jnp.zeros(3)])
+def test_keys_of_another_batch_are_refused(key: jax.Array) -> None:
+    posterior = Posterior(jnp.zeros((3, 4, 5, 2)), jnp.zeros((3, 4, 5, 2)))
+    with pytest.raises(ValueError, match=r"one typed key .* or \[3\] of them, one per image; got"):
+        posterior.sample(key)
+
+
 def test_divergence_is_zero_for_the_standard_normal_and_known_for_others() -> None:
     shape = (2, 3, 4, 5)
     np.testing.assert_allclose(Posterior(jnp.zeros(shape), jnp.zeros(shape)).kl(), 0)
