@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax.adapters import lora
 from diffuse_jax.models import AutoencoderKL, Model, UNet2DConditionModel, presets
-from diffuse_jax.pipelines import stable_diffusion, stable_diffusion_xl
+from diffuse_jax.pipelines.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, ClipFamily
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
@@ -75,7 +75,7 @@ def make_trainer(
       cached: latents and text states come with the batch, so only the UNet is there.
       width: what the UNet's channels are divided by, for machines that are too small for it.
     """
-    networks, encode = _networks(model, dtype, remat)
+    networks, family = _networks(model, dtype, remat)
     if width > 1:
         networks["unet"] = _narrowed(networks["unet"], width)
     used = {"unet": networks["unet"]} if cached else networks
@@ -87,17 +87,17 @@ def make_trainer(
         del parameters["unet"]
         trainable, frozen, combine = {"unet": networks["unet"].shapes()}, parameters, whole(networks)
     objective = Objective(scheduler=DDPMScheduler(**SCHEDULE))
-    return Trainer(networks, trainable, frozen, functools.partial(denoising_loss, encode, combine, objective))
+    return Trainer(networks, trainable, frozen, functools.partial(denoising_loss, family, combine, objective))
 
 
-def _networks(model: str, dtype: DTypeLike, remat: str) -> tuple[dict[str, Model], Callable[..., Any]]:
-    """Networks by name, text encoders first, and how their outputs become the UNet's conditions."""
+def _networks(model: str, dtype: DTypeLike, remat: str) -> tuple[dict[str, Model], ClipFamily]:
+    """Networks by name, text encoders first, and the family they belong to."""
     unet, vae, (first, *second) = MODELS[model]
     networks: dict[str, Model] = {"text_encoder": CLIPTextModel(first, dtype=dtype)}
     if second:
         networks["text_encoder_2"] = CLIPTextModelWithProjection(*second, dtype=dtype)
     networks |= {"unet": UNet2DConditionModel(unet, dtype=dtype, remat=remat), "vae": AutoencoderKL(vae)}
-    return networks, (stable_diffusion_xl if second else stable_diffusion).encode
+    return networks, STABLE_DIFFUSION_XL if second else STABLE_DIFFUSION
 
 
 def _narrowed(unet: Model, width: int) -> Model:

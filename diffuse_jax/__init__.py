@@ -20,12 +20,22 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "ControlNetModel", "UNet2DConditionModel", "UNet2DModel"),
     "diffuse_jax.pipelines": (
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
         "AutoPipelineForText2Image",
         "DDIMPipeline",
         "DDPMPipeline",
         "DiffusionPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
         "StableDiffusionPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLPipeline",
+        "sample",
     ),
     "diffuse_jax.schedulers": (
         "CMStochasticIterativeScheduler",

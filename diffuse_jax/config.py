@@ -44,10 +44,12 @@ class Config:
     """Base of every configuration.
 
     Attributes:
-      extra: keys of the JSON that the class has no field for, frozen; written back by :meth:`to_json`.
+      extra: keys of the JSON that the class has no field for, frozen; written back by :meth:`to_json`. They change
+        nothing about a network, so they do not take part in comparisons, and checkpoints of one architecture share
+        their compiled programs.
     """
 
-    extra: FrozenDict = FrozenDict()
+    extra: FrozenDict = dataclasses.field(default=FrozenDict(), compare=False)
 
     class_name: ClassVar[str] = ""
     """What ``_class_name`` says in the JSON of this configuration; empty where the format has no such key."""

@@ -23,10 +23,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
-from diffuse_jax.models import AutoencoderKL, Model, UNet2DConditionModel
-from diffuse_jax.models.base import floating_type
+from diffuse_jax.models import Model
+from diffuse_jax.models.base import floating_type, network_class, network_names
+from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, open_tokenizers
-from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import WeightsError, names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS
@@ -35,11 +35,8 @@ from diffuse_jax.weights.save import save_tensors
 from diffuse_jax.weights.single_file import family_for
 
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
-MODELS: dict[str, type[Model]] = {
-    cls.__name__: cls for cls in (UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection)
-}
 SCHEDULER = "scheduler_config.json"
-LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
+LEFT_OUT = set(catalogue.NOT_LOADED)
 """Components that this library has no class for; the converted index has them as absent."""
 
 Views = dict[names.Path, np.ndarray]
@@ -67,6 +64,7 @@ class Opened:
       tokenizers: component name -> tokenizer, where the source has no folder for it.
       absent: names of components left out.
       options: other values of ``model_index.json``.
+      lists: component name -> entry of lists of networks; their members are among the networks, by folder.
     """
 
     class_name: str
@@ -76,6 +74,7 @@ class Opened:
     tokenizers: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lists: dict[str, weights.Component] = dataclasses.field(default_factory=dict)
 
 
 def convert(
@@ -167,14 +166,17 @@ def open_source(
     for name, entry in index.components.items():
         if name in LEFT_OUT:
             continue
-        if entry.class_name in MODELS or _has_weights(entry.folder):
-            networks[name] = _open_network(
-                entry.library, entry.class_name, entry.folder, folder / "model_index.json", variant
-            )
-        else:
+        if not catalogue.is_network(entry) and not _has_weights(entry.folder):
             folders[name] = entry
+            continue
+        kind = catalogue.LISTS.get(entry.class_name, entry.class_name)
+        for member in catalogue.folders(name, entry):
+            networks[member.folder.name] = _open_network(
+                entry.library, kind, member.folder, folder / "model_index.json", variant
+            )
+    lists = {name: entry for name, entry in index.components.items() if entry.class_name in catalogue.LISTS}
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
-    return Opened(index.class_name, networks, folders, absent=absent, options=index.options)
+    return Opened(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -184,18 +186,18 @@ def _has_weights(folder: Path) -> bool:
 
 def _open_network(library: str, kind: str, folder: Path, named_in: Path, variant: str | None) -> Network:
     """A network from its folder, matched against the shapes of its class."""
-    cls = _class(kind, named_in)
+    cls = _class(library, kind, named_in)
     model = cls.from_config(folder)
     checkpoint = weights.read_checkpoint(weights.weight_files(folder, cls.weights_name, variant))
     views = weights.match(checkpoint, model.shapes(), label=str(folder))
     return Network(library, model, weights.read_json(folder / "config.json"), views)
 
 
-def _class(kind: str, named_in: Path) -> type[Model]:
-    plain = kind.removeprefix("Flax")
-    if plain not in MODELS:
-        raise WeightsError(f"{named_in}: cannot convert a {kind!r}; known are {', '.join(MODELS)}")
-    return MODELS[plain]
+def _class(library: str, kind: str, named_in: Path) -> type[Model]:
+    found = network_class(library, kind.removeprefix("Flax"))
+    if found is None:
+        raise WeightsError(f"{named_in}: cannot convert a {kind!r}; known are {', '.join(network_names())}")
+    return found
 
 
 def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Opened:
@@ -210,7 +212,7 @@ def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
     """The networks of a single file, matched against the shapes of their classes."""
     networks = {}
     for name, part in file.networks.items():
-        model = _class(part.class_name, path).from_config(part.config)
+        model = _class(part.library, part.class_name, path).from_config(part.config)
         try:
             shapes = model.shapes()
         except ValueError as error:
@@ -292,7 +294,9 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
         return
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(source.absent, (None, None))
     for name, network in source.networks.items():
-        entries[name] = (network.library, prefix + type(network.model).__name__)
+        if name.rpartition("_")[0] not in source.lists:
+            entries[name] = (network.library, prefix + type(network.model).__name__)
+    entries |= {name: (entry.library, entry.class_name) for name, entry in source.lists.items()}
     for name, entry in source.folders.items():
         flax = prefix if entry.library == "diffusers" else ""
         shutil.copytree(entry.folder, dst / name)

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax import DiffusionPipeline, DPMSolverMultistepScheduler
-from diffuse_jax.pipelines.denoise import decode_latents, to_uint8
+from diffuse_jax.pipelines import Net
+from diffuse_jax.pipelines.parts.decode import decode_latents, to_uint8
 from diffuse_jax.weights.files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent / "images"
@@ -90,7 +91,7 @@ def previews(pipe: Any) -> list[Pictures]:
     noise = np.random.default_rng(0).standard_normal((1, size, size, 4), np.float32)
     before["latents"] = plan.init(noise).sample
     pipe(prompt, latents=noise, callback_on_step_end=note, **SETTINGS | {"num_inference_steps": 16})
-    images = decode_latents(pipe.components["vae"], pipe.params["vae"], jnp.concatenate(found))
+    images = decode_latents(Net("vae", pipe.components["vae"]), pipe.params, jnp.concatenate(found))
     return in_rows(np.asarray(images))
 
 

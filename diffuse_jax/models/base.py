@@ -20,6 +20,10 @@ Params = dict[str, Any]
 """A tree of arrays: nested dicts whose joined keys are the checkpoint's names."""
 
 
+_REGISTRY: dict[tuple[str, str], type[Model]] = {}
+"""Every network class by library and name; filled as the classes are defined."""
+
+
 class Model(nn.Module):
     """A pure network: ``model.apply({"params": params}, ...)``; its only collection is ``params``.
 
@@ -39,6 +43,18 @@ class Model(nn.Module):
 
     model_type: ClassVar[str] = ""
     """What transformers' ``config.json`` calls this kind of network; empty for those of diffusers."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__module__.startswith("flax."):
+            _REGISTRY[cls.library(), cls.__name__] = cls
+
+    @classmethod
+    def library(cls) -> str:
+        """What ``model_index.json`` says of the class: PyTorch's library of that name, or the module of a user's."""
+        if cls.__module__.partition(".")[0] != "diffuse_jax":
+            return cls.__module__
+        return "transformers" if cls.model_type else "diffusers"
 
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Keyword arguments of ``__call__`` as shapes, of the smallest size that touches every parameter."""
@@ -154,6 +170,24 @@ class Model(nn.Module):
         """The object that :meth:`save_pretrained` writes to ``config.json``."""
         head = {"architectures": [type(self).__name__], "model_type": self.model_type} if self.model_type else {}
         return {**self.config.to_json(), **head}
+
+
+def network_class(library: str, name: str) -> type[Model] | None:
+    """The network that an entry of ``model_index.json`` names; None if no such class has been defined.
+
+    A class of the user's is known by its module and name, or by its name where its module was called otherwise when the
+    folder was saved; the names of this package's classes count whatever the library.
+    """
+    if (library, name) in _REGISTRY:
+        return _REGISTRY[library, name]
+    found = [cls for (_, known), cls in _REGISTRY.items() if known == name]
+    published = [cls for cls in found if cls.library() in ("diffusers", "transformers")]
+    return next(iter(published or found), None) if len(published or found) == 1 else None
+
+
+def network_names() -> list[str]:
+    """Names of all network classes."""
+    return sorted({name for _, name in _REGISTRY})
 
 
 def floating_type(dtype: DTypeLike) -> jnp.dtype:

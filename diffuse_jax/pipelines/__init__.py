@@ -1,23 +1,51 @@
-"""Pipelines: from prompts to pictures in one compiled program."""
+"""Pipelines: methods composed of parts, from a request to images in one compiled program."""
 
-from diffuse_jax.pipelines.auto import AutoPipelineForText2Image
-from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.run import ImagePipelineOutput
+from diffuse_jax.pipelines.auto import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
+from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
+from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
+from diffuse_jax.pipelines.run import Output, Request, run
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
+from diffuse_jax.pipelines.stable_diffusion_controlnet_img2img import StableDiffusionControlNetImg2ImgPipeline
+from diffuse_jax.pipelines.stable_diffusion_controlnet_inpaint import StableDiffusionControlNetInpaintPipeline
+from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {
-    cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline, DDPMPipeline, DDIMPipeline)
-}
-"""Pipelines by the name in ``model_index.json``."""
-
 __all__ = [
+    "PIPELINES",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
-    "ImagePipelineOutput",
+    "Method",
+    "Net",
+    "Output",
+    "Part",
+    "PlainStep",
+    "Request",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",
+    "Step",
+    "draw",
+    "register",
+    "run",
+    "sample",
 ]

@@ -1,37 +1,40 @@
 """Compiled programs: each compiled once in a process, and kept on disk for the next one if the user wants.
 
-A program is a pure function ``fn(task, *arguments)`` with a static, hashable ``task``. Compiling is explicit, so it
-can be counted, done ahead of time and saved. What a program was compiled for (shapes, shardings, mesh, versions) is its
-key; a saved program whose key does not match is simply not found, and is compiled again.
+A program is a pure function ``fn(method, *arguments)`` with a static, hashable ``method``. Compiling is explicit, so it
+can be counted, done ahead of time and saved. In memory a program is found by the function, the method, the mesh and the
+shapes themselves: two closures of one factory, or two classes of one name, are two programs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import os
-import platform
-import tempfile
-import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jaxlib
-from jax.experimental import serialize_executable
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 
-import diffuse_jax
+from diffuse_jax.pipelines import saved_programs
+from diffuse_jax.pipelines.saved_programs import NotDescribable
 
-SUFFIX = ".jaxprogram"
+SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
+"""Settings of JAX that change what a function compiles to."""
+
+
+class Key(NamedTuple):
+    """What a program is compiled for; compared as it is, and described in words for a file's name."""
+
+    fn: Callable[..., Any]
+    method: Any
+    mesh: Mesh | None
+    specs: tuple[Any, ...]
+    signature: Any
+    settings: tuple[Any, ...]
 
 
 class Programs:
-    """Executables by key, in memory and (once :meth:`save` or :meth:`load` named it) in a folder.
+    """Executables in memory and (once :meth:`save` or :meth:`load` named it) in a folder.
 
     Attributes:
       compilations: how many programs this object has compiled; saved ones that were loaded do not count.
@@ -39,135 +42,116 @@ class Programs:
 
     def __init__(self) -> None:
         self.compilations = 0
-        self._programs: dict[str, Any] = {}
-        self._to_save: dict[str, Callable[[], Any]] = {}
+        self._programs: dict[Key, Any] = {}
+        self._to_save: dict[Key, tuple[Any, Callable[[], Any]]] = {}
         self._folders: list[Path] = []
 
-    def get(self, fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
-        """The executable of ``fn(task, *args)``; call it with arguments of the same shapes.
+    def get(
+        self,
+        fn: Callable[..., Any],
+        method: Any,
+        mesh: Mesh | None,
+        specs: tuple[Any, ...],
+        args: Any,
+        signature: Any = None,
+    ) -> Any:
+        """The executable of ``fn(method, *args)``; call it with arguments of the same shapes.
 
         Args:
-          fn: a module-level function.
-          task: its static argument.
+          fn: a function.
+          method: its static argument.
           mesh: run ``fn`` on each device's part of the ``data`` axis; None runs it where the arguments are.
           specs: with a mesh, one ``PartitionSpec`` per argument (a prefix of its tree).
           args: the arguments, as arrays or as ``jax.ShapeDtypeStruct``.
+          signature: of the arguments, where the caller has it; see :func:`signature_of`.
         """
-        key = program_key(fn, task, mesh, args)
+        signature = signature_of(args, mesh) if signature is None else signature
+        settings = tuple(getattr(jax.config, name) for name in SETTINGS)
+        key = Key(fn, method, mesh, specs, signature, settings)
         if key not in self._programs:
-            saved = next((f for f in (folder / (key + SUFFIX) for folder in self._folders) if f.exists()), None)
-            program = None if saved is None else _read(saved, args, mesh)
-            self._programs[key] = self._compile(key, fn, task, mesh, specs, args) if program is None else program
+            self._programs[key] = self._saved(key, args) or self._compile(key, args)
         return self._programs[key]
 
-    def _compile(self, key: str, fn: Any, task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
+    def _saved(self, key: Key, args: Any) -> Any:
+        """The program from a folder, or None."""
+        if not self._folders:
+            return None
+        try:
+            name = saved_programs.file_name(key, args)
+        except NotDescribable:
+            return None
+        files = [folder / name for folder in self._folders]
+        found = next((file for file in files if file.exists()), None)
+        return None if found is None else saved_programs.read(found, args, key.mesh)
+
+    def _compile(self, key: Key, args: Any) -> Any:
         shapes = jax.tree.map(_shape_of, args)
-        build = lambda: jax.jit(_bind(fn, task, mesh, specs)).lower(*shapes).compile()
+        build = lambda: jax.jit(_bound(key)).lower(*shapes).compile()
         self.compilations += 1
-        if self._folders:  # it will be saved: compile what can be saved, see without_compilation_cache
-            with without_compilation_cache():
+        if self._folders:  # it will be saved: compile what can be saved
+            with saved_programs.without_compilation_cache():
                 program = build()
-            self._to_save[key] = lambda: program
+            self._to_save[key] = shapes, lambda: program
         else:
             program = build()
-            self._to_save[key] = build
+            self._to_save[key] = shapes, build
         return program
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write every program that gives one array (all but those of step-by-step runs); returns the new files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write every program that this object compiled; returns the new files.
+
+        A program whose method holds a closure, a lambda or a third-party network is left out with a warning: nothing
+        that stays the same in the next process tells it from another.
+        """
+        folder = saved_programs.trusted(Path(folder), make=True)
         files = []
-        for key, build in self._to_save.items():
-            file = folder / (key + SUFFIX)
-            if not file.exists() and self._programs[key].out_tree == ONE_ARRAY:
-                with without_compilation_cache():
-                    _write(file, serialize_executable.serialize(build())[0])
+        for key, (shapes, build) in self._to_save.items():
+            try:
+                file = folder / saved_programs.file_name(key, shapes)
+            except NotDescribable as error:
+                warnings.warn(f"a program was not saved: {error}", stacklevel=3)
+                continue
+            if not file.exists():
+                saved_programs.write(file, build)
                 files.append(file)
         return files
 
     def load(self, folder: Path | str) -> None:
-        """Look in ``folder`` before compiling. Only name a folder that you trust: a program is executable code."""
-        self._folders.append(Path(folder))
+        """Look in ``folder`` before compiling. Only name a folder that you trust: a program is executable code.
+
+        Raises:
+          PermissionError: others may write to the folder.
+        """
+        self._folders.append(saved_programs.trusted(Path(folder)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
+        return self  # executables are shared: they hold no data of a pipeline
+
+    def __reduce__(self) -> Any:
+        return _programs_of_process, ()  # executables stay in their process
 
 
-@contextlib.contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized again:
-    its copy fails with "function not found"."""
-    config: Any = jax.config  # only some releases declare its options
-    before = config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+def signature_of(args: Any, mesh: Mesh | None) -> Any:
+    """What a program depends on of its arguments: their tree, shapes and dtypes and, on a mesh, placement."""
+    leaves, tree = jax.tree.flatten(args)
+    types = tuple([(x.shape, x.dtype) for x in leaves])
+    return (tree, types) if mesh is None else (tree, types, tuple([getattr(x, "sharding", None) for x in leaves]))
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
-ONE_ARRAY = jax.tree.structure(0)
-PROGRAMS = Programs()
-"""The programs of this process; pipelines share them, so two pipelines of one architecture compile once."""
+def _bound(key: Key) -> Callable[..., Any]:
+    """The function with its method, on each part of the ``data`` axis if there is a mesh.
 
-
-def program_key(fn: Callable[..., Any], task: Any, mesh: Mesh | None, args: Any) -> str:
-    """A hash of all that a program depends on: code, libraries, platform, mesh, static task, shapes, shardings."""
-    leaves, tree = jax.tree.flatten(args)
-    describe = lambda x: (x.shape, str(x.dtype), str(getattr(x, "sharding", None)) if mesh is not None else None)
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    facts = (
-        (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
-        (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        [
-            getattr(jax.config, f"jax_{name}")
-            for name in ("default_matmul_precision", "enable_x64", "default_prng_impl")
-        ],
-        (_described(fn), _described(task)),
-        None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
-        (str(tree), [describe(leaf) for leaf in leaves]),
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
-
-
-def _described(value: Any) -> str:
-    """A text that is the same in every process; the ``repr`` of a function is not."""
-    if isinstance(value, types.FunctionType):
-        return f"{value.__module__}.{value.__qualname__}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = ", ".join(f"{f.name}={_described(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__qualname__}({fields})"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_described, value))})"
-    return repr(value)
-
-
-def _source_state() -> str:
-    """Names, sizes and times of the package's files, so that an edited checkout does not run yesterday's programs."""
-    global _SOURCE_STATE
-    if _SOURCE_STATE is None:
-        root = Path(__file__).resolve().parents[1]
-        stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.py"))]
-        _SOURCE_STATE = hashlib.sha256(repr(stats).encode()).hexdigest()
-    return _SOURCE_STATE
-
-
-_SOURCE_STATE: str | None = None
-
-
-def _bind(fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...]) -> Callable[..., Any]:
-    """``fn`` with its task, on each part of the ``data`` axis if there is a mesh.
-
-    Inside, a device sees its own pictures only, so no kernel needs to know of the mesh; other axes of the mesh
+    Inside, a device sees its own images only, so no kernel needs to know of the mesh; other axes of the mesh
     (``fsdp``, ``tensor``) are left to the compiler, which follows the placement of the parameters.
     """
+    fn, method, mesh, specs = key.fn, key.method, key.mesh, key.specs
 
     def bound(*args: Any) -> Any:
-        return fn(task, *args)
+        return fn(method, *args)
 
     bound.__name__ = fn.__name__
     if mesh is None:
@@ -176,21 +160,9 @@ def _bind(fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any
     return jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=out, axis_names={"data"}, check_vma=False)
 
 
-def _read(file: Path, args: Any, mesh: Mesh | None) -> Any:
-    """A saved program, or None (with a warning) where this machine cannot load it."""
-    in_tree = jax.tree.structure((args, {}))
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    try:
-        data = file.read_bytes()
-        return serialize_executable.deserialize_and_load(data, in_tree, ONE_ARRAY, execution_devices=devices)
-    except Exception as error:
-        warnings.warn(f"{file} could not be loaded and is compiled again: {error}", stacklevel=2)
-        return None
+PROGRAMS = Programs()
+"""The programs of this process; pipelines share them, so two pipelines of one architecture compile once."""
 
 
-def _write(file: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: an interrupted save leaves no half program."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    with os.fdopen(handle, "wb") as out:
-        out.write(data)
-    os.replace(name, file)
+def _programs_of_process() -> Programs:
+    return PROGRAMS

@@ -1,159 +1,215 @@
-"""From a prepared request to pictures: pad to a few sizes, place on the mesh, run one program or step by step, trim."""
+"""From a request to its results: pad to a few sizes, place on the mesh, run one program or step by step, trim."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from diffuse_jax.models.base import Params
-from diffuse_jax.pipelines import sampling
-from diffuse_jax.pipelines.base import DiffusionPipeline
-from diffuse_jax.pipelines.prompts import image_seeds
-from diffuse_jax.pipelines.sampling import Draws, Task
+from diffuse_jax.pipelines import method as verbs
+from diffuse_jax.pipelines.method import Method, Params, Rows
+from diffuse_jax.pipelines.programs import signature_of
 from diffuse_jax.schedulers.plan import Plan
-from diffuse_jax.sharding import readable, spans_processes
+from diffuse_jax.sharding import param_shardings, readable
 
 StepCallback = Callable[[Any, int, float, dict[str, jax.Array]], dict[str, jax.Array] | None]
-"""``callback(pipe, step, timestep, {"latents": [B,h,w,c]})``; what it returns under "latents" replaces them."""
-
-OUTPUTS = {"pil": "uint8", "np": "float", "latent": "latent"}
-"""``output_type`` of a call -> what the program returns."""
+"""``callback(pipe, step, timestep, {"latents": [B, ...]})``; what it returns under "latents" replaces them."""
 
 ROWS, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
-@dataclasses.dataclass(frozen=True)
-class ImagePipelineOutput:
-    """What a call gives.
+class Request(NamedTuple):
+    """What a call asks for, checked and ready to run; ``diffuse_jax.sample(r.method, pipe.params, r.rows, r.plan)``
+    is the same run as a pure function.
 
     Attributes:
-      images: by ``output_type``: "pil" a list of ``PIL.Image``, "np" float32 ``[B,H,W,3]`` in [0, 1], "latent" a
-        ``jax.Array`` ``[B,h,w,c]``.
-      seeds: the seed of each picture; None where the caller gave ``key``.
+      method: the parts.
+      rows: the data, one row per image, on the host.
+      plan: of the sampler.
+      output_type: the form in which images are returned: "pil", "np" or "latent".
+      seeds: the seed of each image; None where the caller gave ``key``.
     """
 
-    images: Any
-    seeds: list[int] | None
+    method: Method
+    rows: Rows
+    plan: Plan
+    output_type: str = "pil"
+    seeds: list[int] | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(jax.tree.leaves(self.rows)[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A request, ready to run: what is compiled, its data for ``size`` pictures, and the sampler's plan."""
+class Output:
+    """What a call gives. Results are attributes by name: ``out.images``, and what else the method's decoder returns.
 
-    task: Task
-    batch: Any
-    plan: Plan
-    size: int
-    seeds: list[int] | None
-
-
-def program_output(output_type: str) -> str:
-    """What the program returns for an ``output_type``.
-
-    Raises:
-      ValueError: there is no such type.
+    Attributes:
+      results: name -> result. ``images`` is, by ``output_type``, a list of ``PIL.Image`` ("pil"), float32
+        ``[B,H,W,3]`` in [0, 1] ("np"), or a ``jax.Array`` of latents ``[B,h,w,c]`` ("latent"). Other results are
+        ``jax.Array`` with one row per image; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
+      seeds: the seed of each image; None where the caller gave ``key``.
     """
-    if output_type not in OUTPUTS:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
-    return OUTPUTS[output_type]
+
+    results: dict[str, Any]
+    seeds: list[int] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name in self.results:
+            return self.results[name]
+        raise AttributeError(f"the output has no {name!r}; it has {', '.join(self.__dict__.get('results', ()))}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.results]
 
 
-def make_draws(
-    images: int,
-    seed: int | Sequence[int] | None,
-    key: jax.Array | None,
-    latents: Any,
-    latent_shape: tuple[int, int, int],
-    mesh: Mesh | None = None,
-) -> tuple[Draws, list[int] | None]:
-    """Where the noise of ``images`` pictures comes from, and their seeds.
-
-    Raises:
-      ValueError: the shape of ``latents`` does not fit, both ``seed`` and ``key`` were given, or neither although the
-        processes of the mesh would draw different ones.
-    """
-    if seed is None and key is None and spans_processes(mesh):
-        raise ValueError("the mesh spans several processes; give them the same seed (or key), for example seed=0")
-    if seed is not None and key is not None:
-        raise ValueError("give seed or key, not both")
-    if latents is not None:
-        latents = np.asarray(latents, np.float32)
-        if latents.shape != (images, *latent_shape):
-            raise ValueError(f"latents must be {(images, *latent_shape)} (channel-last), got {latents.shape}")
-    seeds, indices = (None, None) if key is not None else image_seeds(seed, images)
-    keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(images, dtype=np.uint32))
-    return Draws(seeds, indices, keys, latents), None if seeds is None else [int(s) for s in seeds]
-
-
-def compile_job(pipe: DiffusionPipeline, job: Job, batch_size: int | None) -> None:
-    """Compile the program of ``job`` without running it."""
-    for rows in chunks(pipe, job, batch_size):
-        arguments = place(pipe.mesh, rows, job.plan)
-        _program(pipe, sampling.sample, job.task, (ROWS, WHOLE), arguments)
-
-
-def run_job(
-    pipe: DiffusionPipeline,
-    job: Job,
-    output_type: str,
+def run(
+    pipe: Any,
+    request: Request,
     *,
     batch_size: int | None = None,
-    callback: StepCallback | None = None,
+    callback_on_step_end: StepCallback | None = None,
     progress_bar: bool = False,
-) -> ImagePipelineOutput:
-    """Run ``job``; with a callback or a progress bar step by step, otherwise as one program."""
-    results = []
-    for rows in chunks(pipe, job, batch_size):
-        batch, plan = place(pipe.mesh, rows, job.plan)
-        if callback is None and not progress_bar:
-            program = _program(pipe, sampling.sample, job.task, (ROWS, WHOLE), (batch, plan))
-            results.append(program(dict(pipe.params), batch, plan))
+    return_trajectory: bool = False,
+) -> Output:
+    """Run a request on a pipeline's networks: as one program, or with the host between the steps where it is needed.
+
+    Only the parameters that the method reads go to the program; those that lie on the host (see
+    :meth:`DiffusionPipeline.offload <diffuse_jax.pipelines.DiffusionPipeline.offload>`) are on the device for as long
+    as the run takes.
+
+    Args:
+      pipe: the pipeline.
+      request: what to run.
+      batch_size: maximum number of images per device call; all at once if None.
+      callback_on_step_end: called after each evaluation.
+      progress_bar: show one.
+      return_trajectory: return the sample before each evaluation and after the last one as ``trajectory``.
+
+    Raises:
+      ValueError: the rows do not fit the method, or ``batch_size`` is not positive; nothing has been compiled.
+    """
+    verbs.check_rows(request.method, request.rows)
+    params, results = placed_params(pipe, request.method), []
+    by_steps = callback_on_step_end is not None or progress_bar or return_trajectory
+    for chunk in chunks(pipe, request.rows, request.images, batch_size):
+        rows, plan = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
+        if by_steps:
+            found = _run_by_steps(
+                pipe, request.method, params, rows, plan, callback_on_step_end, progress_bar, return_trajectory
+            )
         else:
-            results.append(_run_by_steps(pipe, job.task, batch, plan, callback, progress_bar))
-    return ImagePipelineOutput(convert(results, job.size, output_type), job.seeds)
+            program = _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, (rows, plan))
+            found = program(params, rows, plan)
+        results.append(found)
+    return Output(converted(results, request.images, request.output_type), request.seeds)
+
+
+def compile_request(pipe: Any, request: Request, batch_size: int | None = None) -> None:
+    """Compile the program of a request without running it."""
+    verbs.check_rows(request.method, request.rows)
+    params = placed_params(pipe, request.method)
+    for chunk in chunks(pipe, request.rows, request.images, batch_size):
+        arguments = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
+        _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, arguments)
+
+
+def apply(pipe: Any, fn: Callable[..., Any], part: Any, rows: Rows) -> Any:
+    """``fn(part, params, rows)`` as a compiled program of its own, for work outside of a run: encoding prompts.
+
+    Args:
+      pipe: the pipeline.
+      fn: a module-level function that returns a tree with one row per image.
+      part: with the networks it reads.
+      rows: the data.
+    """
+    names = tuple(dict.fromkeys(net.name for net in verbs.networks_of(part)))
+    params, count, results = _placed(pipe, names), len(jax.tree.leaves(rows)[0]), []
+    for chunk in chunks(pipe, rows, count, None):
+        arguments = (place(pipe.mesh, chunk),)
+        results.append(_program(pipe, fn, part, (ROWS,), params, arguments)(params, *arguments))
+    return joined(results, count)
 
 
 def _run_by_steps(
-    pipe: DiffusionPipeline, task: Task, batch: Any, plan: Plan, callback: StepCallback | None, bar: bool
-) -> jax.Array:
+    pipe: Any,
+    method: Method,
+    params: Params,
+    rows: Rows,
+    plan: Plan,
+    callback: StepCallback | None,
+    bar: bool,
+    return_trajectory: bool,
+) -> dict[str, Any]:
     """The same computation as the one program, with the host between the steps."""
     from tqdm.auto import tqdm
 
-    params = dict(pipe.params)
-    begin = _program(pipe, sampling.start, task, (ROWS, WHOLE), (batch, plan))
-    prepared, state = begin(params, batch, plan)
-    step_args = lambda i: (batch, plan, prepared, state, np.int32(i))
-    advance = _program(pipe, sampling.advance, task, (ROWS, WHOLE, ROWS, ROWS, WHOLE), step_args(0))
+    begin = _program(pipe, verbs.begin, method, (ROWS, WHOLE), params, (rows, plan))
+    rows, state = begin(params, rows, plan)
+    trajectory = [state.sample]
+    step_args = lambda i: (rows, plan, state, np.int32(i))
+    advance = _program(pipe, verbs.advance, method, (ROWS, WHOLE, ROWS, WHOLE), params, step_args(0))
     for i in tqdm(range(int(plan.num_evaluations)), disable=not bar):
         state = advance(params, *step_args(i))
         if callback is not None:
             answer = callback(pipe, i, float(plan.timesteps[i]), {"latents": state.sample})
             if answer and "latents" in answer:
                 state = state._replace(sample=jax.device_put(answer["latents"], state.sample.sharding))
-    return _program(pipe, sampling.finish, task, (ROWS,), (state,))(params, state)
+        trajectory += [state.sample] if return_trajectory else []
+    finish = _program(pipe, verbs.finish, method, (ROWS, ROWS), params, (rows, state))
+    results = finish(params, rows, state)
+    return results | {"trajectory": jnp.stack(trajectory, 1)} if return_trajectory else results
 
 
 def _program(
-    pipe: DiffusionPipeline, fn: Any, task: Task, specs: tuple[PartitionSpec, ...], args: tuple[Any, ...]
+    pipe: Any, fn: Any, method: Any, specs: tuple[PartitionSpec, ...], params: Params, args: tuple[Any, ...]
 ) -> Any:
-    params: dict[str, Params] = dict(pipe.params)
-    return pipe.programs.get(fn, task, pipe.mesh, (WHOLE, *specs), (params, *args))
+    signature = pipe.signature_of(params), signature_of(args, pipe.mesh)
+    return pipe.programs.get(fn, method, pipe.mesh, (WHOLE, *specs), (params, *args), signature)
 
 
-def chunks(pipe: DiffusionPipeline, job: Job, batch_size: int | None) -> Iterator[Any]:
-    """The job's data in pieces of at most ``batch_size`` pictures, each padded to a size that is used again."""
+# Placement
+
+
+def placed_params(pipe: Any, method: Method) -> Params:
+    """The parameters that a method reads, on the devices.
+
+    Raises:
+      ValueError: the pipeline has no parameters of a network of the method.
+    """
+    return _placed(pipe, method.networks)
+
+
+def _placed(pipe: Any, names: Sequence[str]) -> Params:
+    if missing := [name for name in names if name not in pipe.params]:
+        raise ValueError(f"the pipeline has no parameters of {', '.join(missing)}; it has {', '.join(pipe.params)}")
+    return {name: on_device(pipe.mesh, pipe.params[name]) for name in names}
+
+
+def on_device(mesh: Mesh | None, params: Any) -> Any:
+    """Parameters that lie on the host as device arrays; others as they are."""
+    leaves = jax.tree.leaves(params)
+    if not leaves or not isinstance(leaves[0], np.ndarray):
+        return params
+    return jax.device_put(params) if mesh is None else jax.device_put(params, param_shardings(params, mesh))
+
+
+def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterator[Rows]:
+    """The rows in pieces of at most ``batch_size`` images, each padded to a size that is used again."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    size = padded_size(job.size if batch_size is None else min(batch_size, job.size), devices)
-    for begin in range(0, job.size, size):
-        yield jax.tree.map(lambda rows, b=begin: _pad(rows[b : b + size], size), job.batch)
+    size = padded_size(count if batch_size is None else min(batch_size, count), devices)
+    for begin in range(0, count, size):
+        yield jax.tree.map(lambda array, b=begin: _pad(array[b : b + size], size), rows)
 
 
 def padded_size(images: int, devices: int) -> int:
@@ -161,24 +217,42 @@ def padded_size(images: int, devices: int) -> int:
     return devices * (1 << max(0, -(-images // devices) - 1).bit_length())
 
 
-def _pad(rows: Any, size: int) -> Any:
+def _pad(array: Any, size: int) -> Any:
     """Repeat the last row up to ``size`` rows; what they give is thrown away."""
-    return rows[np.minimum(np.arange(size), len(rows) - 1)]
+    return array if len(array) == size else array[np.minimum(np.arange(size), len(array) - 1)]
 
 
-def place(mesh: Mesh | None, batch: Any, plan: Plan) -> tuple[Any, Plan]:
-    """Rows over the mesh's ``data`` axis, the plan on every device; without a mesh, onto the default device."""
-    if mesh is None:
-        return jax.device_put(batch), jax.device_put(plan)
-    return jax.device_put(batch, NamedSharding(mesh, ROWS)), jax.device_put(plan, NamedSharding(mesh, WHOLE))
+def place(mesh: Mesh | None, rows: Rows) -> Rows:
+    """Rows over the mesh's ``data`` axis; without a mesh, onto the default device."""
+    return jax.device_put(rows) if mesh is None else jax.device_put(rows, NamedSharding(mesh, ROWS))
 
 
-def convert(results: Sequence[jax.Array], size: int, output_type: str) -> Any:
-    """Trim the padding and give the pictures the form that was asked for."""
+def place_whole(mesh: Mesh | None, plan: Plan) -> Plan:
+    """A plan on every device of the mesh; without a mesh, on the default device."""
+    return jax.device_put(plan) if mesh is None else jax.device_put(plan, NamedSharding(mesh, WHOLE))
+
+
+# Results
+
+
+def joined(results: Sequence[Any], count: int) -> Any:
+    """The results of all chunks in one tree of arrays, without the padding."""
+    whole = results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+    return jax.tree.map(lambda array: array if len(array) == count else array[:count], whole)
+
+
+def converted(results: Sequence[dict[str, Any]], count: int, output_type: str) -> dict[str, Any]:
+    """Results by name, trimmed; images in the form that was asked for."""
     if output_type == "latent":
-        whole = results[0] if len(results) == 1 else jax.numpy.concatenate(results)
-        return whole[:size]
-    images = np.concatenate([np.asarray(readable(r)) for r in results])[:size]
-    if output_type != "pil":
-        return images
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+        return joined(results, count)
+    images = [found["images"] for found in results if "images" in found]
+    rest = joined([{k: v for k, v in found.items() if k != "images"} for found in results], count)
+    if not images:
+        return rest
+    array = np.concatenate([np.asarray(readable(part)) for part in images])[:count]
+    return {"images": as_images(array) if output_type == "pil" else array, **rest}
+
+
+def as_images(array: np.ndarray) -> list[Image.Image]:
+    """uint8 ``[B,H,W,3]`` (or one channel) as a list of PIL images."""
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in array]

@@ -1,18 +1,20 @@
-"""Opening a pipeline from one file in the layout of the original checkpoints."""
+"""Opening the components of a pipeline from one file in the layout of the original checkpoints."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.models import Params
-from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class, with_given
+from diffuse_jax.models.base import network_class
+from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.opening import Parts, with_given
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
@@ -25,6 +27,15 @@ PAD_WITH_EXCLAMATION_MARK = {("v2", "tokenizer"), ("xl", "tokenizer_2"), ("xl-re
 """``(family, component)`` whose prompts are padded with "!" (id 0), as OpenCLIP was trained, not with the end token."""
 
 
+class Contents(NamedTuple):
+    """What a file holds, in the terms of a pipeline's folder."""
+
+    class_name: str
+    parts: Parts
+    params: dict[str, Params]
+    options: dict[str, Any]
+
+
 def open_single_file(
     path: str | Path,
     *,
@@ -34,12 +45,11 @@ def open_single_file(
     prediction_type: str | None,
     components: Mapping[str, Any],
     **hub: Any,
-) -> DiffusionPipeline:
-    """The pipeline that a file holds; see :meth:`DiffusionPipeline.from_single_file`."""
+) -> Contents:
+    """The components of a file; see :meth:`DiffusionPipeline.from_single_file`."""
     file = weights.read_single_file(path, prediction_type=prediction_type)
-    target = pipeline_class(file.class_name, path)
     wanted = {name: part for name, part in file.networks.items() if name not in components}
-    models = {name: MODELS[part.class_name].from_config(part.config, dtype=dtype) for name, part in wanted.items()}
+    models = {name: open_model(path, part, dtype) for name, part in wanted.items()}
     shapes = {name: model.shapes() for name, model in models.items()}
     # Every name and shape of every network is checked before the first tensor is read.
     views = {
@@ -53,7 +63,15 @@ def open_single_file(
         shardings = None if mesh is None else param_shardings(shapes[name], mesh)
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
     given = {name: part for name, part in components.items() if name not in NOT_LOADED}
-    return target(*with_given(parts, params, given), file.options, mesh)
+    return Contents(file.class_name, *with_given(parts, params, given), file.options)
+
+
+def open_model(path: str | Path, part: weights.Part, dtype: DTypeLike) -> Any:
+    """The network of a part of a file, without parameters."""
+    cls = network_class(part.library, part.class_name)
+    if cls is None:
+        raise WeightsError(f"{path}: holds a {part.class_name!r}, which is not known")
+    return cls.from_config(part.config, dtype=dtype)
 
 
 def open_tokenizers(

@@ -3,69 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
-import jax
-
-from diffuse_jax.models.base import Params
-from diffuse_jax.pipelines.call import CallOptions, TextToImagePipeline, check_options, generate
-from diffuse_jax.pipelines.prompts import Prompt, number_of_prompts, one_per_prompt, tokenize
-from diffuse_jax.pipelines.run import ImagePipelineOutput
-from diffuse_jax.pipelines.task import Encoders, text_of
-from diffuse_jax.pipelines.text_to_image import Prompts, Text
+from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
+from diffuse_jax.pipelines.family import output_size, text_to_image
+from diffuse_jax.pipelines.inputs import Prompt
+from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.pipeline import DiffusionPipeline
+from diffuse_jax.pipelines.run import Request
 
 
-class StableDiffusionPipeline(TextToImagePipeline):
-    """Pictures from prompts with one CLIP text encoder."""
+class StableDiffusionPipeline(DiffusionPipeline):
+    """Images from prompts with one CLIP text encoder."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    family = STABLE_DIFFUSION
 
-    def __call__(
+    def compose(
         self,
         prompt: Prompt | None = None,
         *,
-        negative_prompt: Prompt | None = None,
-        prompt_embeds: Any = None,
-        negative_prompt_embeds: Any = None,
+        height: int | None = None,
+        width: int | None = None,
         guidance_scale: float | Sequence[float] = 7.5,
-        **options: Unpack[CallOptions],
-    ) -> ImagePipelineOutput | None:
-        """Make pictures.
+        **options: Unpack[TextOptions],
+    ) -> Request:
+        """Make images.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          negative_prompt: one, or one per prompt; empty if None.
-          prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` text states instead of prompts.
-          guidance_scale: of classifier-free guidance, one or one per picture. Above 1 the network runs on a doubled
+          height, width: in pixels, multiples of the autoencoder's scale (8); the checkpoint's if None.
+          guidance_scale: of classifier-free guidance, one or one per image. Above 1 the network runs on a doubled
             batch; up to 1 it runs once, which is a program of its own.
-          **options: size, steps, seed and everything else: see :class:`~diffuse_jax.pipelines.call.CallOptions`.
+          **options: negative prompt, steps, seed and everything else: see
+            :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        check_options(self, options)
-        prompts = number_of_prompts(prompt, prompt_embeds, options.get("num_images_per_prompt", 1))
-        positive = self._prompts(prompt, prompt_embeds, prompts, "prompt")
-        negative = self._prompts(negative_prompt, negative_prompt_embeds, prompts, "negative_prompt")
-        return generate(self, ENCODERS, encode, (positive, negative), guidance_scale, options)
-
-    def _prompts(self, prompt: Prompt | None, embeds: Any, prompts: int, name: str) -> Prompts:
-        if embeds is not None:
-            return Prompts(text=text_of([prompt], embeds, None, prompts, name))
-        tokenizer, config = self.components["tokenizer"], self.components["text_encoder"].config
-        texts = one_per_prompt(prompt, prompts, name)
-        ids = tokenize(tokenizer, texts, config.max_position_embeddings, config.vocab_size)
-        return Prompts(ids={"text_encoder": ids})
-
-
-ENCODERS = ("text_encoder",)
-
-
-def encode(encoders: Encoders, params: dict[str, Params], ids: dict[str, jax.Array], clip_skip: int | None) -> Text:
-    """The encoder's normalised last states, or with ``clip_skip`` the normalised states of an earlier layer."""
-    ((name, encoder),) = encoders
-    variables = {"params": params[name]}
-    out = encoder.apply(variables, ids[name])
-    if clip_skip is None:
-        return Text(out.last_hidden_state)
-    return Text(encoder.apply(variables, out.skipped(clip_skip), method="final_norm"))
+        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
+        return text_to_image(self, asked, output_size(self, height, width))

@@ -1,7 +1,7 @@
 """Samplers: frozen configurations that turn a number of steps into a table that one ``step`` function executes."""
 
 from diffuse_jax.schedulers.ays import AYS as AYS
-from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.base import Scheduler, scheduler_class
 from diffuse_jax.schedulers.consistency_decoder import ConsistencyDecoderScheduler
 from diffuse_jax.schedulers.consistency_models import CMStochasticIterativeScheduler
 from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
@@ -79,6 +79,7 @@ __all__ = [
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
     "VQDiffusionScheduler",
+    "scheduler_class",
 ]
 
 KarrasDiffusionSchedulers: tuple[type[Scheduler], ...] = (

@@ -494,6 +494,10 @@ def _class_named(name: str) -> type[Scheduler]:
     return REGISTRY[name]
 
 
+def scheduler_class(name: str) -> type[Scheduler]:
+    return _class_named(name)
+
+
 def _field_names(cls: type[Scheduler]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.name not in ("extra", "given", *cls.absent)]
 

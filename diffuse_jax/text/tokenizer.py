@@ -7,6 +7,14 @@ from typing import Any
 
 from diffuse_jax.weights import WeightsError
 
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+"""Tokenizers that can be opened, by their class in transformers."""
+
+
+def open_tokenizer(class_name: str, source: Any, **options: Any) -> Any:
+    """The tokenizer of a class of :data:`TOKENIZERS`; see :func:`clip_tokenizer`."""
+    return clip_tokenizer(source, **options)
+
 
 def clip_tokenizer(source: Any, **options: Any) -> Any:
     """``transformers.CLIPTokenizer.from_pretrained``, without transformers' advice to install PyTorch.

@@ -13,10 +13,10 @@ from diffuse_jax.torch_backend import load, training_command
 if TYPE_CHECKING:
     from diffuse_jax.torch_backend.parity import Request, Result, Sides
 
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 PROMPTS = ("a red apple, noto style", "grinning face, twemoji style")
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
-TO_CALL = ("guidance_scale", "height", "width")
+TO_CALL = ("guidance_scale", "height", "width", "strength")
+IMAGES = ("image", "mask_image", "control_image")
 
 DESCRIPTION = """\
 Opens the checkpoint here and in PyTorch and compares configurations, parameters, every network on the prompts, the
@@ -47,13 +47,18 @@ def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str,
     add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda where there is one)")
     add("--dtype", choices=dtypes, default="float32", help="what networks compute in (default: %(default)s)")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
+    add("--pipeline", metavar="CLASS", help="what to run with the model, e.g. StableDiffusionInpaintPipeline")
+    add("--image", type=Path, metavar="FILE", help="for pipelines that take an image (default: one is made up)")
+    add("--mask-image", type=Path, metavar="FILE", help="likewise for a mask")
+    add("--control-image", type=Path, metavar="FILE", help="likewise for a ControlNet")
+    add("--strength", type=float, metavar="X", help="for pipelines that start from an image")
     add("--prompt", action="append", metavar="TEXT", help="repeat for several (default: two of the shipped model)")
     add("--num-inference-steps", type=positive(int), default=10, metavar="N", help="(default: %(default)s)")
     add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
     add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
-    add("--component", nargs="+", choices=COMPONENTS, default=[], help="look at these networks only, not at the run")
+    add("--component", nargs="+", metavar="NAME", default=[], help="compare these networks only, e.g. unet vae")
     add("--bisect", action="store_true", help="name the first layer where a network parts from PyTorch's")
     add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
     training_command.add_flags(parser, positive)
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
     parity = load("parity")
     request = request_of(parity, args)
     options = {"dtype": args.dtype, "device": args.device, **training_command.hub_options(args)}
-    sides = parity.open_sides(args.model, args.reference, scheduler=scheduler, **options)
+    sides = parity.open_sides(args.model, args.reference, scheduler=scheduler, pipeline_name=args.pipeline, **options)
     result = parity.check(sides, request)
     show(result)
     if args.report is not None:
@@ -92,8 +97,17 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
 def request_of(parity: Any, args: argparse.Namespace) -> Request:
     """The request that the flags describe."""
     given = {name: getattr(args, name) for name in TO_CALL if getattr(args, name) is not None}
+    given |= {name: opened(getattr(args, name)) for name in IMAGES if getattr(args, name) is not None}
     options = {"num_inference_steps": args.num_inference_steps, "seed": args.seed, **given}
     return parity.Request(tuple(args.prompt or PROMPTS), options, tuple(args.component), args.bisect)
+
+
+def opened(path: Path) -> Any:
+    """An image from a file."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def show(result: Result) -> None:
@@ -106,7 +120,7 @@ def show(result: Result) -> None:
     for line in listed(result.differences):
         print(line)
     for first in result.first:
-        print(f"parts first in {first['call']}: {first['message']}")
+        print(f"first diverges in {first['call']}: {first['message']}")
 
 
 def verdict(result: Result, dtype: str) -> str:
@@ -139,7 +153,7 @@ def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "scheduler": type(sides.ours.scheduler).__name__,
         "prompts": list(request.prompts),
-        "options": request.options,
+        "options": {name: str(value) if name in IMAGES else value for name, value in request.options.items()},
         "same": result.ok,
         "differences": [found._asdict() for found in result.differences],
         "first_layers": result.first,
@@ -155,6 +169,8 @@ def devices(sides: Sides) -> dict[str, str]:
     import jax
     import torch
 
-    device = next(iter(sides.theirs.params.values())).device  # type: ignore[attr-defined]
+    from diffuse_jax.torch_backend.trace import networks
+
+    device = next(next(iter(networks(sides.theirs).values())).module.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": device.type, "torch_device": name, "jax_device": jax.devices()[0].device_kind}

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from diffuse_jax.models.intercept import recorded_layers
-from diffuse_jax.torch_backend.components import KINDS, Call, tensors
-from diffuse_jax.torch_backend.networks import exact, to_numpy
+from diffuse_jax.torch_backend.adapter import TorchNetwork
+from diffuse_jax.torch_backend.components import Call
+from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.weights import names
 
-NOT_ALIKE = {
-    "text": re.compile(r"text_model(\.encoder)?"),  # ours also gives the states of all layers
-    "decode": re.compile(r"decoder\.mid_block\.attentions\.0"),  # theirs adds the residual inside
-    "encode": re.compile(r"encoder\.mid_block\.attentions\.0"),
-}
-"""Kind of call -> layers of one name that return different things."""
+NOT_ALIKE = re.compile(
+    r"text_model(\.encoder)?"  # ours also gives the states of all layers
+    r"|(en|de)coder\.mid_block\.attentions\.0"  # theirs adds the residual inside
+)
+"""Layers of one name that return different things."""
 
 
 class LayerErrors(NamedTuple):
@@ -37,10 +37,10 @@ class LayerErrors(NamedTuple):
     output: Comparison
 
 
-def compare_layers(call: Call, model: Any, params: Any, module: Any, tolerance: float) -> list[LayerErrors]:
+def compare_layers(call: Call, model: Any, params: Any, network: TorchNetwork, tolerance: float) -> list[LayerErrors]:
     """Every layer that both sides have, in PyTorch's order of execution; a layer comes after the layers inside it."""
     with jax.default_matmul_precision("highest"):
-        ours = jax.device_get(record(params, call.inputs, kind=call.kind, model=model))
+        ours = jax.device_get(record(params, call.made.args, call.made.kwargs, method=call.made.method, model=model))
     found: dict[str, LayerErrors] = {}
 
     def hook(name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -55,26 +55,25 @@ def compare_layers(call: Call, model: Any, params: Any, module: Any, tolerance: 
 
     handles = [
         layer.register_forward_hook(functools.partial(hook, our_name(name)), with_kwargs=True)
-        for name, layer in module.named_modules()
+        for name, layer in network.module.named_modules()
     ]
     try:
-        with exact():
-            KINDS[call.kind].theirs(module, **tensors(call, module.device))
+        network.run(call.made.method, call.made.args, call.made.kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return list(found.values())
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "model"))
-def record(params: Any, inputs: Any, *, kind: str, model: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+@functools.partial(jax.jit, static_argnames=("method", "model"))
+def record(params: Any, args: Any, kwargs: Any, *, method: str, model: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
     """PyTorch's name of each of our layers -> its input and its output."""
     with recorded_layers() as layers:
-        KINDS[kind].ours(model, params, **inputs)
+        model.apply({"params": params}, *args, method=method, **kwargs)
     found: dict[str, tuple[jax.Array, jax.Array]] = {}
     for layer in layers:
         name = names.torch_key((*layer.path, "")).removesuffix(".")
-        if name and not (kind in NOT_ALIKE and NOT_ALIKE[kind].fullmatch(name)):
+        if name and not NOT_ALIKE.fullmatch(name):
             found.setdefault(name, (layer.input, layer.output))
     return found
 

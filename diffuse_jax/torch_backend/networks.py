@@ -13,17 +13,22 @@ import numpy as np
 import torch
 import transformers
 
+from diffuse_jax.models import Model
 from diffuse_jax.weights import WeightsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-CLASSES: dict[str, Any] = {
-    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
-    "AutoencoderKL": diffusers.AutoencoderKL,
-    "CLIPTextModel": transformers.CLIPTextModel,
-    "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
-}
-"""PyTorch's networks by the class name in ``model_index.json``."""
+
+def torch_class(kind: type[Model]) -> Any:
+    """PyTorch's network of the same name as ours.
+
+    Raises:
+      WeightsError: neither diffusers nor transformers has one.
+    """
+    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(kind.library()), kind.__name__, None)
+    if found is None:
+        raise WeightsError(f"{kind.__name__} of {kind.library()} has no twin on PyTorch")
+    return found
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -39,14 +44,14 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def open_network(
-    class_name: str, folder: Path, dtype: str, device: torch.device, variant: str | None = None
+    kind: type[Model], folder: Path, dtype: str, device: torch.device, variant: str | None = None
 ) -> torch.nn.Module:
     """A network in evaluation mode, read by PyTorch's own loader.
 
     Raises:
       WeightsError: there are no weights that PyTorch reads, or their names and shapes do not fit the configuration.
     """
-    cls = CLASSES[class_name]
+    cls = torch_class(kind)
     options = {"torch_dtype" if cls.__module__.startswith("diffusers") else "dtype": DTYPES[dtype], "variant": variant}
     try:
         with quiet():
@@ -59,7 +64,7 @@ def open_network(
             problem = what.replace("_", " ")
             raise WeightsError(f"{folder}: PyTorch finds {len(keys)} {problem}, e.g. {', '.join(keys[:3])}")
     if dtype == "float16" and getattr(module.config, "force_upcast", False):
-        module = module.float()  # SDXL's autoencoder overflows in float16; pipelines.task.decoder does the same
+        module = module.float()  # SDXL's autoencoder overflows in float16; parts.decode.autoencoder does the same
     return module.eval().requires_grad_(False).to(device)
 
 

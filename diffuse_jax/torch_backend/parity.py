@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffuse_jax.models import Model
-from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines import PIPELINES, DiffusionPipeline
+from diffuse_jax.pipelines.parts.decode import autoencoder
+from diffuse_jax.pipelines.parts.guidance import is_branches
 from diffuse_jax.torch_backend import differences, pipeline
-from diffuse_jax.torch_backend.components import Call, calls_of, network, run_ours, run_theirs
+from diffuse_jax.torch_backend.components import Call, calls_of, run_ours, run_theirs
 from diffuse_jax.torch_backend.differences import Difference
 from diffuse_jax.torch_backend.layers import compare_layers, first_difference
+from diffuse_jax.torch_backend.made_up import made_up
 from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.torch_backend.tolerances import TOLERANCES, Tolerance
-from diffuse_jax.torch_backend.trace import Trace, run_traced
+from diffuse_jax.torch_backend.trace import Trace, networks, parameters, run_traced
 
 
 class Sides(NamedTuple):
-    """The same pipeline twice; the parameters of ``theirs`` are PyTorch's modules."""
+    """The same pipeline twice; the networks of ``theirs`` are PyTorch's."""
 
     ours: DiffusionPipeline
     theirs: DiffusionPipeline
@@ -42,6 +45,13 @@ class Request:
     options: dict[str, Any]
     components: Sequence[str] = ()
     bisect: bool = False
+
+    def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's call; images that it needs and nobody gave are made up."""
+        takes = inspect.signature(pipe.compose).parameters
+        prompts = {"prompt": list(self.prompts)} if "prompt" in takes else {"batch_size": len(self.prompts)}
+        made = {name: value for name, value in made_up(pipe).items() if name in takes and name not in self.options}
+        return prompts | made | self.options
 
 
 @dataclasses.dataclass
@@ -73,6 +83,7 @@ def open_sides(
     dtype: str = "float32",
     device: str | None = None,
     scheduler: Any = None,
+    pipeline_name: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
     reference_variant: str | None = None,
@@ -85,13 +96,17 @@ def open_sides(
       reference: what PyTorch reads instead, for example what ``model`` was converted from.
       dtype, device: see :func:`pipeline.from_pretrained`; JAX uses its default device.
       scheduler: a scheduler class that both sides use in place of their own.
+      pipeline_name: the class of the pipeline that is run, for example "StableDiffusionInpaintPipeline"; the folder's if
+        None.
       variant, revision: of ``model``.
       reference_variant, reference_revision: of ``reference``.
 
     Raises:
       WeightsError: one side cannot open it.
-      ValueError: there is no such device.
+      ValueError: there is no such device, no such pipeline, or it lacks a component.
     """
+    if pipeline_name is not None and pipeline_name not in PIPELINES:
+        raise ValueError(f"no pipeline is called {pipeline_name!r}; known: {', '.join(PIPELINES)}")
     shared: dict[str, Any] = {"dtype": dtype, "safety_checker": None}  # these pictures are for comparison alone
     theirs = pipeline.from_pretrained(
         reference or model,
@@ -103,6 +118,8 @@ def open_sides(
     ours = DiffusionPipeline.from_pretrained(model, **shared, variant=variant, revision=revision)
     if scheduler is not None:
         ours, theirs = (pipe.replace(scheduler=scheduler.from_config(pipe.scheduler)) for pipe in (ours, theirs))
+    if pipeline_name is not None:
+        ours, theirs = (PIPELINES[pipeline_name].from_pipe(pipe) for pipe in (ours, theirs))
     return Sides(ours, theirs, dtype)
 
 
@@ -112,10 +129,10 @@ def check(sides: Sides, request: Request) -> Result:
     if any(found.what == "shape" for found in result.differences):
         return result
     tolerance = TOLERANCES[sides.dtype]
-    ours = run_traced(sides.ours, request.prompts, **request.options)
-    check_networks(sides, ours, request, tolerance, result)
+    theirs = run_traced(sides.theirs, **request.arguments(sides.theirs))
+    check_networks(sides, theirs, request, tolerance, result)
     if not request.components:
-        theirs = run_traced(sides.theirs, request.prompts, **request.options)
+        ours = run_traced(sides.ours, **request.arguments(sides.ours))
         result.differences += token_differences(ours, theirs)
         result.rows += trajectory_rows(ours, theirs, tolerance)
         result.images = ours.images, theirs.images
@@ -129,14 +146,12 @@ def wanted(components: Sequence[str], name: str) -> bool:
 
 def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Difference]:
     """Configurations and parameters that differ."""
-    if missing := [name for name in components if not isinstance(sides.ours.components.get(name), Model)]:
-        have = ", ".join(name for name, part in sides.ours.components.items() if isinstance(part, Model))
-        raise ValueError(f"{type(sides.ours).__name__} has no network {', '.join(missing)}; it has {have}")
-    looked_at = (
-        {name: own for name, own in pipe.params.items() if wanted(components, name)}
-        for pipe in (sides.ours, sides.theirs)
-    )
-    yield from differences.of_networks(sides.ours.components, *looked_at)
+    have = networks(sides.ours)
+    if missing := [name for name in components if name not in have]:
+        raise ValueError(f"{type(sides.ours).__name__} has no network {', '.join(missing)}; it has {', '.join(have)}")
+    ours = {name: own for name, own in parameters(sides.ours).items() if wanted(components, name)}
+    theirs = {name: twin.module for name, twin in networks(sides.theirs).items() if wanted(components, name)}
+    yield from differences.of_networks(have, ours, theirs)
     if not components:
         schedulers = (
             {"class": type(pipe.scheduler).__name__} | pipe.scheduler.to_json() for pipe in (sides.ours, sides.theirs)
@@ -147,9 +162,14 @@ def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Diff
 
 
 def token_differences(ours: Trace, theirs: Trace) -> Iterator[Difference]:
-    """Token ids of the prompts that differ."""
-    for name, ids in ours.batch.prompt.ids.items():
-        yield from differences.of_tokens(name, *(np.asarray(x) for x in (ids, theirs.batch.prompt.ids[name])))
+    """Token ids of the prompts that differ; of both branches of guidance, the conditional one last."""
+    for name, ids in ours.rows.get("ids", {}).items():
+        yield from differences.of_tokens(name, *(by_prompt(x) for x in (ids, theirs.rows["ids"][name])))
+
+
+def by_prompt(ids: Any) -> np.ndarray:
+    """Token ids of the prompts ``[B,L]``, without those of the negative ones."""
+    return np.asarray(ids.values[:, -1] if is_branches(ids) else ids)
 
 
 def check_networks(sides: Sides, trace: Trace, request: Request, tolerance: Tolerance, result: Result) -> None:
@@ -168,8 +188,8 @@ def check_networks(sides: Sides, trace: Trace, request: Request, tolerance: Tole
 def network_rows(sides: Sides, call: Call, tolerance: float) -> Iterator[Comparison]:
     """One row for each output of a network."""
     name = call.component
-    ours = run_ours(call, network(sides.ours.components, name), sides.ours.params[name])
-    theirs = run_theirs(call, sides.theirs.params[name])
+    ours = run_ours(call, networks(sides.ours)[name], parameters(sides.ours)[name])
+    theirs = run_theirs(call, networks(sides.theirs)[name])
     for output, value in ours.items():
         yield compare(call.row(output), value, theirs[output], tolerance)
 
@@ -177,14 +197,14 @@ def network_rows(sides: Sides, call: Call, tolerance: float) -> Iterator[Compari
 def first_layer(sides: Sides, call: Call, tolerance: float) -> list[dict[str, Any]]:
     """The first layer of a call that parts; none where all of them agree."""
     name = call.component
-    model, params = network(sides.ours.components, name), sides.ours.params[name]
-    found = first_difference(compare_layers(call, model, params, sides.theirs.params[name], tolerance))
+    model, params = autoencoder(networks(sides.ours)[name]), parameters(sides.ours)[name]
+    found = first_difference(compare_layers(call, model, params, networks(sides.theirs)[name], tolerance))
     return [] if found is None else [{"component": name, "call": call.row("")} | found]
 
 
 def trajectory_rows(ours: Trace, theirs: Trace, tolerance: Tolerance) -> Iterator[Comparison]:
     """Latents before the run and after every step, each side on its own trajectory, and the pictures."""
-    for i, (a, b) in enumerate(zip(ours.latents, theirs.latents, strict=True)):
+    for i, (a, b) in enumerate(zip(ours.samples.swapaxes(0, 1), theirs.samples.swapaxes(0, 1), strict=True)):
         name = f"latents after step {i}" if i else "latents at the start"
         yield compare(name, a, b, tolerance.latents if i else tolerance.noise)
     yield compare("pixels", ours.images, theirs.images, tolerance.pixels)

@@ -1,61 +1,74 @@
-"""A pipeline's run with everything that goes in and comes out between its steps, the same for both sides."""
+"""A run with everything that goes in and comes out between its steps, the same for both sides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from diffuse_jax.pipelines import DiffusionPipeline, sampling
-from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.pipelines import DiffusionPipeline, run
+from diffuse_jax.torch_backend.adapter import Recorded, TorchNetwork
 
 
-class Trace(Programs):
-    """Programs that remember; a run step by step fills it.
+class Trace(NamedTuple):
+    """What a run was and gave.
 
     Attributes:
-      task, batch, plan: the static request, its data and the sampler's plan.
-      prepared: the encoded prompts.
-      latents: ``[images,h,w,c]`` before the first step and after every step.
-      images: float32 ``[images,H,W,3]`` in [0, 1].
+      rows: the request's data.
+      timesteps: of each evaluation.
+      samples: ``[images, evaluations + 1, ...]``: before each step and after the last one.
+      images: float32 ``[images,H,W,C]`` in [0, 1].
+      calls: component (``name`` or ``name.1`` in a list) -> its applications, of PyTorch's networks.
     """
 
-    def __init__(self, programs: Programs) -> None:
-        super().__init__()
-        self._inner = programs
-        self.task: Any = None
-        self.batch: Any = None
-        self.plan: Any = None
-        self.prepared: Any = None
-        self.latents: list[np.ndarray] = []
-        self.images = np.zeros(0)
-
-    def get(self, fn: Callable[..., Any], task: Any, mesh: Mesh | None, specs: tuple[Any, ...], args: Any) -> Any:
-        """The program of the pipeline itself, which remembers what it is given and what it gives."""
-        program = self._inner.get(fn, task, mesh, specs, args)
-
-        def run(*arguments: Any) -> Any:
-            result = program(*arguments)
-            if fn is sampling.start:
-                self.task, (_, self.batch, self.plan) = task, arguments
-                self.prepared, state = result
-                self.latents.append(np.asarray(state.sample))
-            elif fn is sampling.advance:
-                self.latents.append(np.asarray(result.sample))
-            return result
-
-        return run
+    rows: dict[str, Any]
+    timesteps: np.ndarray
+    samples: np.ndarray
+    images: np.ndarray
+    calls: dict[str, list[Recorded]]
 
 
-def run_traced(pipe: DiffusionPipeline, prompts: Sequence[str], **call: Any) -> Trace:
-    """Run a text-to-image pipeline step by step and remember everything; matrix products in full precision."""
-    trace = Trace(pipe.programs)
-    watched: Any = pipe.replace(programs=trace)
+def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
+    """Run a pipeline step by step and remember everything; matrix products in full precision."""
+    pipe = recording(pipe)
     with jax.default_matmul_precision("highest"):
-        out = watched(list(prompts), output_type="np", callback_on_step_end=lambda *_: None, **call)
-    trace.images = out.images
-    trace.latents = [latents[: len(out.images)] for latents in trace.latents]  # without the padding
-    return trace
+        request = pipe.request(*args, output_type="np", **call)
+        out = run(pipe, request, return_trajectory=True)
+    evaluations = int(request.plan.num_evaluations)
+    calls = {name: network.calls for name, network in networks(pipe).items() if isinstance(network, TorchNetwork)}
+    return Trace(
+        request.rows,
+        np.asarray(request.plan.timesteps[:evaluations]),
+        np.asarray(out.trajectory),
+        np.asarray(out.images),
+        {name: found for name, found in calls.items() if found},
+    )
+
+
+def recording(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with PyTorch's networks, if it has any, replaced by such that remember what they are given."""
+    new: dict[str, Any] = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, TorchNetwork):
+            new[name] = part.recording(), {}
+        elif isinstance(part, tuple) and all(isinstance(member, TorchNetwork) for member in part):
+            new[name] = [(member.recording(), {}) for member in part]
+    return pipe.replace(**new) if new else pipe
+
+
+def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Every network of a pipeline by name; the members of a list are ``name.0``, ``name.1`` ..."""
+    found: dict[str, Any] = {}
+    for name in pipe.params:
+        part = pipe.components[name]
+        found |= {f"{name}.{k}": member for k, member in enumerate(part)} if isinstance(part, tuple) else {name: part}
+    return found
+
+
+def parameters(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The trees of parameters under the names of :func:`networks`."""
+    found: dict[str, Any] = {}
+    for name, own in pipe.params.items():
+        found |= {f"{name}.{k}": tree for k, tree in enumerate(own)} if isinstance(own, tuple) else {name: own}
+    return found

@@ -18,10 +18,10 @@ import optax
 from diffuse_jax.adapters import lora
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.families import ClipFamily
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import Example
 from diffuse_jax.training.latent import (
-    ENCODERS,
     Combine,
     denoising_loss,
     finish,
@@ -141,7 +141,7 @@ def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, ba
       batch: see :func:`batch_of`.
       seed: of the step's random numbers.
     """
-    return step_of(recorded(ENCODERS[type(pipe)][1], trained.combine, objective), trained, batch, seed)
+    return step_of(recorded(pipe.family, trained.combine, objective), trained, batch, seed)
 
 
 def step_of(loss: Loss, trained: Trained, batch: Mapping[str, Any], seed: int = 0) -> Update:
@@ -186,7 +186,7 @@ class Recorded(NamedTuple):
         return prediction
 
 
-def recorded(encode: Callable[..., Any], combine: Combine, objective: Objective) -> Loss:
+def recorded(family: ClipFamily, combine: Combine, objective: Objective) -> Loss:
     """:func:`~diffuse_jax.training.latent.denoising_loss`, with what the UNet saw among its metrics."""
 
     def loss(
@@ -198,7 +198,7 @@ def recorded(encode: Callable[..., Any], combine: Combine, objective: Objective)
             models, params = combine(frozen, trainable)
             return {**models, "unet": Recorded(models["unet"], seen)}, params
 
-        value, metrics = denoising_loss(encode, watched, objective, trainable, frozen, batch, key)
+        value, metrics = denoising_loss(family, watched, objective, trainable, frozen, batch, key)
         return value, metrics | seen
 
     return loss

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.pipelines import denoise as verbs
+from diffuse_jax.pipelines import DiffusionPipeline, Net
+from diffuse_jax.pipelines.parts.decode import decode_latents, to_uint8
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import differences
 from diffuse_jax.torch_backend.command import PROMPTS
@@ -202,8 +202,8 @@ def resolution_for(pipe: DiffusionPipeline, request: TrainingRequest) -> int:
 
 def made_pictures(pipe: DiffusionPipeline, count: int, size: int, seed: int) -> np.ndarray:
     """What the autoencoder makes of noise, uint8 ``[count,size,size,3]``: its colours and textures, without things."""
-    vae = pipe.components["vae"]
+    vae = Net("vae", pipe.components["vae"])
     side = size // vae.config.scale
     latents = jax.random.normal(jax.random.key(seed), (count, side, side, vae.config.latent_channels))
-    decode = jax.jit(lambda params, x: verbs.to_uint8(verbs.decode_latents(vae, params, x)))
-    return np.asarray(decode(pipe.params["vae"], latents))
+    decode = jax.jit(lambda params, x: to_uint8(decode_latents(vae, params, x)))
+    return np.asarray(decode({"vae": pipe.params["vae"]}, latents))

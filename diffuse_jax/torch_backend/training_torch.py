@@ -18,9 +18,9 @@ import torch
 from diffuse_jax import weights
 from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.models.base import Params
-from diffuse_jax.pipelines.base import NOT_LOADED
+from diffuse_jax.pipelines import catalogue
+from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.torch_backend.networks import (
-    CLASSES,
     DTYPES,
     channels_first,
     channels_last,
@@ -31,10 +31,9 @@ from diffuse_jax.torch_backend.networks import (
     to_numpy,
     to_torch,
 )
-from diffuse_jax.torch_backend.text_to_image import Text, encode_sd, encode_sdxl, scale_latents
 from diffuse_jax.torch_backend.training import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Update, draws
 from diffuse_jax.training.batches import Batch
-from diffuse_jax.training.latent import ENCODERS
+from diffuse_jax.training.latent import family_of
 from diffuse_jax.training.objective import Draw, Objective
 from diffuse_jax.weights.names import ALIASES, rename
 
@@ -77,14 +76,12 @@ def open_reference(
     """
     folder, where = weights.resolve(source, variant=variant, revision=revision), choose_device(device)
     index = weights.read_index(folder)
-    known = [kind.__name__ for kind in ENCODERS]
-    if index.class_name not in known:
-        raise ValueError(f"{source} is a {index.class_name}; training steps are compared of {', '.join(known)}")
+    family_of(index.class_name, source)
     parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in NOT_LOADED)
     with quiet():
         for name, entry in index.components.items():
-            if entry.class_name in CLASSES:
-                module = open_network(entry.class_name, entry.folder, "float32", where, variant)
+            if (kind := catalogue.network(entry)) is not None:
+                module = open_network(kind, entry.folder, "float32", where, variant)
                 kept = name in trainable or getattr(module.config, "force_upcast", False)
                 parts[name] = module if kept else module.to(DTYPES[dtype])
         return getattr(diffusers, index.class_name).from_pretrained(folder, **parts)
@@ -182,11 +179,29 @@ def text_to_image_loss(pipe: Any, objective: Objective, batch: Batch, seed: int,
     return Made(made.loss, {name: x for name, x in named.items() if x is not None} | made.values)
 
 
+class Text(NamedTuple):
+    """Prompt embeddings: ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
 def text_states(pipe: Any, batch: Batch, device: Any) -> Text:
-    """What the UNet is told of the captions."""
+    """The captions as the UNet takes them: SDXL has the hidden states before the last layer of both encoders."""
     names = [name for name in ("text_encoder", "text_encoder_2") if name in batch]
-    encode = encode_sdxl if "text_encoder_2" in names else encode_sd
-    return encode([getattr(pipe, name) for name in names], [to_torch(batch[name], device) for name in names], None)
+    ids = [to_torch(batch[name], device).long() for name in names]
+    outputs = [getattr(pipe, name)(x, output_hidden_states=True) for name, x in zip(names, ids, strict=True)]
+    if "text_encoder_2" not in names:
+        return Text(outputs[0].last_hidden_state)
+    return Text(torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[-1].text_embeds)
+
+
+def scale_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """Latents ``[B,h,w,c]`` as the UNet takes them (the twin of ``models.autoencoder_kl.scale_latents``)."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        return (latents - latents.new_tensor(mean)) * config.scaling_factor / latents.new_tensor(std)
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
 
 def loss_at(

@@ -29,7 +29,6 @@ from diffuse_jax.training.data import (
 )
 from diffuse_jax.training.data.sources import Record
 from diffuse_jax.training.latent import (
-    ENCODERS,
     finish,
     normalised,
     prompt_states,
@@ -99,7 +98,7 @@ def inputs_from(
       ValueError: a cache of what changes during the run, or of what differs each time; pictures of a size that the
         autoencoder cannot take.
     """
-    encoders = [name for name in ENCODERS[type(pipe)][0] if pipe.components.get(name) is not None]
+    encoders = [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
     if args.cache_latents and args.random_flip:
         raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
     if args.cache_text_embeddings and set(encoders) & set(trained):
@@ -148,16 +147,15 @@ def latent_cache(
 
 def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source) -> Callable[[Example], Batch]:
     """``states [L,D]`` and, for SDXL, ``pooled [P]`` of every caption and of the empty one."""
-    tokenizers, encode = tokenizers_of(pipe), ENCODERS[type(pipe)][1]
+    tokenizers = tokenizers_of(pipe)
     opened = {name: component_from(args, pipe, name) for name in tokenizers}
     models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
-    text = jax.jit(lambda params, ids: prompt_states(encode, models, params, ids))
+    text = jax.jit(lambda params, ids: prompt_states(pipe.family, models, params, ids))
 
     def compute(captions: list[str]) -> Batch:
         ids = lambda tokenizer, length: np.stack([token_ids(tokenizer, length, caption) for caption in captions])
         out = text(params, {name: ids(*own) for name, own in tokenizers.items()})
-        found = {"states": np.asarray(out.states, np.float32)}
-        return found if out.pooled is None else found | {"pooled": np.asarray(out.pooled, np.float32)}
+        return {name: np.asarray(value, np.float32) for name, value in out.items()}
 
     key = {name: network_key(models[name], params[name]) for name in tokenizers}
     for name, (tokenizer, length) in tokenizers.items():

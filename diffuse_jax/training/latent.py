@@ -22,27 +22,14 @@ from diffuse_jax.adapters import tokens
 from diffuse_jax.adapters.lora import Adapted
 from diffuse_jax.models import AutoencoderKL, Model, Params
 from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
-from diffuse_jax.pipelines import (
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    stable_diffusion,
-    stable_diffusion_xl,
-)
-from diffuse_jax.pipelines.base import MODELS, NOT_LOADED
-from diffuse_jax.pipelines.call import TextToImagePipeline
-from diffuse_jax.pipelines.text_to_image import Text
+from diffuse_jax.pipelines import PIPELINES, DiffusionPipeline, Net, catalogue
+from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.families import ClipFamily
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
-
-ENCODERS: dict[type[DiffusionPipeline], tuple[Mapping[str, str], Callable[..., Text]]] = {
-    StableDiffusionPipeline: ({"text_encoder": "tokenizer"}, stable_diffusion.encode),
-    StableDiffusionXLPipeline: (stable_diffusion_xl.ENCODERS, stable_diffusion_xl.encode),
-}
-"""Pipeline -> its text encoders, the tokenizer of each, and how their outputs become the UNet's conditions."""
 
 Combine = Callable[[Params, Params], tuple[Mapping[str, Any], Params]]
 """``(frozen, trainable) -> (networks, parameters)``, both by component: the rule that tells training methods apart."""
@@ -76,27 +63,37 @@ def open_pipeline(
     """
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
-    known = {kind.__name__: kind for kind in ENCODERS}
-    if index.class_name not in known:
-        raise ValueError(f"{source} is a {index.class_name}; this trainer is for {', '.join(known)}")
+    family_of(index.class_name, source)
     parts: dict[str, Any] = {}
     for name, entry in index.components.items():
-        if entry.class_name in MODELS:
+        if (kind := catalogue.network(entry)) is not None:
             own = Path(vae_source) if vae_source is not None and name == "vae" else folder
-            parts[name] = _open(entry.class_name, own, name, name in trainable, mesh, dtype, hub)
+            parts[name] = _open(kind, own, name, name in trainable, mesh, dtype, hub)
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
     parts |= {name: None for name in index.components if name in NOT_LOADED}
-    return known[index.class_name].from_pretrained(folder, mesh=mesh, scheduler=scheduler, **parts)
+    return DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **parts)
+
+
+def family_of(class_name: str, source: Any) -> ClipFamily:
+    """The family of a pipeline's class.
+
+    Raises:
+      ValueError: it has none that these trainers are for.
+    """
+    families = {name: kind.family for name, kind in PIPELINES.items() if isinstance(kind.family, ClipFamily)}
+    if class_name not in families:
+        raise ValueError(f"{source} is a {class_name}; this trainer is for {', '.join(families)}")
+    return families[class_name]
 
 
 def _open(
-    class_name: str, source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
+    kind: type[Model], source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
 ) -> tuple[Model, Params]:
     """One network, computing in ``dtype``, its parameters placed on the mesh."""
     folder = component_folder(source, name, **hub)
-    model = MODELS[class_name].from_config(folder, dtype=jnp.dtype(dtype))
+    model = kind.from_config(folder, dtype=jnp.dtype(dtype))
     if isinstance(model, AutoencoderKL) and model.config.force_upcast:
         model = model.clone(dtype=jnp.float32)
     kept = jnp.float32 if trained else model.dtype
@@ -152,7 +149,7 @@ Tokenizers = Mapping[str, tuple[Any, int]]
 def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, tuple[Any, int]]:
     """The tokenizers of a pipeline's text encoders."""
     used = {}
-    for name, tokenizer in ENCODERS[type(pipe)][0].items():
+    for name, tokenizer in pipe.family.encoders.items():
         if pipe.components.get(name) is not None:
             own = pipe.components[tokenizer]
             used[name] = own, min(pipe.components[name].config.max_position_embeddings, own.model_max_length)
@@ -203,7 +200,7 @@ def sizes_of(true: bool, example: Any) -> np.ndarray:
 
 
 def denoising_loss(
-    encode: Callable[..., Text],
+    family: ClipFamily,
     combine: Combine,
     objective: Objective,
     trainable: Params,
@@ -220,13 +217,13 @@ def denoising_loss(
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
     x0 = latents(models["vae"], params.get("vae"), batch, k_latent)
-    text = prompt_states(encode, models, params, batch)
+    text = prompt_states(family, models, params, batch)
     added = None
     if "time_ids" in batch:
-        added = {"text_embeds": text.pooled, "time_ids": batch["time_ids"]}
+        added = {"text_embeds": text["pooled"], "time_ids": batch["time_ids"]}
     drawn = draw(objective, k_draw, x0)
     x = noised(objective, x0, drawn)
-    prediction = models["unet"].apply({"params": params["unet"]}, x, drawn.t, text.states, added)
+    prediction = models["unet"].apply({"params": params["unet"]}, x, drawn.t, text["states"], added)
     return errors(objective, prediction, x0, drawn, batch.get("prior"))
 
 
@@ -246,23 +243,23 @@ def normalised(pixels: jax.Array) -> jax.Array:
 
 
 def prompt_states(
-    encode: Callable[..., Text], models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
-) -> Text:
-    """The UNet's text conditions from token ids, unless they come encoded."""
+    family: ClipFamily, models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """``states [B,L,D]`` and, for SDXL, ``pooled [B,P]`` from token ids, unless they come encoded."""
     if "states" in batch:
-        return Text(batch["states"], batch.get("pooled"))
-    encoders = tuple((name, model) for name, model in models.items() if name in batch and name.startswith("text_enc"))
-    return encode(encoders, params, {name: batch[name] for name, _ in encoders}, None)
+        return {name: batch[name] for name in ("states", "pooled") if name in batch}
+    nets = tuple(Net(name, models[name]) for name in family.encoders if name in batch and name in models)
+    return family.encode(nets).encode(params, {net.name: batch[net.name] for net in nets})
 
 
 def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> Callable[..., Any]:
     """:func:`denoising_loss` for a pipeline, as :func:`~diffuse_jax.training.state.make_step` takes it."""
-    return functools.partial(denoising_loss, ENCODERS[type(pipe)][1], combine, objective)
+    return functools.partial(denoising_loss, pipe.family, combine, objective)
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The pipeline's networks by name, in the order of its text encoders."""
-    names = [*ENCODERS[type(pipe)][0], "unet", "vae"]
+    names = [*pipe.family.encoders, "unet", "vae"]
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 
@@ -275,9 +272,9 @@ def save_networks(pipe: DiffusionPipeline, folder: Path, params: Mapping[str, Pa
         pipe.components[name].save_pretrained(folder / name, own)
 
 
-def sample_pictures(pipe: TextToImagePipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:
+def sample_pictures(pipe: DiffusionPipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:
     """Validation pictures: ``(prompt, PIL picture)`` for each prompt, in one call of the pipeline."""
     asked = list(prompts)
     per = options.get("num_images_per_prompt", 1)
-    images = pipe(asked, **options).images  # type: ignore[operator]
+    images = pipe(asked, **options).images
     return [(asked[i // per], image) for i, image in enumerate(images)]

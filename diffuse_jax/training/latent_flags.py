@@ -18,7 +18,7 @@ from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.training.arguments import PRECISIONS, add_objective, make_parser, remat_from
 from diffuse_jax.training.flags import Parser
-from diffuse_jax.training.latent import ENCODERS, component_folder, open_pipeline, sample_pictures
+from diffuse_jax.training.latent import component_folder, family_of, open_pipeline, sample_pictures
 
 
 def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
@@ -67,7 +67,7 @@ def trained_names(args: argparse.Namespace) -> tuple[str, ...]:
             raise ValueError(f"--text_encoder_lr {args.text_encoder_lr:g} has no use without --train_text_encoder")
         return ("unet",)
     index = weights.read_index(source_folder(args))
-    encoders = next((names for kind, (names, _) in ENCODERS.items() if kind.__name__ == index.class_name), {})
+    encoders = family_of(index.class_name, args.pretrained_model_name_or_path).encoders
     return ("unet", *(name for name in encoders if name in index.components))
 
 

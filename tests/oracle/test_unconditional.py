@@ -55,7 +55,7 @@ def test_classes_change_the_picture_and_are_checked(tmp_path: Path) -> None:
     request = {"num_inference_steps": 5, "seed": [1, 1], "output_type": "np"}
     images = pipe(2, class_labels=[2, 7], **request).images
     assert np.abs(images[0] - images[1]).mean() > 0.01
-    for labels, message in [(None, "needs class_labels"), (10, "from 0 to 9"), ([1, 2, 3], "for 2 pictures")]:
+    for labels, message in [(None, "needs class_labels"), (10, "from 0 to 9"), ([1, 2, 3], "for 2 images")]:
         with pytest.raises(ValueError, match=message):
             pipe(2, class_labels=labels, **request)
 

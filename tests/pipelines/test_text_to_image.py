@@ -188,7 +188,7 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
         ({"prompt": 3}, "prompt must be a string"),
         ({"prompt": []}, "at least one string"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts"),
-        ({"seed": [1, 2]}, "seed has 2 entries for 1 pictures"),
+        ({"seed": [1, 2]}, "seed has 2 entries for 1 images"),
         ({"seed": -1}, "a seed must be an integer from 0 to 4294967295"),
         ({"seed": 0, "key": jax.random.key(0)}, "seed or key, not both"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents must be \(1, 8, 8, 4\)"),
@@ -298,9 +298,9 @@ def test_a_saved_program_is_used_and_a_damaged_one_is_compiled_again(pipe: Stabl
 def test_another_process_finds_the_same_program(pipe: StableDiffusionPipeline):
     """A key must not hold anything that differs between processes, such as an address."""
     code = """
-from diffuse_jax.pipelines import programs
+from diffuse_jax.pipelines import programs, saved_programs
 from tests.pipelines.tiny import pipeline
-programs.Programs.get = lambda self, *a: print("key", programs.program_key(a[0], a[1], a[2], a[4]))
+programs.Programs._compile = lambda self, key, args: print("key", saved_programs.file_name(key, args))
 pipeline().compile()
 """
     run = lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

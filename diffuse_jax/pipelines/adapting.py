@@ -1,0 +1,32 @@
+"""Components with what LoRA and textual inversion files add to them, as ``DiffusionPipeline.replace`` takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffuse_jax.adapters import tokens
+from diffuse_jax.adapters.lora import merge
+from diffuse_jax.adapters.lora_file import load_lora
+
+
+def with_lora(pipe: Any, source: str | Path, scale: float) -> dict[str, Any]:
+    """The networks that a LoRA file is for, with its pairs merged; see ``DiffusionPipeline.load_lora_weights``."""
+    names = [name for name in pipe.params if name == "unet" or name.startswith("text_encoder")]
+    pairs = load_lora(source, {name: pipe.components[name].shapes() for name in names})
+    return {name: (pipe.components[name], merge(pipe.params[name], own, scale)) for name, own in pairs.items()}
+
+
+def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any]:
+    """Tokenizer and text encoder that know one more word; see ``DiffusionPipeline.load_textual_inversion``."""
+    if pipe.components.get("text_encoder_2") is not None:
+        raise ValueError(f"textual inversion is for one text encoder; {type(pipe).__name__} has two")
+    word, rows = tokens.load_rows(source, token)
+    encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
+    table = tokens.table_of(params)
+    return {
+        "tokenizer": tokens.with_words(pipe.components["tokenizer"], word, len(rows)),
+        "text_encoder": tokens.with_rows(encoder, params, jnp.asarray(rows, table.dtype)),
+    }

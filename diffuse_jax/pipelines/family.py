@@ -1,0 +1,147 @@
+"""A family: how a kind of checkpoint is conditioned. A new one is one file in ``families/``; every task works for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
+from diffuse_jax.pipelines.method import Method, Rows
+from diffuse_jax.pipelines.options import CallOptions, check_names
+from diffuse_jax.pipelines.run import Request
+
+STEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of a call, checked as far as every family does.
+
+    Attributes:
+      options: every argument by name, prompts too; those that are None are left out.
+      prompts: number of prompts.
+      copies: images per prompt.
+      size: (height, width) in pixels.
+    """
+
+    options: Mapping[str, Any]
+    prompts: int
+    copies: int
+    size: tuple[int, int]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return self.prompts * self.copies
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument, or its default."""
+        return self.options.get(name, default)
+
+
+class Family(Protocol):
+    """How a kind of checkpoint is conditioned: Stable Diffusion, SDXL ..."""
+
+    @property
+    def options(self) -> type:
+        """A ``TypedDict`` of the arguments that its calls take."""
+
+    @property
+    def plan_options(self) -> tuple[str, ...]:
+        """Those of them that go to the sampler's plan."""
+
+    def rows(self, pipe: Any, call: Call) -> Rows:
+        """What conditions the network, one row per image."""
+
+    def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
+        """Text to image with these rows."""
+
+
+def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], **plan_options: Any) -> Request:
+    """The request of a pipeline with prompts, from noise; tasks then change what is different about them.
+
+    Args:
+      pipe: a pipeline with a ``family``.
+      options: the arguments of the call, prompts and guidance scale too.
+      size: (height, width) in pixels.
+      **plan_options: further arguments of the sampler's plan, for example ``strength``.
+
+    Raises:
+      ValueError, TypeError: an argument is impossible or contradicts another one.
+    """
+    family = pipe.family
+    named = {"prompt", "prompt_2", "guidance_scale"}
+    check_names(type(pipe).__name__, {k: v for k, v in options.items() if k not in named}, family.options)
+    given = {name: value for name, value in options.items() if value is not None}
+    copies = given.get("num_images_per_prompt", 1)
+    prompts = number_of_prompts(given.get("prompt"), given.get("prompt_embeds"), copies)
+    call = Call(given, prompts, copies, size)
+    rows = family.rows(pipe, call)
+    method = family.method(pipe, call, rows)
+    noise, seeds = noise_rows(call.images, given, method.latent_shape, pipe.mesh)
+    to_plan = {name: given[name] for name in family.plan_options if name in given}
+    plan = make_plan(pipe, given, STEPS, **to_plan, **plan_options)
+    return Request(method, rows | noise, plan, given.get("output_type", "pil"), seeds)
+
+
+def make_plan(pipe: Any, options: Mapping[str, Any], default_steps: int, **more: Any) -> Any:
+    """The sampler's plan for the ``num_inference_steps``, ``timesteps``, ``sigmas`` and ``eta`` of a call."""
+    steps, timesteps, sigmas = (options.get(name) for name in ("num_inference_steps", "timesteps", "sigmas"))
+    if steps is None and timesteps is None and sigmas is None:
+        steps = default_steps
+    more = {name: value for name, value in (more | {"eta": options.get("eta")}).items() if value is not None}
+    return pipe.scheduler.plan(steps, timesteps=timesteps, sigmas=sigmas, **more)
+
+
+OUTPUTS = ("pil", "np", "latent")
+
+
+def check_output(output_type: str) -> str:
+    """The ``output_type`` itself.
+
+    Raises:
+      ValueError: there is no such type.
+    """
+    if output_type not in OUTPUTS:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+    return output_type
+
+
+def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """The size of images in pixels; what is None comes from the checkpoint.
+
+    Raises:
+      ValueError: not a positive multiple of the autoencoder's scale; the text names the nearest sizes that are.
+    """
+    scale = pipe.components["vae"].config.scale
+    default = pipe.components["unet"].config.sample_size
+    default = (default, default) if default is None or isinstance(default, int) else default
+    sizes = []
+    for name, given, latents in zip(("height", "width"), (height, width), default, strict=True):
+        if given is None and latents is None:
+            raise ValueError(f"the checkpoint does not say its size (sample_size): give {name}")
+        size = latents * scale if given is None else given
+        if size < scale or size % scale:
+            below = max(scale, size // scale * scale)
+            raise ValueError(f"{name} must be a multiple of {scale}, got {size}; try {below} or {below + scale}")
+        sizes.append(int(size))
+    return sizes[0], sizes[1]
+
+
+def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
+    """The caller's own rows as arrays.
+
+    Raises:
+      ValueError: one has another number of entries than there are images.
+    """
+    found = {name: np.asarray(value) for name, value in (rows or {}).items()}
+    for name, value in found.items():
+        if value.ndim == 0 or len(value) != images:
+            raise ValueError(f"rows[{name!r}] must have one entry for each of {images} images, got {value.shape}")
+    return found
+
+
+__all__ = ["Call", "CallOptions", "Family", "given_rows", "make_plan", "output_size", "text_to_image"]

@@ -1,0 +1,121 @@
+"""The arguments that calls share, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import jax
+
+from diffuse_jax.pipelines.method import Replace
+from diffuse_jax.pipelines.run import StepCallback
+
+
+class RunOptions(TypedDict, total=False):
+    """Arguments of every call that decide how a request is run, not what it is.
+
+    Attributes:
+      callback_on_step_end: called after each evaluation as ``callback(pipe, i, timestep, {"latents": ...})``; the
+        program is then run step by step.
+      progress_bar: show one; likewise.
+      return_trajectory: return the sample before each evaluation and after the last one as ``out.trajectory``;
+        likewise.
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    callback_on_step_end: StepCallback | None
+    progress_bar: bool
+    return_trajectory: bool
+    batch_size: int | None
+
+
+class CallOptions(RunOptions, total=False):
+    """Arguments of every call.
+
+    Attributes:
+      num_inference_steps: the pipeline's default if neither ``timesteps`` nor ``sigmas`` say otherwise.
+      timesteps, sigmas: the sampler's grid itself, descending.
+      eta: noise of DDIM, 0 to 1 (other samplers refuse it).
+      seed: an int from 0 to 2**32 - 1, or a list with one per image; chosen by the system if None.
+      key: a typed ``jax.random`` key instead of a seed.
+      latents: ``[B, ...]`` standard normal noise to use instead of drawing it.
+      output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
+      method: a function from the pipeline's method to the one to run, for parts of your own.
+      rows: further rows for these parts: name -> array with one entry per image.
+    """
+
+    num_inference_steps: int | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    eta: float | None
+    seed: int | Sequence[int] | None
+    key: jax.Array | None
+    latents: Any
+    output_type: str
+    method: Replace | None
+    rows: Mapping[str, Any] | None
+
+
+class TextOptions(CallOptions, total=False):
+    """Arguments of every call with prompts, beside the first prompt itself.
+
+    Attributes:
+      negative_prompt: one, or one per prompt; empty if None.
+      prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` hidden states instead of prompts.
+      num_images_per_prompt: 1 by default; those of one prompt follow each other.
+      guidance_rescale: 0 (default) to 1, one or one per image; see Lin et al. 2024, section 3.4.
+      clip_skip: take the hidden states this many layers before the last one.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    guidance_rescale: float | Sequence[float]
+    clip_skip: int | None
+
+
+Size = tuple[int, int]
+
+
+class XLOptions(TextOptions, total=False):
+    """Arguments of every call of the SDXL family, beside the first two prompts.
+
+    Attributes:
+      negative_prompt: if None, the unconditional embeddings are all zeros where the checkpoint says so
+        (``force_zeros_for_empty_prompt``), and those of the empty prompt otherwise.
+      negative_prompt_2: for the second encoder; the first one's if None.
+      pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[prompts,P]``, together with ``prompt_embeds`` and
+        ``negative_prompt_embeds``.
+      original_size, target_size: (height, width) in pixels, those of the image if None (micro-conditioning).
+      crops_coords_top_left: (top, left) in pixels, (0, 0) by default.
+      negative_original_size, negative_crops_coords_top_left, negative_target_size: of the unconditional branch; the
+        sizes are those of the conditional one unless both are given.
+      aesthetic_score, negative_aesthetic_score: 6.0 and 2.5, for checkpoints that take them (the refiner).
+      denoising_end: share in (0, 1) of the schedule after which to stop and leave the rest to another model (the
+        refiner); hand over with ``output_type="latent"``.
+    """
+
+    negative_prompt_2: str | Sequence[str] | None
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+    original_size: Size | None
+    target_size: Size | None
+    crops_coords_top_left: Size
+    negative_original_size: Size | None
+    negative_target_size: Size | None
+    negative_crops_coords_top_left: Size
+    aesthetic_score: float
+    negative_aesthetic_score: float
+    denoising_end: float | None
+
+
+def check_names(owner: str, given: Mapping[str, Any], known: type) -> None:
+    """Refuse an argument that no call has.
+
+    Raises:
+      TypeError: it is named, with those that exist.
+    """
+    names = known.__annotations__
+    if unknown := sorted(set(given) - set(names)):
+        raise TypeError(f"{owner} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")

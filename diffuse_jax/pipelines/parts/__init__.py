@@ -1,0 +1,29 @@
+"""Parts that methods are composed of: conditioning, guidance, control, start, step and decoding."""
+
+from diffuse_jax.pipelines.parts.control import Beside, Controlled
+from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
+from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, branches
+from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
+from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
+from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
+from diffuse_jax.pipelines.parts.step import KeepKnown
+from diffuse_jax.pipelines.parts.text import EncodeText
+
+__all__ = [
+    "Beside",
+    "Branches",
+    "ClassifierFree",
+    "Controlled",
+    "EncodeMaskedImage",
+    "EncodeText",
+    "FromImage",
+    "FromNoise",
+    "KeepKnown",
+    "LatentMask",
+    "PixelUNet",
+    "Raw",
+    "ToImages",
+    "ToPixels",
+    "UNet",
+    "branches",
+]

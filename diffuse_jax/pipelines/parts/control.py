@@ -1,0 +1,69 @@
+"""Denoisers that see more than the sample: images beside it, ControlNets."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
+from diffuse_jax.pipelines.parts.guidance import per_image
+from diffuse_jax.pipelines.parts.network import conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside(Part):
+    """Rows as further channels of the sample: the mask and the masked image of inpainting, the image of
+    InstructPix2Pix, a depth map."""
+
+    inner: Any
+    names: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.names
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        return self.inner(params, rows, jnp.concatenate([x, *(rows[name] for name in self.names)], -1), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Controlled(Part):
+    """A denoiser with ControlNets (Zhang et al. 2023): their outputs are added inside its UNet.
+
+    Reads, for each of the ``nets``: ``control_images``, a tuple of ``[B,H,W,C]`` in [0, 1]; ``control_scale [B,n]``,
+    the strength of each; ``control_window`` int32 ``[B,n,2]``, the first evaluation at which each acts and the first
+    at which it no longer does. Nothing of this is compiled in.
+    """
+
+    inner: Any
+    nets: tuple[Net, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "control_images", "control_scale", "control_window"
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("control_features",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        """Embed the control images, which does not depend on the step."""
+        pairs = zip(self.nets, rows["control_images"], strict=True)
+        features = tuple(net.apply(params, images, method="embed") for net, images in pairs)
+        return super().prepare(params, rows | {"control_features": features}, keys)
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        window = rows["control_window"]
+        acts = (window[..., 0] <= step.i) & (step.i < window[..., 1])
+        scale = jnp.where(acts, rows["control_scale"], 0.0)
+        residuals = None
+        for k, net in enumerate(self.nets):
+            output = net.apply(
+                params, x, step.t, rows["states"], features=rows["control_features"][k], **conditions(net, rows)
+            )
+            weighted = jax.tree.map(lambda y, s=scale[:, k]: y * per_image(s, y).astype(y.dtype), tuple(output))
+            residuals = weighted if residuals is None else jax.tree.map(jnp.add, residuals, weighted)
+        return self.inner(params, rows | {"residuals": residuals}, x, step)

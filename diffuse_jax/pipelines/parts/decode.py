@@ -1,0 +1,82 @@
+"""What a run gives: images from latents or pixels, or the sample itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.models.autoencoder_kl import AutoencoderKL, unscale_latents
+from diffuse_jax.models.tiling import tiled_decode
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw(Part):
+    """The sample as it is, under a name."""
+
+    name: str = "images"
+
+    def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
+        return {self.name: sample}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToPixels(Part):
+    """A sample that is an image in [-1, 1]: float32 in [0, 1], or with ``uint8`` 0 to 255."""
+
+    uint8: bool = True
+
+    def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
+        images = to_unit(sample)
+        return {"images": to_uint8(images) if self.uint8 else images}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToImages(Part):
+    """Latents through the autoencoder's decoder: float32 ``[B,H,W,3]`` in [0, 1], or with ``uint8`` 0 to 255.
+
+    Attributes:
+      vae: the autoencoder.
+      uint8: round to what image files hold.
+      tile: edge, in latents, of the tiles that large images are decoded in; None decodes in one piece.
+      slices: one image after another, in the memory of one.
+    """
+
+    vae: Net
+    uint8: bool = True
+    tile: int | None = None
+    slices: bool = False
+
+    def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
+        images = decode_latents(self.vae, params, sample, tile=self.tile, slices=self.slices)
+        return {"images": to_uint8(images) if self.uint8 else images}
+
+
+def decode_latents(
+    vae: Net, params: Params, latents: jax.Array, *, tile: int | None = None, slices: bool = False
+) -> jax.Array:
+    """Denoised latents ``[B,h,w,c]`` -> images ``[B,H,W,3]`` float32 in [0, 1]; arguments as in :class:`ToImages`."""
+    one = lambda z: vae.apply(params, z, method="decode")
+    decode = one if tile is None else lambda z: tiled_decode(one, z, tile, tile // 4, vae.config.scale)
+    z = unscale_latents(latents.astype(jnp.float32), vae.config)
+    return to_unit(jax.lax.map(lambda row: decode(row[None])[0], z) if slices else decode(z))
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """[-1, 1] to float32 in [0, 1], clipped."""
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[0, 1] to the nearest of 0 to 255."""
+    return jnp.round(images * 255).astype(jnp.uint8)
+
+
+def autoencoder(vae: Any) -> Any:
+    """The autoencoder as pipelines run it: in float32 where float16 would overflow (``force_upcast``, SDXL)."""
+    if isinstance(vae, AutoencoderKL) and vae.dtype == jnp.float16 and vae.config.force_upcast:
+        return AutoencoderKL(vae.config, dtype=jnp.float32, param_dtype=vae.param_dtype)
+    return vae

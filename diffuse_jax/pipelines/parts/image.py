@@ -1,0 +1,63 @@
+"""Images and masks as conditioning: encoded once, before the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from diffuse_jax.models.autoencoder_kl import scale_latents
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows, keys_for
+
+
+def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, purpose: str) -> jax.Array:
+    """Images ``[B,H,W,3]`` in [-1, 1] to scaled latents ``[B,h,w,c]`` float32, drawn from the autoencoder's posterior.
+
+    Args:
+      vae: the autoencoder.
+      params: of the networks.
+      images: what is encoded.
+      keys: ``[B]``; every image draws from its own.
+      purpose: tells this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.method.draw`.
+    """
+    posterior = vae.apply(params, images, method="encode")
+    return scale_latents(posterior.sample(keys_for(keys, purpose)), vae.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMask(Part):
+    """``latent_mask [B,h,w,1]`` from ``mask [B,H,W,1]``: of each square of ``scale`` pixels, the first."""
+
+    scale: int
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("mask",)
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("latent_mask",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        return rows | {"latent_mask": rows["mask"][:, :: self.scale, :: self.scale]}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeMaskedImage(Part):
+    """``masked_image_latents [B,h,w,c]``: the image, grey where ``mask`` is to be painted, encoded."""
+
+    vae: Net
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("mask", "image|masked_image_latents")
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("masked_image_latents",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        if "masked_image_latents" in rows:
+            return rows
+        masked = rows["image"] * (rows["mask"] < 0.5)
+        return rows | {"masked_image_latents": encode_image(self.vae, params, masked, keys, "masked image")}

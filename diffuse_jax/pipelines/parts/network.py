@@ -1,0 +1,65 @@
+"""Networks as denoisers: which rows they take, and under which name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from diffuse_jax.models.embeddings import sinusoidal_embedding
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet(Part):
+    """A text-conditioned UNet.
+
+    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; where the network has them,
+    ``class_labels``; ``guidance_scale [B]`` if guidance is one of its inputs; and ``residuals`` of ControlNets.
+    """
+
+    net: Net
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        distilled = self.net.config.time_cond_proj_dim is not None
+        return ("states", *(("guidance_scale",) if distilled else ()))
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        residuals = {}
+        if "residuals" in rows:
+            down, middle = rows["residuals"]
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return self.net.apply(params, x, step.t, rows["states"], **conditions(self.net, rows), **residuals)
+
+
+def conditions(net: Net, rows: Rows) -> dict[str, jax.Array | dict[str, jax.Array]]:
+    """What a UNet or a ControlNet takes beside the sample, the timestep and the hidden states, by argument."""
+    given: dict[str, jax.Array | dict[str, jax.Array]] = {}
+    if "time_ids" in rows:
+        given["added_cond_kwargs"] = {"text_embeds": rows["pooled"], "time_ids": rows["time_ids"]}
+    if "class_labels" in rows:
+        given["class_labels"] = rows["class_labels"]
+    dim = getattr(net.config, "time_cond_proj_dim", None)
+    if dim is not None:
+        given["timestep_cond"] = guidance_embedding(rows["guidance_scale"], dim)
+    return given
+
+
+def guidance_embedding(scale: jax.Array, dim: int) -> jax.Array:
+    """A guidance scale ``[B]`` as the vector ``[B,dim]`` of distilled networks (Meng et al. 2023; Luo et al. 2023)."""
+    return sinusoidal_embedding((scale - 1) * 1000, dim, flip_sin_to_cos=False, freq_shift=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelUNet(Part):
+    """A UNet without text; ``class_labels`` int32 ``[B]`` where it was trained with classes."""
+
+    net: Net
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("class_labels",) if self.net.config.has_classes else ()
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        return self.net.apply(params, x, step.t, rows.get("class_labels"))

@@ -1,0 +1,68 @@
+"""Where a run starts: from noise, or from an image with noise added."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows
+from diffuse_jax.pipelines.parts.guidance import per_image
+from diffuse_jax.pipelines.parts.image import encode_image
+from diffuse_jax.schedulers.plan import Plan, State
+
+
+@dataclasses.dataclass(frozen=True)
+class FromNoise(Part):
+    """The sampler's first sample is scaled noise."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("noise",)
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        return plan.init(rows["noise"])
+
+
+@dataclasses.dataclass(frozen=True)
+class FromImage(Part):
+    """The first sample is an image with noise of the plan's first level (Meng et al. 2021, SDEdit).
+
+    Reads ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it comes encoded. Where ``pure_noise [B]`` is true,
+    the image is left out of the first sample.
+    """
+
+    vae: Net
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "noise", "image|image_latents"
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("image_latents",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        if "image_latents" in rows:
+            return rows
+        return rows | {"image_latents": encode_image(self.vae, params, rows["image"], keys, "image")}
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        state = plan.init(rows["noise"], rows["image_latents"])
+        if "pure_noise" not in rows:
+            return state
+        noise = plan.init(rows["noise"]).sample
+        return state._replace(sample=jnp.where(per_image(rows["pure_noise"], noise), noise, state.sample))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromLatents(Part):
+    """The first sample is ``latents [B, ...]`` as another run left it, with its noise (SDXL's refiner)."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("latents",)
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        return plan.resume(rows["latents"])

@@ -1,0 +1,60 @@
+"""Text encoders as conditioning: token ids to prompt embeddings, once, before the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows
+from diffuse_jax.pipelines.parts.guidance import count_branches, is_branches, per_image, stacked, unstacked
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeText(Part):
+    """Base of the families' text encoders; a subclass says in :meth:`states` what the UNet takes of their outputs.
+
+    Reads ``ids``, a dict from encoder to token ids ``[B,L]``; adds ``states [B,L,D]`` and what else :meth:`states`
+    gives. With ``keep``, 1 or 0 for each prompt, embeddings are replaced by zeros where it is 0.
+
+    Attributes:
+      nets: the encoders.
+      clip_skip: take the conditional branch's hidden states this many layers earlier.
+    """
+
+    nets: tuple[Net, ...]
+    clip_skip: int | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("ids",)
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("states",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        ids = rows["ids"]
+        count = count_branches(ids)
+        encoded = self.encode(params, {name: stacked(value) for name, value in ids.items()}, count)
+        if "keep" in rows:
+            keep = stacked(rows["keep"])
+            encoded = {name: x * per_image(keep, x).astype(x.dtype) for name, x in encoded.items()}
+        branched = any(is_branches(value) for value in ids.values())
+        return rows | ({name: unstacked(x, count) for name, x in encoded.items()} if branched else encoded)
+
+    def encode(self, params: Params, ids: dict[str, jax.Array], count: int = 1) -> dict[str, jax.Array]:
+        """Prompt embeddings of token ids ``[B,L]`` by encoder; with ``count`` branches, of ``[count B,L]``."""
+        outputs = [net.apply(params, ids[net.name]) for net in self.nets]
+        plain = self.states(params, outputs, None)
+        if self.clip_skip is None:
+            return plain
+        skipped = self.states(params, outputs, self.clip_skip)
+        last = lambda x: len(x) // count * (count - 1)  # where the conditional branch begins
+        return {name: jnp.concatenate([x[: last(x)], skipped[name][last(x) :]]) for name, x in plain.items()}
+
+    def states(self, params: Params, outputs: list[Any], clip_skip: int | None) -> dict[str, jax.Array]:
+        """What the UNet takes: ``states [B,L,D]``, and ``pooled [B,P]`` where it has a place for them."""
+        raise NotImplementedError

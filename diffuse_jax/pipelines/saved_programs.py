@@ -1,0 +1,178 @@
+"""Programs in files: what a file is called, and how it is written and read.
+
+The name is a hash of everything that a program depends on, so a program is found only where all of that is the same. A
+file holds executable code: it is read only from folders that nobody else can write to, and only if it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import os
+import pickle
+import platform
+import stat
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+import diffuse_jax
+from diffuse_jax.weights.files import atomic_file
+
+if TYPE_CHECKING:
+    from diffuse_jax.pipelines.programs import Key
+
+SUFFIX = ".jaxprogram"
+MAGIC = b"diffuse_jax program 2\n"
+DIGEST = hashlib.sha256().digest_size
+
+
+class NotDescribable(ValueError):
+    """Something in a method has no description that holds in another process."""
+
+
+def file_name(key: Key, args: Any) -> str:
+    """What the file of a program is called.
+
+    Raises:
+      NotDescribable: the method holds a closure, or an object of an unknown kind.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    mesh = key.mesh
+    placed = lambda x: None if mesh is None else str(getattr(x, "sharding", None))
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    facts = (
+        (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
+        (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
+        repr(key.settings),
+        (described(key.fn), described(key.method)),
+        None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
+        (str(tree), [(x.shape, str(x.dtype), placed(x)) for x in leaves]),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:40] + SUFFIX
+
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
+
+
+def described(value: Any) -> str:
+    """A text that is the same in every process, and differs where the program may.
+
+    Raises:
+      NotDescribable: it is a closure, a lambda, or an object that only its address tells from others.
+    """
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(described, value))})"
+    if isinstance(value, types.FunctionType | type):
+        return _source_of(value)
+    if dataclasses.is_dataclass(value):
+        fields = ", ".join(
+            f"{f.name}={described(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
+        )
+        return f"{_source_of(type(value))}({fields})"
+    raise NotDescribable(f"{value!r} has no description that holds in another process")
+
+
+def _source_of(value: Any) -> str:
+    """Module and name of a class or function; outside this package with a hash of its source, which may change."""
+    name = f"{value.__module__}.{value.__qualname__}"
+    if "<lambda>" in name or "<locals>" in name:
+        raise NotDescribable(f"{name} is a closure; define it at the top of a module")
+    if value.__module__.partition(".")[0] in ("diffuse_jax", "builtins", "jax", "flax", "numpy", "ml_dtypes"):
+        return name
+    try:
+        source = inspect.getsource(value)
+    except (OSError, TypeError):
+        raise NotDescribable(f"{name} has no source file, so that a change of it would go unnoticed") from None
+    return f"{name}#{hashlib.sha256(source.encode()).hexdigest()}"
+
+
+def _source_state() -> str:
+    """Names, sizes and times of the package's files, so that an edited checkout does not run yesterday's programs."""
+    global _SOURCE_STATE
+    if _SOURCE_STATE is None:
+        root = Path(__file__).resolve().parents[1]
+        stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.py"))]
+        _SOURCE_STATE = hashlib.sha256(repr(stats).encode()).hexdigest()
+    return _SOURCE_STATE
+
+
+_SOURCE_STATE: str | None = None
+
+
+def trusted(folder: Path, *, make: bool = False) -> Path:
+    """The folder, if nobody but its owner (this user or root) can write to it.
+
+    Raises:
+      PermissionError: others may; a program from there could be anybody's code.
+    """
+    if make:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+    if not folder.exists() or not hasattr(os, "getuid"):
+        return folder
+    found = folder.stat()
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others or found.st_uid not in (0, os.getuid()):
+        why = "others may write to it" if others else f"it belongs to user {found.st_uid}"
+        raise PermissionError(
+            f"{folder}: {why}, and compiled programs are code; use a folder of your own (chmod go-w {folder})"
+        )
+    return folder
+
+
+def write(file: Path, build: Callable[[], Any]) -> None:
+    """Write the executable that ``build`` gives, whole or not at all."""
+    with without_compilation_cache():
+        payload, _, out_tree = serialize_executable.serialize(build())
+    data = pickle.dumps((payload, out_tree))
+    with atomic_file(file) as partial:
+        partial.write(MAGIC + hashlib.sha256(data).digest() + data)
+
+
+def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
+    """A saved program, or None (with a warning) where it is damaged or this machine cannot load it.
+
+    Raises:
+      PermissionError: others may write to the file or its folder.
+    """
+    trusted(trusted(file.parent) / file.name)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    try:
+        data = file.read_bytes()
+        digest, body = data[len(MAGIC) : len(MAGIC) + DIGEST], data[len(MAGIC) + DIGEST :]
+        if not data.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
+            raise ValueError("it is damaged, or of another version")
+        payload, out_tree = pickle.loads(body)  # code, like the program itself: hence the trusted folder
+        in_tree = jax.tree.structure((args, {}))
+        return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
+    except Exception as error:
+        warnings.warn(f"{file} could not be loaded and is compiled again: {error}", stacklevel=2)
+        return None
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized again:
+    its copy fails with "function not found"."""
+    config: Any = jax.config  # only some releases declare its options
+    before = config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

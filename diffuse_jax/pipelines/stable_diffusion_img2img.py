@@ -1,0 +1,42 @@
+"""Stable Diffusion 1.x and 2.x: image to image (Meng et al. 2021, SDEdit)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from diffuse_jax.pipelines.family import text_to_image
+from diffuse_jax.pipelines.inputs import ImageInput, Prompt
+from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from diffuse_jax.pipelines.tasks import from_image, input_size
+
+
+class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
+    """Images from prompts and an image that gives composition and colours."""
+
+    def compose(  # type: ignore[override]
+        self,
+        prompt: Prompt | None = None,
+        image: ImageInput = None,
+        *,
+        strength: float = 0.8,
+        guidance_scale: float | Sequence[float] = 7.5,
+        **options: Unpack[TextOptions],
+    ) -> Request:
+        """Make images of the size of ``image``.
+
+        Args:
+          prompt: one prompt or a list; or give ``prompt_embeds``.
+          image: one, or one per prompt; or latents ``[B,h,w,c]``.
+          strength: in (0, 1], how much of the image is replaced: the share of the steps that is run.
+          guidance_scale: one, or one per image.
+          **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+        """
+        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
+        request = text_to_image(self, asked, input_size(self, image, "image"), strength=strength)
+        return from_image(request, self, image, options.get("num_images_per_prompt", 1))

@@ -1,0 +1,50 @@
+"""Stable Diffusion XL: image to image, and the second half of a run that another model began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from diffuse_jax.pipelines.family import text_to_image
+from diffuse_jax.pipelines.inputs import ImageInput, Prompt
+from diffuse_jax.pipelines.options import XLOptions
+from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.tasks import from_image, from_latents, input_size
+
+
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
+    """Images from prompts and an image that gives composition and colours."""
+
+    def compose(  # type: ignore[override]
+        self,
+        prompt: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        image: ImageInput = None,
+        *,
+        strength: float = 0.3,
+        denoising_start: float | None = None,
+        guidance_scale: float | Sequence[float] = 5.0,
+        **options: Unpack[XLOptions],
+    ) -> Request:
+        """Make images of the size of ``image``. Arguments of :class:`StableDiffusionXLPipeline` mean the same here.
+
+        Args:
+          prompt, prompt_2: for the two encoders.
+          image: one, or one per prompt; or latents ``[B,h,w,c]``.
+          strength: in (0, 1], how much of the image is replaced: the share of the steps that is run.
+          denoising_start: share in (0, 1) of the schedule that another model has run already; ``image`` are its latents
+            with their noise, none is added, and ``strength`` is not used.
+          guidance_scale: one, or one per image.
+          **options: see :class:`~diffuse_jax.pipelines.options.XLOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+        """
+        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
+        size, copies = input_size(self, image, "image"), options.get("num_images_per_prompt", 1)
+        if denoising_start is not None:
+            request = text_to_image(self, asked, size, denoising_start=denoising_start)
+            return from_latents(request, self, image, copies)
+        request = text_to_image(self, asked, size, strength=strength)
+        return from_image(request, self, image, copies)

@@ -1,0 +1,56 @@
+"""Stable Diffusion XL: inpainting, with inpainting checkpoints and with any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+from diffuse_jax.pipelines.family import output_size, text_to_image
+from diffuse_jax.pipelines.inputs import ImageInput, Prompt
+from diffuse_jax.pipelines.options import XLOptions
+from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.tasks import inpainting
+
+
+class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
+    """Paints a part of an image anew, from prompts."""
+
+    def compose(  # type: ignore[override]
+        self,
+        prompt: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        image: ImageInput = None,
+        mask_image: ImageInput = None,
+        *,
+        masked_image_latents: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 0.9999,
+        guidance_scale: float | Sequence[float] = 7.5,
+        **options: Unpack[XLOptions],
+    ) -> Request:
+        """Make images in which the white part of ``mask_image`` is new. Arguments of
+        :class:`StableDiffusionInpaintPipeline` and of :class:`StableDiffusionXLPipeline` mean the same here.
+
+        Args:
+          prompt, prompt_2: for the two encoders.
+          image, mask_image, masked_image_latents, height, width, guidance_scale: as for inpainting.
+          strength: in (0, 1]; just below 1 starts from noise with a trace of the image, as this family's inpainting
+            checkpoints were trained.
+          **options: see :class:`~diffuse_jax.pipelines.options.XLOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+        """
+        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
+        request = text_to_image(self, asked, output_size(self, height, width), strength=strength)
+        return inpainting(
+            request,
+            self,
+            image,
+            mask_image,
+            strength=strength,
+            masked_image_latents=masked_image_latents,
+            copies=options.get("num_images_per_prompt", 1),
+        )

@@ -1,0 +1,258 @@
+"""Tasks as changes of a request: from an image, inpainting, ControlNets. They combine, and hold for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffuse_jax.pipelines.family import output_size
+from diffuse_jax.pipelines.inputs import ImageInput, image_size, listed, mask_pixels, per_prompt, pixels
+from diffuse_jax.pipelines.method import Net, Rows
+from diffuse_jax.pipelines.parts.control import Beside, Controlled
+from diffuse_jax.pipelines.parts.decode import autoencoder
+from diffuse_jax.pipelines.parts.guidance import ClassifierFree
+from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
+from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
+from diffuse_jax.pipelines.parts.step import KeepKnown
+from diffuse_jax.pipelines.run import Request
+
+
+def from_image(request: Request, pipe: Any, image: ImageInput, copies: int = 1) -> Request:
+    """Start from an image with noise (SDEdit, Meng et al. 2021); the plan's ``strength`` says with how much.
+
+    Args:
+      request: text to image, its plan made with ``strength``.
+      pipe: the pipeline.
+      image: one, or one per prompt, of the request's size; or latents ``[B,h,w,c]`` as the autoencoder gives them.
+      copies: images per prompt.
+    """
+    rows = image_rows(request, pipe, image, copies, "image")
+    return changed(request, rows, start=FromImage(vae_of(pipe)))
+
+
+def inpainting(
+    request: Request,
+    pipe: Any,
+    image: ImageInput,
+    mask: ImageInput,
+    *,
+    strength: float,
+    masked_image_latents: Any = None,
+    copies: int = 1,
+) -> Request:
+    """Paint where ``mask`` is white, and keep the rest of ``image``.
+
+    A UNet with channels for mask and masked image sees both; with any other, the known part is put back after each
+    step. With a ``strength`` of 1 the run starts from noise alone.
+
+    Raises:
+      ValueError: the UNet has channels for something else.
+    """
+    unet, vae = pipe.components["unet"].config, vae_of(pipe)
+    latents, size = vae.config.latent_channels, request_size(request, vae)
+    rows = image_rows(request, pipe, image, copies, "image")
+    rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images // copies, copies, "mask_image")
+    rows["pure_noise"] = np.full(request.images, strength == 1)
+    parts: dict[str, Any] = {"start": FromImage(vae)}
+    method, mask_part = request.method, LatentMask(vae.config.scale)
+    if unet.in_channels == latents:
+        parts |= {"conditions": (*method.conditions, mask_part), "advance": KeepKnown(method.advance)}
+    elif unet.in_channels == 2 * latents + 1:
+        if masked_image_latents is not None:
+            given = latent_rows(masked_image_latents, request, "masked_image_latents")
+            rows["masked_image_latents"] = per_prompt(given, request.images // copies, copies, "masked_image_latents")
+        elif "image" not in rows:
+            raise ValueError("an image given as latents cannot be masked; give masked_image_latents too")
+        parts["conditions"] = (*method.conditions, mask_part, EncodeMaskedImage(vae))
+        parts["denoiser"] = below_guidance(
+            method.denoiser, lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
+        )
+    else:
+        raise ValueError(
+            f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} (latents, "
+            "mask and masked image)"
+        )
+    return changed(request, rows, **parts)
+
+
+def controlled(
+    request: Request,
+    pipe: Any,
+    images: ImageInput,
+    *,
+    scale: float | Sequence[float],
+    start: float | Sequence[float],
+    end: float | Sequence[float],
+    copies: int = 1,
+) -> Request:
+    """Let the pipeline's ControlNets act on the UNet.
+
+    Args:
+      request: any task.
+      pipe: the pipeline, with one ``controlnet`` or several.
+      images: the control image, or one per prompt. With several ControlNets a list with one for each, or a list with
+        such a list for each prompt.
+      scale: strength, one or one per ControlNet.
+      start, end: share of the steps before and after which a ControlNet does not act, one or one per ControlNet.
+      copies: images per prompt.
+
+    Raises:
+      ValueError: the number of images, scales or windows is not that of the ControlNets.
+    """
+    found = pipe.components["controlnet"]
+    several = isinstance(found, tuple | list)
+    models = tuple(found) if several else (found,)
+    nets = tuple(Net("controlnet", model, k if several else None) for k, model in enumerate(models))
+    size = request_size(request, vae_of(pipe))
+    each = images_by_net(images, len(nets)) if several else [images]
+    prompts = request.images // copies
+    control = tuple(per_prompt(pixels(x, size, "control image"), prompts, copies, "control image") for x in each)
+    scales = one_per_net(scale, len(nets), "controlnet_conditioning_scale")
+    starts = one_per_net(start, len(nets), "control_guidance_start")
+    ends = one_per_net(end, len(nets), "control_guidance_end")
+    evaluations = int(request.plan.num_evaluations)
+    windows = [window(s, e, evaluations) for s, e in zip(starts, ends, strict=True)]
+    rows = {
+        "control_images": control,
+        "control_scale": np.tile(np.array(scales, np.float32), (request.images, 1)),
+        "control_window": np.tile(np.array(windows, np.int32), (request.images, 1, 1)),
+    }
+    return changed(request, rows, denoiser=below_guidance(request.method.denoiser, lambda d: Controlled(d, nets)))
+
+
+def images_by_net(images: Any, nets: int) -> list[Any]:
+    """The control images of each of several ControlNets, from a list of them or from such a list for each prompt.
+
+    Raises:
+      ValueError: there are not as many as ControlNets.
+    """
+    rows = images if isinstance(images, list | tuple) else [images]
+    nested = any(isinstance(row, list | tuple) for row in rows)
+    lists = [row if isinstance(row, list | tuple) else [row] for row in rows] if nested else [rows]
+    if wrong := next((len(row) for row in lists if len(row) != nets), 0):
+        raise ValueError(f"there are {nets} ControlNets and {wrong} control images; give a list with one for each")
+    return [[row[k] for row in lists] for k in range(nets)] if nested else list(rows)
+
+
+def changed(request: Request, rows: Rows, **parts: Any) -> Request:
+    """The request with further rows and other parts."""
+    return request._replace(rows=request.rows | rows, method=replace(request.method, **parts))
+
+
+def below_guidance(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
+    """The denoiser with what classifier-free guidance evaluates wrapped, or (without guidance) wrapped itself."""
+    if isinstance(denoiser, ClassifierFree):
+        return replace(denoiser, inner=wrap(denoiser.inner))
+    return wrap(denoiser)
+
+
+def vae_of(pipe: Any) -> Net:
+    """The pipeline's autoencoder."""
+    return Net("vae", autoencoder(pipe.components["vae"]))
+
+
+def request_size(request: Request, vae: Net) -> tuple[int, int]:
+    """(height, width) of the request's images in pixels."""
+    height, width, _ = request.method.latent_shape
+    return height * vae.config.scale, width * vae.config.scale
+
+
+def image_rows(request: Request, pipe: Any, image: ImageInput, copies: int, name: str) -> Rows:
+    """``image [B,H,W,3]`` in [-1, 1]; or ``image_latents [B,h,w,c]`` where latents were given.
+
+    Raises:
+      ValueError: there is no image.
+    """
+    if image is None:
+        raise ValueError(f"give {name}: a PIL image, an array, or one per prompt")
+    vae, prompts = vae_of(pipe), request.images // copies
+    if is_latents(image, vae):
+        return {"image_latents": per_prompt(latent_rows(image, request, name), prompts, copies, name)}
+    array = pixels(image, request_size(request, vae), name) * 2 - 1
+    return {"image": per_prompt(array, prompts, copies, name)}
+
+
+def is_latents(image: Any, vae: Net) -> bool:
+    """Whether an image comes as latents: an array with the autoencoder's channels, which are not those of an image."""
+    channels = vae.config.latent_channels
+    return isinstance(image, np.ndarray | jax.Array) and image.ndim == 4 and image.shape[-1] == channels != 3
+
+
+def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
+    """Latents that the caller gave, float32.
+
+    Raises:
+      ValueError: they are not of the request's size.
+    """
+    array = np.asarray(latents, np.float32)
+    if array.ndim != 4 or array.shape[1:] != request.method.latent_shape:
+        want = ", ".join(map(str, request.method.latent_shape))
+        raise ValueError(f"{name} as latents must be [B, {want}], got {array.shape}")
+    return array
+
+
+def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
+    """(height, width) in pixels of the images that an image asks for: its own, rounded down to what latents allow.
+
+    Raises:
+      ValueError: there is no image.
+    """
+    if image is None:
+        raise ValueError(f"give {name}: a PIL image, an array, or one per prompt")
+    vae = vae_of(pipe)
+    if is_latents(image, vae):
+        return image.shape[1] * vae.config.scale, image.shape[2] * vae.config.scale
+    return image_size(listed(image, name)[0], name, vae.config.scale)
+
+
+def one_per_net(value: float | Sequence[float], nets: int, name: str) -> list[float]:
+    """A number, or one for each ControlNet.
+
+    Raises:
+      ValueError: there are as many as neither.
+    """
+    values = [float(v) for v in np.ravel(value)]
+    if len(values) not in (1, nets) or (np.ndim(value) and len(values) != nets):
+        raise ValueError(f"{name} has {len(values)} entries for {nets} ControlNets; give one number, or one for each")
+    return values * (nets if len(values) == 1 else 1)
+
+
+def window(start: float, end: float, evaluations: int) -> tuple[int, int]:
+    """The evaluations ``[first, last + 1)`` at which a ControlNet acts: those that lie within its share of the run.
+
+    Raises:
+      ValueError: the window is empty or leaves [0, 1].
+    """
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"control_guidance_start={start:g} must be smaller than control_guidance_end={end:g}, both in [0, 1]"
+        )
+    inside = [i for i in range(evaluations) if i / evaluations >= start and (i + 1) / evaluations <= end]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def from_latents(request: Request, pipe: Any, latents: Any, copies: int = 1) -> Request:
+    """Go on with latents as another model left them, with their noise; the plan is made with ``denoising_start``.
+
+    Raises:
+      ValueError: they are no latents, or not of the request's size.
+    """
+    vae = vae_of(pipe)
+    if not is_latents(latents, vae):
+        raise ValueError(f"denoising_start goes on with latents [B,h,w,{vae.config.latent_channels}], given as image=")
+    rows = latent_rows(latents, request, "image")
+    return changed(
+        request, {"latents": per_prompt(rows, request.images // copies, copies, "image")}, start=FromLatents()
+    )
+
+
+def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels: as given, or of the (first) control image."""
+    if images is not None and isinstance(nets := pipe.components["controlnet"], tuple | list):
+        images = images_by_net(images, len(nets))[0]
+    own = input_size(pipe, images, name)
+    return output_size(pipe, height or own[0], width or own[1])
