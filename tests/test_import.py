@@ -27,13 +27,14 @@ LEVELS = {
     "models": 2,
     "text": 2,
     "schedulers": 2,
-    "adapters": 3,
-    "pipelines": 4,
-    "training": 4,
-    "torch_backend": 5,
-    "convert": 5,
-    "cli": 6,
-    "__main__": 7,
+    "layouts": 3,
+    "adapters": 4,
+    "pipelines": 5,
+    "training": 5,
+    "torch_backend": 6,
+    "convert": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 BASES = {"Model", "Scheduler"}  # not loaded themselves
 LATE = {

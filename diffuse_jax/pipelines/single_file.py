@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from diffuse_jax import weights
+from diffuse_jax import layouts, weights
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines.base import MODELS, NOT_LOADED, DiffusionPipeline, pipeline_class, with_given
 from diffuse_jax.schedulers import Scheduler
@@ -36,7 +36,7 @@ def open_single_file(
     **hub: Any,
 ) -> DiffusionPipeline:
     """The pipeline that a file holds; see :meth:`DiffusionPipeline.from_single_file`."""
-    file = weights.read_single_file(path, prediction_type=prediction_type)
+    file = layouts.read_single_file(path, prediction_type=prediction_type)
     target = pipeline_class(file.class_name, path)
     wanted = {name: part for name, part in file.networks.items() if name not in components}
     models = {name: MODELS[part.class_name].from_config(part.config, dtype=dtype) for name, part in wanted.items()}
@@ -57,7 +57,7 @@ def open_single_file(
 
 
 def open_tokenizers(
-    file: weights.SingleFile, source: Any, given: Mapping[str, Any] = types.MappingProxyType({}), **hub: Any
+    file: layouts.SingleFile, source: Any, given: Mapping[str, Any] = types.MappingProxyType({}), **hub: Any
 ) -> dict[str, Any]:
     """Component name -> tokenizer, for each text encoder of a file.
 
