@@ -40,10 +40,6 @@ BASES = {"Model", "Scheduler"}  # not loaded themselves
 LATE = {
     ("diffuse_jax.pipelines.base", "diffuse_jax.pipelines"): "finds the class that a folder names",
     ("diffuse_jax.pipelines.base", "diffuse_jax.pipelines.single_file"): "opens a file as any of the classes",
-    (
-        "diffuse_jax.schedulers.vq_diffusion",
-        "diffuse_jax.schedulers.categorical",
-    ): "a plan needs JAX, settings do not",
 }
 """Imports inside functions that would be circular at the head of the file, and why they are there."""
 
