@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Table
 
 WEIGHTS, MEANS, SPREADS = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.4, 1.3]), np.array([0.4, 0.3, 0.5])

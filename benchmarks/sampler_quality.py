@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks import sampler_order as problem
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 
 EVALUATIONS = (2, 4, 8, 16, 32)
 SAMPLES = 4000

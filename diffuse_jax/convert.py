@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from diffuse_jax import weights
+from diffuse_jax import layouts, weights
 from diffuse_jax.models import Model
 from diffuse_jax.models.base import floating_type, network_class, network_names
 from diffuse_jax.pipelines import catalogue
@@ -32,7 +32,6 @@ from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS
 from diffuse_jax.weights.msgpack import write_msgpack
 from diffuse_jax.weights.save import save_tensors
-from diffuse_jax.weights.single_file import family_for
 
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 SCHEDULER = "scheduler_config.json"
@@ -97,7 +96,7 @@ def convert(
         ``"single-file"`` (the original layout, for pipelines of Stable Diffusion 1.x, 2.x and XL).
       dtype: what floating-point tensors are cast to; None keeps theirs.
       variant: which weight files of the source to read, for example ``"fp16"``.
-      prediction_type: of a single file; see :func:`diffuse_jax.weights.read_single_file`.
+      prediction_type: of a single file; see :func:`diffuse_jax.layouts.read_single_file`.
       tokenizer: a folder or Hub id with the tokenizer that a single file does not hold, for example
         ``"openai/clip-vit-large-patch14"``. Without it the folder that is written has none, and a warning says so.
 
@@ -202,13 +201,13 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
 
 def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Opened:
     """A pipeline from one file; its tokenizers are not in it."""
-    file = weights.read_single_file(path, prediction_type=prediction_type)
+    file = layouts.read_single_file(path, prediction_type=prediction_type)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
     networks = _networks(file, path)
     return Opened(file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options)
 
 
-def _networks(file: weights.SingleFile, path: Path) -> dict[str, Network]:
+def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
     """The networks of a single file, matched against the shapes of their classes."""
     networks = {}
     for name, part in file.networks.items():
@@ -261,14 +260,14 @@ def _write_single_file(source: Opened, dst: Path, dtype: DTypeLike | None) -> No
     if not source.class_name:
         raise WeightsError("one network is no single-file checkpoint; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
-    family = family_for(configs)
+    family = layouts.family_for(configs)
     tensors = {name: _torch_tensors(network) for name, network in source.networks.items()}
     schedulers = source.schedulers | {
         name: weights.read_json(entry.folder / SCHEDULER)
         for name, entry in source.folders.items()
         if (entry.folder / SCHEDULER).is_file()
     }
-    weights.write_single_file(
+    layouts.write_single_file(
         dst, tensors, family, lambda array: _dtype(array, dtype), configs=configs, schedulers=schedulers
     )
 
@@ -317,7 +316,7 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
 def _verify(source: Opened, written: Path, to: str, dtype: DTypeLike | None) -> None:
     """Read the result as anybody would and compare every tensor with its source, bit for bit."""
     if to == "single-file":
-        again = _networks(weights.read_single_file(written), written)
+        again = _networks(layouts.read_single_file(written), written)
     else:
         again = {
             name: _open_network("", type(network.model).__name__, written / name, written / name, None)

@@ -19,8 +19,8 @@ from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from tests.layouts.families import FAMILIES
 from tests.pipelines.tiny import tokenizer
-from tests.weights.families import FAMILIES
 from tests.weights.tiny import same_bits, views
 
 CLASSES = {

@@ -1,4 +1,4 @@
-"""A family: how a kind of checkpoint is conditioned. A new one is one file in ``families/``; every task works for it."""
+"""A family: how a kind of checkpoint is conditioned. A new one is a file in ``families/``, and every task works for it."""
 
 from __future__ import annotations
 

@@ -103,6 +103,9 @@ class PlainStep(Part):
         return step.plan.step(state, step.i, output.astype(jnp.float32), keys)
 
 
+PLAIN_STEP = PlainStep()
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What a run is composed of; exchange parts with ``dataclasses.replace``.
@@ -121,7 +124,7 @@ class Method:
     decode: Any
     latent_shape: tuple[int, ...]
     conditions: tuple[Any, ...] = ()
-    advance: Any = PlainStep()
+    advance: Any = PLAIN_STEP
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -20,13 +20,11 @@ class RunOptions(TypedDict, total=False):
       progress_bar: show one; likewise.
       return_trajectory: return the sample before each evaluation and after the last one as ``out.trajectory``;
         likewise.
-      batch_size: maximum number of images per device call; all at once if None.
     """
 
     callback_on_step_end: StepCallback | None
     progress_bar: bool
     return_trajectory: bool
-    batch_size: int | None
 
 
 class CallOptions(RunOptions, total=False):
@@ -65,6 +63,7 @@ class TextOptions(CallOptions, total=False):
       num_images_per_prompt: 1 by default; those of one prompt follow each other.
       guidance_rescale: 0 (default) to 1, one or one per image; see Lin et al. 2024, section 3.4.
       clip_skip: take the hidden states this many layers before the last one.
+      batch_size: maximum number of images per device call; all at once if None.
     """
 
     negative_prompt: str | Sequence[str] | None
@@ -73,6 +72,7 @@ class TextOptions(CallOptions, total=False):
     num_images_per_prompt: int
     guidance_rescale: float | Sequence[float]
     clip_skip: int | None
+    batch_size: int | None
 
 
 Size = tuple[int, int]

@@ -168,8 +168,15 @@ class DiffusionPipeline:
             pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
             image = pipe("a red apple, noto style", seed=0).images[0]
         """
-        hub = {"revision": revision, "local_files_only": local_files_only, "token": token, "cache_dir": cache_dir}
-        folder = weights.resolve(source, variant=variant, skip=NOT_LOADED, **hub)
+        folder = weights.resolve(
+            source,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            skip=NOT_LOADED,
+        )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
         known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
@@ -226,7 +233,7 @@ class DiffusionPipeline:
         target = pipeline_class(found.class_name, path)
         if not issubclass(target, cls):
             raise TypeError(f"{path} holds a {target.__name__}, not a {cls.__name__}")
-        return cast(Self, target(found.parts, found.params, found.options, mesh))
+        return target(found.parts, found.params, found.options, mesh)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:

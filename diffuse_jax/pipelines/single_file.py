@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from diffuse_jax import weights
+from diffuse_jax import layouts, weights
 from diffuse_jax.models import Params
 from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
@@ -47,7 +47,7 @@ def open_single_file(
     **hub: Any,
 ) -> Contents:
     """The components of a file; see :meth:`DiffusionPipeline.from_single_file`."""
-    file = weights.read_single_file(path, prediction_type=prediction_type)
+    file = layouts.read_single_file(path, prediction_type=prediction_type)
     wanted = {name: part for name, part in file.networks.items() if name not in components}
     models = {name: open_model(path, part, dtype) for name, part in wanted.items()}
     shapes = {name: model.shapes() for name, model in models.items()}
@@ -66,7 +66,7 @@ def open_single_file(
     return Contents(file.class_name, *with_given(parts, params, given), file.options)
 
 
-def open_model(path: str | Path, part: weights.Part, dtype: DTypeLike) -> Any:
+def open_model(path: str | Path, part: layouts.Part, dtype: DTypeLike) -> Any:
     """The network of a part of a file, without parameters."""
     cls = network_class(part.library, part.class_name)
     if cls is None:
@@ -75,7 +75,7 @@ def open_model(path: str | Path, part: weights.Part, dtype: DTypeLike) -> Any:
 
 
 def open_tokenizers(
-    file: weights.SingleFile, source: Any, given: Mapping[str, Any] = types.MappingProxyType({}), **hub: Any
+    file: layouts.SingleFile, source: Any, given: Mapping[str, Any] = types.MappingProxyType({}), **hub: Any
 ) -> dict[str, Any]:
     """Component name -> tokenizer, for each text encoder of a file.
 

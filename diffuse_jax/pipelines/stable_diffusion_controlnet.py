@@ -17,7 +17,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionPipeline.required, "controlnet")
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
@@ -34,8 +34,8 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          image: the control image, or one per prompt; with several ControlNets a list with one for each, or such
-            lists for each prompt.
+          image: the control image, or one per prompt; with several ControlNets a list with one for each, or
+            such a list for each prompt.
           height, width: in pixels; the control image's if None.
           guidance_scale: one, or one per image.
           controlnet_conditioning_scale: strength, one or one per ControlNet.

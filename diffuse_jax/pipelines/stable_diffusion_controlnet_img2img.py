@@ -36,8 +36,8 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
 
         Args:
           prompt, image, strength, guidance_scale: as for image to image.
-          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or such
-            lists for each prompt.
+          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
+            such a list for each prompt.
           controlnet_conditioning_scale, control_guidance_start, control_guidance_end: as for ControlNets.
           **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
 

@@ -18,7 +18,7 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
@@ -40,8 +40,8 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
 
         Args:
           prompt, image, mask_image, masked_image_latents, height, width, strength, guidance_scale: as for inpainting.
-          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or such
-            lists for each prompt.
+          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
+            such a list for each prompt.
           controlnet_conditioning_scale, control_guidance_start, control_guidance_end: as for ControlNets.
           **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
 

@@ -16,7 +16,7 @@ from diffuse_jax.pipelines.tasks import inpainting
 class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
     """Paints a part of an image anew, from a prompt."""
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

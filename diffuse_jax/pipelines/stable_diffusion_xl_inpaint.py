@@ -16,7 +16,7 @@ from diffuse_jax.pipelines.tasks import inpainting
 class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
     """Paints a part of an image anew, from prompts."""
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         prompt_2: Prompt | None = None,

@@ -73,8 +73,8 @@ def inpainting(
         )
     else:
         raise ValueError(
-            f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} (latents, "
-            "mask and masked image)"
+            f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} "
+            "(latents, mask and masked image)"
         )
     return changed(request, rows, **parts)
 

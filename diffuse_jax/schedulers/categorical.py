@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.schedulers.categorical_table import CategoricalTable, log_posterior
 from diffuse_jax.schedulers.plan import check_key, draw_each, pad, room
-from diffuse_jax.schedulers.vq_diffusion import CategoricalTable, log_posterior
 
 
 @jax.tree_util.register_dataclass

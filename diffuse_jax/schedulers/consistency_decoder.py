@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
 
 TIMESTEPS = (1008.0, 512.0)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler, columns
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.noising import columns
+from diffuse_jax.schedulers.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import jax

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
 
 

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Grid, Row
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import LEARNED_VARIANCES, Evaluation, Grid, Level, Row
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")

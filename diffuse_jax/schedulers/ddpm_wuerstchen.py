@@ -11,7 +11,7 @@ import numpy as np
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.ddpm import posterior
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import Grid, Row
+from diffuse_jax.schedulers.table import Grid, Row, Table
 
 ALPHA_BAR_RANGE = (0.0001, 0.9999)
 """The cosine schedule is cut off here, so even the last sample keeps a trace of noise."""
@@ -42,12 +42,13 @@ class DDPMWuerstchenScheduler(ContinuousScheduler):
         alpha_bar = xp.clip(xp.cos((t + self.s) * angle) ** 2 / np.cos(self.s * angle) ** 2, *ALPHA_BAR_RANGE)
         return xp.sqrt(alpha_bar), xp.sqrt(1 - alpha_bar)
 
-    def _check_request(
-        self, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
-    ) -> tuple[int, Array | None, Array | None]:
+    def table(
+        self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None, **options: Any
+    ) -> Table:
+        """The run as a float64 table; a last timestep of 0 is no step."""
         if timesteps is not None and len(timesteps) > 1 and timesteps[-1] == 0:
             timesteps = timesteps[:-1]
-        return super()._check_request(n, timesteps, sigmas)
+        return super().table(num_inference_steps, timesteps=timesteps, **options)
 
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         if sigmas is not None:

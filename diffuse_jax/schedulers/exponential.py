@@ -14,8 +14,8 @@ import numpy as np
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Evaluation, Grid
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler, steps_to_run
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.request import steps_to_run
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Grid, Row
 
 SIGMA_DATA = 0.5

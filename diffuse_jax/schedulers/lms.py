@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.euler import exploding_grid
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import MEMORY, Grid, Row
 
 

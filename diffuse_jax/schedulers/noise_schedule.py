@@ -8,6 +8,7 @@ many samplers are written; with ``alpha + sigma = 1`` (flow), the straight lines
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,45 @@ def rescale_zero_terminal_snr(alpha_bar: Array) -> Array:
     """Shift and scale ``sqrt(alpha_bar)`` to end at 0 from the same start (Lin et al. 2023, alg. 1)."""
     root = np.sqrt(alpha_bar)
     return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+
+
+@lru_cache(maxsize=64)
+def alpha_bar_table(
+    schedule: str, start: float, end: float, steps: int, trained: tuple[float, ...] | None, zero_snr: bool
+) -> Array:
+    """The cumulative product of ``1 - beta``, ``[steps]``, read-only; shared by all schedulers with these settings.
+
+    Args:
+      schedule, start, end, steps: as for :func:`beta_table`.
+      trained: the betas outright, instead of the named schedule.
+      zero_snr: rescale to zero terminal SNR.
+
+    Raises:
+      ValueError: a beta outside 0 to 1.
+    """
+    betas = beta_table(schedule, start, end, steps) if trained is None else np.asarray(trained, np.float64)
+    if not np.all((betas >= 0) & (betas <= 1)):
+        given = f"beta_start={start} and beta_end={end}" if trained is None else "trained_betas"
+        low, high = betas.min(), betas.max()
+        raise ValueError(f"betas must lie between 0 and 1; those of {given} run from {low:g} to {high:g}")
+    alpha_bar = np.asarray(np.cumprod(1 - betas), np.float64)
+    alpha_bar = rescale_zero_terminal_snr(alpha_bar) if zero_snr else alpha_bar
+    alpha_bar.setflags(write=False)
+    return alpha_bar
+
+
+def preserving_levels(alpha_bar: Array) -> Array:
+    """(alpha, sigma) with ``alpha^2 + sigma^2 = 1``, ``[n, 2]``."""
+    return np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)], -1)
+
+
+def exploding_sigmas(alpha_bar: Array) -> Array:
+    """``sqrt((1 - alpha_bar) / alpha_bar)``; a last ``alpha_bar`` of zero is replaced, so that all are finite."""
+    if alpha_bar[-1] == 0:
+        # In long schedules the timestep before may have even less signal; then half of that.
+        almost = ALMOST_ZERO_SNR if alpha_bar[-2] > ALMOST_ZERO_SNR else alpha_bar[-2] / 4
+        alpha_bar = np.append(alpha_bar[:-1], almost)
+    return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 
 def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array, predict_eps
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, transfer
 
 ADAMS_BASHFORTH = (

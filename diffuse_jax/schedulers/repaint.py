@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.ddim import ddim_step
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Grid, Row
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.base import Scheduler
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
 from diffuse_jax.schedulers.multistep import exponential_step, log_snr_half
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import MEMORY, WIDTH, Evaluation, Grid, Row
 
 

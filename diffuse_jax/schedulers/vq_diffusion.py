@@ -7,8 +7,8 @@ sampler has a table and a ``step`` of its own:
 
 * a row of the table has the logarithms of (a, b, c) for three pieces of the chain (eq. 8): from the beginning to the
   timestep of the evaluation, from the beginning to the timestep that the step goes to, and between the two;
-* :func:`log_posterior` (eq. 5 and 11) turns a prediction of the clean classes into the distribution of the next sample,
-  in logarithms, for NumPy and JAX alike.
+* :func:`~diffuse_jax.schedulers.categorical_table.log_posterior` (eq. 5 and 11) turns a prediction of the clean
+  classes into the distribution of the next sample, in logarithms, for NumPy and JAX alike.
 """
 
 from __future__ import annotations
@@ -20,33 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.categorical_table import CategoricalTable, log_abc
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.request import chosen_steps
+from diffuse_jax.schedulers.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from diffuse_jax.schedulers.categorical import CategoricalPlan
-
-LEAST = 1e-30
-"""Probabilities are at least this, so that their logarithms are finite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CategoricalTable:
-    """A run in float64.
-
-    Attributes:
-      timesteps: ``[n]``, what the network is told.
-      log_abc: ``[n, 3, 3]``, logarithms of (a, b, c) from the beginning to the timestep, from the beginning to the next
-        one, and from that to the timestep.
-      num_classes: K, the mask not counted; its index is K.
-    """
-
-    timesteps: Array
-    log_abc: Array
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +83,7 @@ class VQDiffusionScheduler(Scheduler):
 
     def plan(self, num_inference_steps: int | None = None, **options: Any) -> CategoricalPlan:  # type: ignore[override]
         """The run as a pytree for the device; arguments as for :meth:`table`."""
-        from diffuse_jax.schedulers.categorical import CategoricalPlan
+        from diffuse_jax.schedulers.categorical import CategoricalPlan  # imports JAX
 
         return CategoricalPlan.from_table(self.table(num_inference_steps, **options))
 
@@ -119,7 +99,7 @@ class VQDiffusionScheduler(Scheduler):
         Raises:
           ValueError: contradictory or impossible arguments; the message says what is possible.
         """
-        n, t, _ = self._check_request(num_inference_steps, timesteps, None)
+        n, t, _ = chosen_steps(self, num_inference_steps, timesteps, None)
         if t is None:
             t = ns.space_timesteps("linspace", self.num_train_timesteps, n, 0)
             t[0] = self.num_train_timesteps - 1  # one step, too, starts from masks
@@ -127,35 +107,4 @@ class VQDiffusionScheduler(Scheduler):
         # Untouched is untouched in both pieces; not masked is not masked in both.
         between = np.stack([here[:, 0] / there[:, 0], 1 - (1 - here[:, 1]) / (1 - there[:, 1])], -1)
         classes = self.num_vec_classes - 1
-        return CategoricalTable(t, np.stack([_log_abc(p, classes) for p in (here, there, between)], 1), classes)
-
-
-def _log_abc(ac: Array, classes: int) -> Array:
-    a, c = ac.T
-    return np.log(np.maximum([a, (1 - a - c) / classes, c], LEAST)).T
-
-
-def log_posterior(log_abc: Any, x: Any, log_p_x0: Any, xp: Any = np) -> Any:
-    """Log-probabilities ``[B, L, K + 1]`` of the next sample, the mask last (eq. 5, summed over x0 as in eq. 11).
-
-    Args:
-      log_abc: one row of :class:`CategoricalTable`, ``[3, 3]``.
-      x: class indices ``[B, L]`` at the timestep, K for the mask.
-      log_p_x0: ``[B, L, K]``, log-probabilities of the clean classes.
-      xp: ``numpy`` or ``jax.numpy``.
-    """
-    here, there, between = log_abc[0], log_abc[1], log_abc[2]
-    x, classes = x[..., None], log_p_x0.shape[-1]
-    same, masked = x == xp.arange(classes).reshape(*[1] * (x.ndim - 1), -1), x == classes
-
-    def log_q(abc: Any) -> Any:
-        """log q(x | class) for every class that x may have come from."""
-        keeps = xp.where(same, xp.logaddexp(abc[0], abc[1]), abc[1])
-        return xp.where(masked, abc[2], keeps)
-
-    weights = log_p_x0 - log_q(here)
-    largest = weights.max(-1, keepdims=True)
-    total = largest + xp.log(xp.exp(weights - largest).sum(-1, keepdims=True))
-    to_class = xp.logaddexp(weights + there[0], total + there[1]) + log_q(between)
-    to_mask = xp.where(masked, total + there[2], -xp.inf)
-    return xp.concatenate([to_class, to_mask], -1)
+        return CategoricalTable(t, np.stack([log_abc(p, classes) for p in (here, there, between)], 1), classes)

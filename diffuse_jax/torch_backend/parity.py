@@ -96,8 +96,8 @@ def open_sides(
       reference: what PyTorch reads instead, for example what ``model`` was converted from.
       dtype, device: see :func:`pipeline.from_pretrained`; JAX uses its default device.
       scheduler: a scheduler class that both sides use in place of their own.
-      pipeline_name: the class of the pipeline that is run, for example "StableDiffusionInpaintPipeline"; the folder's if
-        None.
+      pipeline_name: the class of the pipeline that is run, for example "StableDiffusionInpaintPipeline"; if None, the
+        folder's.
       variant, revision: of ``model``.
       reference_variant, reference_revision: of ``reference``.
 

@@ -55,7 +55,7 @@ def from_pretrained(
     for name, entry in weights.read_index(folder).components.items():
         if name in components or not catalogue.is_network(entry):
             continue
-        members = []
+        members: list[tuple[TorchNetwork, dict[str, Any]]] = []
         for member in catalogue.folders(name, entry):
             kind = catalogue.network(member)
             assert kind is not None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax.models.remat import POLICIES
-from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.distributed import initialize_distributed
 from diffuse_jax.training.flags import Accepted, Parser, Refused

@@ -158,7 +158,7 @@ def validation_from(
     def validate(trained: Any) -> list[tuple[str, Any]]:
         changed = {name: (pipe.components[name], params) for name, params in merged(trained).items()}
         return sample_pictures(
-            pipe.replace(scheduler=sampler, **changed),  # type: ignore[arg-type]
+            pipe.replace(scheduler=sampler, **changed),
             args.validation_prompt,
             num_images_per_prompt=args.num_validation_images,
             num_inference_steps=args.validation_inference_steps,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.schedulers.base import Scheduler
+from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import cut_batch
 
 

@@ -8,14 +8,11 @@ from diffuse_jax.weights.hub import resolve
 from diffuse_jax.weights.index import Component, PipelineIndex, read_index, write_index
 from diffuse_jax.weights.load import Checkpoint, check_params, load_params, match, place, read_checkpoint
 from diffuse_jax.weights.save import save_params
-from diffuse_jax.weights.single_file import Part, SingleFile, read_single_file, write_single_file
 
 __all__ = [
     "Checkpoint",
     "Component",
-    "Part",
     "PipelineIndex",
-    "SingleFile",
     "WeightsError",
     "check_params",
     "load_params",
@@ -24,11 +21,9 @@ __all__ = [
     "read_checkpoint",
     "read_index",
     "read_json",
-    "read_single_file",
     "resolve",
     "save_params",
     "weight_files",
     "write_index",
     "write_json",
-    "write_single_file",
 ]

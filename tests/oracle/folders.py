@@ -104,6 +104,30 @@ def stable_diffusion(folder: Path, *, v_prediction: bool = False) -> Path:
     return folder
 
 
+CONTROL = {k: v for k, v in UNET.items() if k not in ("sample_size", "up_block_types")} | {
+    "conditioning_embedding_out_channels": (8, 16)  # two pixels for each latent, as the tiny autoencoder has
+}
+
+
+def control_net(seed: int) -> Any:
+    """A ControlNet whose exits are far from zero, so that it matters."""
+    torch.manual_seed(seed)
+    net = lively(diffusers.ControlNetModel(**CONTROL))
+    with torch.no_grad():
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+            layer.weight.mul_(8)
+    return net
+
+
+def controlled(folder: Path, nets: int) -> Path:
+    """A folder like SD 1.x with one ControlNet or several."""
+    plain = stable_diffusion(folder.with_name(f"{folder.name}-plain"))
+    found = [control_net(k) for k in range(nets)]
+    parts = {"controlnet": found if nets > 1 else found[0], "safety_checker": None, "feature_extractor": None}
+    diffusers.StableDiffusionControlNetPipeline.from_pretrained(plain, **parts).save_pretrained(folder)
+    return folder
+
+
 def stable_diffusion_xl(folder: Path) -> Path:
     """A folder like SDXL base: two text encoders, size conditions, deeper transformers at the coarse level."""
     torch.manual_seed(0)

@@ -186,30 +186,10 @@ def test_latents_as_images(sd1: Path, rng, compare: Compare):
 # ControlNets
 
 
-CONTROL = {k: v for k, v in folders.UNET.items() if k not in ("sample_size", "up_block_types")} | {
-    "conditioning_embedding_out_channels": (8, 16)  # two pixels for each latent, as the tiny autoencoder has
-}
-
-
-def control_net(seed: int) -> Any:
-    """A ControlNet whose exits are far from zero, so that it matters."""
-    torch.manual_seed(seed)
-    net = folders.lively(diffusers.ControlNetModel(**CONTROL))
-    with torch.no_grad():
-        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
-            layer.weight.mul_(8)
-    return net
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["one net", "two nets"])
 def controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A folder with one ControlNet or two, as PyTorch diffusers writes it."""
-    folder = folders.stable_diffusion(tmp_path_factory.mktemp("control") / "plain")
-    nets = [control_net(k) for k in range(request.param)]
-    parts = {"controlnet": nets if request.param > 1 else nets[0], "safety_checker": None, "feature_extractor": None}
-    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder, **parts)
-    pipe.save_pretrained(folder.with_name("control"))
-    return request.param, folder.with_name("control")
+    return request.param, folders.controlled(tmp_path_factory.mktemp("control") / "model", request.param)
 
 
 def control_of(nets: int, images: list[Any]) -> Any:

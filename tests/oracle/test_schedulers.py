@@ -16,7 +16,7 @@ import pytest
 from benchmarks import scheduler_parity as parity
 from benchmarks.scheduler_cases.case import SD, Case
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers.vq_diffusion import log_posterior
+from diffuse_jax.schedulers.categorical_table import log_posterior
 from tests.schedulers.samplers import EVERY, REQUIRED, make, takes
 
 torch = pytest.importorskip("torch")

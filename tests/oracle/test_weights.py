@@ -13,11 +13,12 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from diffuse_jax.convert import convert  # noqa: E402
-from diffuse_jax.weights import names, read_single_file, write_single_file  # noqa: E402
+from diffuse_jax.layouts import read_single_file, write_single_file  # noqa: E402
+from diffuse_jax.weights import names  # noqa: E402
 from diffuse_jax.weights.safetensors import read_safetensors  # noqa: E402
 from diffuse_jax.weights.torch_file import read_torch, read_torch_object  # noqa: E402
+from tests.layouts.families import FAMILIES, family_tensors  # noqa: E402
 from tests.oracle.folders import stable_diffusion, stable_diffusion_xl  # noqa: E402
-from tests.weights.families import FAMILIES, family_tensors  # noqa: E402
 from tests.weights.tiny import NETWORKS, same_bits, views  # noqa: E402
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

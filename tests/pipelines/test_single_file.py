@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from diffuse_jax import schedulers
+from diffuse_jax.layouts import write_single_file
 from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffuse_jax.weights import WeightsError, write_single_file
+from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.names import flatten, from_torch, torch_key
+from tests.layouts.families import FAMILIES, family_tensors
 from tests.pipelines.tiny import tokenizer
-from tests.weights.families import FAMILIES, family_tensors
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffuse_jax import schedulers
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers.base import _COMMON_CHOICES
+from diffuse_jax.schedulers.configuration import COMMON_CHOICES
 
-EVERY = [name for name in schedulers.__all__ if name not in ("KarrasDiffusionSchedulers", "Scheduler")]
+EVERY = [name for name in schedulers.__all__ if name.endswith("Scheduler") and name != "Scheduler"]
 """Every sampler."""
 
 NAMES = [name for name in EVERY if name not in ("ConsistencyDecoderScheduler", "VQDiffusionScheduler")]
@@ -26,7 +26,7 @@ def has(name: str, setting: str) -> bool:
 
 def takes(name: str, setting: str, value: Any) -> bool:
     """Whether the class has this setting and allows this value."""
-    return has(name, setting) and value in (_COMMON_CHOICES | getattr(schedulers, name).choices).get(setting, [value])
+    return has(name, setting) and value in (COMMON_CHOICES | getattr(schedulers, name).choices).get(setting, [value])
 
 
 def make(name: str, **config: Any) -> schedulers.Scheduler:

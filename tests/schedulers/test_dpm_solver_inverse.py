@@ -59,8 +59,8 @@ def test_strength_runs_the_first_steps() -> None:
         ({"sigmas": [3.0, 1.0]}, "sigmas must ascend, but entry 1 is 1 after 3"),
         ({"sigmas": [0.0, 1.0, 3.0]}, "cannot step from sigma 0"),
         ({"num_inference_steps": 5, "strength": 0.1}, "leaves none to run; use a strength of at least 0.2"),
-        ({"num_inference_steps": 5, "denoising_start": 0.5}, "runs from a picture to noise .* give strength="),
-        ({"num_inference_steps": 5, "denoising_end": 0.5}, "runs from a picture to noise .* give strength="),
+        ({"num_inference_steps": 5, "denoising_start": 0.5}, "runs from an image to noise .* give strength="),
+        ({"num_inference_steps": 5, "denoising_end": 0.5}, "runs from an image to noise .* give strength="),
     ],
 )
 def test_impossible_requests(request_: dict, message: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers.base import _COMMON_CHOICES
+from diffuse_jax.schedulers.configuration import COMMON_CHOICES
 from diffuse_jax.schedulers.table import Table
 from tests.schedulers.samplers import NAMES, ONE_WAY, ascends, has
 
@@ -38,7 +38,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
 
 def values(cls: type[schedulers.Scheduler], field: dataclasses.Field[Any]) -> st.SearchStrategy[Any] | None:
     """Values to try for a setting, or None to leave it alone."""
-    allowed = (_COMMON_CHOICES | cls.choices).get(field.name)
+    allowed = (COMMON_CHOICES | cls.choices).get(field.name)
     if allowed:
         return st.sampled_from(allowed)
     return st.booleans() if isinstance(field.default, bool) else NUMBERS.get(field.name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.schedulers import Scheduler, VQDiffusionScheduler
-from diffuse_jax.schedulers.vq_diffusion import log_posterior
+from diffuse_jax.schedulers.categorical_table import log_posterior
 
 CLASSES = 5
 SCHEDULER = VQDiffusionScheduler(num_vec_classes=CLASSES + 1, num_train_timesteps=20)

@@ -23,11 +23,11 @@ folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diff
 
 from diffuse_jax.torch_backend import parity, picture  # noqa: E402
 from diffuse_jax.torch_backend.networks import choose_device, open_network  # noqa: E402
+from diffuse_jax.torch_backend.pipeline import in_place_of  # noqa: E402
 from diffuse_jax.torch_backend.tolerances import TOLERANCES  # noqa: E402
 
 EMOJI = faults.SHIPPED
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "seed": 0, "guidance_scale": 5.0}
-CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,10 @@ def request(*components: str) -> parity.Request:
 def faulty(sides: parity.Sides, folder: Path, component: str, edit: faults.Edit) -> parity.Sides:
     """The two sides with a fault in one of PyTorch's networks."""
     bad = faults.copied(EMOJI / component, folder / component, "", edit)
-    module = open_network(CLASSES[component], bad, "float32", choose_device("cpu"))
-    return sides._replace(theirs=sides.theirs.replace(**{component: (sides.theirs.components[component], module)}))
+    kind = type(sides.ours.components[component])
+    module = open_network(kind, bad, "float32", choose_device("cpu"))
+    twin = in_place_of(kind.from_config(bad), module)
+    return sides._replace(theirs=sides.theirs.replace(**{component: (twin, {})}))
 
 
 def test_the_shipped_model_is_the_same(sides: parity.Sides) -> None:
@@ -51,7 +53,7 @@ def test_the_shipped_model_is_the_same(sides: parity.Sides) -> None:
     assert result.ok, (result.rows, result.differences)
     assert not result.first
     names = [row.name for row in result.rows]
-    assert names[:2] == ["text_encoder last state", "text_encoder state before"]
+    assert names[0] == "text_encoder last hidden state"
     assert {"unet timestep 999", "vae decode", "vae encode mean", "latents at the start", "pixels"} <= {*names}
     assert "latents after step 2" in names
     assert max(row.relative_error for row in result.rows) < 1e-5, "far below the tolerance, or it means nothing"
@@ -106,7 +108,6 @@ WRONG: list[tuple[str, dict[str, Any], str, bool, str | None]] = [
     ("unet", {"attention_head_dim": [2, 2, 6]}, f"{BLOCK}.attn1.to_out.0", False, f"{BLOCK}.attn1"),
     ("unet", {"act_fn": "mish"}, "time_embedding.linear_2", False, "time_embedding"),
     ("vae", {"norm_num_groups": 4}, "decoder.mid_block.resnets.0.norm1", True, None),
-    ("vae", {"scaling_factor": 0.18215}, "post_quant_conv", False, None),
     ("text_encoder", {"num_attention_heads": 2}, "text_model.encoder.layers.0.self_attn.out_proj", False, "self_attn"),
     ("text_encoder", {"hidden_act": "gelu"}, "text_model.encoder.layers.0.mlp.fc2", False, "mlp"),
     ("text_encoder", {"eos_token_id": 5, "layer_norm_eps": 0.1}, "text_model.encoder.layers.0.layer_norm1", True, None),
@@ -129,6 +130,35 @@ def test_a_wrong_setting_is_found_and_the_layer_named(
     assert (first["layer"], first["input_agrees"]) == (layer, agrees)
     assert (first["inside"] or "").endswith(inside or "")
     assert layer in first["message"]
+
+
+def test_a_wrong_scale_of_latents_shows_in_the_pixels(sides: parity.Sides, tmp_path: Path) -> None:
+    """It is applied between the networks, so no layer is to blame."""
+    result = parity.check(faulty(sides, tmp_path, "vae", faults.configured(scaling_factor=0.18215)), request())
+    assert [(d.component, d.what, d.name) for d in result.differences] == [("vae", "config", "scaling_factor")]
+    assert [row.name for row in result.rows if not row.ok] == ["pixels"]
+    assert not result.first
+
+
+def test_every_pipeline_is_compared_with_no_line_for_its_task(tmp_path: Path) -> None:
+    """Lists of networks too: a fault in the second ControlNet is found there."""
+    folder = folders.controlled(tmp_path / "sd", nets=2)
+    for name in ("", "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
+        options = {"num_inference_steps": 2, "seed": 0} | ({"strength": 0.9} if name else {})
+        sides = parity.open_sides(str(folder), device="cpu", pipeline_name=name or None)
+        result = parity.check(sides, parity.Request(["a cat"], options))
+        assert result.ok, (name, result.rows, result.differences)
+        rows = {row.name for row in result.rows}
+        assert name == "StableDiffusionInpaintPipeline" or {"controlnet.0 embed", "controlnet.1 embed"} <= rows
+    broken = faults.copied(
+        folder, tmp_path / "bad", "controlnet_1", faults.permuted("mid_block.resnets.0.conv1.weight")
+    )
+    result = parity.check(
+        parity.open_sides(str(folder), str(broken), device="cpu"),
+        parity.Request(["a cat"], {"seed": 0}, ("controlnet.1",), bisect=True),
+    )
+    assert {d.component for d in result.differences} == {"controlnet.1"}
+    assert [first["layer"] for first in result.first] == ["mid_block.resnets.0.conv1"]
 
 
 def test_a_wrong_scheduler_shows_in_the_latents_alone(sides: parity.Sides) -> None:
@@ -187,7 +217,7 @@ def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pyte
     assert cli.main([*map(str, words), "5", "--report", str(tmp_path / "report")]) == 1
     out, err = capsys.readouterr()
     assert f"differs: unet parameter {layer}.weight: the same values in another order" in out
-    assert f"parts first in unet timestep 999: {layer}: relative error" in out
+    assert f"first diverges in unet timestep 999: {layer}: relative error" in out
     assert "not the same: " in err
     data = json.loads((tmp_path / "report" / "parity.json").read_text())
     assert data["same"] is False
@@ -249,9 +279,7 @@ def test_weights_that_do_not_fit_their_configuration_are_named(
     assert str(bad / "unet") in err
 
 
-@pytest.mark.parametrize(
-    "words", [(), ("m", "--component", "head"), ("m", "--dtype", "int8"), ("m", "--device", "tpu")]
-)
+@pytest.mark.parametrize("words", [(), ("m", "--component"), ("m", "--dtype", "int8"), ("m", "--device", "tpu")])
 def test_wrong_usage_is_status_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["parity", *words])

@@ -12,7 +12,8 @@ import pytest
 
 from diffuse_jax import torch_backend
 from diffuse_jax.convert import convert
-from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.pipelines import PIPELINES, DiffusionPipeline
 from diffuse_jax.schedulers import EulerAncestralDiscreteScheduler
 from diffuse_jax.weights import WeightsError
 
@@ -97,9 +98,27 @@ def test_pictures_come_one_by_one_or_together(shipped: Any) -> None:
     assert np.abs(np.asarray(together[1], int) - np.asarray(sliced[1], int)).max() <= 1
 
 
+def test_decoding_in_tiles_is_ours_too(shipped: Any) -> None:
+    ours = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
+    tiled = [pipe.replace(vae_tiling=6)("a red apple", output_type="np", **SMALL).images for pipe in (ours, shipped)]
+    assert relative(*tiled) < TOLERANCE
+
+
+def test_image_to_image_and_inpainting_need_nothing_of_their_own(tmp_path: Path) -> None:
+    """The method is ours on both sides, so a new pipeline runs on PyTorch at once."""
+    ours, theirs = both(folders.stable_diffusion(tmp_path / "sd"))
+    image = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    request = {"prompt": "a cat", "image": image, "num_inference_steps": 4, "seed": 0, "output_type": "np"}
+    for task, more in (
+        ("Img2Img", {"strength": 0.6}),
+        ("Inpaint", {"mask_image": image[..., 0], "height": 32, "width": 32}),
+    ):
+        kind = PIPELINES[f"StableDiffusion{task}Pipeline"]
+        images = [kind.from_pipe(pipe)(**request | more).images for pipe in (ours, theirs)]
+        assert relative(*images) < TOLERANCE, task
+
+
 def test_what_the_pytorch_side_does_not_do_is_said(shipped: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vae_tiling=None"):
-        shipped.replace(vae_tiling=8)("a", **SMALL)
     flax = convert("diffuse-jax/emoji", tmp_path / "flax", to="flax-msgpack")
     with pytest.raises(WeightsError, match="PyTorch cannot open it"):
         torch_backend.from_pretrained(flax, device="cpu")
@@ -114,6 +133,6 @@ def test_a_pickle_is_read_without_talk_of_errors(tmp_path: Path, caplog: pytest.
     unet.save_pretrained(tmp_path, safe_serialization=False)
     log = logging.getLogger("diffusers")
     log.addHandler(caplog.handler)
-    networks.open_network("UNet2DConditionModel", tmp_path, "float32", torch.device("cpu"))
+    networks.open_network(UNet2DConditionModel, tmp_path, "float32", torch.device("cpu"))
     log.removeHandler(caplog.handler)
     assert caplog.records == []

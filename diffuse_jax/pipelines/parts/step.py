@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from diffuse_jax.pipelines.method import Params, Part, PlainStep, Rows, Step
+from diffuse_jax.pipelines.method import PLAIN_STEP, Params, Part, Rows, Step
 from diffuse_jax.schedulers.plan import State
 
 
@@ -18,7 +18,7 @@ class KeepKnown(Part):
     Inpainting with any checkpoint; ``latent_mask [B,h,w,1]`` is 1 where to paint.
     """
 
-    inner: Any = PlainStep()
+    inner: Any = PLAIN_STEP
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -1,143 +1,17 @@
-"""Configurations of single-file checkpoints, read off their tensors.
-
-Sizes are in the tensors. What is not (number of heads, schedule, size of pictures) is a constant of the family: a row
-of :data:`FAMILIES`, with the values of the configurations that were published beside the checkpoints.
-"""
+"""``config.json`` of the networks of a single file, read off their tensors and completed by their family."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diffuse_jax.weights.original import label_kind
+from diffuse_jax.layouts.families import Family
+from diffuse_jax.layouts.original import label_kind
 
 Tensors = Mapping[str, np.ndarray]
-
-SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-COMMON = {"num_train_timesteps": 1000, "trained_betas": None, "steps_offset": 1, "timestep_spacing": "leading"}
-PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, **COMMON, **SCALED_LINEAR}
-DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, **COMMON, **SCALED_LINEAR}
-EULER = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", **COMMON, **SCALED_LINEAR}
-X4_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
-LOW_RES = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "clip_sample": True,
-    "variance_type": "fixed_small",
-    **X4_BETAS,
-}
-"""What adds noise to the picture that the upscaler enlarges."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a family of checkpoints has in common and its tensors do not say.
-
-    Attributes:
-      text: component name -> (prefix in the file, layout of :data:`diffuse_jax.weights.original.TABLES`).
-      pipelines: number of the UNet's input channels -> pipeline class.
-      heads: number of attention heads at every level, or None for one for each 64 channels.
-      prediction_type: unless the file or the caller says otherwise.
-      latent_size: ``sample_size`` of the UNet.
-      vae_scale: ``scaling_factor`` of the autoencoder.
-      scheduler: the scheduler's configuration, without ``prediction_type``.
-      options: further values of ``model_index.json``.
-    """
-
-    text: Mapping[str, tuple[str, str]]
-    pipelines: Mapping[int, str]
-    heads: int | None
-    prediction_type: str
-    latent_size: int
-    vae_scale: float
-    scheduler: Mapping[str, Any]
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-FAMILIES = {
-    "xl": Family(
-        text={
-            "text_encoder": ("conditioner.embedders.0.transformer.", "clip"),
-            "text_encoder_2": ("conditioner.embedders.1.model.", "openclip"),
-        },
-        pipelines={
-            4: "StableDiffusionXLPipeline",
-            8: "StableDiffusionXLInstructPix2PixPipeline",
-            9: "StableDiffusionXLInpaintPipeline",
-        },
-        heads=None,
-        prediction_type="epsilon",
-        latent_size=128,
-        vae_scale=0.13025,
-        scheduler=EULER,
-        options={"force_zeros_for_empty_prompt": True},
-    ),
-    "xl-refiner": Family(
-        text={"text_encoder_2": ("conditioner.embedders.0.model.", "openclip")},
-        pipelines={4: "StableDiffusionXLImg2ImgPipeline"},
-        heads=None,
-        prediction_type="epsilon",
-        latent_size=128,
-        vae_scale=0.13025,
-        scheduler=EULER,
-        options={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
-    ),
-    "x4-upscaler": Family(
-        text={"text_encoder": ("cond_stage_model.model.", "openclip")},
-        pipelines={7: "StableDiffusionUpscalePipeline"},
-        heads=8,
-        prediction_type="v_prediction",
-        latent_size=128,
-        vae_scale=0.08333,
-        scheduler=DDIM | X4_BETAS,
-        options={"max_noise_level": 350},
-    ),
-    "v2": Family(
-        text={"text_encoder": ("cond_stage_model.model.", "openclip")},
-        pipelines={
-            4: "StableDiffusionPipeline",
-            5: "StableDiffusionDepth2ImgPipeline",
-            9: "StableDiffusionInpaintPipeline",
-        },
-        heads=None,
-        prediction_type="v_prediction",
-        latent_size=96,
-        vae_scale=0.18215,
-        scheduler=DDIM,
-    ),
-    "v1": Family(
-        text={"text_encoder": ("cond_stage_model.transformer.", "clip")},
-        pipelines={
-            4: "StableDiffusionPipeline",
-            8: "StableDiffusionInstructPix2PixPipeline",
-            9: "StableDiffusionInpaintPipeline",
-        },
-        heads=8,
-        prediction_type="epsilon",
-        latent_size=64,
-        vae_scale=0.18215,
-        scheduler=PNDM,
-    ),
-}
-"""Families by name, in the order in which they are tried; see :func:`family_of`."""
-
-EPSILON_STEPS = {875000}
-"""``global_step`` of Stable Diffusion 2 files that predict noise at 512 pixels (``2-base``)."""
-
-
-def family_of(keys: Tensors) -> str | None:
-    """The family of a single file, by the places of its text encoders and of the class embedding."""
-    for name, family in FAMILIES.items():
-        if name == "x4-upscaler" and "model.diffusion_model.label_emb.weight" not in keys:
-            continue
-        if all(any(key.startswith(prefix) for key in keys) for prefix, _ in family.text.values()):
-            return name
-    return None
 
 
 def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
@@ -204,7 +78,7 @@ def vae_config(vae: Tensors, family: Family) -> dict[str, Any]:
     levels = _levels(vae, "encoder.down_blocks")
     return {
         "_class_name": "AutoencoderKL",
-        "sample_size": family.latent_size * 8 if family.vae_scale != 0.08333 else 256,
+        "sample_size": family.image_size,
         "in_channels": vae["encoder.conv_in.weight"].shape[1],
         "out_channels": _outputs(vae, "decoder.conv_out.weight"),
         "latent_channels": vae["decoder.conv_in.weight"].shape[1],

@@ -8,20 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuse_jax.models import presets as networks
-from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from diffuse_jax.weights import (
-    WeightsError,
-    infer,
-    match,
-    names,
-    original,
-    read_single_file,
-    write_single_file,
-)
+from diffuse_jax.layouts import family_for, read_single_file, write_single_file
+from diffuse_jax.weights import WeightsError, match
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
-from diffuse_jax.weights.single_file import family_for
-from tests.weights.families import FAMILIES, family_tensors
+from tests.layouts.families import FAMILIES, family_tensors
 from tests.weights.tiny import same_bits
 from tests.weights.torch_files import mapping, number, storage, tensor, text, write_zip
 
@@ -259,38 +249,3 @@ def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.ra
     assert str(error.value) == (
         "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' fits nothing"
     )
-
-
-def test_pipelines_without_a_single_file_layout_are_refused(rng: np.random.Generator) -> None:
-    with pytest.raises(WeightsError, match="the components unet, vae fit none of the single-file layouts"):
-        family_for({"unet": {}, "vae": {}})
-    keys = ["down_blocks.0.resnets.0.conv1.weight", "time_embedding.cond_proj.weight"]
-    with pytest.raises(WeightsError, match="'time_embedding.cond_proj.weight' has no name in the original layout"):
-        original.to_original(keys, original.unet_table(keys))
-
-
-SIZED = {
-    "v1": networks.SD15_UNET,
-    "v2": networks.SD20_UNET.replace(sample_size=96),
-    "x4-upscaler": networks.X4_UPSCALER_UNET,
-    "xl": networks.SDXL_UNET,
-    "xl-refiner": networks.SDXL_REFINER_UNET,
-}
-
-
-@pytest.mark.parametrize("name", SIZED)
-def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) -> None:
-    shapes = names.flatten(UNet2DConditionModel(SIZED[name]).shapes())
-    empty = {  # arrays of the right shape that take no memory
-        key: names.to_torch(path, np.broadcast_to(np.zeros((), np.float32), shapes[path].shape))
-        for key, path in names.torch_keys(shapes).items()
-    }
-    table = original.unet_table(empty)
-    groups = original.to_original(empty, table)
-    back = original.to_diffusers(
-        {old: original.combine([(empty[key], operation) for key, operation in parts]) for old, parts in groups.items()},
-        original.unet_table(groups),
-    )
-    assert {key: array.shape for key, array in back.items()} == {key: array.shape for key, array in empty.items()}
-    config = UNet2DConditionConfig.from_json(infer.unet_config(back, infer.FAMILIES[name]))
-    assert config.replace(extra=SIZED[name].extra) == SIZED[name]

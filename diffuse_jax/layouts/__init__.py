@@ -1,0 +1,12 @@
+"""What the keys in other programs' files mean: which network a tensor belongs to, and which architecture it shows.
+
+:mod:`diffuse_jax.weights` reads and writes the files themselves.
+"""
+
+from __future__ import annotations
+
+from diffuse_jax.layouts.families import family_for
+from diffuse_jax.layouts.single_file import Part, SingleFile, read_single_file
+from diffuse_jax.layouts.single_file_writer import write_single_file
+
+__all__ = ["Part", "SingleFile", "family_for", "read_single_file", "write_single_file"]

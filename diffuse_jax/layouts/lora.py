@@ -1,0 +1,110 @@
+"""LoRA files: which layer a key belongs to, which half of its pair it holds, and what the pair is multiplied by.
+
+A key is the network's name in the pipeline, the layer's PyTorch name, and the kind of the tensor:
+``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight``. Releases of diffusers and PEFT
+spell it differently. A pair acts with the factor ``alpha / r``; ``alpha`` is a tensor of the layer, or stands for a
+whole network in the settings of PEFT that newer files keep in their metadata, and is ``r`` where nothing says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.names import ALIASES, Renames, rename
+from diffuse_jax.weights.safetensors import read_metadata
+
+SPELLINGS = {
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".alpha": "alpha",
+}
+"""Ends of keys -> what the tensor is."""
+
+STEMS: Renames = (
+    (r"^(unet\.)+", "unet."),
+    (r"^(?!unet\.|text_encoder)", "unet."),
+    (r"\.processor\.", "."),
+    (r"(attn\d\.to_out)$", r"\1.0"),
+    (r"(self_attn)\.to_([qkv])$", r"\1.\2_proj"),
+    (r"(self_attn)\.to_out$", r"\1.out_proj"),
+)
+"""Layers as older files name them -> as checkpoints do."""
+
+SETTINGS = "lora_adapter_metadata"
+"""Key of the file's metadata under which PyTorch diffusers keeps PEFT's settings, ``{"unet.lora_alpha": 8, ...}``."""
+
+KOHYA = re.compile(r"lora_(unet|te\d?)_")
+
+
+def split_key(file: Path, key: str) -> tuple[str, str]:
+    """``unet.a.b.lora.down.weight`` -> ``("unet.a.b", "down")``; the kind is ``down``, ``up`` or ``alpha``.
+
+    Raises:
+      WeightsError: the key is of no known form.
+    """
+    if KOHYA.match(key):
+        raise bad(
+            file, f"{key!r} is a name of kohya's scripts; such files are not read, only those of diffusers and PEFT"
+        )
+    for end, kind in SPELLINGS.items():
+        if key.endswith(end):
+            network, _, layer = rename(key.removesuffix(end), STEMS).partition(".")
+            return f"{network}.{rename(layer, ALIASES)}", kind
+    raise bad(file, f"{key!r} is no LoRA tensor; expected names that end in {', '.join(SPELLINGS)}")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """PEFT's settings of every network, if the file has them.
+
+    Raises:
+      WeightsError: the settings are damaged.
+    """
+    text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
+    try:
+        settings = json.loads(text)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are no object")
+    return settings
+
+
+def pair_factor(file: Path, stem: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> float:
+    """What the product of a pair is multiplied by: ``alpha / r`` (``alpha / sqrt(r)`` in rsLoRA, arXiv 2312.03732).
+
+    Args:
+      file: what errors name.
+      stem: network and layer, as :func:`split_key` gives them.
+      parts: ``down`` and, where the layer has one, ``alpha``, as the file holds them.
+      settings: of the file, as :func:`read_settings` gives them.
+
+    Raises:
+      WeightsError: ``alpha`` is not a number.
+    """
+    network, _, layer = stem.partition(".")
+    rank = parts["down"].shape[0]
+    patterns = settings.get(f"{network}.alpha_pattern") or {}
+    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    alpha = parts.get("alpha", next(own, settings.get(f"{network}.lora_alpha", rank)))
+    root = settings.get(f"{network}.use_rslora") and "alpha" not in parts
+    try:
+        return float(alpha) / (math.sqrt(rank) if root else rank)
+    except (TypeError, ValueError) as error:
+        raise bad(file, f"{stem}: alpha is {alpha!r}, not a number") from error

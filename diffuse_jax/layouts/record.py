@@ -1,0 +1,42 @@
+"""What a written single file keeps in its metadata, because its tensors do not say it: the configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.safetensors import read_metadata
+
+KEY = "diffuse_jax"
+"""Key of the metadata."""
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""Component name -> configuration."""
+
+
+def make_record(configs: Configs | None, schedulers: Configs | None) -> dict[str, str] | None:
+    """The metadata of a file whose pipeline has these configurations; None if there are none."""
+    if not configs and not schedulers:
+        return None
+    return {KEY: json.dumps({"configs": configs or {}, "schedulers": schedulers or {}})}
+
+
+def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """``{"configs": ..., "schedulers": ...}`` as :func:`make_record` left them, or an empty dict.
+
+    Raises:
+      WeightsError: the record is damaged.
+    """
+    if path.suffix != ".safetensors" or KEY not in (metadata := read_metadata(path)):
+        return {}
+    try:
+        found = json.loads(metadata[KEY])
+        tables = [table for kind in ("configs", "schedulers") for table in found[kind].values()]
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        raise bad(path, f"the configurations in its metadata ({KEY!r}) are damaged ({error})") from error
+    if not all(isinstance(table, dict) for table in tables):
+        raise bad(path, f"the configurations in its metadata ({KEY!r}) are no objects")
+    return found

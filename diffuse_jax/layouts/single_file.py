@@ -1,0 +1,184 @@
+"""Reading whole pipelines from one file in the layout of the original (CompVis, Stability) checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
+from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, family_of
+from diffuse_jax.layouts.original import TABLES
+from diffuse_jax.layouts.record import Configs, read_record
+from diffuse_jax.layouts.rows import to_diffusers
+from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.load import Checkpoint, read_checkpoint
+from diffuse_jax.weights.names import IGNORED
+from diffuse_jax.weights.torch_file import read_torch_object
+
+Tensors = Mapping[str, np.ndarray]
+
+EMA = "model_ema."
+
+BUFFERS = re.compile(
+    r"^(model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|logvar$|lvlb_weights$|scale_factor$"
+    r"|denoiser\.|low_scale_model\.|depth_model\.|first_stage_model\.(loss|model_ema)\."
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?(logit_scale|attn_mask)$)"
+)
+"""Keys of a training run that no component needs: averages, noise schedules, losses, depth estimators."""
+
+OPENCLIP_UNUSED = re.compile(r"^(text_projection|transformer\.resblocks\.(\d+)\..*)$")
+"""What a text encoder that is read at its last layer but one carries along: its projection and its last layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A network of a single file: its class in diffusers or transformers, its configuration, and its tensors."""
+
+    library: str
+    class_name: str
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleFile:
+    """What a single file holds, in the terms of a pipeline's folder.
+
+    Attributes:
+      class_name: the pipeline's class in diffusers.
+      family: a name of :data:`diffuse_jax.layouts.families.FAMILIES`.
+      networks: component name -> network; tensors are views of the file under diffusers' names.
+      schedulers: component name -> ``scheduler_config.json``.
+      options: further values of ``model_index.json``.
+    """
+
+    class_name: str
+    family: str
+    networks: dict[str, Part]
+    schedulers: dict[str, dict[str, Any]]
+    options: dict[str, Any]
+
+
+def read_single_file(
+    path: Path | str, *, prediction_type: str | None = None, ema: bool = False, configs: Configs | None = None
+) -> SingleFile:
+    """Open a checkpoint in the original layout: Stable Diffusion 1.x, 2.x, the x4 upscaler, SDXL base and refiner.
+
+    Args:
+      path: a ``.safetensors`` or ``.ckpt`` file.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``; None takes the family's, or what the step of training says
+        for Stable Diffusion 2, whose two kinds have the same tensors.
+      ema: take the UNet's averaged weights (``model_ema.``), which some files carry beside the last ones.
+      configs: component name -> values that replace those of the file's metadata and those read off its tensors.
+
+    Raises:
+      WeightsError: a damaged or hostile file, no known family, or tensors that belong to no component.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise bad(path, "is a folder, and a checkpoint of one file is wanted; from_pretrained opens folders")
+    tensors = read_checkpoint([path]).tensors
+    name = family_of(tensors)
+    if name is None:
+        raise bad(
+            path, "not a Stable Diffusion checkpoint in the original layout: no text encoder where one is expected"
+        )
+    family = FAMILIES[name]
+    groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family)
+    networks = {part: _network(path, part, group, family) for part, group in groups.items()}
+    record = read_record(path)
+    for changes in (record.get("configs", {}), configs or {}):
+        for part in changes.keys() & networks.keys():
+            networks[part].config.update(changes[part])
+    channels = networks["unet"].config["in_channels"]
+    if channels not in family.pipelines:
+        raise bad(path, f"a UNet with {channels} input channels; {name} files have {sorted(family.pipelines)}")
+    prediction = prediction_type or _prediction_type(path, family)
+    if prediction == "epsilon" and family.epsilon_sizes:
+        networks["unet"].config["sample_size"], networks["vae"].config["sample_size"] = family.epsilon_sizes
+    schedulers = {"scheduler": {**family.scheduler, "prediction_type": prediction}}
+    schedulers |= {part: dict(config) for part, config in family.other_schedulers.items()}
+    if prediction_type is None:
+        schedulers |= record.get("schedulers", {})
+    return SingleFile(family.pipelines[channels], name, networks, schedulers, dict(family.options))
+
+
+def _prediction_type(path: Path, family: Family) -> str:
+    """The family's, unless the training step of a ``.ckpt`` says that it is a base model."""
+    if not family.epsilon_sizes or path.suffix == ".safetensors":
+        return family.prediction_type
+    step = read_torch_object(path).get("global_step")
+    return "epsilon" if step in EPSILON_STEPS else family.prediction_type
+
+
+def _with_ema(path: Path, tensors: Tensors) -> dict[str, np.ndarray]:
+    """The tensors with the UNet's averages, whose names have lost their dots, in the UNet's place."""
+    if not any(key.startswith(EMA) for key in tensors):
+        raise bad(path, "has no averaged weights (no key begins with 'model_ema.'); open it with ema=False")
+    result = dict(tensors)
+    for key in tensors:
+        if key.startswith(UNET):
+            average = EMA + key.removeprefix("model.").replace(".", "")
+            if average not in tensors:
+                raise bad(path, f"has averaged weights but not {average!r}")
+            result[key] = tensors[average]
+    return result
+
+
+def _groups(path: Path, tensors: Tensors, family: Family) -> dict[str, dict[str, np.ndarray]]:
+    """Component name -> its tensors without their prefix; a key of none is an error unless it is a known buffer."""
+    prefixes = {part: prefix for part, (prefix, _) in family.places.items()}
+    groups: dict[str, dict[str, np.ndarray]] = {part: {} for part in prefixes}
+    unknown = []
+    for key, array in tensors.items():
+        if BUFFERS.search(key) or IGNORED.search(key):
+            continue
+        part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
+        if part is None:
+            unknown.append(key)
+        else:
+            groups[part][key.removeprefix(prefixes[part])] = array
+    if unknown:
+        raise bad(path, f"{len(unknown)} tensors belong to no component, e.g. {', '.join(map(repr, unknown[:3]))}")
+    empty = [prefixes[part] for part, group in groups.items() if not group]
+    if empty:
+        raise bad(path, f"no key begins with {' or '.join(map(repr, empty))}")
+    return groups
+
+
+def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family) -> Part:
+    """One component: its names translated, its configuration read off its tensors."""
+    table = family.places[part][1]
+    if table == "openclip" and family.penultimate_text:
+        group = _without_last_layer(group)
+    try:
+        tensors = to_diffusers(group, TABLES[table](group))
+        config = _config(tensors, table, family)
+    except (KeyError, ValueError, IndexError, StopIteration) as error:
+        raise bad(
+            path, f"{part}: cannot read its configuration off its tensors; missing or misshapen: {error}"
+        ) from error
+    kind = config.get("_class_name") or config["architectures"][0]
+    library = "transformers" if part in family.text else "diffusers"
+    return Part(library, kind, config, Checkpoint(tensors, dict.fromkeys(tensors, path)))
+
+
+def _config(tensors: Tensors, table: str, family: Family) -> dict[str, Any]:
+    """``config.json`` of the network that a table is for."""
+    if table == "unet":
+        return unet_config(tensors, family)
+    return vae_config(tensors, family) if table == "vae" else text_config(tensors, table)
+
+
+def _without_last_layer(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stable Diffusion 2 reads the last layer but one; a whole encoder is cut there, a cut one has no projection."""
+    if "text_projection" not in group:
+        return group
+    layers = {key: int(found[2]) for key in group if (found := OPENCLIP_UNUSED.match(key)) and found[2]}
+    last = max(layers.values(), default=-1)
+    return {key: a for key, a in group.items() if key != "text_projection" and layers.get(key) != last}

@@ -1,0 +1,48 @@
+"""Writing a pipeline's networks as one file in the layout of the original checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffuse_jax.layouts.families import FAMILIES
+from diffuse_jax.layouts.original import TABLES
+from diffuse_jax.layouts.record import Configs, make_record
+from diffuse_jax.layouts.rows import combine, combined_shape, to_original
+from diffuse_jax.weights.copy import compact
+from diffuse_jax.weights.safetensors import write_safetensors
+
+
+def write_single_file(
+    path: Path | str,
+    networks: Mapping[str, Mapping[str, np.ndarray]],
+    family: str,
+    cast: Any = lambda array: array.dtype,
+    *,
+    configs: Configs | None = None,
+    schedulers: Configs | None = None,
+) -> None:
+    """Write a pipeline's networks as one ``.safetensors`` file in the original layout.
+
+    Args:
+      path: the file.
+      networks: component name -> tensors under diffusers' names.
+      family: as :func:`diffuse_jax.layouts.family_for` gives it.
+      cast: array -> the dtype it is written in.
+      configs: component name -> ``config.json``; kept in the file's metadata, for what its tensors do not say.
+      schedulers: component name -> ``scheduler_config.json``, kept there too.
+
+    Raises:
+      WeightsError: a tensor that the layout has no name for.
+    """
+    sources: dict[str, list[tuple[np.ndarray, str]]] = {}
+    for part, tensors in networks.items():
+        prefix, table = FAMILIES[family].places[part]
+        for key, members in to_original(tensors, TABLES[table](tensors)).items():
+            sources[prefix + key] = [(tensors[name], operation) for name, operation in members]
+    specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
+    arrays = (compact(combine(sources[key]), dtype) for key, (dtype, _) in specs.items())
+    write_safetensors(Path(path), specs, arrays, make_record(configs, schedulers))

@@ -1,0 +1,92 @@
+"""What a caller asks of a run: how many steps or which, and which part of them. Everything is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffuse_jax.schedulers import noise_schedule as ns
+from diffuse_jax.schedulers.noise_schedule import Array
+
+if TYPE_CHECKING:
+    from diffuse_jax.schedulers.scheduler import Scheduler
+
+
+def chosen_steps(
+    scheduler: Scheduler, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> tuple[int, Array | None, Array | None]:
+    """The number of steps and, if given, the explicit timesteps or sigmas as arrays.
+
+    Raises:
+      ValueError: not exactly one of the three was given, or what was given is no run of this scheduler.
+    """
+    names = ("num_inference_steps", "timesteps", "sigmas")
+    got = [name for name, value in zip(names, (n, timesteps, sigmas), strict=True) if value is not None]
+    if len(got) != 1:
+        raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
+    if timesteps is not None:
+        low, high = scheduler.explicit_range
+        array = ns.check_ordered(timesteps, "timesteps", ascending=scheduler.ascends, lower=low, upper=high)
+        return len(array), array, None
+    if sigmas is not None:
+        array = ns.check_ordered(sigmas, "sigmas", ascending=scheduler.ascends)
+        if scheduler.final_sigma_given and len(array) < 2:
+            raise ValueError(f"sigmas needs one entry per step and the final one, got {len(array)}")
+        return len(array) - scheduler.final_sigma_given, None, array
+    most = scheduler.num_train_timesteps if scheduler.limits_steps else np.inf
+    if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 1 <= n <= most:
+        limit = f"from 1 to {most} (num_train_timesteps)" if scheduler.limits_steps else "above 0"
+        raise ValueError(f"num_inference_steps must be a whole number {limit}, got {n!r}")
+    return int(n), None, None
+
+
+def split_options(scheduler: Scheduler, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that go to ``grid`` and those that go to ``evaluations``.
+
+    Raises:
+      ValueError: an option that the scheduler does not have.
+    """
+    possible = [*scheduler.grid_options, *scheduler.step_options]
+    unknown = set(options) - {*possible}
+    if unknown:
+        raise ValueError(
+            f"{scheduler.class_name} has no option {', '.join(sorted(unknown))}; its options: {possible or 'none'}"
+        )
+    grid = {name: options[name] for name in scheduler.grid_options if name in options}
+    return grid, {name: options[name] for name in scheduler.step_options if name in options}
+
+
+def check_strength(strength: float | None) -> None:
+    """Refuse a strength outside (0, 1]."""
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+
+
+def check_whole(scheduler: Scheduler, start: float | None, end: float | None) -> None:
+    """Refuse to share a run from an image to noise with another model."""
+    if scheduler.ascends and (start, end) != (None, None):
+        raise ValueError(
+            f"{scheduler.class_name} runs from an image to noise and has no part to leave to another model; give"
+            " strength= to stop early instead of denoising_start= or denoising_end="
+        )
+
+
+def check_one_way(scheduler: Scheduler, timesteps: Array) -> None:
+    """Refuse to run a part of a run that goes back to more noise in between."""
+    if not scheduler.ascends and np.any(np.diff(timesteps) > 0):
+        raise ValueError(
+            f"{scheduler.class_name} goes back to more noise between its steps and is run as a whole, without"
+            " strength=, denoising_start= and denoising_end="
+        )
+
+
+def steps_to_run(n: int, strength: float) -> int:
+    """How many of ``n`` steps ``strength`` leaves; an error if none."""
+    run = min(int(n * strength), n)
+    if run < 1:
+        raise ValueError(
+            f"strength={strength} of {n} steps leaves none to run; use a strength of at least {1 / n:g} or more steps"
+        )
+    return run

@@ -1,0 +1,49 @@
+"""The tables of the original layout: names without a place, the published networks there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffuse_jax.layouts import family_for
+from diffuse_jax.layouts.configs import unet_config
+from diffuse_jax.layouts.families import FAMILIES
+from diffuse_jax.layouts.original import unet_table
+from diffuse_jax.layouts.rows import combine, to_diffusers, to_original
+from diffuse_jax.models import presets as networks
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.weights import WeightsError, names
+
+
+def test_pipelines_without_a_single_file_layout_are_refused() -> None:
+    with pytest.raises(WeightsError, match="the components unet, vae fit none of the single-file layouts"):
+        family_for({"unet": {}, "vae": {}})
+    keys = ["down_blocks.0.resnets.0.conv1.weight", "time_embedding.cond_proj.weight"]
+    with pytest.raises(WeightsError, match="'time_embedding.cond_proj.weight' has no name in the original layout"):
+        to_original(keys, unet_table(keys))
+
+
+SIZED = {
+    "v1": networks.SD15_UNET,
+    "v2": networks.SD20_UNET.replace(sample_size=96),
+    "x4-upscaler": networks.X4_UPSCALER_UNET,
+    "xl": networks.SDXL_UNET,
+    "xl-refiner": networks.SDXL_REFINER_UNET,
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) -> None:
+    shapes = names.flatten(UNet2DConditionModel(SIZED[name]).shapes())
+    empty = {  # arrays of the right shape that take no memory
+        key: names.to_torch(path, np.broadcast_to(np.zeros((), np.float32), shapes[path].shape))
+        for key, path in names.torch_keys(shapes).items()
+    }
+    table = unet_table(empty)
+    groups = to_original(empty, table)
+    members = {old: [(empty[key], operation) for key, operation in parts] for old, parts in groups.items()}
+    stored = {old: combine(parts) for old, parts in members.items()}
+    back = to_diffusers(stored, unet_table(groups))
+    assert {key: array.shape for key, array in back.items()} == {key: array.shape for key, array in empty.items()}
+    config = UNet2DConditionConfig.from_json(unet_config(back, FAMILIES[name]))
+    assert config.replace(extra=SIZED[name].extra) == SIZED[name]
