@@ -1,4 +1,4 @@
-"""A family: how a kind of checkpoint is conditioned. A new one is a file in ``families/``, and every task works for it."""
+"""A family: how a kind of checkpoint is conditioned. A new one is a file in ``families/``; every task works for it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], 
     noise, seeds = noise_rows(call.images, given, method.latent_shape, pipe.mesh)
     to_plan = {name: given[name] for name in family.plan_options if name in given}
     plan = make_plan(pipe, given, STEPS, **to_plan, **plan_options)
-    return Request(method, rows | noise, plan, given.get("output_type", "pil"), seeds)
+    return Request(method, rows | noise, plan, given.get("output_type", "pil"), seeds, copies)
 
 
 def make_plan(pipe: Any, options: Mapping[str, Any], default_steps: int, **more: Any) -> Any:

@@ -220,16 +220,17 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
     return array.astype(np.float32)
 
 
-def per_prompt(array: np.ndarray, prompts: int, copies: int, name: str) -> np.ndarray:
-    """One image for all, one for each prompt, or one for each image of the request, as one row per image.
+def per_prompt(array: np.ndarray, images: int, copies: int, name: str) -> np.ndarray:
+    """One image for all, one for each prompt, or one for each of the ``images`` of a request, as one row per image.
 
     Raises:
       ValueError: there are as many as neither.
     """
-    if len(array) == prompts * copies:
+    prompts = images // copies
+    if len(array) == images:
         return array
     if len(array) not in (1, prompts):
         raise ValueError(
             f"{name} has {len(array)} images for {prompts} prompts with {copies} images each; give one, or one for each"
         )
-    return np.repeat(array, copies if len(array) == prompts else prompts * copies, axis=0)
+    return np.repeat(array, copies if len(array) == prompts else images, axis=0)

@@ -95,8 +95,8 @@ def with_given(
             parts[name], params[name] = _columns(list(part))
         elif isinstance(part, list | tuple) or (isinstance(part, Model) and name not in params):
             raise TypeError(
-                f"{name}: give a network as (model, params), as its from_pretrained returns it; several as a list of such "
-                "pairs"
+                f"{name}: give a network as (model, params), as its from_pretrained returns it; several as a list of "
+                "such pairs"
             )
         elif name == "scheduler" and not isinstance(part, Scheduler):
             raise TypeError(f"scheduler must be one of diffuse_jax, got {type(part).__module__}.{type(part).__name__}")

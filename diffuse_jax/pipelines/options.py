@@ -75,6 +75,45 @@ class TextOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class ControlOptions(TypedDict, total=False):
+    """Arguments of every call with ControlNets, beside the control images; each is one number, or one per ControlNet.
+
+    Attributes:
+      controlnet_conditioning_scale: strength; the class says its default.
+      control_guidance_start, control_guidance_end: share of the steps before and after which a ControlNet does not act,
+        0 and 1 by default.
+    """
+
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
+
+
+class ControlTextOptions(TextOptions, ControlOptions, total=False):
+    """:class:`TextOptions` and :class:`ControlOptions`."""
+
+
+class InpaintOptions(TypedDict, total=False):
+    """Arguments of every call that inpaints, beside the images.
+
+    Attributes:
+      masked_image_latents: ``[B,h,w,c]``, the masked image already encoded (inpainting checkpoints only).
+      height, width: in pixels; the checkpoint's if None. PIL images are resized to it.
+    """
+
+    masked_image_latents: Any
+    height: int | None
+    width: int | None
+
+
+class InpaintTextOptions(TextOptions, InpaintOptions, total=False):
+    """:class:`TextOptions` and :class:`InpaintOptions`."""
+
+
+class ControlInpaintOptions(InpaintTextOptions, ControlOptions, total=False):
+    """:class:`InpaintTextOptions` and :class:`ControlOptions`."""
+
+
 Size = tuple[int, int]
 
 
@@ -108,6 +147,16 @@ class XLOptions(TextOptions, total=False):
     aesthetic_score: float
     negative_aesthetic_score: float
     denoising_end: float | None
+
+
+class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
+    """:class:`XLOptions` and :class:`InpaintOptions`."""
+
+
+def apart(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that a ``TypedDict`` names, and the others."""
+    names = kind.__annotations__
+    return {k: v for k, v in options.items() if k in names}, {k: v for k, v in options.items() if k not in names}
 
 
 def check_names(owner: str, given: Mapping[str, Any], known: type) -> None:

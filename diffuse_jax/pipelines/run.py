@@ -34,6 +34,7 @@ class Request(NamedTuple):
       plan: of the sampler.
       output_type: the form in which images are returned: "pil", "np" or "latent".
       seeds: the seed of each image; None where the caller gave ``key``.
+      copies: images per prompt.
     """
 
     method: Method
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     plan: Plan
     output_type: str = "pil"
     seeds: list[int] | None = None
+    copies: int = 1
 
     @property
     def images(self) -> int:

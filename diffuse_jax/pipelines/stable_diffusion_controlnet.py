@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
 from diffuse_jax.pipelines.run import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import control_size, controlled
@@ -17,43 +16,29 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionPipeline.required, "controlnet")
 
-    def compose(
+    def compose(  # type: ignore[override]
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
         *,
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float | Sequence[float] = 7.5,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        **options: Unpack[TextOptions],
+        **options: Unpack[ControlTextOptions],
     ) -> Request:
-        """Make images.
+        """Make images. Arguments of :class:`StableDiffusionPipeline` mean the same here.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
           image: the control image, or one per prompt; with several ControlNets a list with one for each, or
             such a list for each prompt.
           height, width: in pixels; the control image's if None.
-          guidance_scale: one, or one per image.
-          controlnet_conditioning_scale: strength, one or one per ControlNet.
-          control_guidance_start, control_guidance_end: share of the steps before and after which a ControlNet does not
-            act, one or one per ControlNet.
-          **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
+          **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is 1
+            by default) and :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
+        own, others = apart(options, ControlOptions)
         height, width = control_size(self, image, "image", height, width)
-        request = super().compose(prompt, height=height, width=width, guidance_scale=guidance_scale, **options)
-        return controlled(
-            request,
-            self,
-            image,
-            scale=controlnet_conditioning_scale,
-            start=control_guidance_start,
-            end=control_guidance_end,
-            copies=options.get("num_images_per_prompt", 1),
-        )
+        request = super().compose(prompt, height=height, width=width, **others)
+        return controlled(request, self, image, own, scale=1.0)

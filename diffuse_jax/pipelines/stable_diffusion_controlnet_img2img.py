@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
 from diffuse_jax.pipelines.run import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
@@ -23,34 +22,20 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         prompt: Prompt | None = None,
         image: ImageInput = None,
         control_image: ImageInput = None,
-        *,
-        strength: float = 0.8,
-        guidance_scale: float | Sequence[float] = 7.5,
-        controlnet_conditioning_scale: float | Sequence[float] = 0.8,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        **options: Unpack[TextOptions],
+        **options: Unpack[ControlTextOptions],
     ) -> Request:
         """Make images of the size of ``image``. Arguments of :class:`StableDiffusionImg2ImgPipeline` and of
         :class:`StableDiffusionControlNetPipeline` mean the same here.
 
         Args:
-          prompt, image, strength, guidance_scale: as for image to image.
+          prompt, image: as for image to image; so are ``strength`` and ``guidance_scale``.
           control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
             such a list for each prompt.
-          controlnet_conditioning_scale, control_guidance_start, control_guidance_end: as for ControlNets.
-          **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
+          **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is
+            0.8 by default) and :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        request = super().compose(prompt, image, strength=strength, guidance_scale=guidance_scale, **options)
-        return controlled(
-            request,
-            self,
-            control_image,
-            scale=controlnet_conditioning_scale,
-            start=control_guidance_start,
-            end=control_guidance_end,
-            copies=options.get("num_images_per_prompt", 1),
-        )
+        own, others = apart(options, ControlOptions)
+        return controlled(super().compose(prompt, image, **others), self, control_image, own, scale=0.8)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.options import ControlInpaintOptions, ControlOptions, apart
 from diffuse_jax.pipelines.run import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
@@ -18,53 +17,28 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
 
-    def compose(
+    def compose(  # type: ignore[override]
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
         mask_image: ImageInput = None,
         control_image: ImageInput = None,
-        *,
-        masked_image_latents: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float = 1.0,
-        guidance_scale: float | Sequence[float] = 7.5,
-        controlnet_conditioning_scale: float | Sequence[float] = 0.5,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        **options: Unpack[TextOptions],
+        **options: Unpack[ControlInpaintOptions],
     ) -> Request:
         """Make images in which the white part of ``mask_image`` is new. Arguments of
         :class:`StableDiffusionInpaintPipeline` and of :class:`StableDiffusionControlNetPipeline` mean the same here.
 
         Args:
-          prompt, image, mask_image, masked_image_latents, height, width, strength, guidance_scale: as for inpainting.
+          prompt, image, mask_image: as for inpainting; so are ``strength`` and ``guidance_scale``.
           control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
             such a list for each prompt.
-          controlnet_conditioning_scale, control_guidance_start, control_guidance_end: as for ControlNets.
-          **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
+          **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is
+            0.5 by default), :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
+            :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        request = super().compose(
-            prompt,
-            image,
-            mask_image,
-            masked_image_latents=masked_image_latents,
-            height=height,
-            width=width,
-            strength=strength,
-            guidance_scale=guidance_scale,
-            **options,
-        )
-        return controlled(
-            request,
-            self,
-            control_image,
-            scale=controlnet_conditioning_scale,
-            start=control_guidance_start,
-            end=control_guidance_end,
-            copies=options.get("num_images_per_prompt", 1),
-        )
+        own, others = apart(options, ControlOptions)
+        request = super().compose(prompt, image, mask_image, **others)
+        return controlled(request, self, control_image, own, scale=0.5)

@@ -39,4 +39,4 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         """
         asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
         request = text_to_image(self, asked, input_size(self, image, "image"), strength=strength)
-        return from_image(request, self, image, options.get("num_images_per_prompt", 1))
+        return from_image(request, self, image)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
-from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import TextOptions
+from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, apart
 from diffuse_jax.pipelines.run import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import inpainting
@@ -22,12 +21,9 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         image: ImageInput = None,
         mask_image: ImageInput = None,
         *,
-        masked_image_latents: Any = None,
-        height: int | None = None,
-        width: int | None = None,
         strength: float = 1.0,
         guidance_scale: float | Sequence[float] = 7.5,
-        **options: Unpack[TextOptions],
+        **options: Unpack[InpaintTextOptions],
     ) -> Request:
         """Make images in which the white part of ``mask_image`` is new.
 
@@ -35,23 +31,14 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
           prompt: one prompt or a list; or give ``prompt_embeds``.
           image: one, or one per prompt; or latents ``[B,h,w,c]``.
           mask_image: white (at least one half) where to paint; one, or one per prompt.
-          masked_image_latents: ``[B,h,w,c]``, the masked image already encoded (inpainting checkpoints only).
-          height, width: in pixels; the checkpoint's if None. PIL images are resized to it.
           strength: in (0, 1], how much of the painted part is replaced; 1 starts from noise alone.
           guidance_scale: one, or one per image.
-          **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
+          **options: see :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
+            :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
-        request = text_to_image(self, asked, output_size(self, height, width), strength=strength)
-        return inpainting(
-            request,
-            self,
-            image,
-            mask_image,
-            strength=strength,
-            masked_image_latents=masked_image_latents,
-            copies=options.get("num_images_per_prompt", 1),
-        )
+        own, others = apart(options, InpaintOptions)
+        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **others}
+        return inpainting(self, image, mask_image, strength, own, asked)

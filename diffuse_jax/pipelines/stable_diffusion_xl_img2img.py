@@ -42,9 +42,9 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
         asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
-        size, copies = input_size(self, image, "image"), options.get("num_images_per_prompt", 1)
+        size = input_size(self, image, "image")
         if denoising_start is not None:
             request = text_to_image(self, asked, size, denoising_start=denoising_start)
-            return from_latents(request, self, image, copies)
+            return from_latents(request, self, image)
         request = text_to_image(self, asked, size, strength=strength)
-        return from_image(request, self, image, copies)
+        return from_image(request, self, image)

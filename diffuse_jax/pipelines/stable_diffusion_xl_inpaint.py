@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
-from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import XLOptions
+from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, apart
 from diffuse_jax.pipelines.run import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from diffuse_jax.pipelines.tasks import inpainting
@@ -23,34 +22,24 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
         image: ImageInput = None,
         mask_image: ImageInput = None,
         *,
-        masked_image_latents: Any = None,
-        height: int | None = None,
-        width: int | None = None,
         strength: float = 0.9999,
         guidance_scale: float | Sequence[float] = 7.5,
-        **options: Unpack[XLOptions],
+        **options: Unpack[XLInpaintOptions],
     ) -> Request:
         """Make images in which the white part of ``mask_image`` is new. Arguments of
         :class:`StableDiffusionInpaintPipeline` and of :class:`StableDiffusionXLPipeline` mean the same here.
 
         Args:
           prompt, prompt_2: for the two encoders.
-          image, mask_image, masked_image_latents, height, width, guidance_scale: as for inpainting.
+          image, mask_image, guidance_scale: as for inpainting.
           strength: in (0, 1]; just below 1 starts from noise with a trace of the image, as this family's inpainting
             checkpoints were trained.
-          **options: see :class:`~diffuse_jax.pipelines.options.XLOptions`.
+          **options: see :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
+            :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
           ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
-        request = text_to_image(self, asked, output_size(self, height, width), strength=strength)
-        return inpainting(
-            request,
-            self,
-            image,
-            mask_image,
-            strength=strength,
-            masked_image_latents=masked_image_latents,
-            copies=options.get("num_images_per_prompt", 1),
-        )
+        own, others = apart(options, InpaintOptions)
+        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **others}
+        return inpainting(self, image, mask_image, strength, own, asked)

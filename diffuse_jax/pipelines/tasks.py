@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from diffuse_jax.pipelines.family import output_size
+from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, image_size, listed, mask_pixels, per_prompt, pixels
 from diffuse_jax.pipelines.method import Net, Rows
 from diffuse_jax.pipelines.parts.control import Beside, Controlled
@@ -21,74 +21,68 @@ from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.run import Request
 
 
-def from_image(request: Request, pipe: Any, image: ImageInput, copies: int = 1) -> Request:
+def from_image(request: Request, pipe: Any, image: ImageInput) -> Request:
     """Start from an image with noise (SDEdit, Meng et al. 2021); the plan's ``strength`` says with how much.
 
     Args:
       request: text to image, its plan made with ``strength``.
       pipe: the pipeline.
       image: one, or one per prompt, of the request's size; or latents ``[B,h,w,c]`` as the autoencoder gives them.
-      copies: images per prompt.
     """
-    rows = image_rows(request, pipe, image, copies, "image")
+    rows = image_rows(request, pipe, image, "image")
     return changed(request, rows, start=FromImage(vae_of(pipe)))
 
 
 def inpainting(
-    request: Request,
     pipe: Any,
     image: ImageInput,
     mask: ImageInput,
-    *,
     strength: float,
-    masked_image_latents: Any = None,
-    copies: int = 1,
+    options: Mapping[str, Any],
+    asked: Mapping[str, Any],
 ) -> Request:
     """Paint where ``mask`` is white, and keep the rest of ``image``.
 
     A UNet with channels for mask and masked image sees both; with any other, the known part is put back after each
     step. With a ``strength`` of 1 the run starts from noise alone.
 
+    Args:
+      pipe: the pipeline.
+      image, mask: one, or one per prompt.
+      strength: in (0, 1].
+      options: of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
+      asked: the other arguments of the call.
+
     Raises:
       ValueError: the UNet has channels for something else.
     """
+    size = output_size(pipe, options.get("height"), options.get("width"))
+    request = text_to_image(pipe, asked, size, strength=strength)
     unet, vae = pipe.components["unet"].config, vae_of(pipe)
-    latents, size = vae.config.latent_channels, request_size(request, vae)
-    rows = image_rows(request, pipe, image, copies, "image")
-    rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images // copies, copies, "mask_image")
+    latents = vae.config.latent_channels
+    rows = image_rows(request, pipe, image, "image")
+    rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images, request.copies, "mask_image")
     rows["pure_noise"] = np.full(request.images, strength == 1)
-    parts: dict[str, Any] = {"start": FromImage(vae)}
-    method, mask_part = request.method, LatentMask(vae.config.scale)
+    method, conditions = request.method, (*request.method.conditions, LatentMask(vae.config.scale))
     if unet.in_channels == latents:
-        parts |= {"conditions": (*method.conditions, mask_part), "advance": KeepKnown(method.advance)}
-    elif unet.in_channels == 2 * latents + 1:
-        if masked_image_latents is not None:
-            given = latent_rows(masked_image_latents, request, "masked_image_latents")
-            rows["masked_image_latents"] = per_prompt(given, request.images // copies, copies, "masked_image_latents")
-        elif "image" not in rows:
-            raise ValueError("an image given as latents cannot be masked; give masked_image_latents too")
-        parts["conditions"] = (*method.conditions, mask_part, EncodeMaskedImage(vae))
-        parts["denoiser"] = below_guidance(
-            method.denoiser, lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
-        )
-    else:
+        advance = KeepKnown(method.advance)
+        return changed(request, rows, start=FromImage(vae), conditions=conditions, advance=advance)
+    if unet.in_channels != 2 * latents + 1:
         raise ValueError(
             f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} "
             "(latents, mask and masked image)"
         )
-    return changed(request, rows, **parts)
+    if (given := options.get("masked_image_latents")) is not None:
+        rows["masked_image_latents"] = latent_rows(given, request, "masked_image_latents")
+    elif "image" not in rows:
+        raise ValueError("an image given as latents cannot be masked; give masked_image_latents too")
+    beside = lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
+    denoiser = below_guidance(method.denoiser, beside)
+    conditions = (*conditions, EncodeMaskedImage(vae))
+    return changed(request, rows, start=FromImage(vae), conditions=conditions, denoiser=denoiser)
 
 
-def controlled(
-    request: Request,
-    pipe: Any,
-    images: ImageInput,
-    *,
-    scale: float | Sequence[float],
-    start: float | Sequence[float],
-    end: float | Sequence[float],
-    copies: int = 1,
-) -> Request:
+def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping[str, Any], *, scale: float) -> Request:
     """Let the pipeline's ControlNets act on the UNet.
 
     Args:
@@ -96,9 +90,8 @@ def controlled(
       pipe: the pipeline, with one ``controlnet`` or several.
       images: the control image, or one per prompt. With several ControlNets a list with one for each, or a list with
         such a list for each prompt.
-      scale: strength, one or one per ControlNet.
-      start, end: share of the steps before and after which a ControlNet does not act, one or one per ControlNet.
-      copies: images per prompt.
+      options: of :class:`~diffuse_jax.pipelines.options.ControlOptions`.
+      scale: the strength if they do not say.
 
     Raises:
       ValueError: the number of images, scales or windows is not that of the ControlNets.
@@ -109,11 +102,11 @@ def controlled(
     nets = tuple(Net("controlnet", model, k if several else None) for k, model in enumerate(models))
     size = request_size(request, vae_of(pipe))
     each = images_by_net(images, len(nets)) if several else [images]
-    prompts = request.images // copies
-    control = tuple(per_prompt(pixels(x, size, "control image"), prompts, copies, "control image") for x in each)
-    scales = one_per_net(scale, len(nets), "controlnet_conditioning_scale")
-    starts = one_per_net(start, len(nets), "control_guidance_start")
-    ends = one_per_net(end, len(nets), "control_guidance_end")
+    control = tuple(
+        per_prompt(pixels(x, size, "control image"), request.images, request.copies, "control image") for x in each
+    )
+    defaults = {"controlnet_conditioning_scale": scale, "control_guidance_start": 0.0, "control_guidance_end": 1.0}
+    scales, starts, ends = (one_per_net(options.get(k, v), len(nets), k) for k, v in defaults.items())
     evaluations = int(request.plan.num_evaluations)
     windows = [window(s, e, evaluations) for s, e in zip(starts, ends, strict=True)]
     rows = {
@@ -161,19 +154,28 @@ def request_size(request: Request, vae: Net) -> tuple[int, int]:
     return height * vae.config.scale, width * vae.config.scale
 
 
-def image_rows(request: Request, pipe: Any, image: ImageInput, copies: int, name: str) -> Rows:
+def image_rows(request: Request, pipe: Any, image: ImageInput, name: str) -> Rows:
     """``image [B,H,W,3]`` in [-1, 1]; or ``image_latents [B,h,w,c]`` where latents were given.
 
     Raises:
       ValueError: there is no image.
     """
+    require_image(image, name)
+    vae = vae_of(pipe)
+    if is_latents(image, vae):
+        return {"image_latents": latent_rows(image, request, name)}
+    array = pixels(image, request_size(request, vae), name) * 2 - 1
+    return {"image": per_prompt(array, request.images, request.copies, name)}
+
+
+def require_image(image: Any, name: str) -> None:
+    """Refuse a call without its image.
+
+    Raises:
+      ValueError: there is none.
+    """
     if image is None:
         raise ValueError(f"give {name}: a PIL image, an array, or one per prompt")
-    vae, prompts = vae_of(pipe), request.images // copies
-    if is_latents(image, vae):
-        return {"image_latents": per_prompt(latent_rows(image, request, name), prompts, copies, name)}
-    array = pixels(image, request_size(request, vae), name) * 2 - 1
-    return {"image": per_prompt(array, prompts, copies, name)}
 
 
 def is_latents(image: Any, vae: Net) -> bool:
@@ -183,7 +185,7 @@ def is_latents(image: Any, vae: Net) -> bool:
 
 
 def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
-    """Latents that the caller gave, float32.
+    """Latents that the caller gave, float32 with one row per image.
 
     Raises:
       ValueError: they are not of the request's size.
@@ -192,7 +194,7 @@ def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
     if array.ndim != 4 or array.shape[1:] != request.method.latent_shape:
         want = ", ".join(map(str, request.method.latent_shape))
         raise ValueError(f"{name} as latents must be [B, {want}], got {array.shape}")
-    return array
+    return per_prompt(array, request.images, request.copies, name)
 
 
 def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
@@ -201,8 +203,7 @@ def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
     Raises:
       ValueError: there is no image.
     """
-    if image is None:
-        raise ValueError(f"give {name}: a PIL image, an array, or one per prompt")
+    require_image(image, name)
     vae = vae_of(pipe)
     if is_latents(image, vae):
         return image.shape[1] * vae.config.scale, image.shape[2] * vae.config.scale
@@ -235,7 +236,7 @@ def window(start: float, end: float, evaluations: int) -> tuple[int, int]:
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def from_latents(request: Request, pipe: Any, latents: Any, copies: int = 1) -> Request:
+def from_latents(request: Request, pipe: Any, latents: Any) -> Request:
     """Go on with latents as another model left them, with their noise; the plan is made with ``denoising_start``.
 
     Raises:
@@ -244,10 +245,7 @@ def from_latents(request: Request, pipe: Any, latents: Any, copies: int = 1) -> 
     vae = vae_of(pipe)
     if not is_latents(latents, vae):
         raise ValueError(f"denoising_start goes on with latents [B,h,w,{vae.config.latent_channels}], given as image=")
-    rows = latent_rows(latents, request, "image")
-    return changed(
-        request, {"latents": per_prompt(rows, request.images // copies, copies, "image")}, start=FromLatents()
-    )
+    return changed(request, {"latents": latent_rows(latents, request, "image")}, start=FromLatents())
 
 
 def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:
