@@ -15,45 +15,60 @@ import functools
 
 import jax
 
-from diffuse_jax.training.arguments import mesh_from, objective_from
-from diffuse_jax.training.dreambooth import add_dreambooth, check_dreambooth, dreambooth_batches, make_class_pictures
+from diffuse_jax.training.data import data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.dreambooth import (
+    DreamBoothSettings,
+    add_dreambooth,
+    check_dreambooth,
+    dreambooth_batches,
+    make_class_pictures,
+)
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
-from diffuse_jax.training.latent_flags import latent_parser, pipeline_from, save_rest, trained_names, validation_from
+from diffuse_jax.training.latent_flags import latent_parser
+from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save_rest, trained_names
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.objective import ObjectiveSettings, objective_from
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.training.validation import ValidationSettings, validation_from
 
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    if args.with_prior_preservation:
-        make_class_pictures(args)
-    names = trained_names(args)
-    pipe = pipeline_from(args, mesh, float32=names)
+    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    taught = settings_from(args, DreamBoothSettings)
+    check_dreambooth(taught, data)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    make_class_pictures(taught, model, run.seed)
+    names = trained_names(model)
+    pipe = pipeline_from(model, mesh, float32=names)
 
-    batches, unused = dreambooth_batches(args, mesh, pipe, trained=names)
+    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names)
+    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler, taught.prior_loss_weight)
+    shown = settings_from(args, ValidationSettings)
     params = fit(
-        args,
+        run,
         mesh,
         trainable={name: pipe.params[name] for name in names},
         frozen={name: params for name, params in pipe.params.items() if name not in (*names, *unused)},
-        loss=loss_of(pipe, whole(networks(pipe)), objective_from(args, pipe.scheduler, args.prior_loss_weight)),
+        loss=loss_of(pipe, whole(networks(pipe)), objective),
         batches=batches,
         export=functools.partial(save_networks, pipe),
-        validate=validation_from(args, pipe, lambda trained: trained),
+        validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),
+        config=vars(args),
     )
     if jax.process_index() == 0:
-        save_rest(args, pipe, trained=params)
-        print(args.output_dir)
-    push_to_hub(args)
+        save_rest(model, pipe, run.output_dir, trained=params)
+        print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:
     parser = latent_parser(__doc__, output_dir="runs/dreambooth", learning_rate=5e-6, train_batch_size=4)
     add_dreambooth(parser)
-    args = parser.parse_args()
-    check_dreambooth(args)
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

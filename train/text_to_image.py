@@ -14,44 +14,47 @@ import functools
 
 import jax
 
-from diffuse_jax.training.arguments import mesh_from, objective_from
 from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.data import add_data, batches_from, data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
-from diffuse_jax.training.latent_flags import (
-    latent_parser,
-    pipeline_from,
-    save_rest,
-    trained_names,
-    validation_from,
-)
+from diffuse_jax.training.latent_flags import latent_parser
+from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save_rest, trained_names
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.objective import ObjectiveSettings, objective_from
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.training.validation import ValidationSettings, validation_from
 
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    names = trained_names(args)
-    pipe = pipeline_from(args, mesh, float32=names)
+    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    names = trained_names(model)
+    pipe = pipeline_from(model, mesh, float32=names)
     trainable = {name: pipe.params[name] for name in names}
 
-    inputs = inputs_from(args, pipe, trained=names)  # pictures and captions, or what was worked out from them before
+    inputs = inputs_from(data, model, pipe, trained=names)  # images and captions, or what was computed from them before
     frozen = {name: params for name, params in pipe.params.items() if name not in (*names, *inputs.unused)}
+    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
+    shown = settings_from(args, ValidationSettings)
     params = fit(
-        args,
+        run,
         mesh,
         trainable=trainable,
         frozen=frozen,
-        loss=loss_of(pipe, whole(networks(pipe)), objective_from(args, pipe.scheduler)),
-        batches=batches_from(args, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
+        loss=loss_of(pipe, whole(networks(pipe)), objective),
+        batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=functools.partial(save_networks, pipe),
-        validate=validation_from(args, pipe, lambda trained: trained),
+        validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),
+        config=vars(args),
     )
     if jax.process_index() == 0:
-        save_rest(args, pipe, trained=params)
-        print(args.output_dir)
-    push_to_hub(args)
+        save_rest(model, pipe, run.output_dir, trained=params)
+        print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,41 +12,44 @@ from __future__ import annotations
 import argparse
 
 from diffuse_jax.adapters.lora_file import save_lora
-from diffuse_jax.training.arguments import mesh_from, objective_from
 from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.data import add_data, batches_from, data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.latent import loss_of, networks, with_lora
-from diffuse_jax.training.latent_flags import (
-    add_lora,
-    latent_parser,
-    lora_from,
-    merged_lora,
-    pipeline_from,
-    validation_from,
-)
+from diffuse_jax.training.latent_flags import add_lora, latent_parser
+from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, trained_names
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.low_rank import LoraSettings, lora_from, merged_lora
+from diffuse_jax.training.objective import ObjectiveSettings, objective_from
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.training.validation import ValidationSettings, validation_from
 
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    pipe = pipeline_from(args, mesh, float32=())
-    pairs = lora_from(args, pipe)
+    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    pipe = pipeline_from(model, mesh, float32=())
+    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model), run.seed)
 
-    inputs = inputs_from(args, pipe, trained=tuple(pairs))
+    inputs = inputs_from(data, model, pipe, trained=tuple(pairs))
+    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
+    shown = settings_from(args, ValidationSettings)
     fit(
-        args,
+        run,
         mesh,
         trainable=pairs,
         frozen={name: params for name, params in pipe.params.items() if name not in inputs.unused},
-        loss=loss_of(pipe, with_lora(networks(pipe)), objective_from(args, pipe.scheduler)),
-        batches=batches_from(args, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
+        loss=loss_of(pipe, with_lora(networks(pipe)), objective),
+        batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=save_lora,
-        validate=validation_from(args, pipe, merged_lora(pipe)),
+        validate=validation_from(shown, model, pipe, merged_lora(pipe), run.seed),
+        config=vars(args),
     )
-    print(args.output_dir)
-    push_to_hub(args)
+    print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:

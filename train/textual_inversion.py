@@ -17,53 +17,64 @@ from pathlib import Path
 import jax
 
 from diffuse_jax.sharding import readable
-from diffuse_jax.training.arguments import mesh_from, objective_from
+from diffuse_jax.training.cached import inputs_from
+from diffuse_jax.training.data import batches_from, data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.inversion import (
+    InversionSettings,
     add_inversion,
-    check_inversion,
     combined,
-    inversion_batches,
+    inversion_source,
     save_embeddings,
     with_placeholder,
 )
 from diffuse_jax.training.latent import loss_of, networks, save_networks, with_tokens
-from diffuse_jax.training.latent_flags import latent_parser, pipeline_from, save_rest, validation_from
+from diffuse_jax.training.latent_flags import latent_parser
+from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save_rest
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.objective import ObjectiveSettings, objective_from
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.training.validation import ValidationSettings, validation_from
 
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    pipe, rows = with_placeholder(args, pipeline_from(args, mesh, float32=()))
+    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    word = settings_from(args, InversionSettings)
+    images = inversion_source(word, data)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    pipe, rows = with_placeholder(word, pipeline_from(model, mesh, float32=()))
 
-    batches, unused = inversion_batches(args, mesh, pipe)
+    inputs = inputs_from(data, model, pipe, trained=("text_encoder",), source=images, times=word.repeats)
+    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
+    shown = settings_from(args, ValidationSettings)
     trained = fit(
-        args,
+        run,
         mesh,
         trainable={"text_encoder": rows},
-        frozen={name: params for name, params in pipe.params.items() if name not in unused},
-        loss=loss_of(pipe, with_tokens(networks(pipe)), objective_from(args, pipe.scheduler)),
-        batches=batches,
-        export=functools.partial(save_embeddings, args),
-        validate=validation_from(args, pipe, functools.partial(combined, pipe)),
+        frozen={name: params for name, params in pipe.params.items() if name not in inputs.unused},
+        loss=loss_of(pipe, with_tokens(networks(pipe)), objective),
+        batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
+        export=functools.partial(save_embeddings, word.placeholder_token),
+        validate=validation_from(shown, model, pipe, functools.partial(combined, pipe), run.seed),
+        config=vars(args),
     )
-    full = readable(combined(pipe, trained)) if args.save_as_full_pipeline else None
+    full, folder = readable(combined(pipe, trained)) if word.save_as_full_pipeline else None, Path(run.output_dir)
     if full is not None and jax.process_index() == 0:
-        save_networks(pipe, Path(args.output_dir), full)
-        pipe.components["tokenizer"].save_pretrained(Path(args.output_dir) / "tokenizer")
-        save_rest(args, pipe, trained=("text_encoder", "tokenizer"))
-    print(args.output_dir)
-    push_to_hub(args)
+        save_networks(pipe, folder, full)
+        pipe.components["tokenizer"].save_pretrained(folder / "tokenizer")
+        save_rest(model, pipe, folder, trained=("text_encoder", "tokenizer"))
+    print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:
     defaults = {"train_batch_size": 4, "max_grad_norm": None}
     parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
     add_inversion(parser)
-    args = parser.parse_args()
-    check_inversion(args)
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ from diffuse_jax.models.presets import DDPM_256_UNET
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines import DDPMPipeline
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.training.arguments import add_objective, make_parser, mesh_from, objective_from, remat_from
-from diffuse_jax.training.data import add_data, batches_from
+from diffuse_jax.training.arguments import add_objective, make_parser
+from diffuse_jax.training.data import add_data, batches_from, data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.latent import normalised
 from diffuse_jax.training.loop import fit
-from diffuse_jax.training.networks import add_network, network_folder, open_network
-from diffuse_jax.training.objective import Objective, draw, errors, noised
+from diffuse_jax.training.networks import NetworkSettings, add_network, network_folder, open_network
+from diffuse_jax.training.objective import Objective, ObjectiveSettings, draw, errors, noised, objective_from
 from diffuse_jax.training.pixels import pixel_values
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.state import Metrics
 from diffuse_jax.training.upload import push_to_hub
 
@@ -39,24 +42,26 @@ parameters."""
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    unet, params = open_network(UNet2DModel, args, mesh, "unet", DEFAULT)
-    unet = unet.clone(config=unet.config.replace(sample_size=args.resolution), remat=remat_from(args))
+    run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    unet, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
+    unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
     check_network(unet.config)
-    scheduler = scheduler_from(args)
+    scheduler = scheduler_from(args, network)
     params = fit(
-        args,
+        run,
         mesh,
         trainable=params,
         frozen={},
         loss=functools.partial(pixel_loss, unet, objective_of(args, scheduler)),
-        batches=batches_from(args, mesh, pixel_values),
+        batches=batches_from(data, run.batch, mesh, pixel_values),
         export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
         validate=validation_from(args, unet, scheduler, mesh),
+        config=vars(args),
     )
     if jax.process_index() == 0:
-        print(args.output_dir)
-    push_to_hub(args)
+        print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,16 +112,16 @@ def check_network(config: UNet2DConfig) -> None:
         raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
 
 
-def scheduler_from(args: argparse.Namespace) -> DDPMScheduler:
+def scheduler_from(args: argparse.Namespace, network: NetworkSettings) -> DDPMScheduler:
     """The training schedule: that of the pipeline to start from, if there is one, with what flags change."""
     flags = {
         "num_train_timesteps": args.ddpm_num_steps,
         "beta_schedule": args.ddpm_beta_schedule,
         "prediction_type": args.prediction_type,
     }
-    scheduler, source = DDPMScheduler(), args.pretrained_model_name_or_path
+    scheduler, source = DDPMScheduler(), network.pretrained_model_name_or_path
     if source is not None:
-        folder = network_folder(args, source, "scheduler")
+        folder = network_folder(network.hub, source, "scheduler")
         if (folder / "scheduler_config.json").is_file():
             scheduler = DDPMScheduler.from_pretrained(folder)
     return scheduler.replace(**{name: value for name, value in flags.items() if value is not None})
@@ -124,7 +129,8 @@ def scheduler_from(args: argparse.Namespace) -> DDPMScheduler:
 
 def objective_of(args: argparse.Namespace, scheduler: DDPMScheduler) -> Objective:
     """The loss that the flags describe; predicted clean pictures count as much as the noise that they amount to."""
-    return dataclasses.replace(objective_from(args, scheduler), snr_weighting=scheduler.prediction_type == "sample")
+    objective = objective_from(settings_from(args, ObjectiveSettings), scheduler)
+    return dataclasses.replace(objective, snr_weighting=scheduler.prediction_type == "sample")
 
 
 def pixel_loss(

@@ -25,16 +25,20 @@ from diffuse_jax.models import AutoencoderKL, Params
 from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from diffuse_jax.models.presets import SD_VAE
 from diffuse_jax.sharding import readable
-from diffuse_jax.training.arguments import PRECISIONS, make_parser, mesh_from, remat_from
+from diffuse_jax.training.arguments import make_parser
 from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation
 from diffuse_jax.training.batches import Batches, Counted
-from diffuse_jax.training.data import add_data, batches_from, check_sides
+from diffuse_jax.training.compute import ComputeSettings
+from diffuse_jax.training.data import DataSettings, ImageSettings, add_data, batches_from, check_sides, data_from
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import normalised
 from diffuse_jax.training.loop import fit
-from diffuse_jax.training.networks import add_network, open_network
+from diffuse_jax.training.networks import NetworkSettings, add_network, open_network
 from diffuse_jax.training.perceptual import NETWORKS, read_features
 from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.weights import write_json
 
@@ -44,29 +48,32 @@ MEASURED = 2048
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(args)
-    vae, params = open_network(AutoencoderKL, args, mesh, "vae", SD_VAE.replace(sample_size=args.resolution))
-    vae = vae.clone(remat=remat_from(args))
+    run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    default = SD_VAE.replace(sample_size=data.images.resolution)
+    vae, params = open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)
+    vae = vae.clone(remat=network.compute.remat)
     trainable, frozen = {"vae": params}, {}
     terms = Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight)
     terms, frozen = add_perceptual(terms, frozen, args)
     terms, trainable = add_discriminator(terms, trainable, args)
-    check_sizes(terms, args)
+    check_sizes(terms, data.images, args.crop_size)
 
-    batches: Batches = batches_from(args, mesh, pixel_values, crop_size=args.crop_size)
+    batches: Batches = batches_from(data, run.batch, mesh, pixel_values, crop_size=args.crop_size)
     trained = fit(
-        args,
+        run,
         mesh,
         trainable=trainable,
         frozen=frozen,
         loss=functools.partial(autoencoder_loss, terms),
         batches=batches if terms.discriminator is None else Counted(batches),
         export=lambda folder, trained: vae.save_pretrained(folder / "vae", trained["vae"]),
-        validate=validation_from(args, vae),
+        validate=validation_from(args, data, vae),
+        config=vars(args),
     )
     if jax.process_index() == 0:
-        print(save_measured(args, vae, trained["vae"]))
-    push_to_hub(args)
+        print(save_measured(run, data, vae, trained["vae"]))
+    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,7 +122,7 @@ def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace)
     if not args.discriminator_weight:
         return terms, trainable
     config = PatchDiscriminatorConfig(channels=args.discriminator_channels, layers=args.discriminator_layers)
-    network = PatchDiscriminator(config=config, dtype=PRECISIONS[args.mixed_precision])
+    network = PatchDiscriminator(config=config, dtype=settings_from(args, ComputeSettings).dtype)
     terms = dataclasses.replace(
         terms,
         discriminator=network,
@@ -125,15 +132,15 @@ def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace)
     return terms, {**trainable, "discriminator": initial_params(network.shapes(), args.seed)}
 
 
-def check_sizes(terms: Terms, args: argparse.Namespace) -> None:
+def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> None:
     """Refuse pictures that a network cannot look at.
 
     Raises:
       ValueError: naming the flag.
     """
-    flag = "crop_size" if args.crop_size is not None else "resolution"
-    size, scale = getattr(args, flag), terms.vae.config.scale
-    check_sides(args, scale)
+    flag = "resolution" if crop_size is None else "crop_size"
+    size, scale = images.resolution if crop_size is None else crop_size, terms.vae.config.scale
+    check_sides(images, scale)
     if size % scale:
         raise ValueError(f"--{flag} must be a multiple of {scale} for this autoencoder, got {size}")
     if terms.discriminator is not None and size < terms.discriminator.config.min_size:
@@ -145,12 +152,14 @@ def check_sizes(terms: Terms, args: argparse.Namespace) -> None:
         raise ValueError(f"{terms.perceptual} needs pictures of {NETWORKS[terms.perceptual][1]} pixels, got {size}")
 
 
-def validation_from(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[Params], list[tuple[str, Any]]] | None:
+def validation_from(
+    args: argparse.Namespace, data: DataSettings, vae: AutoencoderKL
+) -> Callable[[Params], list[tuple[str, Any]]] | None:
     """Shows pictures (above) and what the most likely latents give back of them; None where none are wanted."""
     if args.validation_image:
-        pictures = picture_files(args.validation_image, args)
+        pictures = picture_files(args.validation_image, data)
     else:
-        pictures = list(first_pictures(args, args.num_validation_images))
+        pictures = list(first_pictures(data, args.num_validation_images))
     if not pictures:
         return None
     originals = np.stack(pictures)
@@ -167,11 +176,11 @@ def validation_from(args: argparse.Namespace, vae: AutoencoderKL) -> Callable[[P
     return validate
 
 
-def save_measured(args: argparse.Namespace, vae: AutoencoderKL, params: Params) -> Path:
+def save_measured(run: RunSettings, data: DataSettings, vae: AutoencoderKL, params: Params) -> Path:
     """Complete ``OUTPUT/vae`` by the scaling factor of (at most 2048 of) the training pictures' latents."""
-    deviation = latent_deviation(vae, params, first_pictures(args, MEASURED), args.train_batch_size)
-    config = vae.config.replace(scaling_factor=round(1 / deviation, 5), sample_size=args.resolution)
-    folder = Path(args.output_dir) / "vae"
+    deviation = latent_deviation(vae, params, first_pictures(data, MEASURED), run.batch.train_batch_size)
+    config = vae.config.replace(scaling_factor=round(1 / deviation, 5), sample_size=data.images.resolution)
+    folder = Path(run.output_dir) / "vae"
     write_json(folder / "config.json", vae.clone(config=config).config_json())
     return folder
 

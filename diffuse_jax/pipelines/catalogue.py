@@ -66,7 +66,7 @@ def check(name: str, entry: Component) -> None:
     folder, kind = entry.folder, entry.class_name
     if name in NOT_LOADED or is_network(entry) or kind in TOKENIZERS or (entry.library, kind) in _REGISTERED:
         return
-    if kind.endswith("Scheduler"):
+    if kind.endswith("Scheduler") or is_scheduler(kind):
         open_scheduler(entry)
         return
     known = ", ".join((*network_names(), *TOKENIZERS))
@@ -74,6 +74,14 @@ def check(name: str, entry: Component) -> None:
         f"{folder.parent}/model_index.json: component {name!r} is a {kind!r} of {entry.library!r}; known: {known}, "
         "schedulers. If the class is yours, import the module that defines it first"
     )
+
+
+def is_scheduler(class_name: str) -> bool:
+    """Whether a scheduler of this name has been defined."""
+    try:
+        return bool(scheduler_class(class_name))
+    except ValueError:
+        return False
 
 
 def open_scheduler(entry: Component) -> type[Scheduler]:
@@ -84,11 +92,10 @@ def open_scheduler(entry: Component) -> type[Scheduler]:
     """
     try:
         return scheduler_class(entry.class_name)
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         folder = entry.folder
         raise WeightsError(
-            f"{folder.parent}/model_index.json: component {folder.name!r} is an unknown {entry.class_name!r}; if it is "
-            "yours, import the module that defines it first"
+            f"{folder.parent}/model_index.json: component {folder.name!r} is an unknown {entry.class_name!r}: {error}"
         ) from error
 
 

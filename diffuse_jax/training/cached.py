@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -16,11 +15,11 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import (
+    DataSettings,
     Example,
     Source,
     buckets_from,
     cache_captions,
-    cache_dir_from,
     cache_pictures,
     check_sides,
     fingerprint_params,
@@ -36,7 +35,7 @@ from diffuse_jax.training.latent import (
     token_ids,
     tokenizers_of,
 )
-from diffuse_jax.training.latent_flags import component_from
+from diffuse_jax.training.latent_model import ModelSettings, component_from
 
 Told = Callable[[Example], np.ndarray] | None
 
@@ -48,7 +47,7 @@ class Inputs(NamedTuple):
     """How examples become batches.
 
     Attributes:
-      source: the data set; None for the stream that the flags describe.
+      source: the data set; None for the stream that the settings describe.
       finish: makes the arrays of one example.
       pixels: whether it needs the picture.
       unused: networks that have done all their work already.
@@ -75,7 +74,8 @@ class Repeated:
 
 
 def inputs_from(
-    args: argparse.Namespace,
+    data: DataSettings,
+    model: ModelSettings,
     pipe: DiffusionPipeline,
     *,
     trained: Sequence[str],
@@ -83,36 +83,34 @@ def inputs_from(
     times: int = 1,
     true_sizes: bool = True,
 ) -> Inputs:
-    """What the flags say the networks are given.
+    """What the networks are given.
 
     Args:
-      args: flags of :func:`~diffuse_jax.training.data.add_data` with caches.
+      data: the data set, and what of it is cached.
+      model: where the pipeline came from.
       pipe: the pipeline to train.
       trained: networks that change during the run.
-      source: instead of the one that the flags describe.
+      source: instead of the one that the settings describe.
       times: repeat it so often.
       true_sizes: tell SDXL the size of each picture and where it was cut; else that all are whole and of the target's
         size.
 
     Raises:
-      ValueError: a cache of what changes during the run, or of what differs each time; pictures of a size that the
-        autoencoder cannot take.
+      ValueError: a cache of what changes during the run, or pictures of a size that the autoencoder cannot take.
     """
     encoders = [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
-    if args.cache_latents and args.random_flip:
-        raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
-    if args.cache_text_embeddings and set(encoders) & set(trained):
+    if data.caches.cache_text_embeddings and set(encoders) & set(trained):
         raise ValueError("--cache_text_embeddings keeps what the text encoder says now, but it is trained")
-    check_sides(args, pipe.components["vae"].config.scale)
+    check_sides(data.images, pipe.components["vae"].config.scale)
     told: Told = None
     if pipe.components["unet"].config.addition_embed_type == "text_time":
         told = functools.partial(sizes_of, true_sizes)
-    if source is None and args.streaming:
+    if source is None and data.streaming:
         return Inputs(None, functools.partial(finish, tokenizers_of(pipe), told, None, None), True, ())
 
-    rows = source_from(args) if source is None else source
-    pictures = latent_cache(args, pipe, rows, told, true_sizes) if args.cache_latents else None
-    texts = text_cache(args, pipe, rows) if args.cache_text_embeddings else None
+    rows = source_from(data) if source is None else source
+    pictures = latent_cache(data, model, pipe, rows, told, true_sizes) if data.caches.cache_latents else None
+    texts = text_cache(data, model, pipe, rows) if data.caches.cache_text_embeddings else None
     make = functools.partial(finish, {} if texts else tokenizers_of(pipe), told, pictures, texts)
     unused = [*(["vae"] if pictures else []), *(encoders if texts else [])]
     if times > 1:
@@ -127,10 +125,10 @@ def finish_repeated(make: Callable[[Example], Batch], length: int, example: Exam
 
 
 def latent_cache(
-    args: argparse.Namespace, pipe: DiffusionPipeline, source: Source, told: Told, true_sizes: bool
+    data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source, told: Told, true_sizes: bool
 ) -> Callable[[Example], Batch]:
     """``moments [h,w,2c]`` of every picture's latents and, for SDXL, ``time_ids [6]``."""
-    vae, params = component_from(args, pipe, "vae")
+    vae, params = component_from(model, pipe, "vae")
     encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
 
     def compute(examples: list[Example]) -> Batch:
@@ -141,14 +139,16 @@ def latent_cache(
         return found | ({"time_ids": np.stack([told(example) for example in examples])} if told else {})
 
     key = {"vae": network_key(vae, params), "sizes": true_sizes if told else None}
-    buckets = buckets_from(args, source)
-    return cache_pictures(cache_dir_from(args), "latents", key, source, transform_from(args), compute, buckets)
+    folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
+    return cache_pictures(folder, "latents", key, source, transform_from(data), compute, buckets)
 
 
-def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source) -> Callable[[Example], Batch]:
+def text_cache(
+    data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source
+) -> Callable[[Example], Batch]:
     """``states [L,D]`` and, for SDXL, ``pooled [P]`` of every caption and of the empty one."""
     tokenizers = tokenizers_of(pipe)
-    opened = {name: component_from(args, pipe, name) for name in tokenizers}
+    opened = {name: component_from(model, pipe, name) for name in tokenizers}
     models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
     text = jax.jit(lambda params, ids: prompt_states(pipe.family, models, params, ids))
 
@@ -160,7 +160,7 @@ def text_cache(args: argparse.Namespace, pipe: DiffusionPipeline, source: Source
     key = {name: network_key(models[name], params[name]) for name in tokenizers}
     for name, (tokenizer, length) in tokenizers.items():
         key[f"{name} tokens"] = str(token_ids(tokenizer, length, "the quick brown fox"))
-    return cache_captions(cache_dir_from(args), "text", key, source, compute)
+    return cache_captions(data.caches.data_cache_dir, "text", key, source, compute)
 
 
 def network_key(model: Any, params: Params) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def write_config(output: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write all flags of a run to ``OUTPUT/training.yaml``, without secrets; returns them."""
+def values_of(settings: Any) -> dict[str, Any]:
+    """What a settings object says, by the names of flags: settings within it are spread out, None is left out.
+
+    Args:
+      settings: a dataclass, such as :class:`~diffuse_jax.training.run.RunSettings`.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= values_of(value)
+        elif value is not None:
+            values[field.name] = value
+    return values
+
+
+def write_config(output: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a run is to ``OUTPUT/training.yaml``, without secrets; returns what was written.
+
+    Args:
+      output: the folder of the run.
+      values: by the names of flags, so that the file can be given to ``--config``.
+    """
     import yaml
 
-    plain = lambda v: v if isinstance(v, int | float | str | bool | list | None) else str(v)
-    values = {name: plain(v) for name, v in sorted(vars(args).items()) if name not in (*OWN, *SECRETS)}
+    kept = {name: _plain(value) for name, value in sorted(values.items()) if name not in (*OWN, *SECRETS)}
     output.mkdir(parents=True, exist_ok=True)
     new = output / f".{CONFIG_FILE}.new"
-    new.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    new.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     new.replace(output / CONFIG_FILE)
-    return values
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML can hold it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, int | float | str | bool | list | None) else str(value)

@@ -6,7 +6,7 @@ A batch is made of as many pictures of the class as of the instance, in turns, w
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import hashlib
 import math
 import warnings
@@ -20,55 +20,86 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.training.arguments import PRECISIONS, pictures_per_update
-from diffuse_jax.training.batches import Batch, Batches
+from diffuse_jax.training.batches import Batch, Batches, BatchSettings
 from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.data import FolderSource, Record, add_data, batches_from
+from diffuse_jax.training.checks import at_least
+from diffuse_jax.training.data import DataSettings, FolderSource, Record, add_data, batches_from
 from diffuse_jax.training.data.transform import is_picture
 from diffuse_jax.training.flags import Parser
-from diffuse_jax.training.latent_flags import source_folder
+from diffuse_jax.training.latent_model import ModelSettings, source_folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DreamBoothSettings:
+    """The instance that a model is taught, and the class that it must not forget.
+
+    Attributes:
+      instance_data_dir: folder with pictures of the instance; no captions are needed.
+      instance_prompt: a prompt with a rare word for it, such as "a photo of sks dog".
+      with_prior_preservation: train on pictures of the class too.
+      prior_loss_weight: how much those count.
+      class_data_dir: folder with pictures of the class; missing ones are made by the model.
+      class_prompt: a prompt of the class, such as "a photo of dog".
+      num_class_images: how many pictures of the class there must be.
+      sample_batch_size: how many of them are made at once.
+
+    Raises:
+      ValueError: prior preservation without a folder and a prompt of the class, or counts that are not positive.
+    """
+
+    instance_data_dir: str | Path
+    instance_prompt: str
+    with_prior_preservation: bool = False
+    prior_loss_weight: float = 1.0
+    class_data_dir: str | Path | None = None
+    class_prompt: str | None = None
+    num_class_images: int = 100
+    sample_batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(1, num_class_images=self.num_class_images, sample_batch_size=self.sample_batch_size)
+        missing = [name for name in ("class_data_dir", "class_prompt") if getattr(self, name) is None]
+        if self.with_prior_preservation and missing:
+            raise ValueError(f"--with_prior_preservation needs --{' and --'.join(missing)}")
 
 
 def add_dreambooth(parser: Parser) -> None:
     """The flags of the instance, its class, and how their pictures are read."""
-    add = parser.group("DreamBooth")
+    add = parser.group("DreamBooth", DreamBoothSettings)
     add("--instance_data_dir", required=True, help="folder with pictures of the instance; no captions are needed")
     add("--instance_prompt", required=True, help='a prompt with a rare word for it, such as "a photo of sks dog"')
     add("--with_prior_preservation", action="store_true", help="train on pictures of the class too")
-    add("--prior_loss_weight", type=float, default=1.0, help="how much those count")
+    add("--prior_loss_weight", type=float, help="how much those count")
     add("--class_data_dir", help="folder with pictures of the class; missing ones are made by the model")
     add("--class_prompt", help='a prompt of the class, such as "a photo of dog"')
-    add("--num_class_images", type=int, default=100, help="how many pictures of the class there shall be")
-    add("--sample_batch_size", type=int, default=4, help="how many of them are made at once")
+    add("--num_class_images", type=int, help="how many pictures of the class there shall be")
+    add("--sample_batch_size", type=int, help="how many of them are made at once")
     add_data(parser, captions=False, caches=True)
 
 
-def check_dreambooth(args: argparse.Namespace) -> None:
+def check_dreambooth(settings: DreamBoothSettings, data: DataSettings) -> None:
     """Refuse what cannot work, before anything is read.
 
     Raises:
-      ValueError: no pictures of the instance, or prior preservation without a folder and a prompt of the class.
+      ValueError: no pictures of the instance, or another data set is named.
     """
-    folder = Path(args.instance_data_dir)
+    folder = Path(settings.instance_data_dir)
     if not folder.is_dir() or not pictures_in(folder):
         raise ValueError(f"--instance_data_dir {folder} has no pictures")
-    refuse_other_data(args, "instance_data_dir")
-    missing = [name for name in ("class_data_dir", "class_prompt") if getattr(args, name) is None]
-    if args.with_prior_preservation and missing:
-        raise ValueError(f"--with_prior_preservation needs --{' and --'.join(missing)}")
-    if not args.with_prior_preservation and len(missing) < 2:
+    refuse_other_data(data, "instance_data_dir")
+    if not settings.with_prior_preservation and (settings.class_data_dir or settings.class_prompt):
         warnings.warn("--class_data_dir and --class_prompt have no use without --with_prior_preservation", stacklevel=2)
 
 
-def refuse_other_data(args: argparse.Namespace, folder: str) -> None:
-    """All pictures come from one folder, whose flag is given: say so of flags for other data.
+def refuse_other_data(data: DataSettings, folder: str) -> None:
+    """All pictures come from one folder, whose flag is given: say so of settings for other data.
 
     Raises:
       ValueError: naming the flag.
     """
     others = "train_data_dir", "dataset_name", "dataset_config_name", "train_shards", "load_from_disk", "streaming"
     for name in (*others, "max_train_samples"):
-        if name != folder and getattr(args, name):
+        if name != folder and getattr(data, name):
             raise ValueError(f"--{name} has no use here; the pictures are those of --{folder}")
 
 
@@ -91,33 +122,39 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if is_picture(path))
 
 
-def make_class_pictures(args: argparse.Namespace, **options: Any) -> int:
-    """Fill ``--class_data_dir`` to ``--num_class_images`` pictures of ``--class_prompt``; returns how many were made.
+def make_class_pictures(settings: DreamBoothSettings, model: ModelSettings, seed: int = 0, **options: Any) -> int:
+    """Fill ``class_data_dir`` to ``num_class_images`` pictures of ``class_prompt``; returns how many were made.
 
     The model to start from makes them, on one device of process 0 while the others wait, before training needs the
-    memory. Picture ``n`` has seed ``--seed + n``, so an interrupted run goes on where it was. The files are called
-    ``{number}-{SHA-1 of the pixels}.png``.
+    memory. Without prior preservation there is nothing to do. The files are called ``{number}-{SHA-1 of the
+    pixels}.png``.
 
     Args:
+      settings: which pictures.
+      model: what makes them.
+      seed: picture ``n`` has seed ``seed + n``, so an interrupted run goes on where it was.
       **options: of the pipeline's call, such as ``num_inference_steps``.
     """
-    folder = Path(args.class_data_dir)
+    if not settings.with_prior_preservation:
+        return 0
+    assert settings.class_data_dir is not None  # by the settings' own check
+    folder = Path(settings.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    have = len(pictures_in(folder))
-    if jax.process_index() == 0 and have < args.num_class_images:
+    have, wanted = len(pictures_in(folder)), settings.num_class_images
+    if jax.process_index() == 0 and have < wanted:
         pipe: Any = DiffusionPipeline.from_pretrained(
-            source_folder(args), dtype=PRECISIONS[args.mixed_precision], safety_checker=None
+            source_folder(model), dtype=model.compute.dtype, safety_checker=None
         )
-        for start in range(have, args.num_class_images, args.sample_batch_size):
-            seeds = [args.seed + n for n in range(start, min(start + args.sample_batch_size, args.num_class_images))]
-            images = pipe([args.class_prompt] * len(seeds), seed=seeds, **options).images
+        for start in range(have, wanted, settings.sample_batch_size):
+            seeds = [seed + n for n in range(start, min(start + settings.sample_batch_size, wanted))]
+            images = pipe([settings.class_prompt] * len(seeds), seed=seeds, **options).images
             for number, image in enumerate(images, start):
                 write_picture(folder, number, image)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("class pictures")
-    return max(0, args.num_class_images - have)
+    return max(0, wanted - have)
 
 
 def write_picture(folder: Path, number: int, image: Image.Image) -> None:
@@ -157,23 +194,38 @@ class InTurns:
 
 
 def dreambooth_batches(
-    args: argparse.Namespace, mesh: Mesh, pipe: DiffusionPipeline, *, trained: Sequence[str]
+    settings: DreamBoothSettings,
+    data: DataSettings,
+    batch: BatchSettings,
+    mesh: Mesh,
+    model: ModelSettings,
+    pipe: DiffusionPipeline,
+    *,
+    trained: Sequence[str],
 ) -> tuple[Batches, tuple[str, ...]]:
-    """The batches that the flags describe, and the networks whose work is done already.
+    """The batches of a run, and the networks whose work is done already.
 
     Args:
+      settings: the two folders and their prompts.
+      data: how their pictures are read.
+      batch: pictures of the instance in a step; there are as many of the class.
+      mesh: along which batches are divided.
+      model: where the pipeline came from.
       pipe: the pipeline to train.
       trained: networks that change during the run.
     """
 
-    def batches(folder: str, prompt: str) -> tuple[Batches, tuple[str, ...]]:
+    def batches(folder: str | Path, prompt: str) -> tuple[Batches, tuple[str, ...]]:
         pictures = Prompted(folder, (prompt,))
-        times = math.ceil(pictures_per_update(args, mesh) / len(pictures))
-        inputs = inputs_from(args, pipe, trained=trained, source=pictures, times=times, true_sizes=False)
-        return batches_from(args, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels), inputs.unused
+        times = math.ceil(batch.images_per_step(mesh) / len(pictures))
+        inputs = inputs_from(data, model, pipe, trained=trained, source=pictures, times=times, true_sizes=False)
+        made = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels)
+        return made, inputs.unused
 
-    instance, unused = batches(args.instance_data_dir, args.instance_prompt)
-    if not args.with_prior_preservation:
+    instance, unused = batches(settings.instance_data_dir, settings.instance_prompt)
+    if not settings.with_prior_preservation:
         return instance, unused
-    others, _ = batches(args.class_data_dir, args.class_prompt)
+    assert settings.class_data_dir is not None  # by the settings' own check
+    assert settings.class_prompt is not None
+    others, _ = batches(settings.class_data_dir, settings.class_prompt)
     return InTurns(instance, others), unused

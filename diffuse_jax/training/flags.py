@@ -1,13 +1,45 @@
-"""A parser with groups, configuration files, and flags of other libraries that are only noted or refused."""
+"""A parser with groups, configuration files, and flags of other libraries that are only noted or refused.
+
+Flags end here: :func:`settings_from` makes settings of them, which is what everything below the scripts takes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from diffuse_jax.training.configuration import arguments_of, names_of, nearest, read_config
+
+Settings = TypeVar("Settings")
+
+
+def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
+    """Settings of some kind, each field with the value of the flag of its name.
+
+    Args:
+      args: parsed flags.
+      kind: a dataclass. Fields that hold settings are filled in the same way; those whose flag the script does not have
+        keep their defaults.
+
+    Raises:
+      ValueError: the settings refuse a value.
+    """
+    return _filled(kind, vars(args))
+
+
+def _filled(kind: Any, values: Mapping[str, Any]) -> Any:
+    types, found = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[field.name]):
+            found[field.name] = _filled(types[field.name], values)
+        elif field.name in values:
+            value = values[field.name]
+            found[field.name] = tuple(value) if isinstance(value, list) else value  # settings are hashable
+    return kind(**found)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -55,11 +87,26 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage=usage, formatter_class=Help, allow_abbrev=False, **options)
         self._titles: dict[str, argparse._ArgumentGroup] = {}
 
-    def group(self, title: str) -> Callable[..., argparse.Action]:
-        """``add_argument`` of the group with this title, which is made when it is first asked for."""
+    def group(self, title: str, *settings: type) -> Callable[..., argparse.Action]:
+        """``add_argument`` of the group with this title, which is made when it is first asked for.
+
+        Args:
+          title: what the help calls the group.
+          *settings: dataclasses; a flag with the name of one of their fields has that field's default, unless it is
+            given another.
+        """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
-        return self._titles[title].add_argument
+        fields = [field for kind in settings for field in dataclasses.fields(kind)]
+        defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
+        def add(*names: str, **options: Any) -> argparse.Action:
+            name = names[0].removeprefix("--")
+            if name in defaults:
+                options.setdefault("default", defaults[name])
+            return self._titles[title].add_argument(*names, **options)
+
+        return add
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         line = list(sys.argv[1:] if args is None else args)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from diffuse_jax.adapters import tokens
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
-from diffuse_jax.training.batches import Batches
-from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.data import FolderSource, Record, add_data, batches_from
+from diffuse_jax.training.checks import at_least, one_of
+from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source, add_data
 from diffuse_jax.training.dreambooth import Prompted, refuse_other_data
 from diffuse_jax.training.flags import Parser
 
@@ -33,31 +31,66 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
 """Prompts by what is learned; ``{}`` stands for the new word. Many neutral ones keep it from meaning one sentence."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InversionSettings:
+    """A new word, where its meaning starts, and the prompts that it is learned with.
+
+    Attributes:
+      placeholder_token: the new word, such as "<cat-toy>".
+      initializer_token: a word of one token whose meaning is the start.
+      num_vectors: rows of the table that the word stands for.
+      learnable_property: which prompts are used, a key of :data:`TEMPLATES`.
+      caption_column: instead of those, captions of ``metadata.jsonl``, in which ``{}`` stands for the word.
+      repeats: how often a picture counts in an epoch.
+      save_as_full_pipeline: write the whole pipeline with the new word too.
+
+    Raises:
+      ValueError: a count is not positive, or there are no prompts for the property.
+    """
+
+    placeholder_token: str
+    initializer_token: str
+    num_vectors: int = 1
+    learnable_property: str = "object"
+    caption_column: str | None = None
+    repeats: int = 100
+    save_as_full_pipeline: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, num_vectors=self.num_vectors, repeats=self.repeats)
+        one_of(TEMPLATES, learnable_property=self.learnable_property)
+
+
 def add_inversion(parser: Parser) -> None:
     """The flags of the new word, and of how the pictures are read."""
-    add = parser.group("textual inversion")
+    add = parser.group("textual inversion", InversionSettings)
     add("--placeholder_token", required=True, help='the new word, such as "<cat-toy>"')
     add("--initializer_token", required=True, help="a word of one token whose meaning is the start")
-    add("--num_vectors", type=int, default=1, help="rows of the table that the word stands for")
-    add("--learnable_property", default="object", choices=sorted(TEMPLATES), help="which prompts are used")
+    add("--num_vectors", type=int, help="rows of the table that the word stands for")
+    add("--learnable_property", choices=sorted(TEMPLATES), help="which prompts are used")
     add("--caption_column", help="instead of those, captions of metadata.jsonl, in which {} stands for the word")
-    add("--repeats", type=int, default=100, help="how often a picture counts in an epoch")
+    add("--repeats", type=int, help="how often a picture counts in an epoch")
     add("--save_as_full_pipeline", action="store_true", help="write the whole pipeline with the new word too")
     add_data(parser, captions=False, caches=True)
 
 
-def check_inversion(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything is read.
+def inversion_source(settings: InversionSettings, data: DataSettings) -> Source:
+    """The pictures of ``train_data_dir``, with prompts in which the new word stands.
 
     Raises:
-      ValueError: there is no folder of pictures, or another data set is named.
+      ValueError: there is no folder of pictures, another data set is named, or a caption has no ``{}``.
+      FileNotFoundError: there are no pictures, or no captions although they are wanted.
     """
-    refuse_other_data(args, "train_data_dir")
-    if not args.train_data_dir:
+    refuse_other_data(data, "train_data_dir")
+    if not data.train_data_dir:
         raise ValueError("--train_data_dir is missing: a folder with a few pictures of what the new word stands for")
+    if settings.caption_column is not None:
+        return Worded(data.train_data_dir, settings.caption_column, settings.placeholder_token)
+    captions = tuple(text.format(settings.placeholder_token) for text in TEMPLATES[settings.learnable_property])
+    return Prompted(data.train_data_dir, captions)
 
 
-def with_placeholder(args: argparse.Namespace, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:
+def with_placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:
     """The pipeline with the new word, and its rows ``[n,D]`` float32, copies of the initializer's.
 
     Raises:
@@ -65,30 +98,14 @@ def with_placeholder(args: argparse.Namespace, pipe: DiffusionPipeline) -> tuple
     """
     if not isinstance(pipe, StableDiffusionPipeline):
         raise ValueError(f"textual inversion is for one text encoder; {type(pipe).__name__} has two")
-    tokenizer = tokens.with_words(pipe.components["tokenizer"], args.placeholder_token, args.num_vectors)
-    start = tokens.token_id(pipe.components["tokenizer"], args.initializer_token)
+    tokenizer = tokens.with_words(pipe.components["tokenizer"], settings.placeholder_token, settings.num_vectors)
+    start = tokens.token_id(pipe.components["tokenizer"], settings.initializer_token)
     encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
     row = tokens.table_of(params)[start]
-    rows = jnp.tile(row.astype(jnp.float32), (args.num_vectors, 1))
+    rows = jnp.tile(row.astype(jnp.float32), (settings.num_vectors, 1))
     return pipe.replace(
         tokenizer=tokenizer, text_encoder=tokens.with_rows(encoder, params, rows.astype(row.dtype))
     ), rows
-
-
-def inversion_batches(args: argparse.Namespace, mesh: Mesh, pipe: DiffusionPipeline) -> tuple[Batches, tuple[str, ...]]:
-    """The batches that the flags describe, and the networks whose work is done already.
-
-    Raises:
-      ValueError: a caption without ``{}``.
-    """
-    pictures: Prompted | Worded
-    if args.caption_column is None:
-        captions = tuple(text.format(args.placeholder_token) for text in TEMPLATES[args.learnable_property])
-        pictures = Prompted(args.train_data_dir, captions)
-    else:
-        pictures = Worded(args.train_data_dir, args.caption_column, args.placeholder_token)
-    inputs = inputs_from(args, pipe, trained=("text_encoder",), source=pictures, times=args.repeats)
-    return batches_from(args, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels), inputs.unused
 
 
 class Worded:
@@ -111,9 +128,9 @@ class Worded:
         return record._replace(captions=tuple(text.replace("{}", self._word) for text in record.captions))
 
 
-def save_embeddings(args: argparse.Namespace, folder: Path, trained: Mapping[str, jax.Array]) -> None:
-    """Write ``learned_embeds.safetensors``."""
-    tokens.save_rows(folder / tokens.FILE, args.placeholder_token, trained["text_encoder"])
+def save_embeddings(word: str, folder: Path, trained: Mapping[str, jax.Array]) -> None:
+    """Write ``learned_embeds.safetensors``, the trained rows of ``word``."""
+    tokens.save_rows(folder / tokens.FILE, word, trained["text_encoder"])
 
 
 def combined(pipe: DiffusionPipeline, trained: Mapping[str, jax.Array]) -> dict[str, Params]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,8 +14,9 @@ from diffuse_jax import weights
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model, Params
 from diffuse_jax.sharding import param_shardings
-from diffuse_jax.training.arguments import PRECISIONS
+from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.flags import Parser
+from diffuse_jax.training.hub import HubSettings
 from diffuse_jax.training.initial import initial_params
 
 Network = TypeVar("Network", bound=Model)
@@ -23,9 +25,36 @@ PARTS = {"unet", "vae", "text_encoder", "text_encoder_2", "safety_checker", "ima
 """Folders of networks in a pipeline; those that are not trained need not be downloaded."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """The network that is trained: from a checkpoint, new from a config, or, with neither, a trainer's own choice.
+
+    Attributes:
+      pretrained_model_name_or_path: start from these weights: a folder or a Hub id, of the network or of a pipeline.
+      model_config_name_or_path: train a new network with the ``config.json`` of this folder or Hub id.
+      compute: precision and memory of the network.
+      hub: which version is taken from the Hub.
+
+    Raises:
+      ValueError: both a checkpoint and a config are named.
+    """
+
+    pretrained_model_name_or_path: str | Path | None = None
+    model_config_name_or_path: str | Path | None = None
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    hub: HubSettings = field(default_factory=HubSettings)
+
+    def __post_init__(self) -> None:
+        source, config = self.pretrained_model_name_or_path, self.model_config_name_or_path
+        if source is not None and config is not None:
+            raise ValueError(
+                f"--pretrained_model_name_or_path {source} has a config; leave out --model_config_name_or_path {config}"
+            )
+
+
 def add_network(parser: Parser, subfolder: str, default: str) -> None:
     """The flags that say which network is trained."""
-    add = parser.group("model")
+    add = parser.group("model", NetworkSettings)
     add(
         "--pretrained_model_name_or_path",
         help=f"start from these weights: a folder or a Hub id, of the network or of a pipeline with {subfolder}/",
@@ -37,43 +66,38 @@ def add_network(parser: Parser, subfolder: str, default: str) -> None:
 
 
 def open_network(
-    kind: type[Network], args: argparse.Namespace, mesh: Mesh, subfolder: str, default: Config
+    kind: type[Network], settings: NetworkSettings, mesh: Mesh, subfolder: str, default: Config, seed: int = 0
 ) -> tuple[Network, Params]:
     """The network in the wanted computing precision, and its parameters, float32 whatever that is.
 
     Args:
       kind: its class.
-      args: with the flags of :func:`add_network` and :func:`~diffuse_jax.training.arguments.make_parser`.
+      settings: where it comes from.
       mesh: each device reads its part of a checkpoint only. New parameters stay on the host until the training state
         is built.
       subfolder: where it lies in a pipeline.
-      default: the config of a new network where no flag names one.
+      default: the config of a new network where the settings name none.
+      seed: of a new network's parameters.
 
     Raises:
       WeightsError: no such folder, another network's config, or weights that do not fit it.
-      ValueError: both a checkpoint and a config are named.
     """
-    source, config = args.pretrained_model_name_or_path, args.model_config_name_or_path
-    if source is not None and config is not None:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {source} has a config; leave out --model_config_name_or_path {config}"
-        )
-    dtype = jnp.dtype(PRECISIONS[args.mixed_precision])
+    source, config = settings.pretrained_model_name_or_path, settings.model_config_name_or_path
+    dtype, hub = settings.compute.dtype, settings.hub
     if source is not None:
-        folder = network_folder(args, source, subfolder)
+        folder = network_folder(hub, source, subfolder)
         shardings = param_shardings(kind.from_config(folder).shapes(), mesh)
         return kind.from_pretrained(
-            folder, dtype=dtype, param_dtype=jnp.float32, variant=args.variant, shardings=shardings
+            folder, dtype=dtype, param_dtype=jnp.float32, variant=hub.variant, shardings=shardings
         )
     if config is not None:
-        model = kind.from_config(network_folder(args, config, subfolder), dtype=dtype)
+        model = kind.from_config(network_folder(hub, config, subfolder), dtype=dtype)
     else:
         model = kind(config=default, dtype=dtype)
-    return model, initial_params(model.shapes(), args.seed)
+    return model, initial_params(model.shapes(), seed)
 
 
-def network_folder(args: argparse.Namespace, source: str, subfolder: str) -> Path:
+def network_folder(hub: HubSettings, source: str | Path, subfolder: str) -> Path:
     """Where the network lies: in ``subfolder``, or alone."""
-    hub = {name: getattr(args, name) for name in ("revision", "variant", "cache_dir")}
-    found = weights.resolve(source, **hub, skip=PARTS - {subfolder})
+    found = weights.resolve(source, **hub.options, skip=PARTS - {subfolder})
     return found / subfolder if (found / subfolder).is_dir() else found

@@ -15,6 +15,7 @@ import numpy as np
 
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import cut_batch
+from diffuse_jax.training.checks import one_of
 
 
 def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
@@ -84,11 +85,71 @@ class Objective:
     prior_loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError(f"snr_gamma must be positive, got {self.snr_gamma}")
+        check_gamma(self.snr_gamma)
         steps = self.scheduler.num_train_timesteps
         if self.timestep_bias is not None and len(self.timestep_bias) != steps:
             raise ValueError(f"timestep_bias has {len(self.timestep_bias)} entries for {steps} training timesteps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """The part of an :class:`Objective` that does not depend on the model.
+
+    Attributes:
+      snr_gamma, noise_offset, input_perturbation: see :class:`Objective`.
+      timestep_bias_strategy, timestep_bias_multiplier, timestep_bias_portion, timestep_bias_begin, timestep_bias_end:
+        which timesteps are drawn more often, see :func:`timestep_probabilities`.
+
+    Raises:
+      ValueError: ``snr_gamma`` is not positive, or the strategy is not known.
+    """
+
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    timestep_bias_strategy: str = "none"
+    timestep_bias_multiplier: float = 1.0
+    timestep_bias_portion: float = 0.25
+    timestep_bias_begin: int = 0
+    timestep_bias_end: int | None = None
+
+    def __post_init__(self) -> None:
+        check_gamma(self.snr_gamma)
+        one_of(TIMESTEP_BIASES, timestep_bias_strategy=self.timestep_bias_strategy)
+
+
+def check_gamma(gamma: float | None) -> None:
+    """Refuse what Min-SNR weighting cannot take.
+
+    Raises:
+      ValueError: gamma is not positive.
+    """
+    if gamma is not None and gamma <= 0:
+        raise ValueError(f"snr_gamma must be positive, got {gamma}")
+
+
+def objective_from(settings: ObjectiveSettings, scheduler: Scheduler, prior_loss_weight: float = 1.0) -> Objective:
+    """The loss of a model with this scheduler.
+
+    Raises:
+      ValueError: the biased timesteps do not lie within those of the scheduler.
+    """
+    bias = timestep_probabilities(
+        settings.timestep_bias_strategy,
+        scheduler.num_train_timesteps,
+        multiplier=settings.timestep_bias_multiplier,
+        portion=settings.timestep_bias_portion,
+        begin=settings.timestep_bias_begin,
+        end=settings.timestep_bias_end,
+    )
+    return Objective(
+        scheduler=scheduler,
+        snr_gamma=settings.snr_gamma,
+        noise_offset=settings.noise_offset,
+        input_perturbation=settings.input_perturbation,
+        timestep_bias=bias,
+        prior_loss_weight=prior_loss_weight,
+    )
 
 
 class Draw(NamedTuple):
@@ -167,8 +228,7 @@ def timestep_probabilities(
     Raises:
       ValueError: an unknown strategy, a range outside the timesteps, a multiplier or portion that is not positive.
     """
-    if strategy not in TIMESTEP_BIASES:
-        raise ValueError(f"timestep_bias_strategy must be one of {', '.join(TIMESTEP_BIASES)}, got {strategy!r}")
+    one_of(TIMESTEP_BIASES, timestep_bias_strategy=strategy)
     if strategy == "none":
         return None
     if multiplier <= 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+
+from diffuse_jax.training.checks import one_of
 
 DECAY_SHARE = 1 / 3
 """Share of a ``warmup_stable_decay`` run in which the rate falls."""
@@ -50,8 +53,7 @@ def learning_rate(
     Raises:
       ValueError: the name is not known, the warm-up is longer than the run, or the rules cannot be read.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"lr_scheduler must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    one_of(SCHEDULES, lr_scheduler=name)
     if name == "piecewise_constant":
         return _piecewise(peak, rules)
     warmup = 0 if name == "constant" else warmup
@@ -172,8 +174,7 @@ def make_optimizer(
     Raises:
       ValueError: the name is not known.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    one_of(OPTIMIZERS, optimizer=name)
     optimizer = OPTIMIZERS[name](rate, **settings)
     if own_rates:
         parts = {network: OPTIMIZERS[name](own, **settings) for network, own in own_rates.items()}
@@ -184,3 +185,80 @@ def make_optimizer(
 def _labels(own: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
     """Which optimiser each network has."""
     return {network: network if network in own else "others" for network in params}
+
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Networks that ``text_encoder_lr`` is for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The optimiser of a run and its learning rate.
+
+    Attributes:
+      optimizer: one of :data:`OPTIMIZERS`.
+      learning_rate: the highest learning rate.
+      scale_lr: multiply it by the images of a training step.
+      text_encoder_lr: the highest rate of the text encoders among the trained networks; ``learning_rate`` if None.
+      lr_scheduler: one of :data:`SCHEDULES`, described at :func:`learning_rate`.
+      lr_warmup_steps: steps of linear warm-up.
+      lr_num_cycles: periods of ``cosine_with_restarts``.
+      lr_power: exponent of ``polynomial``.
+      lr_step_rules: of ``piecewise_constant``.
+      adam_beta1, adam_beta2, adam_epsilon: decays of the two moments, and what is added to the root of the second; None
+        for the optimiser's defaults.
+      adam_weight_decay: weight decay, scaled by the learning rate only.
+      max_grad_norm: global norm to which the gradient is clipped; None leaves it as it is.
+
+    Raises:
+      ValueError: the name of an optimiser or schedule is not known.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    scale_lr: bool = False
+    text_encoder_lr: float | None = None
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 500
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
+    lr_step_rules: str = ""
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_weight_decay: float | None = 1e-2
+    adam_epsilon: float | None = None
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        one_of(OPTIMIZERS, optimizer=self.optimizer)
+        one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
+
+
+def optimizer_from(
+    settings: OptimizerSettings, steps: int, images: int, trained: Collection[str] = ()
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of a run, and its learning rate (that of the networks without one of their own).
+
+    Args:
+      settings: which optimiser.
+      steps: training steps of the whole run.
+      images: images of a step, for ``scale_lr``.
+      trained: names of the trained networks.
+
+    Raises:
+      ValueError: the warm-up is longer than the run, or text encoders have a rate but are not trained.
+    """
+    scale = images if settings.scale_lr else 1
+
+    def rate_up_to(peak: float) -> optax.Schedule:
+        shape = {"cycles": settings.lr_num_cycles, "power": settings.lr_power, "rules": settings.lr_step_rules}
+        return learning_rate(settings.lr_scheduler, peak * scale, settings.lr_warmup_steps, steps, **shape)  # type: ignore[arg-type]
+
+    rate, own = rate_up_to(settings.learning_rate), {}
+    if settings.text_encoder_lr is not None:
+        if not set(TEXT_ENCODERS) & set(trained):
+            raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no use without --train_text_encoder")
+        own = dict.fromkeys(TEXT_ENCODERS, rate_up_to(settings.text_encoder_lr))
+    wanted = {name: getattr(settings, f"adam_{name}") for name in ("beta1", "beta2", "weight_decay", "epsilon")}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return make_optimizer(settings.optimizer, rate, max_grad_norm=settings.max_grad_norm, own_rates=own, **given), rate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.training.batches import Batch
-from diffuse_jax.training.data import Example, Record, source_from, transform_from
+from diffuse_jax.training.data import DataSettings, Example, Record, source_from, transform_from
 
 
 def pixel_values(example: Example) -> Batch:
@@ -19,34 +18,34 @@ def pixel_values(example: Example) -> Batch:
     return {"pixel_values": example.pixels}
 
 
-def first_pictures(args: argparse.Namespace, count: int) -> Iterator[np.ndarray]:
+def first_pictures(data: DataSettings, count: int) -> Iterator[np.ndarray]:
     """The middle squares of (at most) the first ``count`` pictures, uint8 ``[resolution,resolution,3]``."""
-    transform = transform_from(args)
-    for index, record in itertools.islice(_records(args), count):
+    transform = transform_from(data)
+    for index, record in itertools.islice(_records(data), count):
         pixels = transform.fixed(record, index).pixels
         assert pixels is not None
         yield pixels
 
 
-def _records(args: argparse.Namespace) -> Iterator[tuple[int, Record]]:
-    if args.streaming:
-        from diffuse_jax.training.data.flags import stream_from
+def _records(data: DataSettings) -> Iterator[tuple[int, Record]]:
+    if data.streaming:
+        from diffuse_jax.training.data.opening import stream_from
         from diffuse_jax.training.data.stream import Records
 
-        rows = Records(stream_from(args))
+        rows = Records(stream_from(data))
         return iter(rows.__next__, None)
-    source = source_from(args)
+    source = source_from(data)
     return ((index, source[index]) for index in range(len(source)))
 
 
-def picture_files(paths: Sequence[str], args: argparse.Namespace) -> list[np.ndarray]:
+def picture_files(paths: Sequence[str], data: DataSettings) -> list[np.ndarray]:
     """The same of picture files.
 
     Raises:
       FileNotFoundError: one is missing.
       ValueError: one cannot be read as a picture.
     """
-    transform = transform_from(args)
+    transform = transform_from(data)
     examples = [transform.fixed(Record(path, ("",), path), index) for index, path in enumerate(paths)]
     return [example.pixels for example in examples if example.pixels is not None]
 

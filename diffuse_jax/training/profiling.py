@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,25 +10,48 @@ from typing import Any
 
 import jax
 
+from diffuse_jax.training.checks import at_least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """What of a run is traced.
+
+    Attributes:
+      profile_steps: trace this many steps, beginning with the second.
+      profile_validation: trace the last validation.
+      profile_memory: write what is in memory before the first and after the last step.
+
+    Raises:
+      ValueError: the number of steps is negative.
+    """
+
+    profile_steps: int = 0
+    profile_validation: bool = False
+    profile_memory: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(0, profile_steps=self.profile_steps)
+
 
 class Profiler:
     """Writes into ``OUTPUT/profile``; open the folder with TensorBoard's profile plugin or Perfetto.
 
     Args:
-      args: flags of :func:`~diffuse_jax.training.arguments.make_parser`.
+      settings: what is traced.
       output: the folder of the run.
       first: updates made before this run. Its first step, which compiles, is never traced.
     """
 
-    def __init__(self, args: argparse.Namespace, output: Path, first: int) -> None:
-        self._args, self._folder = args, output / "profile"
-        self._begin, self._end = first + 1, first + 1 + args.profile_steps
+    def __init__(self, settings: ProfileSettings, output: Path, first: int) -> None:
+        self._settings, self._folder = settings, output / "profile"
+        self._begin, self._end = first + 1, first + 1 + settings.profile_steps
         self._tracing = False
 
     @contextmanager
     def step(self, n: int) -> Iterator[None]:
         """Around update ``n``, counted from 0; the first and the last of the traced ones start and stop the trace."""
-        if self._args.profile_steps and n == self._begin:
+        if self._settings.profile_steps and n == self._begin:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=n):
@@ -42,12 +65,12 @@ class Profiler:
 
     def validation(self) -> AbstractContextManager[Any]:
         """Around the validation pictures at the end of the run."""
-        wanted = self._args.profile_validation and not self._tracing
+        wanted = self._settings.profile_validation and not self._tracing
         return jax.profiler.trace(str(self._folder)) if wanted else nullcontext()
 
     def memory(self, name: str) -> None:
         """What is on the devices now, in ``OUTPUT/profile/memory_NAME.prof`` (pprof)."""
-        if self._args.profile_memory and jax.process_index() == 0:
+        if self._settings.profile_memory and jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.save_device_memory_profile(str(self._folder / f"memory_{name}.prof"))
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffuse_jax.sharding import is_global, param_shardings, train_batch_sharding
-from diffuse_jax.training.arguments import pictures_per_update
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
     checkpoints,
@@ -23,55 +20,65 @@ from diffuse_jax.training.checkpoint import (
     meet,
     remove,
 )
+from diffuse_jax.training.distributed import say
+from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.state import TrainState
 
 VALIDATION_STEPS = 100
 
 
-def settled(args: argparse.Namespace, mesh: Mesh, batches: Batches) -> argparse.Namespace:
-    """The flags with counts of updates in place of epochs; ``max_train_steps`` wins over ``num_train_epochs``.
+class Counts(NamedTuple):
+    """What epochs come to.
+
+    Attributes:
+      steps: training steps of the whole run.
+      validation: steps from one validation to the next.
+    """
+
+    steps: int
+    validation: int
+
+
+def counted(run: RunSettings, images: int, batches: Batches) -> Counts:
+    """Steps in place of epochs; ``max_train_steps`` wins over ``num_train_epochs``.
+
+    Args:
+      run: settings of the run.
+      images: images of a step.
+      batches: ``batches.total``, if there is such a thing, is the number of examples in an epoch.
 
     Raises:
-      ValueError: epochs are wanted, but the data does not say how many examples it has; a count is not positive.
+      ValueError: epochs are wanted, but the data does not say how many examples it has.
     """
     examples = getattr(batches, "total", None)
-    steps, validation = args.max_train_steps, args.validation_steps
-    if examples is None and (steps is None or args.validation_epochs is not None):
-        raise ValueError(
-            "the number of examples is not known: say --max_train_steps and --validation_steps, not epochs"
-        )
-    epoch = None if examples is None else math.ceil(examples / pictures_per_update(args, mesh))
-    if steps is None and epoch is not None:
-        steps = args.num_train_epochs * epoch
-    if validation is None:
-        validation = VALIDATION_STEPS if args.validation_epochs is None else args.validation_epochs * (epoch or 1)
-    counts = {"max_train_steps": steps, "validation_steps": validation}
-    for name in ("logging_steps", "checkpointing_steps"):
-        counts[name] = getattr(args, name)
-    if args.checkpoints_total_limit is not None:
-        counts["checkpoints_total_limit"] = args.checkpoints_total_limit
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    return argparse.Namespace(**{**vars(args), **counts})
+    if examples is None:
+        if run.max_train_steps is None or run.validation_epochs is not None:
+            raise ValueError(
+                "the number of examples is not known: say --max_train_steps and --validation_steps, not epochs (a "
+                "stream's is known with --max_train_samples)"
+            )
+        return Counts(run.max_train_steps, run.validation_steps or VALIDATION_STEPS)
+    epoch = max(1, math.ceil(examples / images))
+    by_epoch = VALIDATION_STEPS if run.validation_epochs is None else run.validation_epochs * epoch
+    return Counts(run.max_train_steps or run.num_train_epochs * epoch, run.validation_steps or by_epoch)
 
 
-def starting_point(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` names, or None; ``latest`` without a checkpoint starts anew.
+def starting_point(run: RunSettings) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` names, or None; ``latest`` without a checkpoint starts anew.
 
     Raises:
       FileNotFoundError: the named checkpoint is not there.
       FileExistsError: a new run would mix its checkpoints with those of an old one.
     """
-    if args.resume_from_checkpoint:
-        folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if run.resume_from_checkpoint:
+        folder = find_checkpoint(run.output_dir, str(run.resume_from_checkpoint))
         if folder is None:
-            say(f"no checkpoint in {args.output_dir}; starting from step 0")
+            say(f"no checkpoint in {run.output_dir}; starting from step 0")
         return folder
-    old = list(checkpoints(args.output_dir).values())
-    if old and not args.overwrite_output_dir:
+    old = list(checkpoints(run.output_dir).values())
+    if old and not run.overwrite_output_dir:
         raise FileExistsError(
-            f"{args.output_dir} has {', '.join(p.name for p in old)}; say --resume_from_checkpoint latest to go on, "
+            f"{run.output_dir} has {', '.join(p.name for p in old)}; say --resume_from_checkpoint latest to go on, "
             "--overwrite_output_dir to remove them, or another --output_dir"
         )
     meet("old checkpoints")
@@ -98,12 +105,6 @@ def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
         say(f"note: {folder} was trained with {position.rows} pictures per update, this run has {rows}")
     batches.set_state(position.batches)
     return state
-
-
-def say(text: str) -> None:
-    """A line for the person who watches; process 0 speaks for all."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def local(tree: Any) -> Any:

@@ -82,6 +82,32 @@ class Average:
                 raise ValueError(f"{name} of the running average must lie in [0, 1], got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaSettings:
+    """Whether the parameters are averaged, and how.
+
+    Attributes:
+      use_ema: keep a running average of the parameters, and save and validate that.
+      ema_decay, ema_inv_gamma, ema_power: see :class:`Average`.
+
+    Raises:
+      ValueError: the decay does not lie in [0, 1].
+    """
+
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    ema_inv_gamma: float | None = None
+    ema_power: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        _ = self.average  # which checks the decay
+
+    @property
+    def average(self) -> Average:
+        """How the average follows the parameters."""
+        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power)
+
+
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,

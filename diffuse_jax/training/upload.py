@@ -1,14 +1,16 @@
-"""Uploading a trained model to the Hub (``--push_to_hub``)."""
+"""Uploading a trained model to the Hub (``push_to_hub``)."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from diffuse_jax.training.data import cache_dir_from
-from diffuse_jax.training.start import say
+from diffuse_jax.training.configuration import CONFIG_FILE, read_config
+from diffuse_jax.training.distributed import say
 
 LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "profile/**", "*.new")
 """What stays here, besides the caches: the training states are large and of use to this run alone."""
@@ -16,23 +18,40 @@ LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "p
 CARD = "README.md"
 
 
-def make_repository(args: argparse.Namespace) -> str | None:
-    """The repository that ``--push_to_hub`` needs, made where it is missing: before training, so that no run ends here.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UploadSettings:
+    """Whether a trained model goes to the Hub, and where to.
+
+    Attributes:
+      push_to_hub: upload the folder of the run at its end.
+      hub_model_id: name of the repository; the name of the folder if None.
+      hub_private_repo: make it a private one.
+      hub_token: access token; the one that `hf auth login` stored if None.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
+
+
+def make_repository(settings: UploadSettings, folder: str | Path) -> str | None:
+    """The repository for a folder, made where it is missing: before training, so that no run ends here.
 
     Returns:
-      Its id; None without the flag, and on all processes but the first.
+      Its id; None where nothing is to be uploaded, and on all processes but the first.
 
     Raises:
       ConnectionError: the Hub cannot be reached, or does not let us write there.
     """
-    if not args.push_to_hub or jax.process_index() != 0:
+    if not settings.push_to_hub or jax.process_index() != 0:
         return None
     from huggingface_hub import HfApi
 
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = settings.hub_model_id or Path(folder).resolve().name
     try:
-        api = HfApi(token=args.hub_token)
-        return str(api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id)
+        api = HfApi(token=settings.hub_token)
+        return str(api.create_repo(name, private=settings.hub_private_repo or None, exist_ok=True).repo_id)
     except Exception as error:  # its HTTP library, and so the classes of its errors, changes with its version
         raise ConnectionError(
             f"--push_to_hub: no repository {name!r} on the Hub ({error}); log in with `hf auth login` or give "
@@ -40,56 +59,63 @@ def make_repository(args: argparse.Namespace) -> str | None:
         ) from error
 
 
-def push_to_hub(args: argparse.Namespace) -> str | None:
-    """Upload ``args.output_dir`` if ``--push_to_hub`` says so; to be called when the model is complete.
+def push_to_hub(settings: UploadSettings, folder: str | Path) -> str | None:
+    """Upload the folder of a run, if the settings say so; to be called when the model is complete.
 
-    A ``README.md`` is written first, if there is none: the base model, the flags and the last validation pictures.
+    A ``README.md`` is written first, if there is none: the base model, the prompts and the last validation images. What
+    the run was is read from its ``training.yaml``.
 
     Returns:
-      The address of the commit; None if nothing was uploaded (without the flag, and on all processes but the first).
+      The address of the commit; None if nothing was uploaded (on all processes but the first too).
 
     Raises:
       ConnectionError: of :func:`make_repository`.
       huggingface_hub.errors.HfHubHTTPError: the Hub refuses the files.
     """
-    repository = make_repository(args)
+    repository = make_repository(settings, folder)
     if repository is None:
         return None
     from huggingface_hub import HfApi
 
-    folder = Path(args.output_dir)
+    folder = Path(folder)
+    run = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if not (folder / CARD).is_file():
-        (folder / CARD).write_text(card(args, repository), encoding="utf-8")
-    ignored = [*LEFT_OUT, f"{args.logging_dir}/**", *caches(args)]
-    commit = HfApi(token=args.hub_token).upload_folder(
+        (folder / CARD).write_text(card(folder, run, repository), encoding="utf-8")
+    ignored = [*LEFT_OUT, f"{run.get('logging_dir', 'logs')}/**", *caches(folder, run)]
+    commit = HfApi(token=settings.hub_token).upload_folder(
         repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
     )
     say(f"uploaded to {commit}")
     return str(commit)
 
 
-def caches(args: argparse.Namespace) -> list[str]:
-    """Patterns of the encoded pictures and captions, where they lie in the folder that is uploaded."""
-    folder, cache = Path(args.output_dir).resolve(), cache_dir_from(args).resolve()
+def caches(folder: Path, run: Mapping[str, Any]) -> list[str]:
+    """Patterns of the encoded images and captions, where they lie in the folder that is uploaded."""
+    folder = folder.resolve()
+    cache = Path(run.get("data_cache_dir") or folder / "cache").resolve()
     return [f"{cache.relative_to(folder)}/**"] if folder in cache.parents else []
 
 
-def card(args: argparse.Namespace, repository: str) -> str:
-    """The model card: what was trained from what, and pictures."""
-    base = getattr(args, "pretrained_model_name_or_path", None)
+def card(folder: Path, run: Mapping[str, Any], repository: str) -> str:
+    """The model card: what was trained from what, and images.
+
+    Args:
+      folder: where the model lies.
+      run: what its ``training.yaml`` says.
+      repository: where the card will be read.
+    """
+    base = run.get("pretrained_model_name_or_path")
     on_hub = base is not None and not Path(base).exists()
     head = ["library_name: diffusers", "tags: [diffusers, diffuse-jax]", *([f"base_model: {base}"] if on_hub else [])]
     text = ["---", *head, "---", "", f"# {repository}", ""]
-    text += [f"Trained with diffuse_jax{f' from `{base}`' if base else ''}; `training.yaml` holds every flag.", ""]
-    prompts = getattr(args, "validation_prompt", None) or []
+    text += [f"Trained with diffuse_jax{f' from `{base}`' if base else ''}; `{CONFIG_FILE}` holds every flag.", ""]
+    prompts = run.get("validation_prompt") or []
     if prompts:
         text += ["Prompts of the pictures: " + "; ".join(f"“{p}”" for p in prompts), ""]
-    return "\n".join(text + [f"![{p.stem}]({p.relative_to(args.output_dir)})" for p in last_pictures(args)]) + "\n"
+    return "\n".join(text + [f"![{p.stem}]({p.relative_to(folder)})" for p in last_images(folder)]) + "\n"
 
 
-def last_pictures(args: argparse.Namespace) -> list[Path]:
-    """The validation pictures of the last step that has any."""
-    steps = sorted(
-        (Path(args.output_dir) / "validation").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-"))
-    )
+def last_images(folder: Path) -> list[Path]:
+    """The validation images of the last step that has any."""
+    steps = sorted((folder / "validation").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     return sorted(steps[-1].glob("*.png")) if steps else []

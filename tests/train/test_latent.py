@@ -17,7 +17,7 @@ from diffuse_jax import DiffusionPipeline
 from diffuse_jax.adapters import tokens
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel
-from diffuse_jax.training.latent_flags import copy_component
+from diffuse_jax.training.latent_model import copy_component
 from tests.train.helpers import EMOJI, log, numbers, run
 from tests.train.latent_models import SIZE, save_sd, save_sdxl
 

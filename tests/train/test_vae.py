@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffuse_jax.models import AutoencoderKL
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.training.data import data_from
 from diffuse_jax.training.pixels import first_pictures
 from tests.train.helpers import EMOJI, load, log, numbers, run
 from tests.training.test_perceptual import vgg16_state
@@ -48,7 +49,7 @@ def test_pictures_are_learned_and_latents_measured(
     assert np.mean(log(tmp_path / "out")[-8:]) < 0.4 * log(tmp_path / "out")[0]
 
     vae, params = AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")
-    images = np.stack(list(first_pictures(load_args(options, monkeypatch), 12)))
+    images = np.stack(list(first_pictures(data_from(load_args(options, monkeypatch)), 12)))
     latents = vae.apply({"params": params}, images / np.float32(127.5) - 1, method="encode").mean
     assert float(latents.std()) * vae.config.scaling_factor == pytest.approx(1.0, rel=1e-3)
     assert vae.config.sample_size == 32

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.training.data import Example, add_data
+from diffuse_jax.training.batches import BatchSettings
+from diffuse_jax.training.data import DataSettings, Example, add_data, data_from
 from diffuse_jax.training.flags import Parser
 
 
@@ -46,13 +47,17 @@ def table(count: int, first: int = 0, **columns: list[Any]) -> Any:
     return datasets.Dataset.from_dict(rows | columns).cast_column("image", datasets.Image())
 
 
-def flags(*line: str, batch: int = 2, **values: Any) -> Any:
-    """Parsed flags of :func:`add_data`, and the others that ``batches_from`` reads."""
+def flags(*line: str, **values: Any) -> DataSettings:
+    """What flags of :func:`add_data` say; ``values`` are other defaults, also of flags that whole scripts have."""
     parser = Parser()
     add_data(parser, caches=True, resolution=8)
-    others = {"train_batch_size": batch, "gradient_accumulation_steps": 1, "seed": 0, "max_train_steps": 10}
-    parser.set_defaults(**{"output_dir": "unused", **others, **values})
-    return parser.parse_args(list(line))
+    parser.set_defaults(**{"output_dir": "unused", "seed": 0, **values})
+    return data_from(parser.parse_args(list(line)))
+
+
+def per_device(count: int = 2) -> BatchSettings:
+    """Batches of so many images per device."""
+    return BatchSettings(train_batch_size=count)
 
 
 def finish(example: Example) -> dict[str, np.ndarray]:

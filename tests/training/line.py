@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.training.arguments import make_parser, mesh_from, pictures_per_update
-from diffuse_jax.training.batches import Batch, Numbered
+from diffuse_jax.training.arguments import make_parser
+from diffuse_jax.training.batches import Batch, BatchSettings, Numbered
 from diffuse_jax.training.data.loader import process_rows
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.loop import fit
+from diffuse_jax.training.run import RunSettings
 
 SLOPE = np.array([[2.0], [-1.0], [0.5], [1.0], [-2.0], [0.0], [3.0], [-0.5]], np.float32)
 FLAGS = {"learning_rate": 0.05, "lr_warmup_steps": 0, "train_batch_size": 1, "logging_steps": 1, "report_to": "none"}
@@ -42,9 +45,9 @@ def points(n: int, rows: int) -> np.ndarray:
 
 def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> Numbered:
     """This process's rows of update ``n``; every update takes at least ``pause`` seconds."""
-    rows = pictures_per_update(args, mesh)
-    parts = args.gradient_accumulation_steps
-    mine = process_rows(mesh, parts, rows // parts)
+    size = settings_from(args, BatchSettings)
+    rows = size.images_per_step(mesh)
+    mine = process_rows(mesh, size.gradient_accumulation_steps, size.images_per_part(mesh))
 
     def batch(n: int) -> Batch:
         time.sleep(pause)
@@ -65,9 +68,15 @@ def arguments(*words: str, **flags: object) -> argparse.Namespace:
     return make_parser(__doc__, output_dir="line", **FLAGS).parse_args([*words, *line])
 
 
+def line_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """The mesh that the flags describe."""
+    return mesh_from(settings_from(args, DeviceSettings))
+
+
 def train_line(args: argparse.Namespace, **options: Any) -> Any:
     """Train; ``options`` are those of :func:`fit`, where they differ."""
-    mesh = options.pop("mesh", None) or mesh_from(args)
+    run = settings_from(args, RunSettings)
+    mesh = options.pop("mesh", None) or line_mesh(args)
     given = {
         "trainable": start(),
         "frozen": {"slope": SLOPE},
@@ -75,14 +84,14 @@ def train_line(args: argparse.Namespace, **options: Any) -> Any:
         "batches": line_batches(args, mesh),
         "export": save,
     }
-    return fit(args, mesh, **given | options)
+    return fit(run, mesh, config=vars(args), **given | options)
 
 
 def main() -> None:
     parser = make_parser(__doc__, output_dir="line", **FLAGS)
     parser.add_argument("--pause", type=float, default=0.0)
     args = parser.parse_args()
-    mesh = mesh_from(args)
+    mesh = line_mesh(args)
     train_line(args, mesh=mesh, batches=line_batches(args, mesh, args.pause))
     print("finished")
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from diffuse_jax.training.arguments import make_parser, mesh_from, optimizer_from, pictures_per_update
+from diffuse_jax.training.arguments import make_parser
+from diffuse_jax.training.batches import BatchSettings
 from diffuse_jax.training.configuration import write_config
-from diffuse_jax.training.flags import Parser
+from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.flags import Parser, settings_from
+from diffuse_jax.training.optimizer import OptimizerSettings, optimizer_from
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Pat
     (tmp_path / "flags.json").write_text(json.dumps({"seed": 7, "learning_rate": 1e-3, "hub_token": "secret"}))
     words = ["--config", str(tmp_path / "flags.json"), "--validation_prompt", "a b", "c", "--adam_beta1=0.5"]
     args = parser.parse_args([*MODEL, *words])
-    write_config(tmp_path / "run", args)
+    write_config(tmp_path / "run", vars(args))
     assert "secret" not in (tmp_path / "run" / "training.yaml").read_text()
     again = parser.parse_args(["--config", str(tmp_path / "run" / "training.yaml")])
     different = {name for name, value in vars(args).items() if vars(again)[name] != value}
@@ -162,9 +165,9 @@ def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> 
 def test_pictures_of_an_update(parser: Parser) -> None:
     words = ["--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--mesh_fsdp", "2", "--mesh_tensor", "2"]
     args = parser.parse_args([*MODEL, *words, "--max_train_steps", "9", "--lr_warmup_steps", "0", "--scale_lr"])
-    mesh = mesh_from(args)
-    assert pictures_per_update(args, mesh) == 3 * 2 * (2 * 2)
-    _, rate = optimizer_from(args, mesh)
+    images = settings_from(args, BatchSettings).images_per_step(mesh_from(settings_from(args, DeviceSettings)))
+    assert images == 3 * 2 * (2 * 2)
+    _, rate = optimizer_from(settings_from(args, OptimizerSettings), args.max_train_steps, images)
     assert float(rate(0)) == pytest.approx(1e-4 * 24)
 
 
@@ -178,4 +181,4 @@ def test_pictures_of_an_update(parser: Parser) -> None:
 )
 def test_processes_and_meshes_that_cannot_be(parser: Parser, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mesh_from(parser.parse_args([*MODEL, *words]))
+        mesh_from(settings_from(parser.parse_args([*MODEL, *words]), DeviceSettings))

@@ -279,10 +279,9 @@ class Signalling:
     """Batches that send this process a signal while batch ``at`` is made."""
 
     def __init__(self, args: Any, number: int, at: int) -> None:
-        from diffuse_jax.training.arguments import mesh_from
-        from tests.training.line import line_batches
+        from tests.training.line import line_batches, line_mesh
 
-        self._inner, self._number, self._at, self._n = line_batches(args, mesh_from(args)), number, at, 0
+        self._inner, self._number, self._at, self._n = line_batches(args, line_mesh(args)), number, at, 0
 
     def __next__(self) -> Any:
         if self._n == self._at:

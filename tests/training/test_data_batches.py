@@ -22,7 +22,7 @@ from diffuse_jax.training.data.sources import FolderSource
 from diffuse_jax.training.data.transform import Transform
 from diffuse_jax.training.dreambooth import InTurns
 
-from .data_sets import finish, flags, image_folder
+from .data_sets import finish, flags, image_folder, per_device
 
 
 def mesh(devices: int = 1) -> jax.sharding.Mesh:
@@ -40,7 +40,7 @@ def assert_same(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.nda
 
 
 def test_a_batch_holds_pictures_and_their_captions(tmp_path: Path) -> None:
-    batches = batches_from(flags("--train_data_dir", str(image_folder(tmp_path, 10)), batch=4), mesh(), finish)
+    batches = batches_from(flags("--train_data_dir", str(image_folder(tmp_path, 10))), per_device(4), mesh(), finish)
     seen = take(batches, 5)
     assert seen[0]["pixels"].shape == (4, 8, 8, 3)
     for batch in seen:
@@ -52,13 +52,13 @@ def test_a_batch_holds_pictures_and_their_captions(tmp_path: Path) -> None:
 
 
 def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(tmp_path: Path) -> None:
-    args = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip", batch=3)
-    batches = batches_from(args, mesh(), finish)
+    data = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip")
+    batches = batches_from(data, per_device(3), mesh(), finish)
     first = take(batches, 2)
     time.sleep(0.1)  # more batches are being made
     state = json.loads(json.dumps(batches.get_state()))
     rest = take(batches, 6)
-    again = batches_from(args, mesh(), finish)
+    again = batches_from(data, per_device(3), mesh(), finish)
     again.set_state(state)
     assert_same(take(again, 6), rest)
     batches.set_state(state)
@@ -69,8 +69,8 @@ def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(t
 def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
     others = set(multiprocessing.active_children())
     line = ["--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip"]
-    threads = batches_from(flags(*line, batch=3), mesh(), finish)
-    workers = batches_from(flags(*line, "--dataloader_num_workers", "2", batch=3), mesh(), finish)
+    threads = batches_from(flags(*line), per_device(3), mesh(), finish)
+    workers = batches_from(flags(*line, "--dataloader_num_workers", "2"), per_device(3), mesh(), finish)
     wanted = take(threads, 7)
     made = take(workers, 4)
     assert_same(made, wanted[:4])
@@ -86,7 +86,8 @@ def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, 4)
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"damaged")
-    batches = batches_from(flags("--train_data_dir", str(folder), "--dataloader_num_workers", "1"), mesh(), finish)
+    data = flags("--train_data_dir", str(folder), "--dataloader_num_workers", "1")
+    batches = batches_from(data, per_device(), mesh(), finish)
     with pytest.raises(ValueError, match=r"\d.png is not a picture that can be read"):
         next(batches)
 
@@ -94,7 +95,7 @@ def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
 def test_pictures_of_instance_and_class_come_in_turns(tmp_path: Path) -> None:
     others = set(threading.enumerate())
     folders = [str(image_folder(tmp_path / name, count)) for name, count in (("instance", 4), ("class", 9))]
-    make = lambda: InTurns(*(batches_from(flags("--train_data_dir", f), mesh(), finish) for f in folders))
+    make = lambda: InTurns(*(batches_from(flags("--train_data_dir", f), per_device(), mesh(), finish) for f in folders))
     both = make()
     first = take(both, 3)
     assert both.total == 9
@@ -120,7 +121,7 @@ def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:
 def test_a_fresh_start_with_fewer_pictures_per_update(tmp_path: Path) -> None:
     """The position counts examples: on fewer devices the run goes on with the ones that come next."""
     line = ["--train_data_dir", str(image_folder(tmp_path, 20))]
-    two, one = batches_from(flags(*line), mesh(2), finish), batches_from(flags(*line), mesh(1), finish)
+    two, one = (batches_from(flags(*line), per_device(), mesh(n), finish) for n in (2, 1))
     assert len(next(two)["index"]) == 4
     one.set_state(two.get_state())
     following = np.concatenate([b["index"] for b in take(one, 4)])
@@ -131,18 +132,18 @@ def test_buckets(tmp_path: Path) -> None:
     """Each batch has one size; small pictures are enlarged to cover it."""
     folder = image_folder(tmp_path / "data", 12, [(30, 20), (20, 30), (20, 20)])
     line = ["--train_data_dir", str(folder), "--resolution", "16", "--aspect_ratio_buckets", "--bucket_step", "4"]
-    args = flags(*line, output_dir=str(tmp_path / "out"))
-    batches = batches_from(args, mesh(), finish)
+    data = flags(*line, output_dir=str(tmp_path / "out"))
+    batches = batches_from(data, per_device(), mesh(), finish)
     seen = take(batches, 12)
     shapes = {batch["pixels"].shape[1:3] for batch in seen}
     assert shapes == {(20, 12), (12, 20), (16, 16)}
     state = batches.get_state()
     rest = take(batches, 3)
-    again = batches_from(args, mesh(), finish)
+    again = batches_from(data, per_device(), mesh(), finish)
     again.set_state(state)
     assert_same(take(again, 3), rest)
     with pytest.raises(ValueError, match="written with 2 examples per update, this run has 4"):
-        batches_from(args, mesh(2), finish).set_state(state)
+        batches_from(data, per_device(), mesh(2), finish).set_state(state)
 
 
 SCRIPT = """

@@ -19,7 +19,6 @@ from diffuse_jax.training.data import (
     batches_from,
     buckets_from,
     cache_captions,
-    cache_dir_from,
     cache_pictures,
     cached,
     fingerprint_params,
@@ -28,7 +27,7 @@ from diffuse_jax.training.data import (
 )
 from diffuse_jax.training.data.cache import CachedPictures
 
-from .data_sets import flags, image_folder
+from .data_sets import flags, image_folder, per_device
 
 
 def squares(rows: range) -> dict[str, np.ndarray]:
@@ -146,15 +145,16 @@ def test_pictures_are_encoded_once_and_not_read_again(tmp_path: Path, buckets: l
 
     folder = image_folder(tmp_path / "data", 12, [(30, 20), (20, 30), (20, 20)])
     line = ["--train_data_dir", str(folder), "--resolution", "16", "--data_cache_dir", str(tmp_path), "--cache_latents"]
-    args = flags(*line, *buckets)
-    source = source_from(args)
-    groups = buckets_from(args, source)
-    cache = cache_pictures(cache_dir_from(args), "latents", {}, source, transform_from(args), mean, groups)
+    data = flags(*line, *buckets)
+    source = source_from(data)
+    groups = buckets_from(data, source)
+    folder_of_caches = data.caches.data_cache_dir
+    cache = cache_pictures(folder_of_caches, "latents", {}, source, transform_from(data), mean, groups)
     for i in range(12):
         (folder / f"{i}.png").unlink()
     mesh = make_mesh(devices=jax.devices()[:1])
     finish = functools.partial(from_cache, pickle.loads(pickle.dumps(cache)))
-    batches = batches_from(args, mesh, finish, source=source, pixels=False)
+    batches = batches_from(data, per_device(), mesh, finish, source=source, pixels=False)
     shapes = set()
     for _ in range(6):
         batch = next(batches)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from diffuse_jax.sharding import make_mesh
-from diffuse_jax.training.data import batches_from
-from diffuse_jax.training.data.flags import stream_from
+from diffuse_jax.training.data import DataSettings, batches_from
+from diffuse_jax.training.data.opening import stream_from
 from diffuse_jax.training.data.stream import Records, StreamLoader
 from diffuse_jax.training.data.transform import Transform
 
-from .data_sets import finish, flags, table
+from .data_sets import finish, flags, per_device, table
 
 
 def write_files(folder: Path, count: int) -> str:
@@ -31,13 +31,13 @@ def parquet(tmp_path: Path) -> str:
     return write_files(tmp_path, 4)
 
 
-def arguments(folder: str, *line: str, batch: int = 4) -> Any:
+def arguments(folder: str, *line: str) -> DataSettings:
     window = () if "--shuffle_buffer_size" in line else ("--shuffle_buffer_size", "7")
-    return flags("--dataset_name", folder, "--streaming", *window, *line, batch=batch)
+    return flags("--dataset_name", folder, "--streaming", *window, *line)
 
 
-def batches(folder: str, *line: str, **values: Any) -> Any:
-    return batches_from(arguments(folder, *line, **values), make_mesh(devices=jax.devices()[:1]), finish)
+def batches(folder: str, *line: str, batch: int = 4) -> Any:
+    return batches_from(arguments(folder, *line), per_device(batch), make_mesh(devices=jax.devices()[:1]), finish)
 
 
 def captions(loader: Any, count: int) -> list[list[int]]:

@@ -14,10 +14,9 @@ import yaml
 from PIL import Image
 
 from diffuse_jax.sharding import make_mesh
-from diffuse_jax.training.arguments import mesh_from
 from diffuse_jax.training.batches import Numbered
 from diffuse_jax.training.checkpoint import checkpoints
-from tests.training.line import SLOPE, arguments, line_batches, line_loss, points, start, train_line
+from tests.training.line import SLOPE, arguments, line_batches, line_loss, line_mesh, points, start, train_line
 
 
 def records(folder: Path) -> list[dict[str, float]]:
@@ -107,7 +106,7 @@ def test_a_run_cannot_go_on_to_an_earlier_step(tmp_path: Path) -> None:
 
 def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments(output_dir=tmp_path, max_train_steps=1, gradient_accumulation_steps=2, train_batch_size=3)
-    batches = line_batches(args, mesh_from(args))
+    batches = line_batches(args, line_mesh(args))
     batches.total = 96  # type: ignore[attr-defined]
     train_line(args, batches=batches)
     text = capsys.readouterr().err
@@ -119,7 +118,7 @@ def test_epochs_become_updates(tmp_path: Path) -> None:
     """20 examples in updates of 8: three updates are an epoch; ``max_train_steps`` wins where it is given."""
     for flags, steps in (({"num_train_epochs": 2}, 6), ({"num_train_epochs": 2, "max_train_steps": 4}, 4)):
         args = arguments(output_dir=tmp_path / str(steps), validation_epochs=1, **flags)
-        batches = line_batches(args, mesh_from(args))
+        batches = line_batches(args, line_mesh(args))
         batches.total = 20  # type: ignore[attr-defined]
         train_line(args, batches=batches, validate=lambda params: [("", Image.new("RGB", (2, 2)))])
         assert len(records(tmp_path / str(steps))) == steps
@@ -157,7 +156,7 @@ def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pyt
     """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")
-    inner = line_batches(args, mesh_from(args))
+    inner = line_batches(args, line_mesh(args))
     fetched: list[int] = []
     kind = type(jnp.zeros(()))
     value = lambda self, real=kind._value: (fetched.append(inner.get_state()["batch"]), real.fget(self))[1]

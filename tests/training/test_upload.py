@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.training.data import cache_dir_from, cached
-from diffuse_jax.training.upload import push_to_hub
+from diffuse_jax.training.data import cached
+from diffuse_jax.training.flags import settings_from
+from diffuse_jax.training.upload import UploadSettings, push_to_hub
 from tests.training.line import arguments, train_line
 
 
@@ -40,8 +41,8 @@ def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monke
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "hub_token": "secret"}
     args = arguments("--push_to_hub", output_dir=tmp_path / "my-line", report_to="tensorboard", **flags)
     train_line(args, validate=lambda params: [("a line", Image.new("RGB", (4, 4)))])
-    cached(cache_dir_from(args) / "latents", {}, 3, lambda rows: {"moments": np.zeros(len(rows))})
-    assert push_to_hub(args) == "https://hub/commit"
+    cached(tmp_path / "my-line" / "cache" / "latents", {}, 3, lambda rows: {"moments": np.zeros(len(rows))})
+    assert push_to_hub(settings_from(args, UploadSettings), args.output_dir) == "https://hub/commit"
     assert Hub.asked["repo_id"] == "somebody/my-line"
     assert Hub.asked["token"] == "secret"
     expected = ["README.md", "line/params.npz", "log.jsonl", "training.yaml"]
@@ -64,4 +65,4 @@ def test_a_hub_that_refuses_is_noticed_before_training(tmp_path: Path, monkeypat
 
 def test_nothing_happens_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: pytest.fail("asked the Hub"))
-    assert push_to_hub(arguments(output_dir=tmp_path)) is None
+    assert push_to_hub(UploadSettings(), tmp_path) is None

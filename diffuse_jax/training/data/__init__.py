@@ -1,25 +1,27 @@
 """Data of training: sources of captioned pictures, examples made from them, and batches that can be resumed."""
 
 from diffuse_jax.training.data.cache import Stored, cache_captions, cache_pictures, cached, fingerprint_params
-from diffuse_jax.training.data.flags import (
-    add_data,
+from diffuse_jax.training.data.flags import add_data, data_from
+from diffuse_jax.training.data.hub import Stream, TableSource
+from diffuse_jax.training.data.opening import (
     batches_from,
     buckets_from,
-    cache_dir_from,
-    check_data,
     check_sides,
     source_from,
     transform_from,
 )
-from diffuse_jax.training.data.hub import Stream, TableSource
+from diffuse_jax.training.data.settings import CacheSettings, DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
 from diffuse_jax.training.data.sources import FolderSource, Part, Source
 from diffuse_jax.training.data.transform import Example, Record, Transform
 
 __all__ = [
     "ArrayRecordSource",
+    "CacheSettings",
+    "DataSettings",
     "Example",
     "FolderSource",
+    "ImageSettings",
     "Part",
     "Record",
     "Source",
@@ -32,11 +34,10 @@ __all__ = [
     "batches_from",
     "buckets_from",
     "cache_captions",
-    "cache_dir_from",
     "cache_pictures",
     "cached",
-    "check_data",
     "check_sides",
+    "data_from",
     "fingerprint_params",
     "source_from",
     "transform_from",

@@ -58,12 +58,18 @@ class Stream:
 
 
 def load(
-    name: str, config: str | None = None, *, streaming: bool = False, cache_dir: str | None = None, split: str = "train"
+    name: str,
+    config: str | None = None,
+    *,
+    streaming: bool = False,
+    cache_dir: str | Path | None = None,
+    split: str = "train",
 ) -> Any:
     """``datasets.load_dataset`` for a Hub id or a local folder; the split must exist."""
     import datasets
 
-    return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache_dir)
+    folder = None if cache_dir is None else str(cache_dir)
+    return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=folder)
 
 
 def load_saved(folder: str | Path, split: str = "train") -> Any:

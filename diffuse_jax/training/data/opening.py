@@ -1,0 +1,179 @@
+"""From settings to the data set, its examples and the batches of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffuse_jax.training.batches import Batches, BatchSettings
+from diffuse_jax.training.data import hub
+from diffuse_jax.training.data.buckets import assign, bucket_sizes
+from diffuse_jax.training.data.hub import Stream
+from diffuse_jax.training.data.loader import Finish, Loader, Maker, process_rows
+from diffuse_jax.training.data.order import Bucketed, Plain
+from diffuse_jax.training.data.settings import DataSettings, ImageSettings
+from diffuse_jax.training.data.shards import shard_source
+from diffuse_jax.training.data.sources import FolderSource, Source, sample
+from diffuse_jax.training.data.transform import Size, Transform
+
+if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
+    from jax.sharding import Mesh
+
+
+def check_named(data: DataSettings) -> None:
+    """Refuse settings that do not name one data set.
+
+    Raises:
+      ValueError: naming the flags that are missing or too many.
+    """
+    sources = {f"--{name}": getattr(data, name) for name in ("train_data_dir", "dataset_name", "train_shards")}
+    given = [name for name, value in sources.items() if value]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+    if data.load_from_disk and not data.train_data_dir:
+        raise ValueError("--load_from_disk reads the folder --train_data_dir, which is missing")
+    if data.dataset_config_name and not data.dataset_name:
+        raise ValueError("--dataset_config_name needs --dataset_name")
+    if data.streaming and not data.dataset_name:
+        raise ValueError("--streaming reads --dataset_name; local folders and shards are read lazily as they are")
+
+
+def check_sides(images: ImageSettings, multiple: int) -> None:
+    """Refuse sizes of images that an autoencoder cannot take.
+
+    Raises:
+      ValueError: the sides are not multiples of ``multiple`` pixels.
+    """
+    name = "bucket_step" if images.aspect_ratio_buckets else "resolution"
+    if getattr(images, name) % multiple:
+        raise ValueError(f"--{name} must be a multiple of {multiple} for this autoencoder, got {getattr(images, name)}")
+
+
+def source_from(data: DataSettings) -> Source:
+    """The data set, whose rows can be read in any order.
+
+    Raises:
+      ValueError: no data set or several are named, columns are missing, captions are not texts.
+      FileNotFoundError: files are missing.
+    """
+    check_named(data)
+    source: Source
+    if data.train_shards:
+        source = shard_source(data.train_shards, data.caption_column)
+    elif data.dataset_name:
+        table = hub.load(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
+        source = hub.TableSource(table, data.image_column, data.caption_column)
+    else:
+        assert data.train_data_dir  # check_named
+        if data.load_from_disk:
+            source = hub.TableSource(hub.load_saved(data.train_data_dir), data.image_column, data.caption_column)
+        else:
+            source = FolderSource(data.train_data_dir, data.caption_column)
+    return source if data.max_train_samples is None else sample(source, data.max_train_samples, data.seed)
+
+
+def stream_from(data: DataSettings) -> Stream:
+    """The same for ``streaming``."""
+    check_named(data)
+    assert data.dataset_name  # check_named
+    return Stream(
+        hub.load(data.dataset_name, data.dataset_config_name, streaming=True, cache_dir=data.cache_dir),
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        seed=data.seed,
+        window=data.shuffle_buffer_size,
+        count=data.max_train_samples,
+    )
+
+
+def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: bool = True) -> Transform:
+    """How examples are made from records; ``crop_size`` and ``pixels`` as of :func:`batches_from`."""
+    return Transform(
+        resolution=data.images.resolution,
+        crop_size=crop_size,
+        center_crop=data.images.center_crop,
+        random_flip=data.images.random_flip,
+        interpolation=data.images.image_interpolation_mode,
+        empty_share=data.proportion_empty_prompts,
+        pixels=pixels,
+        seed=data.seed,
+    )
+
+
+def buckets_from(data: DataSettings, source: Source) -> list[tuple[Size, np.ndarray]] | None:
+    """Sizes and rows of the aspect-ratio buckets; None without ``aspect_ratio_buckets``."""
+    images = data.images
+    if not images.aspect_ratio_buckets:
+        return None
+    sizes = bucket_sizes(images.resolution, images.bucket_step, images.bucket_max_aspect)
+    return assign(source, sizes, data.caches.data_cache_dir)
+
+
+def batches_from(
+    data: DataSettings,
+    batch: BatchSettings,
+    mesh: Mesh,
+    finish: Finish,
+    *,
+    source: Source | None = None,
+    crop_size: int | None = None,
+    pixels: bool = True,
+) -> Batches:
+    """The batches of a run: of each training step, the rows that this process provides.
+
+    Args:
+      data: the data set and its images.
+      batch: how many images a step has.
+      mesh: the batch is divided along its ``data`` and ``fsdp`` axes.
+      finish: makes the arrays of one :class:`~diffuse_jax.training.data.transform.Example`, such as token ids and
+        pixels. It runs in the worker processes, so it must pickle: a function of a module or a ``functools.partial``
+        of one, without JAX in it.
+      source: instead of the data set that ``data`` names.
+      crop_size: squares of this size are cut out, after the shorter side was resized to ``resolution``.
+      pixels: False leaves the images unread, for a ``finish`` that takes latents from a cache.
+
+    Returns:
+      An iterator whose ``total`` is the number of examples in an epoch (None for a stream of unknown length).
+
+    Raises:
+      ValueError: a step has more examples than the data set, or as :func:`source_from`.
+    """
+    transform = transform_from(data, crop_size=crop_size, pixels=pixels)
+    rows = batch.images_per_step(mesh)
+    mine = process_rows(mesh, batch.gradient_accumulation_steps, batch.images_per_part(mesh))
+    if data.streaming and source is None:
+        return _streamed(data, batch, mesh, transform, finish, mine)
+    source = source_from(data) if source is None else source
+    _check_batch(batch, mesh, len(source))
+    buckets = buckets_from(data, source)
+    order: Plain | Bucketed = Plain(data.seed, len(source), rows)
+    if buckets is not None:
+        order = Bucketed(data.seed, [members for _, members in buckets], [size for size, _ in buckets], rows)
+    return Loader(Maker(source, transform, order, mine, finish), data.dataloader_num_workers)
+
+
+def _streamed(
+    data: DataSettings, batch: BatchSettings, mesh: Mesh, transform: Transform, finish: Finish, mine: np.ndarray
+) -> Batches:
+    """Batches of a stream. Processes that hold the same rows of a batch read the same share."""
+    from diffuse_jax.training.data.stream import StreamLoader
+
+    stream = stream_from(data)
+    if stream.count is not None:
+        _check_batch(batch, mesh, stream.count)
+    shares = batch.images_per_step(mesh) // len(mine)
+    part = int(mine[0]) // (batch.images_per_part(mesh) // shares)
+    stream = dataclasses.replace(stream, part=part, parts=shares)
+    return StreamLoader(stream, transform, finish, len(mine), data.dataloader_num_workers)
+
+
+def _check_batch(batch: BatchSettings, mesh: Mesh, total: int) -> None:
+    rows = batch.images_per_step(mesh)
+    if rows > total:
+        raise ValueError(
+            f"an update takes {rows} examples (--train_batch_size {batch.train_batch_size} on "
+            f"{batch.images_per_part(mesh) // batch.train_batch_size} devices, --gradient_accumulation_steps "
+            f"{batch.gradient_accumulation_steps}), but the data set has {total}; use a smaller batch"
+        )

@@ -1,0 +1,122 @@
+"""Which data a trainer reads, and what becomes of its images and captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from pathlib import Path
+
+from diffuse_jax.training.checks import at_least, one_of
+from diffuse_jax.training.data.buckets import bucket_sizes
+from diffuse_jax.training.data.transform import INTERPOLATIONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """The size of training images, and how they are cut.
+
+    Attributes:
+      resolution: height and width, in pixels.
+      center_crop: cut the square out of the middle instead of a random place.
+      random_flip: mirror half of the images.
+      image_interpolation_mode: how images are resized, a key of
+        :data:`~diffuse_jax.training.data.transform.INTERPOLATIONS`.
+      aspect_ratio_buckets: batches of like proportions and about ``resolution ** 2`` pixels instead of squares.
+      bucket_step: sides of the buckets are multiples of this.
+      bucket_max_aspect: longer side over shorter side of the longest bucket.
+
+    Raises:
+      ValueError: sizes that cannot be, or an interpolation that is not known.
+    """
+
+    resolution: int = 512
+    center_crop: bool = False
+    random_flip: bool = False
+    image_interpolation_mode: str = "bilinear"
+    aspect_ratio_buckets: bool = False
+    bucket_step: int = 64
+    bucket_max_aspect: float = 2.0
+
+    def __post_init__(self) -> None:
+        at_least(1, resolution=self.resolution)
+        one_of(INTERPOLATIONS, image_interpolation_mode=self.image_interpolation_mode)
+        if self.aspect_ratio_buckets:
+            bucket_sizes(self.resolution, self.bucket_step, self.bucket_max_aspect)  # which checks them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What is computed once, before the first step, and kept on disk.
+
+    Attributes:
+      cache_latents: encode every image once, its middle, and train from that.
+      cache_text_embeddings: encode every caption once and train from that.
+      data_cache_dir: where these caches and the sizes of images are kept.
+    """
+
+    cache_latents: bool = False
+    cache_text_embeddings: bool = False
+    data_cache_dir: str | Path = "cache"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The data set, and how its rows become examples.
+
+    One of ``train_data_dir``, ``dataset_name`` and ``train_shards`` names the data set; none of them, where a trainer
+    has a source of its own.
+
+    Attributes:
+      train_data_dir: image folder; captions in ``metadata.jsonl``.
+      dataset_name: data set of the Hub, or a local folder that ``datasets`` reads.
+      dataset_config_name: configuration of that data set.
+      train_shards: ``.tar`` (WebDataset) or ``.array_record`` files, such as ``("a-{000..127}.tar",)``.
+      load_from_disk: ``train_data_dir`` was written by ``save_to_disk`` of ``datasets``.
+      streaming: read ``dataset_name`` while training instead of downloading it first.
+      shuffle_buffer_size: rows that are shuffled with each other when streaming.
+      image_column: column of the images (not of image folders and shards).
+      caption_column: column of the caption, or of a list of captions to draw from; None where captions are not needed.
+      proportion_empty_prompts: share of captions replaced by the empty text.
+      max_train_samples: use this many images, drawn by ``seed``; all if None.
+      dataloader_num_workers: processes that make batches; 0 for threads of this one.
+      cache_dir: where data sets of the Hub are kept; the folder of ``datasets`` if None.
+      seed: decides the order of the examples, and how they are cut, mirrored and captioned.
+      images: their size.
+      caches: what is computed beforehand.
+
+    Raises:
+      ValueError: a value is out of range, or two settings exclude each other.
+    """
+
+    train_data_dir: str | Path | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_shards: tuple[str, ...] | None = None
+    load_from_disk: bool = False
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000
+    image_column: str = "image"
+    caption_column: str | None = "text"
+    proportion_empty_prompts: float = 0.0
+    max_train_samples: int | None = None
+    dataloader_num_workers: int = 0
+    cache_dir: str | Path | None = None
+    seed: int = 0
+    images: ImageSettings = field(default_factory=ImageSettings)
+    caches: CacheSettings = field(default_factory=CacheSettings)
+
+    def __post_init__(self) -> None:
+        at_least(1, max_train_samples=self.max_train_samples, shuffle_buffer_size=self.shuffle_buffer_size)
+        at_least(0, dataloader_num_workers=self.dataloader_num_workers)
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(f"proportion_empty_prompts must be between 0 and 1, got {self.proportion_empty_prompts}")
+        if self.caches.cache_latents and self.images.random_flip:
+            raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
+        everything = {
+            "aspect_ratio_buckets": self.images.aspect_ratio_buckets,
+            "cache_latents": self.caches.cache_latents,
+            "cache_text_embeddings": self.caches.cache_text_embeddings,
+        }
+        for name, wanted in everything.items():
+            if self.streaming and wanted:
+                raise ValueError(f"--{name} has to see all pictures before training; leave out --streaming")

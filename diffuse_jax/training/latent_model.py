@@ -1,0 +1,134 @@
+"""The latent text-to-image model that a trainer starts from: opening it, and completing its trained networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from diffuse_jax import weights
+from diffuse_jax.models import Params
+from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.compute import ComputeSettings
+from diffuse_jax.training.hub import HubSettings
+from diffuse_jax.training.latent import component_folder, family_of, open_pipeline
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""What a denoising network may predict."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A Stable Diffusion (1.x, 2.x or XL) to start from, and which of its networks are trained.
+
+    Attributes:
+      pretrained_model_name_or_path: a folder or a Hub id.
+      pretrained_vae_model_name_or_path: a folder or Hub id whose ``vae/`` replaces the pipeline's; None keeps that.
+      prediction_type: one of :data:`PREDICTION_TYPES`, instead of the scheduler's.
+      train_text_encoder: train the text encoders together with the UNet.
+      compute: precision and memory of the networks.
+      hub: which version of the model is taken from the Hub.
+
+    Raises:
+      ValueError: the prediction type is not known.
+    """
+
+    pretrained_model_name_or_path: str | Path
+    pretrained_vae_model_name_or_path: str | Path | None = None
+    prediction_type: str | None = None
+    train_text_encoder: bool = False
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    hub: HubSettings = field(default_factory=HubSettings)
+
+    def __post_init__(self) -> None:
+        one_of(PREDICTION_TYPES, prediction_type=self.prediction_type)
+
+
+def source_folder(model: ModelSettings) -> Path:
+    """The local folder of the model."""
+    return weights.resolve(model.pretrained_model_name_or_path, **model.hub.options)
+
+
+def trained_names(model: ModelSettings) -> tuple[str, ...]:
+    """The networks that are trained."""
+    if not model.train_text_encoder:
+        return ("unet",)
+    index = weights.read_index(source_folder(model))
+    encoders = family_of(index.class_name, model.pretrained_model_name_or_path).encoders
+    return ("unet", *(name for name in encoders if name in index.components))
+
+
+def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:
+    """The pipeline on a mesh; the networks named in ``float32`` keep that precision.
+
+    Raises:
+      WeightsError, ValueError: of :func:`~diffuse_jax.training.latent.open_pipeline`.
+    """
+    pipe = open_pipeline(
+        model.pretrained_model_name_or_path,
+        trainable=float32,
+        mesh=mesh,
+        dtype=model.compute.dtype,
+        vae_source=model.pretrained_vae_model_name_or_path,
+        prediction_type=model.prediction_type,
+        **model.hub.options,
+    )
+    unet = pipe.components["unet"].clone(remat=model.compute.remat)
+    return pipe.replace(unet=(unet, pipe.params["unet"]))
+
+
+def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> tuple[Any, Params]:
+    """A network of the pipeline with parameters that this process can use alone."""
+    network = pipe.components[name]
+    if jax.process_count() == 1:
+        return network, pipe.params[name]
+    replaced = model.pretrained_vae_model_name_or_path if name == "vae" else None
+    folder = component_folder(replaced or model.pretrained_model_name_or_path, name, **model.hub.options)
+    return network, type(network).from_pretrained(folder, dtype=network.dtype, variant=model.hub.variant)[1]
+
+
+def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path, trained: Iterable[str]) -> None:
+    """Complete the trained networks in a folder to a pipeline: every other file of the source, as it is there.
+
+    The scheduler stays the source's sampler, with the prediction type that was trained. ``model_index.json`` comes
+    last; it leaves out what the source names but does not hold.
+    """
+    source, folder = source_folder(model), Path(folder)
+    index, kept, vae = weights.read_index(source), set(trained), model.pretrained_vae_model_name_or_path
+    for name, entry in index.components.items():
+        if entry.folder.is_dir() and name not in kept:
+            own = component_folder(vae, name, **model.hub.options) if vae and name == "vae" else entry.folder
+            copy_component(own, folder / name, model.hub.variant)
+            kept.add(name)
+    sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
+    sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
+    entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
+    for name, entry in index.components.items():
+        entries[name] = (entry.library, entry.class_name) if name in kept else (None, None)
+    weights.write_index(folder, index.class_name, entries, index.options)
+
+
+def copy_component(source: Path, target: Path, variant: str | None = None) -> None:
+    """Copy the files of a component; other weights that lie there go. A folder that is copied onto itself stays.
+
+    Files of a variant lose its name where there are no others: the trained networks beside them have none.
+    """
+    if not (target.is_dir() and target.samefile(source)):
+        for old in target.glob("*"):
+            if old.suffix in (".safetensors", ".bin", ".msgpack") or ".index." in old.name:
+                old.unlink()
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    for path in target.glob(f"*.{variant}[.-]*") if variant else ():
+        plain = path.with_name(path.name.replace(f".{variant}", "", 1))
+        if not plain.exists():
+            if path.suffix == ".json":  # an index, with the names of shards in it
+                path.write_text(path.read_text(encoding="utf-8").replace(f".{variant}-", "-"), encoding="utf-8")
+            path.rename(plain)

@@ -1,0 +1,215 @@
+"""Settings: filled from flags by name, checked by themselves, and all that anything below the scripts takes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diffuse_jax
+import diffuse_jax.training
+from diffuse_jax import weights
+from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.arguments import make_parser
+from diffuse_jax.training.batches import BatchSettings, Numbered
+from diffuse_jax.training.data import DataSettings, ImageSettings, data_from
+from diffuse_jax.training.data.settings import CacheSettings
+from diffuse_jax.training.distributed import ProcessSettings
+from diffuse_jax.training.dreambooth import DreamBoothSettings
+from diffuse_jax.training.flags import Parser, settings_from
+from diffuse_jax.training.hub import HubSettings
+from diffuse_jax.training.latent_flags import latent_parser
+from diffuse_jax.training.loop import fit
+from diffuse_jax.training.networks import NetworkSettings, network_folder
+from diffuse_jax.training.optimizer import OptimizerSettings
+from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.trackers import TrackerSettings
+from diffuse_jax.training.upload import UploadSettings
+from diffuse_jax.training.validation import ValidationSettings
+from tests.test_docs_commands import parser_of
+from tests.train.helpers import ROOT
+from tests.training import line
+
+PACKAGE = Path(diffuse_jax.__file__).parent
+SCRIPTS = sorted(path.name for path in (ROOT / "train").glob("*.py"))
+
+PARSED = {
+    "cli.py": "a command",
+    "torch_backend/command.py": "a command",
+    "torch_backend/training_command.py": "a command",
+    "training/flags.py": "makes settings of parsed flags",
+    "training/data/flags.py": "the same of those of the data, whose caches lie in the folder of the run",
+}
+"""Files that take or return an ``argparse.Namespace``, and why."""
+
+PARSERS = {f"training/{name}.py" for name in ("arguments", "configuration", "flags", "data/flags")}
+"""Files of the trainers that know argparse: they define flags, or read them from files."""
+
+
+def all_settings() -> set[type]:
+    """Every settings class of the package."""
+    found = set()
+    for module in pkgutil.walk_packages(diffuse_jax.training.__path__, "diffuse_jax.training."):
+        members = vars(importlib.import_module(module.name)).values()
+        found |= {kind for kind in members if isinstance(kind, type) and kind.__name__.endswith("Settings")}
+    return found
+
+
+def fields_of(kind: type) -> dict[str, type]:
+    """The fields of settings and of those within them, and the class that each belongs to."""
+    names, types = {}, typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        inner = types[field.name]
+        names |= fields_of(inner) if dataclasses.is_dataclass(inner) else {field.name: kind}
+    return names
+
+
+def test_parsed_flags_end_at_the_scripts() -> None:
+    names = lambda path: {getattr(node, "id", None) or getattr(node, "attr", None) for node in nodes(path)}
+    assert {where(path) for path in PACKAGE.rglob("*.py") if "Namespace" in names(path)} == set(PARSED)
+
+
+def test_only_files_of_flags_know_argparse() -> None:
+    imports = lambda path: {alias.name for node in nodes(path) if isinstance(node, ast.Import) for alias in node.names}
+    assert {where(path) for path in (PACKAGE / "training").rglob("*.py") if "argparse" in imports(path)} == PARSERS
+
+
+def where(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def test_settings_are_frozen_typed_and_documented() -> None:
+    kinds = all_settings()
+    assert {RunSettings, DataSettings, ImageSettings, ValidationSettings} <= kinds
+    for kind in kinds:
+        options = kind.__dataclass_params__  # type: ignore[attr-defined]
+        assert options.frozen, kind
+        for field in dataclasses.fields(kind):
+            assert field.kw_only, kind
+            assert field.name in (kind.__doc__ or ""), f"{kind.__name__} does not say what {field.name} is"
+
+
+def test_settings_are_filled_from_flags_of_their_names() -> None:
+    parser = latent_parser("about", output_dir="somewhere", lr_scheduler="cosine")
+    words = "--pretrained_model_name_or_path m --validation_prompt a b --train_batch_size 3 --use_ema --optimizer Lion"
+    args = parser.parse_args(words.split())
+    run = settings_from(args, RunSettings)
+    assert (run.output_dir, run.batch.train_batch_size, run.ema.use_ema) == ("somewhere", 3, True)
+    assert (run.optimizer.optimizer, run.optimizer.lr_scheduler) == ("lion", "cosine")
+    shown = settings_from(args, ValidationSettings)
+    assert shown == ValidationSettings(validation_prompt=("a", "b"))
+    assert hash(shown) != hash(ValidationSettings())
+    assert hash(run) == hash(settings_from(args, RunSettings))
+
+
+def test_a_default_stands_in_one_place() -> None:
+    """Where a script does not say otherwise, flags that are left out are settings that are left out."""
+    args = make_parser("about", output_dir="here").parse_args([])
+    where = TrackerSettings(tracker_project_name=args.tracker_project_name)  # the name of the script
+    assert settings_from(args, RunSettings) == RunSettings(output_dir="here", trackers=where)
+    assert settings_from(args, NetworkSettings) == NetworkSettings()
+    parser = Parser()
+    parser.group("model", NetworkSettings)("--model_config_name_or_path", default="mine")
+    assert parser.parse_args([]).model_config_name_or_path == "mine"
+
+
+def test_data_of_a_script() -> None:
+    args = argparse.Namespace(output_dir="out", data_cache_dir=None, resolution=64, train_shards=["a.tar"])
+    data = data_from(args)
+    assert data.caches.data_cache_dir == Path("out") / "cache"
+    assert data.caption_column is None, "the script has no flag for it"
+    assert (data.images, data.train_shards) == (ImageSettings(resolution=64), ("a.tar",))
+    args = argparse.Namespace(output_dir="out", data_cache_dir="there", caption_column="words")
+    assert data_from(args) == DataSettings(caches=CacheSettings(data_cache_dir="there"), caption_column="words")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into one of the settings that the script makes, or by the script itself."""
+    parser = parser_of(f"train/{script}", monkeypatch)
+    text = (ROOT / "train" / script).read_text(encoding="utf-8")
+    attributes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "args"}
+    made = {kind for kind in all_settings() if f"settings_from(args, {kind.__name__})" in text}
+    made |= {DataSettings} if "data_from(args)" in text else set()
+    flags = {a.dest for a in parser._actions if a.default is not argparse.SUPPRESS} - {"config"}
+    known = read | {name for kind in made for name in fields_of(kind)}
+    assert flags - known == set(), "nothing reads these"
+
+
+def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field whose name no script's flag has would keep its default for ever."""
+    flags = {action.dest for script in SCRIPTS for action in parser_of(f"train/{script}", monkeypatch)._actions}
+    for kind in all_settings():
+        assert set(fields_of(kind)) - flags == set(), kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (RunSettings, {"output_dir": "a", "num_train_epochs": 0}, "num_train_epochs must be at least 1, got 0"),
+        (TrackerSettings, {"report_to": "mlflow"}, "report_to must be one of tensorboard, wandb, none, all, got"),
+        (ProcessSettings, {"num_processes": 2}, r"needs? .*\['--coordinator_address', '--process_id'\] is missing"),
+        (ImageSettings, {"image_interpolation_mode": "box"}, "must be one of bilinear, bicubic, lanczos, nearest"),
+        (DataSettings, {"proportion_empty_prompts": -0.1}, "between 0 and 1, got -0.1"),
+        (NetworkSettings, {"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "leave out"),
+        (DreamBoothSettings, {"instance_data_dir": "a", "instance_prompt": "b", "with_prior_preservation": True,
+                              "class_prompt": "c"}, "needs --class_data_dir$"),
+        (ValidationSettings, {"validation_prompt": ("a",), "num_validation_images": 0}, "must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_settings_refuse_what_cannot_be(kind: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_precisions() -> None:
+    from diffuse_jax.training.compute import ComputeSettings
+
+    for values, dtype, remat in (
+        ({}, "float32", "none"),
+        ({"mixed_precision": "bf16", "gradient_checkpointing": True}, "bfloat16", "blocks"),
+        ({"remat_policy": "full", "gradient_checkpointing": True}, "float32", "full"),
+    ):
+        compute = ComputeSettings(**values)  # type: ignore[arg-type]
+        assert (compute.dtype, compute.remat) == (dtype, remat)
+    with pytest.raises(ValueError, match="mixed_precision.*bf16 has the range of float32"):
+        ComputeSettings(mixed_precision="fp16")
+    with pytest.raises(ValueError, match="remat_policy must be one of none, blocks, full, got 'all'"):
+        ComputeSettings(remat_policy="all")
+
+
+def test_a_network_of_the_hub_is_asked_for_as_the_settings_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(weights, "resolve", lambda source, **options: asked.update(options) or tmp_path)
+    hub = HubSettings(revision="v2", variant="fp16", cache_dir="there", hub_token="secret")
+    assert network_folder(hub, "some/model", "unet") == tmp_path
+    assert asked.pop("skip") >= {"vae", "text_encoder"}
+    assert asked == {"revision": "v2", "variant": "fp16", "cache_dir": "there", "token": "secret"}
+    assert "secret" not in repr(hub)
+
+
+def test_a_run_without_a_parser(tmp_path: Path) -> None:
+    """Its ``training.yaml`` is one that ``--config`` reads."""
+    optimizer = OptimizerSettings(learning_rate=0.05, lr_warmup_steps=0, max_grad_norm=0.5)
+    run = RunSettings(output_dir=tmp_path, max_train_steps=3, logging_steps=1, optimizer=optimizer,
+                      batch=BatchSettings(train_batch_size=1), upload=UploadSettings(hub_token="secret"))  # fmt: skip
+    batches = Numbered(lambda n: {"x": line.points(n, 8)})
+    frozen = {"slope": line.SLOPE}
+    fit(run, make_mesh(), trainable=line.start(), frozen=frozen, loss=line.line_loss, batches=batches)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert "secret" not in repr(run) + (tmp_path / "training.yaml").read_text()
+    again = make_parser("about", output_dir="other").parse_args(["--config", str(tmp_path / "training.yaml")])
+    counted = dataclasses.replace(run, output_dir=str(tmp_path), validation_steps=100, upload=UploadSettings())
+    assert settings_from(again, RunSettings) == counted
