@@ -296,7 +296,7 @@ def open_component(
             stem=model.weights_name,
             variant=variant,
             dtype=dtype,
-            shardings=None if mesh is None else param_shardings(shapes, mesh),
+            shardings=None if mesh is None else param_shardings(shapes, automatic(mesh)),
         )
         return model
     if plain in TOKENIZERS:

@@ -26,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 
 import diffuse_jax
+from diffuse_jax.sharding import automatic_shardings
 
 SUFFIX = ".jaxprogram"
 
@@ -107,7 +108,8 @@ def without_compilation_cache() -> Iterator[None]:
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+    sharding = automatic_shardings(getattr(array, "sharding", None))
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 ONE_ARRAY = jax.tree.structure(0)
