@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -63,12 +65,100 @@ def make_mesh(
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same devices with axes over which the compiler divides the work, as the networks here expect.
+    """The same devices with axes over which the compiler divides the work, as pipelines and training steps expect.
 
     The axes of ``jax.make_mesh`` are explicit in recent versions of JAX: every operation would have to say how its
     result is cut.
     """
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def automatic_shardings(tree: Tree) -> Tree:
+    """A tree of shardings with each mesh as :func:`automatic` makes it; other leaves stay as they are."""
+
+    def convert(s: Any) -> Any:
+        on_mesh = isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)
+        return NamedSharding(automatic(s.mesh), s.spec, memory_kind=s.memory_kind) if on_mesh else s
+
+    return jax.tree.map(convert, tree)
+
+
+def on_automatic_axes(fun: Callable[..., Any], args: tuple[Any, ...], *, batch: Any = ()) -> Any:
+    """``fun(*args)``, where the compiler divides the work along the axes that are explicit outside.
+
+    The mesh is the current one (``jax.set_mesh``, ``jax.shard_map``), else that of the first array with explicit axes.
+    Where there are none, this is just the call.
+
+    Args:
+      fun: a function of trees; an array that it closes over needs :func:`to_current_mesh`.
+      args: its arguments; leaves that are not arrays are passed on as they are.
+      batch: those trees among them that hold arrays ``[B,...]``. The first of these that is sharded along its first
+        axis decides how results ``[B,...]`` are; all others are replicated along the explicit axes.
+
+    Raises:
+      ValueError: arrays are on different meshes.
+    """
+    mesh = _mesh_to_compute_on(args)
+    if mesh is None:
+        return fun(*args)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))):
+        out = fun(*to_current_mesh(args))
+    if not mesh.explicit_axes:
+        return out
+    size, axes = _sharded_batch(batch, mesh)
+
+    def place(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        spec = PartitionSpec(axes) if x.ndim and x.shape[0] == size else PartitionSpec()
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, out)
+
+
+def to_current_mesh(tree: Tree) -> Tree:
+    """The same arrays for the current mesh, where they are on its devices but its axes have other types.
+
+    Raises:
+      ValueError: an array is on a mesh with other axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def move(x: Any) -> Any:
+        source = _mesh_of(x)
+        if source.empty or mesh.empty or source == mesh:
+            return x
+        if source.shape_tuple != mesh.shape_tuple:
+            raise ValueError(
+                f"an array {list(x.shape)} is on a mesh {dict(source.shape)}, but jax.set_mesh or another array uses "
+                f"{dict(mesh.shape)}; put parameters and inputs on one mesh with jax.device_put(x, NamedSharding(...))"
+            )
+        return jax.sharding.reshard(x, PartitionSpec())  # automatic axes are left open: nothing moves
+
+    return jax.tree.map(move, tree)
+
+
+def _mesh_to_compute_on(tree: Any) -> AbstractMesh | None:
+    """The mesh, if explicit axes are involved at all."""
+    current = jax.sharding.get_abstract_mesh()
+    if current.explicit_axes:
+        return current
+    explicit = next((mesh for mesh in map(_mesh_of, jax.tree.leaves(tree)) if mesh.explicit_axes), None)
+    return explicit if explicit is None or current.empty else current
+
+
+def _mesh_of(x: Any) -> AbstractMesh:
+    return jax.typeof(x).sharding.mesh if isinstance(x, jax.Array) else _NO_MESH
+
+
+_NO_MESH = AbstractMesh((), ())
+
+
+def _sharded_batch(tree: Any, mesh: AbstractMesh) -> tuple[int | None, Any]:
+    """The first axis of the first array that is sharded there along explicit axes of the mesh, and these axes."""
+    kinds = (jax.typeof(x) for x in jax.tree.leaves(tree) if _mesh_of(x) == mesh)
+    sharded = ((kind.shape[0], kind.sharding.spec[0]) for kind in kinds if kind.ndim and kind.sharding.spec[0])
+    return next(sharded, (None, None))
 
 
 def param_spec(
@@ -85,10 +175,10 @@ def param_spec(
 def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
     """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays.
 
+    Explicit axes of the mesh stay explicit, so the parameters can be used together with other arrays on this mesh.
     The tree may hold parameters deeper inside, as a training state does: an optimiser's moments are cut like the
     parameters that they belong to, and what has no such path is whole on every device.
     """
-    mesh = automatic(mesh)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.intercept import changed_layers
+from diffuse_jax.sharding import to_current_mesh
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
 TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
@@ -103,7 +104,7 @@ def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
     def add(path: Path, x: jax.Array, y: jax.Array) -> jax.Array:
         if path not in table:
             return y
-        down, up = (jnp.asarray(table[path][name], y.dtype) for name in PAIR)
+        down, up = (jnp.asarray(to_current_mesh(table[path][name]), y.dtype) for name in PAIR)
         return y + scale * ((jnp.asarray(x, y.dtype) @ down) @ up)
 
     with changed_layers(add):

@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.config import Config
+from diffuse_jax.sharding import on_automatic_axes, param_shardings
 
 Params = dict[str, Any]
 """A tree of arrays: nested dicts whose joined keys are the checkpoint's names."""
@@ -60,6 +62,25 @@ class Model(nn.Module):
         """Keyword arguments of ``__call__`` as shapes, of the smallest size that touches every parameter."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``flax.linen.Module.apply``, on any mesh.
+
+        Explicit axes (the default of ``jax.make_mesh``) become automatic inside the network. Outputs ``[B,...]`` are
+        sharded along the batch as the inputs are, and replicated along all other explicit axes.
+
+        Raises:
+          ValueError: parameters and inputs are on different meshes.
+        """
+        run = lambda variables, args, kwargs: super(Model, self).apply(variables, *args, **kwargs)
+        return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``flax.linen.Module.init_with_output``, on any mesh; results are replicated along explicit axes."""
+        run = lambda rngs, args, kwargs: super(Model, self).init_with_output(rngs, *args, **kwargs)
+        return on_automatic_axes(run, (rngs, args, kwargs))
+
     def shapes(self) -> Params:
         """The tree of parameters as ``jax.ShapeDtypeStruct`` in ``param_dtype``; allocates and compiles nothing."""
         return jax.tree.map(lambda leaf: leaf, _shapes(self))  # a tree of the caller's own
@@ -73,6 +94,7 @@ class Model(nn.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         variant: str | None = None,
+        mesh: Mesh | None = None,
         shardings: Any = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -87,17 +109,21 @@ class Model(nn.Module):
           dtype: what the network computes in.
           param_dtype: what floating-point parameters are cast to while they are read; ``dtype`` if None.
           variant: for example ``"fp16"``: only weight files of that variant are used.
-          shardings: a ``jax.sharding.Sharding`` for all parameters or a tree of them; a device reads only its part.
+          mesh: the devices for the parameters, sharded by :func:`diffuse_jax.sharding.param_shardings`; its axes may be
+            automatic or explicit (``jax.make_mesh``). A device reads only its part.
+          shardings: instead of ``mesh``, a ``jax.sharding.Sharding`` for all parameters or a tree of them.
           revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
 
         Raises:
           WeightsError: no such model, the config is another network's, or the weights do not fit it one to one.
-          ValueError: ``dtype`` is no floating type.
+          ValueError: ``dtype`` is no floating type, or both ``mesh`` and ``shardings`` are given.
 
         Example::
 
             model, params = UNet2DConditionModel.from_pretrained("my-pipeline", subfolder="unet", dtype="bfloat16")
         """
+        if mesh is not None and shardings is not None:
+            raise ValueError("mesh and shardings both say where parameters go; leave one of them out")
         folder = weights.resolve(
             source,
             subfolder=subfolder,
@@ -108,13 +134,14 @@ class Model(nn.Module):
             cache_dir=cache_dir,
         )
         model = cls.from_config(folder, dtype=dtype)
+        shapes = model.shapes()
         params = weights.load_params(
             folder,
-            model.shapes(),
+            shapes,
             stem=cls.weights_name,
             variant=variant,
             dtype=floating_type(dtype if param_dtype is None else param_dtype),
-            shardings=shardings,
+            shardings=shardings if mesh is None else param_shardings(shapes, mesh),
         )
         return model, params
 
@@ -205,4 +232,6 @@ def floating_type(dtype: DTypeLike) -> jnp.dtype:
 @functools.lru_cache(maxsize=32)
 def _shapes(model: Model) -> Params:
     """Tracing a large network takes a second, and loading, checking and saving all ask for its shapes."""
-    return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())
+    made = jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())
+    # Under jax.set_mesh the shapes carry the current mesh, which need not be that of later calls.
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)

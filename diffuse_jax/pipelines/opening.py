@@ -15,7 +15,7 @@ from diffuse_jax.models import Model, Params
 from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.weights import Component
 from diffuse_jax.weights.files import require_folder
 
@@ -67,7 +67,7 @@ def _open_network(entry: Component, dtype: DTypeLike, mesh: Mesh | None, variant
         stem=model.weights_name,
         variant=variant,
         dtype=dtype,
-        shardings=None if mesh is None else param_shardings(shapes, mesh),
+        shardings=None if mesh is None else param_shardings(shapes, automatic(mesh)),
     )
     return model, params
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.saved_programs import NotDescribable
+from diffuse_jax.sharding import automatic_shardings
 
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 """Settings of JAX that change what a function compiles to."""
@@ -139,7 +140,8 @@ def signature_of(args: Any, mesh: Mesh | None) -> Any:
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+    sharding = automatic_shardings(getattr(array, "sharding", None))
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _bound(key: Key) -> Callable[..., Any]:

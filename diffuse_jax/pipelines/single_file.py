@@ -16,7 +16,7 @@ from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.opening import Parts, with_given
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import WeightsError
 
@@ -60,7 +60,7 @@ def open_single_file(
     parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
     params: dict[str, Params] = {}
     for name in wanted:
-        shardings = None if mesh is None else param_shardings(shapes[name], mesh)
+        shardings = None if mesh is None else param_shardings(shapes[name], automatic(mesh))
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
     given = {name: part for name, part in components.items() if name not in NOT_LOADED}
     return Contents(file.class_name, *with_given(parts, params, given), file.options)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from diffuse_jax.sharding import is_global, param_shardings, train_batch_sharding
+from diffuse_jax.sharding import automatic, is_global, param_shardings, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
     checkpoints,
@@ -115,14 +115,14 @@ def local(tree: Any) -> Any:
 def place(tree: Any, mesh: Mesh) -> Any:
     """Put frozen parameters onto the mesh: cut where it has ``fsdp`` or ``tensor``, else whole."""
     if jax.process_count() == 1:
-        return jax.device_put(tree, param_shardings(tree, mesh))
+        return jax.device_put(tree, param_shardings(tree, automatic(mesh)))
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if is_global(x):
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
 
-    return jax.tree.map(put, tree, param_shardings(tree, mesh))
+    return jax.tree.map(put, tree, param_shardings(tree, automatic(mesh)))
 
 
 def divided(batch: Batch, mesh: Mesh, parts: int) -> Any:

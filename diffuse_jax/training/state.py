@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import automatic, automatic_shardings, param_shardings
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -54,7 +54,7 @@ def init_state(
 
     if mesh is None:
         return jax.jit(build)(jax.tree.map(jnp.array, params))
-    shardings = param_shardings(jax.eval_shape(build, params), mesh)
+    shardings = param_shardings(jax.eval_shape(build, params), automatic(mesh))
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
 
 
@@ -130,6 +130,7 @@ def make_step(
       shardings: where the new state goes (:func:`diffuse_jax.sharding.param_shardings` of a state), and the mesh that
         networks compute on; None leaves that to the compiler.
     """
+    shardings = automatic_shardings(shardings)
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

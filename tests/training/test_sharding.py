@@ -78,6 +78,11 @@ def test_losses_are_those_of_one_device(alone: tuple[list[float], Any], axes: di
         assert any(not leaf.sharding.is_fully_replicated for leaf in moments), "the optimiser is divided too"
 
 
+def test_a_mesh_with_explicit_axes_trains_as_an_automatic_one(alone: tuple[list[float], Any]) -> None:
+    losses, _ = curve(jax.make_mesh((2, 4), ("data", "fsdp")))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("policy", ["blocks", "full"])
 def test_parts_computed_again_give_the_same_losses(alone: tuple[list[float], Any], policy: str) -> None:
     losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=policy))
