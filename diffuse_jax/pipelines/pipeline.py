@@ -98,10 +98,7 @@ class DiffusionPipeline:
     def __call__(self, *args: Any, **options: Any) -> Output:
         """Run the request that :meth:`compose` makes of these arguments; :class:`RunOptions
         <diffuse_jax.pipelines.options.RunOptions>` decide how."""
-        own = inspect.signature(self.compose).parameters
-        running = {
-            name: options.pop(name) for name in RunOptions.__annotations__ if name in options and name not in own
-        }
+        running = {name: options.pop(name) for name in self._run_options() if name in options}
         return run(self, self.request(*args, **options), **running)
 
     def request(
@@ -118,12 +115,18 @@ class DiffusionPipeline:
         Raises:
           ValueError, TypeError: an argument is impossible, or the rows do not fit the method.
         """
+        if wrong := sorted(self._run_options() & {*options}):
+            raise TypeError(f"{', '.join(wrong)} say how a request is run; give them to the call, or to pipelines.run")
         request = self.compose(*args, **options)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
         check_rows(request.method, request.rows)
         return request
+
+    def _run_options(self) -> set[str]:
+        """The arguments of a call that are not of :meth:`compose`."""
+        return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(self.compose).parameters}
 
     def compile(self, *args: Any, batch_size: int | None = None, **options: Any) -> Self:
         """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
