@@ -10,28 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from diffuse_jax.pipelines import saved_programs
-from diffuse_jax.pipelines.saved_programs import NotDescribable
+from diffuse_jax.pipelines.saved_programs import Key, NotDescribable
 from diffuse_jax.sharding import automatic_shardings
 
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
 """Settings of JAX that change what a function compiles to."""
-
-
-class Key(NamedTuple):
-    """What a program is compiled for; compared as it is, and described in words for a file's name."""
-
-    fn: Callable[..., Any]
-    method: Any
-    mesh: Mesh | None
-    specs: tuple[Any, ...]
-    signature: Any
-    settings: tuple[Any, ...]
 
 
 class Programs:

@@ -18,7 +18,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib
@@ -30,12 +30,20 @@ from jax.sharding import Mesh
 import diffuse_jax
 from diffuse_jax.weights.files import atomic_file
 
-if TYPE_CHECKING:
-    from diffuse_jax.pipelines.programs import Key
-
 SUFFIX = ".jaxprogram"
 MAGIC = b"diffuse_jax program 2\n"
 DIGEST = hashlib.sha256().digest_size
+
+
+class Key(NamedTuple):
+    """What a program is compiled for; compared as it is, and described in words for a file's name."""
+
+    fn: Callable[..., Any]
+    method: Any
+    mesh: Mesh | None
+    specs: tuple[Any, ...]
+    signature: Any
+    settings: tuple[Any, ...]
 
 
 class NotDescribable(ValueError):

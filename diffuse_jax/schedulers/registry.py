@@ -8,10 +8,7 @@ modules define is refused when it is looked up, because nothing in a configurati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from diffuse_jax.schedulers.scheduler import Scheduler
+from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -35,7 +32,7 @@ def register(cls: type[Any]) -> None:
     found[cls.__module__] = cls
 
 
-def scheduler_class(name: str) -> type[Scheduler]:
+def scheduler_class(name: str) -> type[Any]:
     """The scheduler class of this name, the package's or one that was defined elsewhere.
 
     Raises:
@@ -60,7 +57,7 @@ def known() -> list[str]:
     return sorted(_CLASSES)
 
 
-def classes() -> Iterator[type[Scheduler]]:
+def classes() -> Iterator[type[Any]]:
     """All of them."""
     for found in _CLASSES.values():
         yield from found.values()

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.noise_schedule import Array
 
-if TYPE_CHECKING:
-    from diffuse_jax.schedulers.scheduler import Scheduler
+
+class Limits(Protocol):
+    """What a request is checked against: the properties of a scheduler that say which runs it can make."""
+
+    @property
+    def class_name(self) -> str: ...
+    @property
+    def num_train_timesteps(self) -> int: ...
+    @property
+    def explicit_range(self) -> tuple[float, float]: ...
+    @property
+    def ascends(self) -> bool: ...
+    @property
+    def limits_steps(self) -> bool: ...
+    @property
+    def final_sigma_given(self) -> bool: ...
+    @property
+    def grid_options(self) -> tuple[str, ...]: ...
+    @property
+    def step_options(self) -> tuple[str, ...]: ...
 
 
 def chosen_steps(
-    scheduler: Scheduler, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    scheduler: Limits, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
 ) -> tuple[int, Array | None, Array | None]:
     """The number of steps and, if given, the explicit timesteps or sigmas as arrays.
 
@@ -42,7 +60,7 @@ def chosen_steps(
     return int(n), None, None
 
 
-def split_options(scheduler: Scheduler, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(scheduler: Limits, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that go to ``grid`` and those that go to ``evaluations``.
 
     Raises:
@@ -64,7 +82,7 @@ def check_strength(strength: float | None) -> None:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
 
 
-def check_whole(scheduler: Scheduler, start: float | None, end: float | None) -> None:
+def check_whole(scheduler: Limits, start: float | None, end: float | None) -> None:
     """Refuse to share a run from an image to noise with another model."""
     if scheduler.ascends and (start, end) != (None, None):
         raise ValueError(
@@ -73,7 +91,7 @@ def check_whole(scheduler: Scheduler, start: float | None, end: float | None) ->
         )
 
 
-def check_one_way(scheduler: Scheduler, timesteps: Array) -> None:
+def check_one_way(scheduler: Limits, timesteps: Array) -> None:
     """Refuse to run a part of a run that goes back to more noise in between."""
     if not scheduler.ascends and np.any(np.diff(timesteps) > 0):
         raise ValueError(
