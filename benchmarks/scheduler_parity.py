@@ -13,14 +13,11 @@ largest absolute difference over the whole trajectory, divided by the largest ab
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import inspect
 import json
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import numpy as np
 
 from benchmarks.scheduler_cases import cases
 from benchmarks.scheduler_cases.case import Case, Theirs
+from benchmarks.scheduler_cases.torch_side import patched, torch_class
 
 KINDS = ("float64", "float32", "stock")
 ABOUT = (
@@ -52,56 +50,6 @@ def network(x: Any, t: Any, lib: Any, *, variance: str, axis: int) -> Any:
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
-
-
-class _Double(types.ModuleType):
-    """A module whose ``float32`` is ``float64``."""
-
-    def __init__(self, module: types.ModuleType) -> None:
-        super().__init__(module.__name__)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, "float64" if name == "float32" else name)
-
-
-@contextlib.contextmanager
-def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool) -> Iterator[None]:
-    """Let a diffusers scheduler module take its noise from ``draw`` and, if asked, work in float64."""
-    import torch
-
-    names: dict[str, Any] = {"randn_tensor": draw, "BrownianTreeNoiseSampler": lambda *_, **__: draw}
-    if double:
-        names |= {"torch": _Double(torch), "np": _Double(np)}
-    names = {k: v for k, v in names.items() if hasattr(module, k)}
-    before, dtype = {k: getattr(module, k) for k in names}, torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if double else torch.float32)
-    for k, v in names.items():
-        setattr(module, k, v)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        for k, v in before.items():
-            setattr(module, k, v)
-
-
-def torch_class(name: str) -> Any:
-    """A scheduler class of diffusers."""
-    import diffusers
-
-    cls = getattr(diffusers.schedulers, name)
-    if "dummy" not in cls.__module__:
-        return cls
-    # It wants torchsde, for the noise that is given to it here.
-    sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
-    return getattr(importlib.import_module(f"diffusers.schedulers.{_NEED_TORCHSDE[name]}"), name)
-
-
-_NEED_TORCHSDE = {
-    "CosineDPMSolverMultistepScheduler": "scheduling_cosine_dpmsolver_multistep",
-    "DPMSolverSDEScheduler": "scheduling_dpmsolver_sde",
-}
 
 
 def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> np.ndarray:

@@ -42,7 +42,7 @@ def main() -> None:
     check_dreambooth(taught, data)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     make_class_pictures(taught, model, run.seed)
-    names = trained_names(model)
+    names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
 
     batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names)

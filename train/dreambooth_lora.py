@@ -41,7 +41,7 @@ def main() -> None:
     mesh = mesh_from(settings_from(args, DeviceSettings))
     make_class_pictures(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model), run.seed)
+    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model, run.optimizer), run.seed)
 
     batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=tuple(pairs))
     objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler, taught.prior_loss_weight)

@@ -32,7 +32,7 @@ def main() -> None:
     args = parse_args()
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
     mesh = mesh_from(settings_from(args, DeviceSettings))
-    names = trained_names(model)
+    names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
     trainable = {name: pipe.params[name] for name in names}
 

@@ -32,7 +32,7 @@ def main() -> None:
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model), run.seed)
+    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model, run.optimizer), run.seed)
 
     inputs = inputs_from(data, model, pipe, trained=tuple(pairs))
     objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)

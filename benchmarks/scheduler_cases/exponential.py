@@ -213,7 +213,7 @@ def _with_predictor(name: str, config: dict[str, Any]) -> Callable[[Theirs], lis
     def loop(theirs: Theirs) -> list[Any]:
         import torch
 
-        from benchmarks.scheduler_parity import patched, torch_class
+        from benchmarks.scheduler_cases.torch_side import patched, torch_class
 
         cls = torch_class(name)
         double = theirs.start.dtype == torch.float64

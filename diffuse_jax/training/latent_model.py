@@ -20,6 +20,7 @@ from diffuse_jax.training.checks import one_of
 from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.hub import HubSettings
 from diffuse_jax.training.latent import component_folder, family_of, open_pipeline
+from diffuse_jax.training.optimizer import OptimizerSettings, check_rates
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a denoising network may predict."""
@@ -57,13 +58,19 @@ def source_folder(model: ModelSettings) -> Path:
     return weights.resolve(model.pretrained_model_name_or_path, **model.hub.options)
 
 
-def trained_names(model: ModelSettings) -> tuple[str, ...]:
-    """The networks that are trained."""
-    if not model.train_text_encoder:
-        return ("unet",)
-    index = weights.read_index(source_folder(model))
-    encoders = family_of(index.class_name, model.pretrained_model_name_or_path).encoders
-    return ("unet", *(name for name in encoders if name in index.components))
+def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[str, ...]:
+    """The networks that are trained.
+
+    Raises:
+      ValueError: text encoders have a learning rate but are not trained.
+    """
+    names: tuple[str, ...] = ("unet",)
+    if model.train_text_encoder:
+        index = weights.read_index(source_folder(model))
+        encoders = family_of(index.class_name, model.pretrained_model_name_or_path).encoders
+        names += tuple(name for name in encoders if name in index.components)
+    check_rates(optimizer, names)
+    return names
 
 
 def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:

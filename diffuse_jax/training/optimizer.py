@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -234,6 +234,16 @@ class OptimizerSettings:
         one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
 
 
+def check_rates(settings: OptimizerSettings, trained: Iterable[str]) -> None:
+    """Refuse a learning rate of text encoders that are not trained.
+
+    Raises:
+      ValueError: it says which flag is missing.
+    """
+    if settings.text_encoder_lr is not None and not set(TEXT_ENCODERS) & set(trained):
+        raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no use without --train_text_encoder")
+
+
 def optimizer_from(
     settings: OptimizerSettings, steps: int, images: int, trained: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -256,8 +266,7 @@ def optimizer_from(
 
     rate, own = rate_up_to(settings.learning_rate), {}
     if settings.text_encoder_lr is not None:
-        if not set(TEXT_ENCODERS) & set(trained):
-            raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no use without --train_text_encoder")
+        check_rates(settings, trained)
         own = dict.fromkeys(TEXT_ENCODERS, rate_up_to(settings.text_encoder_lr))
     wanted = {name: getattr(settings, f"adam_{name}") for name in ("beta1", "beta2", "weight_decay", "epsilon")}
     given = {name: value for name, value in wanted.items() if value is not None}
