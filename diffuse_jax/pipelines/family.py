@@ -10,7 +10,7 @@ import numpy as np
 
 from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
 from diffuse_jax.pipelines.method import Method, Rows
-from diffuse_jax.pipelines.options import CallOptions, check_names
+from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.run import Request
 
 STEPS = 50
@@ -142,6 +142,3 @@ def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
         if value.ndim == 0 or len(value) != images:
             raise ValueError(f"rows[{name!r}] must have one entry for each of {images} images, got {value.shape}")
     return found
-
-
-__all__ = ["Call", "CallOptions", "Family", "given_rows", "make_plan", "output_size", "text_to_image"]

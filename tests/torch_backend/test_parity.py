@@ -161,6 +161,19 @@ def test_every_pipeline_is_compared_with_no_line_for_its_task(tmp_path: Path) ->
     assert [first["layer"] for first in result.first] == ["mid_block.resnets.0.conv1"]
 
 
+def test_pipelines_without_text_and_with_two_encoders_are_compared_too(tmp_path: Path) -> None:
+    twins = pytest.importorskip("tests.oracle.twins")
+    unet = twins.randomise(twins.diffusers.UNet2DModel(**twins.PIXELS))
+    twins.diffusers.DDPMPipeline(unet=unet, scheduler=twins.diffusers.DDPMScheduler()).save_pretrained(
+        tmp_path / "ddpm"
+    )
+    folders.stable_diffusion_xl(tmp_path / "xl")
+    for folder, name in (("ddpm", None), ("xl", "StableDiffusionXLImg2ImgPipeline")):
+        sides = parity.open_sides(str(tmp_path / folder), device="cpu", pipeline_name=name)
+        result = parity.check(sides, parity.Request(["a", "b"], {"num_inference_steps": 4, "seed": 0}))
+        assert result.ok, (name, result.rows, result.differences)
+
+
 def test_a_wrong_scheduler_shows_in_the_latents_alone(sides: parity.Sides) -> None:
     wrong = sides.theirs.scheduler.replace(prediction_type="epsilon", rescale_betas_zero_snr=False)
     result = parity.check(sides._replace(theirs=sides.theirs.replace(scheduler=wrong)), request())
