@@ -17,13 +17,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffuse_jax
+from diffuse_jax.output import save_images, writable
 from diffuse_jax.torch_backend import command as parity_command
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SHIPPED_MODEL = "diffuse-jax/emoji"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -97,11 +95,14 @@ def generate(args: argparse.Namespace) -> None:
     keep = keep_compilations(args)
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
+    folder = writable(args.output)  # before minutes of work for it
     say(f"loading {args.model}")
     start = time.perf_counter()
     pipe = open_pipeline(args)
     if args.scheduler:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    for source, scale in args.lora or ():
+        pipe = pipe.load_lora_weights(source, scale=scale)
     if keep:
         pipe.load_compiled(cache_folder() / "programs")
     loaded = time.perf_counter()
@@ -110,7 +111,7 @@ def generate(args: argparse.Namespace) -> None:
         out = pipe(**call)
     done = time.perf_counter()
 
-    for path in save_images(out.images, args.output):
+    for path in save_images(out.images, folder, made_of(args, pipe, out.seeds)):
         print(path)
     if keep:
         pipe.save_compiled(cache_folder() / "programs")
@@ -131,7 +132,55 @@ def open_pipeline(args: argparse.Namespace) -> Any:
         raise ValueError(f"{flags}: not for {'a single file' if single else 'a folder or a Hub id'}")
     pipeline = diffuse_jax.DiffusionPipeline
     open_it = pipeline.from_single_file if single else pipeline.from_pretrained
-    return open_it(args.model, **given(args, allowed))
+    mesh = {} if args.mesh is None else {"mesh": make_mesh(args.mesh)}
+    return open_it(args.model, **given(args, allowed), **mesh)
+
+
+def made_of(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The settings of each image, to be kept with it."""
+    copies = args.num_images_per_prompt or 1
+    names = ("guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
+    shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
+    if args.lora:
+        shared["lora"] = {str(source): scale for source, scale in args.lora}
+    negatives = args.negative_prompt or [""]
+    prompts = [(prompt, negatives[k % len(negatives)]) for k, prompt in enumerate(args.prompt)]
+    each = [pair for pair in prompts for _ in range(copies)]
+    return [
+        {"prompt": prompt, "negative_prompt": negative, "seed": int(seed), **shared}
+        for (prompt, negative), seed in zip(each, seeds, strict=True)
+    ]
+
+
+def lora_source(text: str) -> tuple[str, float]:
+    """An argparse type: ``PATH`` or ``PATH=SCALE``."""
+    source, _, scale = text.rpartition("=")
+    try:
+        return (source, float(scale)) if source else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """An argparse type: ``data=4,fsdp=2``."""
+    try:
+        return {name: int(size) for name, size in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected AXIS=SIZE pairs such as data=4,fsdp=2, got {text!r}") from None
+
+
+def make_mesh(axes: dict[str, int]) -> Any:
+    """The mesh of ``--mesh``.
+
+    Raises:
+      ValueError: no such axis, or sizes that do not fit the devices.
+    """
+    from diffuse_jax import sharding
+
+    if unknown := sorted(set(axes) - set(sharding.MESH_AXES)):
+        raise ValueError(f"--mesh has no axis {unknown[0]}; there are {', '.join(sharding.MESH_AXES)}")
+    sizes: dict[str, Any] = {"data": 1} | axes
+    return sharding.make_mesh(**sizes)
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -157,19 +206,6 @@ def scheduler_class(name: str) -> Any:
     if short not in names:
         raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(sorted(names.values()))}")
     return getattr(diffuse_jax, names[short])
-
-
-def save_images(images: Sequence[Image.Image], folder: Path) -> list[Path]:
-    """Write ``image-0001.png`` and so on, after those already there; no half-written file is ever visible."""
-    from diffuse_jax.weights.files import atomic_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"image-(\d+)\.png", p.name))]
-    paths = [folder / f"image-{1 + max(numbers, default=0) + i:04d}.png" for i in range(len(images))]
-    for path, image in zip(paths, images):
-        with atomic_file(path) as file:
-            image.save(file, format="PNG")
-    return paths
 
 
 @contextlib.contextmanager
@@ -323,6 +359,10 @@ def add_generate(commands: Any) -> None:
     add("--seed", type=int, nargs="+", metavar="N", help="one seed, or one per picture (default: random, and reported)")
     add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
     add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
+    add(
+        "--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="low-rank adapter; repeat for several"
+    )
+    add("--mesh", type=mesh_axes, metavar="AXES", help="devices to share the work, e.g. data=4 or data=2,fsdp=4")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
     add(
         "--progress-bar",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -18,7 +20,7 @@ import pytest
 from PIL import Image
 
 import diffuse_jax
-from diffuse_jax import cli
+from diffuse_jax import cli, output
 from tests.pipelines import tiny
 
 COMMANDS = ("generate", "convert", "parity", "env")
@@ -171,23 +173,87 @@ def test_generate_draws_what_the_pipeline_draws(
         assert np.abs(difference).max() <= 1
 
 
-def test_pictures_are_added_never_overwritten(tmp_path: Path) -> None:
+def test_an_image_knows_what_made_it(tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    words = ["--prompt", "a cat", "--prompt", "ein Hündchen", "--negative-prompt", "blurry", "--seed", 3, 4]
+    words += ["--num-inference-steps", 2, "--scheduler", "ddim", "--guidance-scale", 2.5]
+    assert run("generate", "--model", tmp_path / "model", *words, "--output", tmp_path / "out") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text("utf-8").splitlines()]
+    assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
+        ("image-0001.png", "a cat", 3),
+        ("image-0002.png", "ein Hündchen", 4),
+    ]
+    info = Image.open(tmp_path / "out" / "image-0002.png").info
+    settings = json.loads(info["diffuse_jax"])
+    assert (settings["scheduler"], settings["num_inference_steps"], settings["guidance_scale"]) == (
+        "DDIMScheduler",
+        2,
+        2.5,
+    )
+    assert info["parameters"].splitlines()[:2] == ["ein Hündchen", "Negative prompt: blurry"]
+    assert (
+        info["parameters"]
+        .splitlines()[2]
+        .startswith("Steps: 2, Sampler: DDIMScheduler, CFG scale: 2.5, Seed: 4, Size: 16x16")
+    )
+
+
+def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_path: Path, capsys: Any) -> None:
+    loaded: list[tuple[str, float]] = []
+    pipeline.load_lora_weights = lambda source, scale: (loaded.append((source, scale)), pipeline)[1]  # type: ignore[attr-defined]
+    words = ("generate", "--prompt", "a cat", "--output", tmp_path)
+    assert run(*words, "--lora", "a.safetensors", "--lora", "b=0.5", "--mesh", "data=4,fsdp=2") == 0
+    assert loaded == [("a.safetensors", 1.0), ("b", 0.5)]
+    assert dict(pipeline.options["mesh"].shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+    assert run(*words, "--mesh", "model=2") == 1
+    assert "--mesh has no axis model; there are data, fsdp" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*words, "--mesh", "4")
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(
+    pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run("generate", "--prompt", "a cat", "--output", tmp_path / "file") == 1
+    assert "file" in capsys.readouterr().err
+    assert not pipeline.calls
+
+
+def test_images_are_added_never_overwritten(tmp_path: Path) -> None:
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    first = cli.save_images([red], tmp_path / "new")
-    second = cli.save_images([blue, blue], tmp_path / "new")
+    first = output.save_images([red], tmp_path / "new")
+    second = output.save_images([blue, blue], tmp_path / "new")
     assert [p.name for p in first + second] == ["image-0001.png", "image-0002.png", "image-0003.png"]
     assert Image.open(first[0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(list((tmp_path / "new").iterdir())) == 3
 
 
-def test_a_failed_save_leaves_no_picture(tmp_path: Path) -> None:
+def test_several_writers_share_a_folder(tmp_path: Path) -> None:
+    """Four at once, thirty images each: none is lost, and each line of the metadata names its own image."""
+
+    def write(k: int) -> list[Path]:
+        made = lambda i: [{"prompt": f"{k} {i}", "seed": i}]
+        return [output.save_images([Image.new("L", (2, 2), 60 * k + i)], tmp_path, made(i))[0] for i in range(30)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [path for paths in pool.map(write, range(4)) for path in paths]
+    assert len({*found}) == 120 == len(list(tmp_path.glob("*.png")))
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len(lines) == 120
+    for line in lines:
+        k, i = map(int, line["text"].split())
+        assert Image.open(tmp_path / line["file_name"]).getpixel((0, 0)) == 60 * k + i
+
+
+def test_a_failed_save_leaves_no_image(tmp_path: Path) -> None:
     class Broken:
-        def save(self, file: IO[bytes], format: str) -> None:
+        def save(self, file: IO[bytes], **options: Any) -> None:
             file.write(b"half")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        cli.save_images([Broken()], tmp_path)  # type: ignore[list-item]
+        output.save_images([Broken()], tmp_path)  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []
 
 
