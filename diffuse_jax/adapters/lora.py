@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.models.base import Model, Params
-from diffuse_jax.models.intercept import changed_layers
+from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.sharding import to_current_mesh
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
@@ -101,10 +101,12 @@ def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
     """Networks applied inside compute with the pairs; they are inputs like others, so gradients reach them."""
     table = pairs_of(pairs)
 
-    def add(path: Path, x: jax.Array, y: jax.Array) -> jax.Array:
-        if path not in table:
+    def add(call: Call) -> Any:
+        y = call.output()
+        if call.path not in table:
             return y
-        down, up = (jnp.asarray(to_current_mesh(table[path][name]), y.dtype) for name in PAIR)
+        down, up = (jnp.asarray(to_current_mesh(table[call.path][name]), y.dtype) for name in PAIR)
+        (x,) = call.inputs
         return y + scale * ((jnp.asarray(x, y.dtype) @ down) @ up)
 
     with changed_layers(add):

@@ -34,7 +34,16 @@ class Attention(nn.Module):
         query = split(dense(x, self.qkv_bias, "to_q"))
         key = split(dense(context, self.qkv_bias, "to_k"))
         value = split(dense(context, self.qkv_bias, "to_v"))
-        return dense(attention(query, key, value).reshape(B, L, D), True, "to_out_0")
+        return dense(Attend(name="attend")(query, key, value).reshape(B, L, D), True, "to_out_0")
+
+
+class Attend(nn.Module):
+    """Softmax attention itself, without parameters; a layer so that adapters reach what it is given (intercept.py)."""
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """``query [B,L,heads,D]``, ``key`` and ``value [B,K,heads,D]`` -> ``[B,L,heads,D]``."""
+        return attention(query, key, value)
 
 
 class SpatialAttention(nn.Module):

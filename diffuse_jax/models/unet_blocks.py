@@ -82,6 +82,15 @@ class MidBlock(Block):
         return self.resnet(1, self.attend(0, x, context), temb) if self.level.depth else x
 
 
+class Join(nn.Module):
+    """Features and a tensor from the way down side by side; a layer so that adapters reach both (intercept.py)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
+        """``[B,h,w,C]`` and ``[B,h,w,D]`` -> ``[B,h,w,C+D]``."""
+        return jnp.concatenate([x, skip], -1)
+
+
 class UpBlock(Block):
     """One level upward: each residual block takes one tensor from the way down; then the size of the next level."""
 
@@ -95,7 +104,8 @@ class UpBlock(Block):
         size: tuple[int, int] | None,
     ) -> jax.Array:
         for i in range(self.level.layers):
-            x = self.attend(i, self.resnet(i, jnp.concatenate([x, skips[-1 - i]], -1), temb), context)
+            joined = Join(name=f"joins_{i}")(x, skips[-1 - i])
+            x = self.attend(i, self.resnet(i, joined, temb), context)
         if size is None:
             return x
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
