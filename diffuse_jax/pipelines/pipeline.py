@@ -108,7 +108,8 @@ class DiffusionPipeline:
         a pure function.
 
         Args:
-          *args, **options: of :meth:`compose`.
+          *args: of :meth:`compose`.
+          **options: likewise.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: further rows for parts of your own, name -> array with one entry per image.
 

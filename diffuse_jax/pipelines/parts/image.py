@@ -18,7 +18,7 @@ def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, p
       params: of the networks.
       images: what is encoded.
       keys: ``[B]``; every image draws from its own.
-      purpose: tells this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.method.draw`.
+      purpose: tells this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.draw`.
     """
     posterior = vae.apply(params, images, method="encode")
     return scale_latents(posterior.sample(keys_for(keys, purpose)), vae.config)
