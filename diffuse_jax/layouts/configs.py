@@ -119,7 +119,10 @@ def _outputs(tensors: Tensors, key: str) -> int:
 def _levels(tensors: Tensors, prefix: str) -> int:
     """One more than the largest list index after a prefix."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in tensors)
-    return 1 + max(int(match[1]) for match in found if match)
+    levels = 1 + max(int(match[1]) for match in found if match)
+    if levels > len(tensors):
+        raise ValueError(f"{prefix} has an index {levels - 1} in a file of {len(tensors)} tensors")
+    return levels
 
 
 def _layers(tensors: Tensors, prefix: str) -> int:

@@ -6,8 +6,9 @@ in either spelling, so that no configuration is needed.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from diffuse_jax.layouts.rows import Table
 from diffuse_jax.weights.errors import WeightsError
@@ -137,7 +138,7 @@ def label_kind(keys: Iterable[str]) -> str:
 
 def vae_table(keys: Iterable[str]) -> Table:
     """The table of an autoencoder, from its keys in either spelling."""
-    found = _indices(keys, r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.")
+    found = _indices(set(keys), r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.")
     if not found:
         raise WeightsError("there is no autoencoder in its keys")
     levels, layers = 1 + max(b for b, _ in found), 1 + max(i for _, i in found)
@@ -159,7 +160,7 @@ def vae_table(keys: Iterable[str]) -> Table:
 
 def openclip_table(keys: Iterable[str]) -> Table:
     """The table of an OpenCLIP text encoder, from its keys in either spelling."""
-    found = _indices(keys, r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d+)\.")
+    found = _indices(set(keys), r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d+)\.")
     table = list(OPENCLIP_FIXED)
     for (i,) in sorted(found):
         old, new = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
@@ -176,9 +177,17 @@ def _resnet(old: str, new: str, parts: list[tuple[str, str]]) -> Table:
     return [(f"{old}.{a}", f"{new}.{b}", "same") for a, b in parts]
 
 
-def _indices(keys: Iterable[str], pattern: str) -> set[tuple[int, ...]]:
-    """The numbers that a pattern finds at the beginning of keys."""
-    return {tuple(map(int, found.groups())) for found in (re.match(pattern, key) for key in keys) if found}
+def _indices(keys: Collection[str], pattern: str) -> set[tuple[int, ...]]:
+    """The numbers that a pattern finds at the beginning of keys.
+
+    Raises:
+      WeightsError: a number that so few keys cannot count up to, which would make a table without end.
+    """
+    found = {tuple(map(int, m.groups())) for m in (re.match(pattern, key) for key in keys) if m}
+    most = math.prod(1 + max(column) for column in zip(*found, strict=True))
+    if most > max(len(keys), 1):
+        raise WeightsError(f"{len(keys)} keys count blocks up to {max(found)}; those between are missing")
+    return found
 
 
 TABLES: dict[str, Callable[[Iterable[str]], Table]] = {

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffuse_jax.weights.limits import parse_json, read_bounded
+
 CONFIG_FILE = "training.yaml"
+MAX_CONFIG = 1 << 16
+"""Bytes of a file of flags."""
+
 SECRETS = ("hub_token",)
 OWN = ("config", "process_id")
 
@@ -20,21 +24,29 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it does not hold one mapping of names to values.
+      ValueError: it has more than :data:`MAX_CONFIG` bytes, uses YAML's aliases, or does not hold one mapping of names
+        to values.
     """
-    import yaml
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config {path} does not exist")
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    text = read_bounded(Path(path), MAX_CONFIG)
+    values = parse_json(Path(path), text) if Path(path).suffix == ".json" else _parse_yaml(path, text)
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} must map names of flags to values, such as `learning_rate: 1e-4`")
     return values
+
+
+def _parse_yaml(path: str | Path, text: bytes) -> Any:
+    """The value of a YAML text; aliases are refused, because a few lines of them stand for billions of values."""
+    import yaml
+
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it uses aliases (*name), which are not read; write the values out")
+        return yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negated: Iterable[str]) -> list[str]:

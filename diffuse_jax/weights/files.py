@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from diffuse_jax.weights.errors import WeightsError, bad
+from diffuse_jax.weights.limits import open_regular, parse_json, read_bounded
 
 LFS = b"version https://git-lfs"
 """How the small text begins that Git keeps in the place of a large file."""
@@ -24,9 +25,9 @@ def map_file(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only uint8 array backed by the file itself; nothing is read yet.
 
     Raises:
-      WeightsError: the file is empty, or a clone without Git LFS left a pointer in its place.
+      WeightsError: the file is empty or not a regular file, or a clone without Git LFS left a pointer in its place.
     """
-    with open(path, "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise bad(path, "the file is empty")
@@ -64,13 +65,18 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing or malformed file is an error that names it."""
+    """Read a JSON object of at most :data:`~diffuse_jax.weights.limits.MAX_JSON` bytes.
+
+    Raises:
+      WeightsError: the file is missing, not a regular file, too large or malformed; the text names it.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = read_bounded(path)
     except FileNotFoundError as error:
         raise bad(path, "no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise bad(path, f"not readable as JSON ({error})") from error
+    except OSError as error:
+        raise bad(path, f"not readable ({error})") from error
+    data = parse_json(path, text)
     if not isinstance(data, dict):
         raise bad(path, f"expected a JSON object, got {type(data).__name__}")
     return data

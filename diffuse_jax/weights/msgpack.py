@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.weights.errors import bad
+from diffuse_jax.messages import brief
+from diffuse_jax.weights.errors import WeightsError, bad, parsing
 from diffuse_jax.weights.files import atomic_file, map_file
+from diffuse_jax.weights.limits import MAX_DEPTH, check_name, count_elements
 from diffuse_jax.weights.names import unflatten
 from diffuse_jax.weights.safetensors import DTYPES
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 CHUNK = 1 << 30
+MAX_ITEMS = 500_000
+"""Values of a file, with those inside them; an array takes about eight."""
+
 CHUNKED = "__msgpack_chunked_array__"
-MAX_DEPTH = 64
 
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b", ">h", ">i", ">q"), strict=True))
@@ -48,7 +52,8 @@ def read_msgpack(path: Path) -> dict[str, np.ndarray]:
       WeightsError: truncated or damaged, or something other than nested maps of arrays; the text names file and key.
     """
     walk = _Walk(path, map_file(path))
-    tree = walk.value(0)
+    with parsing(path):
+        tree = walk.value(0)
     if not isinstance(tree, dict):
         raise bad(path, "is not a Flax file: its outermost value is not a map")
     if walk.at != len(walk.data):
@@ -58,7 +63,7 @@ def read_msgpack(path: Path) -> dict[str, np.ndarray]:
 
 def _named(path: Path, tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     for key, value in tree.items():
-        name = f"{prefix}/{key}" if prefix else str(key)
+        name = check_name(path, f"{prefix}/{key}" if prefix else str(key))
         if isinstance(value, dict) and CHUNKED in value:
             value = _join(path, name, value)
         if isinstance(value, dict):
@@ -73,8 +78,15 @@ def _join(path: Path, name: str, value: dict[str, Any]) -> np.ndarray:
     """A chunked array in one piece; the only case in which reading copies."""
     try:
         shape = tuple(value["shape"][str(i)] for i in range(len(value["shape"])))
-        return np.concatenate([value["chunks"][str(i)] for i in range(len(value["chunks"]))]).reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
+        chunks = [value["chunks"][str(i)] for i in range(len(value["chunks"]))]
+        if count_elements(path, repr(name), shape) != sum(chunk.size for chunk in chunks):
+            raise ValueError(f"they do not have the elements of shape {list(shape)}")
+        if len({chunk.dtype for chunk in chunks}) > 1:
+            raise ValueError("they have different dtypes")
+        return np.concatenate(chunks).reshape(shape)
+    except WeightsError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise bad(path, f"{name!r} is a chunked array whose chunks do not fit together ({error})") from error
 
 
@@ -82,7 +94,7 @@ class _Walk:
     """A position in the bytes of a file."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.at = path, data, 0
+        self.path, self.data, self.at, self.values = path, data, 0, 0
 
     def take(self, size: int) -> np.ndarray:
         if self.at + size > len(self.data):
@@ -97,6 +109,9 @@ class _Walk:
         """The value at the position: dict, list, str, number, uint8 array (bytes) or array (extension 1)."""
         if depth > MAX_DEPTH:
             raise bad(self.path, f"values nested more than {MAX_DEPTH} deep")
+        self.values += 1
+        if self.values > MAX_ITEMS:
+            raise bad(self.path, f"more than {MAX_ITEMS} values")
         tag = self.number(">B")
         if tag < 0x80 or tag >= 0xE0:
             return tag if tag < 0x80 else tag - 0x100
@@ -137,7 +152,7 @@ class _Walk:
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in found:
                 raise bad(
-                    self.path, f"a map names {key!r} twice" if isinstance(key, str) else "a map key is not a text"
+                    self.path, f"a map names {brief(key)} twice" if isinstance(key, str) else "a map key is not a text"
                 )
             found[key] = self.value(depth + 1)
         return found
@@ -152,10 +167,13 @@ class _Walk:
         try:
             shape, name, raw = parts
             name = name if isinstance(name, str) else raw_text(name)
+            count_elements(self.path, f"the array before byte {self.at}", shape)
             array = raw.view(BY_NAME[name]).reshape(tuple(shape))
+        except WeightsError:
+            raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise bad(self.path, f"an array before byte {self.at} does not fit its shape or dtype ({error})") from error
-        if self.at != end or any(n < 0 for n in shape):
+        if self.at != end:
             raise bad(self.path, f"an array before byte {self.at} does not fit its announced size")
         return array
 

@@ -8,6 +8,7 @@ file is refused with its name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickletools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from diffuse_jax.weights.errors import WeightsError, bad
+from diffuse_jax.weights.errors import bad, parsing
+from diffuse_jax.weights.limits import MAX_ELEMENTS, MAX_RANK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +96,52 @@ def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, *res
 
 
 def _window(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorSpec:
-    """A tensor, unless its parts are of the wrong kind or it would reach outside its storage."""
+    """A tensor, unless its parts are of the wrong kind, or it would reach outside its storage or be larger than it."""
     if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
         raise TypeError("a tensor whose storage or dtype is not what it should be")
-    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
+    numbers = (offset, *shape[:MAX_RANK], *strides[:MAX_RANK])
+    if not len(shape) == len(strides) <= MAX_RANK or not all(
+        type(n) is int and 0 <= n <= MAX_ELEMENTS for n in numbers
+    ):
         raise TypeError("a tensor whose offset, shape or strides are not what they should be")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if 0 not in shape and (last + 1) * dtype.itemsize > storage.size * storage.dtype.itemsize:
+    room = storage.size * storage.dtype.itemsize
+    if 0 not in shape and (last + 1) * dtype.itemsize > room:
         raise TypeError(f"a tensor of shape {list(shape)} that reaches outside its storage of {storage.size} elements")
+    # Strides of zero make a window of any size out of one element.
+    if math.prod(shape) * dtype.itemsize > room or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        raise TypeError(f"a tensor of shape {list(shape)} that is larger than its storage of {storage.size} elements")
     return TensorSpec(storage, offset, tuple(shape), tuple(strides), dtype)
 
 
+def _ordered(*pairs: Any) -> Container:
+    """``OrderedDict()`` or ``OrderedDict([(key, value), ...])``."""
+    found = Container()
+    if pairs:
+        (items,) = pairs
+        for key, value in items:
+            found[_key(key)] = value
+    return found
+
+
+def _size(*sizes: Any) -> tuple[int, ...]:
+    """``torch.Size((2, 3))``."""
+    (items,) = sizes
+    if not isinstance(items, tuple | list) or len(items) > MAX_RANK or not all(type(n) is int for n in items):
+        raise TypeError("a size that is not a few integers")
+    return tuple(items)
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict or an item of a set; hashing a tuple of tuples could take for ever."""
+    if not isinstance(value, KEYS):
+        raise TypeError(f"a key that is a {type(value).__name__}")
+    return value
+
+
 CALLS: dict[Name, Callable[..., Any]] = {
-    Name("collections", "OrderedDict"): lambda *pairs: Container(*pairs),
-    Name("torch", "Size"): lambda *sizes: tuple(*sizes),
+    Name("collections", "OrderedDict"): _ordered,
+    Name("torch", "Size"): _size,
     Name("torch._utils", "_rebuild_tensor"): _tensor,
     Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Name("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
@@ -129,7 +163,13 @@ LITERALS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
-MARK = object()
+KEYS = (str, int, float, bytes, type(None))
+
+MAX_STEPS = 2_000_000
+"""Instructions of one pickle; a tensor takes about forty."""
+
+MAX_REPEATED = 1_000_000
+"""Items that calls copy out of containers which a pickle uses more than once."""
 
 
 class Machine:
@@ -137,14 +177,18 @@ class Machine:
 
     def __init__(self, persistent: Callable[[Any], Any]) -> None:
         self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks under each mark
+        self.copied = 0
         self.memo: dict[int, Any] = {}
         self.persistent = persistent
 
     def run(self, data: IO[bytes]) -> Any:
         """The object that the pickle at the stream's position describes; the stream ends up behind it."""
-        for opcode, argument, _ in pickletools.genops(data):
+        for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 return self.stack.pop()
+            if steps > MAX_STEPS:
+                raise TypeError(f"more than {MAX_STEPS} instructions")
             self._step(opcode.name, argument)
         raise TypeError("a pickle without an end")
 
@@ -157,7 +201,8 @@ class Machine:
         elif name in LITERALS:
             stack.append(argument)
         elif name == "MARK":
-            stack.append(MARK)
+            self.below.append(stack)
+            self.stack = []
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self.memo[int(argument)] = stack[-1]
         elif name == "MEMOIZE":
@@ -179,14 +224,14 @@ class Machine:
         return VALUES.get(found, found)
 
     def _until_mark(self) -> list[Any]:
-        at = max(i for i, value in enumerate(self.stack) if value is MARK)
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
+        items, self.stack = self.stack, self.below.pop()
         return items
 
     def _op_stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(self._global(str(module), str(name)))
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a global whose name is not text")
+        self.stack.append(self._global(module, name))
 
     def _op_binpersid(self) -> None:
         self.stack.append(self.persistent(self.stack.pop()))
@@ -195,6 +240,9 @@ class Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise TypeError(f"a call of {type(function).__name__}")
+        self.copied += sum(len(item) for item in arguments if isinstance(item, list | dict | tuple))
+        if len(arguments) > MAX_RANK or self.copied > MAX_REPEATED:
+            raise TypeError("calls with more arguments than tensors have")
         self.stack.append(CALLS[function](*arguments))
 
     def _op_build(self) -> None:
@@ -203,7 +251,8 @@ class Machine:
             raise TypeError(f"attributes set on {type(self.stack[-1]).__name__}")
 
     def _op_tuple(self) -> None:
-        self.stack.append(tuple(self._until_mark()))
+        items = self._until_mark()
+        self.stack.append(tuple(items))
 
     def _op_tuple1(self) -> None:
         self.stack[-1:] = [tuple(self.stack[-1:])]
@@ -215,11 +264,12 @@ class Machine:
         self.stack[-3:] = [tuple(self.stack[-3:])]
 
     def _op_list(self) -> None:
-        self.stack.append(self._until_mark())
+        items = self._until_mark()
+        self.stack.append(items)
 
     def _op_dict(self) -> None:
         items = self._until_mark()
-        self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+        self.stack.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
 
     def _op_append(self) -> None:
         value = self.stack.pop()
@@ -231,18 +281,21 @@ class Machine:
 
     def _op_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._top(dict)[key] = value
+        self._top(dict)[_key(key)] = value
 
     def _op_setitems(self) -> None:
         items = self._until_mark()
-        self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+        self._top(dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def _op_additems(self) -> None:
         items = self._until_mark()
-        self._top(set).update(items)
+        self._top(set).update(map(_key, items))
 
     def _op_pop(self) -> None:
-        self.stack.pop()
+        if self.stack:
+            self.stack.pop()
+        else:
+            self._until_mark()
 
     def _top(self, kind: type) -> Any:
         if not isinstance(self.stack[-1], kind):
@@ -256,11 +309,9 @@ def interpret(path: Path, data: IO[bytes], persistent: Callable[[Any], Any]) -> 
     Raises:
       WeightsError: the pickle is damaged, or asks for anything but tensors and plain containers (named in the text).
     """
-    try:
-        return Machine(persistent).run(data)
-    except WeightsError:
-        raise
-    except TypeError as error:
-        raise bad(path, f"refused: its pickle contains {error}; only tensors and plain containers are read") from error
-    except (ValueError, IndexError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
-        raise bad(path, f"damaged pickle ({type(error).__name__}: {error})") from error
+    with parsing(path):
+        try:
+            return Machine(persistent).run(data)
+        except TypeError as error:
+            text = f"refused: its pickle contains {error}; only tensors and plain containers are read"
+            raise bad(path, text) from error

@@ -18,8 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.weights.errors import bad
 from diffuse_jax.weights.files import atomic_file, map_file
+from diffuse_jax.weights.limits import MAX_ELEMENTS, check_name, count_elements, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -43,6 +45,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000
+MAX_TENSORS = 200_000
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -54,6 +57,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     header, start, data = _header(path)
     header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise bad(path, f"header names {len(header)} tensors; the most are {MAX_TENSORS}")
     entries = {name: _entry(path, name, entry) for name, entry in header.items()}
     tensors, expected_begin = {}, 0
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -84,35 +89,24 @@ def _header(path: Path) -> tuple[dict[str, Any], int, np.ndarray]:
     (size,) = struct.unpack("<Q", data[:8].tobytes())
     if size > min(MAX_HEADER, len(data) - 8):
         raise bad(path, f"truncated or not safetensors: header of {size} bytes in a file of {len(data)}")
-    try:
-        header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise bad(path, f"header is not JSON ({error})") from error
+    header = parse_json(path, data[8 : 8 + size].tobytes(), what="header", unique=True)
     if not isinstance(header, dict):
         raise bad(path, "header is not a JSON object")
     return header, 8 + size, data
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused if a name stands twice in it."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise bad(path, f"header names {twice!r} twice")
-    return dict(pairs)
-
-
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """A checked header entry as (dtype, shape, begin, end)."""
+    check_name(path, name)
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise bad(path, f"header entry of {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise bad(path, f"{name!r} has dtype {kind!r}; known are {', '.join(DTYPES)}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise bad(path, f"{name!r} has shape {list(shape)} and offsets {[begin, end]}; these must be natural numbers")
-    size = math.prod(shape) * DTYPES[kind].itemsize
+        raise bad(path, f"{name!r} has dtype {brief(kind)}; known are {', '.join(DTYPES)}")
+    if not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in (begin, end)):
+        raise bad(path, f"{name!r} has offsets {brief([begin, end])}; these must be natural numbers within the file")
+    size = count_elements(path, repr(name), shape) * DTYPES[kind].itemsize
     if end - begin != size:
         raise bad(path, f"{name!r}: shape {list(shape)} of {kind} needs {size} bytes, its offsets give {end - begin}")
     return DTYPES[kind], shape, begin, end

@@ -7,8 +7,10 @@ before, it is five pickles in a row followed by the storages. In both, tensors b
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.weights.errors import bad
+from diffuse_jax.messages import brief
+from diffuse_jax.weights.errors import bad, parsing
 from diffuse_jax.weights.files import map_file
+from diffuse_jax.weights.limits import MAX_ELEMENTS, check_name
 from diffuse_jax.weights.pickle_machine import Storage, TensorSpec, interpret
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -26,8 +30,14 @@ MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 1 << 28
 """No description of tensors is longer than this; it bounds what a hostile file can make us read."""
 
+MAX_DIRECTORY = 1 << 23
+"""Bytes of the list of an archive's members; a member takes about eighty."""
+
 MAX_DEPTH = 32
 MAX_ITEMS = 1_000_000
+
+MAX_SHARED = 8
+"""Tensors of a file together are at most this many times as large as the file: some share a storage, all do not."""
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -45,7 +55,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     if isinstance(tree, np.ndarray):
         raise bad(path, "holds one tensor without a name")
     tensors: dict[str, np.ndarray] = {}
-    for name, array in _named(tree, ""):
+    for name, array in _named(path, tree, ""):
         if name in tensors:
             raise bad(path, f"{name!r} stands twice in it")
         tensors[name] = array
@@ -55,27 +65,30 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_torch_object(path: Path) -> Any:
-    """The object that was saved: dicts, lists, tuples, numbers, texts, and arrays for tensors."""
+    """The object that was saved: dicts, lists, tuples, numbers, texts, and arrays for tensors.
+
+    Raises:
+      WeightsError: as :func:`read_torch`.
+    """
     data = map_file(path)
-    if data[:4].tobytes() == b"PK\x03\x04":
-        obj, storages = _read_zip(path, data)
-    else:
-        obj, storages = _read_stream(path, data)
-    return _resolve(path, obj, storages, data)
+    with parsing(path):
+        zipped = data[:4].tobytes() == b"PK\x03\x04"
+        obj, storages = _read_zip(path, data) if zipped else _read_stream(path, data)
+        return _resolve(path, obj, storages, data)
 
 
-def _named(tree: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+def _named(path: Path, tree: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays below nested dicts with their dotted names."""
     if isinstance(tree, np.ndarray):
         yield prefix, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _named(path, value, check_name(path, f"{prefix}.{key}" if prefix else str(key)))
 
 
 def _resolve(path: Path, obj: Any, storages: Mapping[str, tuple[int, int]], data: np.ndarray) -> Any:
     """Replace descriptions of tensors by views; ``storages`` maps a key to (first byte, length in bytes)."""
-    visits = itertools.count()
+    visits, room = itertools.count(), [MAX_SHARED * len(data)]
 
     def walk(obj: Any, depth: int) -> Any:
         # A few bytes of pickle can describe lists of lists of lists without end.
@@ -85,7 +98,12 @@ def _resolve(path: Path, obj: Any, storages: Mapping[str, tuple[int, int]], data
             return {key: walk(value, depth + 1) for key, value in obj.items()}
         if isinstance(obj, list | tuple):
             return type(obj)(walk(value, depth + 1) for value in obj)
-        return _view(path, obj, storages, data) if isinstance(obj, TensorSpec) else obj
+        if not isinstance(obj, TensorSpec):
+            return obj
+        room[0] -= math.prod(obj.shape) * obj.dtype.itemsize
+        if room[0] < 0:
+            raise bad(path, f"refused: its tensors are together more than {MAX_SHARED} times as large as the file")
+        return _view(path, obj, storages, data)
 
     return walk(obj, 0)
 
@@ -95,7 +113,7 @@ def _view(path: Path, spec: TensorSpec, storages: Mapping[str, tuple[int, int]],
     if spec.storage.key not in storages:
         raise bad(path, f"a tensor's storage {spec.storage.key!r} is not in the file")
     start, length = storages[spec.storage.key]
-    if length < spec.storage.size * spec.storage.dtype.itemsize:
+    if length != spec.storage.size * spec.storage.dtype.itemsize:
         raise bad(path, f"storage {spec.storage.key!r} has {length} bytes and should have {spec.storage.size} elements")
     if 0 in spec.shape:
         return np.empty(spec.shape, spec.dtype)
@@ -107,35 +125,62 @@ def _view(path: Path, spec: TensorSpec, storages: Mapping[str, tuple[int, int]],
 def _storage(path: Path, pid: Any) -> Storage:
     """A persistent id ``("storage", dtype, key, place, size, ...)`` as a storage."""
     if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
-        raise bad(path, f"refused: its pickle refers to {str(pid)[:80]}, which is no storage")
-    if type(pid[4]) is not int or pid[4] < 0:
-        raise bad(path, f"storage {pid[2]!r} has the size {pid[4]!r}")
+        raise bad(path, f"refused: its pickle refers to {brief(pid)}, which is no storage")
+    if not isinstance(pid[2], str | int):
+        raise bad(path, f"the key of a storage is {brief(pid[2])}")
+    if type(pid[4]) is not int or not 0 <= pid[4] <= MAX_ELEMENTS:
+        raise bad(path, f"storage {brief(pid[2])} has the size {brief(pid[4])}")
     if len(pid) > 5 and pid[5] is not None:
-        raise bad(path, f"storage {pid[2]!r} is a view of another storage, which PyTorch has not written since 0.4")
+        raise bad(
+            path, f"storage {brief(pid[2])} is a view of another storage, which PyTorch has not written since 0.4"
+        )
     return Storage(str(pid[2]), pid[1], pid[4])
 
 
 def _read_zip(path: Path, data: np.ndarray) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The object and the storages of the zip format."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            root = next((name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl")), None)
-            if root is None:
-                raise bad(path, "a zip file without data.pkl; it was not written by torch.save")
-            if members[f"{root}data.pkl"].file_size > MAX_PICKLE:
-                raise bad(path, f"data.pkl has {members[f'{root}data.pkl'].file_size} bytes")
-            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
-            text = archive.read(f"{root}data.pkl")
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise bad(path, f"truncated or damaged zip ({error})") from error
+    _check_directory(path, data)
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    members = {info.filename: info for info in infos}
+    if len(members) != len(infos):
+        raise bad(path, "a zip file with two members of one name")
+    root = next((name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl")), None)
+    if root is None:
+        raise bad(path, "a zip file without data.pkl; it was not written by torch.save")
+    order = _text(path, data, members[f"{root}byteorder"], 16) if f"{root}byteorder" in members else b"little"
     if order != b"little":
         raise bad(path, f"written on a {order.decode(errors='replace')}-endian machine")
     prefix = f"{root}data/"
     storages = {
         name[len(prefix) :]: _member(path, data, info) for name, info in members.items() if name.startswith(prefix)
     }
+    text = _text(path, data, members[f"{root}data.pkl"], MAX_PICKLE)
     return interpret(path, BytesIO(text), lambda pid: _storage(path, pid)), storages
+
+
+def _check_directory(path: Path, data: np.ndarray) -> None:
+    """Refuse an archive whose list of members is too long to be read; ``zipfile`` reads all of it when opening."""
+    tail = data[-(1 << 16) - 98 :].tobytes()  # the longest comment, and the records before it
+    sizes = [0]
+    for mark, at, form in ((b"PK\x05\x06", 12, "<I"), (b"PK\x06\x06", 40, "<Q")):
+        begin = tail.rfind(mark)
+        if begin >= 0 and begin + at + struct.calcsize(form) <= len(tail):
+            sizes += struct.unpack_from(form, tail, begin + at)
+    # The older field is all ones where the newer one holds the size.
+    if max(size for size in sizes if size != 0xFFFFFFFF) > MAX_DIRECTORY:
+        raise bad(path, f"truncated or damaged zip: its list of members has more than {MAX_DIRECTORY} bytes")
+
+
+def _text(path: Path, data: np.ndarray, info: zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of a small member, whose checksum must be right."""
+    start, size = _member(path, data, info)
+    if size > limit:
+        raise bad(path, f"member {info.filename!r} has {size} bytes; the most are {limit}")
+    text = data[start : start + size].tobytes()
+    if zlib.crc32(text) != info.CRC:
+        raise bad(path, f"truncated or damaged zip: member {info.filename!r} has another checksum")
+    return text
 
 
 def _member(path: Path, data: np.ndarray, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -145,7 +190,11 @@ def _member(path: Path, data: np.ndarray, info: zipfile.ZipInfo) -> tuple[int, i
     head = data[info.header_offset : info.header_offset + 30].tobytes()
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
         raise bad(path, f"truncated or damaged zip: no header for member {info.filename!r}")
-    name_length, extra_length = struct.unpack("<HH", head[26:30])
+    packed, unpacked, name_length, extra_length = struct.unpack("<IIHH", head[18:30])
+    # A header written before its member has zeros (flag 8), a long member's has ones; anything else must agree.
+    claimed = {packed, unpacked} - {0xFFFFFFFF} - ({0} if info.flag_bits & 0x8 else set())
+    if info.compress_size != info.file_size or claimed - {info.file_size}:
+        raise bad(path, f"truncated or damaged zip: the sizes of member {info.filename!r} differ")
     start = info.header_offset + 30 + name_length + extra_length
     if start + info.file_size > len(data):
         raise bad(path, f"truncated: member {info.filename!r} ends at byte {start + info.file_size} of {len(data)}")
@@ -169,8 +218,8 @@ def _read_stream(path: Path, data: np.ndarray) -> tuple[Any, dict[str, tuple[int
         raise bad(path, "its list of storages is not a list")
     storages = {}
     for key in keys:
-        if key not in sizes:
-            raise bad(path, f"storage {key!r} belongs to no tensor")
+        if not isinstance(key, str) or key not in sizes:
+            raise bad(path, f"storage {brief(key)} belongs to no tensor")
         length = sizes[key].size * sizes[key].dtype.itemsize
         (count,) = struct.unpack("<q", data[at : at + 8].tobytes().ljust(8, b"\0"))
         if at + 8 + length > len(data):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from diffuse_jax.layouts import family_for
 from diffuse_jax.layouts.configs import unet_config
 from diffuse_jax.layouts.families import FAMILIES
-from diffuse_jax.layouts.original import unet_table
+from diffuse_jax.layouts.original import openclip_table, unet_table, vae_table
 from diffuse_jax.layouts.rows import combine, to_diffusers, to_original
 from diffuse_jax.models import presets as networks
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.weights import WeightsError, names
+from tests.bounds import bounded
 
 
 def test_pipelines_without_a_single_file_layout_are_refused() -> None:
@@ -47,3 +50,18 @@ def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) 
     assert {key: array.shape for key, array in back.items()} == {key: array.shape for key, array in empty.items()}
     config = UNet2DConditionConfig.from_json(unet_config(back, FAMILIES[name]))
     assert config.replace(extra=SIZED[name].extra) == SIZED[name]
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (unet_table, "down_blocks.1000000000.resnets.0.conv1.weight"),
+        (unet_table, "down_blocks.0.resnets.1000000000.conv1.weight"),
+        (vae_table, "encoder.down.1000000000.block.0.conv1.weight"),
+        (openclip_table, "transformer.resblocks.1000000000.ln_1.weight"),
+        (lambda keys: unet_config({key: np.zeros(1) for key in keys}, FAMILIES["v1"]), "down_blocks.1000000000.a"),
+    ],
+)
+def test_an_index_that_the_keys_do_not_count_up_to(make: Any, key: str) -> None:
+    with bounded(), pytest.raises(ValueError, match="1000000000"):
+        make([key])

@@ -99,6 +99,18 @@ def test_bad_files_are_explained(
 
 def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config nowhere.yaml does not exist" in refused(parser, capsys, "--config", "nowhere.yaml")
+    bomb = "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
+    for name, text, message in (
+        ("bomb.yaml", bomb, "uses aliases"),
+        ("deep.yaml", "a: " + "[" * 3000, "cannot be read"),
+        ("date.yaml", "a: 2026-99-99", "cannot be read"),
+        ("long.yaml", "# " + "a" * (1 << 16), "has more than 65536 bytes"),
+        ("deep.json", '{"a":' + "[" * 3000 + "]" * 3000 + "}", "nested more than"),
+    ):
+        (tmp_path / name).write_text(text)
+        error = refused(parser, capsys, "--config", str(tmp_path / name))
+        assert name in error
+        assert message in error
     (tmp_path / "broken.yaml").write_text("a: [1")
     assert "cannot be read" in refused(parser, capsys, "--config", str(tmp_path / "broken.yaml"))
 

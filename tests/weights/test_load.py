@@ -223,7 +223,7 @@ BROKEN = {
     "another model's config": "Is the config of another model?",
     "a config of another class": "is the config of UNet2DConditionModel, not of AutoencoderKL",
     "no config": "config.json: no such file",
-    "config that is no JSON": "config.json: not readable as JSON",
+    "config that is no JSON": "config.json: it is not JSON",
     "values the network refuses": "config.json: not a config of AutoencoderKL: .*nonsense",
     "a tensor too few": "1 missing, 0 unexpected, e.g. 'decoder.conv_in.bias' for decoder/conv_in/bias",
     "a tensor too many": "0 missing, 1 unexpected, e.g. 'extra.weight' fits nothing",

@@ -70,7 +70,7 @@ def extension(shape: object, name: object, data: bytes, code: int = 1) -> bytes:
 
 DAMAGED = {
     "shape larger than its bytes": (extension((3,), "float32", b"\0" * 8), "does not fit its shape"),
-    "negative shape": (extension((-1,), "float32", b"\0" * 8), "does not fit"),
+    "negative shape": (extension((-1,), "float32", b"\0" * 8), "shape [-1]; sizes must be natural numbers"),
     "unknown dtype": (extension((2,), "object", b"\0" * 8), "does not fit its shape or dtype"),
     "no array": (msgpack.packb({"w": msgpack.ExtType(1, msgpack.packb(3))}), "does not fit"),
     "other extension": (extension((2,), "float32", b"\0" * 8, code=5), "extension type 5"),

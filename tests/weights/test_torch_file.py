@@ -179,7 +179,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=r"a\.bin"):
             read_torch(tmp_path / "a.bin")
     write_zip(tmp_path / "compressed.bin", PROGRAM, {"0": NUMBERS.tobytes()}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(WeightsError, match=r"'archive/data/0' is compressed"):
+    with pytest.raises(WeightsError, match=r"'archive/byteorder' is compressed"):
         read_torch(tmp_path / "compressed.bin")
     with zipfile.ZipFile(tmp_path / "plain.bin", "w") as archive:
         archive.writestr("hello", "world")

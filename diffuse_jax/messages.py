@@ -1,0 +1,31 @@
+"""Values of files in the text of errors: always short, whatever the file holds."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+MAX_BITS = 256
+"""Longer integers are described; Python refuses to write those of more than some thousand digits."""
+
+
+class _Brief(reprlib.Repr):
+    """``repr`` that visits a few items of a few levels; a small pickle can describe a tuple of 2**60 leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxstring = self.maxother = 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        # A subclass is shown as what it is a subclass of; reprlib would call its own unbounded __repr__.
+        plain = next((kind for kind in (tuple, list, dict, set, str) if isinstance(x, kind)), None)
+        return getattr(self, f"repr_{plain.__name__}")(x, level) if plain else super().repr1(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= MAX_BITS else f"an integer of {x.bit_length()} bits"
+
+
+brief = _Brief().repr
+"""The ``repr`` of a value, cut to a few items, levels and characters."""

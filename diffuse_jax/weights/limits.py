@@ -1,0 +1,139 @@
+"""How much of a file is believed before it has been checked: sizes of texts, shapes, names and numbers of items.
+
+The bounds are far above what published checkpoints need, which have thousands of tensors, and low enough that a file
+that exceeds them is refused within seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax.messages import brief
+from diffuse_jax.weights.errors import WeightsError, bad
+
+MAX_JSON = 1 << 24
+"""Bytes of a JSON file: a configuration, or the index of a checkpoint's shards."""
+
+MAX_VALUES = 2_000_000
+"""Values of a JSON text, with those inside them."""
+
+MAX_DEPTH = 64
+"""Objects and arrays inside each other."""
+
+MAX_RANK = 64
+"""Axes of a tensor; NumPy's own limit."""
+
+MAX_ELEMENTS = 1 << 48
+"""Elements of a tensor, with axes of no length counted as 1."""
+
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file; anything else (a device, a pipe, a folder) is refused without waiting for it.
+
+    Raises:
+      WeightsError: the path is not a regular file.
+      OSError: the file is missing or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise bad(path, "is not a regular file (a folder, a device or a pipe?)")
+    return handle
+
+
+def read_bounded(path: Path, limit: int = MAX_JSON) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes.
+
+    Raises:
+      WeightsError: not a regular file, or a larger one.
+      OSError: the file is missing or cannot be read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise bad(path, f"has more than {limit} bytes, the most that are read of a file of this kind")
+    return data
+
+
+def parse_json(path: Path, text: bytes | str, *, what: str = "it", unique: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      path: the file that errors name.
+      text: UTF-8, or a string.
+      what: what errors call the text, for example ``"header"``.
+      unique: refuse an object that has a name twice.
+
+    Raises:
+      WeightsError: not JSON or not text, too many or too deeply nested values, integers of thousands of digits.
+    """
+    marks: Sequence[Any] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
+    if sum(text.count(mark) for mark in marks) > MAX_VALUES:
+        raise bad(path, f"{what} has more than {MAX_VALUES} values")
+    hook = functools.partial(_unique, path, what) if unique else None
+    try:
+        data = json.loads(text, object_pairs_hook=hook)
+    except WeightsError:
+        raise
+    except RecursionError as error:
+        raise bad(path, f"{what} is not JSON that is read: nested more than {MAX_DEPTH} deep") from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
+        raise bad(path, f"{what} is not JSON ({error})") from error
+    _check_depth(path, data, what)
+    return data
+
+
+def _unique(path: Path, what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise bad(path, f"{what} names {brief(twice)} twice")
+    return found
+
+
+def _check_depth(path: Path, data: Any, what: str) -> None:
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise bad(path, f"{what} is nested more than {MAX_DEPTH} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def count_elements(path: Path, what: str, shape: Sequence[Any]) -> int:
+    """The number of elements of the shape that a file claims for a tensor, which errors call ``what``.
+
+    Raises:
+      WeightsError: a size is not a natural number, there are too many axes, or the product is beyond any tensor.
+    """
+    if len(shape) > MAX_RANK:
+        raise bad(path, f"{what} has {len(shape)} axes; a tensor has at most {MAX_RANK}")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise bad(path, f"{what} has shape {brief(list(shape))}; sizes must be natural numbers")
+    count = 1
+    for n in shape:
+        count *= n or 1
+        if count > MAX_ELEMENTS:
+            raise bad(path, f"{what} has shape {brief(list(shape))}, which needs more memory than there can be")
+    return 0 if 0 in shape else count
+
+
+def check_name(path: Path, name: str) -> str:
+    """The name of a tensor, refused if it is longer than any network's."""
+    if len(name) > MAX_NAME:
+        raise bad(path, f"the name {brief(name)} has {len(name)} characters; the most are {MAX_NAME}")
+    return name
