@@ -13,6 +13,7 @@ from PIL import Image
 from diffuse_jax.adapters.tokens import spelled
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
+from diffuse_jax.text.tokenizer import padded_ids, unpadded_ids
 
 Prompt = str | Sequence[str]
 
@@ -65,21 +66,19 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     """
     prompts = [spelled(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
-    full = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
-    for ids in full:
+    for ids in unpadded_ids(tokenizer, prompts):
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(
                 f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4
             )
-    padded = tokenizer(list(prompts), truncation=True, padding="max_length", max_length=length, return_tensors="np")
-    ids = padded["input_ids"].astype(np.int32)
-    if ids.max() >= vocabulary:  # which is not an error in JAX
+    padded = padded_ids(tokenizer, prompts, length)
+    if padded.max() >= vocabulary:  # which is not an error in JAX
         raise ValueError(
-            f"the tokenizer gives id {ids.max()} and the text encoder has {vocabulary} embeddings: "
+            f"the tokenizer gives id {padded.max()} and the text encoder has {vocabulary} embeddings: "
             "the tokenizer is another model's, or has words that the encoder was not taught"
         )
-    return ids
+    return padded
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
