@@ -21,6 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A part may import parts of a lower level and, where no cycle comes of it, of its own.
 LEVELS = {
     "config": 0,
+    "images": 0,
     "kernels": 1,
     "sharding": 1,
     "weights": 1,
