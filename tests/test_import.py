@@ -23,6 +23,7 @@ LEVELS = {
     "messages": 0,
     "config": 0,
     "output": 0,
+    "images": 0,
     "kernels": 1,
     "sharding": 1,
     "weights": 1,

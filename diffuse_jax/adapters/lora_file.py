@@ -48,8 +48,8 @@ def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Par
       shapes: the networks of the pipeline that may have pairs.
 
     Raises:
-      WeightsError: no such file, a key of no known form, a layer that a network does not have, half a pair, or a shape
-        that does not fit. Nothing is half-loaded.
+      WeightsError: no such file, a key of no known form, a layer that a network does not have, half a pair, a shape
+        that does not fit, or settings for what the file does not have. Nothing is half-loaded.
     """
     file = _file(Path(source))
     layers = {
@@ -58,19 +58,21 @@ def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Par
         for path in dense_layers(tree)
     }
     found: dict[str, dict[str, np.ndarray]] = {}
+    spellings: dict[str, str] = {}
     for key, tensor in read_checkpoint([file]).tensors.items():
-        stem, kind = split_key(file, key)
+        stem, kind, spelled = split_key(file, key)
         if stem not in layers:
             raise bad(file, f"{key!r} belongs to no dense layer of {', '.join(shapes)}: {_why(stem, shapes)}")
         if kind in found.setdefault(stem, {}):
             raise bad(file, f"{key!r} and another key are the same tensor, {kind} of {stem}")
         found[stem][kind] = tensor
-    settings = read_settings(file)
+        spellings[stem] = spelled
+    settings = read_settings(file, spellings)
     flat: dict[tuple[str, ...], Any] = {}
     for stem, parts in found.items():
         network, path = layers[stem]
         pair = _pair(file, stem, parts, dense_layers(shapes[network])[path])
-        pair["up"] = pair_factor(file, stem, parts, settings) * pair["up"]
+        pair["up"] = pair_factor(file, stem, spellings[stem], parts, settings) * pair["up"]
         flat |= {(network, *path, half): array for half, array in pair.items()}
     return unflatten(flat)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
+from diffuse_jax.text.tokenizer import calls, unpadded_ids
 from diffuse_jax.weights.errors import WeightsError, bad
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
@@ -32,12 +35,36 @@ def words(token: str, vectors: int) -> list[str]:
 
 
 def spelled(prompt: str, tokenizer: Any) -> str:
-    """The prompt with every new word of several rows written as all of them."""
+    """The prompt with every new word of several rows written as all of them; one that is so written already stays.
+
+    The tokenizer says where a word is, because it is what reads the prompt in the end: of words that begin alike the
+    longest, in upper or lower case.
+    """
     known = tokenizer.get_added_vocab()
-    for token in [word for word in known if f"{word}_1" in known and word in prompt]:
-        count = next(n for n in range(2, len(known) + 2) if f"{token}_{n}" not in known)
-        prompt = prompt.replace(token, " ".join(words(token, count)))
-    return prompt
+    several = {word for word in known if f"{word}_1" in known}
+    if not several:
+        return prompt
+    found = _occurrences(prompt, tokenizer, known)
+    following = [word for word, _, _ in found[1:]] + [""]  # one more than there are words, if there are none
+    text, done = "", 0
+    for (word, start, stop), after in zip(found, following, strict=False):
+        if word in several and after != f"{word}_1":
+            rows = next(n for n in range(2, len(known) + 2) if f"{word}_{n}" not in known)
+            text += prompt[done:start] + " ".join(words(word, rows))
+            text += " " if prompt[stop : stop + 1].isalnum() else ""  # or the last row's name would go on
+            done = stop
+    return text + prompt[done:]
+
+
+def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The tokens of a prompt in their order, each with where it begins and ends; of new words at least."""
+    if not getattr(tokenizer, "is_fast", False):  # which alone can say where
+        longest = sorted(known, key=len, reverse=True)
+        return [(m[0], m.start(), m.end()) for m in re.finditer("|".join(map(re.escape, longest)), prompt)]
+    call = calls(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    read = call([prompt])
+    names = tokenizer.convert_ids_to_tokens(read["input_ids"][0])
+    return [(name, *place) for name, place in zip(names, read["offset_mapping"][0], strict=True)]
 
 
 def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
@@ -63,7 +90,7 @@ def token_id(tokenizer: Any, word: str) -> int:
     Raises:
       ValueError: it is several tokens, or none.
     """
-    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    (ids,) = unpadded_ids(tokenizer, [word], add_special_tokens=False)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
         raise ValueError(f"the initializer_token must be a single token, but {word!r} is {pieces}; choose another word")

@@ -30,6 +30,28 @@ def blocked_attention(
     platform = current_platform()
     side_by_side = batch if platform == "cpu" else batch * heads
     rows = max(_MIN_ROWS, BLOCK_BYTES.get(platform, BLOCK_BYTES["gpu"]) // (4 * length * side_by_side))
+    static = {"is_causal": is_causal, "scale": float(scale), "rows": rows, "one_by_one": platform == "cpu"}
+    return _over_heads(query, key, value, mask, **static)
+
+
+@partial(jax.jit, static_argnames=("is_causal", "scale", "rows", "one_by_one"), inline=True)
+def _over_heads(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    rows: int,
+    one_by_one: bool,
+) -> Array:
+    """The same with what the platform decides; compiled once for its shapes where a network runs outside of a program.
+
+    Args:
+      rows: queries of one head at a time.
+      one_by_one: one head after the other.
+    """
     one_head = partial(_one_head, is_causal=is_causal, scale=scale, rows=rows)
 
     def all_batch(q: Array, k: Array, v: Array, m: Array | None) -> Array:  # [B,L,D], [B|1,Lq|1,Lk|1] -> [B,Lq,D]
@@ -47,7 +69,7 @@ def blocked_attention(
         q, k, v, *own = args
         return all_batch(q, k, v, own[0] if own else shared)
 
-    over_heads = lax.map if platform == "cpu" else lambda f, x: jax.vmap(f)(x)
+    over_heads = lax.map if one_by_one else lambda f, x: jax.vmap(f)(x)
     return jnp.moveaxis(over_heads(body, arguments), 0, 2)
 
 

@@ -53,8 +53,10 @@ SETTINGS = "lora_adapter_metadata"
 KOHYA = re.compile(r"lora_(unet|te\d?)_")
 
 
-def split_key(file: Path, key: str) -> tuple[str, str]:
-    """``unet.a.b.lora.down.weight`` -> ``("unet.a.b", "down")``; the kind is ``down``, ``up`` or ``alpha``.
+def split_key(file: Path, key: str) -> tuple[str, str, str]:
+    """``unet.a.b.lora.down.weight`` -> ``("unet.a.b", "down", "unet.a.b")``: layer, kind, and the layer as spelled.
+
+    The kind is ``down``, ``up`` or ``alpha``. The UNet's name may be missing, and layers may have older names.
 
     Raises:
       WeightsError: the key is of no known form.
@@ -65,45 +67,79 @@ def split_key(file: Path, key: str) -> tuple[str, str]:
         )
     for end, kind in SPELLINGS.items():
         if key.endswith(end):
-            network, _, layer = rename(key.removesuffix(end), STEMS).partition(".")
-            return f"{network}.{rename(layer, ALIASES)}", kind
+            spelled = key.removesuffix(end)
+            network, _, layer = rename(spelled, STEMS).partition(".")
+            return f"{network}.{rename(layer, ALIASES)}", kind, spelled
     raise bad(file, f"{key!r} is no LoRA tensor; expected names that end in {', '.join(SPELLINGS)}")
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """PEFT's settings of every network, if the file has them.
+def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's settings of every network in the file that has any, ``{"unet": {"lora_alpha": 8, ...}}``.
+
+    Their names begin with the network's, as the tensors' do, or with nothing where the UNet alone was saved.
+
+    Args:
+      file: what is read.
+      layers: the layers with pairs in the file, as :func:`split_key` gives them -> as the file spells them.
 
     Raises:
-      WeightsError: the settings are damaged.
+      WeightsError: the settings are damaged, or stand for a network or for layers that have no pair in the file.
     """
     text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
     try:
-        settings = json.loads(text)
+        flat = json.loads(text)
     except (TypeError, json.JSONDecodeError) as error:
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not JSON ({error})") from error
-    if not isinstance(settings, dict):
+    if not isinstance(flat, dict):
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are no object")
+    networks = {stem.partition(".")[0] for stem in layers}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        network, _, name = rename(key, STEMS).rpartition(".")
+        if network not in networks:
+            raise bad(
+                file,
+                f"its metadata ({SETTINGS!r}) has {key!r}, but the file has no pairs for {network!r}, only for "
+                f"{', '.join(sorted(networks))}; a setting that matches nothing would be lost",
+            )
+        settings.setdefault(network, {})[name] = value
+    for network, own in settings.items():
+        _check_patterns(file, network, own, layers)
     return settings
 
 
-def pair_factor(file: Path, stem: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> float:
+def _check_patterns(file: Path, network: str, settings: Mapping[str, Any], layers: Mapping[str, str]) -> None:
+    for pattern in settings.get("alpha_pattern") or {}:
+        here = ((stem, spelled) for stem, spelled in layers.items() if stem.startswith(f"{network}."))
+        if not any(_matches(pattern, stem, spelled) for stem, spelled in here):
+            raise bad(file, f"the alpha_pattern {pattern!r} in its metadata matches no layer of {network} in the file")
+
+
+def _matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern of PEFT means a layer, by any of its names; as PEFT does, it may be the end of one."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+
+
+def pair_factor(
+    file: Path, stem: str, spelled: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Mapping[str, Any]]
+) -> float:
     """What the product of a pair is multiplied by: ``alpha / r`` (``alpha / sqrt(r)`` in rsLoRA, arXiv 2312.03732).
 
     Args:
       file: what errors name.
       stem: network and layer, as :func:`split_key` gives them.
+      spelled: the same as the file spells it.
       parts: ``down`` and, where the layer has one, ``alpha``, as the file holds them.
       settings: of the file, as :func:`read_settings` gives them.
 
     Raises:
       WeightsError: ``alpha`` is not a number.
     """
-    network, _, layer = stem.partition(".")
-    rank = parts["down"].shape[0]
-    patterns = settings.get(f"{network}.alpha_pattern") or {}
-    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
-    alpha = parts.get("alpha", next(own, settings.get(f"{network}.lora_alpha", rank)))
-    root = settings.get(f"{network}.use_rslora") and "alpha" not in parts
+    own, rank = settings.get(stem.partition(".")[0], {}), parts["down"].shape[0]
+    patterns = own.get("alpha_pattern") or {}
+    of_layer = (value for pattern, value in patterns.items() if _matches(pattern, stem, spelled))
+    alpha = parts.get("alpha", next(of_layer, own.get("lora_alpha", rank)))
+    root = own.get("use_rslora") and "alpha" not in parts
     try:
         return float(alpha) / (math.sqrt(rank) if root else rank)
     except (TypeError, ValueError) as error:

@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.adapters.tokens import spelled
+from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
+from diffuse_jax.text.tokenizer import padded_ids, unpadded_ids
 
 Prompt = str | Sequence[str]
 
@@ -65,21 +67,19 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     """
     prompts = [spelled(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
-    full = tokenizer(list(prompts), truncation=False, padding=False, verbose=False)["input_ids"]
-    for ids in full:
+    for ids in unpadded_ids(tokenizer, prompts):
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(
                 f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4
             )
-    padded = tokenizer(list(prompts), truncation=True, padding="max_length", max_length=length, return_tensors="np")
-    ids = padded["input_ids"].astype(np.int32)
-    if ids.max() >= vocabulary:  # which is not an error in JAX
+    padded = padded_ids(tokenizer, prompts, length)
+    if padded.max() >= vocabulary:  # which is not an error in JAX
         raise ValueError(
-            f"the tokenizer gives id {ids.max()} and the text encoder has {vocabulary} embeddings: "
+            f"the tokenizer gives id {padded.max()} and the text encoder has {vocabulary} embeddings: "
             "the tokenizer is another model's, or has words that the encoder was not taught"
         )
-    return ids
+    return padded
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,14 +144,16 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
     """RGB images as float32 ``[N,H,W,3]`` in [0, 1].
 
     Args:
-      images: see :data:`ImageInput`; alpha is dropped, PIL images are resized with Lanczos.
+      images: see :data:`ImageInput`; PIL images are converted as :func:`diffuse_jax.images.rgb` says, and resized with
+        Lanczos.
       size: (height, width) to have; None takes the first image's, rounded down to the ``multiple``.
       name: of the argument.
       multiple: what height and width must be divisible by.
 
     Raises:
       TypeError: something is no image.
-      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1].
+      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], or a PIL image has values
+        of unknown range.
     """
     found = listed(images, name)
     size = image_size(images, name, multiple) if size is None else size
@@ -187,7 +189,7 @@ def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
       ValueError: it is smaller than that.
     """
     first = listed(images, name)[0]
-    height, width = (first.height, first.width) if isinstance(first, Image.Image) else first.shape[:2]
+    height, width = upright_size(first) if isinstance(first, Image.Image) else first.shape[:2]
     if height < multiple or width < multiple:
         raise ValueError(f"{name} is {height}x{width}; it must be at least {multiple}x{multiple} pixels")
     return height // multiple * multiple, width // multiple * multiple
@@ -197,7 +199,7 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
     """One image as float32 ``[H,W,C]`` in [0, 1]."""
     height, width = size
     if isinstance(image, Image.Image):
-        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
+        image = upright(image) if image.mode in ("RGB", "L") else rgb(image, name)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         array = np.asarray(image.convert(mode), np.float32) / 255

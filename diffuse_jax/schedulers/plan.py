@@ -7,6 +7,7 @@ function that takes a plan as an argument is therefore compiled once for all sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,17 +144,13 @@ class Plan:
         """
         sample = state.sample
         output, variance = self._split(sample, model_output)
-        row = _at(self.rows, i)
         noise = self.draw(i, sample.shape, key) if noise is None else _f32(noise)
         if variance is not None and self.learned_variance == "learned":
             noise = noise * jnp.sqrt(jnp.maximum(variance, 0.0))
         elif variance is not None:
             low, high = _columns(_at(self.log_variance, i), sample)
             noise = noise * jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
-        stack = (sample, self._x0(sample, i, output), output, *state.memory, noise)
-        # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
-        new = [sum(_over(row[..., r, k], sample) * x for k, x in enumerate(stack)) for r in range(1 + MEMORY)]
-        return State(new[0], tuple(new[1:]))
+        return _combined(_at(self.rows, i), state, self._x0(sample, i, output), output, noise)
 
     def draw(self, i: Any, shape: tuple[int, ...], key: jax.Array | None) -> jax.Array:
         """The noise of evaluation ``i`` as :meth:`step` draws it from ``key``, float32 ``shape = [B, ...]``.
@@ -164,24 +161,7 @@ class Plan:
         if jnp.ndim(i) > key.ndim:
             raise ValueError(f"samples at different evaluations need a key each, {shape[0]} keys, got one")
 
-        def fresh() -> jax.Array:
-            return draw_each(jax.random.normal, key, i, shape)
-
-        start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(_at(self.interval, i))), -1, 0)
-
-        def follow() -> jax.Array:
-            if key.ndim == 0:
-                return brownian.increment(key, start, end, shape)
-            piece = (jnp.broadcast_to(tick, key.shape) for tick in (start, end))
-            return jax.vmap(lambda k, a, b: brownian.increment(k, a, b, shape[1:]))(key, *piece)
-
-        def both() -> jax.Array:
-            path = follow()
-            return jnp.where(_over(start < end, path), path, fresh())
-
-        used, on_path = jnp.any(_at(self.rows, i)[..., -1] != 0), jnp.any(start < end)
-        along = follow if jnp.ndim(start) == 0 else both
-        return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros(shape, jnp.float32), fresh, along))
+        return _drawn(_at(self.rows, i)[..., -1], _at(self.interval, i), key, i, shape=tuple(shape))
 
     def _split(self, sample: jax.Array, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         doubled = (*sample.shape[:-1], 2 * sample.shape[-1])
@@ -192,6 +172,43 @@ class Plan:
             want = doubled if self.learned_variance else sample.shape
             raise ValueError(f"the network returned {output.shape} for a sample of {sample.shape}; expected {want}")
         return _f32(output), None
+
+
+# Compiled once for each shape and dtype, also where a run is no program of its own and every step is called from
+# Python; inside a program they are part of it. Control flow over functions that are made anew would be compiled anew.
+
+
+@functools.partial(jax.jit, inline=True)
+def _combined(row: jax.Array, state: State, x0: jax.Array, output: jax.Array, noise: jax.Array) -> State:
+    """The next sample and memory: each row's combination of the stack."""
+    stack = (state.sample, x0, output, *state.memory, noise)
+    # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
+    new = [sum(_over(row[..., r, k], x0) * x for k, x in enumerate(stack)) for r in range(1 + MEMORY)]
+    return State(new[0], tuple(new[1:]))
+
+
+@functools.partial(jax.jit, static_argnames="shape", inline=True)
+def _drawn(weights: jax.Array, interval: jax.Array, key: jax.Array, i: jax.Array, *, shape: tuple[int, ...]) -> Any:
+    """The noise of evaluation ``i``, whose row of the table gives it ``weights`` in what follows."""
+
+    def fresh() -> jax.Array:
+        return draw_each(jax.random.normal, key, i, shape)
+
+    start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(interval)), -1, 0)
+
+    def follow() -> jax.Array:
+        if key.ndim == 0:
+            return brownian.increment(key, start, end, shape)
+        piece = (jnp.broadcast_to(tick, key.shape) for tick in (start, end))
+        return jax.vmap(lambda k, a, b: brownian.increment(k, a, b, shape[1:]))(key, *piece)
+
+    def both() -> jax.Array:
+        path = follow()
+        return jnp.where(_over(start < end, path), path, fresh())
+
+    used, on_path = jnp.any(weights != 0), jnp.any(start < end)
+    along = follow if jnp.ndim(start) == 0 else both
+    return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros(shape, jnp.float32), fresh, along))
 
 
 def check_key(key: jax.Array | None, batch: int) -> jax.Array:

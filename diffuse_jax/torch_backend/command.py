@@ -104,10 +104,10 @@ def request_of(parity: Any, args: argparse.Namespace) -> Request:
 
 def opened(path: Path) -> Any:
     """An image from a file."""
-    from PIL import Image
+    from diffuse_jax import images
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    with images.opened(path, str(path)) as image:
+        return images.rgb(image, str(path))
 
 
 def show(result: Result) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from diffuse_jax.images import find_images
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.batches import Batch, Batches, BatchSettings
 from diffuse_jax.training.cached import inputs_from
 from diffuse_jax.training.checks import at_least
 from diffuse_jax.training.data import DataSettings, FolderSource, Record, add_data, batches_from
-from diffuse_jax.training.data.transform import is_picture
 from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.latent_model import ModelSettings, source_folder
 
@@ -119,7 +119,7 @@ class Prompted:
 
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures of a folder and of those below it."""
-    return sorted(path for path in folder.rglob("*") if is_picture(path))
+    return find_images(folder)[0]
 
 
 def make_class_pictures(settings: DreamBoothSettings, model: ModelSettings, seed: int = 0, **options: Any) -> int:

@@ -27,6 +27,7 @@ from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.families import ClipFamily
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
+from diffuse_jax.text.tokenizer import padded_ids
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
@@ -184,8 +185,7 @@ def finish(
 
 def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
     """Ids int32 ``[length]``, cut and padded; new words of several rows are spelled out."""
-    ids = tokenizer(tokens.spelled(text, tokenizer), padding="max_length", truncation=True, max_length=length)
-    return np.array(ids.input_ids, np.int32)
+    return padded_ids(tokenizer, [tokens.spelled(text, tokenizer)], length)[0]
 
 
 def sizes_of(true: bool, example: Any) -> np.ndarray:

@@ -141,7 +141,10 @@ def test_pickles_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
         ({"unet.lora_alpha": 6, "unet.r": 3}, 2.0),
         ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 6 / math.sqrt(3)),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {r"attn\d.to_[a-z]+(.0)?": 9}}, 3.0),
-        ({"text_encoder.lora_alpha": 6}, 1.0),
+        ({"lora_alpha": 6, "r": 3}, 2.0),
+        ({"unet.unet.lora_alpha": 6}, 2.0),
+        ({"lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(3)),
+        ({"alpha_pattern": {r"attn\d.to_[a-z]+(.0)?": 9}}, 3.0),
     ],
 )
 def test_the_scale_in_pefts_settings_counts(
@@ -150,11 +153,44 @@ def test_the_scale_in_pefts_settings_counts(
     """The cases are peft's arithmetic: alpha / r, or alpha / sqrt(r), with an alpha of the layer where one matches."""
     own, shapes = {"unet": pairs(UNET, rng)}, {"unet": UNET.shapes()}
     tensors = load_file(save_lora(tmp_path, own))
+    if not any(key.startswith("unet.") for key in settings):  # as unet.save_lora_adapter writes both
+        tensors = {key.removeprefix("unet."): array for key, array in tensors.items()}
     save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
     scaled = lora.pairs_of(load_lora(tmp_path / "peft.safetensors", shapes)["unet"])
     for path, pair in lora.pairs_of(own["unet"]).items():
         np.testing.assert_allclose(scaled[path]["up"], factor * pair["up"], rtol=1e-6)
         np.testing.assert_array_equal(scaled[path]["down"], pair["down"])
+
+
+@pytest.mark.parametrize("network", ["unet", "text_encoder"])
+@pytest.mark.parametrize("spelling", [older, newer, str])
+def test_a_pattern_means_a_layer_as_the_file_spells_it(
+    network: str, spelling: Callable[[str], str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = {"unet": UNET, "text_encoder": TEXT}[network]
+    own, shapes = {network: pairs(model, rng)}, {network: model.shapes()}
+    tensors = {spelling(key): array for key, array in load_file(save_lora(tmp_path, own)).items()}
+    key = next(key for key in tensors if "to_out" in key or "out_proj" in key)
+    layer = re.sub(r"(_lora|\.lora(_linear_layer)?)[._](down|up|A|B)\.weight$", "", key).removeprefix(f"{network}.")
+    settings = {f"{network}.alpha_pattern": {re.escape(layer): 6}}
+    save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+    scaled = lora.pairs_of(load_lora(tmp_path / "peft.safetensors", shapes)[network])
+    factors = [float(scaled[p]["up"][0, 0] / pair["up"][0, 0]) for p, pair in lora.pairs_of(own[network]).items()]
+    assert sorted(factors)[-1] == pytest.approx(2.0)
+    assert sorted(factors)[:-1] == pytest.approx([1.0] * (len(factors) - 1))
+
+
+def test_settings_that_match_nothing_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors = load_file(save_lora(tmp_path, {"unet": pairs(UNET, rng)}))
+    cases = [
+        ({"text_encoder.lora_alpha": 6}, "'text_encoder.lora_alpha', but the file has no pairs for 'text_encoder'"),
+        ({"transformer.lora_alpha": 6}, "'transformer.lora_alpha', but the file has no pairs for"),
+        ({"unet.alpha_pattern": {"to_nothing": 6}}, "alpha_pattern 'to_nothing' .* matches no layer of unet"),
+    ]
+    for settings, message in cases:
+        save_file(tensors, tmp_path / "odd.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
+        with pytest.raises(WeightsError, match=message):
+            load_lora(tmp_path / "odd.safetensors", {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()})
 
 
 def test_settings_that_are_damaged_are_named(tmp_path: Path, rng: np.random.Generator) -> None:

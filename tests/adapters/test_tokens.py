@@ -25,6 +25,43 @@ def test_a_new_word_of_several_rows_is_spelled_out_and_has_the_last_ids() -> Non
     assert tokens.token_id(old, "a") == old("a", add_special_tokens=False)["input_ids"][0]
 
 
+@pytest.mark.parametrize("order", [("mystyle", "mystylev2"), ("mystylev2", "mystyle")])
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("mystylev2", ["mystylev2", "mystylev2_1", "mystylev2_2"]),
+        ("mystyle", ["mystyle", "mystyle_1"]),
+        ("MyStyle", ["mystyle", "mystyle_1"]),
+        ("mystylev2 mystyle", ["mystylev2", "mystylev2_1", "mystylev2_2", "mystyle", "mystyle_1"]),
+        ("mystyle, mystyle", ["mystyle", "mystyle_1", ",</w>", "mystyle", "mystyle_1"]),
+        ("mystyle0", ["mystyle", "mystyle_1", "0</w>"]),
+        ("mystyle mystyle_1 x", ["mystyle", "mystyle_1", "x</w>"]),
+        ("x", ["x</w>"]),
+        ("", []),
+    ],
+)
+def test_of_words_that_begin_alike_the_longest_is_meant(order: tuple[str, str], prompt: str, wanted: list[str]) -> None:
+    tokenizer = tiny.tokenizer()
+    for word in order:
+        tokenizer = tokens.with_words(tokenizer, word, {"mystyle": 2, "mystylev2": 3}[word])
+    ids = tokenizer(tokens.spelled(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == wanted
+
+
+def test_the_name_of_the_last_row_does_not_go_on_into_what_follows() -> None:
+    tokenizer = tokens.with_words(tiny.tokenizer(), "<a>", 2)
+    assert tokens.spelled("<a>0 <a>, <a>", tokenizer) == "<a> <a>_1 0 <a> <a>_1, <a> <a>_1"
+
+
+def test_a_tokenizer_that_cannot_say_where_words_are() -> None:
+    class Own:
+        def get_added_vocab(self) -> dict[str, int]:
+            return {"mystyle": 0, "mystyle_1": 1, "mystylev2": 2, "mystylev2_1": 3}
+
+    assert tokens.spelled("a mystylev2 mystyle", Own()) == "a mystylev2 mystylev2_1 mystyle mystyle_1"
+    assert tokens.spelled("mystyle mystyle_1", Own()) == "mystyle mystyle_1"
+
+
 def test_words_that_cannot_be_are_refused() -> None:
     old = tiny.tokenizer()
     with pytest.raises(ValueError, match="knows '<cat>' already"):

@@ -69,6 +69,15 @@ def test_blocked_is_the_formula(rng, block_bytes, case):
         np.testing.assert_allclose(out, formula(q, k, v, **options), atol=2e-6)
 
 
+def test_outside_of_a_program_it_compiles_once(rng, caplog):
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 70, 2, 8)), jnp.float32) for _ in range(3))
+    first = attention(q, k, v, implementation="blocked")
+    with jax.log_compiles():
+        again = attention(q, k, v, implementation="blocked")
+    assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+    np.testing.assert_array_equal(again, first)
+
+
 def test_gradients_are_those_of_the_formula(rng, block_bytes):
     q, k, v = arrays(rng, queries=17, keys=13)
     mask, up = random_mask(rng, 2, 1, 17, 13), rng.standard_normal(q.shape)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -321,3 +324,22 @@ def test_compile_runs_nothing_and_the_call_then_compiles_nothing(pipe: StableDif
 )
 def test_padding_uses_few_sizes(images: int, devices: int, size: int):
     assert padded_size(images, devices) == size
+
+
+def test_threads_share_a_pipeline(pipe: StableDiffusionPipeline):
+    """Each gets the images that it gets alone: no call changes what another one sees."""
+    prompts = ["a", "a long prompt", "b c", "something else"] * 4
+    draw = lambda prompt: pictures(pipe, prompt, seed=0, num_inference_steps=1)
+    alone = {prompt: draw(prompt) for prompt in set(prompts)}
+    with ThreadPoolExecutor(4) as pool:
+        for prompt, images in zip(prompts, pool.map(draw, prompts), strict=True):
+            np.testing.assert_array_equal(images, alone[prompt])
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_pipeline_copies_and_pickles_before_and_after_calls(twin: Callable):
+    fresh = pipeline()
+    before = twin(fresh)
+    images = pictures(fresh, "a cat", seed=0, num_inference_steps=1)
+    for other in (before, twin(fresh)):
+        np.testing.assert_array_equal(pictures(other, "a cat", seed=0, num_inference_steps=1), images)

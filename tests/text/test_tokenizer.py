@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from diffuse_jax.text.tokenizer import clip_tokenizer
+from diffuse_jax.pipelines.inputs import tokenize
+from diffuse_jax.text.tokenizer import clip_tokenizer, padded_ids, unpadded_ids
+from diffuse_jax.training.latent import token_ids
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.hub import SHIPPED
+from tests.pipelines import tiny
 
 WITHOUT_TORCH = """
 import importlib.util
@@ -50,3 +58,64 @@ def test_a_damaged_vocabulary_is_named(vocab: str, merges: str | None, tmp_path:
         (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(WeightsError, match=f"{tmp_path}: no tokenizer of CLIP can be read there"):
         clip_tokenizer(tmp_path)
+
+
+def _state(tokenizer: Any) -> str:
+    """All that a tokenizer holds, padding and truncation with it."""
+    return tokenizer.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("before", [{}, {"padding": "max_length", "truncation": True, "max_length": 5}])
+def test_ids_are_those_of_transformers_and_nothing_is_switched(before: dict[str, Any]) -> None:
+    tokenizer, prompts = tiny.tokenizer(), ["a", "a b c", "a" * 40]
+    theirs = tiny.tokenizer()
+    tokenizer(prompts, **before)
+    state = _state(tokenizer)
+    wanted = theirs(prompts, padding="max_length", truncation=True, max_length=12)["input_ids"]
+    np.testing.assert_array_equal(padded_ids(tokenizer, prompts, 12), wanted)
+    assert unpadded_ids(tokenizer, prompts) == theirs(prompts, verbose=False)["input_ids"]
+    assert _state(tokenizer) == state
+
+
+def test_a_tokenizer_that_its_owner_changes_is_followed() -> None:
+    tokenizer = tiny.tokenizer()
+    assert padded_ids(tokenizer, ["a"], 5)[0, -1] == tokenizer.eos_token_id
+    tokenizer.pad_token = "!"
+    assert padded_ids(tokenizer, ["a"], 5)[0, -1] == tokenizer.convert_tokens_to_ids("!")
+    tokenizer.add_tokens(["<cat>"])
+    assert tokenizer.convert_tokens_to_ids("<cat>") in padded_ids(tokenizer, ["<cat>"], 5)
+
+
+def test_eight_threads_get_what_one_gets() -> None:
+    """Requests, data workers, a validation and the owner's own calls, of several lengths, on one tokenizer."""
+    tokenizer = tiny.tokenizer()
+
+    def call(k: int) -> list[int]:
+        text = "a " * (k % 23)
+        if k % 4 == 0:
+            return tokenize(tokenizer, [text], 32, len(tokenizer))[0].tolist()
+        if k % 4 == 1:
+            return token_ids(tokenizer, 7, text).tolist()
+        if k % 4 == 2:
+            return unpadded_ids(tokenizer, [text])[0]
+        tokenizer(text, padding="max_length", truncation=True, max_length=5 + k % 3)  # what it gives is not ours
+        return []
+
+    one_by_one = [call(k) for k in range(1000)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(call, range(1000))) == one_by_one
+
+
+def test_a_tokenizer_copies_and_pickles_before_and_after_calls() -> None:
+    tokenizer = tiny.tokenizer()
+    for _ in range(2):
+        for twin in (copy.copy(tokenizer), copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+            np.testing.assert_array_equal(padded_ids(twin, ["a b"], 9), padded_ids(tokenizer, ["a b"], 9))
+
+
+def test_a_tokenizer_of_ones_own_is_called_as_it_is() -> None:
+    def own(prompts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[len(p)] * options.get("max_length", 2) for p in prompts]}
+
+    assert padded_ids(own, ["abc"], 4).tolist() == [[3] * 4]
+    assert unpadded_ids(own, ["abc"]) == [[3, 3]]

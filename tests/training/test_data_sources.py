@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import tarfile
@@ -18,6 +19,7 @@ from diffuse_jax.training.data import (
     DataSettings,
     FolderSource,
     Source,
+    TarSource,
     batches_from,
     source_from,
     write_array_record,
@@ -163,6 +165,85 @@ def test_bad_lines_are_named(tmp_path: Path, line: dict[str, object], message: s
     (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps(line))
     with pytest.raises(ValueError, match=rf"metadata.jsonl:2: .*{message}"):
         FolderSource(tmp_path)
+
+
+def test_hidden_and_other_files_are_skipped_with_a_warning(tmp_path: Path) -> None:
+    image_folder(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "notes.txt")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("._0.png", ".ipynb_checkpoints/0.png", "broken.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "3.jfif").write_bytes((tmp_path / "0.png").read_bytes())
+    with pytest.warns(UserWarning, match=r"4 skipped that are no images, for example .*\._0\.png"):
+        source = FolderSource(tmp_path, caption_column=None)
+    assert [Path(source[i].name).name for i in range(len(source))] == ["0.png", "1.png", "2.png", "3.jfif"]
+
+
+def test_metadata_in_hidden_folders_is_not_read(tmp_path: Path) -> None:
+    image_folder(tmp_path / "a", 2)
+    image_folder(tmp_path / ".ipynb_checkpoints", 2)
+    assert len(FolderSource(tmp_path)) == 2
+
+
+def test_metadata_may_be_comma_separated(tmp_path: Path) -> None:
+    image_folder(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").unlink()
+    lines = ["\ufefffile_name,text", '1.png,"a, ""b""\nand c"', "", "0.png,ä", '"2.png",']
+    (tmp_path / "metadata.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    source = pickle.loads(pickle.dumps(FolderSource(tmp_path)))
+    read = [(Path(source[i].name).name, source[i].captions) for i in (2, 0, 1)]
+    assert read == [("2.png", ("",)), ("1.png", ('a, "b"\nand c',)), ("0.png", ("ä",))]
+    for text, message in [
+        ("file_name,text\n0.png\n", r"metadata.csv:2: 1 values for the columns file_name, text"),
+        ("file,text\n0.png,a\n", r'metadata.csv:2: needs a "file_name"'),
+        ("file_name\n0.png\n", r"metadata.csv:2: no column 'text'"),
+        ('file_name,text\n0.png,"a\n', r"metadata.csv:\d: not comma-separated values"),
+        ("file_name,text\n", r"metadata.csv is empty"),
+        ("", r"metadata.csv is empty"),
+    ]:
+        (tmp_path / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            FolderSource(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.png,\xff\n")
+    with pytest.raises(ValueError, match="in UTF-8"):
+        FolderSource(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"has both metadata.jsonl and metadata.csv; keep one"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/secret.png", "absolute"])
+def test_a_file_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    image_folder(tmp_path / "data", 1)
+    picture(1).save(tmp_path / "secret.png")
+    name = str(tmp_path / "secret.png") if name == "absolute" else name
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+    with pytest.raises(ValueError, match=r"metadata.jsonl:1: file_name '.*secret.png' leaves the folder"):
+        FolderSource(tmp_path / "data")
+
+
+def test_a_file_name_may_go_through_the_folder(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", 1)
+    (tmp_path / "images" / "metadata.jsonl").unlink()
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "metadata.jsonl").write_text(json.dumps({"file_name": "../images/0.png", "text": "a"}))
+    assert FolderSource(tmp_path)[0].captions == ("a",)
+
+
+def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
+    for column in ("text", None):
+        with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
+            FolderSource(tmp_path / "nowhere", column)
+
+
+def test_shards_say_what_they_leave_out_and_know_all_suffixes(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jfif", "0.txt", "._0.jfif", "1.txt", "1.heic"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content := png(picture(5)))
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.warns(UserWarning, match=r"1 skipped that are no images, for example 1 in .*a\.tar"):
+        assert len(TarSource([tmp_path / "a.tar"], None)) == 1
 
 
 def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffuse_jax.images import SUFFIXES, Skipped, warn_of
 from diffuse_jax.training.data.sources import captions_of, file_identity, fingerprint
 from diffuse_jax.training.data.transform import Record
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "text", "caption")
 
 
@@ -85,17 +86,18 @@ class TarSource:
     """Samples of WebDataset tar files: a picture each, and its caption in a text file or in a JSON file's column."""
 
     def __init__(self, paths: Sequence[str | Path], caption_column: str | None = "text") -> None:
-        """Read the heads of all members. Samples without a picture are left out.
+        """Read the heads of all members. Samples without a picture are left out, with a warning.
 
         Raises:
           ValueError: a sample has no caption where one is wanted, a file is no tar file, or there are no pictures.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
-        rows, keys = [], []
+        rows, keys, left_out = [], [], []
         for number, path in enumerate(self._paths):
             for key, members in _samples(path):
                 picture = _first(members, PICTURES)
                 if picture is None:
+                    left_out.append(f"{key} in {path}")
                     continue
                 text, line = _first(members, TEXTS), members.get("json")
                 if caption_column is not None and text is None and line is None:
@@ -105,6 +107,7 @@ class TarSource:
                 keys.append(key.encode())
         if not rows:
             raise ValueError(f"no pictures (.{', .'.join(PICTURES)}) in {self._paths[0]} and the other shards")
+        warn_of(Skipped(len(left_out), left_out[0] if left_out else ""), f"{self._paths[0]} and the other shards")
         self._rows, self._keys = np.array(rows, np.int64), np.array(keys)
         self.fingerprint = fingerprint(f"tar {caption_column}", map(file_identity, self._paths))
 
@@ -130,8 +133,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
+                folder, _, name = member.name.rpartition("/")
+                if member.isfile() and not name.startswith("."):
                     stem, _, suffix = name.partition(".")
                     sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                     sample[suffix.lower()] = Place(member.offset_data, member.size)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from diffuse_jax.training.data.transform import PICTURE_SUFFIXES, SUBSET, Record, is_picture
+from diffuse_jax.images import SUFFIXES, find_images, warn_of
+from diffuse_jax.training.data.transform import SUBSET, Record
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class Source(Protocol):
@@ -32,35 +35,37 @@ class Source(Protocol):
 class FolderSource:
     """An image folder: ``metadata.jsonl`` with ``file_name`` and a caption (or list of captions) per line.
 
-    ``metadata.jsonl`` may lie in the folder or in folders below it; ``file_name`` is relative to it. Only the place of
-    each line is kept in memory. Where captions are not wanted, a folder without it is read too: all pictures in the
-    folder and below, by name.
+    ``metadata.csv`` with these columns does as well. Either may lie in the folder or in folders below it; ``file_name``
+    is relative to it. Only the place of each line is kept in memory. Where captions are not wanted, a folder without
+    them is read too: all pictures in the folder and below, by name. Hidden files and folders are skipped.
     """
 
     def __init__(self, folder: str | Path, caption_column: str | None = "text") -> None:
-        """Find the pictures and check every line.
+        """Find the pictures and check every line; warns of files that are skipped.
 
         Args:
           folder: where to look.
           caption_column: key of the caption; None where captions are not needed.
 
         Raises:
-          FileNotFoundError: no ``metadata.jsonl``, or a picture that it names is missing, or there are no pictures.
-          ValueError: a line that is no JSON object with ``file_name`` and the column, a caption that is not text, or
-            no lines at all.
+          FileNotFoundError: no such folder, no ``metadata.jsonl``, a picture that it names is missing, or there are no
+            pictures.
+          ValueError: a line without ``file_name`` or the column, a picture outside of the folder, a caption that is not
+            text, or no lines at all.
         """
         self.folder, self.caption_column = Path(folder), caption_column
-        here = self.folder / METADATA
-        self._metadata = [here] if here.is_file() else sorted(self.folder.rglob(METADATA))
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder")
+        self._metadata = _metadata_files(self.folder)
         if not self._metadata:
             self._pictures = _bare_pictures(self.folder, caption_column)
             self.fingerprint = fingerprint("files", map(file_identity, self._pictures))
             return
         places, digest = [], []
         for number, path in enumerate(self._metadata):
-            for offset, text, where in _lines(path):
+            for offset, line, where in _lines(path):
                 places.append((number, offset))
-                picture, captions = _parse(text, path, caption_column, where)
+                picture, captions = self._parse(line, path, where)
                 if not picture.is_file():
                     raise FileNotFoundError(f"{where}: {picture} does not exist")
                 digest.append(f"{file_identity(picture)} {captions}")
@@ -78,42 +83,97 @@ class FolderSource:
             return Record(str(path), ("",), str(path))
         number, offset = self._places[index]
         path = self._metadata[number]
-        with path.open("rb") as file:
-            file.seek(offset)
-            picture, captions = _parse(file.readline(), path, self.caption_column, str(path))
+        _, line, where = next(_lines(path, int(offset)))
+        picture, captions = self._parse(line, path, where)
         return Record(str(picture), captions, str(picture))
+
+    def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...]]:
+        name = line.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f'{where}: needs a "file_name", got {str(line)[:100]}')
+        picture = path.parent / name
+        if not Path(os.path.normpath(picture)).is_relative_to(os.path.normpath(self.folder)):
+            raise ValueError(f"{where}: file_name {name!r} leaves the folder {self.folder}; keep pictures inside it")
+        return picture, captions_of(line, self.caption_column, where)
+
+
+def _metadata_files(folder: Path) -> list[Path]:
+    """That of the folder or, if it has none, those below it; not in hidden folders.
+
+    Raises:
+      ValueError: two kinds in one folder.
+    """
+    found = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        have = [Path(parent, name) for name in METADATA if name in files]
+        if len(have) > 1:
+            raise ValueError(f"{parent} has both {' and '.join(METADATA)}; keep one")
+        if have:
+            found[Path(parent)] = have[0]
+        if folder in found:
+            break
+    return sorted(found.values())
 
 
 def _bare_pictures(folder: Path, caption_column: str | None) -> list[Path]:
     if caption_column is not None:
         raise FileNotFoundError(
-            f"{folder / METADATA} does not exist; --train_data_dir needs one line per picture there: "
+            f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per picture there: "
             f'{{"file_name": "a.png", "{caption_column}": "a caption"}}'
         )
-    files = sorted(file for file in folder.rglob("*") if is_picture(file))
+    files, skipped = find_images(folder)
     if not files:
-        raise FileNotFoundError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in {folder}")
+        others = f"; {skipped.count} other files, for example {skipped.first}" if skipped.count else ""
+        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {folder}{others}")
+    warn_of(skipped, str(folder))
     return files
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """Offset, text and description of every line that is not blank."""
-    offset = 0
+def _lines(path: Path, start: int | None = None) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Offset, content and description of every line that is not blank; from an offset on, if one is given."""
+    return (_csv_lines if path.suffix == ".csv" else _json_lines)(path, start)
+
+
+def _json_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
     with path.open("rb") as file:
+        offset = file.seek(start or 0)
         for number, text in enumerate(file, 1):
+            where = f"{path}:{number}" if start is None else str(path)
             if text.strip():
-                yield offset, text, f"{path}:{number}"
+                yield offset, _json_object(text, where), where
             offset += len(text)
 
 
-def _parse(text: bytes, path: Path, caption_column: str | None, where: str) -> tuple[Path, tuple[str, ...]]:
+def _json_object(text: bytes, where: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
+    if not isinstance(line, dict):
         raise ValueError(f'{where}: needs a "file_name", got {text.decode(errors="replace").strip()[:100]}')
-    return path.parent / line["file_name"], captions_of(line, caption_column, where)
+    return line
+
+
+def _csv_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """The same of comma-separated values, whose first line names the columns; a caption may have several lines."""
+    with path.open("rb") as file:
+        # The reader asks for one line after another, so after each row the file is where the next one begins.
+        reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")), strict=True)
+        try:
+            columns = [name.removeprefix("\ufeff") for name in next(reader, [])]
+            if start is not None:
+                file.seek(start)
+            offset = file.tell()
+            for values in reader:
+                where = f"{path}:{reader.line_num}" if start is None else str(path)
+                if values and len(values) != len(columns):
+                    raise ValueError(f"{where}: {len(values)} values for the columns {', '.join(columns)}")
+                if values:
+                    yield offset, dict(zip(columns, values, strict=True)), where
+                offset = file.tell()
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{reader.line_num}: not comma-separated values in UTF-8: {error}") from error
 
 
 def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[str, ...]:

@@ -6,22 +6,18 @@ worker process makes the example, or whether the run was interrupted in between.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from diffuse_jax import images
 
 ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
 """What a stream of random numbers is for; part of its seed, so that the streams are independent."""
 
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")}
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -127,43 +123,24 @@ class Transform:
         return Example(pixels, caption, original, (top, left), target, index, number, record.name)
 
 
-@contextlib.contextmanager
-def opened(record: Record) -> Iterator[Image.Image]:
-    """The picture of a record, not decoded yet.
-
-    Raises:
-      ValueError: here or inside the block: it is no picture, a damaged one, or larger than Pillow thinks safe.
-    """
-    source = io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image
-    try:
-        with Image.open(source) as picture:
-            yield picture
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{record.name} is not a picture that can be read: {error}") from error
-
-
 def decode(record: Record) -> Image.Image:
-    """The picture, upright (EXIF orientation applied) and in RGB; transparency is dropped, as ``convert`` does.
+    """The picture, upright and in RGB; see :func:`diffuse_jax.images.rgb`.
 
     Raises:
-      ValueError: as :func:`opened`.
+      ValueError: it is no picture, a damaged one, larger than Pillow thinks safe, or has values of unknown range.
     """
-    with opened(record) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        return picture.convert("RGB")
+    with images.opened(record.image, record.name) as picture:
+        return images.rgb(picture, record.name)
 
 
 def picture_size(record: Record) -> Size:
     """Height and width of the upright picture, from the head of the file.
 
     Raises:
-      ValueError: as :func:`opened`.
+      ValueError: as :func:`decode`, of what the head says.
     """
-    with opened(record) as picture:
-        turned = picture.getexif().get(0x0112, 1) >= 5
-        return (picture.width, picture.height) if turned else (picture.height, picture.width)
+    with images.opened(record.image, record.name) as picture:
+        return images.upright_size(picture)
 
 
 def cover(picture: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
@@ -182,8 +159,3 @@ def corner(size: Size, target: Size, place: tuple[float, float] | None) -> Size:
     if place is None:
         return round(room[0] / 2), round(room[1] / 2)
     return int(place[0] * (room[0] + 1)), int(place[1] * (room[1] + 1))
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the name is that of a picture."""
-    return path.suffix.lower() in PICTURE_SUFFIXES

@@ -1,0 +1,167 @@
+"""From an image, or the file of one, to upright RGB pixels: the one way in, for training and for sampling.
+
+``docs/training-data.md`` has the table of what is converted and what is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIGNATURES = {
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "WEBP": (b"RIFF",),
+    "BMP": (b"BM",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+"""Formats that are opened, and how their files begin. Pillow would start other programs for some of the rest."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are damaged, or larger than it thinks safe."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; with any other value it is upright already."""
+
+ORIENTATION = 0x0112
+
+
+@contextlib.contextmanager
+def opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
+    """The image in a file, not decoded yet.
+
+    Args:
+      source: the file's path, or its bytes.
+      name: what an error calls it.
+
+    Raises:
+      ValueError: here or inside the block: it is no image of a format in :data:`SIGNATURES`, or a damaged one.
+      FileNotFoundError: there is no such file.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(file, formats=tuple(SIGNATURES)) as image:
+            yield image
+    except (FileNotFoundError, RefusedImage):
+        raise
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{name} is not a picture that can be read: {error} (formats: {', '.join(SIGNATURES)})"
+        ) from error
+
+
+class RefusedImage(ValueError):
+    """An image that could be read, but whose values have no known range."""
+
+
+def rgb(image: Image.Image, name: str) -> Image.Image:
+    """The image, upright and in 8-bit RGB.
+
+    Of several frames the current one is taken (of a file, the first); transparency is dropped; 16-bit grey is rounded
+    to 8 bits.
+
+    Raises:
+      RefusedImage: floating-point or 32-bit values.
+    """
+    image = upright(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # a PNG has 16 bits at most
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise RefusedImage(
+            f"{_named(image, name)} has {kind} values (mode {image.mode!r}) of unknown range; scale them to 0 to 255 "
+            "and convert the image to 8 bits (mode 'L' or 'RGB')"
+        )
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, and without that orientation; itself if there is nothing to do."""
+    turn = _turn(image)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format
+    turned.getexif().pop(ORIENTATION, None)
+    for key in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        turned.info.pop(key, None)
+    return turned
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of the upright image; nothing is decoded."""
+    swapped = _turn(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+    return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except (*UNREADABLE, KeyError):  # damaged EXIF, or a list in place of the number: no orientation is known
+        return None
+
+
+def _named(image: Image.Image, name: str) -> str:
+    file = str(getattr(image, "filename", "") or "")
+    return f"{name} ({file})" if file and file not in name else name
+
+
+# Folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What a folder holds besides images: the number of files and folders, and the first of them."""
+
+    count: int = 0
+    first: str = ""
+
+
+def find_images(folder: Path) -> tuple[list[Path], Skipped]:
+    """The images of a folder and of those below it, by name, and what was skipped.
+
+    Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
+    of an image but do not begin like one are skipped.
+    """
+    found: list[Path] = []
+    skipped: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        skipped += [Path(parent, name) for name in folders if name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in files):
+            (found if is_image(path) else skipped).append(path)
+    return sorted(found), Skipped(len(skipped), str(min(skipped, default="")))
+
+
+def warn_of(skipped: Skipped, where: str) -> None:
+    """Say what was skipped, if anything was."""
+    if skipped.count:
+        warnings.warn(f"{where}: {skipped.count} skipped that are no images, for example {skipped.first}", stacklevel=3)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file that is not hidden has the name of an image and begins like one."""
+    if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8).startswith(tuple(start for starts in SIGNATURES.values() for start in starts))
