@@ -143,7 +143,8 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
     of an image but do not begin like one are skipped.
     """
-    found, skipped = [], []
+    found: list[Path] = []
+    skipped: list[Path] = []
     for parent, folders, files in os.walk(folder):
         skipped += [Path(parent, name) for name in folders if name.startswith(".")]
         folders[:] = [name for name in folders if not name.startswith(".")]
