@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after ``diffuse-jax``; those of the process when left out.
     """
     args = build_parser().parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, value.expanduser())  # shells leave the ~ of --output=~/images alone
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
@@ -343,10 +346,16 @@ def add_generate(commands: Any) -> None:
     add = add_command(commands, "generate", generate, "pictures from prompts", example).add_argument
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
     add("--negative-prompt", action="append", metavar="TEXT", help="what to steer away from; once, or once per prompt")
-    add("--model", default=SHIPPED_MODEL, metavar="SOURCE", help="folder, Hub id or single file (default: %(default)s)")
+    about = "folder, Hub id or single file (default: %(default)s)"
+    add("--model", type=os.path.expanduser, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
-    add("--tokenizer", metavar="SOURCE", help="folder or Hub id with the tokenizer that a single file lacks")
+    add(
+        "--tokenizer",
+        type=os.path.expanduser,
+        metavar="SOURCE",
+        help="folder or Hub id with the tokenizer that a single file lacks",
+    )
     add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
     add("--dtype", choices=DTYPES, help="what the networks compute in")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
@@ -382,13 +391,18 @@ def add_convert(commands: Any) -> None:
     add = add_command(
         commands, "convert", convert, "a checkpoint in another layout, verified after writing", example
     ).add_argument
-    add("src", metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
-    add("dst", metavar="DST", help="folder or file to write")
+    add("src", type=os.path.expanduser, metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
+    add("dst", type=os.path.expanduser, metavar="DST", help="folder or file to write")
     add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
     add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
     add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
-    add("--tokenizer", metavar="SOURCE", help="folder or Hub id with the tokenizer that a single file lacks")
+    add(
+        "--tokenizer",
+        type=os.path.expanduser,
+        metavar="SOURCE",
+        help="folder or Hub id with the tokenizer that a single file lacks",
+    )
 
 
 def add_parity(commands: Any) -> None:

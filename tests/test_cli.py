@@ -134,6 +134,17 @@ def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> N
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_the_home_folder_is_found_where_the_shell_leaves_it(
+    pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", "--prompt", "a cat", "--output=~/x", "--model=~/model") == 0
+    assert (tmp_path / "x" / "image-0001.png").is_file()
+    assert not (tmp_path / "~").exists()
+    assert pipeline.source == str(tmp_path / "model")
+
+
 def test_a_single_file_is_opened_as_one(
     pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,13 +90,23 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarr
     """
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
-    values = [seed] * images if isinstance(seed, int | np.integer) else list(seed)
+    given = _plain(seed)
+    alike = not isinstance(given, list)
+    values = [given] * images if alike else [_plain(value) for value in given]
     if len(values) != images:
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one for each image")
-    if any(not isinstance(v, int | np.integer) or not 0 <= v < 2**32 for v in values):
-        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}")
-    alike = isinstance(seed, int | np.integer)
+    if any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
+        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}; a key of JAX goes to key=")
     return np.array(values, np.uint32), np.arange(images, dtype=np.uint32) * np.uint32(alike)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of Python, NumPy or JAX as Python's; what holds several as a list."""
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def noise_rows(

@@ -20,7 +20,7 @@ from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
-from diffuse_jax.pipelines.opening import open_components, save_components, with_given
+from diffuse_jax.pipelines.opening import open_components, refuse_family, refuse_habits, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.run import Output, Request, compile_request, run
@@ -165,7 +165,7 @@ class DiffusionPipeline:
 
         Raises:
           WeightsError: no such folder or model, an unknown class, or weights that do not fit. Nothing is half-loaded.
-          TypeError: a component that the pipeline does not have.
+          TypeError: a component that the pipeline does not have, or a checkpoint of another family.
 
         Example::
 
@@ -185,10 +185,12 @@ class DiffusionPipeline:
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
         known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
         unknown = sorted(set(components) - known)
+        refuse_habits(unknown)
         if unknown:
             raise TypeError(
                 f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
+        refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
         return cast(Self, target(parts, params, index.options, mesh))
@@ -222,6 +224,7 @@ class DiffusionPipeline:
           WeightsError: a damaged or unknown file, tensors that do not fit, or no tokenizer.
           TypeError: the file is another pipeline's.
         """
+        refuse_habits(components)
         found = open_single_file(
             path,
             dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,11 @@ def _add_model(parser: Parser) -> None:
 
 def _add_output(parser: Parser) -> None:
     add = parser.group("output", RunSettings)
-    add("--output_dir", help="where checkpoints, logs and the trained model go; all processes must see it")
+    add(
+        "--output_dir",
+        type=os.path.expanduser,
+        help="where checkpoints, logs and the trained model go; all processes must see it",
+    )
     add("--overwrite_output_dir", action="store_true", help="remove the checkpoints of an older run from it")
     add("--seed", type=int, help="decides the order of the data, noise, timesteps and caption dropout")
     add("--no_safe_serialization", action=Refused, advice="weights are written as safetensors, which PyTorch reads")

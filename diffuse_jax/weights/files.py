@@ -7,7 +7,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -106,10 +106,26 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
         wanted = ", ".join(candidates(stem, variant))
         have = ", ".join(names) or ("nothing" if folder.is_dir() else "no such folder")
         raise bad(
-            folder, f"no weights{f' of variant {variant!r}' if variant else ''}: looked for {wanted}; found {have}"
+            folder,
+            f"no weights{f' of variant {variant!r}' if variant else ''}: looked for {wanted}; found {have}"
+            f"{advice(variants(names, stem) - {variant})}"
+            f"{'; those without a variant are there' if variant and choose_weights(names, stem) else ''}",
         )
     path = folder / chosen
     return shards(path) if chosen.endswith(".json") else [path]
+
+
+def variants(names: Iterable[str], stem: str) -> set[str]:
+    """The variants of a network's weights among some files, such as ``fp16``."""
+    stems = "|".join(map(re.escape, (stem, *STEMS.get(stem, ()))))
+    ends = r"(?P<a>\w+)(-\d+-of-\d+)?\.(safetensors|bin|msgpack)|(safetensors|bin)\.index\.(?P<b>\w+)\.json"
+    found = (re.fullmatch(rf"({stems})\.({ends})", name) for name in names)
+    return {m["a"] or m["b"] for m in found if m} - {"non_ema"}
+
+
+def advice(found: set[str]) -> str:
+    """What to write to read one of these variants; nothing if there is none."""
+    return "".join(f"; for those of variant {v!r} give variant={v!r} (--variant {v})" for v in sorted(found))
 
 
 def candidates(stem: str, variant: str | None = None) -> list[str]:

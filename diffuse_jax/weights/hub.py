@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from diffuse_jax.weights.errors import WeightsError
-from diffuse_jax.weights.files import STEMS, choose_weights, is_plain_name, read_json
+from diffuse_jax.weights.files import STEMS, advice, choose_weights, is_plain_name, read_json, variants
 from diffuse_jax.weights.load import READERS
 
 SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 """Ids that open from the installed package, without a network."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+PRECISIONS = ("fp16", "bf16", "fp32")
+"""Names that stand for a variant of the weights, and were branches of repositories once."""
+
 SMALL = {".json", ".txt", ".model"}
 """Endings of configurations and tokenizers; these are always downloaded."""
 
@@ -49,6 +53,10 @@ def resolve(
     if subfolder is not None and not all(map(is_plain_name, PurePosixPath(subfolder).parts)):
         raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
     folder = SHIPPED.get(str(source), Path(source).expanduser())
+    if folder.is_dir() and revision in PRECISIONS:
+        raise WeightsError(
+            f"{source}: a local folder has no revisions; give variant={revision!r} (--variant {revision})"
+        )
     if not folder.is_dir():
         if folder.is_file():
             raise WeightsError(
@@ -58,7 +66,7 @@ def resolve(
         if folder.suffix in READERS:
             raise WeightsError(f"{source}: no such file")
         if not HUB_ID.fullmatch(str(source)):
-            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'")
+            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_near(folder)}")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))
         folder = _download(str(source), keep, variant, revision, local_files_only, token, cache_dir)
     folder = folder / (subfolder or "")
@@ -98,16 +106,32 @@ def _download(
             f"{where}: access is gated; accept its terms on the model's page and pass token= or run `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise WeightsError(f"{where}: no such folder here and no such model on the Hub, or it needs a token") from error
+        raise WeightsError(
+            f"{where}: no such folder here and no such model on the Hub, or it needs a token{_near(Path(repo))}"
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise WeightsError(f"{where}: the Hub has no such revision") from error
+        hint = f"; for weights of that precision give variant={revision!r} (--variant {revision})"
+        raise WeightsError(f"{where}: the Hub has no such revision{hint * (revision in PRECISIONS)}") from error
     except errors.LocalEntryNotFoundError as error:
         hint = "; local_files_only or HF_HUB_OFFLINE forbids downloading it" if local_files_only else ""
-        raise WeightsError(f"{where}: not in the local cache and not reachable{hint} ({error})") from error
+        raise WeightsError(
+            f"{where}: not in the local cache and not reachable{hint}, and there is no such folder{_near(Path(repo))} "
+            f"({error})"
+        ) from error
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise WeightsError(
             f"{where}: the download failed ({error}); run it again to continue where it stopped"
         ) from error
+
+
+def _near(path: Path) -> str:
+    """What is where a folder is not, in words; nothing for what looks like no path."""
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent} either" if path.is_absolute() or path.parts[:1] == ("..",) else ""
+    names = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if close := difflib.get_close_matches(path.name, names, 3):
+        return f"; did you mean the folder {' or '.join(str(path.parent / name) for name in close)}?"
+    return f"; the folder {path.parent} has {', '.join(names[:5])}" if names and path.parent.name else ""
 
 
 def _wanted(subfolder: str | None, skip: frozenset[str], folder: str) -> bool:
@@ -126,6 +150,9 @@ def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | N
     for folder, files in folders.items():
         weights = [choose_weights(files, stem, variant) for stem in STEMS]
         chosen = [file for file in files if Path(file).suffix in SMALL and ".index." not in file]
+        missing = [stem for stem in STEMS if variant is None and not any(weights) and variants(files, stem)]
+        if folder and missing:
+            raise WeightsError(f"{folder} has no weights but those of a variant{advice(variants(files, missing[0]))}")
         # Files at the top of a pipeline's repository are other forms of the same weights.
         if folder or "model_index.json" not in files:
             chosen += [file for file in weights if file]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 from diffuse_jax import schedulers
 from diffuse_jax.adapters import tokens
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines.inputs import image_seeds
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.pipelines.run import padded_size
 from diffuse_jax.sharding import make_mesh, param_shardings
@@ -343,3 +345,49 @@ def test_a_pipeline_copies_and_pickles_before_and_after_calls(twin: Callable):
     images = pictures(fresh, "a cat", seed=0, num_inference_steps=1)
     for other in (before, twin(fresh)):
         np.testing.assert_array_equal(pictures(other, "a cat", seed=0, num_inference_steps=1), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("torch_dtype", "float16", "dtype="),
+        ("use_safetensors", True, "leave it out"),
+        ("from_pt", True, "leave it out"),
+        ("device_map", "auto", "mesh="),
+    ],
+)
+def test_arguments_of_diffusers_are_answered_with_those_of_here(name: str, value: object, advice: str, tmp_path: Path):
+    for load in (DiffusionPipeline.from_pretrained, DiffusionPipeline.from_single_file):
+        source = "diffuse-jax/emoji" if load == DiffusionPipeline.from_pretrained else tmp_path / "a.safetensors"
+        with pytest.raises(TypeError, match=f"there is no {name}= here: .*{advice}"):
+            load(source, **{name: value})
+
+
+def test_another_familys_folder_is_refused_when_it_is_opened(tmp_path: Path):
+    """The UNet alone would say it at the first call, and not in these words."""
+    components = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    entries = {name: ["diffusers", kind] for name, kind in components.items()}
+    entries["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"} | entries))
+    with pytest.raises(
+        TypeError, match=r"is a StableDiffusionXLPipeline with text_encoder_2, which StableDiffusionPipe"
+    ):
+        StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [np.int64(7), np.uint32(7), np.array(7), jnp.int32(7), jnp.array(7, jnp.uint32)])
+def test_a_seed_is_an_integer_of_any_library(seed: object):
+    (seeds, indices), (wanted, order) = image_seeds(seed, 2), image_seeds(7, 2)
+    np.testing.assert_array_equal(seeds, wanted)
+    np.testing.assert_array_equal(indices, order)
+    for several in ([seed, 3], (seed, np.int64(3)), np.array([7, 3]), jnp.array([7, 3])):
+        np.testing.assert_array_equal(image_seeds(several, 2)[0], [7, 3])
+        np.testing.assert_array_equal(image_seeds(several, 2)[1], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "seed", [np.float32(7), jnp.float32(7), -1, np.int64(-1), 2**32, "7", jax.random.key(7), [1.5]]
+)
+def test_a_seed_that_cannot_be_is_named(seed: object):
+    with pytest.raises(ValueError, match=r"(?s)a seed must be an integer from 0 to 4294967295, got .*key="):
+        image_seeds(seed, 1)

@@ -73,6 +73,7 @@ def test_ids_are_those_of_transformers_and_nothing_is_switched(before: dict[str,
     state = _state(tokenizer)
     wanted = theirs(prompts, padding="max_length", truncation=True, max_length=12)["input_ids"]
     np.testing.assert_array_equal(padded_ids(tokenizer, prompts, 12), wanted)
+    assert _state(tokenizer) == state
     assert unpadded_ids(tokenizer, prompts) == theirs(prompts, verbose=False)["input_ids"]
     assert _state(tokenizer) == state
 
@@ -86,6 +87,7 @@ def test_a_tokenizer_that_its_owner_changes_is_followed() -> None:
     assert tokenizer.convert_tokens_to_ids("<cat>") in padded_ids(tokenizer, ["<cat>"], 5)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt is")
 def test_eight_threads_get_what_one_gets() -> None:
     """Requests, data workers, a validation and the owner's own calls, of several lengths, on one tokenizer."""
     tokenizer = tiny.tokenizer()

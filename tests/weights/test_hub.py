@@ -15,6 +15,7 @@ import pytest
 
 from diffuse_jax.models import AutoencoderKL
 from diffuse_jax.weights import WeightsError, names, resolve, save_params
+from diffuse_jax.weights.files import weight_files
 from diffuse_jax.weights.hub import needed_files
 from tests.conftest import ROOT
 from tests.weights.hub_server import SHA, Hub, hub
@@ -87,6 +88,45 @@ def test_local_folders_and_names_that_are_neither(tmp_path: Path) -> None:
     for escape in ("../vae", "/etc", "vae/../.."):
         with pytest.raises(WeightsError, match="is not a plain path inside the model"):
             resolve(tmp_path / "vae", subfolder=escape)
+
+
+def test_a_mistyped_path_is_answered_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "sd-turbo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for source in ("models/sd-trubo", "./models/sd-trubo", tmp_path / "models" / "sd-trubo"):
+        with pytest.raises(WeightsError, match=r"no such folder.*did you mean the folder .*models/sd-turbo\?"):
+            resolve(source, local_files_only=True)
+    with pytest.raises(WeightsError, match=r"no such folder; the folder models has sd-turbo"):
+        resolve("models/elsewhere", local_files_only=True)
+    with pytest.raises(WeightsError, match=r"there is no folder .*nowhere either"):
+        resolve(tmp_path / "nowhere" / "model")
+
+
+def test_a_precision_is_a_variant_and_not_a_revision(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"has no revisions; give variant='fp16' \(--variant fp16\)"):
+        resolve(tmp_path, revision="fp16")
+    assert resolve(tmp_path, revision="main") == tmp_path
+
+
+def test_files_of_one_precision_alone_name_it(tmp_path: Path, pipeline: dict[str, bytes]) -> None:
+    files = [name for name in pipeline if name != "vae/diffusion_pytorch_model.safetensors"]
+    files.remove("vae/diffusion_pytorch_model.bin")
+    keep = lambda folder: folder in ("", "vae")
+    with pytest.raises(WeightsError, match=r"vae has no weights but .* give variant='fp16' \(--variant fp16\)"):
+        needed_files(files, keep, None)
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in needed_files(files, keep, "fp16")
+    for name in (
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "pytorch_model.bin.index.fp16.json",
+    ):
+        (tmp_path / name).mkdir(parents=True)  # only its name counts
+        with pytest.raises(WeightsError, match=r"for those of variant 'fp16' give variant='fp16' \(--variant fp16\)"):
+            weight_files(tmp_path, "model")
+        (tmp_path / name).rmdir()
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(WeightsError, match="no weights of variant 'fp16'.*those without a variant are there"):
+        weight_files(tmp_path, "model", "fp16")
 
 
 def test_only_what_loading_opens_is_needed(pipeline: dict[str, bytes]) -> None:
