@@ -9,7 +9,6 @@ otherwise.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.layouts.patterns import PLAIN, matches
+from diffuse_jax.messages import brief
 from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.limits import parse_json
 from diffuse_jax.weights.names import ALIASES, Renames, rename
 from diffuse_jax.weights.safetensors import read_metadata
 
@@ -50,6 +52,10 @@ STEMS: Renames = (
 SETTINGS = "lora_adapter_metadata"
 """Key of the file's metadata under which PyTorch diffusers keeps PEFT's settings, ``{"unet.lora_alpha": 8, ...}``."""
 
+MAX_ALPHA = 1e6
+MAX_PATTERNS = (5000, 32)
+"""Keys of an ``alpha_pattern``, and those among them that are more than names."""
+
 KOHYA = re.compile(r"lora_(unet|te\d?)_")
 
 
@@ -77,10 +83,7 @@ def read_settings(file: Path) -> dict[str, Any]:
       WeightsError: the settings are damaged.
     """
     text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
-    try:
-        settings = json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not JSON ({error})") from error
+    settings = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})")
     if not isinstance(settings, dict):
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are no object")
     return settings
@@ -100,11 +103,43 @@ def pair_factor(file: Path, stem: str, parts: Mapping[str, np.ndarray], settings
     """
     network, _, layer = stem.partition(".")
     rank = parts["down"].shape[0]
-    patterns = settings.get(f"{network}.alpha_pattern") or {}
-    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    patterns = checked_patterns(file, settings.get(f"{network}.alpha_pattern"))
+    own = (value for pattern, value in patterns.items() if _means(file, pattern, layer))
     alpha = parts.get("alpha", next(own, settings.get(f"{network}.lora_alpha", rank)))
     root = settings.get(f"{network}.use_rslora") and "alpha" not in parts
+    return checked_alpha(file, stem, alpha) / (math.sqrt(rank) if root else rank)
+
+
+def checked_alpha(file: Path, stem: str, alpha: Any) -> float:
+    """The ``alpha`` of a layer, which must be one finite number that can be a strength.
+
+    Raises:
+      WeightsError: it is not.
+    """
+    if isinstance(alpha, np.ndarray) and alpha.size == 1:
+        alpha = alpha.item()
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+        raise bad(file, f"{stem}: alpha is {brief(alpha)}, not a number from -{MAX_ALPHA:g} to {MAX_ALPHA:g}")
+    return float(alpha)
+
+
+def checked_patterns(file: Path, patterns: Any) -> Mapping[str, Any]:
+    """PEFT's ``alpha_pattern``, an object whose keys are patterns for layers; few of them are more than names.
+
+    Raises:
+      WeightsError: it is something else, or there are too many to be compared with every layer.
+    """
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise bad(file, f"the alpha_pattern in its metadata is {brief(patterns)}, not an object")
+    patterns = patterns or {}
+    if len(patterns) > MAX_PATTERNS[0] or sum(not PLAIN.fullmatch(p) for p in patterns) > MAX_PATTERNS[1]:
+        raise bad(file, f"the alpha_pattern in its metadata has more than {MAX_PATTERNS[0]} names or more than "
+                        f"{MAX_PATTERNS[1]} patterns")  # fmt: skip
+    return patterns
+
+
+def _means(file: Path, pattern: str, layer: str) -> bool:
     try:
-        return float(alpha) / (math.sqrt(rank) if root else rank)
-    except (TypeError, ValueError) as error:
-        raise bad(file, f"{stem}: alpha is {alpha!r}, not a number") from error
+        return matches(pattern, layer)
+    except ValueError as error:
+        raise bad(file, f"the alpha_pattern {brief(pattern)} in its metadata is not read: {error}") from error
