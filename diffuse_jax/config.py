@@ -3,7 +3,7 @@
 A configuration is a plain frozen dataclass. Its fields carry the names and the defaults of the JSON keys, so a file
 that leaves a key out means the same here as in PyTorch. Keys that a class does not know are kept (``extra``) and
 written back, so reading and saving a folder loses nothing. A configuration never reads files, the environment or
-devices.
+devices. Every value is checked when a configuration is made: see :mod:`diffuse_jax.allowed`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
+
+from diffuse_jax.allowed import check_fields
 
 
 def freeze(value: Any) -> Any:
@@ -57,6 +59,7 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
+        check_fields(self, self.class_name or type(self).__name__)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

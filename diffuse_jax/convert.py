@@ -211,10 +211,11 @@ def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
     """The networks of a single file, matched against the shapes of their classes."""
     networks = {}
     for name, part in file.networks.items():
-        model = _class(part.library, part.class_name, path).from_config(part.config)
+        cls = _class(part.library, part.class_name, path)
         try:
+            model = cls.from_config(part.config)
             shapes = model.shapes()
-        except ValueError as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise WeightsError(f"{path}: {name}: the sizes of its tensors are no network's ({error})") from error
         views = weights.match(part.checkpoint, shapes, label=f"{path}: {name}")
         networks[name] = Network(part.library, model, part.config, views)

@@ -100,7 +100,7 @@ def _pair(file: Path, stem: str, parts: dict[str, np.ndarray], shape: tuple[int,
     missing = [half for half in PAIR if half not in parts]
     if missing:
         raise bad(file, f"{stem} has no {missing[0]} half")
-    down, up = (np.asarray(parts[half], np.float32) for half in PAIR)
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or (down.shape[1], up.shape[0]) != shape:
+    down, up = (parts[half] for half in PAIR)
+    if down.ndim != 2 or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1] or (down.shape[1], up.shape[0]) != shape:
         raise bad(file, f"{stem}: down {down.shape} and up {up.shape} do not fit a layer from {shape[0]} to {shape[1]}")
-    return {"down": down.T, "up": up.T}
+    return {"down": np.asarray(down, np.float32).T, "up": np.asarray(up, np.float32).T}

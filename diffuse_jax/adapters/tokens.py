@@ -17,14 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.text.tokenizer import calls, unpadded_ids
 from diffuse_jax.weights.errors import WeightsError, bad
+from diffuse_jax.weights.limits import check_name
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
 
 FILE = "learned_embeds.safetensors"
+
+MAX_ROWS = 1000
+"""Rows of one word; a prompt of Stable Diffusion has 75 tokens."""
 
 TABLE = ("text_model", "embeddings", "token_embedding", "embedding")
 
@@ -165,7 +170,11 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     ((word, rows),) = data.items()
     if not isinstance(rows, np.ndarray):
         raise bad(path, f"{word!r} is a {type(rows).__name__}; expected a tensor [n,D] or [D]")
+    if not isinstance(word, str):
+        raise bad(path, f"the name of its word is {brief(word)}; expected text")
+    if rows.ndim not in (1, 2) or 0 in rows.shape:
+        raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
+    if rows.ndim == 2 and len(rows) > MAX_ROWS:
+        raise bad(path, f"{brief(word)} has {len(rows)} rows; no prompt holds more than {MAX_ROWS}")
     rows = np.asarray(rows, np.float32)
-    if rows.ndim not in (1, 2):
-        raise bad(path, f"{word!r} has shape {list(rows.shape)}; expected [n,D] or [D]")
-    return token or word, rows.reshape(-1, rows.shape[-1])
+    return token or check_name(path, word), rows.reshape(-1, rows.shape[-1])

@@ -9,7 +9,6 @@ otherwise.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.layouts.patterns import PLAIN, matches
+from diffuse_jax.messages import brief
 from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.limits import parse_json
 from diffuse_jax.weights.names import ALIASES, Renames, rename
 from diffuse_jax.weights.safetensors import read_metadata
 
@@ -49,6 +51,10 @@ STEMS: Renames = (
 
 SETTINGS = "lora_adapter_metadata"
 """Key of the file's metadata under which PyTorch diffusers keeps PEFT's settings, ``{"unet.lora_alpha": 8, ...}``."""
+
+MAX_ALPHA = 1e6
+MAX_PATTERNS = (5000, 32)
+"""Keys of an ``alpha_pattern``, and those among them that are more than names."""
 
 KOHYA = re.compile(r"lora_(unet|te\d?)_")
 
@@ -86,10 +92,7 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
       WeightsError: the settings are damaged, or stand for a network or for layers that have no pair in the file.
     """
     text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
-    try:
-        flat = json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not JSON ({error})") from error
+    flat = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})")
     if not isinstance(flat, dict):
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are no object")
     networks = {stem.partition(".")[0] for stem in layers}
@@ -109,15 +112,12 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
 
 
 def _check_patterns(file: Path, network: str, settings: Mapping[str, Any], layers: Mapping[str, str]) -> None:
-    for pattern in settings.get("alpha_pattern") or {}:
+    for pattern in checked_patterns(file, settings.get("alpha_pattern")):
         here = ((stem, spelled) for stem, spelled in layers.items() if stem.startswith(f"{network}."))
-        if not any(_matches(pattern, stem, spelled) for stem, spelled in here):
-            raise bad(file, f"the alpha_pattern {pattern!r} in its metadata matches no layer of {network} in the file")
-
-
-def _matches(pattern: str, *names: str) -> bool:
-    """Whether a pattern of PEFT means a layer, by any of its names; as PEFT does, it may be the end of one."""
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+        if not any(_matches(file, pattern, stem, spelled) for stem, spelled in here):
+            raise bad(
+                file, f"the alpha_pattern {brief(pattern)} in its metadata matches no layer of {network} in the file"
+            )
 
 
 def pair_factor(
@@ -136,11 +136,48 @@ def pair_factor(
       WeightsError: ``alpha`` is not a number.
     """
     own, rank = settings.get(stem.partition(".")[0], {}), parts["down"].shape[0]
-    patterns = own.get("alpha_pattern") or {}
-    of_layer = (value for pattern, value in patterns.items() if _matches(pattern, stem, spelled))
+    patterns = checked_patterns(file, own.get("alpha_pattern"))
+    of_layer = (value for pattern, value in patterns.items() if _matches(file, pattern, stem, spelled))
     alpha = parts.get("alpha", next(of_layer, own.get("lora_alpha", rank)))
     root = own.get("use_rslora") and "alpha" not in parts
+    return checked_alpha(file, stem, alpha) / (math.sqrt(rank) if root else rank)
+
+
+def checked_alpha(file: Path, stem: str, alpha: Any) -> float:
+    """The ``alpha`` of a layer, which must be one finite number that can be a strength.
+
+    Raises:
+      WeightsError: it is not.
+    """
+    if isinstance(alpha, np.ndarray) and alpha.size == 1:
+        alpha = alpha.item()
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+        raise bad(file, f"{stem}: alpha is {brief(alpha)}, not a number from -{MAX_ALPHA:g} to {MAX_ALPHA:g}")
+    return float(alpha)
+
+
+def checked_patterns(file: Path, patterns: Any) -> Mapping[str, Any]:
+    """PEFT's ``alpha_pattern``, an object whose keys are patterns for layers; few of them are more than names.
+
+    Raises:
+      WeightsError: it is something else, or there are too many to be compared with every layer.
+    """
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise bad(file, f"the alpha_pattern in its metadata is {brief(patterns)}, not an object")
+    patterns = patterns or {}
+    if len(patterns) > MAX_PATTERNS[0] or sum(not PLAIN.fullmatch(p) for p in patterns) > MAX_PATTERNS[1]:
+        raise bad(file, f"the alpha_pattern in its metadata has more than {MAX_PATTERNS[0]} names or more than "
+                        f"{MAX_PATTERNS[1]} patterns")  # fmt: skip
+    return patterns
+
+
+def _matches(file: Path, pattern: str, *names: str) -> bool:
+    """Whether a pattern of PEFT means a layer, by any of its names.
+
+    Raises:
+      WeightsError: the pattern is not of a form that is read.
+    """
     try:
-        return float(alpha) / (math.sqrt(rank) if root else rank)
-    except (TypeError, ValueError) as error:
-        raise bad(file, f"{stem}: alpha is {alpha!r}, not a number") from error
+        return any(matches(pattern, name) for name in names)
+    except ValueError as error:
+        raise bad(file, f"the alpha_pattern {brief(pattern)} in its metadata is not read: {error}") from error

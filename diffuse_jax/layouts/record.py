@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.weights.errors import bad
+from diffuse_jax.weights.limits import parse_json
 from diffuse_jax.weights.safetensors import read_metadata
 
 KEY = "diffuse_jax"
@@ -32,10 +33,10 @@ def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """
     if path.suffix != ".safetensors" or KEY not in (metadata := read_metadata(path)):
         return {}
+    found = parse_json(path, metadata[KEY], what=f"the configurations in its metadata ({KEY!r})")
     try:
-        found = json.loads(metadata[KEY])
         tables = [table for kind in ("configs", "schedulers") for table in found[kind].values()]
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise bad(path, f"the configurations in its metadata ({KEY!r}) are damaged ({error})") from error
     if not all(isinstance(table, dict) for table in tables):
         raise bad(path, f"the configurations in its metadata ({KEY!r}) are no objects")

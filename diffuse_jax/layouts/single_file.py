@@ -15,6 +15,7 @@ from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, 
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
+from diffuse_jax.messages import brief
 from diffuse_jax.weights.errors import bad
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import IGNORED
@@ -96,8 +97,8 @@ def read_single_file(
         for part in changes.keys() & networks.keys():
             networks[part].config.update(changes[part])
     channels = networks["unet"].config["in_channels"]
-    if channels not in family.pipelines:
-        raise bad(path, f"a UNet with {channels} input channels; {name} files have {sorted(family.pipelines)}")
+    if type(channels) is not int or channels not in family.pipelines:
+        raise bad(path, f"a UNet with {brief(channels)} input channels; {name} files have {sorted(family.pipelines)}")
     prediction = prediction_type or _prediction_type(path, family)
     if prediction == "epsilon" and family.epsilon_sizes:
         networks["unet"].config["sample_size"], networks["vae"].config["sample_size"] = family.epsilon_sizes

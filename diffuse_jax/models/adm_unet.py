@@ -8,13 +8,14 @@ Parameters carry the names of the original checkpoints: ``input_blocks.3.0.in_la
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffuse_jax.allowed import Layers, Length, Range, Repeats
 from diffuse_jax.config import Config
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
@@ -60,15 +61,15 @@ class ADMUNetConfig(Config):
     in_channels: int = 3
     model_channels: int = 128
     out_channels: int = 3
-    num_res_blocks: int | tuple[int, ...] = 2
+    num_res_blocks: Layers | tuple[Layers, ...] = 2
     attention_resolutions: tuple[int, ...] = (2, 4, 8)
-    channel_mult: tuple[float, ...] = (1, 2, 4, 8)
+    channel_mult: Annotated[tuple[float, ...], Length(16), Repeats()] = (1, 2, 4, 8)
     conv_resample: bool = True
     resblock_updown: bool = False
     num_classes: int | None = None
     label_channels: int | None = None
     num_heads: int = 1
-    num_head_channels: int = -1
+    num_head_channels: Annotated[int, Range(-1, 65_536)] = -1
     use_scale_shift_norm: bool = False
     use_new_attention_order: bool = False
     attention_dims: int = 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffuse_jax.allowed import Layers, Length, Levels, Signed
 from diffuse_jax.config import Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
@@ -31,16 +32,16 @@ class AutoencoderKLConfig(Config):
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    block_out_channels: Levels = (64,)
+    layers_per_block: Layers = 1
     act_fn: str = "silu"
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    shift_factor: Signed | None = None
+    latents_mean: Annotated[tuple[Signed, ...], Length(65_536)] | None = None
+    latents_std: Annotated[tuple[float, ...], Length(65_536)] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True

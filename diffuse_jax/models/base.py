@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.config import Config
+from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
 
 Params = dict[str, Any]
@@ -157,11 +158,18 @@ class Model(nn.Module):
         file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
         data = source if isinstance(source, Mapping) else weights.read_json(Path(source) / "config.json")
         named = [data["_class_name"]] if "_class_name" in data else data.get("architectures") or []
-        if named and cls.__name__ not in {str(name).removeprefix("Flax") for name in named}:
-            raise weights.WeightsError(f"{file}: is the config of {', '.join(map(str, named))}, not of {cls.__name__}")
+        if not isinstance(named, list):
+            raise weights.WeightsError(f"{file}: architectures must be a list of names, got {brief(named)}")
+        if named and cls.__name__ not in {name.removeprefix("Flax") for name in named if isinstance(name, str)}:
+            raise weights.WeightsError(
+                f"{file}: is the config of {', '.join(map(_said, named))}, not of {cls.__name__}"
+            )
         try:
-            return cls(config=cls.config_class.from_json(data), dtype=dtype)
-        except (TypeError, ValueError, KeyError) as error:
+            model = cls(config=cls.config_class.from_json(data), dtype=dtype)
+            if not isinstance(source, Mapping):
+                model.shapes()  # sizes that no network has are an error of this file
+            return model
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise weights.WeightsError(f"{file}: not a config of {cls.__name__}: {error}") from error
 
     def save_pretrained(
@@ -197,6 +205,11 @@ class Model(nn.Module):
         """The object that :meth:`save_pretrained` writes to ``config.json``."""
         head = {"architectures": [type(self).__name__], "model_type": self.model_type} if self.model_type else {}
         return {**self.config.to_json(), **head}
+
+
+def _said(name: Any) -> str:
+    """A name of a class as a file has it, which need not be text."""
+    return name[:80] if isinstance(name, str) else brief(name)
 
 
 def network_class(library: str, name: str) -> type[Model] | None:

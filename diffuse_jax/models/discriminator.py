@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffuse_jax.allowed import Range
 from diffuse_jax.config import Config
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import Conv, GroupNorm
@@ -27,7 +28,7 @@ class PatchDiscriminatorConfig(Config):
 
     in_channels: int = 3
     channels: int = 64
-    layers: int = 3
+    layers: Annotated[int, Range(1, 16)] = 3
     norm_num_groups: int = 32
 
     def __post_init__(self) -> None:

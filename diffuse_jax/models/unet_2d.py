@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffuse_jax.allowed import Index, Layers, Levels, Share, Signed
 from diffuse_jax.config import Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
@@ -47,22 +48,22 @@ class UNet2DConfig(Config):
     out_channels: int = 3
     center_input_sample: bool = False
     time_embedding_dim: int | None = None
-    freq_shift: int = 0
+    freq_shift: Signed = 0
     flip_sin_to_cos: bool = True
     down_block_types: tuple[str, ...] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("UpBlock2D",)
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    downsample_padding: int = 1
+    block_out_channels: Levels = (224, 448, 672, 896)
+    layers_per_block: Layers = 2
+    downsample_padding: Index = 1
     downsample_type: str = "conv"
     upsample_type: str = "conv"
-    dropout: float = 0.0
+    dropout: Share = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-5
+    norm_eps: Share = 1e-5
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     class_embed_type: str | None = None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from diffuse_jax.allowed import Range, Share
 from diffuse_jax.config import Config
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.remat import check_policy, remat_level
@@ -49,12 +50,12 @@ class UNet2DConditionConfig(EncoderConfig):
     out_channels: int = 4
     center_input_sample: bool = False
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    dropout: float = 0.0
-    reverse_transformer_layers_per_block: tuple[int, ...] | None = None
+    dropout: Share = 0.0
+    reverse_transformer_layers_per_block: tuple[Annotated[int, Range(1, 64)], ...] | None = None
     time_embedding_dim: int | None = None
     time_cond_proj_dim: int | None = None
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
+    conv_in_kernel: Annotated[int, Range(1, 31)] = 3
+    conv_out_kernel: Annotated[int, Range(1, 31)] = 3
     class_embeddings_concat: bool = False
 
     def _check(self) -> None:

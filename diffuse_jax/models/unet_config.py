@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
+from diffuse_jax.allowed import Index, Layers, Levels, Share, Signed
 from diffuse_jax.config import Config, thaw
 
 HAS_ATTENTION = {
@@ -53,18 +54,18 @@ class EncoderConfig(Config):
 
     in_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: Signed = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
+    block_out_channels: Levels = (320, 640, 1280, 1280)
+    layers_per_block: Layers | tuple[Layers, ...] = 2
+    downsample_padding: Index = 1
     act_fn: str = "silu"
     norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_eps: Share = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: Layers | tuple[Layers | tuple[Layers, ...], ...] = 1
     num_attention_heads: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     class_embed_type: str | None = None
@@ -128,7 +129,7 @@ class EncoderConfig(Config):
         attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
         return level._replace(layers=1, depth=depths[-1] if attends else 0, only_cross_attention=False)
 
-    def _levels(self, kinds: tuple[str, ...], depths: int | tuple[int, ...]) -> list[Level]:
+    def _levels(self, kinds: tuple[str, ...], depths: int | tuple[Any, ...]) -> list[Level]:
         n = len(self.block_out_channels)
         depths = (depths,) * n if isinstance(depths, int) else depths
         if not all(isinstance(depth, int) for depth in depths):

@@ -26,6 +26,9 @@ def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any
     word, rows = tokens.load_rows(source, token)
     encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
     table = tokens.table_of(params)
+    width = encoder.config.hidden_size
+    if rows.shape[1] != width:
+        raise ValueError(f"{source}: rows of {rows.shape[1]} numbers do not fit an encoder of width {width}")
     return {
         "tokenizer": tokens.with_words(pipe.components["tokenizer"], word, len(rows)),
         "text_encoder": tokens.with_rows(encoder, params, jnp.asarray(rows, table.dtype)),

@@ -19,6 +19,7 @@ from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights.errors import parsing
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 """Where the vocabulary that all Stable Diffusions share is published; a single file does not hold it."""
@@ -57,7 +58,8 @@ def open_single_file(
     }
     parts: dict[str, Any] = dict(models)
     parts |= open_tokenizers(file, tokenizer, components, **hub)
-    parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
+    with parsing(path):
+        parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
     params: dict[str, Params] = {}
     for name in wanted:
         shardings = None if mesh is None else param_shardings(shapes[name], automatic(mesh))
@@ -71,7 +73,12 @@ def open_model(path: str | Path, part: layouts.Part, dtype: DTypeLike) -> Any:
     cls = network_class(part.library, part.class_name)
     if cls is None:
         raise WeightsError(f"{path}: holds a {part.class_name!r}, which is not known")
-    return cls.from_config(part.config, dtype=dtype)
+    try:
+        model = cls.from_config(part.config, dtype=dtype)
+        model.shapes()
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise WeightsError(f"{path}: {part.class_name}: the sizes of its tensors are no network's ({error})") from error
+    return model
 
 
 def open_tokenizers(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
+from diffuse_jax.allowed import Index, Length, Signed
 from diffuse_jax.config import Config, freeze
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import registry
@@ -52,13 +52,13 @@ class SchedulerConfig(Config):
     """
 
     num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
+    beta_start: Signed = 0.0001
+    beta_end: Signed = 0.02
     beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
+    trained_betas: Annotated[tuple[Signed, ...], Length(65_536)] | None = None
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
-    steps_offset: int = 0
+    steps_offset: Index = 0
     given: tuple[str, ...] = dataclasses.field(init=False, compare=False, repr=False)
 
     __signature__ = Settings()
@@ -191,6 +191,8 @@ class SchedulerConfig(Config):
           FileNotFoundError: there is no such file.
           ValueError: the file is not a JSON object or holds a value that is not allowed; the file is named.
         """
+        from diffuse_jax.weights.files import read_json  # imports JAX
+
         if Path(source).is_dir():
             folder = Path(source) / (subfolder or "")
         else:
@@ -198,14 +200,12 @@ class SchedulerConfig(Config):
 
             folder = resolve(source, subfolder=subfolder, **resolve_options)
         path = folder / CONFIG_NAME
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}")
+        data = read_json(path)
         try:
-            data = json.loads(path.read_text())
-            if not isinstance(data, dict):
-                raise ValueError(f"expected a JSON object, got {type(data).__name__}")
             return cls.from_config(data)
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

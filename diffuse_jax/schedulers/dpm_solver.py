@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import INFINITY, Range
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.ddpm import VARIANCE_TYPES
@@ -29,7 +30,7 @@ class DPMSolver(ExponentialIntegrator, abstract=True):
     algorithm_type: str = "dpmsolver++"
     solver_type: str = "midpoint"
     lower_order_final: bool = True
-    lambda_min_clipped: float = -float("inf")
+    lambda_min_clipped: Annotated[float, Range(-INFINITY, 1e9)] = -float("inf")
     variance_type: str | None = None
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {

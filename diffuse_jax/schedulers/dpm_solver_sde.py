@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Range
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.euler import ancestral_split, exploding_grid
@@ -40,7 +41,7 @@ class DPMSolverSDEScheduler(Scheduler):
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
-    noise_sampler_seed: int | None = None
+    noise_sampler_seed: Annotated[int, Range(0, 2**63)] | None = None
 
     coordinates: ClassVar[str] = "exploding"
     step_options: ClassVar[tuple[str, ...]] = ("s_noise",)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Range, Signed
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
@@ -85,10 +86,10 @@ class ShiftedFlowScheduler(FlowMatchScheduler, abstract=True):
     """
 
     use_dynamic_shifting: bool = False
-    base_shift: float | None = 0.5
-    max_shift: float | None = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
+    base_shift: Signed | None = 0.5
+    max_shift: Signed | None = 1.15
+    base_image_seq_len: Annotated[int, Range(1, 2**24)] = 256
+    max_image_seq_len: Annotated[int, Range(1, 2**24)] = 4096
     invert_sigmas: bool = False
     shift_terminal: float | None = None
     use_karras_sigmas: bool = False

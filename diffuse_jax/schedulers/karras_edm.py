@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import INFINITY, Range
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.edm import check_sigma_range
@@ -36,7 +37,7 @@ class KarrasEDMScheduler(ContinuousScheduler):
     sigma_data: float = 0.5  # type: ignore[misc]  # a class attribute of others
     s_churn: float = 0.0
     s_tmin: float = 0.0
-    s_tmax: float = float("inf")
+    s_tmax: Annotated[float, Range(0, INFINITY)] = float("inf")
     s_noise: float = 1.0
     rho: float = 7.0
     clip_sample: bool = False

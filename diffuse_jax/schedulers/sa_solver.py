@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import INFINITY, Range
 from diffuse_jax.schedulers.ddpm import VARIANCE_TYPES
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
 from diffuse_jax.schedulers.multistep import adams_weights, exponential_step, log_snr_half
@@ -36,7 +37,7 @@ class SASolverScheduler(ExponentialIntegrator):
     tau_func: None = None
     algorithm_type: str = "data_prediction"
     lower_order_final: bool = True
-    lambda_min_clipped: float = -float("inf")
+    lambda_min_clipped: Annotated[float, Range(-INFINITY, 1e9)] = -float("inf")
     variance_type: str | None = None
 
     step_options: ClassVar[tuple[str, ...]] = ("tau",)

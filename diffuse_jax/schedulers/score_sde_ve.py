@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Index
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
@@ -46,7 +47,7 @@ class ScoreSdeVeScheduler(ContinuousScheduler):
     sigma_min: float = 0.01
     sigma_max: float = 1348.0
     sampling_eps: float = 1e-5
-    correct_steps: int = 1
+    correct_steps: Index = 1
 
     coordinates: ClassVar[str] = "exploding"
     absent: ClassVar[tuple[str, ...]] = (*ContinuousScheduler.absent, "prediction_type")

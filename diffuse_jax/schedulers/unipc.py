@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from math import factorial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Index, Length
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
@@ -32,7 +33,7 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
     predict_x0: bool = True
     solver_type: str = "bh2"
     lower_order_final: bool = True
-    disable_corrector: tuple[int, ...] = ()
+    disable_corrector: Annotated[tuple[Index, ...], Length(65_536)] = ()
     solver_p: None = None
     final_sigmas_type: str = "zero"
     rescale_betas_zero_snr: bool = False

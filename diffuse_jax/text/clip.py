@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffuse_jax.allowed import Layers, Range, Share, TokenId
 from diffuse_jax.config import Config
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
@@ -25,18 +26,18 @@ class CLIPTextConfig(Config):
     ``eos_token_id`` 2 marks files from before the id was corrected: there the text ends at the largest id.
     """
 
-    vocab_size: int = 49408
+    vocab_size: Annotated[int, Range(1, 2**22)] = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     projection_dim: int = 512
-    num_hidden_layers: int = 12
+    num_hidden_layers: Layers = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    bos_token_id: int = 49406
-    eos_token_id: int = 49407
-    pad_token_id: int = 1
+    layer_norm_eps: Share = 1e-5
+    bos_token_id: TokenId | None = 49406
+    eos_token_id: TokenId = 49407
+    pad_token_id: TokenId | None = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

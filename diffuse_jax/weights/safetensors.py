@@ -76,8 +76,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a file (empty if it has none)."""
     metadata = _header(path)[0].get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise bad(path, "its __metadata__ is not a JSON object")
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise bad(path, "its __metadata__ is not a JSON object of texts")
     return metadata
 
 

@@ -21,6 +21,8 @@ from diffuse_jax.models.presets import SD15_UNET
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights.names import torch_key
+from tests.bounds import bounded
 from tests.pipelines import tiny
 
 UNET, TEXT = tiny.pipeline().components["unet"], tiny.pipeline().components["text_encoder"]
@@ -195,7 +197,7 @@ def test_settings_that_match_nothing_are_refused(tmp_path: Path, rng: np.random.
 
 def test_settings_that_are_damaged_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
     tensors = load_file(save_lora(tmp_path, {"unet": pairs(UNET, rng)}))
-    for text, message in [("{", "are not JSON"), ("[]", "are no object"), ('{"unet.lora_alpha": "a"}', "not a number")]:
+    for text, message in [("{", "is not JSON"), ("[]", "are no object"), ('{"unet.lora_alpha": "a"}', "not a number")]:
         save_file(tensors, tmp_path / "bad.safetensors", {"lora_adapter_metadata": text})
         with pytest.raises(WeightsError, match=message):
             load_lora(tmp_path / "bad.safetensors", {"unet": UNET.shapes()})
@@ -234,3 +236,39 @@ def test_text_encoders_take_pairs_too(rng: np.random.Generator) -> None:
     a = lora.Adapted(TEXT, own).apply({"params": params}, ids).last_hidden_state
     b = TEXT.apply({"params": lora.merge(params, own)}, ids).last_hidden_state
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"unet.lora_alpha": NaN}', "alpha is nan, not a number from"),
+        ('{"unet.lora_alpha": 1e308}', "alpha is 1e[+]308, not a number from"),
+        ('{"unet.lora_alpha": Infinity}', "alpha is inf, not a number from"),
+        ('{"unet.lora_alpha": "8"}', "alpha is '8', not a number from"),
+        ('{"unet.lora_alpha": true}', "alpha is True, not a number from"),
+        ('{"unet.alpha_pattern": [1]}', "alpha_pattern in its metadata is .1., not an object"),
+        ('{"unet.alpha_pattern": {"[": 1}}', "the alpha_pattern '.' in its metadata is not read"),
+        ('{"unet.alpha_pattern": {"(((((((((((a+)+)+)+)+)+)+)+)+)+)+b": 1}}', "nested more than 8"),
+        (json.dumps({"unet.alpha_pattern": {f"a*{i}": 1 for i in range(40)}}), "more than 5000 names or more than 32"),
+        ('{"unet.lora_alpha": ' + "1" * 5000 + "}", "is not JSON"),
+        ("[" * 3000 + "]" * 3000, "nested more than 64"),
+    ],
+)
+def test_settings_that_a_file_must_not_choose(
+    settings: str, message: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors = load_file(save_lora(tmp_path, {"unet": pairs(UNET, rng)}))
+    save_file(tensors, tmp_path / "bad.safetensors", {"lora_adapter_metadata": settings})
+    with bounded(20), pytest.raises(WeightsError, match=rf"bad\.safetensors: .*{message}"):
+        load_lora(tmp_path / "bad.safetensors", {"unet": UNET.shapes()})
+
+
+def test_a_pair_is_judged_by_its_shape_before_it_is_converted(tmp_path: Path) -> None:
+    path, pair = next(iter(lora.dense_layers(UNET.shapes()).items()))
+    stem = "unet." + torch_key((*path, "kernel")).removesuffix(".weight")
+    for rank, columns in ((0, pair[0]), (1 << 22, 1)):
+        down = np.zeros((rank, columns), np.int8)
+        tensors = {f"{stem}.lora.down.weight": down, f"{stem}.lora.up.weight": np.zeros((pair[1], 1), np.int8)}
+        save_file(tensors, tmp_path / "rank.safetensors")
+        with bounded(10), pytest.raises(WeightsError, match=rf"rank\.safetensors: .*down \({rank}, {columns}\)"):
+            load_lora(tmp_path / "rank.safetensors", {"unet": UNET.shapes()})

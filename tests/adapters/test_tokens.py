@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from diffuse_jax.adapters import tokens
 from diffuse_jax.weights import WeightsError
+from tests.bounds import bounded
 from tests.pipelines import tiny
 
 
@@ -134,3 +135,26 @@ def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.r
     back = changed.load_lora_weights(tmp_path, scale=-0.5)
     np.testing.assert_allclose(back("a", **options).images, plain, atol=1e-4)
     assert pipe.programs.compilations == before, "nothing is compiled for other weights"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3_000_000, 1), "has 3000000 rows; no prompt holds more than 1000"),
+        ((0, 16), "shape .0, 16."),
+        ((2, 0), "shape"),
+    ],
+)
+def test_rows_that_no_prompt_holds_are_refused(shape: tuple[int, int], message: str, tmp_path: Path) -> None:
+    save_file({"<cat>": np.zeros(shape, np.int8)}, tmp_path / "many.safetensors")
+    with (
+        bounded(5),
+        pytest.raises(WeightsError, match=rf"many\.safetensors: '<cat>' has .*{message.removeprefix('has ')}"),
+    ):
+        tokens.load_rows(tmp_path / "many.safetensors")
+
+
+def test_rows_of_another_width_are_refused_before_the_tokenizer_learns_the_word(tmp_path: Path) -> None:
+    save_file({"<cat>": np.zeros((2, 5), np.float32)}, tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match=r"narrow\.safetensors: rows of 5 numbers do not fit an encoder of width 16"):
+        tiny.pipeline().load_textual_inversion(tmp_path / "narrow.safetensors")

@@ -1,0 +1,177 @@
+"""What the fields of a configuration may hold, read off their annotations: kinds, ranges, and sizes in product.
+
+Plain annotations mean: ``int`` 1 to 65,536, ``float`` finite and 0 to 1e9, ``tuple[X, ...]`` up to 64 of X. A field
+that differs says so in its annotation: ``Annotated[float, Range(-1e9, 1e9)]``, or one of the names below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from numbers import Integral, Real
+from typing import Annotated, Any, NamedTuple
+
+from diffuse_jax.messages import brief
+
+INFINITY = float("inf")
+
+
+class Range(NamedTuple):
+    """The numbers from ``low`` to ``high``, both included; NaN is in none."""
+
+    low: float
+    high: float
+
+
+class Length(NamedTuple):
+    """The most entries of a tuple."""
+
+    most: int
+
+
+class Repeats(NamedTuple):
+    """The field says how often a part of the network is repeated: its largest number, or (of a tuple) its length."""
+
+
+SIZE = Range(1, 65_536)
+AMOUNT = Range(0, 1e9)
+LEVELS = 64
+
+Layers = Annotated[int, Range(1, 64), Repeats()]
+"""How many layers there are, one after another."""
+Levels = Annotated[tuple[int, ...], Length(16), Repeats()]
+"""The width of each level."""
+Index = Annotated[int, Range(0, 65_536)]
+"""A number that may be 0: an offset, an index, padding."""
+TokenId = Annotated[int, Range(-1, 2**31 - 1)]
+Signed = Annotated[float, Range(-1e9, 1e9)]
+Share = Annotated[float, Range(0, 1)]
+
+MAX_REPEATED = 192
+"""Layers of a network: all numbers that repeat something, multiplied. Stable Diffusion XL has 60; tracing a layer takes
+some hundredths of a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What one field, or one entry of a tuple, may hold; ``anything`` is for what a class checks by itself."""
+
+    text: bool = False
+    flag: bool = False
+    none: bool = False
+    whole: Range | None = None
+    real: Range | None = None
+    items: Rule | None = None
+    shortest: int = 0
+    longest: int = 0
+    repeats: bool = False
+    anything: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value is of a kind and in a range that the annotation names."""
+        if value is None:
+            return self.none or self.flag or self.anything  # published files have null for false
+        if self.anything:
+            return True
+        if isinstance(value, bool):
+            return self.flag
+        if isinstance(value, str):
+            return self.text
+        if isinstance(value, int | float | Real):
+            ranges = (self.whole if isinstance(value, Integral) else None, self.real)
+            return any(r is not None and r.low <= value <= r.high for r in ranges)  # type: ignore[operator]
+        if type(value) is not tuple or self.items is None:
+            return False
+        return self.shortest <= len(value) <= self.longest and all(map(self.items.allows, value))
+
+    def repeated(self, value: Any) -> int:
+        """How often the value says that something is repeated; 1 where it says nothing of the kind."""
+        if isinstance(value, tuple):
+            return max([len(value) if self.repeats else 1, *map((self.items or self).repeated, value)])
+        return int(value) if self.repeats and isinstance(value, Integral) else 1
+
+    def __str__(self) -> str:
+        kinds = [
+            "text" if self.text else "",
+            "true or false" if self.flag else "",
+            "null" if self.none else "",
+            f"a whole number from {self.whole.low:,} to {self.whole.high:,}" if self.whole else "",
+            f"a number from {self.real.low:g} to {self.real.high:g}" if self.real else "",
+        ]
+        if self.items:
+            count = f"{self.longest}" if self.shortest else f"up to {self.longest:,}"
+            kinds.append(f"a list of {count} entries, each {self.items}")
+        return " or ".join(filter(None, kinds))
+
+
+PLAIN: dict[Any, Rule] = {
+    int: Rule(whole=SIZE),
+    float: Rule(real=AMOUNT),
+    str: Rule(text=True),
+    bool: Rule(flag=True),
+    type(None): Rule(none=True),
+}
+
+
+def rule_of(hint: Any) -> Rule:
+    """The rule that an annotation stands for."""
+    arguments = typing.get_args(hint)
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if typing.get_origin(hint) is Annotated:
+        return functools.reduce(_marked, arguments[1:], rule_of(arguments[0]))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return functools.reduce(_either, map(rule_of, arguments))
+    if typing.get_origin(hint) is tuple:
+        endless = arguments[-1] is Ellipsis
+        shortest, longest = (0, LEVELS) if endless else (len(arguments), len(arguments))
+        return Rule(items=rule_of(arguments[0]), shortest=shortest, longest=longest)
+    raise TypeError(f"no rule for fields annotated {hint}")
+
+
+def _marked(rule: Rule, mark: Any) -> Rule:
+    """A rule with what one mark of ``Annotated`` says."""
+    if isinstance(mark, Range):
+        return dataclasses.replace(rule, whole=mark) if rule.whole else dataclasses.replace(rule, real=mark)
+    if isinstance(mark, Length):
+        return dataclasses.replace(rule, longest=mark.most)
+    return dataclasses.replace(rule, repeats=True)
+
+
+def _either(one: Rule, other: Rule) -> Rule:
+    """What either rule allows."""
+    changes = {f.name: getattr(other, f.name) or getattr(one, f.name) for f in dataclasses.fields(Rule)}
+    return Rule(**changes)
+
+
+@functools.cache
+def rules_of(cls: Any) -> dict[str, Rule]:
+    """Field -> rule, of a configuration's class; fields that only hold None are left to the class."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls) if f.init and f.name != "extra"]
+    return {name: Rule(anything=True) if hints[name] is type(None) else rule_of(hints[name]) for name in names}
+
+
+def check_fields(config: Any, name: str) -> None:
+    """Refuse a configuration with a value of another kind or range than its field's, or of endlessly many layers.
+
+    Args:
+      config: the dataclass, frozen.
+      name: what errors call it.
+
+    Raises:
+      ValueError: with field, value and what is allowed.
+    """
+    cls: Any = type(config)
+    rules = rules_of(cls)
+    for field, rule in rules.items():
+        value = getattr(config, field)
+        if not rule.allows(value):
+            raise ValueError(f"{name}: {field} must be {rule}, got {brief(value)}")
+    repeats = {field: rule.repeated(getattr(config, field)) for field, rule in rules.items()}
+    if math.prod(repeats.values()) > MAX_REPEATED:
+        shown = ", ".join(f"{field}={brief(getattr(config, field))}" for field, n in repeats.items() if n > 1)
+        raise ValueError(f"{name}: {shown} make more than {MAX_REPEATED} layers together")
