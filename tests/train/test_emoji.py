@@ -12,6 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from diffuse_jax.training.data import FolderSource
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,6 +66,9 @@ def test_dataset_folders_refer_to_existing_pictures(tmp_path: Path) -> None:
     read = [json.loads(line) for line in (tmp_path / "train" / "metadata.jsonl").read_text().splitlines()]
     assert read == lines
     assert all((tmp_path / "train" / line["file_name"]).is_file() for line in read)
+    for _ in range(2):  # what was there is replaced
+        make.link_folder(tmp_path / "mixed", tmp_path / "train", lines + lines[:1])
+    assert len(FolderSource(tmp_path / "mixed")) == 4, "a folder that trainers read"
 
 
 def test_labels_match_icon_names() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -51,10 +52,9 @@ def main() -> None:
         lines = write_folder(output / split, chosen)
         print(f"{output / split}: {len(lines)} pictures of {len({line['label'] for line in lines})} concepts")
         if split == "train":
-            moved = [line | {"file_name": f"../train/{line['file_name']}"} for line in lines]
-            common = [line for line in moved if is_common(line)]
-            write_lines(output / "common", common)
-            write_lines(output / "mixed", moved + REPEATS * common)
+            common = [line for line in lines if is_common(line)]
+            link_folder(output / "common", output / split, common)
+            link_folder(output / "mixed", output / split, lines + REPEATS * common)
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,6 +149,15 @@ def write_folder(folder: Path, pairs: list[tuple[Record, Image.Image]]) -> list[
         lines.append({"file_name": str(path.relative_to(folder)), "text": captions(record)} | record)
     write_lines(folder, lines)
     return lines
+
+
+def link_folder(folder: Path, source: Path, lines: list[Record]) -> None:
+    """An image folder of some lines of ``source``, replacing what was there; its images take no space of their own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in {line["file_name"] for line in lines}:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(source / name, folder / name)
+    write_lines(folder, lines)
 
 
 def write_lines(folder: Path, lines: list[Record]) -> None:
