@@ -19,7 +19,7 @@ def peak_memory() -> int:
 
 
 @contextmanager
-def bounded(seconds: float = 10.0, memory: int = 1 << 30) -> Iterator[None]:
+def bounded(seconds: float = 60.0, memory: int = 1 << 30) -> Iterator[None]:
     """Fail if the block takes longer (it is interrupted), or asks for more memory whether it uses it or not."""
 
     def stop(*_: object) -> None:

@@ -138,7 +138,7 @@ def test_sizes_that_no_network_has_are_errors_of_the_file(tmp_path: Path) -> Non
     for changes in ({"norm_num_groups": 7}, {"attention_head_dim": 7}):
         file = tmp_path / "config.json"
         file.write_text(json.dumps(UNet2DConditionModel().config_json() | changes))
-        with bounded(20, 8 << 30), pytest.raises(WeightsError, match=re.escape(str(file))):
+        with bounded(memory=8 << 30), pytest.raises(WeightsError, match=re.escape(str(file))):
             UNet2DConditionModel.from_config(tmp_path)
 
 
