@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -50,10 +51,10 @@ def test_any_of_them_do(pattern: list[str], name: str) -> None:
 )
 def test_what_never_ends_elsewhere_ends_here(pattern: str) -> None:
     with bounded(5):
-        try:
-            assert not matches(pattern, "a" * 60 + "c")
-        except ValueError as error:
-            assert "more than 2000 steps" in str(error)
+        found = False
+        with contextlib.suppress(ValueError):  # more steps than there may be
+            found = matches(pattern, "a" * 60 + "c")
+        assert not found
 
 
 @pytest.mark.parametrize(
