@@ -7,12 +7,13 @@ TORCH ?= torch==2.13.0
 PYTEST ?=
 WORKERS ?= 2
 OUTPUT ?= outputs
+FUZZ ?= 100000
 
 BIN := $(VENV)/bin
 PROMPTS := --prompt "a red apple, noto style" --prompt "grinning face, twemoji style" \
 	--prompt "red heart, fluent style" --prompt "watermelon, noto style"
 
-.PHONY: help install install-dev sample test test-slow test-gpu lint format docs clean
+.PHONY: help install install-dev sample test test-slow fuzz test-gpu lint format docs clean
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -57,6 +58,9 @@ test: lint docs ## everything that CI checks, the tests last
 test-slow: install-dev ## the tests that take minutes, and new random configurations of samplers
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 	DIFFUSE_JAX_TEST_RANDOM=1 $(BIN)/python -m pytest tests/schedulers/test_properties.py $(PYTEST)
+
+fuzz: install-dev ## FUZZ damaged files of all kinds (100,000), from another beginning each time
+	DIFFUSE_JAX_FUZZ=$(FUZZ) DIFFUSE_JAX_TEST_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_fuzz.py $(PYTEST)
 
 test-gpu: install-dev ## parity with PyTorch on CUDA, and docs/results/parity_cuda.json
 	JAX_PLATFORMS= XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -m gpu tests/torch_backend $(PYTEST)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
 from numbers import Integral, Real
@@ -38,7 +39,9 @@ class Repeats(NamedTuple):
 
 SIZE = Range(1, 65_536)
 AMOUNT = Range(0, 1e9)
+FINITE = Range(-sys.float_info.max, sys.float_info.max)
 LEVELS = 64
+PACKAGE = __name__.partition(".")[0]
 
 Layers = Annotated[int, Range(1, 64), Repeats()]
 """How many layers there are, one after another."""
@@ -150,9 +153,36 @@ def _either(one: Rule, other: Rule) -> Rule:
 @functools.cache
 def rules_of(cls: Any) -> dict[str, Rule]:
     """Field -> rule, of a configuration's class; fields that only hold None are left to the class."""
-    hints = typing.get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls) if f.init and f.name != "extra"]
-    return {name: Rule(anything=True) if hints[name] is type(None) else rule_of(hints[name]) for name in names}
+    owners = {
+        name: next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {})) for name in names
+    }
+    return {name: _rule_of_field(owners[name], name) for name in names}
+
+
+def _rule_of_field(owner: Any, name: str) -> Rule:
+    """The rule of a field of the class that defines it.
+
+    A class outside of the package gets the kinds of its annotations, but of the ranges only those that it states: what
+    its numbers mean, and whether they may be zero or negative, only its author knows.
+    """
+    if owner.__module__.partition(".")[0] == PACKAGE:
+        hint = typing.get_type_hints(owner, include_extras=True)[name]
+        return Rule(anything=True) if hint is type(None) else rule_of(hint)
+    try:
+        return _widened(rule_of(typing.get_type_hints(owner, include_extras=True)[name]))
+    except (TypeError, NameError):  # an annotation that has no rule, or that is known inside a function only
+        return Rule(anything=True)
+
+
+def _widened(rule: Rule) -> Rule:
+    """The rule without the ranges that plain annotations stand for in the package's own classes."""
+    return dataclasses.replace(
+        rule,
+        whole=Range(-INFINITY, INFINITY) if rule.whole == SIZE else rule.whole,
+        real=FINITE if rule.real == AMOUNT else rule.real,
+        items=None if rule.items is None else _widened(rule.items),
+    )
 
 
 def check_fields(config: Any, name: str) -> None:

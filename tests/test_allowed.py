@@ -157,3 +157,30 @@ def test_the_file_of_a_scheduler_is_named(tmp_path: Path) -> None:
         file.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=re.escape(str(file))):
             DDIMScheduler.from_pretrained(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(Config):
+    """A configuration of the user's: its numbers mean what its author says."""
+
+    offset: int = -3
+    scale: float = -1e12
+    table: Any = None
+    share: Annotated[float, Range(0, 1)] = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MyDDIM(DDIMScheduler):
+    shift: float = -2.0
+
+
+def test_classes_from_outside_state_their_own_ranges() -> None:
+    assert Mine(offset=0, scale=-1.0, table={"any": ["thing"]}).offset == 0
+    assert MyDDIM(shift=-5.0).shift == -5.0
+    for make, message in [
+        (lambda: Mine(offset="three"), "offset must be a whole number"),
+        (lambda: Mine(share=1.5), "share must be a number from 0 to 1, got 1.5"),
+        (lambda: MyDDIM(num_train_timesteps=-1), "num_train_timesteps must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()

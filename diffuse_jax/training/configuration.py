@@ -15,6 +15,9 @@ CONFIG_FILE = "training.yaml"
 MAX_CONFIG = 1 << 16
 """Bytes of a file of flags."""
 
+MAX_NESTING = 16
+"""Lists and mappings inside each other; flags need two."""
+
 SECRETS = ("hub_token",)
 OWN = ("config", "process_id")
 
@@ -38,12 +41,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _parse_yaml(path: str | Path, text: bytes) -> Any:
-    """The value of a YAML text; aliases are refused, because a few lines of them stand for billions of values."""
+    """The value of a YAML text without aliases, a few lines of which stand for billions of values."""
     import yaml
 
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it uses aliases (*name), which are not read; write the values out")
+        depth = 0
+        for token in yaml.scan(text):
+            kind = type(token).__name__
+            depth += kind.endswith(("SequenceStartToken", "MappingStartToken"))
+            depth -= kind.endswith("EndToken") and not kind.startswith(("Stream", "Document"))
+            if kind == "AliasToken":
+                raise ValueError("it uses aliases (*name), which are not read; write the values out")
+            if depth > MAX_NESTING:
+                raise ValueError(f"its values are nested more than {MAX_NESTING} deep")
         return yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

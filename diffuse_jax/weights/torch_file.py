@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -209,7 +210,9 @@ def _read_stream(path: Path, data: np.ndarray) -> tuple[Any, dict[str, tuple[int
         storage = _storage(path, pid)
         return sizes.setdefault(storage.key, storage)
 
-    with open(path, "rb") as stream:
+    # A mapping reads no more than there is; a file makes room for as many bytes as a pickle says that a text has.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        stream = cast("IO[bytes]", pages)
         if data[0] != 0x80 or interpret(path, stream, remember) != MAGIC:
             raise bad(path, "not written by torch.save (neither a zip nor PyTorch's older format)")
         _version, _machine, obj, keys = (interpret(path, stream, remember) for _ in range(4))

@@ -102,7 +102,8 @@ def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest
     bomb = "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
     for name, text, message in (
         ("bomb.yaml", bomb, "uses aliases"),
-        ("deep.yaml", "a: " + "[" * 3000, "cannot be read"),
+        ("deep.yaml", "a: " + "[" * 3000, "nested more than 16 deep"),
+        ("blocks.yaml", "- " * 3000 + "a", "nested more than 16 deep"),
         ("date.yaml", "a: 2026-99-99", "cannot be read"),
         ("long.yaml", "# " + "a" * (1 << 16), "has more than 65536 bytes"),
         ("deep.json", '{"a":' + "[" * 3000 + "]" * 3000 + "}", "nested more than"),
