@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffuse_jax.models.base import Params as Params
 from diffuse_jax.schedulers.plan import Plan, State
 
 Rows = dict[str, Any]
 """Name -> array ``[B, ...]`` (or a tree of them), one row per image."""
-
-Params = dict[str, Any]
-"""Component name -> tree of parameters."""
 
 
 class Step(NamedTuple):
@@ -76,7 +74,7 @@ class Part:
         """The rows with what this part computes once, before the loop; by default, its inner parts do so in turn.
 
         Args:
-          params: of the networks.
+          params: component name -> tree of parameters.
           rows: what there is so far; not to be changed, return another dict.
           keys: ``[B]`` typed keys, one per image; draw from them with :func:`draw`.
         """
