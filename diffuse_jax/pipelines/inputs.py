@@ -49,6 +49,8 @@ def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.
     array = np.asarray(value, np.float32)
     if array.shape not in ((), (images,)):
         raise ValueError(f"{name} has {array.size} entries for {images} images; give one number, or one for each")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {value!r}")
     return np.broadcast_to(array, (images,))
 
 

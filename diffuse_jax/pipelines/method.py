@@ -188,12 +188,22 @@ def check_rows(method: Method, rows: Rows) -> None:
         if not (isinstance(part, Part) and dataclasses.is_dataclass(part)):
             raise TypeError(f"{part!r} is no part: a part is a frozen dataclass that inherits from Part")
         _check_hashable(part)
+    _check_lengths(rows)
     known = {*rows, *ALWAYS}
     for part in (inner for outer in method.parts for inner in all_parts(outer)):
         if missing := [name for name in part.reads if not known & {*name.split("|")}]:
             wanted = ", ".join(" or ".join(map(repr, name.split("|"))) for name in missing)
             raise ValueError(f"{type(part).__name__} needs {wanted}; the request has {', '.join(sorted(known))}")
         known |= {*part.adds}
+
+
+def _check_lengths(rows: Rows) -> None:
+    """Refuse rows with different numbers of images."""
+    leaves = jax.tree_util.tree_leaves_with_path(rows)
+    lengths = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(lengths.values())) > 1 or () in lengths.values():
+        shown = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
+        raise ValueError(f"every row must have one entry for each image; the rows have {shown}")
 
 
 def _check_hashable(part: Part) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import os
 import pickle
 import platform
 import stat
+import sys
+import sysconfig
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,11 +102,35 @@ def _source_of(value: Any) -> str:
         raise NotDescribable(f"{name} is a closure; define it at the top of a module")
     if value.__module__.partition(".")[0] in ("diffuse_jax", "builtins", "jax", "flax", "numpy", "ml_dtypes"):
         return name
-    try:
-        source = inspect.getsource(value)
-    except (OSError, TypeError):
-        raise NotDescribable(f"{name} has no source file, so that a change of it would go unnoticed") from None
-    return f"{name}#{hashlib.sha256(source.encode()).hexdigest()}"
+    return f"{name}#{_user_sources(value)}"
+
+
+def _user_sources(value: Any) -> str:
+    """A hash of every file outside of this package and of installed ones that a class or function depends on.
+
+    Raises:
+      NotDescribable: it is defined where there is no file.
+    """
+    owners = value.__mro__ if isinstance(value, type) else (value,)
+    new, found = {owner.__module__ for owner in owners}, dict[str, str]()
+    while new:
+        module = sys.modules.get(name := new.pop())
+        file = getattr(module, "__file__", None)
+        if module is None or (file is None and name not in sys.builtin_module_names):
+            raise NotDescribable(f"{value.__qualname__} has no source file, so that a change of it would go unnoticed")
+        if file is None or name in found or _is_installed(name, file):
+            continue
+        found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        inside = vars(module).values()
+        names = {x.__name__ if isinstance(x, types.ModuleType) else getattr(x, "__module__", None) for x in inside}
+        new |= {x for x in names if isinstance(x, str) and x in sys.modules} - {*found}
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def _is_installed(name: str, file: str) -> bool:
+    """Whether a module belongs to this package, to Python or to an installed one: versions stand for these."""
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    return name.partition(".")[0] == "diffuse_jax" or file.startswith(installed)
 
 
 def _source_state() -> str:

@@ -181,7 +181,8 @@ def require_image(image: Any, name: str) -> None:
 def is_latents(image: Any, vae: Net) -> bool:
     """Whether an image comes as latents: an array with the autoencoder's channels, which are not those of an image."""
     channels = vae.config.latent_channels
-    return isinstance(image, np.ndarray | jax.Array) and image.ndim == 4 and image.shape[-1] == channels != 3
+    floating = isinstance(image, np.ndarray | jax.Array) and jax.dtypes.issubdtype(image.dtype, np.floating)
+    return floating and image.ndim == 4 and image.shape[-1] == channels != 3
 
 
 def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:

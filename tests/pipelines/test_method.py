@@ -109,6 +109,15 @@ def two_stages(**options: Any) -> TwoStagePipeline:
     return TwoStagePipeline({**nets, "scheduler": DDIMScheduler()}, params, programs=Programs(), **options)
 
 
+def test_rows_of_different_lengths_are_refused() -> None:
+    pipe = two_stages()
+    request = pipe.stage("prior_net", 0, (4,))
+    for amount in (np.zeros(3), np.float32(1.0)):
+        with pytest.raises(ValueError, match=r"every row must have one entry for each image.*'amount'\] (3|none)"):
+            run(pipe, request._replace(rows={"amount": amount, **request.rows}))
+    assert pipe.programs.compilations == 0
+
+
 def test_samples_of_any_rank_several_results_and_a_trajectory():
     """The first stage denoises vectors, the second videos of them; the first one's result is a row of the second."""
     pipe = two_stages()

@@ -174,6 +174,13 @@ def test_guidance_of_one_is_the_conditional_prediction_alone(pipe: StableDiffusi
     assert np.abs(guided[1] - plain[1]).max() > 1
 
 
+def test_a_scale_below_one_is_no_guidance_in_a_batch_too(pipe: StableDiffusionPipeline):
+    together = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[0.0, 4.0])
+    assert np.abs(together[0] - pictures(pipe, "a", seed=[0], guidance_scale=0.0)[0]).max() <= 1
+    with pytest.raises(ValueError, match="guidance_scale must be finite, got nan"):
+        pipe("a", guidance_scale=float("nan"))
+
+
 def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipeline):
     whole = pictures(pipe, ["a", "b"], seed=[0, 1])
     assert np.abs(pictures(pipe.replace(vae_slicing=True), ["a", "b"], seed=[0, 1]) - whole).max() <= 1

@@ -61,6 +61,8 @@ class ClipFamily:
         rows = {name: repeated(value, call.copies) for name, value in rows.items()}
         for name, default in (("guidance_scale", 1.0), ("guidance_rescale", 0.0)):
             rows[name] = one_per_image(call.get(name, default), call.images, name)
+        if len(branches) > 1:  # up to 1 there is no guidance, for an image in a batch as for one alone
+            rows["guidance_scale"] = np.maximum(rows["guidance_scale"], 1.0)
         return rows
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
