@@ -171,7 +171,7 @@ def write(file: Path, build: Callable[[], Any]) -> None:
     with without_compilation_cache():
         payload, _, out_tree = serialize_executable.serialize(build())
     data = pickle.dumps((payload, out_tree))
-    with atomic_file(file) as partial:
+    with atomic_file(file, mode=0o644) as partial:  # a umask of 002 would let a group write what `read` then refuses
         partial.write(MAGIC + hashlib.sha256(data).digest() + data)
 
 

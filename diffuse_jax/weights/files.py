@@ -37,14 +37,17 @@ def map_file(path: Path) -> np.ndarray:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind."""
+def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind.
+
+    ``mode`` holds the permissions it may have; the process's umask takes from them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, mode & ~_umask())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

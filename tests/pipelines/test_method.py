@@ -293,6 +293,21 @@ def test_programs_with_several_results_are_saved_too(tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owners here")
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_programs_can_be_read_again_whatever_the_umask(tmp_path: Path, umask: int):
+    pipe = two_stages()
+    pipe()
+    before = os.umask(umask)
+    try:
+        pipe.save_compiled(tmp_path / "programs")
+        again = two_stages().load_compiled(tmp_path / "programs")
+        again()
+    finally:
+        os.umask(before)
+    assert again.programs.compilations == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owners here")
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path):
     pipe = two_stages()
     pipe()
