@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from diffuse_jax.adapters.lora import PAIR, dense_layers, pairs_of
+from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.layouts.lora import pair_factor, read_settings, split_key
 from diffuse_jax.models.base import Params
-from diffuse_jax.weights.errors import WeightsError, bad
 from diffuse_jax.weights.load import read_checkpoint
 from diffuse_jax.weights.names import flatten, torch_key, unflatten
 from diffuse_jax.weights.safetensors import write_safetensors

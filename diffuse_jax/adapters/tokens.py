@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.errors import WeightsError, bad
+from diffuse_jax.limits import check_name
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.text.tokenizer import calls, unpadded_ids
-from diffuse_jax.weights.errors import WeightsError, bad
-from diffuse_jax.weights.limits import check_name
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.errors import WeightsError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Where the UNet and the autoencoder lie in a file of any family."""

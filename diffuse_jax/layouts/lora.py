@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.errors import bad
 from diffuse_jax.layouts.patterns import PLAIN, matches
+from diffuse_jax.limits import parse_json
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import bad
-from diffuse_jax.weights.limits import parse_json
 from diffuse_jax.weights.names import ALIASES, Renames, rename
 from diffuse_jax.weights.safetensors import read_metadata
 

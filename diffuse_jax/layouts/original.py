@@ -10,8 +10,8 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable
 
+from diffuse_jax.errors import WeightsError
 from diffuse_jax.layouts.rows import Table
-from diffuse_jax.weights.errors import WeightsError
 from diffuse_jax.weights.names import ALIASES, rename
 
 UNET_FIXED: Table = [

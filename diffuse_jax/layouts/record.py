@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffuse_jax.weights.errors import bad
-from diffuse_jax.weights.limits import parse_json
+from diffuse_jax.errors import bad
+from diffuse_jax.limits import parse_json
 from diffuse_jax.weights.safetensors import read_metadata
 
 KEY = "diffuse_jax"

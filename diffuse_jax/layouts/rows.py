@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.errors import WeightsError
 
 Row = tuple[str, str, str]
 Table = list[Row]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
 from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, family_of
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import bad
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import IGNORED
 from diffuse_jax.weights.torch_file import read_torch_object

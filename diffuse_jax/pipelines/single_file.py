@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
+from diffuse_jax.errors import parsing
 from diffuse_jax.models import Params
 from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
@@ -19,7 +20,6 @@ from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import WeightsError
-from diffuse_jax.weights.errors import parsing
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 """Where the vocabulary that all Stable Diffusions share is published; a single file does not hold it."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffuse_jax.weights.limits import parse_json, read_bounded
+from diffuse_jax.limits import parse_json, read_bounded
 
 CONFIG_FILE = "training.yaml"
 MAX_CONFIG = 1 << 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.errors import WeightsError
 from diffuse_jax.weights.files import read_json, weight_files, write_json
 from diffuse_jax.weights.hub import resolve
 from diffuse_jax.weights.index import Component, PipelineIndex, read_index, write_index

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from diffuse_jax.weights.errors import WeightsError, bad
-from diffuse_jax.weights.limits import open_regular, parse_json, read_bounded
+from diffuse_jax.errors import WeightsError, bad
+from diffuse_jax.limits import open_regular, parse_json, read_bounded
 
 LFS = b"version https://git-lfs"
 """How the small text begins that Git keeps in the place of a large file."""
@@ -68,7 +68,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most :data:`~diffuse_jax.weights.limits.MAX_JSON` bytes.
+    """Read a JSON object of at most :data:`~diffuse_jax.limits.MAX_JSON` bytes.
 
     Raises:
       WeightsError: the file is missing, not a regular file, too large or malformed; the text names it.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from diffuse_jax.weights.errors import WeightsError
+from diffuse_jax.errors import WeightsError
 from diffuse_jax.weights.files import STEMS, advice, choose_weights, is_plain_name, read_json, variants
 from diffuse_jax.weights.load import READERS
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffuse_jax.weights.errors import bad
+from diffuse_jax.errors import bad
 from diffuse_jax.weights.files import is_plain_name, read_json, write_json
 
 FILE = "model_index.json"

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.weights import names as naming
 from diffuse_jax.weights.copy import compact, forget
-from diffuse_jax.weights.errors import WeightsError, bad
 from diffuse_jax.weights.files import weight_files
 from diffuse_jax.weights.msgpack import read_msgpack
 from diffuse_jax.weights.safetensors import read_safetensors

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.errors import WeightsError, bad, parsing
+from diffuse_jax.limits import MAX_DEPTH, check_name, count_elements
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import WeightsError, bad, parsing
 from diffuse_jax.weights.files import atomic_file, map_file
-from diffuse_jax.weights.limits import MAX_DEPTH, check_name, count_elements
 from diffuse_jax.weights.names import unflatten
 from diffuse_jax.weights.safetensors import DTYPES
 

@@ -17,8 +17,8 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from diffuse_jax.weights.errors import bad, parsing
-from diffuse_jax.weights.limits import MAX_ELEMENTS, MAX_RANK
+from diffuse_jax.errors import bad, parsing
+from diffuse_jax.limits import MAX_ELEMENTS, MAX_RANK
 
 
 @dataclasses.dataclass(frozen=True)

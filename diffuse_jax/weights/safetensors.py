@@ -18,10 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from diffuse_jax.errors import bad
+from diffuse_jax.limits import MAX_ELEMENTS, check_name, count_elements, parse_json
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import bad
 from diffuse_jax.weights.files import atomic_file, map_file
-from diffuse_jax.weights.limits import MAX_ELEMENTS, check_name, count_elements, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)

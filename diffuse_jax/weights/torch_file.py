@@ -19,10 +19,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from diffuse_jax.errors import bad, parsing
+from diffuse_jax.limits import MAX_ELEMENTS, check_name
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import bad, parsing
 from diffuse_jax.weights.files import map_file
-from diffuse_jax.weights.limits import MAX_ELEMENTS, check_name
 from diffuse_jax.weights.pickle_machine import Storage, TensorSpec, interpret
 
 MAGIC = 0x1950A86A20F9469CFC6C

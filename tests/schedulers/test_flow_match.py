@@ -145,7 +145,7 @@ DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         (lambda: DYNAMIC.table(4), r"use_dynamic_shifting=True and needs plan\(..., mu=\)"),
         (lambda: FlowMatchEulerDiscreteScheduler().table(4, mu=1.0), "got mu=1 but has use_dynamic_shifting=False"),
         (lambda: FlowMatchHeunDiscreteScheduler().table(4, mu=1.0), "has no option mu"),
-        (lambda: FlowMatchHeunDiscreteScheduler(shift=-1.0).table(4), "positive factor, a shift of -1"),
+        (lambda: FlowMatchHeunDiscreteScheduler(shift=-1.0).table(4), "shift must be a number from 0 to .*, got -1.0"),
         (lambda: DYNAMIC.table(timesteps=[900.0, 100.0], mu=1.0), "not shifted; leave mu out or give sigmas="),
         (lambda: DYNAMIC.table(timesteps=[1001.0]), "between 0 and 1000, got 1001"),
         (lambda: DYNAMIC.table(sigmas=[1.5, 0.5], mu=1.0), r"above 0 and up to 1, got 1\.5 \.\.\. 0\.5"),

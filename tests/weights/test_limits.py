@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffuse_jax.limits import MAX_JSON
 from diffuse_jax.weights import WeightsError, read_checkpoint, read_json
-from diffuse_jax.weights.limits import MAX_JSON
 from tests.bounds import bounded
 from tests.weights.tiny import write_raw
 from tests.weights.torch_files import mapping, name, number, storage, tensor, text, write_stream, write_zip

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.errors import WeightsError, bad
 
 MAX_JSON = 1 << 24
 """Bytes of a JSON file: a configuration, or the index of a checkpoint's shards."""

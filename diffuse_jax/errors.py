@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The exception of files that cannot be used."""
 
 from __future__ import annotations
 
