@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffuse_jax.models.layers import Conv
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_updates, verdict
@@ -70,34 +73,65 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", "pixels"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_update(name: str, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One network on both sides, of the noised latents and the timesteps alone."""
+
+    params: Any
+    ours: Callable[[Any, Any, Any], Any]
+    parameters: dict[str, Any]
+    theirs: Callable[[Any, Any], Any]
+
+
+def unet(folder: Path, rng: np.random.Generator) -> Pair:
+    module, model, params = twins.unet_twin("SD 2.x", folder)
+    text = rng.standard_normal((BATCH, 5, 24)).astype(np.float32)
+    ours = lambda params, x, t: model.apply({"params": params}, x, t, text)
+    theirs = lambda x, t: module(x, t, encoder_hidden_states=torch.tensor(text)).sample
+    return Pair(params, ours, dict(module.named_parameters()), theirs)
+
+
+def pixel_unet(folder: Path, rng: np.random.Generator) -> Pair:
+    module, model, params = twins.pixel_unet_twin("DDPM", folder)
+    ours = lambda params, x, t: model.apply({"params": params}, x, t)
+    return Pair(params, ours, dict(module.named_parameters()), lambda x, t: module(x, t).sample)
+
+
+def convolution(folder: Path, rng: np.random.Generator) -> Pair:
+    """One layer: the objective is what is compared, and compiles in no time."""
+    module = torch.nn.Conv2d(4, 4, 3, padding=1)
+    layer = Conv(4)
+    kernel = module.weight.detach().numpy().transpose(2, 3, 1, 0)
+    params = {"conv_in": {"kernel": kernel, "bias": module.bias.detach().numpy()}}
+    ours = lambda params, x, t: layer.apply({"params": params["conv_in"]}, x)
+    named = {f"conv_in.{key}": value for key, value in module.named_parameters()}
+    return Pair(params, ours, named, lambda x, t: module(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(unet, "epsilon"), (pixel_unet, "epsilon"), *((convolution, name) for name in OBJECTIVES)]
+)
+def test_one_update(make: Callable[..., Pair], name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same weights, noise and timesteps give the same loss, gradients and parameters after AdamW."""
-    make = (twins.unet_twin, "SD 2.x") if kind == "text" else (twins.pixel_unet_twin, "DDPM")
-    module, model, params = make[0](make[1], tmp_path)
+    pair = make(tmp_path, rng)
     settings = dict(OBJECTIVES[name])
     schedule = {"prediction_type": settings.pop("prediction_type", "epsilon"), "beta_schedule": "scaled_linear"}
     objective = Objective(scheduler=DDPMScheduler(**schedule), **settings)
-    x0 = rng.standard_normal((BATCH, 8, 8, model.config.in_channels)).astype(np.float32)
-    text = rng.standard_normal((BATCH, 5, 24)).astype(np.float32)
+    channels = 3 if make is pixel_unet else 4
+    x0 = rng.standard_normal((BATCH, 8, 8, channels)).astype(np.float32)
     drawn = draw(objective, jax.random.key(0), jnp.asarray(x0))._replace(t=jnp.array([0, 250, 600, 999]))
 
     def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        more = (text,) if kind == "text" else ()
         x = noised(objective, batch["x0"], drawn)
-        prediction = model.apply({"params": trainable["unet"]}, x, drawn.t, *more)
+        prediction = pair.ours(trainable["unet"], x, drawn.t)
         value, metrics = errors(objective, prediction, batch["x0"], drawn)
         return value, metrics | {"noised latents": x, "prediction": prediction}
 
-    def predict(x: Any, t: Any) -> Any:
-        more = {"encoder_hidden_states": torch.tensor(text)} if kind == "text" else {}
-        return channels_last(module(channels_first(x), t, **more).sample)
-
-    trained = training.Trained({"unet": params}, {}, latent.whole({}), training.named_parameters)
+    predict = lambda x, t: channels_last(pair.theirs(channels_first(x), t))
+    trained = training.Trained({"unet": pair.params}, {}, latent.whole({}), training.named_parameters)
     ours = training.step_of(loss, trained, {"x0": x0})
     scheduler = diffusers.DDPMScheduler(**schedule)
-    parameters = {f"unet.{key}": value for key, value in module.named_parameters()}
+    parameters = {f"unet.{key}": value for key, value in pair.parameters.items()}
     theirs = twin.torch_step(parameters, lambda: twin.loss_at(scheduler, objective, torch.tensor(x0), drawn, predict))
     compared = compare_updates(ours, theirs, TOLERANCES["float32"])
     assert compared.ok, verdict(compared)
