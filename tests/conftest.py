@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tests.quick_xla import xla_flags
+
 # Before JAX starts its backend: eight virtual devices for the sharding tests, and code that is generated quickly rather
 # than code that runs quickly, because the networks of the tests are tiny and their compilation is most of the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", xla_flags(8))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # PyTorch's threads wait for each other by spinning, which is slow where several test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

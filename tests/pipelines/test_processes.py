@@ -13,6 +13,7 @@ import numpy as np
 from diffuse_jax import DDIMPipeline, DDIMScheduler
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.training.initial import initial_params
+from tests.quick_xla import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = UNet2DConfig(
@@ -22,9 +23,8 @@ TINY = UNet2DConfig(
 
 
 def start(model: Path, output: Path, devices: int, *distributed: str) -> subprocess.Popen[str]:
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     line = [sys.executable, str(ROOT / "tests/pipelines/sample.py"), str(model), str(output), *distributed]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 

@@ -31,6 +31,7 @@ from diffuse_jax.training.checkpoint import (
 )
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.state import TrainState, init_state
+from tests.quick_xla import xla_flags
 from tests.training.line import arguments, start, train_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +193,7 @@ def test_no_limit_below_one(tmp_path: Path) -> None:
 
 def run_line(output: Path, kill_after: float | None, *flags: str, most: float = 120) -> int:
     """One process that trains; killed so many seconds after the first new line of its log. Returns its exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     line = [sys.executable, str(ROOT / "tests" / "training" / "line.py"), "--output_dir", str(output), *flags]
     log, errors = output / "log.jsonl", output.parent / "errors.txt"
     lines = lambda: log.read_text().count("\n") if log.is_file() else 0

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.training.initial import initial_params
+from tests.quick_xla import xla_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,8 +37,7 @@ def start(
     output: Path, process: int, processes: int, address: str, *flags: str, script: str = LINE, devices: int = 8
 ) -> subprocess.Popen[str]:
     """One process of a run; its share of the devices."""
-    xla = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices // processes)}
     line = [sys.executable, str(ROOT / script), "--output_dir", str(output), *flags]
     if processes > 1:
         line += ["--coordinator_address", address, "--num_processes", str(processes), "--process_id", str(process)]
