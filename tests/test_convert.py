@@ -150,7 +150,7 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not end in .safetensors"):
         convert(src, tmp_path / "x", to="single-file")
     for dtype in ("int8", "fp16"):
-        with pytest.raises(ValueError, match=f"dtype must be a floating type .* got '{dtype}'"):
+        with pytest.raises(ValueError, match=f"dtype must be a floating-point type .* got '{dtype}'"):
             convert(src, tmp_path / "x", dtype=dtype)
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="to must be one of diffusers, flax-msgpack, single-file, got 'onnx'"):

@@ -1,8 +1,8 @@
-"""The UNet of "guided diffusion" (ADM; Dhariwal & Nichol 2021), of consistency models, and of what grew out of them.
+"""The UNet of guided diffusion (ADM; Dhariwal & Nichol 2021), which consistency models and their descendants use too.
 
 Parameters carry the names of the original checkpoints: ``input_blocks.3.0.in_layers.2.weight`` is
-``input_blocks_3/0/in_layers_2/kernel``. A list index joins the word before it; an index that follows another index
-(a block is a list of layers in a list of blocks) is a word of its own.
+``input_blocks_3/0/in_layers_2/kernel``. A list index is joined to the word before it; an index that follows another
+index (blocks are lists of layers) is a name by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffuse_jax.models.resnet import Downsample, ResnetBlock, ResnetNames, Upsa
 NAMES = ResnetNames("in_layers_0", "in_layers_2", "emb_layers_1", "out_layers_0", "out_layers_3", "skip_connection")
 
 FIXED: dict[str, Any] = {"dims": 2, "num_heads_upsample": -1, "use_spatial_transformer": False}
-"""Options of other releases that change the network and for which only this value is implemented."""
+"""Options of other releases that change the network; only these values are implemented."""
 
 
 class Layer(NamedTuple):
@@ -41,19 +41,20 @@ class ADMUNetConfig(Config):
     """The arguments of the original network, under their names.
 
     Attributes:
-      in_channels, out_channels: of the picture; a network with learned variance has twice as many out as in.
-      model_channels: width at full resolution; ``channel_mult`` times that is the width of each level.
-      num_res_blocks: residual blocks of each level, one number or one per level.
-      attention_resolutions: downsampling *factors* at which there is attention (the command line of the original
-        release takes edges in pixels instead: 32 in a 64-pixel network is the factor 2).
-      conv_resample: change resolution with a convolution; without it by means and nearest neighbours alone.
-      resblock_updown: change resolution inside a residual block instead.
-      num_classes: a table of class embeddings, read by integer labels.
-      label_channels: a two-layer network over a real vector of labels of this width instead of a table.
+      in_channels, out_channels: image channels; a network with learned variance has twice as many output channels.
+      model_channels: base width; each level is its entry of ``channel_mult`` times as wide.
+      num_res_blocks: residual blocks per level, one number or one per level.
+      attention_resolutions: downsampling *factors* of the levels with attention (the original release's command line
+        takes resolutions in pixels instead: 32 for a 64-pixel network is the factor 2).
+      conv_resample: resample with a convolution; if False, with average pooling and nearest neighbours alone.
+      resblock_updown: change the resolution inside a residual block instead.
+      num_classes: number of classes; labels are integers that index a table of embeddings.
+      label_channels: width of real-valued label vectors, embedded by two dense layers instead of a table.
       num_heads, num_head_channels: number of attention heads, or (if not -1) the width of each.
       use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added before it.
-      use_new_attention_order: queries, keys and values lie one after another, not head by head.
-      attention_dims: rank of the one-pixel convolutions in attention: 1 in the original, 2 in consistency models.
+      use_new_attention_order: the joint projection orders its channels by query, key and value, not head by head.
+      attention_dims: spatial dimensions of attention's pointwise convolutions: 1 in the original, 2 in consistency
+        models.
     """
 
     class_name: ClassVar[str] = "ADMUNet"
@@ -83,7 +84,7 @@ class ADMUNetConfig(Config):
                     f"ADMUNet: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
                 )
         if self.num_classes is not None and self.label_channels is not None:
-            raise ValueError("ADMUNet: num_classes and label_channels are two kinds of label; give one of them")
+            raise ValueError("ADMUNet: num_classes and label_channels exclude each other; set only one of them")
         if self.attention_dims not in (1, 2):
             raise ValueError(f"ADMUNet: attention_dims={self.attention_dims}; expected 1 or 2")
         n = len(self.channel_mult)
@@ -91,7 +92,7 @@ class ADMUNetConfig(Config):
             raise ValueError(f"ADMUNet: num_res_blocks has {len(self.num_res_blocks)} entries for {n} levels")
 
     def input_blocks(self) -> list[tuple[Layer, ...]]:
-        """The layers of each block on the way down, after which a tensor is kept for the way up."""
+        """The layers of each block of the downward path; every block's output is a skip connection."""
         blocks: list[tuple[Layer, ...]] = [(Layer("conv", self._channels(0)),)]
         last = len(self.channel_mult) - 1
         for level in range(last + 1):
@@ -106,7 +107,7 @@ class ADMUNetConfig(Config):
         return tuple(Layer(kind, self._channels(-1)) for kind in kinds)
 
     def output_blocks(self) -> list[tuple[Layer, ...]]:
-        """The layers of each block on the way up; each block first takes the last tensor that was kept."""
+        """The layers of each block of the upward path; every block first takes the last remaining skip connection."""
         blocks: list[tuple[Layer, ...]] = []
         for level in reversed(range(len(self.channel_mult))):
             blocks += [self._residual(level)] * (self._count(level) + 1)
@@ -115,15 +116,15 @@ class ADMUNetConfig(Config):
         return blocks
 
     def heads(self, channels: int) -> int:
-        """Number of attention heads at a width.
+        """Number of attention heads in a layer of ``channels`` channels.
 
         Raises:
-          ValueError: the width is no multiple of the heads.
+          ValueError: the channels do not split evenly into heads.
         """
         heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
         width = channels // heads if self.num_head_channels == -1 else self.num_head_channels
         if heads * width != channels:
-            raise ValueError(f"ADMUNet: {channels} channels do not make {heads} heads of width {width}")
+            raise ValueError(f"ADMUNet: {channels} channels cannot be split into {heads} heads of width {width}")
         return heads
 
     def _residual(self, level: int) -> tuple[Layer, ...]:
@@ -138,9 +139,9 @@ class ADMUNetConfig(Config):
 
 
 class ADMUNet(Model):
-    """Predicts noise (and, with twice as many channels out as in, its variance) from a noisy picture and a time.
+    """Predicts noise (and, with twice as many output channels, its variance) from a noisy image and a timestep.
 
-    Takes the networks of guided diffusion, improved diffusion and consistency models, with and without labels.
+    Covers guided diffusion, improved diffusion and consistency models, with and without labels.
     """
 
     config: ADMUNetConfig = ADMUNetConfig()
@@ -152,13 +153,13 @@ class ADMUNet(Model):
 
         Args:
           sample: ``[B,H,W,in_channels]``; ``H`` and ``W`` must halve evenly at every level.
-          timesteps: ``[B]`` or a scalar, on the scale of 0 to 1000; need not be whole.
-          class_labels: ``[B]`` integers (``num_classes``) or ``[B,label_channels]`` numbers (``label_channels``).
+          timesteps: ``[B]`` or a scalar, from 0 to 1000; need not be integers.
+          class_labels: ``[B]`` integers (with ``num_classes``) or ``[B,label_channels]`` (with ``label_channels``).
 
         Returns: ``[B,H,W,out_channels]`` in ``dtype``.
 
         Raises:
-          ValueError: a size that does not halve evenly, or labels that are missing or not taken.
+          ValueError: a size does not halve evenly, or labels are missing, unexpected or misshapen.
         """
         c = self.config
         self._check(sample, class_labels)
@@ -190,15 +191,15 @@ class ADMUNet(Model):
         return inputs
 
     def embed(self, batch: int, timesteps: jax.Array, labels: jax.Array | None) -> jax.Array:
-        """Time and label as one vector ``[B, 4 model_channels]``."""
+        """Embedding of timestep and label, ``[B, 4 model_channels]``."""
         c, width = self.config, 4 * self.config.model_channels
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def two_layers(x: jax.Array, name: str) -> jax.Array:
             return Dense(width, **dtypes, name=f"{name}_2")(nn.silu(Dense(width, **dtypes, name=f"{name}_0")(x)))
 
-        waves = sinusoidal_embedding(jnp.broadcast_to(timesteps, (batch,)), c.model_channels)
-        emb = two_layers(waves.astype(self.dtype), "time_embed")
+        sinusoids = sinusoidal_embedding(jnp.broadcast_to(timesteps, (batch,)), c.model_channels)
+        emb = two_layers(sinusoids.astype(self.dtype), "time_embed")
         if c.num_classes is not None:
             emb = emb + Embedding(c.num_classes, width, **dtypes, name="label_emb")(labels)
         if c.label_channels is not None:
@@ -235,7 +236,7 @@ class Block(nn.Module):
 
 
 def run(c: ADMUNetConfig, layer: Layer, x: jax.Array, emb: jax.Array, **module: Any) -> jax.Array:
-    """Apply one layer to ``x [B,H,W,C]``, as a child (``module``: its name and dtypes) of the module that calls."""
+    """Apply one layer to ``x [B,H,W,C]`` as a submodule of the caller; ``module`` holds its name and dtypes."""
     match layer.kind:
         case "conv":
             return Conv(layer.channels, **module)(x)
@@ -255,10 +256,10 @@ def run(c: ADMUNetConfig, layer: Layer, x: jax.Array, emb: jax.Array, **module: 
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels after a norm, with a residual; one projection makes queries, keys and values.
+    """Group norm and self-attention over pixels, with a residual; one projection makes queries, keys and values.
 
-    ``by_head``: the projection's channels lie ``[heads, 3, width]`` and not ``[3, heads, width]``.
-    ``dims``: rank of the one-pixel convolutions that the checkpoint stores the projections as.
+    ``by_head``: the projection's channels are ordered ``[heads, 3, width]``, not ``[3, heads, width]``.
+    ``dims``: spatial dimensions of the pointwise convolutions that the checkpoint stores as projections.
     """
 
     heads: int
@@ -281,7 +282,7 @@ class AttentionBlock(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A dense layer that is stored as a convolution of size one: kernel ``[1] * dims + [in, features]``."""
+    """A dense layer stored as a pointwise convolution: kernel ``[1] * dims + [in, features]``."""
 
     features: int
     dims: int

@@ -13,7 +13,7 @@ from diffuse_jax.models.remat import remat_block
 
 
 class Attention(nn.Module):
-    """Multi-head attention of ``x`` to ``context`` (to itself where there is none); Vaswani et al. 2017, 3.2."""
+    """Multi-head attention from ``x`` to ``context``, or to itself if that is None (Vaswani et al. 2017, 3.2)."""
 
     heads: int
     qkv_bias: bool = False
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         """``x [B,L,D]``, ``context [B,K,E]`` -> ``[B,L,D]``; ``D`` must be a multiple of ``heads``."""
         B, L, D = x.shape
         if D % self.heads:
-            raise ValueError(f"width {D} cannot be split over {self.heads} attention heads")
+            raise ValueError(f"width {D} cannot be split into {self.heads} attention heads")
         context = x if context is None else context
         dense = lambda source, bias, name: Dense(
             D, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Attend(nn.Module):
-    """Softmax attention itself, without parameters; a layer so that adapters reach what it is given (intercept.py)."""
+    """Softmax attention, without parameters; a layer so that adapters can intercept its inputs (intercept.py)."""
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -47,10 +47,9 @@ class Attend(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention of a feature map's pixels to each other; ``[B,H,W,C] -> [B,H,W,C]``, without residual.
+    """Self-attention over the pixels of a feature map, ``[B,H,W,C] -> [B,H,W,C]``, without the residual.
 
-    A group norm comes first unless ``groups`` is None. The parameters and those of the attention inside share one level
-    of names.
+    A group norm comes first unless ``groups`` is None. The parameters of norm and attention share one level of names.
     """
 
     heads: int
@@ -83,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """``value * gelu(gate)`` of one projection to both; Shazeer 2020, equation 6."""
+    """``value * gelu(gate)``, where one projection gives both (Shazeer 2020, equation 6)."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -99,7 +98,7 @@ class GEGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each after a norm and with a residual (Rombach et al. 2022, B).
 
-    ``only_cross_attention``: the first attention reads ``context`` too, as in the four-times upscaler.
+    ``only_cross_attention``: the first attention attends to ``context`` too, as in the x4 upscaler.
     """
 
     heads: int
@@ -117,10 +116,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """``depth`` transformer blocks over the pixels of a feature map, in a projection in and out and a residual.
+    """``depth`` transformer blocks over the pixels of a feature map, between two projections and with a residual.
 
     ``linear_projection`` says whether the checkpoint stores the projections as dense layers (SD 2.x, SDXL) or as
-    convolutions of size one (SD 1.x); the numbers are the same.
+    pointwise convolutions (SD 1.x); the results are the same.
     """
 
     heads: int

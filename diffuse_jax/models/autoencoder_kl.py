@@ -62,7 +62,7 @@ class AutoencoderKLConfig(Config):
 
     @property
     def scale(self) -> int:
-        """Pixels per latent along an edge: 8 for every Stable Diffusion."""
+        """Pixels per latent along an edge: 8 in all of Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -96,19 +96,19 @@ class Posterior(NamedTuple):
         return self.mean
 
     def kl(self) -> jax.Array:
-        """Divergence from the standard normal, summed over a sample: ``[B]`` in nats."""
+        """KL divergence from the standard normal, summed per sample: ``[B]`` in nats."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * terms.sum((1, 2, 3))
 
 
 class AutoencoderKL(Model):
-    """Pixels in [-1, 1], ``[B,H,W,3]``, to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
+    """Maps images ``[B,H,W,3]`` in [-1, 1] to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
 
-    Latents here are as the network makes them; what a UNet sees is :func:`scale_latents` of them.
+    Latents are unscaled here; :func:`scale_latents` gives those that a UNet works on.
     """
 
     config: AutoencoderKLConfig = AutoencoderKLConfig()
-    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
+    remat: str = "none"  # or "blocks", "full": what the backward pass recomputes; see models/remat.py
     config_class: ClassVar[type[Config]] = AutoencoderKLConfig
 
     def setup(self) -> None:
@@ -158,7 +158,7 @@ def check_images(images: jax.Array, config: AutoencoderKLConfig) -> None:
 
 
 def scale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
-    """From the encoder's latents to those of about unit variance that the denoising network works on."""
+    """The encoder's latents scaled to about unit variance, as the denoising network expects them."""
     mean, std = latent_statistics(config)
     return (latents - mean) * config.scaling_factor / std
 
@@ -170,7 +170,7 @@ def unscale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Arra
 
 
 def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array]:
-    """Mean and deviation per channel, ``[1,1,1,c]``; zero (or ``shift_factor``) and one unless the file has them."""
+    """Mean and standard deviation per channel, ``[1,1,1,c]``; by default ``shift_factor`` (or zero) and one."""
     shape = (1, 1, 1, config.latent_channels)
     if config.latents_mean is not None and config.latents_std is not None:
         return jnp.array(config.latents_mean).reshape(shape), jnp.array(config.latents_std).reshape(shape)
@@ -178,7 +178,7 @@ def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array
 
 
 class Stage(nn.Module):
-    """Base of encoder, decoder and their levels: a config, two dtypes, and what is computed again."""
+    """Base class of encoder, decoder and their levels: a config, two dtypes and a remat policy."""
 
     config: AutoencoderKLConfig
     dtype: DTypeLike = jnp.float32
@@ -195,7 +195,7 @@ class Stage(nn.Module):
         return block(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
 
     def finish(self, x: jax.Array, channels: int) -> jax.Array:
-        """The last layers; their activation is SiLU whatever ``act_fn`` says, which is for the residual blocks."""
+        """The last layers; their activation is always SiLU, since ``act_fn`` is for the residual blocks only."""
         x = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="conv_norm_out")(x)
         return Conv(channels, **self.dtypes, name="conv_out")(nn.silu(x))
 
@@ -232,7 +232,7 @@ class Middle(Stage):
 
 
 class Encoder(Stage):
-    """Pixels to the two halves of the posterior's moments."""
+    """Pixels to the posterior's mean and log variance, concatenated."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -255,7 +255,7 @@ class Encoder(Stage):
 
 
 class Decoder(Stage):
-    """Latents to pixels; one residual block more at each level than the encoder has."""
+    """Latents to pixels; each level has one residual block more than the encoder's."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

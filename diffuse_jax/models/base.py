@@ -1,4 +1,4 @@
-"""What every network of the library has in common: a frozen config, two dtypes, and a tree of shapes."""
+"""What all networks of the library share: a frozen config, two dtypes, and a tree of shapes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Model(nn.Module):
     """A pure network: ``model.apply({"params": params}, ...)``; its only collection is ``params``.
 
     Attributes:
-      config: the frozen configuration; the only thing that decides the tree of parameters.
-      dtype: what the network computes in; norms, softmax and timesteps stay in float32.
-      param_dtype: what fresh parameters are created in; loaded ones keep the dtype they were read with.
+      config: the frozen configuration, which alone determines the tree of parameters.
+      dtype: the dtype of computations; norms, softmax and timesteps stay in float32.
+      param_dtype: the dtype of newly initialised parameters; loaded ones keep the dtype they were loaded with.
     """
 
     config: Config
@@ -45,7 +45,7 @@ class Model(nn.Module):
     """Stem of the weight files in a folder; transformers' encoders use ``model``."""
 
     model_type: ClassVar[str] = ""
-    """What transformers' ``config.json`` calls this kind of network; empty for those of diffusers."""
+    """The ``model_type`` in transformers' ``config.json``; empty for networks of diffusers."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,13 +54,13 @@ class Model(nn.Module):
 
     @classmethod
     def library(cls) -> str:
-        """What ``model_index.json`` says of the class: PyTorch's library of that name, or the module of a user's."""
+        """The library that ``model_index.json`` names: diffusers or transformers, or the module of a user's class."""
         if cls.__module__.partition(".")[0] != "diffuse_jax":
             return cls.__module__
         return "transformers" if cls.model_type else "diffusers"
 
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Keyword arguments of ``__call__`` as shapes, of the smallest size that touches every parameter."""
+        """Keyword arguments of ``__call__`` as shapes, the smallest that use every parameter."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -84,7 +84,7 @@ class Model(nn.Module):
 
     def shapes(self) -> Params:
         """The tree of parameters as ``jax.ShapeDtypeStruct`` in ``param_dtype``; allocates and compiles nothing."""
-        return jax.tree.map(lambda leaf: leaf, _shapes(self))  # a tree of the caller's own
+        return jax.tree.map(lambda leaf: leaf, _shapes(self))  # a copy, which the caller may change
 
     @classmethod
     def from_pretrained(
@@ -102,29 +102,30 @@ class Model(nn.Module):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> tuple[Self, Params]:
-        """The network that a folder describes, and its parameters.
+        """Load a network and its parameters.
 
         Args:
           source: a local folder in diffusers or transformers layout, or a Hub id.
-          subfolder: the component's folder inside a pipeline's, for example ``"unet"``.
-          dtype: what the network computes in.
-          param_dtype: what floating-point parameters are cast to while they are read; ``dtype`` if None.
+          subfolder: the component's folder inside a pipeline folder, for example ``"unet"``.
+          dtype: the dtype of computations.
+          param_dtype: the dtype that floating-point parameters are cast to on loading; ``dtype`` if None.
           variant: for example ``"fp16"``: only weight files of that variant are used.
-          mesh: the devices for the parameters, sharded by :func:`diffuse_jax.sharding.param_shardings`; its axes may be
-            automatic or explicit (``jax.make_mesh``). A device reads only its part.
+          mesh: the mesh to shard parameters over, by :func:`diffuse_jax.sharding.param_shardings`; its axes may be
+            automatic or explicit (``jax.make_mesh``). Each device reads only its part.
           shardings: instead of ``mesh``, a ``jax.sharding.Sharding`` for all parameters or a tree of them.
           revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
 
         Raises:
-          WeightsError: no such model, the config is another network's, or the weights do not fit it one to one.
-          ValueError: ``dtype`` is no floating type, or both ``mesh`` and ``shardings`` are given.
+          WeightsError: the model does not exist, the config is of another class, or the weights do not match it one to
+            one.
+          ValueError: ``dtype`` is not a floating-point type, or both ``mesh`` and ``shardings`` are given.
 
         Example::
 
             model, params = UNet2DConditionModel.from_pretrained("my-pipeline", subfolder="unet", dtype="bfloat16")
         """
         if mesh is not None and shardings is not None:
-            raise ValueError("mesh and shardings both say where parameters go; leave one of them out")
+            raise ValueError("mesh and shardings exclude each other; pass only one of them")
         folder = weights.resolve(
             source,
             subfolder=subfolder,
@@ -148,11 +149,11 @@ class Model(nn.Module):
 
     @classmethod
     def from_config(cls, source: str | Path | Mapping[str, Any], *, dtype: DTypeLike = jnp.float32) -> Self:
-        """The network of a ``config.json`` (its object, or the local folder that holds it), without parameters.
+        """Build a network from a ``config.json`` (its contents, or the local folder that holds it), without parameters.
 
         Raises:
-          WeightsError: the file is missing or malformed, belongs to another class, or has values the network refuses.
-          ValueError: ``dtype`` is no floating type.
+          WeightsError: the file is missing or malformed, is for another class, or has values the network refuses.
+          ValueError: ``dtype`` is not a floating-point type.
         """
         dtype = floating_type(dtype)
         file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
@@ -162,12 +163,12 @@ class Model(nn.Module):
             raise weights.WeightsError(f"{file}: architectures must be a list of names, got {brief(named)}")
         if named and cls.__name__ not in {name.removeprefix("Flax") for name in named if isinstance(name, str)}:
             raise weights.WeightsError(
-                f"{file}: is the config of {', '.join(map(_said, named))}, not of {cls.__name__}"
+                f"{file}: is the config of {', '.join(map(_shown, named))}, not of {cls.__name__}"
             )
         try:
             model = cls(config=cls.config_class.from_json(data), dtype=dtype)
             if not isinstance(source, Mapping):
-                model.shapes()  # sizes that no network has are an error of this file
+                model.shapes()  # so that impossible sizes are reported as an error of this file
             return model
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise weights.WeightsError(f"{file}: not a config of {cls.__name__}: {error}") from error
@@ -184,15 +185,15 @@ class Model(nn.Module):
         """Write ``config.json`` and safetensors that PyTorch diffusers or transformers open unchanged.
 
         Args:
-          folder: is made if needed.
+          folder: created if needed.
           params: the parameters; names and shapes must be those of this network.
-          dtype: what floating-point parameters are cast to; None keeps theirs.
-          variant: for example ``"fp16"``, as part of the file's name.
-          max_shard_size: bytes, or a text such as ``"2GB"``; larger networks become several files and an index.
+          dtype: the dtype that floating-point parameters are cast to; None keeps theirs.
+          variant: for example ``"fp16"``, which becomes part of the file names.
+          max_shard_size: bytes, or a string such as ``"2GB"``; larger networks are split into files and an index.
 
         Raises:
           WeightsError: the parameters are not this network's.
-          ValueError: ``dtype`` is no floating type.
+          ValueError: ``dtype`` is not a floating-point type.
         """
         dtype = None if dtype is None else floating_type(dtype)
         weights.check_params(params, self.shapes(), label=type(self).__name__)
@@ -207,16 +208,16 @@ class Model(nn.Module):
         return {**self.config.to_json(), **head}
 
 
-def _said(name: Any) -> str:
-    """A name of a class as a file has it, which need not be text."""
+def _shown(name: Any) -> str:
+    """A class name from a file, which need not be a string, for an error message."""
     return name[:80] if isinstance(name, str) else brief(name)
 
 
 def network_class(library: str, name: str) -> type[Model] | None:
-    """The network that an entry of ``model_index.json`` names; None if no such class has been defined.
+    """The network class that an entry of ``model_index.json`` names; None if no such class has been defined.
 
-    A class of the user's is known by its module and name, or by its name where its module was called otherwise when the
-    folder was saved; the names of this package's classes count whatever the library.
+    A user's class is found by its module and name, or by its name alone if its module had another name when the folder
+    was saved; this package's classes are found by name, whatever the library.
     """
     if (library, name) in _REGISTRY:
         return _REGISTRY[library, name]
@@ -231,20 +232,20 @@ def network_names() -> list[str]:
 
 
 def floating_type(dtype: DTypeLike) -> jnp.dtype:
-    """``dtype`` as an object, whatever it was given as.
+    """``dtype`` as a ``jnp.dtype``.
 
     Raises:
-      ValueError: it is no type of floating-point numbers, which is what networks compute with.
+      ValueError: it is not a floating-point type, as networks need.
     """
     with contextlib.suppress(TypeError):
         if jnp.issubdtype(found := jnp.dtype(dtype), jnp.floating):
             return found
-    raise ValueError(f"dtype must be a floating type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    raise ValueError(f"dtype must be a floating-point type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}")
 
 
 @functools.lru_cache(maxsize=32)
 def _shapes(model: Model) -> Params:
-    """Tracing a large network takes a second, and loading, checking and saving all ask for its shapes."""
-    made = jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())
+    """Cached, because tracing a large network takes a second, and loading, checking and saving all need its shapes."""
+    shapes = jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())
     # Under jax.set_mesh the shapes carry the current mesh, which need not be that of later calls.
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)

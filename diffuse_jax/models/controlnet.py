@@ -24,11 +24,11 @@ from diffuse_jax.weights.names import Path, flatten, unflatten
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(EncoderConfig):
-    """``config.json`` of a ``ControlNetModel``: its UNet's encoder, and how the control image is read.
+    """``config.json`` of a ``ControlNetModel``: its UNet's encoder, and how the control image is embedded.
 
-    ``conditioning_embedding_out_channels`` are the widths of the image's embedding, each half the resolution of the one
-    before. ``controlnet_conditioning_channel_order`` is "rgb", or "bgr" where the network was trained so; callers give
-    RGB to both. With ``global_pool_conditions`` what is added to the UNet is the mean over all positions.
+    ``conditioning_embedding_out_channels`` are the widths of the image embedding, each at half the resolution of the
+    previous one. ``controlnet_conditioning_channel_order`` is "rgb", or "bgr" if the network was trained with it;
+    callers pass RGB in either case. With ``global_pool_conditions`` the residuals are averaged over all positions.
     """
 
     class_name: ClassVar[str] = "ControlNetModel"
@@ -49,20 +49,20 @@ class ControlNetConfig(EncoderConfig):
         super()._check()
         for name in ("layers_per_block", "cross_attention_dim"):
             if not isinstance(getattr(self, name), int):
-                raise ValueError(f"ControlNetModel: {name} must be one number, got {getattr(self, name)!r}")
+                raise ValueError(f"ControlNetModel: {name} must be a single number, got {getattr(self, name)!r}")
         if not self.conditioning_embedding_out_channels:
-            raise ValueError("ControlNetModel: conditioning_embedding_out_channels must name at least one width")
+            raise ValueError("ControlNetModel: conditioning_embedding_out_channels must have at least one width")
 
     @property
     def scale(self) -> int:
-        """Pixels of the control image per latent along an edge: 8 for every Stable Diffusion."""
+        """Pixels of the control image per latent along an edge: 8 in all of Stable Diffusion."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 
 class ControlNetOutput(NamedTuple):
-    """What to add to a UNet, unscaled: pass them as ``down_block_additional_residuals`` and ``mid_block_...``.
+    """Unscaled residuals for a UNet's ``down_block_additional_residuals`` and ``mid_block_additional_residual``.
 
-    Each is ``[B,h,w,C]`` of its level, or ``[B,1,1,C]`` with ``global_pool_conditions``.
+    Each is ``[B,h,w,C]`` as at its level, or ``[B,1,1,C]`` with ``global_pool_conditions``.
     """
 
     down_block_res_samples: tuple[jax.Array, ...]
@@ -88,10 +88,10 @@ class ConditioningEmbedding(nn.Module):
 
 
 class ControlNetModel(EncoderModel):
-    """What to add to a UNet of the same encoder so that its samples follow a control image.
+    """Computes residuals for a UNet with the same encoder so that its samples follow a control image.
 
-    :meth:`embed` is the part that does not depend on the step; a sampler calls it once and passes ``features``. Start a
-    training from :meth:`from_unet`.
+    :meth:`embed` is the part that does not depend on the step; a sampler calls it once and passes ``features``. To
+    train a ControlNet, start from :meth:`from_unet`.
     """
 
     config: ControlNetConfig = ControlNetConfig()
@@ -117,7 +117,7 @@ class ControlNetModel(EncoderModel):
         """Control images ``[B,H,W,conditioning_channels]``, RGB in [0, 1] -> features ``[B,H/scale,W/scale,C]``.
 
         Raises:
-          ValueError: ``images`` has another rank or other channels.
+          ValueError: ``images`` has the wrong rank or number of channels.
         """
         channels = self.config.conditioning_channels
         if images.ndim != 4 or images.shape[-1] != channels:
@@ -139,45 +139,46 @@ class ControlNetModel(EncoderModel):
         *,
         features: jax.Array | None = None,
     ) -> ControlNetOutput:
-        """One evaluation of the network; its conditioning scale is the caller's to multiply with.
+        """One evaluation of the network; callers multiply the residuals with the conditioning scale.
 
         Args:
-          sample: ``[B,h,w,in_channels]``, as the UNet gets it.
+          sample: ``[B,h,w,in_channels]``, the UNet's input.
           timesteps: ``[B]`` or a scalar, in units of the training schedule (0 to 999).
-          encoder_hidden_states: ``[B,L,cross_attention_dim]`` text states.
+          encoder_hidden_states: ``[B,L,cross_attention_dim]`` prompt embeddings.
           controlnet_cond: control images ``[B,h*scale,w*scale,conditioning_channels]``, RGB in [0, 1].
           added_cond_kwargs: for SDXL ``{"text_embeds": [B,1280], "time_ids": [B,6]}``.
           class_labels: as the UNet's.
-          timestep_cond: ignored, since no ControlNet has parameters for it; here so that it takes its UNet's inputs.
-          features: what :meth:`embed` made of the images, ``[B,h,w,C]``, instead of ``controlnet_cond``.
+          timestep_cond: ignored, since no ControlNet has parameters for it; accepted because UNets take it.
+          features: output of :meth:`embed`, ``[B,h,w,C]``, instead of ``controlnet_cond``.
 
         Returns: residuals in ``dtype``.
 
         Raises:
-          ValueError: not exactly one of images and features, or an input does not fit the configuration or another one.
+          ValueError: neither or both of images and features are given, or an input does not match the configuration or
+            another input.
         """
         c = self.config
         self.check_inputs(sample, encoder_hidden_states)
         if (controlnet_cond is None) == (features is None):
             both = "neither" if features is None else "both"
-            raise ValueError(f"ControlNetModel takes controlnet_cond (images) or features (of embed), got {both}")
+            raise ValueError(f"ControlNetModel takes controlnet_cond (images) or features (from embed), got {both}")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         temb = self.embed_conditions(sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond)
         x = Conv(c.block_out_channels[0], **dtypes, name="conv_in")(jnp.asarray(sample, self.dtype))
         if controlnet_cond is not None:
             features = self.embed(controlnet_cond)
-        x = x + self._fitting(features, x)
+        x = x + self._checked(features, x)
         skips, x = self.encode(x, temb, jnp.asarray(encoder_hidden_states, self.dtype))
 
-        leave = lambda x, name: Conv(x.shape[-1], kernel_size=1, padding=0, **dtypes, name=name)(x)
-        down = [leave(skip, f"controlnet_down_blocks_{i}") for i, skip in enumerate(skips)]
-        middle = leave(x, "controlnet_mid_block")
+        zero_conv = lambda x, name: Conv(x.shape[-1], kernel_size=1, padding=0, **dtypes, name=name)(x)
+        down = [zero_conv(skip, f"controlnet_down_blocks_{i}") for i, skip in enumerate(skips)]
+        middle = zero_conv(x, "controlnet_mid_block")
         if c.global_pool_conditions:
             *down, middle = (residual.mean((1, 2), keepdims=True) for residual in (*down, middle))
         return ControlNetOutput(tuple(down), middle)
 
-    def _fitting(self, features: jax.Array | None, x: jax.Array) -> jax.Array:
-        """``features`` in ``dtype`` if they are for the sample that became ``x``."""
+    def _checked(self, features: jax.Array | None, x: jax.Array) -> jax.Array:
+        """``features`` in ``dtype``, if their shape is that of ``x``."""
         if features is None or features.shape != x.shape:
             B, h, w, C = x.shape
             scale, channels = self.config.scale, self.config.conditioning_channels
@@ -200,20 +201,20 @@ class ControlNetModel(EncoderModel):
     ) -> tuple[Self, Params]:
         """A ControlNet to train: a copy of the UNet's encoder that adds nothing yet (Zhang et al. 2023, 3.1).
 
-        The convolutions at the exits and the last one of the image's embedding are zero; the embedding's others are
-        drawn. ``dtype``, ``param_dtype`` and ``remat`` are the UNet's, and fresh parameters have the dtype of its
-        ``conv_in``. The copy shares no buffers with ``params``, so either may be donated.
+        The output convolutions and the last one of the image embedding are zero; the embedding's others are random.
+        ``dtype``, ``param_dtype`` and ``remat`` are the UNet's, and new parameters have the dtype of its ``conv_in``.
+        The copy shares no buffers with ``params``, so either may be donated.
 
         Args:
-          unet: the network whose samples shall be controlled.
+          unet: the network whose samples are to be controlled.
           params: its parameters.
           conditioning_channels: channels of the control image.
-          conditioning_embedding_out_channels: widths of its embedding, each half the resolution of the one before.
+          conditioning_embedding_out_channels: widths of its embedding, each at half the resolution of the one before.
           controlnet_conditioning_channel_order: "rgb" or "bgr".
-          key: decides the drawn convolutions; ``jax.random.key(0)`` if None.
+          key: for the random convolutions; ``jax.random.key(0)`` if None.
 
         Raises:
-          ValueError: this UNet's encoder has something that no ControlNet has.
+          ValueError: this UNet's encoder uses an option that ControlNets do not have.
           WeightsError: the parameters are not this UNet's.
         """
         weights.check_params(params, unet.shapes(), label=type(unet).__name__)
@@ -234,7 +235,7 @@ class ControlNetModel(EncoderModel):
 
 
 def _encoder_of(unet: UNet2DConditionModel) -> ControlNetConfig:
-    """The part of a UNet's configuration that its ControlNets share."""
+    """The part of a UNet's configuration that it shares with its ControlNets."""
     c = unet.config
     plain = {
         "center_input_sample": False,
@@ -251,6 +252,6 @@ def _encoder_of(unet: UNet2DConditionModel) -> ControlNetConfig:
 
 
 def _fresh(path: Path, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
-    """A parameter that no UNet has: drawn inside the image's embedding, zero where its influence leaves a layer."""
-    drawn = path[0] == "controlnet_cond_embedding" and path[1] != "conv_out" and path[-1] == "kernel"
-    return nn.initializers.lecun_normal()(key, shape, dtype) if drawn else jnp.zeros(shape, dtype)
+    """A parameter that the UNet lacks: random for kernels inside the image embedding, zero for outputs and biases."""
+    random = path[0] == "controlnet_cond_embedding" and path[1] != "conv_out" and path[-1] == "kernel"
+    return nn.initializers.lecun_normal()(key, shape, dtype) if random else jnp.zeros(shape, dtype)

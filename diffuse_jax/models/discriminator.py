@@ -1,4 +1,4 @@
-"""The discriminator that tells patches of pictures from patches of reconstructions (Isola et al. 2017, section 3.2)."""
+"""The patch discriminator, which tells images from reconstructions (PatchGAN; Isola et al. 2017, section 3.2)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffuse_jax.models.layers import Conv, GroupNorm
 SLOPE = 0.2
 EPS = 1e-5
 WIDEST = 8
-"""The widest layer has so many times the channels of the first."""
+"""Channels of the widest layer, as a multiple of those of the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchDiscriminatorConfig(Config):
-    """``layers`` convolutions halve the picture: the first has ``channels`` channels, each next one twice as many."""
+    """``layers`` convolutions halve the resolution; widths double from ``channels``, up to ``WIDEST`` times it."""
 
     class_name: ClassVar[str] = "PatchDiscriminator"
 
@@ -43,16 +43,16 @@ class PatchDiscriminatorConfig(Config):
 
     @property
     def min_size(self) -> int:
-        """Edge of the smallest picture: one judgement is left of it."""
+        """Edge length of the smallest image, which yields a single logit."""
         return 3 * 2**self.layers
 
 
 class PatchDiscriminator(Model):
-    """One number for each patch, large where it looks like one of a real picture; with 3 layers a patch is 70 pixels.
+    """One logit per patch, large if the patch looks real; with 3 layers a patch is 70 pixels wide.
 
-    Layers have the places in ``main`` that they have in PyTorch's ``NLayerDiscriminator``. Group norm (Wu and He 2018)
-    stands where that has batch norm: it keeps no running statistics, and the judgement of a picture does not depend on
-    which pictures share its batch or its device.
+    Layers have the same indices in ``main`` as in PyTorch's ``NLayerDiscriminator``. Group norm (Wu and He 2018)
+    replaces its batch norm: it keeps no running statistics, and the logits of an image do not depend on which images
+    share its batch or its device.
     """
 
     config: PatchDiscriminatorConfig = PatchDiscriminatorConfig()
@@ -67,7 +67,7 @@ class PatchDiscriminator(Model):
         """``images [B,H,W,3]`` in [-1, 1] -> logits ``[B,H/2^layers - 2,W/2^layers - 2,1]`` in ``dtype``.
 
         Raises:
-          ValueError: the images are smaller than ``config.min_size``, or have other channels.
+          ValueError: the images are smaller than ``config.min_size``, or have the wrong number of channels.
         """
         c = self.config
         if images.ndim != 4 or images.shape[-1] != c.in_channels or min(images.shape[1:3]) < c.min_size:

@@ -1,4 +1,4 @@
-"""Embeddings of timesteps and of other numbers that condition a network."""
+"""Embeddings of timesteps, labels and other scalar conditioning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers around an activation, ``[B,D] -> [B,dim]``; ``condition`` is projected and added to it first."""
+    """Two dense layers with an activation between, ``[B,D] -> [B,dim]``; first adds a projection of ``condition``."""
 
     dim: int
     act_fn: str = "silu"
@@ -53,7 +53,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table ``embedding [num, dim]`` read by integer ids: ``[...] -> [..., dim]``."""
+    """A table ``embedding [num, dim]`` indexed by integer ids: ``[...] -> [..., dim]``."""
 
     num: int
     dim: int

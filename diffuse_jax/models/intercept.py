@@ -1,10 +1,10 @@
-"""Changing or recording what layers compute, from outside: networks need not know what is added to them.
+"""Change or record what layers compute, without changing the networks.
 
-Two layers have no parameters and are there for adapters: ``joins_N`` in a UNet's upward path puts a tensor of the
-downward path beside the features (FreeU scales both), and ``attend`` in every attention takes query, key and value
+Two layers have no parameters and exist for adapters: ``joins_N`` in a UNet's upward path concatenates the features
+with a skip connection (FreeU scales both), and ``attend`` in every attention takes query, key and value
 ``[B,L,heads,D]`` (an IP-Adapter attends to an image with the same query).
 
-A function that is compiled already is not changed: enter the context inside it, where networks are applied.
+A function that is already compiled does not change: enter the context inside it, where networks are applied.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import jax
 
 
 class Call(NamedTuple):
-    """One application of a layer or a block of layers: where it is, what it was given, and how to compute it.
+    """One call of a layer or a block of layers: its path, its inputs, and the function that computes it.
 
-    The path is that of the layer's parameters; the network as a whole is a block too, with an empty path.
+    The path is that of the layer's parameters; the whole network is a block too, with an empty path.
     """
 
     path: tuple[str, ...]
@@ -30,23 +30,23 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The last word of the path, or "" for the whole network."""
+        """The last name in the path, or "" for the whole network."""
         return self.path[-1] if self.path else ""
 
     def output(self, *inputs: Any) -> Any:
-        """What the layer returns for its own inputs, or for these instead; named inputs stay."""
+        """The layer's output for its own inputs, or for these instead; keyword arguments stay the same."""
         return self.function(*(inputs or self.inputs), **self.named)
 
 
 Change = Callable[[Call], Any]
-"""``call -> the output to use``; ``call.output()`` is the layer's own, and it need not be computed at all."""
+"""``call -> the output to use``; ``call.output()`` is the layer's own output, which need not be computed at all."""
 
 
 @contextlib.contextmanager
 def changed_layers(change: Change) -> Iterator[None]:
-    """Every layer that is applied inside returns what ``change`` makes of its call; recomputed layers too (remat.py).
+    """Inside this context every layer returns ``change(call)``; so do layers that are recomputed (remat.py).
 
-    Contexts nest: the innermost is nearest to the layer, so an outer one sees what it returns. Arrays that ``change``
+    Contexts nest: the innermost is closest to the layer, so an outer one sees what it returns. Arrays that ``change``
     closes over are differentiated like inputs.
 
     Example::
@@ -71,7 +71,7 @@ def changed_layers(change: Change) -> Iterator[None]:
 
 
 class Layer(NamedTuple):
-    """What one application of a layer took and gave; of several arrays, the first."""
+    """Input and output of one call of a layer; the first array if there are several."""
 
     path: tuple[str, ...]
     input: jax.Array
@@ -80,9 +80,9 @@ class Layer(NamedTuple):
 
 @contextlib.contextmanager
 def recorded_layers() -> Iterator[list[Layer]]:
-    """Every layer (and block of layers) that is applied inside, in the order in which they finish.
+    """Record every layer (and block of layers) called inside this context, in the order in which they finish.
 
-    While compiling the arrays are traced: return them from the compiled function to see their values.
+    Under ``jit`` the arrays are tracers: return them from the compiled function to see their values.
     """
     layers: list[Layer] = []
 

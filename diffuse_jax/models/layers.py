@@ -1,7 +1,7 @@
 """The four layers that every network is made of, in channel-last layout.
 
-Each takes ``dtype`` (what it computes in) and ``param_dtype`` (what fresh parameters are). Norms take their statistics
-in float32 whatever ``dtype`` is.
+``dtype`` is the dtype of computations, ``param_dtype`` that of newly initialised parameters. Norms compute their
+statistics in float32 whatever ``dtype`` is.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         *lead, channels = x.shape
         if channels % self.groups:
-            raise ValueError(f"{channels} channels cannot be normalised in {self.groups} groups of equal size")
+            raise ValueError(f"{channels} channels cannot be split into {self.groups} groups of equal size")
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.param_dtype)
         grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, self.groups, channels // self.groups)

@@ -1,4 +1,4 @@
-"""What stands between a network and the function that it stands for: scales of input, output, skip and time."""
+"""Preconditioning: how a network's input, output, skip connection and time are scaled."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def consistency_denoiser(
 ) -> Callable[..., jax.Array]:
     """A consistency function from a network: ``f(x, sigma) = c_skip x + c_out network(c_in x, 250 ln sigma)``.
 
-    ``c_skip`` and ``c_out`` make ``f(x, sigma_min) = x`` whatever the network says (Song et al. 2023, equation 5 and
-    appendix C); ``c_in`` and the time ``1000 * ln(sigma) / 4`` are those of Karras et al. 2022, table 1, on the
-    networks' scale of time.
+    ``c_skip`` and ``c_out`` make ``f(x, sigma_min) = x`` whatever the network returns (Song et al. 2023, equation 5 and
+    appendix C); ``c_in`` and the time ``1000 * ln(sigma) / 4`` are those of Karras et al. 2022, table 1, in the
+    networks' units of time.
 
     Args:
       network: ``(x [B,...], time [B], *conditions) -> [B,...]``, for example a model's ``apply`` with its parameters.

@@ -1,7 +1,7 @@
-"""Configurations of the published UNets, ControlNets and autoencoders, as data: a line where one differs from another.
+"""Configurations of the published UNets, ControlNets and autoencoders as data, each by its differences from another.
 
-``UNet2DConditionModel(SDXL_UNET).shapes()`` is the tree of the real network without a file or memory. The number in a
-comment counts parameters; the tests hold names, shapes and counts against the PyTorch classes.
+``UNet2DConditionModel(SDXL_UNET).shapes()`` is the full-size parameter tree, without a file and without memory. The
+number in a comment is the parameter count; the tests compare names, shapes and counts with the PyTorch classes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ ATTENTION_BELOW_FIRST: dict[str, Any] = {
 """Three levels, the finest without attention."""
 
 SD15_UNET = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)  #: 859,520,964; 1.1 to 1.5
-SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  #: 859,535,364; latents, mask, masked image's latents
-SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  #: 859,532,484; latents, image's latents
-SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  #: 859,602,884; the guidance scale as input
+SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  #: 859,535,364; latents, mask, latents of the masked image
+SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  #: 859,532,484; latents, latents of the image
+SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  #: 859,602,884; guidance scale as input
 
 #: 865,910,724; 2.0, and 2.1 at 512 pixels
 SD20_UNET = SD15_UNET.replace(cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True)
@@ -71,7 +71,7 @@ SDXL_REFINER_UNET = SDXL_UNET.replace(
 )
 
 SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
-SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; adds means
+SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; pools its residuals
 #: 364,228,240
 SD21_CONTROLNET = SD15_CONTROLNET.replace(
     cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True, upcast_attention=True

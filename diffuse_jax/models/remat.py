@@ -1,14 +1,14 @@
-"""Which parts of a network the backward pass computes again instead of keeping them (Chen et al. 2016).
+"""Rematerialisation: which activations the backward pass recomputes instead of storing them (Chen et al. 2016).
 
 ==========  ===============================================  =================================================
-policy      kept for the backward pass                       cost
+policy      stored for the backward pass                     cost
 ==========  ===============================================  =================================================
 ``none``    everything                                       none
-``blocks``  what enters each residual or transformer block   most of the forward pass once more
-``full``    what enters each level of the UNet               most of the forward pass twice more
+``blocks``  inputs of each residual or transformer block     most of one more forward pass
+``full``    inputs of each level of the UNet                 most of two more forward passes
 ==========  ===============================================  =================================================
 
-With ``full`` a level is computed again when its gradient is due, keeping what enters its blocks, and then each block.
+With ``full`` the backward pass recomputes a level, storing the inputs of its blocks, and then recomputes each block.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def check_policy(policy: str) -> None:
 
 
 def remat_block(block: Module, policy: str) -> Module:
-    """The class of a residual or transformer block, computed again under "blocks" and "full"."""
+    """The class of a residual or transformer block, rematerialised under "blocks" and "full"."""
     return block if policy == "none" else nn.remat(block)
 
 
 def remat_level(level: Module, policy: str, **options: Any) -> Module:
-    """The class of a level, computed again under "full"; ``options`` are ``nn.remat``'s."""
+    """The class of a level, rematerialised under "full"; ``options`` are those of ``nn.remat``."""
     return nn.remat(level, **options) if policy == "full" else level

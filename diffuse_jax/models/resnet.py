@@ -24,7 +24,7 @@ class ResnetNames(NamedTuple):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, activation, convolution, twice, with the time embedding in between and a shortcut around.
+    """Norm, activation and convolution, twice, with the time embedding in between and a shortcut connection.
 
     ``time_scale_shift``: "default" adds the projected time embedding after the first convolution (Ho et al. 2020);
     "scale_shift" lets it scale and shift the second norm (Dhariwal & Nichol 2021, adaptive group norm).
@@ -68,7 +68,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution by a strided convolution; padding 0 means one zero row below and one column to the right."""
+    """A strided convolution that halves the resolution; padding 0 pads one row below and one column on the right."""
 
     channels: int
     padding: int = 1
@@ -84,7 +84,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement, by two or to a given ``(H, W)``, then a convolution."""
+    """Nearest-neighbour upsampling, by two or to a given ``(H, W)``, then a convolution."""
 
     channels: int
     dtype: DTypeLike = jnp.float32
@@ -97,7 +97,7 @@ class Upsample(nn.Module):
 
 
 def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Enlarge ``[B,H,W,C]`` to ``[B,*size,C]``; pixel ``i`` of ``n`` reads source pixel ``floor(i * H / n)``."""
+    """Upsample ``[B,H,W,C]`` to ``[B,*size,C]``; pixel ``i`` of ``n`` reads source pixel ``floor(i * H / n)``."""
     B, H, W, C = x.shape
     if size == (2 * H, 2 * W):  # a broadcast, which XLA fuses; the gather below it does not
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
@@ -108,13 +108,13 @@ def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """Means of two by two pixels, ``[B,H,W,C]`` -> ``[B,H/2,W/2,C]``; ``H`` and ``W`` must be even."""
+    """Average pooling over 2 x 2 pixels, ``[B,H,W,C]`` -> ``[B,H/2,W/2,C]``; ``H`` and ``W`` must be even."""
     B, H, W, C = x.shape
     return x.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
 
 
 def change_size(x: jax.Array, direction: str | None) -> jax.Array:
-    """``[B,H,W,C]`` twice as large ("up", nearest neighbour), half as large ("down", means) or as it is (None)."""
+    """Upsample ``[B,H,W,C]`` by two ("up", nearest neighbour), downsample it ("down", average) or keep it (None)."""
     match direction:
         case "up":
             return nearest(x, (2 * x.shape[1], 2 * x.shape[2]))

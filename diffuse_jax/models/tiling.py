@@ -1,9 +1,8 @@
-"""Decoding and encoding of large images in overlapping tiles: the memory of one tile, one compiled tile.
+"""Decode and encode large images in overlapping tiles, with the memory and the compiled program of a single tile.
 
 All tiles have the same size, so that one program serves them; their starts are spread evenly so that the last one ends
-at the edge. Where tiles overlap, linear ramps that add up to one blend them. An autoencoder looks at a whole image
-through its group norms and its attention, so a tile is not exactly that part of the whole; the overlap hides what is
-left of it.
+at the edge. Where tiles overlap, linear ramps that add up to one blend them. An autoencoder's group norms and attention
+see the whole image, so a tile differs slightly from that part of the whole; the overlap hides the difference.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ def tiled_decode(
       decode: ``[B,h,w,c]`` -> ``[B,h*scale,w*scale,C]``, for example
         ``lambda z: vae.apply({"params": params}, z, method="decode")``.
       latents: ``[B,h,w,c]``.
-      tile: edge of a tile, in latents. Latents that are not larger go to ``decode`` as they are.
-      overlap: how many latents neighbouring tiles share at least; 0 to ``tile - 1``.
+      tile: edge length of a tile, in latents. Latents no larger than a tile are passed to ``decode`` whole.
+      overlap: minimum overlap of neighbouring tiles, in latents; 0 to ``tile - 1``.
       scale: pixels per latent along an edge, ``vae.config.scale``.
 
-    Returns: what ``decode`` gives for the whole, in its dtype.
+    Returns: the decoded images, in the dtype of ``decode``.
 
     Raises:
-      ValueError: no such tiling, or ``decode`` does not enlarge by ``scale``.
+      ValueError: ``overlap`` is out of range, or ``decode`` does not upsample by ``scale``.
     """
     return _tiled(decode, latents, (tile, overlap), (1, scale))
 
@@ -44,15 +43,15 @@ def tiled_encode(
     """``encode(images)``, tile by tile; works inside ``jit``.
 
     Args:
-      encode: ``[B,h*scale,w*scale,C]`` -> an array ``[B,h,w,c]`` or a tree of them, as :class:`Posterior` is.
-      images: ``[B,H,W,C]``, edges multiples of ``scale``.
-      tile, overlap: as in :func:`tiled_decode`, in latents too: a tile of 64 has ``64 * scale`` pixels along an edge.
+      encode: ``[B,h*scale,w*scale,C]`` -> an array ``[B,h,w,c]`` or a tree of them, such as a :class:`Posterior`.
+      images: ``[B,H,W,C]``; ``H`` and ``W`` must be multiples of ``scale``.
+      tile, overlap: as in :func:`tiled_decode`, also in latents: a tile of 64 is ``64 * scale`` pixels wide.
       scale: pixels per latent along an edge, ``vae.config.scale``.
 
-    Returns: what ``encode`` gives for the whole; means and logarithms of variances are blended alike.
+    Returns: the encoding of the images; means and log variances are blended alike.
 
     Raises:
-      ValueError: no such tiling, or ``encode`` does not reduce by ``scale``.
+      ValueError: ``overlap`` is out of range, or ``encode`` does not downsample by ``scale``.
     """
     if any(edge % scale for edge in images.shape[1:3]):
         raise ValueError(f"image height and width must be multiples of {scale}, got {images.shape[1:3]}")
@@ -60,7 +59,7 @@ def tiled_encode(
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> np.ndarray:
-    """First positions of the fewest tiles that cover ``length`` with at least ``overlap`` in common, ``[n]`` int32."""
+    """Start positions of the fewest tiles that cover ``length`` and overlap by at least ``overlap``, ``[n]`` int32."""
     count = max(1, math.ceil((length - overlap) / (tile - overlap)))
     return np.linspace(0, max(length - tile, 0), count).astype(np.int32)
 
@@ -79,35 +78,35 @@ def blend_weights(starts: np.ndarray, length: int, tile: int, overlap: int) -> n
 
 
 def _tiled(function: Callable[[jax.Array], Any], x: jax.Array, tiling: tuple[int, int], pixels: tuple[int, int]) -> Any:
-    """``tiling``: tile and overlap in latents; ``pixels``: of input and of output, per latent along an edge."""
-    (tile, overlap), (inside, outside) = tiling, pixels
+    """``tiling``: tile and overlap, in latents; ``pixels``: input and output pixels per latent along an edge."""
+    (tile, overlap), (scale_in, scale_out) = tiling, pixels
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap must be 0 to {tile - 1} for tiles of {tile} latents, got {overlap}")
-    size = (x.shape[1] // inside, x.shape[2] // inside)
+    size = (x.shape[1] // scale_in, x.shape[2] // scale_in)
     if max(size) <= tile:
         return function(x)
     edges = (min(size[0], tile), min(size[1], tile))
-    crop = (x.shape[0], edges[0] * inside, edges[1] * inside, x.shape[3])
+    crop = (x.shape[0], edges[0] * scale_in, edges[1] * scale_in, x.shape[3])
     parts = jax.eval_shape(function, jax.ShapeDtypeStruct(crop, x.dtype))
-    _check_parts(parts, crop[1:3], (edges[0] * outside, edges[1] * outside))
+    _check_parts(parts, crop[1:3], (edges[0] * scale_out, edges[1] * scale_out))
 
     def add(canvas: Any, step: tuple[jax.Array, ...]) -> tuple[Any, None]:
         row, column, rows, columns = step
-        part = function(jax.lax.dynamic_slice(x, (0, row * inside, column * inside, 0), crop))
+        part = function(jax.lax.dynamic_slice(x, (0, row * scale_in, column * scale_in, 0), crop))
         weight = (rows[:, None] * columns[None, :])[None, :, :, None]
-        at = (0, row * outside, column * outside, 0)
+        at = (0, row * scale_out, column * scale_out, 0)
         return jax.tree.map(lambda whole, y: _add_at(whole, y.astype(jnp.float32) * weight, at), canvas, part), None
 
-    blank = lambda y: jnp.zeros((y.shape[0], size[0] * outside, size[1] * outside, y.shape[3]), jnp.float32)
-    canvas, _ = jax.lax.scan(add, jax.tree.map(blank, parts), _steps(size, edges, overlap, outside))
+    blank = lambda y: jnp.zeros((y.shape[0], size[0] * scale_out, size[1] * scale_out, y.shape[3]), jnp.float32)
+    canvas, _ = jax.lax.scan(add, jax.tree.map(blank, parts), _steps(size, edges, overlap, scale_out))
     return jax.tree.map(lambda whole, y: whole.astype(y.dtype), canvas, parts)
 
 
-def _steps(size: tuple[int, int], edges: tuple[int, int], overlap: int, outside: int) -> tuple[jax.Array, ...]:
+def _steps(size: tuple[int, int], edges: tuple[int, int], overlap: int, scale_out: int) -> tuple[jax.Array, ...]:
     """For every tile: its first row and column (in latents) and the weights of its rows and columns (in pixels)."""
     starts = [tile_starts(length, edge, min(overlap, edge - 1)) for length, edge in zip(size, edges)]
     weights = [
-        blend_weights(first * outside, length * outside, edge * outside, overlap * outside)
+        blend_weights(first * scale_out, length * scale_out, edge * scale_out, overlap * scale_out)
         for first, length, edge in zip(starts, size, edges)
     ]
     rows, columns = (index.ravel() for index in np.indices((len(starts[0]), len(starts[1]))))
@@ -123,5 +122,5 @@ def _check_parts(parts: Any, given: tuple[int, ...], expected: tuple[int, int]) 
 
 
 def _add_at(whole: jax.Array, part: jax.Array, at: tuple[Any, ...]) -> jax.Array:
-    """``whole`` with ``part`` added from position ``at`` on."""
+    """``whole`` with ``part`` added at position ``at``."""
     return jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice(whole, at, part.shape) + part, at)

@@ -1,4 +1,4 @@
-"""The unconditional (or class-conditional) UNet over pixels of DDPM (Ho et al. 2020; Dhariwal and Nichol 2021)."""
+"""The unconditional or class-conditional pixel-space UNet of DDPM (Ho et al. 2020; Dhariwal and Nichol 2021)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ KINDS = {
     "AttnDownBlock2D": (True, None),
     "AttnUpBlock2D": (True, None),
 }
-"""Block type -> whether it attends, and how it changes resolution (None: as ``downsample_type`` says)."""
+"""Block type -> whether it has attention, and how it resamples (None: by ``downsample_type`` or ``upsample_type``)."""
 
 FIXED: dict[str, Any] = {"mid_block_scale_factor": 1, "time_embedding_type": "positional"}
-"""Options of the JSON that change the network and for which only this value is implemented."""
+"""Options of the JSON that change the network; only these values are implemented."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNet2DConfig(Config):
     """``config.json`` of a ``UNet2DModel``.
 
-    ``attention_head_dim`` is the width of a head; None is one head. ``attn_norm_num_groups`` is for the middle block;
-    where it is None, ``norm_num_groups`` serves, or with ``scale_shift`` that attention has no norm.
+    ``attention_head_dim`` is the width of a head; None means a single head. ``attn_norm_num_groups`` is for the middle
+    block's attention: None means ``norm_num_groups``, or with ``scale_shift`` no norm.
     """
 
     class_name: ClassVar[str] = "UNet2DModel"
@@ -87,8 +87,8 @@ class UNet2DConfig(Config):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"UNet2DModel: {name}={getattr(self, name)!r}; expected one of {allowed}")
-        for name, way in (("down_block_types", "Down"), ("up_block_types", "Up")):
-            kinds, known = getattr(self, name), sorted(kind for kind in KINDS if way in kind)
+        for name, direction in (("down_block_types", "Down"), ("up_block_types", "Up")):
+            kinds, known = getattr(self, name), sorted(kind for kind in KINDS if direction in kind)
             unknown = sorted(set(kinds) - set(known))
             if unknown:
                 raise ValueError(f"UNet2DModel: unknown block type {unknown[0]!r} in {name}; known: {known}")
@@ -96,15 +96,15 @@ class UNet2DConfig(Config):
                 raise ValueError(
                     f"UNet2DModel: {name} has {len(kinds)} entries for {len(self.block_out_channels)} levels"
                 )
-        for width in sorted(self.attended()):
+        for width in sorted(self.attention_widths()):
             if width % (self.attention_head_dim or width):
                 raise ValueError(
-                    f"UNet2DModel: {width} channels that attend cannot be split into heads of width "
+                    f"UNet2DModel: attention over {width} channels cannot be split into heads of width "
                     f"attention_head_dim={self.attention_head_dim}"
                 )
 
-    def attended(self) -> set[int]:
-        """The numbers of channels at which there is attention."""
+    def attention_widths(self) -> set[int]:
+        """The channel counts of all attention layers."""
         levels = zip(self.block_out_channels, self.down_block_types, self.up_block_types[::-1], strict=True)
         widths = {channels for channels, down, up in levels if KINDS[down][0] or KINDS[up][0]}
         middle = self.mid_block_type is not None and self.add_attention
@@ -121,13 +121,13 @@ class UNet2DConfig(Config):
 
 
 class UNet2DModel(Model):
-    """Predicts noise (or the sample) from a noisy picture, a timestep and, where it was trained with classes, a class.
+    """Predicts noise (or the sample) from a noisy image, a timestep and, if trained with classes, a class label.
 
-    Dropout is never applied: ``config.dropout`` is kept for the file only.
+    Dropout is never applied: ``config.dropout`` is only kept to be saved again.
     """
 
     config: UNet2DConfig = UNet2DConfig()
-    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
+    remat: str = "none"  # or "blocks", "full": what the backward pass recomputes; see models/remat.py
     config_class: ClassVar[type[Config]] = UNet2DConfig
 
     def example_inputs(self) -> dict[str, Any]:
@@ -150,13 +150,13 @@ class UNet2DModel(Model):
         Args:
           sample: ``[B,h,w,in_channels]``; ``h`` and ``w`` must halve evenly at every level.
           timesteps: ``[B]`` or a scalar, in units of the training schedule (0 to 999).
-          class_labels: ``[B]`` classes (or numbers, for ``class_embed_type="timestep"``), ``[B,D]`` for "identity".
+          class_labels: ``[B]`` integers (real numbers for ``class_embed_type="timestep"``), ``[B,D]`` for "identity".
 
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
         Raises:
           ValueError: the channels of ``sample`` are wrong, its edges do not halve evenly at every level, or
-            ``class_labels`` are missing or not wanted.
+            ``class_labels`` are missing or unexpected.
         """
         c = self.config
         check_policy(self.remat)
@@ -182,38 +182,38 @@ class UNet2DModel(Model):
         if c.mid_block_type is not None:
             x = mid_block(c, "", c.block_out_channels[-1], **shared, name="mid_block")(x, temb)
         for i, channels in enumerate(c.block_out_channels[::-1]):
-            here, skips = skips[-c.layers_per_block - 1 :], skips[: -c.layers_per_block - 1]
-            x = up_block(c, c.up_block_types[i], channels, i < last, **shared, name=f"up_blocks_{i}")(x, here, temb)
+            taken, skips = skips[-c.layers_per_block - 1 :], skips[: -c.layers_per_block - 1]
+            x = up_block(c, c.up_block_types[i], channels, i < last, **shared, name=f"up_blocks_{i}")(x, taken, temb)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         return Conv(c.out_channels, **dtypes, name="conv_out")(nn.silu(x))
 
     def embed(self, batch: int, timesteps: jax.Array, labels: jax.Array | None) -> jax.Array:
-        """Timestep and class as one vector ``[B,time_embed_dim]``."""
+        """Embedding of timestep and class, ``[B,time_embed_dim]``."""
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if (labels is None) == c.has_classes:
             raise ValueError(
                 f"this UNet takes {'' if c.has_classes else 'no '}class_labels (num_class_embeds in its config)"
             )
-        waves = lambda t: sinusoidal_embedding(
+        sinusoids = lambda t: sinusoidal_embedding(
             t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
         ).astype(self.dtype)
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
-        temb = TimestepEmbedding(c.time_embed_dim, **dtypes, name="time_embedding")(waves(t))
+        temb = TimestepEmbedding(c.time_embed_dim, **dtypes, name="time_embedding")(sinusoids(t))
         match c.class_embed_type:
             case None if labels is not None:
                 table = Embedding(c.num_class_embeds or 0, c.time_embed_dim, **dtypes, name="class_embedding")
                 return temb + table(labels)
             case "timestep":
-                return temb + TimestepEmbedding(c.time_embed_dim, **dtypes, name="class_embedding")(waves(labels))
+                return temb + TimestepEmbedding(c.time_embed_dim, **dtypes, name="class_embedding")(sinusoids(labels))
             case "identity":
                 return temb + jnp.asarray(labels, self.dtype)
         return temb
 
 
 class Block(nn.Module):
-    """What the three kinds of block share."""
+    """Base class of the three kinds of block."""
 
     config: UNet2DConfig
     kind: str
@@ -245,13 +245,13 @@ class Block(nn.Module):
         return x + attention(heads, groups, self.config.norm_eps, **dtypes, name=f"attentions_{i}")(x)
 
     def layer(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
-        """Residual block ``i`` and, in blocks that have it, attention."""
+        """Residual block ``i``, with attention in blocks that have it."""
         x = self.resnet(f"resnets_{i}", x, temb)
         return self.attend(i, x, self.config.norm_num_groups) if KINDS[self.kind][0] else x
 
 
 class DownBlock(Block):
-    """One level downward; returns the result and every tensor that the upward path will want."""
+    """One level of the downward path; returns its output and its skip connections."""
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -283,7 +283,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """One level upward: each residual block takes one tensor from the way down."""
+    """One level of the upward path; each residual block takes one skip connection."""
 
     @nn.compact
     def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array) -> jax.Array:

@@ -23,8 +23,8 @@ from diffuse_jax.models.unet_encoder import EncoderModel
 class UNet2DConditionConfig(EncoderConfig):
     """``config.json`` of a ``UNet2DConditionModel``; a field that may differ by level is one value or one per level.
 
-    ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer kept by every published file.
-    ``cross_attention_dim`` and ``sample_size`` describe the checkpoint (width of the text states, latents' edge).
+    ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer in every published file.
+    ``cross_attention_dim`` is the width of the prompt embeddings, ``sample_size`` the edge of the latents.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -63,7 +63,7 @@ class UNet2DConditionConfig(EncoderConfig):
         self.check_blocks("up_block_types", "Up")
 
     def up_levels(self) -> list[Level]:
-        """The levels of the upward path, coarsest first; each has one residual block more than downward."""
+        """The levels of the upward path, coarsest first; each has one residual block more than in the downward path."""
         depth = self.reverse_transformer_layers_per_block
         depths = self.transformer_layers_per_block if depth is None else depth[::-1]
         levels = self._levels(self.up_block_types[::-1], depths)[::-1]
@@ -75,11 +75,11 @@ class UNet2DConditionConfig(EncoderConfig):
 
 
 class UNet2DConditionModel(EncoderModel):
-    """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and text states.
+    """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and prompt embeddings.
 
-    Takes every configuration of SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants
-    (more input channels), the four-times upscaler (class labels, ``only_cross_attention``) and LCM (``timestep_cond``).
-    Dropout is never applied: ``config.dropout`` is kept for the file only.
+    Covers SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants (more input channels),
+    the x4 upscaler (class labels, ``only_cross_attention``) and LCM (``timestep_cond``). Dropout is never applied:
+    ``config.dropout`` is only kept to be saved again.
     """
 
     config: UNet2DConditionConfig = UNet2DConditionConfig()
@@ -103,18 +103,18 @@ class UNet2DConditionModel(EncoderModel):
         Args:
           sample: ``[B,h,w,in_channels]``.
           timesteps: ``[B]`` or a scalar, in units of the training schedule (0 to 999).
-          encoder_hidden_states: ``[B,L,cross_attention_dim]`` text states.
+          encoder_hidden_states: ``[B,L,cross_attention_dim]`` prompt embeddings.
           added_cond_kwargs: for SDXL ``{"text_embeds": [B,1280], "time_ids": [B,6]}`` (5 ids in the refiner).
-          class_labels: ``[B]`` noise level of the upscaler, or ``[B,D]`` for projected classes.
-          timestep_cond: ``[B,time_cond_proj_dim]`` embedded guidance scale of LCM.
-          down_block_additional_residuals: what a ControlNet adds to the tensors that the downward path hands to the
-            upward path, finest first: one array per tensor, each of its shape or ``[B,1,1,C]``.
-          mid_block_additional_residual: the same for the middle's output.
+          class_labels: ``[B]`` noise levels for the upscaler, or ``[B,D]`` for projected classes.
+          timestep_cond: ``[B,time_cond_proj_dim]``, LCM's embedded guidance scale.
+          down_block_additional_residuals: what a ControlNet adds to the skip connections, finest first: one array for
+            each, of the same shape or ``[B,1,1,C]``.
+          mid_block_additional_residual: the same for the output of the middle block.
 
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
         Raises:
-          ValueError: the channels of ``sample``, the conditions or the residuals do not fit the configuration.
+          ValueError: the channels of ``sample``, the conditioning or the residuals do not match the configuration.
         """
         c = self.config
         check_policy(self.remat)
@@ -137,10 +137,10 @@ class UNet2DConditionModel(EncoderModel):
         up = c.up_levels()
         up_block = remat_level(UpBlock, self.remat, static_argnums=(5,))
         for i, level in enumerate(up):
-            here, skips = skips[-level.layers :], skips[: -level.layers]
+            taken, skips = skips[-level.layers :], skips[: -level.layers]
             size = None if i + 1 == len(up) else skips[-1].shape[1:3]
             block = up_block(c, level, **dtypes, remat=self.remat, name=f"up_blocks_{i}")
-            x = block(x, here, temb, context, size)
+            x = block(x, taken, temb, context, size)
 
         x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
         x = ACTIVATIONS[c.act_fn](x)
@@ -149,10 +149,10 @@ class UNet2DConditionModel(EncoderModel):
 
 
 def add_residuals(tensors: Sequence[jax.Array], residuals: Sequence[jax.Array], name: str) -> list[jax.Array]:
-    """Each ``[B,h,w,C]`` plus its residual, which has the same shape or is ``[B,1,1,C]``; dtypes stay.
+    """Each ``[B,h,w,C]`` plus its residual, of the same shape or ``[B,1,1,C]``; dtypes do not change.
 
     Raises:
-      ValueError: there is not one residual for each tensor, or one has another shape; ``name`` is what they are called.
+      ValueError: the number of residuals or a shape is wrong; the message calls the residuals ``name``.
     """
     if len(residuals) != len(tensors):
         raise ValueError(f"{name} must be {len(tensors)} arrays for this network, got {len(residuals)}")

@@ -1,4 +1,4 @@
-"""The levels of text-conditioned UNets: downward, the middle, and upward."""
+"""The levels of text-conditioned UNets: downward path, middle block and upward path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffuse_jax.models.unet_config import EncoderConfig, Level
 
 
 class Block(nn.Module):
-    """What the three kinds of block share: their config, their level and how they make a residual and an attention."""
+    """Base class of the three kinds of block: config, level, and how to build residual blocks and attention."""
 
     config: EncoderConfig
     level: Level
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """One level downward; returns the result and every tensor that the upward path will want."""
+    """One level of the downward path; returns its output and its skip connections."""
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -74,7 +74,7 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """Residual, attention, residual at the coarsest level; the kind without attention is one residual block."""
+    """Residual block, attention, residual block at the coarsest level; without attention, a single residual block."""
 
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ class MidBlock(Block):
 
 
 class Join(nn.Module):
-    """Features and a tensor from the way down side by side; a layer so that adapters reach both (intercept.py)."""
+    """Concatenate features and a skip connection; a layer so that adapters can intercept both (intercept.py)."""
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class Join(nn.Module):
 
 
 class UpBlock(Block):
-    """One level upward: each residual block takes one tensor from the way down; then the size of the next level."""
+    """One level of the upward path: each residual block takes one skip connection; then upsampling to ``size``."""
 
     @nn.compact
     def __call__(

@@ -1,4 +1,4 @@
-"""Configuration of the half of a UNet that its ControlNets copy: the downward path, the middle and the conditions."""
+"""Configuration of what ControlNets copy from a UNet: conditioning, downward path and middle block."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(Config):
-    """What the JSON of a UNet and of its ControlNet share; what may differ by level is one value or one per level.
+    """JSON fields that UNets and ControlNets share; a field that may differ by level is one value or one per level.
 
-    ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer kept by every published file.
-    ``cross_attention_dim`` describes the checkpoint (width of the text states).
+    ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer in every published file.
+    ``cross_attention_dim`` is the width of the prompt embeddings.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {
@@ -44,13 +44,13 @@ class EncoderConfig(Config):
         "encoder_hid_dim": None,
         "encoder_hid_dim_type": None,
     }
-    """Options of the JSON that change the network and for which only this value is implemented."""
+    """Options of the JSON that change the network; only these values are implemented."""
 
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "addition_embed_type": (None, "text_time"),
         "resnet_time_scale_shift": ("default", "scale_shift"),
     }
-    """Field -> the values that are implemented."""
+    """Field -> implemented values."""
 
     in_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -108,10 +108,10 @@ class EncoderConfig(Config):
         self.check_blocks("down_block_types", "Down")
         self.down_levels()
 
-    def check_blocks(self, name: str, way: str) -> None:
+    def check_blocks(self, name: str, direction: str) -> None:
         """Raise ``ValueError`` unless the field ``name`` has one known kind of block ("Down" or "Up") per level."""
         kinds, levels = getattr(self, name), len(self.block_out_channels)
-        known = sorted(kind for kind in HAS_ATTENTION if way in kind)
+        known = sorted(kind for kind in HAS_ATTENTION if direction in kind)
         unknown = sorted(set(kinds) - set(known))
         if unknown:
             raise ValueError(f"{self.class_name}: unknown block type {unknown[0]!r} in {name}; known: {known}")
@@ -119,11 +119,11 @@ class EncoderConfig(Config):
             raise ValueError(f"{self.class_name}: {name} has {len(kinds)} entries for {levels} levels")
 
     def down_levels(self) -> list[Level]:
-        """What each level of the downward path consists of, finest first."""
+        """The levels of the downward path, finest first."""
         return self._levels(self.down_block_types, self.transformer_layers_per_block)
 
     def mid_level(self) -> Level:
-        """The middle: as the coarsest level, with attention if ``mid_block_type`` has it."""
+        """The middle block: like the coarsest level, with attention if ``mid_block_type`` has it."""
         depths = self.per_level("transformer_layers_per_block")
         level = self.down_levels()[-1]
         attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
@@ -134,8 +134,8 @@ class EncoderConfig(Config):
         depths = (depths,) * n if isinstance(depths, int) else depths
         if not all(isinstance(depth, int) for depth in depths):
             raise ValueError(
-                f"{self.class_name}: transformer_layers_per_block is one number, or one per level, got "
-                f"{thaw(depths)}; a number for each block of a level is not supported"
+                f"{self.class_name}: transformer_layers_per_block must be one number or one per level, got "
+                f"{thaw(depths)}; one number per block of a level is not supported"
             )
         rows = zip(
             self.block_out_channels,
@@ -158,20 +158,20 @@ class EncoderConfig(Config):
 
     @property
     def time_embed_dim(self) -> int:
-        """Width of the vector that everything that is not spatial is embedded as."""
+        """Width of the embedding of timestep, classes and other non-spatial conditioning."""
         return 4 * self.block_out_channels[0]
 
     @property
     def time_cond_proj_dim(self) -> int | None:
-        """Width of LCM's embedded guidance scale; a UNet's file may name one, a ControlNet's cannot."""
+        """Width of LCM's embedded guidance scale; UNets may have one, ControlNets do not."""
         return None
 
     @property
     def class_embeddings_concat(self) -> bool:
-        """Whether classes are appended to the timestep instead of added, which again only a UNet's file may say."""
+        """Whether class embeddings are concatenated to the timestep's instead of added; in UNets only."""
         return False
 
     @property
     def text_width(self) -> int:
-        """Width of the text states."""
+        """Width of the prompt embeddings."""
         return max(self.per_level("cross_attention_dim"))

@@ -1,4 +1,4 @@
-"""What a text-conditioned UNet and its ControlNets compute alike: the conditions, the way down and the middle."""
+"""What text-conditioned UNets and their ControlNets share: conditioning, downward path and middle block."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from diffuse_jax.models.unet_config import EncoderConfig
 
 
 class EncoderModel(Model):
-    """Base of networks that begin as a UNet does; its methods make their layers in the caller's ``@nn.compact``."""
+    """Base class of networks that begin like a UNet; its methods create layers in the caller's ``@nn.compact``."""
 
     config: EncoderConfig = EncoderConfig()
-    remat: str = "none"  # or "blocks", "full": what the backward pass computes again; see models/remat.py
+    remat: str = "none"  # or "blocks", "full": what the backward pass recomputes; see models/remat.py
 
     def example_inputs(self) -> dict[str, Any]:
         c = self.config
@@ -43,7 +43,7 @@ class EncoderModel(Model):
         return inputs
 
     def check_inputs(self, sample: jax.Array, encoder_hidden_states: jax.Array) -> None:
-        """Raise ``ValueError`` unless the channels and the widths are the configuration's and the batches equal."""
+        """Raise ``ValueError`` unless channels and widths match the configuration and the batch sizes are equal."""
         channels, width = self.config.in_channels, self.config.text_width
         if sample.ndim != 4 or sample.shape[-1] != channels:
             raise ValueError(f"sample must be [B,h,w,{channels}] (channel-last), got {sample.shape}")
@@ -52,7 +52,7 @@ class EncoderModel(Model):
             raise ValueError(f"encoder_hidden_states must be [B,L,{width}] with B={sample.shape[0]}, got {given}")
 
     def encode(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """From what ``conv_in`` made to every tensor that the upward path wants, finest first, and the middle's output.
+        """From the output of ``conv_in`` to the skip connections, finest first, and the output of the middle block.
 
         ``x [B,h,w,C]``, ``temb [B,time_embed_dim]``, ``context [B,L,cross_attention_dim]``.
         """
@@ -75,12 +75,12 @@ class EncoderModel(Model):
         class_labels: jax.Array | None,
         timestep_cond: jax.Array | None,
     ) -> jax.Array:
-        """Everything that is not spatial as one vector ``[B,time_embed_dim]``."""
+        """Embedding of timestep, classes and other non-spatial conditioning, ``[B,time_embed_dim]``."""
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
         embed = TimestepEmbedding(c.time_embed_dim, c.act_fn, c.time_cond_proj_dim, **dtypes, name="time_embedding")
-        temb = embed(self.waves(t, c.block_out_channels[0]), timestep_cond)
+        temb = embed(self.sinusoids(t, c.block_out_channels[0]), timestep_cond)
         if c.class_embed_type is not None or c.num_class_embeds is not None:
             if class_labels is None:
                 raise ValueError("this network needs class_labels (class_embed_type or num_class_embeds is set)")
@@ -89,16 +89,16 @@ class EncoderModel(Model):
         return temb + self.embed_added(batch, added) if c.addition_embed_type == "text_time" else temb
 
     def embed_class(self, labels: jax.Array) -> jax.Array:
-        """Classes, a noise level or a vector, whichever ``class_embed_type`` names, as ``[B,time_embed_dim]``."""
+        """Embedding of classes, noise levels or vectors, depending on ``class_embed_type``: ``[B,time_embed_dim]``."""
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": "class_embedding"}
         match c.class_embed_type:
             case None:
                 return Embedding(c.num_class_embeds or 0, c.time_embed_dim, **dtypes)(labels)
             case "timestep":
-                waves = self.waves(labels, c.block_out_channels[0])
-                return TimestepEmbedding(c.time_embed_dim, c.act_fn, **dtypes)(waves)
-            case "projection":  # SiLU whatever act_fn says, and so are added conditions
+                sinusoids = self.sinusoids(labels, c.block_out_channels[0])
+                return TimestepEmbedding(c.time_embed_dim, c.act_fn, **dtypes)(sinusoids)
+            case "projection":  # always SiLU, whatever act_fn says, as in embed_added
                 return TimestepEmbedding(c.time_embed_dim, **dtypes)(jnp.asarray(labels, self.dtype))
             case "simple_projection":
                 return Dense(c.time_embed_dim, **dtypes)(labels)
@@ -106,11 +106,11 @@ class EncoderModel(Model):
                 return jnp.asarray(labels, self.dtype)
 
     def embed_added(self, batch: int, added: Mapping[str, jax.Array] | None) -> jax.Array:
-        """SDXL's pooled text and sizes as ``[B,time_embed_dim]``."""
+        """Embedding of SDXL's pooled prompt embeddings and micro-conditioning, ``[B,time_embed_dim]``."""
         c = self.config
         if added is None or {"text_embeds", "time_ids"} - set(added):
             raise ValueError("this network needs added_cond_kwargs={'text_embeds': [B,D], 'time_ids': [B,n]}")
-        ids = self.waves(added["time_ids"].reshape(-1), c.addition_time_embed_dim or 0).reshape(batch, -1)
+        ids = self.sinusoids(added["time_ids"].reshape(-1), c.addition_time_embed_dim or 0).reshape(batch, -1)
         vector = jnp.concatenate([jnp.asarray(added["text_embeds"], self.dtype), ids], -1)
         if vector.shape[-1] != c.projection_class_embeddings_input_dim:
             raise ValueError(
@@ -120,8 +120,8 @@ class EncoderModel(Model):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return TimestepEmbedding(c.time_embed_dim, **dtypes, name="add_embedding")(vector)
 
-    def waves(self, t: jax.Array, dim: int) -> jax.Array:
-        """Sines and cosines of ``t [B]`` in the order of the checkpoint, ``[B,dim]``."""
+    def sinusoids(self, t: jax.Array, dim: int) -> jax.Array:
+        """Sinusoidal embedding of ``t [B]`` in the checkpoint's order, ``[B,dim]``."""
         c = self.config
         embedding = sinusoidal_embedding(t, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         return embedding.astype(self.dtype)

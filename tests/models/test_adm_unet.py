@@ -92,7 +92,7 @@ def test_saved_and_loaded_is_the_same_network(tmp_path: Path, rng: np.random.Gen
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_classes": 3, "label_channels": 3}, "two kinds of label"),
+        ({"num_classes": 3, "label_channels": 3}, "exclude each other"),
         ({"attention_dims": 3}, "expected 1 or 2"),
         ({"num_res_blocks": (1, 2, 3)}, "3 entries for 2 levels"),
     ],
@@ -115,7 +115,7 @@ def test_options_of_other_releases_are_refused_and_not_ignored() -> None:
         (TINY, (1, 4, 4, 2), (1,), "class_labels must be None"),
         (TINY.replace(num_classes=7), (1, 4, 4, 2), None, r"of shape \(1,\), got None"),
         (TINY.replace(label_channels=3), (1, 4, 4, 2), (1, 2), r"of shape \(1, 3\), got \(1, 2\)"),
-        (TINY.replace(num_head_channels=48), (1, 4, 4, 2), None, "64 channels do not make 1 heads of width 48"),
+        (TINY.replace(num_head_channels=48), (1, 4, 4, 2), None, "64 channels cannot be split into 1 heads"),
     ],
 )
 def test_refused_inputs(config: ADMUNetConfig, shape: tuple, labels: tuple | None, words: str) -> None:

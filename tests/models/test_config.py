@@ -111,7 +111,7 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (
             UNet2DConditionConfig,
             {"transformer_layers_per_block": [1, [2, 2], [4, 4], 1]},  # SSD-1B and others made by pruning
-            r"one number, or one per level, got \[1, \[2, 2\], \[4, 4\], 1\]",
+            r"one number or one per level, got \[1, \[2, 2\], \[4, 4\], 1\]",
         ),
         (UNet2DConditionConfig, {"block_out_channels": [320, 640]}, "4 entries for 2 levels"),
         (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),
@@ -130,7 +130,7 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (
             ControlNetConfig,
             {"layers_per_block": [1, 2, 2, 2]},
-            r"must be one number, got \(1, 2, 2, 2\)",
+            r"must be a single number, got \(1, 2, 2, 2\)",
         ),
         (ControlNetConfig, {"conditioning_embedding_out_channels": []}, "at least one width"),
         (AutoencoderKLConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),

@@ -36,7 +36,7 @@ def test_residuals_are_those_that_the_unet_takes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"takes controlnet_cond \(images\) or features \(of embed\), got neither"),
+        ({}, r"takes controlnet_cond \(images\) or features \(from embed\), got neither"),
         ({"controlnet_cond": shape(2, 32, 24, 3), "features": shape(2, 8, 6, 16)}, "got both"),
         ({"controlnet_cond": shape(2, 3, 32, 24)}, r"control images must be \[B,H,W,3\] \(channel-last\)"),
         (

@@ -304,5 +304,5 @@ def test_parameters_are_read_onto_a_mesh(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             made.pooled_output, jax.jit(runner(TEXT))(PARAMS[TEXT], IDS).pooled_output, atol=1e-5
         )
-    with pytest.raises(ValueError, match="mesh and shardings both say where parameters go"):
+    with pytest.raises(ValueError, match="mesh and shardings exclude each other"):
         CLIPTextModel.from_pretrained(tmp_path, mesh=mesh, shardings=NamedSharding(mesh, P()))

@@ -36,5 +36,5 @@ def test_one_head_of_any_width_where_attention_has_no_head_dim() -> None:
     assert UNet2DModel(odd).shapes()["mid_block"]["attentions_0"]["to_q"]["kernel"].shape == (20, 20)
     plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
     SMALL.replace(block_out_channels=(8, 20), down_block_types=plain[0], up_block_types=plain[1], add_attention=False)
-    with pytest.raises(ValueError, match="20 channels that attend cannot be split"):
+    with pytest.raises(ValueError, match="attention over 20 channels cannot be split"):
         SMALL.replace(block_out_channels=(8, 20))

@@ -52,8 +52,8 @@ def conditions(ids: int, **more: Any) -> dict[str, Any]:
         (XL, {}, "needs added_cond_kwargs"),
         (XL, {"added_cond_kwargs": {"text_embeds": jax.ShapeDtypeStruct((2, 20), jnp.float32)}}, "needs added_cond"),
         (XL, {"added_cond_kwargs": conditions(5)}, "make a vector of 60, but this network takes 68"),
-        (UNET.replace(norm_num_groups=5), {}, "16 channels cannot be normalised in 5 groups"),
-        (UNET.replace(num_attention_heads=3), {}, "width 16 cannot be split over 3"),
+        (UNET.replace(norm_num_groups=5), {}, "16 channels cannot be split into 5 groups"),
+        (UNET.replace(num_attention_heads=3), {}, "width 16 cannot be split into 3"),
     ],
 )
 def test_wrong_inputs_are_refused_while_tracing(config: Any, changes: dict[str, Any], message: str) -> None:

@@ -320,7 +320,7 @@ def test_models_are_made_from_config_objects_too() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", 16])
 def test_networks_compute_with_floating_types(dtype: Any) -> None:
-    message = f"dtype must be a floating type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}"
+    message = f"dtype must be a floating-point type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}"
     with pytest.raises(ValueError, match=message):
         UNet2DConditionModel.from_config({}, dtype=dtype)
     with pytest.raises(ValueError, match=message):
