@@ -1,8 +1,8 @@
-"""What the benchmarks share: sides that take turns, each in a process of its own, and results as JSON.
+"""What the benchmarks share: sides that take turns, each in its own process, and results as JSON.
 
-A shared machine is fast one minute and slow the next, so a figure here is always a comparison: every side does one run
-per round, rounds follow each other, and the ratio of the fastest (and of the median) runs is the result. Processor time
-is reported too: where other programs hold the cores, it is the figure that they disturb least.
+A shared machine is fast one minute and slow the next, so every result is a comparison: each side does one run per
+round, rounds alternate between the sides, and the result is the ratio of the fastest (and of the median) runs. CPU time
+is reported too, because other programs on the machine disturb it least.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
 Build = Callable[..., Callable[[], np.ndarray]]
-"""Makes a side ready, compiled and warm, and returns what one run of it is."""
+"""Prepares a side (compiled and warmed up) and returns a function that does one run."""
 
 
 class Side:
-    """One contestant in a process of its own, so that thread pools and memory of the others do not disturb it."""
+    """One contestant in its own process, so that thread pools and memory of the others do not disturb it."""
 
     def __init__(self, name: str, build: Build, *args: Any) -> None:
         self.name, self.seconds, self.cpu_seconds, self.peak = name, [], [], 0
@@ -46,7 +46,7 @@ class Side:
         theirs.close()
 
     def ready(self) -> Side:
-        """Wait until the side is built and has run once; ``setup`` is how long that took, ``output`` its result."""
+        """Wait until the side is built and has run once; sets ``setup``, the seconds that took, and ``output``."""
         self.setup, self.output = self._pipe.recv()
         return self
 
@@ -75,7 +75,7 @@ def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
 
 
 def forget_peak() -> None:
-    """Let :func:`peak_memory` count from here on where that can be done: not what it took to get ready."""
+    """Reset what :func:`peak_memory` reports, where that is possible, so that setup does not count."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     gc.collect()
@@ -85,7 +85,7 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process held, on its GPU if it uses one (JAX: since it started), else in the machine."""
+    """Peak memory of this process in bytes, on its GPU if it uses one (with JAX: since its start), else in RAM."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
@@ -103,7 +103,7 @@ def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool =
       builds: the sides.
       rounds: runs of each side, one per turn.
       apart: for sides that do not fit into memory together: each is built, does all its rounds and ends before the
-        next one starts, and all of that twice.
+        next one starts; then all of that is repeated once.
     """
     sides = _apart(builds, rounds) if apart else _together(builds, rounds)
     first = sides[0]
@@ -152,7 +152,7 @@ def _apart(builds: Mapping[str, tuple[Any, ...]], rounds: int) -> list[Side]:
 
 
 def make_venv(name: str, python: str, requirements: Sequence[str]) -> Path:
-    """The interpreter of a virtual environment with other libraries, under ``.cache/venvs``; made at first use."""
+    """The interpreter of a virtual environment with other libraries, under ``.cache/venvs``; created at first use."""
     folder = ROOT / ".cache" / "venvs" / name
     stamp, wanted = folder / "requirements.txt", "\n".join(requirements)
     interpreter = folder / "bin" / "python"
@@ -185,7 +185,7 @@ def fetch_wheel(cache: Path, package: str, wheel: str, sha256: str) -> Path:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """What a reader needs to know about where figures come from."""
+    """The machine and package versions that results were measured with."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -197,7 +197,7 @@ def machine(*packages: str) -> dict[str, Any]:
 def write(
     name: str, title: str, about: str, rows: list[dict[str, Any]], *packages: str, folder: Path = RESULTS
 ) -> Path:
-    """``docs/results/<name>.json``, which the tables of the documentation are made from."""
+    """Write ``docs/results/<name>.json``, from which the tables of the documentation are made."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     content = {"title": title, "about": about, "machine": machine(*packages), "rows": rows}

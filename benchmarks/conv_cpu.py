@@ -1,6 +1,6 @@
-"""Convolution on a CPU: XLA's own against patches times matrix, for the shapes that the networks have.
+"""Convolution on a CPU: XLA's against patches times matrix, for the shapes that occur in the networks.
 
-The rule in ``diffuse_jax/kernels/convolution.py`` follows these figures::
+The rule in ``diffuse_jax/kernels/convolution.py`` is based on these results::
 
     python benchmarks/conv_cpu.py
 """
@@ -40,7 +40,7 @@ SHAPES = [  # batch, height and width, channels in and out, window, stride
 
 
 def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Fastest of interleaved runs of each algorithm, in milliseconds of time and of processor time of all cores."""
+    """Fastest of interleaved runs of each algorithm, in milliseconds: wall-clock time, and CPU time on all cores."""
     batch, size, channels, features, window, stride = shape
     rng = np.random.default_rng(0)
     x = jax.device_put(rng.standard_normal((batch, size, size, channels), dtype=np.float32))
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measure(shape, parser.parse_args(argv).rounds) for shape in SHAPES]
     about = (
         "XLA's convolution (direct) and the same as a matrix product (patches, or for 1x1 the pixels themselves): the "
-        "fastest of interleaved runs, the least processor time of all cores, and the speed that this is; float32."
+        "fastest of interleaved runs, the least CPU time on all cores, and the resulting speed; float32."
     )
     print(write("conv_cpu", "Convolution on a CPU", about, rows, "jax", "jaxlib"))
     return 0

@@ -108,14 +108,14 @@ class Judge:
         self.data, self.features = data, features
         self.whiten = retrieval.fit_whitening(features[~data.held], components)
         self.families = np.unique(data.families, return_inverse=True)[1]
-        self.real = retrieval.Pictures(self.whiten(features), data.concepts, self.families)
+        self.real = retrieval.Images(self.whiten(features), data.concepts, self.families)
         group_of = dict(zip(data.concepts, data.column("group"), strict=True))
         self.groups = np.array([group_of[concept] for concept in range(len(data.labels))])
         self.distance = retrieval.kernel_distance(features[~data.held])
 
     def hits(self, features: Array, chosen: Array) -> dict[str, Array]:
         """For each picture of the pairs ``chosen`` 1 or 0 by measure."""
-        queries = retrieval.Pictures(self.whiten(features), self.data.concepts[chosen], self.families[chosen])
+        queries = retrieval.Images(self.whiten(features), self.data.concepts[chosen], self.families[chosen])
         scores = retrieval.concept_scores(queries, self.real, len(self.data.labels))
         places = retrieval.ranks(scores, queries.concepts)
         same_group = self.groups[scores.argmax(axis=1)] == self.groups[queries.concepts]

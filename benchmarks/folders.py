@@ -1,4 +1,4 @@
-"""Pipelines with random weights, written as folders that every library opens."""
+"""Pipelines with random weights, saved as folders that every library can open."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_folder(name: str, cache: Path) -> Path:
 
 
 def networks(name: str) -> dict[str, Any]:
-    """The networks of a folder by component; with 1.3, 51 and 1,066 million parameters."""
+    """The networks of a folder by component; 1.3, 51 or 1,066 million parameters."""
     from diffuse_jax.models import (
         AutoencoderKL,
         AutoencoderKLConfig,

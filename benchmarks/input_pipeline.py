@@ -1,11 +1,11 @@
-"""How many pictures per second the data of a training makes ready, and how many a TPU v5e-8 would use up.
+"""How many images per second the input pipeline delivers, and how many a TPU v5e-8 would consume.
 
     python -m benchmarks.input_pipeline                 # about ten minutes, 0.6 GB of disk
-    python -m benchmarks.input_pipeline --sides 512     # pictures of 512 pixels only
+    python -m benchmarks.input_pipeline --sides 512     # images of 512 pixels only
 
-Pictures are JPEG files of SIDE x 1.25 SIDE pixels with soft shapes and grain, quality 90 (0.1 MB at 512 pixels), cut to
-512 x 512 in a random place. Every figure is the best of some rounds; worker processes are started, and have made
-batches, before the clock starts.
+Images are JPEG files of SIDE x 1.25 SIDE pixels with soft shapes and grain, quality 90 (0.1 MB at 512 pixels), randomly
+cropped to 512 x 512. Every result is the best of several rounds; worker processes have started and delivered batches
+before the clock starts.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write
 RESOLUTION, BATCH = 512, 16
 
 CHIPS, PEAK_TFLOPS, UTILISATION = 8, 197.0, 0.4
-"""A v5e-8 host: dense bfloat16 per chip, and the share of it that a well-tuned training reaches."""
+"""A v5e-8 host: dense bfloat16 peak per chip, and the fraction of it that well-tuned training reaches."""
 
 
 def jpeg(rng: np.random.Generator, side: int) -> bytes:
-    """A picture as hard to decode as a photograph: soft shapes and grain."""
+    """An image as hard to decode as a photograph: soft shapes and grain."""
     small = rng.integers(0, 256, (12, 15, 3), np.uint8)
     image = Image.fromarray(small).resize((side * 5 // 4, side), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, (side, side * 5 // 4, 3))
@@ -46,10 +46,10 @@ def jpeg(rng: np.random.Generator, side: int) -> bytes:
 
 
 def make_sources(folder: Path, side: int, count: int) -> dict[str, Source]:
-    """The same pictures as files, in a tar file and in an ArrayRecord file."""
+    """The same images as files, in a tar file and in an ArrayRecord file."""
     rng = np.random.default_rng(0)
     (folder / "files").mkdir(parents=True, exist_ok=True)
-    rows = [(f"{i:05d}.jpg", jpeg(rng, side), f"picture {i}") for i in range(count)]
+    rows = [(f"{i:05d}.jpg", jpeg(rng, side), f"image {i}") for i in range(count)]
     for name, image, _ in rows:
         (folder / "files" / name).write_bytes(image)
     write_tar(folder / "a.tar", rows)
@@ -62,7 +62,7 @@ def make_sources(folder: Path, side: int, count: int) -> dict[str, Source]:
 
 
 def pixels(example: Example) -> dict[str, np.ndarray]:
-    """What a training script asks for: uint8, made float on the device."""
+    """What training scripts load: uint8, converted to float on the device."""
     return {"pixel_values": np.asarray(example.pixels)}
 
 
@@ -71,7 +71,7 @@ def latents(cache: CachedPictures, example: Example) -> dict[str, np.ndarray]:
 
 
 def empty_latents(examples: list[Example]) -> dict[str, np.ndarray]:
-    """As large as those of SD 1.5: the time to read them does not depend on what they are."""
+    """Zeros of the size of SD 1.5's latents: the time to read them does not depend on their values."""
     return {"moments": np.zeros((len(examples), RESOLUTION // 8, RESOLUTION // 8, 8), np.float32)}
 
 
@@ -84,9 +84,9 @@ def make_loader(source: Source, transform: Transform, finish: Any, workers: int)
 
 
 def speed(loader: Loader, seconds: float) -> float:
-    """Pictures per second, over about so long."""
+    """Images per second, measured for about ``seconds``."""
     for _ in range(6):
-        next(loader)  # what was made ahead before
+        next(loader)  # batches that were prefetched
     start, batches = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         next(loader)
@@ -95,7 +95,7 @@ def speed(loader: Loader, seconds: float) -> float:
 
 
 def one_core(source: Source, transform: Transform, finish: Any) -> float:
-    """Pictures per second of processor time, one after the other in this thread."""
+    """Images per second of CPU time, one after another in this thread."""
     maker = Maker(source, transform, Plain(0, len(source), BATCH), np.arange(BATCH), finish)
     start = time.process_time()
     for batch in range(4):
@@ -104,7 +104,7 @@ def one_core(source: Source, transform: Transform, finish: Any) -> float:
 
 
 def costs() -> tuple[float, float]:
-    """TFLOP of the UNet's forward pass and of the autoencoder's encoder for one 512 x 512 picture in SD 1.5."""
+    """TFLOP of the UNet's forward pass and of the autoencoder's encoder for one 512 x 512 image in SD 1.5."""
     import jax
     import jax.numpy as jnp
 
@@ -120,15 +120,15 @@ def costs() -> tuple[float, float]:
 
 
 def consumed(forward: float, encode: float) -> dict[str, float]:
-    """Pictures per second that a v5e-8 host uses up in a full fine-tune, whose step is three forward passes' work."""
+    """Images per second that a v5e-8 host consumes in full fine-tuning, whose step costs three forward passes."""
     available = CHIPS * PEAK_TFLOPS * UTILISATION
     return {"pixels": available / (3 * forward + encode), "latents": available / (3 * forward)}
 
 
 def rows_of(side: int, needs: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All variants for pictures of one size."""
-    folder = args.cache / f"{side}-{args.pictures}"
-    sources = make_sources(folder, side, args.pictures)
+    """All variants for images of one size."""
+    folder = args.cache / f"{side}-{args.images}"
+    sources = make_sources(folder, side, args.images)
     transform = Transform(RESOLUTION, random_flip=True)
     variants = {name: (source, transform, pixels) for name, source in sources.items()}
     if side == min(args.sides):
@@ -153,24 +153,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2, 4])
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument(
-        "--cache", type=Path, default=Path.home() / ".cache" / "diffuse_jax" / "benchmarks" / "pictures"
-    )
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "diffuse_jax" / "benchmarks" / "images")
     args = parser.parse_args()
     forward, encode = costs()
     needs = consumed(forward, encode)
     rows = [row for side in args.sides for row in rows_of(side, needs, args)]
     about = (
-        f"Pictures per second, decoded, resized to {RESOLUTION} pixels, cut and mirrored, in batches of {BATCH}, by "
-        "threads of the process that trains (0 workers) and by worker processes; and per second of one core's "
-        f"processor time. A TPU v5e-8 host would use up {needs['pixels']:.0f} pictures per second in a full fine-tune "
-        f"of SD 1.5 at 512 pixels ({needs['latents']:.0f} from cached latents), taking 3 x {forward:.2f} TFLOP "
-        f"for the UNet's step and {encode:.2f} for the autoencoder, and {CHIPS} x {PEAK_TFLOPS:.0f} TFLOP/s of "
-        f"which {UTILISATION:.0%} are reached: that is assumed, not measured. Such a host has more than a hundred "
-        f"virtual cores. {os.getloadavg()[2]:.1f} processes wanted to run on this machine meanwhile, these included."
+        f"Images per second, decoded, resized to {RESOLUTION} pixels, cropped and flipped, in batches of {BATCH}, by "
+        "threads of the training process (0 workers) and by worker processes; and per second of one core's CPU time. "
+        f"A TPU v5e-8 host would consume {needs['pixels']:.0f} images per second in full fine-tuning of SD 1.5 at 512 "
+        f"pixels ({needs['latents']:.0f} from cached latents), assuming 3 x {forward:.2f} TFLOP for the UNet's step, "
+        f"{encode:.2f} for the autoencoder, and {UTILISATION:.0%} of {CHIPS} x {PEAK_TFLOPS:.0f} TFLOP/s: this is "
+        "assumed, not measured. Such a host has more than a hundred virtual cores. The load average of this machine "
+        f"was {os.getloadavg()[2]:.1f}, this benchmark included."
     )
     print(write("input_pipeline", "Input pipeline", about, rows, "pillow", "numpy", "grain"))
 

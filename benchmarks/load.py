@@ -1,11 +1,11 @@
-"""How long a folder on disk takes to become parameters, and how much memory that needs beside the parameters.
+"""How long it takes to load parameters from a folder, and how much memory that needs on top of the parameters.
 
     python benchmarks/load.py                       # all subjects, 3.4 GB of disk and memory for the largest
     python benchmarks/load.py --subjects tiny 50m   # some of them
 
-Each load is a process of its own; sides take turns. Imports are not counted, tracing the shapes is. Peak memory is what
-the process holds beyond its state before the load: pages of its own (``RssAnon``), which leaves out the pages of the
-mapped file, and all pages (``VmHWM``), which counts them as long as they are mapped.
+Each load has its own process; sides take turns. Imports are not counted, but tracing the shapes is. Peak memory is
+what the process holds beyond its memory before the load: anonymous pages (``RssAnon``), without the pages of the mapped
+file, and all pages (``VmHWM``), which include those as long as they are mapped.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ NETWORKS = ("unet", "vae", "text_encoder")
 
 
 def make_subject(name: str, cache: Path) -> Path:
-    """The folder to load; written at first use."""
+    """The folder to load, written at first use."""
     return make_unet(cache / name) if name == "sd15-unet" else make_folder(name, cache)
 
 
 def make_unet(folder: Path) -> Path:
-    """A folder with nothing but a UNet of the size of SD 1.5, in float32: 3.4 GB."""
+    """A folder with nothing but a UNet of SD 1.5's size, in float32: 3.4 GB."""
     if (folder / "unet" / "config.json").exists():
         return folder
     from diffuse_jax.models import UNet2DConditionModel, presets
@@ -60,7 +60,7 @@ def make_unet(folder: Path) -> Path:
 
 
 def load_ours(folder: Path) -> tuple[Callable[[], Any], Callable[[Any], list[int]]]:
-    """What loads the networks of a folder, and what gives the bytes of each tensor of the result."""
+    """A function that loads the networks of a folder, and one that gives the bytes of each loaded tensor."""
     import jax
 
     from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
@@ -94,13 +94,13 @@ SIDES = {"diffuse_jax": load_ours, "PyTorch": load_pytorch}
 
 
 def status(field: str) -> int:
-    """A line of ``/proc/self/status`` in bytes."""
+    """A field of ``/proc/self/status``, in bytes."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.split(f"{field}:")[1].split()[0])
 
 
 def watch(peak: list[int], stop: threading.Event) -> None:
-    """Keep the largest ``RssAnon`` seen, five hundred times a second."""
+    """Record the largest ``RssAnon``, polled five hundred times a second."""
     while not stop.wait(0.002):
         peak[0] = max(peak[0], status("RssAnon"))
 
@@ -130,7 +130,7 @@ def measure(side: str, folder: Path) -> dict[str, float]:
 
 
 def summarise(subject: str, side: str, runs: list[dict[str, float]]) -> dict[str, Any]:
-    """A row of the table; the limit of memory is 1.15 x the result plus its largest tensor."""
+    """A row of the table; the memory limit is 1.15 x the result plus its largest tensor."""
     size, largest = runs[0]["bytes"], runs[0]["largest"]
     return {
         "loads": SUBJECTS[subject],
@@ -174,16 +174,16 @@ def main() -> None:
         for i in range(args.rounds + 1):
             for side, measured in runs.items():
                 run = one_process(side, folder)
-                measured += [run] if i else []  # the first turn brings the files into the system's cache
+                measured += [run] if i else []  # the first round brings the files into the page cache
         rows += [summarise(subject, side, measured) for side, measured in runs.items()]
         print(json.dumps(rows[-len(runs) :], indent=1), flush=True)
     about = (
-        "A folder on disk to parameters ready for use, after imports, with the files in the system's cache. Own memory "
-        "is the peak of what the process holds beyond its state before, without pages of mapped files; all memory "
-        "counts those. PyTorch maps the file and reads a tensor when it is first used, so that its load reads nothing; "
-        "here every tensor is read, has its axes turned and is ready. "
-        f"On average {os.getloadavg()[2]:.1f} processes wanted to run meanwhile, these included; where that is more "
-        "than there are cores, processor seconds say more than seconds."
+        "From a folder on disk to parameters ready for use, after imports, files in the page cache. Own memory "
+        "is the peak of what the process holds beyond its memory before, without pages of mapped files; all memory "
+        "includes those. PyTorch maps the file and reads a tensor at its first use, so its loading reads nothing; here "
+        "every tensor is read, transposed and ready. "
+        f"The load average was {os.getloadavg()[2]:.1f}, this benchmark included; if that exceeds the number of cores, "
+        "processor seconds say more than seconds."
     )
     print(write("load", "Loading", about, rows, "jax", "flax", "torch", "diffusers", "transformers"))
 

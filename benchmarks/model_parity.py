@@ -1,9 +1,9 @@
-"""How far the networks are from PyTorch diffusers and transformers, and whether every published one has its exact size.
+"""Differences between the networks and those of PyTorch diffusers and transformers, and sizes of published networks.
 
     python benchmarks/model_parity.py
 
-Writes ``docs/results/model_parity.json`` (outputs of small networks with random weights, the ones of the tests) and
-``docs/results/model_sizes.json`` (every preset at full size: parameters, names and shapes, without memory).
+Writes ``docs/results/model_parity.json`` (outputs of small networks with random weights, those of the tests) and
+``docs/results/model_sizes.json`` (every preset at full size: parameter counts, names and shapes, from shapes alone).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
 def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
-    """One row for each twin of the oracle tests."""
+    """One row per twin of the oracle tests."""
     kinds: list[tuple[str, Any, Callable[..., twins.Twin], Callable[[twins.Twin, Any], dict[str, float]]]] = [
         (
             "UNet",

@@ -1,4 +1,4 @@
-"""Whole pipelines here and in PyTorch, by device and dtype: what ``diffuse-jax parity`` finds.
+"""Whole pipelines compared with PyTorch by ``diffuse-jax parity``, by device and dtype.
 
     python -m benchmarks.parity --device cpu
 
@@ -21,7 +21,7 @@ from tests.oracle import folders
 ABOUT = (
     "The same prompts, seeds and plans on both sides; PyTorch reads the checkpoint with its own loader. Largest"
     " relative error (Euclidean norm of the difference over that of PyTorch's) of the networks for equal inputs, of"
-    " the latents after a step with each side on its own trajectory, and of the pixels; `same`: all of them, and every"
+    " the latents after each step, each side on its own trajectory, and of the pixels; `same`: all of them, and every"
     " parameter and setting, are within the tolerances of the dtype. The tiny models have random weights."
 )
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
@@ -29,7 +29,7 @@ STEPS, GUIDANCE = 10, 5.0
 
 
 class Case(NamedTuple):
-    """A model and a dtype; ``make`` writes its folder, or gives the id of one that exists."""
+    """A model and a dtype; ``make`` writes its folder, or returns the id of an existing model."""
 
     model: str
     dtype: str
@@ -46,7 +46,7 @@ CASES = [Case(name, dtype, make) for name, make in MODELS.items() for dtype in (
 
 
 def measure(case: Case, device: str, steps: int = STEPS) -> tuple[dict[str, Any], Any]:
-    """The row of the table, and all that was found (:class:`diffuse_jax.torch_backend.parity.Result`)."""
+    """The row of the table, and the full :class:`diffuse_jax.torch_backend.parity.Result`."""
     parity = torch_backend.load("parity")
     with tempfile.TemporaryDirectory() as folder:
         sides = parity.open_sides(str(case.make(Path(folder) / "model")), dtype=case.dtype, device=device)
@@ -67,7 +67,7 @@ def measure(case: Case, device: str, steps: int = STEPS) -> tuple[dict[str, Any]
 
 
 def device_name(sides: Any) -> str:
-    """What JAX and PyTorch ran on."""
+    """The devices that JAX and PyTorch ran on."""
     found = torch_backend.load("command").devices(sides)
     return f"{found['jax_device']} (JAX), {found['torch_device']} (PyTorch)"
 

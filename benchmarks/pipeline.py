@@ -1,14 +1,14 @@
 """Text to image from end to end: this library against PyTorch diffusers and, on request, other JAX libraries.
 
 Folders in diffusers layout with random weights (``tiny``, ``50m``, ``sd15``) and the shipped model (``emoji``), float32
-on a CPU. Each contestant is a process of its own (``sides/``); they take turns, phase by phase::
+on a CPU. Each contestant has its own process (``sides/``); they take turns, phase by phase::
 
     python benchmarks/pipeline.py                            # all folders; 20 GB of memory and 10 GB of disk for sd15
     python benchmarks/pipeline.py --folders tiny emoji
     python benchmarks/pipeline.py --folders tiny 50m --flax --dew --python312 /usr/bin/python3.12
 
-``--flax`` and ``--dew`` make virtual environments with the last diffusers that had Flax and with Dew, under
-``.cache/venvs``.
+``--flax`` and ``--dew`` create virtual environments under ``.cache/venvs``, with the last diffusers that had Flax and
+with Dew.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIDES = Path(__file__).resolve().parent / "sides"
 
 REQUIREMENTS = {
     "flax": [
-        "torch==2.13.0",  # diffusers imports its Flax classes only where torch is too
+        "torch==2.13.0",  # without torch, diffusers does not import its Flax classes
         "diffusers==0.39.0",
         "transformers==4.57.6",
         "jax==0.10.2",
@@ -47,20 +47,20 @@ PROMPTS = ["a red apple, noto style", "a smiling cat, twemoji style", "a blue fi
 OTHER_PROMPTS = ["a yellow taxi, noto style", "an old castle", "a green frog, fluent style", "a snowman, twemoji style"]
 
 ABOUT = (
-    "Seconds. `start` is from starting the process until its imports are done, `first image` includes compiling, "
+    "Seconds. `start` is from starting the process until its imports are done, `first image` includes compilation, "
     "`next image` is the fastest repetition of the same call, and each `other` call changes one thing: the number of "
     "steps (a fifth more; 2 to 3 for sd15), the guidance scale, the prompts, the seed. `compilations` counts the "
-    "programs that XLA compiled until then, `recompilations` those of all later calls. "
-    "`until first image` is start, load and first image together; `processor` counts seconds on all cores (where it is "
-    "far below, other work held the machine: PyTorch's threads suffer most from that). A next process has its "
-    "predecessor's programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` counts pages of mapped "
-    "files too."
+    "programs that XLA compiled up to the first image, `recompilations` those of all later calls. "
+    "`until first image` is the sum of start, load and first image; `processor` counts CPU seconds on all cores (if it "
+    "is far lower, other work kept the machine busy, which slows PyTorch's threads most). A next process gets its "
+    "predecessor's programs, from JAX's compilation cache or from `save_compiled`. `peak GiB` includes pages of mapped "
+    "files."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One folder and what is drawn with it; ``repeats`` is how often the second call is repeated."""
+    """One folder and what is generated with it; ``repeats`` is how often the call is repeated."""
 
     folder: str
     images: int
@@ -73,7 +73,7 @@ class Setting:
 
     @property
     def phases(self) -> list[tuple[str, dict[str, Any]]]:
-        """The calls in order, by the name of their column."""
+        """The calls in order, each with the name of its column."""
         call = self.call
         return [
             ("first_image", call),
@@ -92,7 +92,7 @@ SETTINGS = {
 
 
 class Side:
-    """A contestant's process. After its first error it is asked nothing more, and its row says why."""
+    """A contestant's process. After its first error it gets no more commands, and its row says why."""
 
     def __init__(self, python: str | Path, script: str, cache: Path, folder: Path) -> None:
         self.python, self.script, self.cache, self.folder = python, script, cache, folder
@@ -126,7 +126,7 @@ class Side:
 
     def _keep(self, phase: str, answer: dict[str, Any]) -> None:
         if answer.get("spread") == 0:
-            answer = {"error": "the pictures are of one colour"}
+            answer = {"error": "the images have a single colour"}
         self.error = answer.get("error")
         print(f"{self.folder.name} {self.name} {phase}: {json.dumps(answer)}", file=sys.stderr)
         if self.error is None:
@@ -134,7 +134,7 @@ class Side:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """What a contestant's process sees: this checkout, no Hub, JAX on the CPU with a compilation cache of its own."""
+    """A contestant's environment: this checkout, no Hub, JAX on the CPU with a separate compilation cache."""
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "DIFFUSERS_VERBOSITY": "error",
@@ -148,7 +148,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def row(setting: Setting, side: Side, suffix: str = "") -> dict[str, Any]:
-    """What the table says of one side; a phase that it did not reach is missing."""
+    """The table row of one side; a phase that it did not reach is missing."""
     least = lambda phase, what: min((a[what] for a in side.answers.get(phase, [])), default=None)
     total = lambda what: None if "first_image" not in side.answers else sum(least(p, what) for p in until_first)
     until_first = ("start", "load", "first_image")
@@ -171,7 +171,7 @@ def row(setting: Setting, side: Side, suffix: str = "") -> dict[str, Any]:
 
 
 def compete(setting: Setting, sides: list[Side], programs: Path) -> list[dict[str, Any]]:
-    """All phases with all sides in turns, then the next process of each that compiles. Sides are closed."""
+    """Run all phases with the sides taking turns, then a next process of each side that compiles; closes the sides."""
     for side in sides:
         side.ask("load", {"do": "load", "folder": str(side.folder)})
     for phase, command in setting.phases:
@@ -193,7 +193,7 @@ def compete(setting: Setting, sides: list[Side], programs: Path) -> list[dict[st
 
 
 def next_process(setting: Setting, before: Side, cache: Path, suffix: str, **options: str) -> dict[str, Any]:
-    """The same first picture in a new process."""
+    """The same first image in a new process."""
     side = Side(before.python, before.script, cache, before.folder)
     side.ask("load", {"do": "load", "folder": str(before.folder)} | options)
     side.ask("first_image", setting.call)
@@ -202,7 +202,7 @@ def next_process(setting: Setting, before: Side, cache: Path, suffix: str, **opt
 
 
 def contestants(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
-    """Interpreter and script of each side."""
+    """The interpreter and script of each side."""
     sides: list[tuple[str | Path, str]] = [(sys.executable, f"{side}.py") for side in args.sides]
     if args.flax:
         sides.append((make_venv("flax", args.python311, REQUIREMENTS["flax"]), "diffusers_flax.py"))
@@ -212,7 +212,7 @@ def contestants(args: argparse.Namespace) -> list[tuple[str | Path, str]]:
 
 
 def folder_for(script: str, folder: Path, cache: Path) -> Path:
-    """The folder as this side reads it: Flax pipelines of old read msgpack only."""
+    """The folder in a format that this side reads: the old Flax pipelines read msgpack only."""
     if script != "diffusers_flax.py":
         return folder
     converted = cache / f"{folder.name}-flax"
@@ -247,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of each folder's number of sampling steps")
     parser.add_argument("--repeats", type=int, help="instead of each folder's number of repetitions")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "pipelines", help="where folders are written")
-    parser.add_argument("--print-only", action="store_true", help="rows to stdout; leave docs/results as it is")
+    parser.add_argument("--print-only", action="store_true", help="print rows, leave docs/results unchanged")
     return parser.parse_args(argv)
 
 
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def keep(name: str, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one folder in place of its older ones."""
+    """Replace the earlier rows of one folder."""
     path = RESULTS / "pipeline.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     everything = [line for line in before if line["folder"] != name] + rows

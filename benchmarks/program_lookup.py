@@ -1,8 +1,8 @@
-"""What a call costs on the host before its program runs: composing the request, and finding the compiled program.
+"""Host time of a call before its program runs: building the request, and looking up the compiled program.
 
     python -m benchmarks.program_lookup
 
-Trees of parameters have the published structures with one number in each array, because only their number matters
+Parameter trees have the published structures with one element in each array, because only the number of arrays matters
 here; no network is compiled or run.
 """
 
@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[type[DiffusionPipeline], dict[str, Any]]] = {
 
 
 class Tokens:
-    """Stands where a tokenizer would: every prompt is the same 77 tokens."""
+    """A stand-in for the tokenizer: every prompt becomes the same 77 tokens."""
 
     model_max_length = 77
 
@@ -68,14 +68,14 @@ def main() -> None:
     for row in rows:
         print(row)
     about = (
-        "Host time of a call before its program runs, medians: composing the request (tokenizing left out) with its "
-        "sampler's plan, and finding the compiled program, whose key is the method, the mesh and every shape."
+        "Host time of a call before its program runs, medians: building the request (without tokenization) and its "
+        "sampler's plan, and looking up the compiled program by method, mesh and all shapes."
     )
     print(write("program_lookup", "Finding a compiled program", about, rows, "jax"))
 
 
 def measured(name: str, kind: type[DiffusionPipeline], networks: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One row: milliseconds of both."""
+    """One row, with both times in milliseconds."""
     params = {k: jax.tree.map(lambda _: jnp.zeros(1), network.shapes()) for k, network in networks.items()}
     parts = {**networks, "tokenizer": Tokens(), "tokenizer_2": Tokens(), "scheduler": DDIMScheduler()}
     pipe = kind(parts, params, programs=Programs())

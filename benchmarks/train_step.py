@@ -1,7 +1,7 @@
-"""One training step of a Stable Diffusion, from pixels and token ids: this library against PyTorch diffusers.
+"""One training step of Stable Diffusion, from pixels and token ids: this library against PyTorch diffusers.
 
-Both sides encode the pictures and the prompts, run the UNet, clip the gradient and update with AdamW, from the same
-random weights, noise and timesteps. Each has a process of its own and they take turns; see ``common.py``::
+Both sides encode the images and the prompts, run the UNet, clip the gradient and update with AdamW, from the same
+random weights, noise and timesteps. Each has its own process and they take turns; see ``common.py``::
 
     python benchmarks/train_step.py --method lora                  # SD 1.5 with LoRA, 256 pixels, float32; 8 GB
     python benchmarks/train_step.py --apart                        # all of SD 1.5's UNet; 18 GB
@@ -27,16 +27,16 @@ from unet_step import weights
 Run = Callable[[], np.ndarray]
 RATE = 1e-5
 ABOUT = (
-    "One training step: pictures and prompts encoded, loss, gradient clipped, AdamW; in float32 on a CPU, on a GPU in "
-    "bfloat16 with float32 parameters. `UNet` is that network's parameters in millions (SD 1.5's has 860, SDXL's "
-    "2567). `images_per_second` is of the fastest of interleaved runs, `ratio` the speed against PyTorch diffusers "
-    "run eagerly; `cpu_ratio` the same by processor time; `peak_gib` the most memory that the side held in a step. "
-    "`difference` is that of the first convolution's (or first pair's) gradient in the first step, in deviations."
+    "One training step: encoding images and prompts, loss, gradient clipping, AdamW; in float32 on a CPU, on a GPU in "
+    "bfloat16 with float32 parameters. `UNet` is its parameter count in millions (860 for SD 1.5, 2567 for SDXL). "
+    "`images_per_second` is that of the fastest of interleaved runs, `ratio` the speed relative to PyTorch diffusers "
+    "run eagerly, `cpu_ratio` the same by CPU time, `peak_gib` the peak memory of a step. `difference` is that of the "
+    "first convolution's (or first LoRA pair's) gradient in the first step, in standard deviations."
 )
 
 
 def trainer_of(task: argparse.Namespace) -> Any:
-    """The step as shapes; both sides build their networks after it."""
+    """The training step as shapes, from which both sides build their networks."""
     import jax.numpy as jnp
     from trainers import make_trainer
 
@@ -45,7 +45,7 @@ def trainer_of(task: argparse.Namespace) -> Any:
 
 
 def batch_of(task: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Random pictures and ids; SDXL is told of pictures of this size."""
+    """Random images and token ids; SDXL's micro-conditioning is this size, without a crop."""
     from trainers import batch_shapes
 
     rng = np.random.default_rng(1)
@@ -61,7 +61,7 @@ def batch_of(task: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def pairs_of(trainer: Any) -> dict[tuple[str, ...], np.ndarray]:
-    """Low-rank pairs by path, the same on both sides; ``up`` is not zero, so that ``down`` has a gradient too."""
+    """LoRA pairs by path, the same on both sides; ``up`` is not zero, so that ``down`` has a gradient too."""
     from diffuse_jax.weights.names import flatten
 
     rng = np.random.default_rng(2)
@@ -110,14 +110,14 @@ def watched(task: argparse.Namespace, trained: Any) -> tuple[str, ...]:
 
 
 def theirs(task: argparse.Namespace, compiled: bool = False) -> Run:
-    """The PyTorch side: diffusers' and transformers' classes as the training scripts of diffusers use them."""
+    """The PyTorch side: classes of diffusers and transformers, used as in diffusers' training scripts."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # for random numbers only
     import torch
 
     trainer = trainer_of(task)
     modules = torch_modules(task, trainer)
     unet = modules["unet"]
-    inputs = {name: torch.from_numpy(x).to(task.device) for name, x in {**batch_of(task), **drawn(task)}.items()}
+    inputs = {name: torch.from_numpy(x).to(task.device) for name, x in {**batch_of(task), **first_draw(task)}.items()}
     trained = [p for p in unet.parameters() if p.requires_grad]
     names = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=1e-2)
@@ -140,7 +140,7 @@ def theirs(task: argparse.Namespace, compiled: bool = False) -> Run:
 
 
 def torch_modules(task: argparse.Namespace, trainer: Any) -> dict[str, Any]:
-    """The networks by our names, with our weights; all but what is trained are frozen."""
+    """The networks by our names, with our weights; all but the trained parameters are frozen."""
     import diffusers
     import torch
     import transformers
@@ -164,7 +164,7 @@ def torch_modules(task: argparse.Namespace, trainer: Any) -> dict[str, Any]:
         if unexpected or [key for key in missing if not key.endswith("position_ids")]:
             raise ValueError(f"{name}: weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}")
         for key, buffer in list(module.named_buffers()):
-            if buffer.is_meta:  # of position ids, which no file has
+            if buffer.is_meta:  # position ids, which no file has
                 owner, _, leaf = key.rpartition(".")
                 setattr(module.get_submodule(owner), leaf, torch.arange(buffer.shape[-1])[None])
         half = task.device != "cpu" and next(iter(dtypes.values())).dtype != np.float32
@@ -179,7 +179,7 @@ def torch_modules(task: argparse.Namespace, trainer: Any) -> dict[str, Any]:
 
 
 def add_pairs(task: argparse.Namespace, trainer: Any, unet: Any) -> None:
-    """LoRA by peft, as the scripts of diffusers make it, with our numbers."""
+    """LoRA by PEFT, as in diffusers' scripts, with our initial values."""
     import peft
     import torch
 
@@ -191,14 +191,14 @@ def add_pairs(task: argparse.Namespace, trainer: Any, unet: Any) -> None:
 
 
 def torch_pair(path: tuple[str, ...]) -> str:
-    """What peft calls one half of a pair."""
+    """PEFT's name for one half of a pair."""
     from diffuse_jax.weights.names import torch_key
 
     layer = torch_key((*path[:-1], "kernel")).removesuffix(".weight")
     return f"{layer}.lora_{'A' if path[-1] == 'down' else 'B'}.default.weight"
 
 
-def drawn(task: argparse.Namespace) -> dict[str, np.ndarray]:
+def first_draw(task: argparse.Namespace) -> dict[str, np.ndarray]:
     """Noise and timesteps of our first step."""
     import jax
     import jax.numpy as jnp
@@ -210,13 +210,13 @@ def drawn(task: argparse.Namespace) -> dict[str, np.ndarray]:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
     k_latent, k_draw = jax.random.split(key)
     shape = (task.batch, task.pixels // 8, task.pixels // 8, 4)
-    own = draw(Objective(scheduler=DDPMScheduler(**SCHEDULE)), k_draw, jnp.zeros(shape))
-    arrays = {"latent_noise": jax.random.normal(k_latent, shape), "noise": own.noise, "t": own.t}
+    draws = draw(Objective(scheduler=DDPMScheduler(**SCHEDULE)), k_draw, jnp.zeros(shape))
+    arrays = {"latent_noise": jax.random.normal(k_latent, shape), "noise": draws.noise, "t": draws.t}
     return {name: np.array(x) for name, x in arrays.items()}
 
 
 def torch_loss(modules: dict[str, Any], unet: Any, inputs: dict[str, Any]) -> Any:
-    """Forward pass of the scripts of diffusers."""
+    """The forward pass of diffusers' training scripts."""
     import diffusers
     import torch
     from trainers import SCHEDULE
@@ -231,9 +231,9 @@ def torch_loss(modules: dict[str, Any], unet: Any, inputs: dict[str, Any]) -> An
         x0 = (posterior.mean + posterior.std * first(inputs["latent_noise"])) * vae.config.scaling_factor
         ids = inputs["text_encoder"].long()
         if "text_encoder_2" in modules:
-            own = [modules[n](inputs[n].long(), output_hidden_states=True) for n in ("text_encoder", "text_encoder_2")]
-            states = torch.cat([out.hidden_states[-2] for out in own], -1)
-            added = {"text_embeds": own[1].text_embeds, "time_ids": inputs["time_ids"]}
+            text = [modules[n](inputs[n].long(), output_hidden_states=True) for n in ("text_encoder", "text_encoder_2")]
+            states = torch.cat([out.hidden_states[-2] for out in text], -1)
+            added = {"text_embeds": text[1].text_embeds, "time_ids": inputs["time_ids"]}
         else:
             states, added = modules["text_encoder"](ids).last_hidden_state, None
         noise, t = first(inputs["noise"]), inputs["t"].long()
@@ -247,18 +247,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=("sd15", "sdxl", "small"), default="sd15")
     add("--method", choices=("full", "lora"), default="full")
-    add("--rank", type=int, default=4, help="of LoRA")
+    add("--rank", type=int, default=4, help="LoRA rank")
     add("--width", type=int, default=1, help="divide the UNet's channels by this")
     add("--batch", type=int, default=1)
-    add("--pixels", type=int, default=256, help="height and width of the pictures")
-    add(
-        "--remat", choices=("none", "blocks", "full"), default="none", help="PyTorch has one kind, gradient checkpoints"
-    )
+    add("--pixels", type=int, default=256, help="height and width of the images")
+    add("--remat", choices=("none", "blocks", "full"), default="none", help="PyTorch only has gradient checkpointing")
     add("--rounds", type=int, default=5)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="add torch.compile")
-    add("--print-only", action="store_true", help="leave docs/results as it is")
-    add("--apart", action="store_true", help="one side in memory at a time, two turns of all rounds")
+    add("--print-only", action="store_true", help="leave docs/results unchanged")
+    add("--apart", action="store_true", help="one side in memory at a time; all rounds twice")
     return parser.parse_args(argv)
 
 
@@ -283,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def label(task: argparse.Namespace) -> dict[str, Any]:
-    """What tells this work from other rows."""
+    """The columns that identify these rows."""
     import jax
 
     unet = trainer_of(task).networks["unet"]
@@ -300,7 +298,7 @@ def label(task: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(task: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
-    """Speeds in place of seconds; on a GPU also the share of what it could do."""
+    """Speeds instead of seconds; on a GPU also the MFU."""
     found = {
         "side": row["side"],
         "images_per_second": task.batch / row["seconds_min"],
@@ -315,7 +313,7 @@ def figures(task: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def utilisation(task: argparse.Namespace, seconds: float) -> float | None:
-    """Arithmetic of the step, nothing counted twice, over what the GPU could do in bfloat16 in that time."""
+    """Model FLOPs utilisation: the step's arithmetic without recomputation over the GPU's bfloat16 peak."""
     import jax
     import torch
 

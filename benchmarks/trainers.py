@@ -1,4 +1,4 @@
-"""The training steps that are measured, as shapes: published architectures, what is trained, and a batch."""
+"""The training steps to measure, as shapes: published architectures, what is trained, and a batch."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ MODELS: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {
         ),
     ),
 }
-"""Configs of UNet, autoencoder and text encoders; ``small`` is for trying a script out."""
+"""Configs of UNet, autoencoder and text encoders; ``small`` is for quick trials."""
 
 SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 class Trainer(NamedTuple):
-    """A training step without numbers."""
+    """A training step without values."""
 
     networks: dict[str, Model]
     trainable: Any  # shapes, float32
@@ -64,16 +64,16 @@ def make_trainer(
     cached: bool = False,
     width: int = 1,
 ) -> Trainer:
-    """What ``train/text_to_image.py`` (``full``) and ``train/text_to_image_lora.py`` (``lora``) make of a checkpoint.
+    """The training step of ``train/text_to_image.py`` (``full``) or ``train/text_to_image_lora.py`` (``lora``).
 
     Args:
       model: one of :data:`MODELS`.
-      method: "full" trains the UNet's parameters, "lora" low-rank pairs beside its attention.
-      dtype: what networks compute in; an autoencoder whose config has ``force_upcast`` stays in float32.
-      remat: of the UNet.
-      rank: of LoRA.
-      cached: latents and text states come with the batch, so only the UNet is there.
-      width: what the UNet's channels are divided by, for machines that are too small for it.
+      method: "full" trains the UNet's parameters, "lora" LoRA pairs on its attention layers.
+      dtype: the dtype of computations; an autoencoder whose config has ``force_upcast`` stays in float32.
+      remat: remat policy of the UNet.
+      rank: LoRA rank.
+      cached: latents and prompt embeddings come with the batch, so only the UNet is present.
+      width: divisor of the UNet's channels, for machines that are too small for it.
     """
     networks, family = _networks(model, dtype, remat)
     if width > 1:
@@ -91,7 +91,7 @@ def make_trainer(
 
 
 def _networks(model: str, dtype: DTypeLike, remat: str) -> tuple[dict[str, Model], ClipFamily]:
-    """Networks by name, text encoders first, and the family they belong to."""
+    """Networks by name, text encoders first, and their family."""
     unet, vae, (first, *second) = MODELS[model]
     networks: dict[str, Model] = {"text_encoder": CLIPTextModel(first, dtype=dtype)}
     if second:
@@ -106,7 +106,7 @@ def _narrowed(unet: Model, width: int) -> Model:
 
 
 def batch_shapes(model: str, batch: int, pixels: int, *, cached: bool = False) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """A batch as the data loaders make it, without the leading axis of accumulation steps."""
+    """A batch as the data loaders produce it, without the leading axis of accumulation steps."""
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *s), dtype)
     unet, _, encoders = MODELS[model]
     arrays = {"time_ids": shape(6), "pooled": shape(encoders[1].projection_dim)} if len(encoders) > 1 else {}

@@ -1,4 +1,4 @@
-"""How far one update of each trainer of latent models is from PyTorch diffusers'.
+"""Difference between one training step of each latent-model trainer and PyTorch diffusers'.
 
     python -m benchmarks.training_parity
 
@@ -22,10 +22,10 @@ from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared
 from tests.oracle import training_cases
 
 ABOUT = (
-    "One update of AdamW with clipping and Min-SNR, from the same weights, pictures, captions, noise and timesteps, on"
-    " the CPU; small networks with random weights, and the shipped model. Largest relative errors (norm of the"
-    " difference over norm of PyTorch's): of the loss and what it is made from, of any parameter's gradient, and of"
-    " what the update added to any. Bounds are 1e-4, 1e-3 and 1e-2 in float32, 0.05, 0.3 and 0.1 in bfloat16."
+    "One AdamW step with clipping and Min-SNR, from the same weights, images, captions, noise and timesteps, on the"
+    " CPU; small networks with random weights, and the shipped model. Largest relative errors (norm of the difference"
+    " over norm of PyTorch's): of the loss and what it is computed from, of any parameter's gradient, and of any"
+    " parameter's change. Bounds are 1e-4, 1e-3 and 1e-2 in float32, 0.05, 0.3 and 0.1 in bfloat16."
 )
 SHIPPED = {
     "shipped model": TrainingRequest(batch_size=4, snr_gamma=5.0, train_text_encoder=True),
@@ -42,18 +42,18 @@ def main() -> None:
             rows.append(row(name, "float32", case(Path(folder), np.random.default_rng(0))))
     for name, request in SHIPPED.items():
         for dtype in TOLERANCES:
-            own = dataclasses.replace(request, dtype=dtype)
-            rows.append(row(name, dtype, compare_training("diffuse-jax/emoji", own, device="cpu")))
+            typed = dataclasses.replace(request, dtype=dtype)
+            rows.append(row(name, dtype, compare_training("diffuse-jax/emoji", typed, device="cpu")))
     print(common.write("training_parity", "Training steps against PyTorch", ABOUT, rows, *PACKAGES))
 
 
 def row(name: str, dtype: str, found: Compared) -> dict[str, Any]:
-    """What the table says of one comparison."""
+    """The table row of one comparison."""
     worst = {group: max(r.relative_error for r in getattr(found, group)) for group in GROUPS}
-    made = {"trainer": name, "dtype": dtype, **worst, "parameters": len(found.changes), "same": found.ok}
-    print(made, flush=True)
-    jax.clear_caches()  # no program is used twice
-    return made
+    line = {"trainer": name, "dtype": dtype, **worst, "parameters": len(found.changes), "same": found.ok}
+    print(line, flush=True)
+    jax.clear_caches()  # no program is used again
+    return line
 
 
 if __name__ == "__main__":

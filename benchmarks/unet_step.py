@@ -1,10 +1,10 @@
-"""One step of the UNet, and one decoding of the autoencoder: this library against PyTorch diffusers.
+"""One UNet step, and one decoding by the autoencoder: this library against PyTorch diffusers.
 
 Published architectures with random weights, the same on both sides, in float32 on a CPU (bfloat16 and the GPU with
-``--device``). Each side has a process of its own and they take turns; see ``common.py``::
+``--device``). Each side has its own process and they take turns; see ``common.py``::
 
     python benchmarks/unet_step.py                       # SD 1.5 UNet, 2 x 64 x 64 latents; 8 GB of memory
-    python benchmarks/unet_step.py --model vae           # its decoder, one picture of 512 pixels
+    python benchmarks/unet_step.py --model vae           # the SD 1.5 decoder, one image of 512 pixels
     python benchmarks/unet_step.py --model sdxl --apart  # SDXL UNet, 2 x 64 x 64 latents; 13 GB (22 GB side by side)
     python benchmarks/unet_step.py --compile --stock     # also torch.compile, and JAX without our kernels
 """
@@ -25,7 +25,7 @@ Run = Callable[[], np.ndarray]
 
 
 def network(name: str) -> Any:
-    """The module of this library; its config and shapes describe the PyTorch side too."""
+    """This library's network; its config and shapes also describe the PyTorch side."""
     from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, presets
 
     if name == "vae":
@@ -34,7 +34,7 @@ def network(name: str) -> Any:
 
 
 def weights(model: Any) -> dict[tuple[str, ...], np.ndarray]:
-    """Random weights of unit gain: what goes through the network keeps its size, as in a trained one."""
+    """Random weights of unit gain: activations keep their scale, as in a trained network."""
     from diffuse_jax.weights.names import flatten
 
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def weights(model: Any) -> dict[tuple[str, ...], np.ndarray]:
 
 
 def inputs(name: str, size: int, batch: int) -> dict[str, np.ndarray]:
-    """Channel-last latents and conditions."""
+    """Channel-last latents and conditioning."""
     rng = np.random.default_rng(1)
     normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     if name == "vae":
@@ -62,7 +62,7 @@ def inputs(name: str, size: int, batch: int) -> dict[str, np.ndarray]:
 
 
 def ours(name: str, size: int, batch: int, dtype: str, stock: bool = False) -> Run:
-    """The JAX side; ``stock`` replaces our attention and convolution by those that come with JAX."""
+    """The JAX side; ``stock`` replaces our attention and convolution with those of JAX."""
     import jax
 
     if stock:
@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="add torch.compile")
     parser.add_argument("--stock", action="store_true", help="add JAX with its own attention and convolution")
-    parser.add_argument("--apart", action="store_true", help="one side in memory at a time, two turns of all rounds")
+    parser.add_argument("--apart", action="store_true", help="one side in memory at a time; all rounds twice")
     return parser.parse_args(argv)
 
 
@@ -161,10 +161,10 @@ def main(argv: list[str] | None = None) -> int:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [row for row in before if label.items() - row.items()]
     about = (
-        "One forward pass: seconds (fastest and median of interleaved runs, and processor time of the fastest) with "
-        "ratios to PyTorch diffusers, eager; `difference` is the largest, of outputs scaled to unit variance; "
-        "`setup_seconds` is from nothing to the first result, random weights included; `peak_gib` is the most memory "
-        "that the side held in a run, where that was taken."
+        "One forward pass: seconds (fastest and median of interleaved runs, and CPU time of the fastest) with ratios "
+        "to eager PyTorch diffusers; `difference` is the largest, of outputs scaled to unit variance; `setup_seconds` "
+        "is the time to the first result, including random weights; `peak_gib` is the peak memory of a run, where "
+        "it was measured."
     )
     print(write("unet_step", "UNet step and decoding", about, others + rows, "jax", "torch", "diffusers"))
     return 0

@@ -1,7 +1,7 @@
-"""What the fields of a configuration may hold, read off their annotations: kinds, ranges, and sizes in product.
+"""What the fields of a configuration may hold, as their annotations say: types, ranges, and products of sizes.
 
-Plain annotations mean: ``int`` 1 to 65,536, ``float`` finite and 0 to 1e9, ``tuple[X, ...]`` up to 64 of X. A field
-that differs says so in its annotation: ``Annotated[float, Range(-1e9, 1e9)]``, or one of the names below.
+Plain annotations mean: ``int`` from 1 to 65,536, ``float`` from 0 to 1e9, ``tuple[X, ...]`` up to 64 of X. A field with
+other limits has them in its annotation: ``Annotated[float, Range(-1e9, 1e9)]``, or one of the names below.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ INFINITY = float("inf")
 
 
 class Range(NamedTuple):
-    """The numbers from ``low`` to ``high``, both included; NaN is in none."""
+    """The numbers from ``low`` to ``high``, both included; NaN is in no range."""
 
     low: float
     high: float
 
 
 class Length(NamedTuple):
-    """The most entries of a tuple."""
+    """The maximum length of a tuple."""
 
     most: int
 
 
 class Repeats(NamedTuple):
-    """The field says how often a part of the network is repeated: its largest number, or (of a tuple) its length."""
+    """The field says how often a part of the network is repeated: by its largest number or, for tuples, its length."""
 
 
 SIZE = Range(1, 65_536)
@@ -44,23 +44,23 @@ LEVELS = 64
 PACKAGE = __name__.partition(".")[0]
 
 Layers = Annotated[int, Range(1, 64), Repeats()]
-"""How many layers there are, one after another."""
+"""A number of consecutive layers."""
 Levels = Annotated[tuple[int, ...], Length(16), Repeats()]
 """The width of each level."""
 Index = Annotated[int, Range(0, 65_536)]
-"""A number that may be 0: an offset, an index, padding."""
+"""An integer that may be 0: an offset, an index, padding."""
 TokenId = Annotated[int, Range(-1, 2**31 - 1)]
 Signed = Annotated[float, Range(-1e9, 1e9)]
 Share = Annotated[float, Range(0, 1)]
 
 MAX_REPEATED = 192
-"""Layers of a network: all numbers that repeat something, multiplied. Stable Diffusion XL has 60; tracing a layer takes
-some hundredths of a second."""
+"""Maximum number of layers: the product of all fields that repeat something. Stable Diffusion XL has 60; tracing a
+layer takes a few hundredths of a second."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What one field, or one entry of a tuple, may hold; ``anything`` is for what a class checks by itself."""
+    """What one field, or one entry of a tuple, may hold; ``anything`` leaves the check to the class."""
 
     text: bool = False
     flag: bool = False
@@ -74,7 +74,7 @@ class Rule:
     anything: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether the value is of a kind and in a range that the annotation names."""
+        """Whether the annotation allows the value's type and range."""
         if value is None:
             return self.none or self.flag or self.anything  # published files have null for false
         if self.anything:
@@ -91,7 +91,7 @@ class Rule:
         return self.shortest <= len(value) <= self.longest and all(map(self.items.allows, value))
 
     def repeated(self, value: Any) -> int:
-        """How often the value says that something is repeated; 1 where it says nothing of the kind."""
+        """How often the value repeats something; 1 if the field does not repeat anything."""
         if isinstance(value, tuple):
             return max([len(value) if self.repeats else 1, *map((self.items or self).repeated, value)])
         return int(value) if self.repeats and isinstance(value, Integral) else 1
@@ -120,7 +120,7 @@ PLAIN: dict[Any, Rule] = {
 
 
 def rule_of(hint: Any) -> Rule:
-    """The rule that an annotation stands for."""
+    """The rule that an annotation means."""
     arguments = typing.get_args(hint)
     if hint in PLAIN:
         return PLAIN[hint]
@@ -136,7 +136,7 @@ def rule_of(hint: Any) -> Rule:
 
 
 def _marked(rule: Rule, mark: Any) -> Rule:
-    """A rule with what one mark of ``Annotated`` says."""
+    """A rule changed by one marker of ``Annotated``."""
     if isinstance(mark, Range):
         return dataclasses.replace(rule, whole=mark) if rule.whole else dataclasses.replace(rule, real=mark)
     if isinstance(mark, Length):
@@ -145,14 +145,14 @@ def _marked(rule: Rule, mark: Any) -> Rule:
 
 
 def _either(one: Rule, other: Rule) -> Rule:
-    """What either rule allows."""
+    """A rule that allows what either rule allows."""
     changes = {f.name: getattr(other, f.name) or getattr(one, f.name) for f in dataclasses.fields(Rule)}
     return Rule(**changes)
 
 
 @functools.cache
 def rules_of(cls: Any) -> dict[str, Rule]:
-    """Field -> rule, of a configuration's class; fields that only hold None are left to the class."""
+    """Field -> rule for a configuration class; fields that are always None are left to the class."""
     names = [f.name for f in dataclasses.fields(cls) if f.init and f.name != "extra"]
     owners = {
         name: next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {})) for name in names
@@ -163,20 +163,20 @@ def rules_of(cls: Any) -> dict[str, Rule]:
 def _rule_of_field(owner: Any, name: str) -> Rule:
     """The rule of a field of the class that defines it.
 
-    A class outside of the package gets the kinds of its annotations, but of the ranges only those that it states: what
-    its numbers mean, and whether they may be zero or negative, only its author knows.
+    For a class outside this package, types follow the annotations but only explicit ranges apply: only its author knows
+    what its numbers mean, and whether they may be zero or negative.
     """
     if owner.__module__.partition(".")[0] == PACKAGE:
         hint = typing.get_type_hints(owner, include_extras=True)[name]
         return Rule(anything=True) if hint is type(None) else rule_of(hint)
     try:
         return _widened(rule_of(typing.get_type_hints(owner, include_extras=True)[name]))
-    except (TypeError, NameError):  # an annotation that has no rule, or that is known inside a function only
+    except (TypeError, NameError):  # an annotation without a rule, or with a name that is local to a function
         return Rule(anything=True)
 
 
 def _widened(rule: Rule) -> Rule:
-    """The rule without the ranges that plain annotations stand for in the package's own classes."""
+    """The rule without the default ranges, which are only for this package's classes."""
     return dataclasses.replace(
         rule,
         whole=Range(-INFINITY, INFINITY) if rule.whole == SIZE else rule.whole,
@@ -186,14 +186,14 @@ def _widened(rule: Rule) -> Rule:
 
 
 def check_fields(config: Any, name: str) -> None:
-    """Refuse a configuration with a value of another kind or range than its field's, or of endlessly many layers.
+    """Refuse a configuration with a value of the wrong type or out of range, or with too many layers.
 
     Args:
-      config: the dataclass, frozen.
-      name: what errors call it.
+      config: the frozen dataclass.
+      name: its name in error messages.
 
     Raises:
-      ValueError: with field, value and what is allowed.
+      ValueError: the message names the field, its value and what is allowed.
     """
     cls: Any = type(config)
     rules = rules_of(cls)
@@ -204,4 +204,4 @@ def check_fields(config: Any, name: str) -> None:
     repeats = {field: rule.repeated(getattr(config, field)) for field, rule in rules.items()}
     if math.prod(repeats.values()) > MAX_REPEATED:
         shown = ", ".join(f"{field}={brief(getattr(config, field))}" for field, n in repeats.items() if n > 1)
-        raise ValueError(f"{name}: {shown} make more than {MAX_REPEATED} layers together")
+        raise ValueError(f"{name}: {shown} together make more than {MAX_REPEATED} layers")

@@ -1,9 +1,9 @@
 """Frozen, hashable configurations that read and write the JSON of diffusers and transformers.
 
-A configuration is a plain frozen dataclass. Its fields carry the names and the defaults of the JSON keys, so a file
-that leaves a key out means the same here as in PyTorch. Keys that a class does not know are kept (``extra``) and
-written back, so reading and saving a folder loses nothing. A configuration never reads files, the environment or
-devices. Every value is checked when a configuration is made: see :mod:`diffuse_jax.allowed`.
+A configuration is a plain frozen dataclass. Its fields have the names and the defaults of the JSON keys, so a file
+that leaves a key out means the same here as in PyTorch. Unknown keys are kept (``extra``) and written back, so reading
+and saving a folder loses nothing. A configuration never reads files, the environment or devices. Every value is checked
+when a configuration is created: see :mod:`diffuse_jax.allowed`.
 """
 
 from __future__ import annotations
@@ -43,18 +43,17 @@ class FrozenDict(tuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every configuration.
+    """Base class of all configurations.
 
     Attributes:
-      extra: keys of the JSON that the class has no field for, frozen; written back by :meth:`to_json`. They change
-        nothing about a network, so they do not take part in comparisons, and checkpoints of one architecture share
-        their compiled programs.
+      extra: JSON keys that the class has no field for, frozen; written back by :meth:`to_json`. They do not affect the
+        network, so comparisons ignore them, and checkpoints of one architecture share their compiled programs.
     """
 
     extra: FrozenDict = dataclasses.field(default=FrozenDict(), compare=False)
 
     class_name: ClassVar[str] = ""
-    """What ``_class_name`` says in the JSON of this configuration; empty where the format has no such key."""
+    """The ``_class_name`` in the JSON of this configuration; empty if the format has no such key."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -69,11 +68,11 @@ class Config:
         return cls(**fields, extra=freeze({k: v for k, v in data.items() if k not in known}))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that diffusers or transformers would read: every field, then the kept unknown keys."""
+        """The JSON object that diffusers or transformers would read: every field, then the unknown keys."""
         fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         head = {"_class_name": self.class_name} if self.class_name else {}
         return head | fields | {k: v for k, v in thaw(self.extra).items() if k != "_class_name"}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; an unknown name is an error."""
+        """A copy with some fields changed; unknown names are an error."""
         return dataclasses.replace(self, **changes)

@@ -1,4 +1,4 @@
-"""From an image, or the file of one, to upright RGB pixels: the one way in, for training and for sampling.
+"""Turn an image or an image file into upright RGB pixels, for training and for sampling.
 
 ``docs/training-data.md`` has the table of what is converted and what is refused.
 """
@@ -25,12 +25,12 @@ SIGNATURES = {
     "GIF": (b"GIF87a", b"GIF89a"),
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
 }
-"""Formats that are opened, and how their files begin. Pillow would start other programs for some of the rest."""
+"""Accepted formats and how their files begin. For some of the others Pillow would start external programs."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that are damaged, or larger than it thinks safe."""
+"""What Pillow raises for files that are damaged, or larger than it considers safe."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,21 +41,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright; with any other value it is upright already."""
+"""EXIF orientation -> the transposition that makes the image upright; with other values it is upright already."""
 
 ORIENTATION = 0x0112
 
 
 @contextlib.contextmanager
 def opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
-    """The image in a file, not decoded yet.
+    """Open the image in a file, without decoding it yet.
 
     Args:
       source: the file's path, or its bytes.
-      name: what an error calls it.
+      name: its name in error messages.
 
     Raises:
-      ValueError: here or inside the block: it is no image of a format in :data:`SIGNATURES`, or a damaged one.
+      ValueError: on opening or inside the block: the file is damaged or in none of the formats of :data:`SIGNATURES`.
       FileNotFoundError: there is no such file.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -66,19 +66,19 @@ def opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
         raise
     except UNREADABLE as error:
         raise ValueError(
-            f"{name} is not a picture that can be read: {error} (formats: {', '.join(SIGNATURES)})"
+            f"{name} is not a readable image: {error} (supported formats: {', '.join(SIGNATURES)})"
         ) from error
 
 
 class RefusedImage(ValueError):
-    """An image that could be read, but whose values have no known range."""
+    """A readable image whose values have no known range."""
 
 
 def rgb(image: Image.Image, name: str) -> Image.Image:
     """The image, upright and in 8-bit RGB.
 
-    Of several frames the current one is taken (of a file, the first); transparency is dropped; 16-bit grey is rounded
-    to 8 bits.
+    Takes the current frame of an animation (of a file, the first), drops transparency, and rounds 16-bit greyscale to
+    8 bits.
 
     Raises:
       RefusedImage: floating-point or 32-bit values.
@@ -96,7 +96,7 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, and without that orientation; itself if there is nothing to do."""
+    """The image with its EXIF orientation applied and removed; the same object if there is nothing to do."""
     turn = _turn(image)
     if turn is None:
         return image
@@ -109,7 +109,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of the upright image; nothing is decoded."""
+    """Height and width of the upright image, without decoding it."""
     swapped = _turn(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
     return (image.width, image.height) if swapped else (image.height, image.width)
 
@@ -117,7 +117,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         return TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except (*UNREADABLE, KeyError):  # damaged EXIF, or a list in place of the number: no orientation is known
+    except (*UNREADABLE, KeyError):  # damaged EXIF, or a list instead of a number: the orientation is unknown
         return None
 
 
@@ -131,14 +131,14 @@ def _named(image: Image.Image, name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """What a folder holds besides images: the number of files and folders, and the first of them."""
+    """What a folder holds besides images: the number of such files and folders, and the first of them."""
 
     count: int = 0
     first: str = ""
 
 
 def find_images(folder: Path) -> tuple[list[Path], Skipped]:
-    """The images of a folder and of those below it, by name, and what was skipped.
+    """The images in a folder and its subfolders, sorted by path, and what was skipped.
 
     Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
     of an image but do not begin like one are skipped.
@@ -154,13 +154,13 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
 
 
 def warn_of(skipped: Skipped, where: str) -> None:
-    """Say what was skipped, if anything was."""
+    """Warn about skipped files, if there are any."""
     if skipped.count:
-        warnings.warn(f"{where}: {skipped.count} skipped that are no images, for example {skipped.first}", stacklevel=3)
+        warnings.warn(f"{where}: skipped {skipped.count} non-images, for example {skipped.first}", stacklevel=3)
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file that is not hidden has the name of an image and begins like one."""
+    """Whether a file is not hidden, is named like an image and begins like one."""
     if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES or not path.is_file():
         return False
     with path.open("rb") as file:

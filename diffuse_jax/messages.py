@@ -1,4 +1,4 @@
-"""Values of files in the text of errors: always short, whatever the file holds."""
+"""Values from files as error messages show them: always short, whatever the file holds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import reprlib
 from typing import Any
 
 MAX_BITS = 256
-"""Longer integers are described; Python refuses to write those of more than some thousand digits."""
+"""Longer integers are described instead; Python refuses to print those of more than a few thousand digits."""
 
 
 class _Brief(reprlib.Repr):
-    """``repr`` that visits a few items of a few levels; a small pickle can describe a tuple of 2**60 leaves."""
+    """``repr`` that visits only a few items and levels; a small pickle can describe a tuple of 2**60 leaves."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Meshes, logical axes of parameters, and where arrays go.
+"""Meshes, logical axes of parameters, and the sharding of arrays.
 
-A parameter's path says which logical axes it has (``LOGICAL_AXES``, first match wins); ``RULES`` say which axis of the
-mesh each logical axis is cut along. Both are data; a user may pass other rules.
+A parameter's path determines its logical axes (``LOGICAL_AXES``, first match wins); ``RULES`` map each logical axis to
+the mesh axis that it is sharded along. Both are data; users may pass other rules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(net_2|fc2)/kernel$", ("mlp", "embed")),
     (r"(token|position)_embedding/embedding$", (None, "embed")),
 )
-"""``(regular expression over the path, logical axes)``; what matches nothing is described by its rank alone."""
+"""``(regular expression for the path, logical axes)``; without a match, ``BY_RANK`` applies."""
 
 BY_RANK: dict[int, tuple[str | None, ...]] = {2: ("embed", None), 4: (None, None, None, "channels")}
 
@@ -40,9 +40,9 @@ RULES: Mapping[str, str] = {"embed": "fsdp", "channels": "fsdp", "heads": "tenso
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, "all that remain".
+    """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, for all remaining devices.
 
-    ``devices`` are all of JAX's if left out. Nothing is cut along ``sequence`` unless rules of your own say so.
+    ``devices`` defaults to ``jax.devices()``. Nothing is sharded along ``sequence`` unless custom rules say so.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -65,16 +65,16 @@ def make_mesh(
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same devices with axes over which the compiler divides the work, as pipelines and training steps expect.
+    """The same mesh with automatic axes, where the compiler partitions the work, as pipelines and training expect.
 
-    The axes of ``jax.make_mesh`` are explicit in recent versions of JAX: every operation would have to say how its
-    result is cut.
+    The axes of ``jax.make_mesh`` are explicit in recent versions of JAX: every operation would have to specify how its
+    result is sharded.
     """
     return Mesh(mesh.devices, mesh.axis_names)
 
 
 def automatic_shardings(tree: Tree) -> Tree:
-    """A tree of shardings with each mesh as :func:`automatic` makes it; other leaves stay as they are."""
+    """A tree of shardings with :func:`automatic` applied to each mesh; other leaves are unchanged."""
 
     def convert(s: Any) -> Any:
         on_mesh = isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)
@@ -84,16 +84,16 @@ def automatic_shardings(tree: Tree) -> Tree:
 
 
 def on_automatic_axes(fun: Callable[..., Any], args: tuple[Any, ...], *, batch: Any = ()) -> Any:
-    """``fun(*args)``, where the compiler divides the work along the axes that are explicit outside.
+    """``fun(*args)`` with the mesh's explicit axes made automatic, so that the compiler partitions the work along them.
 
     The mesh is the current one (``jax.set_mesh``, ``jax.shard_map``), else that of the first array with explicit axes.
-    Where there are none, this is just the call.
+    If there are none, ``fun`` is simply called.
 
     Args:
-      fun: a function of trees; an array that it closes over needs :func:`to_current_mesh`.
+      fun: a function of trees; arrays that it closes over need :func:`to_current_mesh`.
       args: its arguments; leaves that are not arrays are passed on as they are.
-      batch: those trees among them that hold arrays ``[B,...]``. The first of these that is sharded along its first
-        axis decides how results ``[B,...]`` are; all others are replicated along the explicit axes.
+      batch: the arguments that hold arrays ``[B,...]``. The first such array that is sharded along its first axis
+        determines how results ``[B,...]`` are sharded; other results are replicated along the explicit axes.
 
     Raises:
       ValueError: arrays are on different meshes.
@@ -117,7 +117,7 @@ def on_automatic_axes(fun: Callable[..., Any], args: tuple[Any, ...], *, batch: 
 
 
 def to_current_mesh(tree: Tree) -> Tree:
-    """The same arrays for the current mesh, where they are on its devices but its axes have other types.
+    """The same arrays on the current mesh, if they are on its devices but with other axis types.
 
     Raises:
       ValueError: an array is on a mesh with other axes.
@@ -133,13 +133,13 @@ def to_current_mesh(tree: Tree) -> Tree:
                 f"an array {list(x.shape)} is on a mesh {dict(source.shape)}, but jax.set_mesh or another array uses "
                 f"{dict(mesh.shape)}; put parameters and inputs on one mesh with jax.device_put(x, NamedSharding(...))"
             )
-        return jax.sharding.reshard(x, PartitionSpec())  # automatic axes are left open: nothing moves
+        return jax.sharding.reshard(x, PartitionSpec())  # automatic axes stay unconstrained, so nothing moves
 
     return jax.tree.map(move, tree)
 
 
 def _mesh_to_compute_on(tree: Any) -> AbstractMesh | None:
-    """The mesh, if explicit axes are involved at all."""
+    """The mesh to compute on; None if no explicit axes are involved."""
     current = jax.sharding.get_abstract_mesh()
     if current.explicit_axes:
         return current
@@ -155,7 +155,7 @@ _NO_MESH = AbstractMesh((), ())
 
 
 def _sharded_batch(tree: Any, mesh: AbstractMesh) -> tuple[int | None, Any]:
-    """The first axis of the first array that is sharded there along explicit axes of the mesh, and these axes."""
+    """The batch size of the first array that is sharded along its first axis, and the explicit axes that shard it."""
     kinds = (jax.typeof(x) for x in jax.tree.leaves(tree) if _mesh_of(x) == mesh)
     sharded = ((kind.shape[0], kind.sharding.spec[0]) for kind in kinds if kind.ndim and kind.sharding.spec[0])
     return next(sharded, (None, None))
@@ -164,7 +164,7 @@ def _sharded_batch(tree: Any, mesh: AbstractMesh) -> tuple[int | None, Any]:
 def param_spec(
     path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping[str, str] = RULES
 ) -> PartitionSpec:
-    """How the parameter at ``path`` (joined with ``/``) is cut; an axis that does not divide evenly stays whole."""
+    """How to shard the parameter at ``path`` (joined with ``/``); axes that do not divide evenly are not sharded."""
     named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
     logical = next(named, BY_RANK.get(len(shape), (None,) * len(shape)))
     spec = [rules.get(name) if name else None for name in logical]
@@ -176,8 +176,8 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
     """The tree of ``NamedSharding`` for a tree of shapes (``Model.shapes()``) or of arrays.
 
     Explicit axes of the mesh stay explicit, so the parameters can be used together with other arrays on this mesh.
-    The tree may hold parameters deeper inside, as a training state does: an optimiser's moments are cut like the
-    parameters that they belong to, and what has no such path is whole on every device.
+    The tree may hold parameters deeper inside, as a training state does: an optimiser's moments are sharded like the
+    parameters that they belong to, and leaves without a parameter's path are replicated.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -188,44 +188,44 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
 
 
 def gathered(path: Sequence[str], kernel: jax.Array) -> jax.Array:
-    """All of a parameter that is stored cut along ``fsdp``, at the place where a layer uses it.
+    """All-gather a parameter that is sharded along ``fsdp``, where a layer uses it.
 
-    Its gradient is cut along ``fsdp`` again, so what each device gets of the sum is its part. Left alone, the compiler
-    may also keep the parameter cut and divide the layer's work by channels, which moves activations between devices and
-    holds those of the whole batch. Does nothing unless the current mesh (``jax.set_mesh``, or that of
+    Its gradient is sharded along ``fsdp`` again, so each device receives only its part of the sum. Left alone, the
+    compiler might keep the parameter sharded and divide the layer's work by channels, which moves activations between
+    devices and holds those of the whole batch. Does nothing unless the current mesh (``jax.set_mesh``, or that of
     :func:`diffuse_jax.training.state.make_step`) has an automatic axis ``fsdp``.
 
     Args:
       path: names from the root of the parameters to this one.
-      kernel: in the dtype that should travel between devices.
+      kernel: the parameter, in the dtype to send between devices.
     """
     if "fsdp" not in automatic_axes():
         return kernel
-    cut = param_spec("/".join(path), kernel.shape, jax.sharding.get_abstract_mesh())
-    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut))
-    return kernel if whole == cut else _gather(kernel, cut, whole)
+    sharded = param_spec("/".join(path), kernel.shape, jax.sharding.get_abstract_mesh())
+    full = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharded))
+    return kernel if full == sharded else _gather(kernel, sharded, full)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> jax.Array:
-    # Cut first: the compiler might else gather what a cast to a narrower dtype was made from.
-    return lax.with_sharding_constraint(lax.with_sharding_constraint(x, cut), whole)
+def _gather(x: jax.Array, sharded: PartitionSpec, full: PartitionSpec) -> jax.Array:
+    # Sharded first: otherwise the compiler might gather before a cast to a narrower dtype.
+    return lax.with_sharding_constraint(lax.with_sharding_constraint(x, sharded), full)
 
 
-def _gather_forward(x: jax.Array, cut: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:
-    return _gather(x, cut, whole), None
+def _gather_forward(x: jax.Array, sharded: PartitionSpec, full: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(x, sharded, full), None
 
 
-def _gather_backward(cut: PartitionSpec, whole: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # Whole first: asked for a part at once, the compiler may gather the batch to compute just that.
-    return (lax.with_sharding_constraint(lax.with_sharding_constraint(gradient, whole), cut),)
+def _gather_backward(sharded: PartitionSpec, full: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Full first: asked for one shard directly, the compiler may gather the batch to compute just that.
+    return (lax.with_sharding_constraint(lax.with_sharding_constraint(gradient, full), sharded),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def cut_batch(x: jax.Array) -> jax.Array:
-    """``x [B,...]`` with its first axis cut along ``data`` and ``fsdp`` of the current mesh, where they divide it."""
+def shard_batch(x: jax.Array) -> jax.Array:
+    """``x [B,...]`` sharded by its first axis along ``data`` and ``fsdp`` of the current mesh, if they divide it."""
     mesh, axes = jax.sharding.get_abstract_mesh(), automatic_axes()
     over = tuple(axis for axis in ("data", "fsdp") if axis in axes)
     if not over or x.shape[0] % math.prod(mesh.shape[axis] for axis in over):
@@ -247,15 +247,15 @@ def spans_processes(mesh: Mesh | None) -> bool:
 
 
 def readable(tree: Any) -> Any:
-    """The same numbers where this process can read them all; if they lie on several, all of these must call it."""
+    """The same arrays, readable by this process; if they span several processes, all of these must call this."""
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if is_global(x) else x, tree)
 
 
 def is_global(x: Any) -> bool:
-    """Whether parts of an array are on devices of other processes."""
+    """Whether an array has parts on devices of other processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def train_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches of training, ``[accumulation steps, B, ...]``: the second axis is cut along ``data`` and ``fsdp``."""
+    """For training batches ``[accumulation steps, B, ...]``: the second axis is sharded along ``data`` and ``fsdp``."""
     return NamedSharding(automatic(mesh), PartitionSpec(None, tuple(a for a in ("data", "fsdp") if a in mesh.shape)))

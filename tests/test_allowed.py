@@ -103,7 +103,7 @@ def test_an_annotation_without_a_rule_is_an_error_of_the_class() -> None:
         (CLIPTextConfig, {"layer_norm_eps": -1e-5}, "layer_norm_eps must be a number from 0 to 1, got -1e-05"),
         (CLIPTextConfig, {"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1"),
         (UNet2DConditionConfig, {"layers_per_block": 64}, "block_out_channels=(320, 640, 1280, 1280),"
-         " layers_per_block=64 make more than 192 layers together"),
+         " layers_per_block=64 together make more than 192 layers"),
         (UNet2DConditionConfig, {"layers_per_block": 10**4999}, "layers_per_block must be a whole number from 1 to 64"
          " or a list of up to 64 entries, each a whole number from 1 to 64, got an integer of"),
     ],

@@ -21,13 +21,13 @@ def unit(x: np.ndarray) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def gallery(features: np.ndarray, families: int) -> retrieval.Pictures:
+def gallery(features: np.ndarray, families: int) -> retrieval.Images:
     """Pictures of every concept in every family, in this order."""
     concepts = np.repeat(np.arange(len(features) // families), families)
-    return retrieval.Pictures(features, concepts, np.tile(np.arange(families), len(features) // families))
+    return retrieval.Images(features, concepts, np.tile(np.arange(families), len(features) // families))
 
 
-def recall(queries: retrieval.Pictures, real: retrieval.Pictures, k: int) -> float:
+def recall(queries: retrieval.Images, real: retrieval.Images, k: int) -> float:
     scores = retrieval.concept_scores(queries, real, real.concepts.max() + 1)
     return float((retrieval.ranks(scores, queries.concepts) < k).mean())
 
@@ -39,7 +39,7 @@ def test_perfect_features_find_every_concept() -> None:
 
 def test_random_features_find_a_concept_by_chance(rng: np.random.Generator) -> None:
     real = gallery(unit(rng.standard_normal((60, 16))), families=3)
-    queries = retrieval.Pictures(
+    queries = retrieval.Images(
         unit(rng.standard_normal((8000, 16))), rng.integers(0, 20, 8000), rng.integers(0, 3, 8000)
     )
     for k in (1, 5):
@@ -53,12 +53,12 @@ def test_a_picture_is_never_compared_with_its_own_family(rng: np.random.Generato
     real = gallery(unit(rng.standard_normal((60, 16))), families=3)
     for family in range(3):
         asked, others = real.families == family, real.families != family
-        queries = retrieval.Pictures(real.features[asked], real.concepts[asked], real.families[asked])
+        queries = retrieval.Images(real.features[asked], real.concepts[asked], real.families[asked])
         with_own = retrieval.concept_scores(queries, real, 20)
-        without = retrieval.Pictures(real.features[others], real.concepts[others], real.families[others])
+        without = retrieval.Images(real.features[others], real.concepts[others], real.families[others])
         np.testing.assert_allclose(with_own, retrieval.concept_scores(queries, without, 20), atol=1e-6)
         assert with_own.max() < 0.999
-        disguised = retrieval.Pictures(queries.features, queries.concepts, np.full(20, 7))
+        disguised = retrieval.Images(queries.features, queries.concepts, np.full(20, 7))
         assert recall(disguised, real, 1) == 1
 
 
@@ -70,7 +70,7 @@ def test_equal_scores_count_as_misses() -> None:
 
 
 def test_a_concept_without_another_family_cannot_be_asked_for() -> None:
-    real = retrieval.Pictures(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), np.array([0, 1, 0]))
+    real = retrieval.Images(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), np.array([0, 1, 0]))
     with pytest.raises(ValueError, match="1 queries have no picture of their concept in another family"):
         recall(real, real, 1)
 

@@ -109,7 +109,7 @@ def test_other_formats_are_not_opened_whatever_their_name(tmp_path: Path) -> Non
     file = tmp_path / "a.png"
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
     assert Image.open(file).format == "EPS"
-    with pytest.raises(ValueError, match=r"a\.png is not a picture that can be read.*formats: PNG, JPEG"):
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image.*formats: PNG, JPEG"):
         decode(Record(str(file), ("",), str(file)))
     assert not images.is_image(file)
 

@@ -1,4 +1,4 @@
-"""What one comparison of a sampler with PyTorch is."""
+"""One comparison of a sampler with PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 """Stable Diffusion's training schedule."""
 
 TRAINED_BETAS = tuple(float(b) for b in np.linspace(0.02, 0.12, 1000) ** 2 * 0.8 + 2e-4)
-"""As a network with bounded betas would have been trained, but unlike every named schedule."""
+"""Plausible bounded betas that differ from every named schedule."""
 
 STEPS = (1, 2, 3, 5, 10, 20, 50, 999)
 
@@ -23,11 +23,11 @@ class Theirs:
 
     Attributes:
       scheduler: after ``set_timesteps``.
-      timesteps: those to run.
+      timesteps: the timesteps to run.
       network: ``network(scaled_sample, timestep)``.
       start: the first sample.
-      noise: one draw for each evaluation of this library's table, and more.
-      drawn: what diffusers gets when it draws: a tensor, again and again, or an iterator over tensors.
+      noise: noise for each evaluation of this library's table, and more.
+      drawn: what diffusers gets as noise: always the same tensor, or the next of an iterator over tensors.
     """
 
     scheduler: Any
@@ -38,17 +38,17 @@ class Theirs:
     drawn: Any = None
 
     def draw(self, *_: Any, **__: Any) -> Any:
-        """In place of ``randn_tensor``."""
+        """Replaces ``randn_tensor``."""
         return next(self.drawn) if isinstance(self.drawn, Iterator) else self.drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One configuration of one scheduler: ``config`` of both sides, ``plan`` options here, ``step`` options there.
+    """One configuration of one scheduler: ``config`` for both sides, ``plan`` options here, ``step`` options there.
 
     Attributes:
-      loop: how diffusers is driven where that is more than ``scheduler.step`` at every timestep: gets a :class:`Theirs`
-        and returns the samples, the first one included.
+      loop: how to run diffusers if it takes more than ``scheduler.step`` at every timestep: takes a :class:`Theirs` and
+        returns the samples, including the first one.
     """
 
     scheduler: str

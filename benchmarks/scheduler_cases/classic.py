@@ -1,4 +1,4 @@
-"""The samplers of the first releases: DDIM, DDPM, PNDM, Euler, DPM-Solver++, UniPC, LCM, every option of theirs."""
+"""All options of the samplers of the first releases: DDIM, DDPM, PNDM, Euler, DPM-Solver++, UniPC, LCM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cases() -> list[Case]:
         **rest: Any,
     ) -> None:
         for name in names:
-            # There are no more timesteps than those of training, for LCM of the distillation.
+            # Steps cannot outnumber the training timesteps, or those of the distillation for LCM.
             most = 50 if name == "LCMScheduler" else (config or {}).get("num_train_timesteps", 1000)
             rest["steps"] = tuple(n for n in steps if n <= most)
             clip = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
@@ -40,7 +40,7 @@ def cases() -> list[Case]:
         add(ALL, spacing, {"timestep_spacing": spacing})
     offset = {"timestep_spacing": "leading", "steps_offset": 1}
     add(tuple(n for n in ALL if n not in MULTISTEP), "offset", offset)
-    # The timesteps of multistep samplers reach the end of training already without an offset.
+    # The timesteps of multistep samplers reach the last training timestep even without an offset.
     add(MULTISTEP, "offset", offset, steps=STEPS[:-1])
     for schedule in ("linear", "squaredcos_cap_v2"):
         add(ALL, schedule, {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02})

@@ -1,4 +1,4 @@
-"""Samplers that live on training timesteps, and those with a process of their own: every option of theirs."""
+"""All options of samplers defined on training timesteps, and of those with another diffusion process."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def _inverse() -> list[Case]:
         "cosine": COSINE,
         "zero-snr": ZERO_SNR,
     }
-    own = [case(label, config) for label, config in configs.items()]
-    own.append(case("500-train-steps", {"num_train_timesteps": 500}, steps=STEPS[:-1]))
-    # On the way to noise samples leave the range of pictures; 999 float32 steps on the edge of the clip add up to 6e-5.
+    out = [case(label, config) for label, config in configs.items()]
+    out.append(case("500-train-steps", {"num_train_timesteps": 500}, steps=STEPS[:-1]))
+    # Towards noise, samples leave the range of images; 999 float32 steps at the edge of the clip add up to 6e-5.
     for limit in (1.0, 2.0):
-        own.append(case(f"clip-{limit:g}", {"clip_sample": True, "clip_sample_range": limit}, steps=STEPS[:-1]))
-    return [*own, case("strength", plan={"strength": 0.6}, steps=STEPS[1:])]
+        out.append(case(f"clip-{limit:g}", {"clip_sample": True, "clip_sample_range": limit}, steps=STEPS[:-1]))
+    return [*out, case("strength", plan={"strength": 0.6}, steps=STEPS[1:])]
 
 
 def _parallel() -> list[Case]:
@@ -73,7 +73,7 @@ def _parallel() -> list[Case]:
 
 
 def _ddpm() -> list[Case]:
-    """What the classic family leaves out of DDPM."""
+    """DDPM options that the classic family leaves out."""
     name, out = "DDPMScheduler", []
     variances = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
     for kind in variances:
@@ -93,7 +93,7 @@ def _ddpm() -> list[Case]:
 
 def _wuerstchen() -> list[Case]:
     def loop(theirs: Theirs) -> list[Any]:
-        """The scheduler wants a timestep for every sample; the last one is where the run ends."""
+        """The scheduler needs a timestep for every sample; the last one is where the run ends."""
         samples = [theirs.start]
         for t, noise in zip(theirs.timesteps[:-1], theirs.noise, strict=False):
             theirs.drawn, out = noise, theirs.network(samples[-1], t)
@@ -103,7 +103,7 @@ def _wuerstchen() -> list[Case]:
     def case(label: str, config: dict[str, Any], **rest: Any) -> Case:
         return Case("DDPMWuerstchenScheduler", label, config, loop=loop, **rest)
 
-    # The list of the published pipelines: most steps at high noise.
+    # The timesteps of the published pipelines: most steps at high noise.
     stage_c = [*np.linspace(1.0, 2 / 3, 20), *np.linspace(2 / 3, 0.0, 11)[1:]]
     return [
         case("plain", {}),
@@ -116,7 +116,7 @@ def _wuerstchen() -> list[Case]:
 
 def _unclip() -> list[Case]:
     def loop(theirs: Theirs) -> list[Any]:
-        """As the pipelines: every step is told the next timestep, the last one nothing."""
+        """As in the pipelines: every step is passed the next timestep, the last one None."""
         samples, after = [theirs.start], [*theirs.timesteps[1:], None]
         for t, previous, noise in zip(theirs.timesteps, after, theirs.noise, strict=False):
             theirs.drawn, out = noise, theirs.network(samples[-1], t)
@@ -131,9 +131,9 @@ def _unclip() -> list[Case]:
         "learned-range-not-clipped": {"variance_type": "learned_range", "clip_sample": False},
     }
     # One step: diffusers divides by zero.
-    own = [Case("UnCLIPScheduler", label, config, loop=loop, steps=STEPS[1:]) for label, config in configs.items()]
+    out = [Case("UnCLIPScheduler", label, config, loop=loop, steps=STEPS[1:]) for label, config in configs.items()]
     few = {"num_train_timesteps": 500}
-    return [*own, Case("UnCLIPScheduler", "500-train-steps", few, loop=loop, steps=STEPS[1:-1])]
+    return [*out, Case("UnCLIPScheduler", "500-train-steps", few, loop=loop, steps=STEPS[1:-1])]
 
 
 def _repaint() -> list[Case]:
@@ -196,23 +196,23 @@ def _parts(noise: Any, std: Any, betas: list[float]) -> Any:
 
 
 def _score_sde() -> list[Case]:
-    """The predictors; pipelines keep the mean of the last step. The corrector is tested apart, it is no table."""
+    """The predictors; pipelines keep the mean of the last step. The corrector has its own test, as it is no table."""
 
     def loop(theirs: Theirs) -> list[Any]:
-        scheduler, samples, told = theirs.scheduler, [theirs.start], theirs.timesteps
+        scheduler, samples, levels = theirs.scheduler, [theirs.start], theirs.timesteps
         if hasattr(scheduler, "set_sigmas"):
-            scheduler.set_sigmas(len(told))
-            told = scheduler.sigmas
-        for t, sigma, noise in zip(theirs.timesteps, told, theirs.noise, strict=False):
+            scheduler.set_sigmas(len(levels))
+            levels = scheduler.sigmas
+        for t, sigma, noise in zip(theirs.timesteps, levels, theirs.noise, strict=False):
             theirs.drawn, out = noise, theirs.network(samples[-1], sigma)
-            order = (out, samples[-1], t) if told is theirs.timesteps else (out, t, samples[-1])
+            order = (out, samples[-1], t) if levels is theirs.timesteps else (out, t, samples[-1])
             step = scheduler.step_pred(*order)
             x, mean = step if isinstance(step, tuple) else (step.prev_sample, step.prev_sample_mean)
-            samples.append(mean if len(samples) == len(told) else x)
+            samples.append(mean if len(samples) == len(levels) else x)
         return samples
 
     vp, ve = "ScoreSdeVpScheduler", "ScoreSdeVeScheduler"
-    # What the harness has for a network is no score of samples at sigma 1348: with that range its runs would explode.
+    # The function in place of a network is no score at sigma 1348: with that range, runs would diverge.
     narrow = {"sigma_max": 1.5, "sigma_min": 0.02}
     return [
         Case(vp, "plain", {}, loop=loop),

@@ -15,7 +15,7 @@ TCD, LCM = "TCDScheduler", "LCMScheduler"
 MULTI, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 
 MOST = STEPS[:-1]
-"""Without 999 steps: more than there are timesteps, or than published formulas bear (order 3 of DEIS and order 4
+"""Without 999 steps: more than there are timesteps, or too many for published formulas (order 3 of DEIS and order 4
 of SA-Solver lose eight digits to cancellation there)."""
 
 
@@ -29,7 +29,7 @@ def _case(name: str, label: str, config: dict[str, Any] | None = None, **rest: A
 
 
 def _common() -> list[Case]:
-    """What all of them have."""
+    """Options that all of them share."""
     out: list[Case] = []
     for name in (DEIS, INVERSE, SINGLE, SA):
 
@@ -146,7 +146,7 @@ def _sa() -> list[Case]:
 
 
 def _consistency() -> list[Case]:
-    """At most 50 steps: those of the distillation."""
+    """At most 50 steps, as in the distillation."""
     out = []
     for prediction in ("epsilon", "v_prediction", "sample"):
         for eta in (0.0, 0.3, 1.0):
@@ -167,7 +167,7 @@ def _consistency() -> list[Case]:
         for strength in (0.5, 0.8):
             out.append(_case(name, f"strength-{strength}", plan={"strength": strength}, steps=MOST[:-1]))
         timesteps = [999, 759, 520, 499, 259, 3]
-        # LCM of diffusers adds noise after the last step of a list of one's own that is entered late.
+        # LCM of diffusers adds noise after the last step of a custom list if the run starts late in it.
         for strength in (1.0, 0.5) if name == TCD else (1.0,):
             plan = {"timesteps": timesteps, "strength": strength}
             out.append(_case(name, f"explicit-{strength}", plan=plan, steps=(0,)))
@@ -175,7 +175,7 @@ def _consistency() -> list[Case]:
 
 
 def _classic() -> list[Case]:
-    """Options of the multistep samplers of the first releases that came later."""
+    """Later options of the multistep samplers of the first releases."""
     out = []
     for variance in ("learned", "learned_range"):
         for kind, last in {"dpmsolver++": "zero", "sde-dpmsolver++": "zero", "dpmsolver": "sigma_min"}.items():
@@ -226,7 +226,7 @@ def _with_predictor(name: str, config: dict[str, Any]) -> Callable[[Theirs], lis
 
 
 def _flow() -> list[Case]:
-    """Levels of flow matching; diffusers converts such outputs to clean samples only, not to noise."""
+    """Noise levels of flow matching; diffusers converts such outputs only to clean samples, not to noise."""
     out = []
     plain = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
@@ -275,7 +275,7 @@ def _ending_at(sigma: float) -> Callable[[Theirs], list[Any]]:
 
 
 def _after(change: Callable[[Any], None]) -> Callable[[Theirs], list[Any]]:
-    """The usual run of diffusers after a change of its scheduler."""
+    """The usual run of diffusers with a changed scheduler."""
 
     def loop(theirs: Theirs) -> list[Any]:
         change(theirs.scheduler)

@@ -1,4 +1,4 @@
-"""Samplers that live on noise levels: Heun, DPM-Solver-2, LMS, iPNDM, SDE, EDM, consistency models, flow matching."""
+"""Samplers defined on noise levels: Heun, DPM-Solver-2, LMS, iPNDM, SDE, EDM, consistency models, flow matching."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cases() -> list[Case]:
 
 
 def _with_betas() -> list[Case]:
-    """Samplers of networks with trained betas, on top of Stable Diffusion's."""
+    """Samplers of networks trained with betas, on top of Stable Diffusion's."""
     out: list[Case] = []
 
     def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
@@ -25,7 +25,7 @@ def _with_betas() -> list[Case]:
 
     add(BETAS, "plain")
     add(BETAS, "v", {"prediction_type": "v_prediction"})
-    # Networks that predict the sample are not implemented for the others in diffusers.
+    # diffusers does not implement sample prediction for the others.
     add(("HeunDiscreteScheduler", "LMSDiscreteScheduler"), "sample", {"prediction_type": "sample"})
     for spacing in ("leading", "linspace", "trailing"):
         add(BETAS, spacing, {"timestep_spacing": spacing})
@@ -33,7 +33,7 @@ def _with_betas() -> list[Case]:
     for schedule, label in {"linear": "linear", "squaredcos_cap_v2": "cosine"}.items():
         config = {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02}
         add(tuple(n for n in BETAS if "Ancestral" not in n), label, config)
-        # In long steps from a high level diffusers loses the lower level, a difference of squares, to rounding.
+        # In long steps from a high level, diffusers loses the lower level (a difference of squares) to rounding.
         add(("KDPM2AncestralDiscreteScheduler",), label, config, steps=STEPS[3 if label == "linear" else 6 :])
     add(("HeunDiscreteScheduler",), "exp", {"beta_schedule": "exp"})
     add(BETAS, "trained-betas", {"trained_betas": TRAINED_BETAS})
@@ -43,8 +43,8 @@ def _with_betas() -> list[Case]:
         for prediction, label in {"epsilon": flag, "v_prediction": f"{flag}-v"}.items():
             config = {flag: True, "prediction_type": prediction}
             add(tuple(name for name in BETAS if name[0] != "L"), label, config)
-            # With 999 levels so spaced, the last step to sigma 0 extrapolates four slopes 150 times as far as they are
-            # apart; float32 cannot hold that.
+            # With 999 levels at this spacing, the last step to sigma 0 extrapolates four slopes to 150 times their
+            # distance, which is beyond float32.
             add(("LMSDiscreteScheduler",), label, config, steps=STEPS if flag == "use_beta_sigmas" else STEPS[:-1])
     # LMS entered late takes the coefficients of slopes that it does not have, in diffusers.
     add(tuple(name for name in BETAS if name[0] != "L"), "strength", plan={"strength": 0.6}, steps=STEPS[1:])
@@ -70,14 +70,14 @@ COSINE = "CosineDPMSolverMultistepScheduler"
 
 
 def _edm() -> list[Case]:
-    """Samplers whose levels lie between two of their own."""
+    """Samplers whose levels lie between their own sigma_min and sigma_max."""
     out: list[Case] = []
 
     def add(names: tuple[str, ...], label: str, config: dict[str, Any] | None = None, **rest: Any) -> None:
         out.extend(Case(name, label, config or {}, **rest) for name in names)
 
     every, multistep = (*EDM, COSINE), (EDM[1], COSINE)
-    # A single level of an exponential spacing is the lowest one in diffusers.
+    # In diffusers, a single level of exponential spacing is the lowest one.
     several = STEPS[1:]
     add(EDM, "plain")
     add((COSINE,), "plain", steps=several)
@@ -87,7 +87,7 @@ def _edm() -> list[Case]:
     add((COSINE,), "epsilon", {"prediction_type": "epsilon", "sigma_schedule": "karras"})
     range_ = {"sigma_min": 0.01, "sigma_max": 40.0, "sigma_data": 0.7, "rho": 5.0, "sigma_schedule": "karras"}
     add(every, "range", range_)
-    # With a single step diffusers' Euler stays where it is.
+    # With a single step, diffusers' Euler does not move.
     add(every, "sigma-min-last", {"final_sigmas_type": "sigma_min"}, steps=several)
     add(every, "strength", plan={"strength": 0.6}, steps=several)
     churn = {"s_churn": 10.0, "s_tmin": 0.2, "s_tmax": 30.0, "s_noise": 1.01}
@@ -96,7 +96,7 @@ def _edm() -> list[Case]:
     for kind in ("dpmsolver++", "sde-dpmsolver++"):
         for order, solver in ((1, "midpoint"), (2, "midpoint"), (2, "heun"), (3, "midpoint")):
             config = {"algorithm_type": kind, "solver_order": order, "solver_type": solver}
-            # Its stochastic variant of order 3 is not implemented in diffusers.
+            # diffusers does not implement the stochastic variant of order 3.
             if kind == "dpmsolver++" or order < 3:
                 add(EDM[1:], f"{kind}-{order}-{solver}", config)
     for config in ({"solver_order": 1}, {"solver_type": "heun"}):
@@ -124,9 +124,9 @@ def _karras_ve() -> list[Case]:
 
 
 def _karras_ve_loop(theirs: Theirs) -> list[Any]:
-    """Alg. 2 with diffusers' parts; its levels are squares of the paper's, and its networks predict the negative noise.
+    """Algorithm 2 with diffusers' methods; levels are the paper's squared, and networks predict minus the noise.
 
-    The noise before the first step is part of the first sample here, so none is drawn then.
+    The noise before the first step is part of the first sample here, so none is drawn for it.
     """
     scheduler, samples, noise = theirs.scheduler, [], iter(theirs.noise)
     schedule = scheduler.schedule.sqrt()
@@ -150,7 +150,7 @@ def _karras_ve_loop(theirs: Theirs) -> list[Any]:
 
 
 def _consistency() -> list[Case]:
-    few = (1, 2, 3, 5, 10, 20, 40)  # 40 is what networks are trained with
+    few = (1, 2, 3, 5, 10, 20, 40)  # networks are trained with 40
     name = "CMStochasticIterativeScheduler"
     configs = {
         "plain": {},
@@ -217,7 +217,7 @@ def _ipndm() -> list[Case]:
 
 
 def _from_pure_noise(theirs: Theirs) -> list[Any]:
-    """diffusers takes the picture in pure noise for 0; here it is what the network says, and the rest is theirs."""
+    """diffusers takes the clean sample in pure noise as 0; here the network predicts it, and the rest is the same."""
     samples, scheduler = [theirs.start], theirs.scheduler
     for t in theirs.timesteps:
         out = theirs.network(samples[-1], t)

@@ -1,4 +1,4 @@
-"""Schedulers of PyTorch diffusers, with their noise and their precision in our hands."""
+"""Schedulers of PyTorch diffusers with controlled noise and precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Double(types.ModuleType):
 
 @contextlib.contextmanager
 def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool) -> Iterator[None]:
-    """Let a diffusers scheduler module take its noise from ``draw`` and, if asked, work in float64."""
+    """Let a diffusers scheduler module take its noise from ``draw`` and, with ``double``, compute in float64."""
     import torch
 
     names: dict[str, Any] = {"randn_tensor": draw, "BrownianTreeNoiseSampler": lambda *_, **__: draw}
@@ -45,13 +45,13 @@ def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool)
 
 
 def torch_class(name: str) -> Any:
-    """A scheduler class of diffusers."""
+    """The scheduler class of diffusers with this name."""
     import diffusers
 
     cls = getattr(diffusers.schedulers, name)
     if "dummy" not in cls.__module__:
         return cls
-    # It wants torchsde, for the noise that is given to it here.
+    # It needs torchsde only for noise, which it is given here.
     sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
     return getattr(importlib.import_module(f"diffusers.schedulers.{_NEED_TORCHSDE[name]}"), name)
 

@@ -1,4 +1,4 @@
-"""The last diffusers that had Flax pipelines, as its documentation runs them, as a contestant of ``pipeline.py``."""
+"""The last diffusers with Flax pipelines, run as in its documentation, as a contestant of ``pipeline.py``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How a contestant of ``pipeline.py`` talks: a JSON command per line on stdin, a JSON answer per line on stdout.
+"""The protocol of ``pipeline.py``'s contestants: a JSON command per line on stdin, a JSON answer per line on stdout.
 
-Contestants run in environments of their own, so this file needs nothing but the standard library.
+Contestants run in separate environments, so this file needs only the standard library.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 
 class Contestant(NamedTuple):
-    """A library that draws.
+    """A library that generates images.
 
     Attributes:
-      name: with its version, as it stands in the table.
-      commands: name -> function; ``load(folder)`` and ``draw(prompts, steps, guidance, seed)``, which returns pictures.
-      compilations: counts what has been compiled so far; None where nothing is.
+      name: name and version, as shown in the table.
+      commands: name -> function; ``load(folder)`` and ``draw(prompts, steps, guidance, seed)``, which returns images.
+      compilations: the number of programs compiled so far; None if the library compiles nothing.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Contestant(NamedTuple):
 
 
 def serve(setup: Callable[[], Contestant]) -> None:
-    """Run ``setup``, which imports the library, say who is there, and answer commands until stdin ends.
+    """Run ``setup``, which imports the library, send the contestant's name, and answer commands until stdin ends.
 
     An answer has the ``seconds`` that the command took, its ``processor`` seconds on all cores, how many
-    ``compilations`` it caused, the process's ``peak_gib`` so far and, for pictures, their ``spread``; or it is the text
-    of an ``error``.
+    ``compilations`` it caused, the process's ``peak_gib`` so far and, for images, their ``spread``; or it has an
+    ``error`` message.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     contestant = setup()
     print(json.dumps({"name": contestant.name, "processor": time.process_time()}), file=answers)
     for line in sys.stdin:
@@ -52,10 +52,10 @@ def serve(setup: Callable[[], Contestant]) -> None:
 
 
 def obey(contestant: Contestant, command: dict[str, Any]) -> dict[str, Any]:
-    """Time one command."""
+    """Run and time one command."""
     count = contestant.compilations or int
     before, start, processor = count(), time.perf_counter(), time.process_time()
-    pictures = contestant.commands[command.pop("do")](**command)
+    images = contestant.commands[command.pop("do")](**command)
     answer: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "processor": time.process_time() - processor,
@@ -63,18 +63,18 @@ def obey(contestant: Contestant, command: dict[str, Any]) -> dict[str, Any]:
     }
     if contestant.compilations is not None:
         answer["compilations"] = count() - before
-    return answer if pictures is None else answer | {"spread": spread(pictures)}
+    return answer if images is None else answer | {"spread": spread(images)}
 
 
-def spread(pictures: Any) -> float:
-    """The standard deviation of all pixels, 0 to 255: NaN somewhere in a network gives pictures of one colour."""
+def spread(images: Any) -> float:
+    """The standard deviation of all pixels, 0 to 255; it is 0 if NaN in a network gave images of a single colour."""
     import numpy as np
 
-    return float(np.stack([np.asarray(picture) for picture in pictures]).std())
+    return float(np.stack([np.asarray(image) for image in images]).std())
 
 
 def peak_gib() -> float:
-    """The most memory this process has had. Linux's ``ru_maxrss`` also counts the process that started this one."""
+    """Peak memory of this process. Linux's ``ru_maxrss`` also includes the process that started this one."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -83,7 +83,7 @@ def peak_gib() -> float:
 
 
 def count_compilations() -> Callable[[], int]:
-    """A function that says how many programs XLA has compiled from now on, those from JAX's cache not counted."""
+    """A function that counts the programs that XLA compiles from now on, without those from JAX's cache."""
     import jax
 
     events: collections.Counter[str] = collections.Counter()

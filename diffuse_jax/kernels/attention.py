@@ -1,6 +1,6 @@
-"""Scaled dot-product attention behind one name, with the best algorithm of each platform.
+"""Scaled dot-product attention behind one name, with the best algorithm for each platform.
 
-No implementation holds the [B,H,Lq,Lk] scores: ``blocked`` computes them block by block, ``cudnn`` and ``flash`` tile
+No implementation stores all [B,H,Lq,Lk] scores: ``blocked`` computes them block by block, ``cudnn`` and ``flash`` tile
 by tile inside one kernel. The choice depends on shapes, dtype and platform alone and is made while tracing:
 
 =============  =========  ==================================================================================
@@ -9,7 +9,7 @@ platform       chosen     where
 CPU, others    blocked    always
 GPU            cudnn      bfloat16 or float16 with head size up to 128 (256 on compute capability 9.0 or later)
 GPU            blocked    float32 and larger heads, which cuDNN does not take
-TPU            flash      at least 1024 queries and 1024 keys, a mask (if any) alike for all heads and queries
+TPU            flash      at least 1024 queries and 1024 keys; a mask, if any, is shared by heads and queries
 TPU            blocked    shorter sequences (the 77 text tokens, small images), where a dense block is faster
 =============  =========  ==================================================================================
 """
@@ -47,17 +47,17 @@ def attention(
     Args:
       query: [B, Lq, H, D].
       key, value: [B, Lk, H, D], of the query's dtype.
-      mask: boolean, broadcastable to [B, H, Lq, Lk], True where a query may see a key. A query that may see no key gets
-        some finite value.
-      is_causal: query i sees keys 0 … i only.
-      scale: factor of the scores; None is D ** -0.5.
-      implementation: "blocked", "cudnn" or "flash" instead of the choice in the table above.
+      mask: boolean, broadcastable to [B, H, Lq, Lk], True where a query may attend to a key. A query that may attend
+        to no key gets some finite value.
+      is_causal: query i attends to keys 0 … i only.
+      scale: factor of the scores; D ** -0.5 if None.
+      implementation: "blocked", "cudnn" or "flash"; if None, chosen by the table above.
 
     Returns:
       [B, Lq, H, D] in the query's dtype.
 
     Raises:
-      ValueError: shapes, dtypes or the mask do not fit, or the implementation is unknown or cannot do this.
+      ValueError: shapes, dtypes or the mask do not match, or the implementation is unknown or does not support them.
     """
     _check(query, key, value, mask)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -70,7 +70,7 @@ def attention(
 
 
 def choose_implementation(query: Array, key: Array, mask: Array | None) -> Implementation:
-    """The table at the head of this file; arguments as in :func:`attention`, mask of rank 4."""
+    """The choice by the table at the top of this file; arguments as in :func:`attention`, mask of rank 4."""
     platform = current_platform()
     if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= _cudnn_head_limit():
         return "cudnn"
@@ -80,7 +80,7 @@ def choose_implementation(query: Array, key: Array, mask: Array | None) -> Imple
 
 
 def _cudnn_head_limit() -> int:
-    """256 where the GPUs of this process are all of compute capability 9.0 or later, else 128 (also without a GPU)."""
+    """256 if all GPUs of this process have compute capability 9.0 or later, else 128 (also without a GPU)."""
     if jax.default_backend() != "gpu":
         return 128
     return 256 if all(float(d.compute_capability) >= 9 for d in jax.local_devices()) else 128

@@ -11,10 +11,10 @@ from jax import Array, lax
 from diffuse_jax.kernels.platform import current_platform
 
 BLOCK_BYTES = {"cpu": 4 << 20, "gpu": 256 << 20, "tpu": 256 << 20}
-"""Float32 scores held at once: on a CPU what stays in its last-level cache, elsewhere little beside the activations."""
+"""Size of the float32 scores held at once: fits a CPU's last-level cache; elsewhere small beside the activations."""
 
 _MIN_ROWS = 32
-"""Fewer query rows than this make slow matrix products, so a block has at least these."""
+"""Minimum query rows of a block, since matrix products with fewer are slow."""
 
 
 def blocked_attention(
@@ -22,19 +22,19 @@ def blocked_attention(
 ) -> Array:
     """As :func:`diffuse_jax.kernels.attention`, with a mask of rank 4 or None.
 
-    On a CPU heads come one after the other: the scores of one head fit the cache, and XLA makes its fastest matrix
-    products of two-dimensional operands. Elsewhere all heads go side by side. The batch axis is never looped over, so
-    it can be cut across devices. The backward pass computes the scores again instead of keeping them.
+    On a CPU, heads are computed one at a time: the scores of one head fit the cache, and XLA's matrix products are
+    fastest with two-dimensional operands. Elsewhere all heads are computed together. The batch axis is never looped
+    over, so it can be sharded across devices. The backward pass recomputes the scores instead of storing them.
     """
     batch, heads, length = query.shape[0], query.shape[2], key.shape[1]
     platform = current_platform()
-    side_by_side = batch if platform == "cpu" else batch * heads
-    rows = max(_MIN_ROWS, BLOCK_BYTES.get(platform, BLOCK_BYTES["gpu"]) // (4 * length * side_by_side))
-    static = {"is_causal": is_causal, "scale": float(scale), "rows": rows, "one_by_one": platform == "cpu"}
+    together = batch if platform == "cpu" else batch * heads
+    rows = max(_MIN_ROWS, BLOCK_BYTES.get(platform, BLOCK_BYTES["gpu"]) // (4 * length * together))
+    static = {"is_causal": is_causal, "scale": float(scale), "rows": rows, "sequential": platform == "cpu"}
     return _over_heads(query, key, value, mask, **static)
 
 
-@partial(jax.jit, static_argnames=("is_causal", "scale", "rows", "one_by_one"), inline=True)
+@partial(jax.jit, static_argnames=("is_causal", "scale", "rows", "sequential"), inline=True)
 def _over_heads(
     query: Array,
     key: Array,
@@ -44,13 +44,13 @@ def _over_heads(
     is_causal: bool,
     scale: float,
     rows: int,
-    one_by_one: bool,
+    sequential: bool,
 ) -> Array:
-    """The same with what the platform decides; compiled once for its shapes where a network runs outside of a program.
+    """:func:`blocked_attention` with the platform's choices; compiled once per shape when a network runs eagerly.
 
     Args:
-      rows: queries of one head at a time.
-      one_by_one: one head after the other.
+      rows: queries of one head per block.
+      sequential: compute one head at a time.
     """
     one_head = partial(_one_head, is_causal=is_causal, scale=scale, rows=rows)
 
@@ -66,10 +66,10 @@ def _over_heads(
         arguments = (q, k, v, jnp.moveaxis(mask, 1, 0))
 
     def body(args: tuple[Array, ...]) -> Array:
-        q, k, v, *own = args
-        return all_batch(q, k, v, own[0] if own else shared)
+        q, k, v, *masks = args
+        return all_batch(q, k, v, masks[0] if masks else shared)
 
-    over_heads = lax.map if one_by_one else lambda f, x: jax.vmap(f)(x)
+    over_heads = lax.map if sequential else lambda f, x: jax.vmap(f)(x)
     return jnp.moveaxis(over_heads(body, arguments), 0, 2)
 
 
@@ -82,7 +82,7 @@ def _one_head(
     if rows >= length:
         return block(query, key, value, mask, jnp.int32(0))
     blocks = -(-length // rows)
-    rows = -(-length // blocks)  # equal blocks: little padding for the last
+    rows = -(-length // blocks)  # blocks of equal size, so that the last needs little padding
 
     def split(x: Array) -> Array:  # [Lq, n] -> [blocks, rows, n]
         return jnp.pad(x, ((0, blocks * rows - length), (0, 0))).reshape(blocks, rows, x.shape[-1])
@@ -98,7 +98,7 @@ def _one_head(
 def _block(
     query: Array, key: Array, value: Array, mask: Array | None, offset: Array, *, is_causal: bool, scale: float
 ) -> Array:
-    """Some rows of one head; ``offset`` is the index of the first row (for the causal rule)."""
+    """A block of rows of one head; ``offset`` is the index of its first row, for the causal mask."""
     scores = jnp.dot(query, key.T, preferred_element_type=jnp.float32) * scale
     lowest = jnp.finfo(jnp.float32).min
     if is_causal:

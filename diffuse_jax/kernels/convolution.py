@@ -1,7 +1,7 @@
 """Two-dimensional convolution, channel-last, with the algorithm that is fastest for its shape.
 
-Everywhere but on CPUs this is XLA's convolution. XLA's CPU convolution is far from the speed of its matrix products
-when images are small and channels many, so there 3x3 kernels become matrix products; ``docs/performance.md`` has the
+Everywhere but on CPUs this is XLA's convolution. XLA's CPU convolution is much slower than its matrix products when
+images are small and channels many, so there 3x3 kernels become matrix products; ``docs/performance.md`` has the
 measurements (``benchmarks/conv_cpu.py`` repeats them). The choice depends on shapes and platform alone.
 """
 
@@ -22,7 +22,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 _WIDE_CHANNELS, _FEW_PIXELS = 512, 512
-"""Where patches times matrix beats XLA's CPU convolution: at least so many channels, at most so many output pixels."""
+"""Patches times matrix beats XLA's CPU convolution with at least this many channels and at most this many pixels."""
 
 
 def conv2d(
@@ -39,14 +39,14 @@ def conv2d(
       x: [B, H, W, C].
       kernel: [kh, kw, C, O], of the same dtype.
       stride: one number or one per axis.
-      padding: "SAME", "VALID", the zeros on all sides, or ((top, bottom), (left, right)).
-      algorithm: "direct", "matmul" or "patches" instead of the choice that :func:`choose_algorithm` makes.
+      padding: "SAME", "VALID", the number of zeros on every side, or ((top, bottom), (left, right)).
+      algorithm: "direct", "matmul" or "patches"; if None, chosen by :func:`choose_algorithm`.
 
     Returns:
       [B, H', W', O]. Derivatives of any order and direction use the same algorithm.
 
     Raises:
-      ValueError: ranks or channels do not fit, or the algorithm cannot do this kernel, stride or size.
+      ValueError: ranks or channels do not match, or the algorithm does not support this kernel, stride or size.
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
         raise ValueError(f"conv2d takes x [B,H,W,C] and kernel [kh,kw,C,O], got {x.shape} and {kernel.shape}")
@@ -57,8 +57,8 @@ def conv2d(
     chosen = algorithm or choose_algorithm(x.shape, kernel.shape, strides, pads)
     if chosen not in possible:
         raise ValueError(
-            f"algorithm {chosen!r} cannot do images {x.shape}, kernel {kernel.shape}, stride {strides}, pads {pads}; "
-            f"possible: {sorted(possible)}"
+            f"algorithm {chosen!r} does not support images {x.shape}, kernel {kernel.shape}, stride {strides}, "
+            f"pads {pads}; possible: {sorted(possible)}"
         )
     return _ALGORITHMS[chosen](x, kernel, strides, pads)
 
@@ -66,7 +66,7 @@ def conv2d(
 def possible_algorithms(
     shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
 ) -> set[str]:
-    """The algorithms that can do a convolution of this shape on any platform."""
+    """The algorithms that support a convolution of this shape, on any platform."""
     possible = {"direct", "patches"}
     if kernel[:2] == (1, 1) and strides == (1, 1) and pads == ((0, 0), (0, 0)):
         possible.add("matmul")
@@ -76,7 +76,7 @@ def possible_algorithms(
 def choose_algorithm(
     shape: tuple[int, ...], kernel: tuple[int, ...], strides: tuple[int, int], pads: Pads
 ) -> Algorithm:
-    """The fastest algorithm for images [B,H,W,C] and a kernel [kh,kw,C,O]: "direct" except on CPUs, there as measured.
+    """The fastest algorithm for images [B,H,W,C] and a kernel [kh,kw,C,O]; anything but "direct" only on CPUs.
 
     XLA's convolution does not get faster with fewer pixels once the kernel outgrows the caches: at 8x8 and 16x16 pixels
     with 512 channels or more, patches times matrix is two to four times faster. With more pixels the patches, nine
@@ -99,9 +99,9 @@ def _matmul(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Ar
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
 
 
-@partial(jax.checkpoint, static_argnums=(2, 3))  # else the backward pass would keep the windows, nine times the input
+@partial(jax.checkpoint, static_argnums=(2, 3))  # or the backward pass would store the windows, nine times the input
 def _patches(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
-    """All windows side by side, [B H' W', kh kw C], times the kernel as a matrix."""
+    """All windows as a matrix [B H' W', kh kw C], times the kernel as a matrix."""
     (kh, kw, channels, features), batch = kernel.shape, x.shape[0]
     height, width = _output_size(x.shape[1:3], (kh, kw), strides, pads)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))

@@ -1,7 +1,6 @@
-"""Fused attention kernels of others: cuDNN on NVIDIA GPUs and Pallas on TPUs, fed with the shapes that they take.
+"""Third-party fused attention kernels, with inputs padded to supported shapes: cuDNN on NVIDIA GPUs, Pallas on TPUs.
 
-Padding is what this file adds. Zeros in the head axis change no score, padded keys are masked out, padded queries are
-cut off again.
+Zeros along the head axis change no score, padded keys are masked out, and padded queries are sliced off.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from jax.sharding import AxisType, PartitionSpec
 def cudnn_attention(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float) -> Array:
     """cuDNN flash attention; arguments as in :func:`diffuse_jax.kernels.attention`, mask of rank 4 or None.
 
-    Lengths become even and key lengths multiples of 8 (77 text tokens become 80), because cuDNN's backward pass takes
-    no odd lengths; head sizes become multiples of 8. Without a mask the true key length goes to cuDNN as a
-    number. A mask is written out over queries and keys, which cuDNN's interface demands, but not over batch and heads
-    where it is the same.
+    Query lengths are padded to even numbers and key lengths to multiples of 8 (77 text tokens become 80), because
+    cuDNN's backward pass does not support odd lengths; head sizes are padded to multiples of 8. Without a mask, cuDNN
+    is passed the true key length. A mask is broadcast over queries and keys, as cuDNN's interface requires, but not
+    over batch and heads.
 
     Raises:
       ValueError: the dtype is neither bfloat16 nor float16.
@@ -44,14 +43,14 @@ def cudnn_attention(query: Array, key: Array, value: Array, mask: Array | None, 
 
 
 def is_key_mask(mask: Array | None) -> bool:
-    """Whether a mask (rank 4 or None) says the same for every head and every query."""
+    """Whether a mask (rank 4 or None) is the same for every head and every query."""
     return mask is None or mask.shape[1] == mask.shape[2] == 1
 
 
 def flash_attention(query: Array, key: Array, value: Array, mask: Array | None, is_causal: bool, scale: float) -> Array:
     """Pallas flash attention for TPUs; arguments as in :func:`diffuse_jax.kernels.attention`, mask of rank 4 or None.
 
-    Lengths become multiples of 128 and head sizes above 128 multiples of 128. A Pallas kernel is opaque to XLA's
+    Lengths are padded to multiples of 128, and so are head sizes above 128. A Pallas kernel is opaque to XLA's
     partitioner, so under a mesh set with ``jax.set_mesh`` it runs on each device's part of batch and heads.
 
     Raises:
@@ -61,8 +60,8 @@ def flash_attention(query: Array, key: Array, value: Array, mask: Array | None, 
         raise ValueError(f"flash attention takes masks [B,1,1,Lk], got {mask.shape}; use implementation='blocked'")
     batch, rows, heads, depth = query.shape
     columns = key.shape[1]
-    grain = {1: 128, 3: 128 if depth > 128 else 1}
-    q, k, v = (jnp.swapaxes(_pad(x, grain), 1, 2) for x in (query, key, value))
+    multiples = {1: 128, 3: 128 if depth > 128 else 1}
+    q, k, v = (jnp.swapaxes(_pad(x, multiples), 1, 2) for x in (query, key, value))
     segments = None
     if mask is not None or k.shape[2] != columns:
         visible = (
@@ -77,7 +76,7 @@ def flash_attention(query: Array, key: Array, value: Array, mask: Array | None, 
 def _pallas(
     q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, *, is_causal: bool, scale: float
 ) -> Array:
-    from jax.experimental.pallas.ops.tpu import flash_attention as tpu  # seconds to import, and needed on TPUs alone
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu  # takes seconds to import; only TPUs need it
 
     rows, columns = (next(n for n in (512, 256, 128) if x.shape[2] % n == 0) for x in (q, k))
     sizes = {
@@ -91,7 +90,7 @@ def _pallas(
 
 
 def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Callable[..., Array]:
-    """``kernel`` under ``shard_map`` over those automatic axes of the current mesh that cut batch and heads evenly."""
+    """``kernel`` under ``shard_map`` over the automatic axes of the current mesh that divide batch and heads evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     over_batch, left = [], batch
@@ -102,7 +101,7 @@ def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Cal
     over_heads = "tensor" if "tensor" in automatic and heads % mesh.shape["tensor"] == 0 else None
     if not automatic:
         return kernel
-    # Axes of one device cut nothing; named here they spare the backward pass a sum over them.
+    # Axes of size one divide nothing; naming them here spares the backward pass a sum over them.
     over_batch += [axis for axis in sorted(automatic - {*over_batch, over_heads}) if mesh.shape[axis] == 1]
     array = PartitionSpec(tuple(over_batch) or None, over_heads)
     ids = PartitionSpec(tuple(over_batch) or None)
@@ -116,7 +115,7 @@ def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Cal
     return mapped
 
 
-def _pad(x: Array, grain: dict[int, int]) -> Array:
-    """Zeros at the end of each axis, up to a multiple of its grain."""
-    widths = [(0, math.ceil(n / grain.get(axis, 1)) * grain.get(axis, 1) - n) for axis, n in enumerate(x.shape)]
+def _pad(x: Array, multiples: dict[int, int]) -> Array:
+    """``x`` with zeros appended along each axis, up to a multiple of ``multiples[axis]``."""
+    widths = [(0, math.ceil(n / multiples.get(axis, 1)) * multiples.get(axis, 1) - n) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, widths) if any(high for _, high in widths) else x

@@ -1,4 +1,4 @@
-"""Which platform a kernel is written out for, and the compiler options that go with it."""
+"""Which platform kernels are chosen for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _target = jax.make_user_context(default_value=None)
 def target_platform(platform: str) -> AbstractContextManager[None]:
     """Choose kernels for ``platform`` ("cpu", "gpu" or "tpu") while tracing, whatever this process runs on.
 
-    Needed to compile ahead of time for a machine that is not there, e.g. for a TPU slice from a CPU host. JAX's caches
-    know about it: a function traced under one target is traced again under another.
+    Needed to compile ahead of time for hardware that is not attached, e.g. for a TPU slice on a CPU host. JAX's caches
+    take it into account: a function traced under one target is traced again under another.
 
     Example:
       >>> with target_platform("tpu"):
       ...     lowered = jax.jit(step).trace(*shapes).lower(lowering_platforms=("tpu",))
 
     Raises:
-      ValueError: the platform is none of the three.
+      ValueError: the platform is not one of the three.
     """
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f'platform must be "cpu", "gpu" or "tpu", got {platform!r}')
@@ -29,7 +29,7 @@ def target_platform(platform: str) -> AbstractContextManager[None]:
 
 
 def current_platform() -> str:
-    """What :func:`target_platform` says, else "cpu", "gpu" or "tpu" as where JAX puts new arrays."""
+    """The platform set by :func:`target_platform`, else that of JAX's default device: "cpu", "gpu" or "tpu"."""
     if _target.value is not None:
         return _target.value
     config: Any = jax.config  # only some releases declare its options

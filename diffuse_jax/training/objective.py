@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.schedulers.scheduler import Scheduler
-from diffuse_jax.sharding import cut_batch
+from diffuse_jax.sharding import shard_batch
 from diffuse_jax.training.checks import one_of
 
 
@@ -163,7 +163,7 @@ class Draw(NamedTuple):
 def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
     """Noise and timesteps for a batch of clean samples ``[B,...,C]``, float32."""
     k_noise, k_time, k_offset, k_extra = jax.random.split(key, 4)
-    noise = cut_batch(jax.random.normal(k_noise, x0.shape))
+    noise = shard_batch(jax.random.normal(k_noise, x0.shape))
     if objective.noise_offset:
         flat = (x0.shape[0], *(1,) * (x0.ndim - 2), x0.shape[-1])
         noise = noise + objective.noise_offset * jax.random.normal(k_offset, flat)
@@ -172,9 +172,9 @@ def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
         extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape)
     steps, shape = objective.scheduler.num_train_timesteps, x0.shape[:1]
     if objective.timestep_bias is None:
-        return Draw(noise, extra, cut_batch(jax.random.randint(k_time, shape, 0, steps)))
+        return Draw(noise, extra, shard_batch(jax.random.randint(k_time, shape, 0, steps)))
     logits = jnp.log(jnp.asarray(objective.timestep_bias, jnp.float32))
-    return Draw(noise, extra, cut_batch(jax.random.categorical(k_time, logits, shape=shape)))
+    return Draw(noise, extra, shard_batch(jax.random.categorical(k_time, logits, shape=shape)))
 
 
 def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:

@@ -107,7 +107,7 @@ def test_errors_name_shapes_and_remedies():
     x, w = jnp.zeros((1, 5, 5, 3)), jnp.zeros((3, 3, 4, 2))
     with pytest.raises(ValueError, match=r"\(1, 5, 5, 3\) and \(3, 3, 4, 2\)"):
         conv2d(x, w)
-    with pytest.raises(ValueError, match=r"'matmul' cannot do .*possible: \['direct', 'patches'\]"):
+    with pytest.raises(ValueError, match=r"'matmul' does not support .*possible: \['direct', 'patches'\]"):
         conv2d(x, w[:, :, :3], 2, algorithm="matmul")
     with pytest.raises(ValueError, match='must be "cpu", "gpu" or "tpu"'):
         target_platform("cuda")

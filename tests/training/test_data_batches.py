@@ -88,7 +88,7 @@ def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
         (folder / f"{i}.png").write_bytes(b"damaged")
     data = flags("--train_data_dir", str(folder), "--dataloader_num_workers", "1")
     batches = batches_from(data, per_device(), mesh(), finish)
-    with pytest.raises(ValueError, match=r"\d.png is not a picture that can be read"):
+    with pytest.raises(ValueError, match=r"\d.png is not a readable image"):
         next(batches)
 
 

@@ -174,7 +174,7 @@ def test_hidden_and_other_files_are_skipped_with_a_warning(tmp_path: Path) -> No
     for name in ("._0.png", ".ipynb_checkpoints/0.png", "broken.png"):
         (tmp_path / name).write_bytes(b"no picture")
     (tmp_path / "3.jfif").write_bytes((tmp_path / "0.png").read_bytes())
-    with pytest.warns(UserWarning, match=r"4 skipped that are no images, for example .*\._0\.png"):
+    with pytest.warns(UserWarning, match=r"skipped 4 non-images, for example .*\._0\.png"):
         source = FolderSource(tmp_path, caption_column=None)
     assert [Path(source[i].name).name for i in range(len(source))] == ["0.png", "1.png", "2.png", "3.jfif"]
 
@@ -242,7 +242,7 @@ def test_shards_say_what_they_leave_out_and_know_all_suffixes(tmp_path: Path) ->
             info = tarfile.TarInfo(name)
             info.size = len(content := png(picture(5)))
             tar.addfile(info, io.BytesIO(content))
-    with pytest.warns(UserWarning, match=r"1 skipped that are no images, for example 1 in .*a\.tar"):
+    with pytest.warns(UserWarning, match=r"skipped 1 non-images, for example 1 in .*a\.tar"):
         assert len(TarSource([tmp_path / "a.tar"], None)) == 1
 
 

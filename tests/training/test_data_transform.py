@@ -101,7 +101,7 @@ def test_pictures_are_turned_upright_and_transparency_is_dropped(tmp_path: Path,
 
 @pytest.mark.parametrize("damaged", [b"no picture", png(picture(3, 40, 40))[:60]])
 def test_damaged_pictures_are_named(damaged: bytes) -> None:
-    with pytest.raises(ValueError, match="holiday.png is not a picture that can be read"):
+    with pytest.raises(ValueError, match="holiday.png is not a readable image"):
         decode(Record(damaged, ("",), "holiday.png"))
 
 
@@ -111,5 +111,5 @@ def test_files_without_a_picture_and_pictures_too_large_are_named(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for damaged in (b"", b"no picture", png(picture(3, 40, 40))):
-        with pytest.raises(ValueError, match="key7 in a.tar is not a picture that can be read"):
+        with pytest.raises(ValueError, match="key7 in a.tar is not a readable image"):
             read(Record(damaged, ("",), "key7 in a.tar"))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffuse_jax.models.layers import Conv, Dense
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.sharding import cut_batch, make_mesh, param_shardings, train_batch_sharding
+from diffuse_jax.sharding import make_mesh, param_shardings, shard_batch, train_batch_sharding
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import make_optimizer
@@ -142,7 +142,7 @@ def test_layers_gather_their_parameters_and_leave_activations_where_they_are() -
 
 
 def test_a_batch_is_cut_where_the_mesh_divides_it() -> None:
-    made = jax.jit(lambda n: cut_batch(jnp.arange(n)), static_argnums=0)
+    made = jax.jit(lambda n: shard_batch(jnp.arange(n)), static_argnums=0)
     with jax.set_mesh(make_mesh(data=2, fsdp=4)):
         assert made(16).sharding.spec == PartitionSpec(("data", "fsdp"))
         assert made(12).sharding.is_fully_replicated
