@@ -39,7 +39,7 @@ def fit_whitening(features: Array, components: int) -> Whitening:
     values, vectors = np.linalg.eigh(centred.T @ centred / len(features))
     values, vectors = values[::-1][:components], vectors[:, ::-1][:, :components]
     if len(values) < components or values[-1] <= 1e-10 * values[0]:
-        raise ValueError(f"{len(features)} features of width {features.shape[1]} span less than {components} axes")
+        raise ValueError(f"{len(features)} features of width {features.shape[1]} span fewer than {components} axes")
     return Whitening(mean, vectors / np.sqrt(values))
 
 

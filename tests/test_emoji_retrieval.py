@@ -71,7 +71,7 @@ def test_equal_scores_count_as_misses() -> None:
 
 def test_a_concept_without_another_family_cannot_be_asked_for() -> None:
     real = retrieval.Images(np.eye(3, dtype=np.float32), np.array([0, 0, 1]), np.array([0, 1, 0]))
-    with pytest.raises(ValueError, match="1 queries have no picture of their concept in another family"):
+    with pytest.raises(ValueError, match="1 queries have no image of their concept in another family"):
         recall(real, real, 1)
 
 
