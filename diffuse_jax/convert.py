@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.models import Model
 from diffuse_jax.models.base import floating_type, network_class, network_names
 from diffuse_jax.pipelines import catalogue
@@ -32,6 +32,7 @@ from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS
 from diffuse_jax.weights.msgpack import write_msgpack
 from diffuse_jax.weights.save import save_tensors
+from diffuse_jax.writing import naming, only_writer
 
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 SCHEDULER = "scheduler_config.json"
@@ -108,15 +109,15 @@ def convert(
         result is not what was meant to be written. Nothing is left behind then.
       ValueError: an unknown layout or dtype, a single file that is not to end in ``.safetensors``, or a ``tokenizer``
         where nothing lacks one.
-      FileExistsError: ``dst`` is in the way.
+      FileExistsError: ``dst`` is in the way, or another process is writing it.
+      OSError: ``dst`` cannot be written; the text names the file.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
     dst = Path(dst)
     if to == "single-file" and dst.suffix != ".safetensors":
         raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
-    if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
-        raise FileExistsError(f"{dst} exists; remove it or name another place")
+    _refuse_existing(dst, to)
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
         raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
@@ -127,22 +128,33 @@ def convert(
             f"(--tokenizer), for example {CLIP_TOKENIZER!r}",
             stacklevel=2,
         )
-    with _finished(dst) as partial:
+    with _finished(dst, to) as partial:
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
     return dst
 
 
 @contextmanager
-def _finished(dst: Path) -> Iterator[Path]:
-    """A path in a temporary folder beside ``dst``; what is there at the end becomes ``dst``, if all went well."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", suffix=".partial", dir=dst.parent) as folder:
-        partial = Path(folder) / dst.name
+def _finished(dst: Path, to: str) -> Iterator[Path]:
+    """A path in a temporary folder beside ``dst``; what is there at the end becomes ``dst``, if all went well.
+
+    Raises:
+      FileExistsError: another process is writing ``dst``, or has done so in the meantime.
+    """
+    with only_writer(dst) as folder:
+        _refuse_existing(dst, to)  # another process may have finished in the meantime
+        partial = folder / dst.name
         yield partial
+        _refuse_existing(dst, to)
         if dst.is_dir():
             dst.rmdir()
         partial.rename(dst)
+
+
+def _refuse_existing(dst: Path, to: str) -> None:
+    """Refuse what is in the way; an empty folder may be there if a folder takes its place."""
+    if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
+        raise FileExistsError(f"{dst} exists; remove it or name another place")
 
 
 def open_source(
@@ -299,7 +311,7 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
     entries |= {name: (entry.library, entry.class_name) for name, entry in source.lists.items()}
     for name, entry in source.folders.items():
         flax = prefix if entry.library == "diffusers" else ""
-        shutil.copytree(entry.folder, dst / name)
+        shutil.copytree(refuse_links(entry.folder, deep=True), dst / name)
         entries[name] = (entry.library, flax + entry.class_name)
         scheduler = dst / name / SCHEDULER
         if scheduler.is_file():
@@ -309,7 +321,8 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
         weights.write_json(dst / name / SCHEDULER, config | {"_class_name": kind})
         entries[name] = ("diffusers", kind)
     for name, tokenizer in source.tokenizers.items():
-        tokenizer.save_pretrained(dst / name)
+        with naming(dst / name):
+            tokenizer.save_pretrained(dst / name)
         entries[name] = ("transformers", "CLIPTokenizer")
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diffuse_jax.limits import refuse_links
+
 SIGNATURES = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "JPEG": (b"\xff\xd8\xff",),
@@ -141,12 +143,17 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     """The images in a folder and its subfolders, sorted by path, and what was skipped.
 
     Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
-    of an image but do not begin like one are skipped.
+    of an image but do not begin like one are skipped, as are links to folders.
+
+    Raises:
+      WeightsError: a link that leaves the folder.
     """
+    refuse_links(folder, deep=True)
     found: list[Path] = []
     skipped: list[Path] = []
     for parent, folders, files in os.walk(folder):
-        skipped += [Path(parent, name) for name in folders if name.startswith(".")]
+        below = [Path(parent, name) for name in folders]
+        skipped += [path for path in below if path.name.startswith(".") or path.is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent, name) for name in files):
             (found if is_image(path) else skipped).append(path)

@@ -7,8 +7,10 @@ that exceeds them is refused within seconds.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +33,9 @@ MAX_RANK = 64
 
 MAX_ELEMENTS = 1 << 48
 """Elements of a tensor, with axes of no length counted as 1."""
+
+PACKAGE = Path(__file__).parent
+"""This package, with the models that ship with it; some installers make its files links."""
 
 MAX_NAME = 1000
 """Characters of a tensor's name."""
@@ -137,3 +142,52 @@ def check_name(path: Path, name: str) -> str:
     if len(name) > MAX_NAME:
         raise bad(path, f"the name {brief(name)} has {len(name)} characters; the most are {MAX_NAME}")
     return name
+
+
+def refuse_links(folder: Path, *, deep: bool = False) -> Path:
+    """The folder, unless it or something in it is a link that leaves it: what is opened there is not its author's.
+
+    A component may link to others of its pipeline, and a snapshot in the cache of the Hub to the files of its own
+    repository.
+
+    Args:
+      folder: what is about to be read; a folder beside ``model_index.json`` is part of the one that has that.
+      deep: look into the folders below it too.
+
+    Raises:
+      WeightsError: naming the link and where it leads.
+    """
+    root = folder.parent if (folder.parent / "model_index.json").is_file() else folder
+    if folder.is_relative_to(PACKAGE):
+        return folder
+    real = _real(root)
+    if root != folder:
+        _refuse_outside(folder, root, real)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                _refuse_outside(path, root, real)
+        if not deep:
+            break
+    return folder
+
+
+def _refuse_outside(path: Path | str, root: Path, real: Path) -> None:
+    target = _real(path)
+    if not any(target.is_relative_to(place) for place in (real, *_hub_files(real))):
+        raise bad(path, f"is a link that leaves {root} (to {target}); put the file itself in its place")
+
+
+def _hub_files(real: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of the snapshot that a folder is, or is part of."""
+    places = (real, *real.parents)
+    return [
+        repository / "blobs"
+        for snapshots, repository in itertools.pairwise(places)
+        if snapshots.name == "snapshots" and re.match(r"(models|datasets|spaces)--", repository.name)
+    ]
+
+
+def _real(path: Path | str) -> Path:
+    return Path(os.path.realpath(path))

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffuse_jax.writing import naming, partial_file
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -67,15 +69,10 @@ def _save(image: Image.Image, folder: Path, settings: Mapping[str, Any]) -> Path
     if settings:
         info.add_itxt("parameters", a1111_parameters(settings, image.size))
         info.add_itxt("diffuse_jax", json.dumps(dict(settings), ensure_ascii=False))
-    handle, partial = tempfile.mkstemp(prefix=".image-", suffix=".partial", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.chmod(partial, 0o644)
-        return _claim(Path(partial), folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
+    with naming(folder), partial_file(folder, "image") as partial:
+        image.save(partial.file, format="PNG", pnginfo=info)
+        partial.file.close()
+        return _claim(partial.path, folder)
 
 
 def _claim(partial: Path, folder: Path) -> Path:
@@ -98,11 +95,10 @@ def _claim(partial: Path, folder: Path) -> Path:
 
 def _append(path: Path, text: str) -> None:
     """Add lines in one write, so that those of several processes do not mix."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, text.encode())
-    finally:
-        os.close(handle)
+    with naming(path), path.open("ab", buffering=0) as file:
+        rest = text.encode()
+        while rest:  # what a full disk has no room for is an error of the next write
+            rest = rest[file.write(rest) :]
 
 
 A1111_NAMES = {

@@ -19,6 +19,7 @@ from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
+from diffuse_jax.writing import only_writer
 from tests.layouts.families import FAMILIES
 from tests.pipelines.tiny import tokenizer
 from tests.weights.tiny import same_bits, views
@@ -145,6 +146,8 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
             with pytest.raises(FileExistsError, match="exists; remove it or name another place"):
                 convert(src, dst, to=to)
     assert (tmp_path / "file.safetensors").read_text() == "mine"
+    with only_writer(tmp_path / "same"), pytest.raises(FileExistsError, match="being written by another process"):
+        convert(src, tmp_path / "same")
     (tmp_path / "empty").mkdir()
     assert_same(src, convert(src, tmp_path / "empty"))
     with pytest.raises(ValueError, match="does not end in .safetensors"):

@@ -22,6 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "limits": 0,
+    "writing": 0,
     "messages": 0,
     "allowed": 0,
     "config": 0,

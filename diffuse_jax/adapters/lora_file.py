@@ -15,7 +15,9 @@ import numpy as np
 from diffuse_jax.adapters.lora import PAIR, dense_layers, pairs_of
 from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.layouts.lora import pair_factor, read_settings, split_key
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.models.base import Params
+from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.load import read_checkpoint
 from diffuse_jax.weights.names import flatten, torch_key, unflatten
 from diffuse_jax.weights.safetensors import write_safetensors
@@ -80,6 +82,8 @@ def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Par
 def _file(source: Path) -> Path:
     """The file that a user means."""
     inside = [source / name for name in (FILE, OLD_FILE) if (source / name).is_file()]
+    if inside:
+        refuse_links(source)
     file = source if not source.is_dir() else inside[0] if inside else source / FILE
     if not file.is_file():
         raise WeightsError(
@@ -103,4 +107,5 @@ def _pair(file: Path, stem: str, parts: dict[str, np.ndarray], shape: tuple[int,
     down, up = (parts[half] for half in PAIR)
     if down.ndim != 2 or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1] or (down.shape[1], up.shape[0]) != shape:
         raise bad(file, f"{stem}: down {down.shape} and up {up.shape} do not fit a layer from {shape[0]} to {shape[1]}")
-    return {"down": np.asarray(down, np.float32).T, "up": np.asarray(up, np.float32).T}
+    wide = np.dtype(np.float32)
+    return {"down": compact(down, wide).T, "up": compact(up, wide).T}

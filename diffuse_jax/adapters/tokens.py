@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.errors import WeightsError, bad
-from diffuse_jax.limits import check_name
+from diffuse_jax.limits import check_name, refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.text.tokenizer import calls, unpadded_ids
+from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
 
@@ -155,7 +156,7 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     path = Path(source)
     if path.is_dir():
         names = [FILE, "learned_embeds.bin"]
-        path = next((path / name for name in names if (path / name).is_file()), path / FILE)
+        path = next((path / name for name in names if (refuse_links(path) / name).is_file()), path / FILE)
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected learned embeddings (.safetensors, .bin, .pt)")
     data: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_object(path)
@@ -176,5 +177,5 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
         raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
     if rows.ndim == 2 and len(rows) > MAX_ROWS:
         raise bad(path, f"{brief(word)} has {len(rows)} rows; no prompt holds more than {MAX_ROWS}")
-    rows = np.asarray(rows, np.float32)
+    rows = compact(rows, np.dtype(np.float32))
     return token or check_name(path, word), rows.reshape(-1, rows.shape[-1])

@@ -12,7 +12,7 @@ from diffuse_jax.layouts.families import FAMILIES
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, make_record
 from diffuse_jax.layouts.rows import combine, combined_shape, to_original
-from diffuse_jax.weights.copy import compact
+from diffuse_jax.weights.copy import check_whole, compact
 from diffuse_jax.weights.safetensors import write_safetensors
 
 
@@ -44,5 +44,12 @@ def write_single_file(
         for key, members in to_original(tensors, TABLES[table](tensors)).items():
             sources[prefix + key] = [(tensors[name], operation) for name, operation in members]
     specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
-    arrays = (compact(combine(sources[key]), dtype) for key, (dtype, _) in specs.items())
+    arrays = (_read(sources[key], dtype) for key, (dtype, _) in specs.items())
     write_safetensors(Path(path), specs, arrays, make_record(configs, schedulers))
+
+
+def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:
+    """The tensor that some parts make up, in memory."""
+    for array, _ in parts:
+        check_whole(array)
+    return compact(combine(parts), dtype)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.config import Config
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
 
@@ -157,7 +158,7 @@ class Model(nn.Module):
         """
         dtype = floating_type(dtype)
         file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
-        data = source if isinstance(source, Mapping) else weights.read_json(Path(source) / "config.json")
+        data = source if isinstance(source, Mapping) else weights.read_json(refuse_links(Path(source)) / "config.json")
         named = [data["_class_name"]] if "_class_name" in data else data.get("architectures") or []
         if not isinstance(named, list):
             raise weights.WeightsError(f"{file}: architectures must be a list of names, got {brief(named)}")

@@ -18,6 +18,7 @@ from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.weights import Component
 from diffuse_jax.weights.files import require_folder
+from diffuse_jax.writing import naming
 
 Parts = dict[str, Any]
 """Component name -> network, tuple of networks, scheduler, tokenizer or None."""
@@ -176,5 +177,6 @@ def save_components(
             for k, (model, own) in enumerate(zip(part, params[name], strict=True)):
                 model.save_pretrained(folder / (f"{name}_{k}" if k else name), own, variant=variant, dtype=dtype)
         elif part is not None:
-            part.save_pretrained(folder / name)
+            with naming(folder / name):
+                part.save_pretrained(folder / name)
     return entries

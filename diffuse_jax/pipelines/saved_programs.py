@@ -29,7 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 import diffuse_jax
-from diffuse_jax.weights.files import atomic_file
+from diffuse_jax.writing import atomic_file
 
 SUFFIX = ".jaxprogram"
 MAGIC = b"diffuse_jax program 2\n"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from diffuse_jax.allowed import Index, Length, Signed
 from diffuse_jax.config import Config, freeze
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import registry
 from diffuse_jax.schedulers import settings as st
@@ -202,7 +203,7 @@ class SchedulerConfig(Config):
         path = folder / CONFIG_NAME
         if not path.exists():
             raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}")
-        data = read_json(path)
+        data = read_json(refuse_links(folder) / CONFIG_NAME)
         try:
             return cls.from_config(data)
         except (ValueError, TypeError, LookupError, AttributeError) as error:

@@ -7,10 +7,12 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -30,8 +32,10 @@ def clip_tokenizer(source: Any, **options: Any) -> Any:
       options: what ``from_pretrained`` takes.
 
     Raises:
-      WeightsError: ``source`` has no tokenizer, or a damaged one.
+      WeightsError: ``source`` has no tokenizer, a damaged one, or links that leave the folder.
     """
+    if Path(str(source)).is_dir():
+        refuse_links(Path(source))
     try:
         tokenizer = _transformers().CLIPTokenizer.from_pretrained(source, **options)
     except Exception as error:  # what reads the files raises Exception itself

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffuse_jax.weights.files import atomic_file
+from diffuse_jax.writing import atomic_file
 
 HEADER, GAP, SMALLEST = 14, 4, 128
 """Pixels: height of the caption, space between pictures, and the width up to which they are enlarged."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
+
+from diffuse_jax import weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,3 +35,13 @@ class HubSettings:
             "cache_dir": self.cache_dir,
             "token": self.hub_token,
         }
+
+
+@functools.lru_cache(maxsize=32)
+def model_folder(source: str | Path, hub: HubSettings, skip: frozenset[str] = frozenset()) -> Path:
+    """The local folder of a model. A run gets the same one whenever it asks, even if a branch on the Hub moves.
+
+    Raises:
+      WeightsError: as :func:`diffuse_jax.weights.resolve`.
+    """
+    return weights.resolve(source, **hub.options, skip=skip)

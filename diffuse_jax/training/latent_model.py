@@ -13,12 +13,13 @@ import jax
 from jax.sharding import Mesh
 
 from diffuse_jax import weights
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.training.checks import one_of
 from diffuse_jax.training.compute import ComputeSettings
-from diffuse_jax.training.hub import HubSettings
+from diffuse_jax.training.hub import HubSettings, model_folder
 from diffuse_jax.training.latent import component_folder, family_of, open_pipeline
 from diffuse_jax.training.optimizer import OptimizerSettings, check_rates
 
@@ -55,7 +56,7 @@ class ModelSettings:
 
 def source_folder(model: ModelSettings) -> Path:
     """The local folder of the model."""
-    return weights.resolve(model.pretrained_model_name_or_path, **model.hub.options)
+    return model_folder(model.pretrained_model_name_or_path, model.hub)
 
 
 def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[str, ...]:
@@ -79,12 +80,13 @@ def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> D
     Raises:
       WeightsError, ValueError: of :func:`~diffuse_jax.training.latent.open_pipeline`.
     """
+    vae = model.pretrained_vae_model_name_or_path
     pipe = open_pipeline(
-        model.pretrained_model_name_or_path,
+        source_folder(model),
         trainable=float32,
         mesh=mesh,
         dtype=model.compute.dtype,
-        vae_source=model.pretrained_vae_model_name_or_path,
+        vae_source=None if vae is None else model_folder(vae, model.hub),
         prediction_type=model.prediction_type,
         **model.hub.options,
     )
@@ -98,7 +100,7 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
     if jax.process_count() == 1:
         return network, pipe.params[name]
     replaced = model.pretrained_vae_model_name_or_path if name == "vae" else None
-    folder = component_folder(replaced or model.pretrained_model_name_or_path, name, **model.hub.options)
+    folder = component_folder(model_folder(replaced or model.pretrained_model_name_or_path, model.hub), name)
     return network, type(network).from_pretrained(folder, dtype=network.dtype, variant=model.hub.variant)[1]
 
 
@@ -112,7 +114,7 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
     index, kept, vae = weights.read_index(source), set(trained), model.pretrained_vae_model_name_or_path
     for name, entry in index.components.items():
         if entry.folder.is_dir() and name not in kept:
-            own = component_folder(vae, name, **model.hub.options) if vae and name == "vae" else entry.folder
+            own = component_folder(model_folder(vae, model.hub), name) if vae and name == "vae" else entry.folder
             copy_component(own, folder / name, model.hub.variant)
             kept.add(name)
     sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
@@ -132,7 +134,7 @@ def copy_component(source: Path, target: Path, variant: str | None = None) -> No
         for old in target.glob("*"):
             if old.suffix in (".safetensors", ".bin", ".msgpack") or ".index." in old.name:
                 old.unlink()
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copytree(refuse_links(source, deep=True), target, dirs_exist_ok=True)
     for path in target.glob(f"*.{variant}[.-]*") if variant else ():
         plain = path.with_name(path.name.replace(f".{variant}", "", 1))
         if not plain.exists():

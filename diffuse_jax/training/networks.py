@@ -10,13 +10,12 @@ from typing import TypeVar
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from diffuse_jax import weights
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model, Params
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.flags import Parser
-from diffuse_jax.training.hub import HubSettings
+from diffuse_jax.training.hub import HubSettings, model_folder
 from diffuse_jax.training.initial import initial_params
 
 Network = TypeVar("Network", bound=Model)
@@ -99,5 +98,5 @@ def open_network(
 
 def network_folder(hub: HubSettings, source: str | Path, subfolder: str) -> Path:
     """Where the network lies: in ``subfolder``, or alone."""
-    found = weights.resolve(source, **hub.options, skip=PARTS - {subfolder})
+    found = model_folder(source, hub, frozenset(PARTS - {subfolder}))
     return found / subfolder if (found / subfolder).is_dir() else found

@@ -1,4 +1,4 @@
-"""Files: mapping them, writing them so that a reader never sees half of one, choosing those that hold a network."""
+"""Files: mapping them, reading and writing JSON, choosing those that hold a network."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import mmap
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from diffuse_jax.errors import WeightsError, bad
-from diffuse_jax.limits import open_regular, parse_json, read_bounded
+from diffuse_jax.limits import open_regular, parse_json, read_bounded, refuse_links
+from diffuse_jax.weights.copy import Pages
+from diffuse_jax.writing import atomic_file
 
 LFS = b"version https://git-lfs"
 """How the small text begins that Git keeps in the place of a large file."""
@@ -33,32 +33,9 @@ def map_file(path: Path) -> np.ndarray:
             raise bad(path, "the file is empty")
         if file.read(len(LFS)) == LFS:
             raise bad(path, "is a pointer of Git LFS and not the file itself; fetch that with `git lfs pull`")
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-
-
-@contextmanager
-def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind.
-
-    ``mode`` holds the permissions it may have; the process's umask takes from them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(name, mode & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        pages = Pages(file.fileno(), 0, access=mmap.ACCESS_READ)
+        pages.path = path
+        return np.frombuffer(pages, np.uint8)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -103,7 +80,7 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
     Raises:
       WeightsError: there is no such file; the text lists what the folder has.
     """
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(p.name for p in refuse_links(folder).iterdir()) if folder.is_dir() else []
     chosen = choose_weights(names, stem, variant)
     if chosen is None:
         wanted = ", ".join(candidates(stem, variant))
@@ -168,7 +145,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def require_folder(folder: Path) -> Path:
-    """The folder itself, or an error that says it is missing."""
+    """The folder itself, or an error that says it is missing, or has links that leave it."""
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    return folder
+    return refuse_links(folder)

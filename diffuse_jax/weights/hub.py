@@ -7,10 +7,12 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from diffuse_jax.errors import WeightsError
 from diffuse_jax.weights.files import STEMS, advice, choose_weights, is_plain_name, read_json, variants
 from diffuse_jax.weights.load import READERS
+from diffuse_jax.writing import atomic_file
 
 SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 """Ids that open from the installed package, without a network."""
@@ -50,7 +52,7 @@ def resolve(
       WeightsError: there is no such folder or repository, access is refused, or the download failed; the text says what
         to do.
     """
-    if subfolder is not None and not all(map(is_plain_name, PurePosixPath(subfolder).parts)):
+    if subfolder is not None and not is_plain_path(subfolder):
         raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
     folder = SHIPPED.get(str(source), Path(source).expanduser())
     if folder.is_dir() and revision in PRECISIONS:
@@ -75,6 +77,11 @@ def resolve(
     return folder
 
 
+def is_plain_path(path: str) -> bool:
+    """Whether a path may be joined to a folder without leaving it."""
+    return all(map(is_plain_name, PurePosixPath(path).parts))
+
+
 def _download(
     repo: str,
     keep: Callable[[str], bool],
@@ -89,7 +96,7 @@ def _download(
     from huggingface_hub import constants, errors
 
     where = f"{repo} (revision {revision})" if revision else repo
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
         if local_files_only or constants.HF_HUB_OFFLINE:
             # No patterns: the cache holds what an earlier call needed, and a snapshot without the rest is whole enough.
@@ -97,10 +104,14 @@ def _download(
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = needed_files(names, keep, variant)
-        # By the name that was asked for, so that the cache will know the name when there is no network.
+        # All files are of the commit that the revision is now; a branch may move while they are downloaded.
+        options["revision"] = info.sha
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))
         shards = [name for index in wanted if ".index." in index for name in _shards_of(folder, index)]
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)) if shards else folder
+        if shards:
+            huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)
+        _remember(folder, revision or "main")
+        return folder
     except errors.GatedRepoError as error:
         raise WeightsError(
             f"{where}: access is gated; accept its terms on the model's page and pass token= or run `hf auth login`"
@@ -122,6 +133,14 @@ def _download(
         raise WeightsError(
             f"{where}: the download failed ({error}); run it again to continue where it stopped"
         ) from error
+
+
+def _remember(snapshot: Path, revision: str) -> None:
+    """Note in the cache which commit a branch or tag is, as the Hub's own library does: it is asked when offline."""
+    if revision != snapshot.name and is_plain_path(revision):
+        file = snapshot.parents[1] / "refs" / revision
+        with atomic_file(file) as reference:
+            reference.write(snapshot.name.encode())
 
 
 def _near(path: Path) -> str:

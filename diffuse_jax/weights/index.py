@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.errors import bad
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights.files import is_plain_name, read_json, write_json
 
 FILE = "model_index.json"
@@ -47,6 +48,8 @@ def read_index(folder: Path | str) -> PipelineIndex:
     """
     folder = Path(folder)
     file = folder / FILE
+    if file.is_symlink():
+        refuse_links(folder)
     data = read_json(file)
     class_name = data.pop("_class_name", None)
     if not isinstance(class_name, str):

@@ -18,9 +18,10 @@ import numpy as np
 from diffuse_jax.errors import WeightsError, bad, parsing
 from diffuse_jax.limits import MAX_DEPTH, check_name, count_elements
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.files import atomic_file, map_file
+from diffuse_jax.weights.files import map_file
 from diffuse_jax.weights.names import unflatten
 from diffuse_jax.weights.safetensors import DTYPES
+from diffuse_jax.writing import atomic_file
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 CHUNK = 1 << 30

@@ -21,7 +21,8 @@ import numpy as np
 from diffuse_jax.errors import bad
 from diffuse_jax.limits import MAX_ELEMENTS, check_name, count_elements, parse_json
 from diffuse_jax.messages import brief
-from diffuse_jax.weights.files import atomic_file, map_file
+from diffuse_jax.weights.files import map_file
+from diffuse_jax.writing import atomic_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)

@@ -244,3 +244,20 @@ def test_a_missing_file_is_named_when_the_model_is_opened(server: Hub, tmp_path:
     assert kind == "ok", folder
     with pytest.raises(WeightsError, match=r"no weights: looked for diffusion_pytorch_model.safetensors"):
         AutoencoderKL.from_pretrained("some/empty", subfolder="vae", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_all_files_are_of_the_commit_that_a_branch_was_at_the_start(tmp_path: Path, pipeline: dict[str, bytes]) -> None:
+    code = "; ".join(
+        (
+            "from diffuse_jax.weights import resolve",
+            f"folder = resolve('some/model', subfolder='big', revision='main', cache_dir={str(tmp_path)!r})",
+            f"again = resolve('some/model', revision='main', cache_dir={str(tmp_path)!r}, local_files_only=True)",
+            "assert again == folder.parent",
+        )
+    )
+    with hub({"some/model": pipeline}) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    asked = [path for _, path, _ in server.log]
+    assert [path for path in asked if "main" in path] == ["/api/models/some/model/revision/main"], "asked once"
+    assert any(f"/resolve/{SHA}/big/" in path for path in asked)

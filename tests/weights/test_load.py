@@ -20,9 +20,10 @@ from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.weights import WeightsError, load_params, names, save_params
 from diffuse_jax.weights.copy import BLOCK, LARGE, compact, forget
 from diffuse_jax.weights.msgpack import write_msgpack
-from diffuse_jax.weights.safetensors import read_metadata, read_safetensors
+from diffuse_jax.weights.safetensors import read_metadata, read_safetensors, write_safetensors
 from diffuse_jax.weights.save import parse_size
 from tests.weights.tiny import NETWORKS, same_bits, views
+from tests.weights.torch_files import mapping, storage, tensor, write_zip
 
 MODEL = NETWORKS["vae"]
 
@@ -205,6 +206,23 @@ def test_copies_equal_numpys(shape: tuple[int, ...], dtype: str, rng: np.random.
     assert same_bits(copy, array.T.astype(dtype))
     assert copy.flags.c_contiguous
     assert copy.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".msgpack"])
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error_and_not_the_end(suffix: str, tmp_path: Path) -> None:
+    array = np.zeros(10_000, np.float32)
+    path = tmp_path / f"w{suffix}"
+    if suffix == ".bin":
+        write_zip(path, mapping(w=tensor(storage("0", array.size), 0, array.shape, (1,))), {"0": array.tobytes()})
+    else:
+        write = write_msgpack if suffix == ".msgpack" else write_safetensors
+        name = ("w",) if suffix == ".msgpack" else "w"
+        write(path, {name: (array.dtype, array.shape)}, (lambda _: array) if suffix == ".msgpack" else iter([array]))
+    shapes = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype)}
+    views = weights.match(weights.read_checkpoint([path]), shapes, label="")
+    os.truncate(path, 5000)
+    with pytest.raises(WeightsError, match=rf"w\{suffix}: has become shorter while it was being read \(5000 of"):
+        weights.place(views)
 
 
 def test_forgotten_pages_can_be_read_again(tmp_path: Path, rng: np.random.Generator) -> None:

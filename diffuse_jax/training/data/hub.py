@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.training.data.sources import captions_of, fingerprint
 from diffuse_jax.training.data.transform import Record
 
@@ -68,6 +69,8 @@ def load(
     """``datasets.load_dataset`` for a Hub id or a local folder; the split must exist."""
     import datasets
 
+    if Path(name).is_dir():
+        refuse_links(Path(name), deep=True)
     folder = None if cache_dir is None else str(cache_dir)
     return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=folder)
 
@@ -80,7 +83,7 @@ def load_saved(folder: str | Path, split: str = "train") -> Any:
     """
     import datasets
 
-    loaded = datasets.load_from_disk(str(folder))
+    loaded = datasets.load_from_disk(str(refuse_links(Path(folder), deep=True)))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(f"{folder} has no split {split!r}; it has {sorted(loaded)}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffuse_jax.images import SUFFIXES, find_images, warn_of
+from diffuse_jax.limits import refuse_links
 from diffuse_jax.training.data.transform import SUBSET, Record
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -50,12 +51,13 @@ class FolderSource:
         Raises:
           FileNotFoundError: no such folder, no ``metadata.jsonl``, a picture that it names is missing, or there are no
             pictures.
-          ValueError: a line without ``file_name`` or the column, a picture outside of the folder, a caption that is not
-            text, or no lines at all.
+          ValueError: a line without ``file_name`` or the column, a picture outside of the folder, a link that leaves
+            it, a caption that is not text, or no lines at all.
         """
         self.folder, self.caption_column = Path(folder), caption_column
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
+        refuse_links(self.folder, deep=True)
         self._metadata = _metadata_files(self.folder)
         if not self._metadata:
             self._pictures = _bare_pictures(self.folder, caption_column)
@@ -91,8 +93,8 @@ class FolderSource:
         name = line.get("file_name")
         if not isinstance(name, str) or not name:
             raise ValueError(f'{where}: needs a "file_name", got {str(line)[:100]}')
-        picture = path.parent / name
-        if not Path(os.path.normpath(picture)).is_relative_to(os.path.normpath(self.folder)):
+        picture = Path(os.path.normpath(path.parent / name))  # and not what ".." behind a link would lead to
+        if not picture.is_relative_to(os.path.normpath(self.folder)):
             raise ValueError(f"{where}: file_name {name!r} leaves the folder {self.folder}; keep pictures inside it")
         return picture, captions_of(line, self.caption_column, where)
 

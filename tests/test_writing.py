@@ -1,0 +1,153 @@
+"""Files take their names when they are whole, errors name them, and what killed writers leave is removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax.output import save_images
+from diffuse_jax.weights.safetensors import write_safetensors
+from diffuse_jax.writing import atomic_file, only_writer
+from tests.conftest import ROOT
+
+
+@contextlib.contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may become larger than this, as on a disk with so much room: the same error but for its number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with contextlib.suppress(KeyError), atomic_file(path) as file:
+        file.write(b"new")
+        raise KeyError
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["a"])
+    with atomic_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"new", ["a"])
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    numbers = np.zeros(100_000, np.float32)
+    with disk_of(1000), pytest.raises(OSError, match=r"File too large: '.*model\.safetensors'"):
+        write_safetensors(path, {"w": (numbers.dtype, numbers.shape)}, iter([numbers]))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    with disk_of(1000), pytest.raises(OSError, match="File too large: '.*images'"):
+        save_images([noise], tmp_path / "images")
+    (tmp_path / "images" / "metadata.jsonl").write_text(" " * 999 + "\n")
+    with disk_of(1000), pytest.raises(OSError, match=r"File too large: '.*metadata\.jsonl'"):
+        save_images([Image.new("L", (2, 2))], tmp_path / "images", [{"prompt": "a cat"}])
+    assert sorted(os.listdir(tmp_path)) == ["images"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
+def test_permissions_are_those_that_the_umask_leaves(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic_file(tmp_path / "a"):
+            pass
+        with atomic_file(tmp_path / "b", mode=0o644):
+            pass
+        (image,) = save_images([Image.new("L", (2, 2))], tmp_path)
+    finally:
+        os.umask(before)
+    found = [path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "b", image)]
+    assert found == [0o666 & ~mask, 0o644 & ~mask, 0o666 & ~mask]
+
+
+def test_files_of_other_threads_keep_their_permissions(tmp_path: Path) -> None:
+    before, done, modes = os.umask(0o077), threading.Event(), set()
+
+    def others() -> None:
+        for number in range(2000):
+            path = tmp_path / f"secret{number}"
+            path.touch()
+            modes.add(path.stat().st_mode & 0o777)
+        done.set()
+
+    try:
+        thread = threading.Thread(target=others)
+        thread.start()
+        while not done.is_set():
+            with atomic_file(tmp_path / "a"):
+                pass
+        thread.join()
+    finally:
+        os.umask(before)
+    assert modes == {0o600}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from diffuse_jax.writing import atomic_file, only_writer
+path = Path(sys.argv[2])
+with {"file": atomic_file, "folder": only_writer}[sys.argv[1]](path):
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_writer(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is in the middle of writing a path."""
+    command = [sys.executable, "-c", WRITER, kind, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "writing\n"
+        yield process
+        process.kill()
+
+
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    others = {".a.partial", ".b.1.partial", ".a.txt"}
+    for name in others:
+        (tmp_path / name).touch()
+    with another_writer("file", path) as living, another_writer("file", path) as killed:
+        assert len(os.listdir(tmp_path)) == 5
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        with atomic_file(path):
+            pass
+        assert len({*os.listdir(tmp_path)} - others) == 2, "the file, and what the living process writes"
+        living.stdin.close()
+        assert living.wait() == 0
+    assert {*os.listdir(tmp_path)} == {"a", *others}
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with another_writer("folder", path) as living:
+        with pytest.raises(FileExistsError, match="a is being written by another process; wait"), only_writer(path):
+            raise AssertionError("two writers")
+        (tmp_path / ".a.partial" / "x").write_text("of the one that is killed")
+        living.send_signal(signal.SIGKILL)
+        living.wait()
+    assert os.listdir(tmp_path) == [".a.partial"]
+    with only_writer(path) as folder:
+        assert os.listdir(folder) == []
+        with pytest.raises(FileExistsError, match="another process"), only_writer(path):
+            raise AssertionError("two writers")
+    assert os.listdir(tmp_path) == []
