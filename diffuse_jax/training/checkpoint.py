@@ -3,6 +3,7 @@
 A checkpoint holds the training state (``state``, orbax), the position of the data of every process (``data-P.json``)
 and what ``export`` writes. All of it is made in ``.checkpoint-N.new``, which takes its name when everything is on disk:
 a folder that is called ``checkpoint-N`` is whole, however the run ended. It goes the same way when it is removed.
+Checksums of its files (``checksums.json``) are compared before anything of it is read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from diffuse_jax.errors import bad
+from diffuse_jax.limits import parse_json, read_bounded
+from diffuse_jax.training.checksums import the_same, verify, write_checksums
 from diffuse_jax.training.state import TrainState
+from diffuse_jax.writing import naming
 
 STATE = "state"
 
@@ -95,13 +101,16 @@ class Checkpoints:
             if export is not None:
                 export(new)
         meet("checkpoint folder")
-        (new / f"data-{jax.process_index()}.json").write_text(json.dumps(position._asdict()), encoding="utf-8")
+        data = new / f"data-{jax.process_index()}.json"
+        with naming(data):
+            data.write_text(json.dumps(position._asdict()), encoding="utf-8")
         self._orbax.save(new / STATE, state)
         self._commit = self._thread.submit(self._finish, step, new)
 
     def _finish(self, step: int, new: Path) -> None:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
+            write_checksums(new, [*new.glob("data-*.json"), *(p for p in (new / STATE).rglob("*") if p.is_file())])
             final = self.folder / f"checkpoint-{step}"
             if final.exists():
                 remove(final)
@@ -184,13 +193,29 @@ def load_checkpoint(folder: Path, like: Any) -> TrainState:
         mesh may be another than the one that the checkpoint was written on.
 
     Raises:
-      ValueError: the checkpoint holds other arrays; the text names them.
+      ValueError: the checkpoint is damaged or was replaced while it was read, or holds other arrays; the text names
+        them.
     """
-    wanted = shapes_of(like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder.resolve() / STATE).item_metadata
-        _compare(folder, _table(saved.tree), _table(wanted))
-        return checkpointer.restore(folder.resolve() / STATE, wanted)
+    wanted, path = shapes_of(like), folder.resolve()
+    with the_same(path), ocp.StandardCheckpointer() as checkpointer:
+        with _undamaged(folder):
+            verify(path)
+            saved = _table(checkpointer.metadata(path / STATE).item_metadata.tree)
+        _compare(folder, saved, _table(wanted))
+        with _undamaged(folder):
+            return checkpointer.restore(path / STATE, wanted)
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """While a checkpoint is read: whatever its reader raises names it, and the checkpoints to go back to."""
+    try:
+        yield
+    except Exception as error:  # Orbax lets pass what the libraries below it raise
+        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        older = [p.name for n, p in checkpoints(folder.parent).items() if number and n < int(number[1])]
+        advice = f"; to go back to an older one: --resume_from_checkpoint {older[-1]}" if older else ""
+        raise ValueError(f"{folder} cannot be read: {error or type(error).__name__}{advice}") from error
 
 
 def shapes_of(state: Any) -> Any:
@@ -232,10 +257,10 @@ def load_position(folder: Path) -> Position | None:
     """Where this process's data was; None if the checkpoint does not say (those of diffuse_jax 0.1).
 
     Raises:
-      ValueError: the run had another number of processes, and its data was divided among them.
+      ValueError: a damaged file, or the run had another number of processes, and its data was divided among them.
     """
-    found = sorted(folder.glob("data-*.json"), key=lambda p: int(p.stem.removeprefix("data-")))
-    positions = [Position(**json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    found = {int(m[1]): p for p in folder.glob("data-*.json") if (m := re.fullmatch(r"data-(\d+)\.json", p.name))}
+    positions = [_position(found[n]) for n in sorted(found)]
     if not positions:
         return None
     if len(positions) == jax.process_count():
@@ -246,3 +271,12 @@ def load_position(folder: Path) -> Position | None:
             f"resumed by {jax.process_count()}"
         )
     return positions[0]
+
+
+def _position(path: Path) -> Position:
+    """What a process wrote about its data."""
+    data = parse_json(path, read_bounded(path))
+    kinds = {"batches": dict, "rows": int, "processes": int}
+    if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
+        raise bad(path, f"damaged: expected the place in the data of a run ({', '.join(kinds)})")
+    return Position(**data)

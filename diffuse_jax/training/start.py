@@ -103,7 +103,10 @@ def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
         )
     if position.rows != rows:
         say(f"note: {folder} was trained with {position.rows} pictures per update, this run has {rows}")
-    batches.set_state(position.batches)
+    try:
+        batches.set_state(position.batches)
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{folder}: the place in the data that it names is none of this run's ({error!r})") from error
     return state
 
 

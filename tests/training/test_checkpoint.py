@@ -302,3 +302,75 @@ def test_ctrl_c_once_saves(tmp_path: Path) -> None:
         train_line(args, batches=Signalling(args, signal.SIGINT, at=1))
     assert ended.value.code == 130
     assert list(checkpoints(tmp_path)) == [2]
+
+
+def test_a_flipped_bit_anywhere_is_refused_and_an_older_checkpoint_named(tmp_path: Path) -> None:
+    state = make_state()
+    write(tmp_path, 1, 2, state=state)
+    folder = tmp_path / "checkpoint-2"
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    assert {p.name for p in files} >= {"checksums.json", "data-0.json", "_METADATA"}
+    dice = random.Random(0)
+    for path in files:
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint-2 cannot be read.*--resume_from_checkpoint checkpoint-1"):
+            load_checkpoint(folder, state)
+        path.write_bytes(whole)
+    for path in files:
+        if path.name != "checksums.json":
+            path.rename(tmp_path / "away")
+            with pytest.raises(ValueError, match=f"checkpoint-2 cannot be read: .*{path.name}"):
+                load_checkpoint(folder, state)
+            (tmp_path / "away").rename(path)
+    assert_same_bits(load_checkpoint(folder, state), state)
+
+
+def test_damage_without_checksums_names_the_folder(tmp_path: Path) -> None:
+    """As in checkpoints that were written before there were any."""
+    write(tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+    (folder / "checksums.json").unlink()
+    load_checkpoint(folder, make_state())
+    (folder / "state" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match="checkpoint-1 cannot be read: "):
+        load_checkpoint(folder, make_state())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"batches": {}}', '{"batches": 1, "rows": 8, "processes": 1}', "{", "\xff"]
+)
+def test_a_damaged_place_in_the_data_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "data-0.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"data-0\.json: "):
+        load_position(tmp_path)
+
+
+def test_links_that_leave_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "run", 1)
+    folder = tmp_path / "run" / "checkpoint-1"
+    for name in ("checksums.json", "state"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"checkpoint-1 cannot be read: .*{name}: is a link that leaves"):
+            load_checkpoint(folder, make_state())
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert load_checkpoint(tmp_path / "elsewhere", make_state())
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+
+    def replaced(*_: Any) -> None:
+        write(tmp_path, 1)
+
+    monkeypatch.setattr(module, "_compare", replaced)
+    with pytest.raises(ValueError, match="was replaced by another process while it was being read"):
+        load_checkpoint(folder, make_state())

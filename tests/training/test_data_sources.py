@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -354,3 +355,52 @@ def test_captions_of_shards_that_cannot_be_read_are_named(
     source = source_from(flags("--train_shards", str(tmp_path / "a.tar")))
     with pytest.raises(ValueError, match=rf"deep/0 in .*a\.tar: {message}"):
         source[0]
+
+
+def test_a_damaged_head_of_a_tar_loses_no_sample_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, rows(range(10)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        heads = [member.offset for member in tar]
+    dice = random.Random(0)
+    for head in heads:
+        for _ in range(8):
+            damaged = bytearray(whole)
+            damaged[head + dice.randrange(512)] ^= 1 << dice.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"a\.tar"):
+                TarSource([path])
+    path.write_bytes(damaged[: heads[3]] + b"\1" + damaged[heads[3] + 1 :])
+    with pytest.raises(ValueError, match=r"a\.tar is damaged.* follows 2 samples, at byte"):
+        TarSource([path])
+
+
+def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, rows(range(4)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = [member.offset_data + -(-member.size // 512) * 512 for member in tar][-1]
+    for size in (*range(512, end, 700), end):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.tar (is cut off|is damaged|is not an uncompressed tar)"):
+            TarSource([path])
+    path.write_bytes(whole[: end + 1024])
+    assert len(TarSource([path])) == 4, "the end is two blocks of zeros; what fills up a record may be absent"
+    path.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="several archives in one file"):
+        TarSource([path])
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
+def test_members_that_would_be_lost_are_refused(kind: bytes, tmp_path: Path) -> None:
+    """A link has no bytes of its own; a second member of one name would replace the first."""
+    path = tmp_path / "a.tar"
+    write_tar(path, rows(range(2)))
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(tar.getnames()[0] if kind == tarfile.REGTYPE else "9.png")
+        info.type, info.linkname = kind, "" if kind == tarfile.REGTYPE else tar.getnames()[0]
+        tar.addfile(info)
+    with pytest.raises(ValueError, match="twice" if kind == tarfile.REGTYPE else "is a link"):
+        TarSource([path])

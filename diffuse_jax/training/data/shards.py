@@ -9,6 +9,7 @@ the line, and the bytes of the picture file.
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import json
@@ -89,7 +90,8 @@ class TarSource:
         """Read the heads of all members. Samples without a picture are left out, with a warning.
 
         Raises:
-          ValueError: a sample has no caption where one is wanted, a file is no tar file, or there are no pictures.
+          ValueError: a sample has no caption where one is wanted, a file is no tar file or a damaged one, or there are
+            no pictures.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
         rows, keys, left_out = [], [], []
@@ -128,19 +130,48 @@ class TarSource:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Key and members of each sample; the key is the name up to the first dot after the folders."""
+    """Key and members of each sample; the key is the name up to the first dot after the folders.
+
+    Raises:
+      ValueError: no tar file, or one that is damaged, cut off or holds a member twice: samples would be lost.
+    """
     samples: dict[str, dict[str, Place]] = {}
+    size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.offset_data + member.size > size:
+                    raise ValueError(f"{path} is cut off in {member.name!r}, after {len(samples)} samples")
                 folder, _, name = member.name.rpartition("/")
-                if member.isfile() and not name.startswith("."):
-                    stem, _, suffix = name.partition(".")
-                    sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
-                    sample[suffix.lower()] = Place(member.offset_data, member.size)
+                if member.isdir() or name.startswith("."):
+                    continue
+                if not member.isfile() or member.issparse():
+                    raise ValueError(f"{path}: {member.name!r} is a link or the like, without bytes of its own")
+                stem, _, suffix = name.partition(".")
+                sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
+                if suffix.lower() in sample:
+                    raise ValueError(f"{path} has {member.name!r} twice (or in upper and lower case)")
+                sample[suffix.lower()] = Place(member.offset_data, member.size)
+            _check_end(path, tar.offset, len(samples))
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar file, or is damaged: {error}") from error
     yield from samples.items()
+
+
+def _check_end(path: Path, offset: int, count: int) -> None:
+    """Refuse an archive with more than its end where reading it stopped: after a damaged head Python's ``tarfile``
+    stops, without an error, as at the end."""
+    zeros, left = bytes(tarfile.RECORDSIZE), path.stat().st_size - offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        blocks = iter(functools.partial(file.read, len(zeros)), b"")
+        if any(block != zeros[: len(block)] for block in blocks):
+            raise ValueError(
+                f"{path} is damaged, or several archives in one file: what follows {count} samples, at byte {offset}, "
+                "is neither a member nor the end; the samples behind it would be lost"
+            )
+    if left < tarfile.BLOCKSIZE:
+        raise ValueError(f"{path} is cut off after {count} samples: it has no end of archive")
 
 
 def _first(members: dict[str, Place], suffixes: Sequence[str]) -> Place | None:

@@ -1,0 +1,81 @@
+"""Checksums of the files of a checkpoint: one that has been damaged, or replaced while it was read, is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffuse_jax.errors import bad
+from diffuse_jax.limits import open_regular, parse_json, read_bounded, refuse_links
+from diffuse_jax.writing import naming
+
+FILE = "checksums.json"
+
+
+def write_checksums(folder: Path, files: list[Path]) -> None:
+    """Write the SHA-256 of some files of a folder into it."""
+    sums = {str(path.relative_to(folder)): _digest(path) for path in sorted(files)}
+    with naming(folder / FILE):
+        (folder / FILE).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Compare a folder's files with their checksums, if it has any; the processes of a run share the work.
+
+    Raises:
+      ValueError: on all processes; a file is missing or another, or a link leaves the folder.
+    """
+    refuse_links(folder, deep=True)
+    if not (folder / FILE).is_file():  # written before there were checksums
+        return
+    sums = parse_json(folder / FILE, read_bounded(folder / FILE))
+    if not isinstance(sums, dict) or not all(isinstance(digest, str) for digest in sums.values()):
+        raise bad(folder / FILE, "damaged: expected file names and checksums")
+    names = sorted(sums)
+    share = range(jax.process_index(), len(names), jax.process_count())
+    wrong = np.array([min((i for i in share if not _is_whole(folder, names[i], sums[names[i]])), default=-1)])
+    if jax.process_count() > 1:
+        wrong = np.asarray(multihost_utils.process_allgather(wrong)).reshape(-1)
+    if (found := wrong[wrong >= 0]).size:
+        raise bad(folder / names[found[0]], "damaged: missing, or not what was written")
+
+
+def _is_whole(folder: Path, name: str, digest: str) -> bool:
+    try:
+        return _digest(folder / name) == digest
+    except (OSError, ValueError):  # not there, or no file
+        return False
+
+
+def _digest(path: Path) -> str:
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def the_same(folder: Path) -> Iterator[None]:
+    """While a folder is read: it must not be exchanged for another of its name.
+
+    Raises:
+      ValueError: it has been.
+    """
+    before = _identity(folder)
+    yield
+    if _identity(folder) != before:
+        raise bad(folder, "was replaced by another process while it was being read; try again")
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
