@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
-from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, family_of
+from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, V_PREDICTION, ZERO_SNR, Family, judge
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
@@ -27,7 +27,7 @@ EMA = "model_ema."
 
 BUFFERS = re.compile(
     r"^(model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|logvar$|lvlb_weights$|scale_factor$"
-    r"|denoiser\.|low_scale_model\.|depth_model\.|first_stage_model\.(loss|model_ema)\."
+    rf"|{V_PREDICTION}$|{ZERO_SNR}$|denoiser\.|low_scale_model\.|depth_model\.|first_stage_model\.(loss|model_ema)\."
     r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?(logit_scale|attn_mask)$)"
 )
 """Keys of a training run that no component needs: averages, noise schedules, losses, depth estimators."""
@@ -66,16 +66,23 @@ class SingleFile:
 
 
 def read_single_file(
-    path: Path | str, *, prediction_type: str | None = None, ema: bool = False, configs: Configs | None = None
+    path: Path | str,
+    *,
+    prediction_type: str | None = None,
+    ema: bool = False,
+    configs: Configs | None = None,
+    given: Configs | None = None,
 ) -> SingleFile:
     """Open a checkpoint in the original layout: Stable Diffusion 1.x, 2.x, the x4 upscaler, SDXL base and refiner.
 
     Args:
       path: a ``.safetensors`` or ``.ckpt`` file.
-      prediction_type: ``"epsilon"`` or ``"v_prediction"``; None takes the family's, or what the step of training says
-        for Stable Diffusion 2, whose two kinds have the same tensors.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``; None takes what the file says by a marker (``v_pred``), else
+        the family's, or what the step of training says for Stable Diffusion 2, whose two kinds have the same tensors.
       ema: take the UNet's averaged weights (``model_ema.``), which some files carry beside the last ones.
       configs: component name -> values that replace those of the file's metadata and those read off its tensors.
+      given: component name -> configuration (or an empty one) of components that come from elsewhere. The file need
+        not have these; if it does, they are not looked at.
 
     Raises:
       WeightsError: a damaged or hostile file, no known family, or tensors that belong to no component.
@@ -83,34 +90,47 @@ def read_single_file(
     path = Path(path)
     if path.is_dir():
         raise bad(path, "is a folder, and a checkpoint of one file is wanted; from_pretrained opens folders")
-    tensors = read_checkpoint([path]).tensors
-    name = family_of(tensors)
+    tensors, given = read_checkpoint([path]).tensors, given or {}
+    name, lacks = judge(tensors, given)
     if name is None:
-        raise bad(
-            path, "not a Stable Diffusion checkpoint in the original layout: no text encoder where one is expected"
-        )
+        raise bad(path, _no_family(lacks))
     family = FAMILIES[name]
-    groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family)
+    groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family, given)
     networks = {part: _network(path, part, group, family) for part, group in groups.items()}
     record = read_record(path)
     for changes in (record.get("configs", {}), configs or {}):
         for part in changes.keys() & networks.keys():
             networks[part].config.update(changes[part])
-    channels = networks["unet"].config["in_channels"]
+    unet = networks["unet"].config if "unet" in networks else given["unet"]
+    channels = unet.get("in_channels", min(family.pipelines))
     if type(channels) is not int or channels not in family.pipelines:
         raise bad(path, f"a UNet with {brief(channels)} input channels; {name} files have {sorted(family.pipelines)}")
-    prediction = prediction_type or _prediction_type(path, family)
+    prediction = prediction_type or _prediction_type(path, tensors, family)
     if prediction == "epsilon" and family.epsilon_sizes:
-        networks["unet"].config["sample_size"], networks["vae"].config["sample_size"] = family.epsilon_sizes
-    schedulers = {"scheduler": {**family.scheduler, "prediction_type": prediction}}
+        for part, size in zip(("unet", "vae"), family.epsilon_sizes, strict=True):
+            if part in networks:
+                networks[part].config["sample_size"] = size
+    schedulers = {"scheduler": family.scheduler_for(prediction, ZERO_SNR in tensors)}
     schedulers |= {part: dict(config) for part, config in family.other_schedulers.items()}
     if prediction_type is None:
         schedulers |= record.get("schedulers", {})
     return SingleFile(family.pipelines[channels], name, networks, schedulers, dict(family.options))
 
 
-def _prediction_type(path: Path, family: Family) -> str:
-    """The family's, unless the training step of a ``.ckpt`` says that it is a base model."""
+def _no_family(lacks: Mapping[str, list[str]]) -> str:
+    """What a file lacks for every family, the nearest first."""
+    nearest = sorted(lacks, key=lambda name: len(lacks[name]))
+    missing = "; ".join(f"for {name}: {', '.join(lacks[name])}" for name in nearest)
+    return (
+        "not a whole Stable Diffusion checkpoint in the original layout; missing are "
+        f"{missing}. Components that a file lacks can be given to from_single_file, for example vae=(model, params)"
+    )
+
+
+def _prediction_type(path: Path, tensors: Tensors, family: Family) -> str:
+    """The family's, unless a marker says otherwise, or the training step of a ``.ckpt`` that it is a base model."""
+    if V_PREDICTION in tensors:
+        return "v_prediction"
     if not family.epsilon_sizes or path.suffix == ".safetensors":
         return family.prediction_type
     step = read_torch_object(path).get("global_step")
@@ -131,7 +151,7 @@ def _with_ema(path: Path, tensors: Tensors) -> dict[str, np.ndarray]:
     return result
 
 
-def _groups(path: Path, tensors: Tensors, family: Family) -> dict[str, dict[str, np.ndarray]]:
+def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
     """Component name -> its tensors without their prefix; a key of none is an error unless it is a known buffer."""
     prefixes = {part: prefix for part, (prefix, _) in family.places.items()}
     groups: dict[str, dict[str, np.ndarray]] = {part: {} for part in prefixes}
@@ -146,10 +166,7 @@ def _groups(path: Path, tensors: Tensors, family: Family) -> dict[str, dict[str,
             groups[part][key.removeprefix(prefixes[part])] = array
     if unknown:
         raise bad(path, f"{len(unknown)} tensors belong to no component, e.g. {', '.join(map(repr, unknown[:3]))}")
-    empty = [prefixes[part] for part, group in groups.items() if not group]
-    if empty:
-        raise bad(path, f"no key begins with {' or '.join(map(repr, empty))}")
-    return groups
+    return {part: group for part, group in groups.items() if part not in given}
 
 
 def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family) -> Part:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.layouts.families import FAMILIES
+from diffuse_jax.layouts.families import FAMILIES, V_PREDICTION, ZERO_SNR
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, make_record
 from diffuse_jax.layouts.rows import combine, combined_shape, to_original
@@ -43,9 +43,17 @@ def write_single_file(
         prefix, table = FAMILIES[family].places[part]
         for key, members in to_original(tensors, TABLES[table](tensors)).items():
             sources[prefix + key] = [(tensors[name], operation) for name, operation in members]
+    sources |= {name: [(np.zeros(0, np.float32), "same")] for name in _markers(family, schedulers)}
     specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
     arrays = (_read(sources[key], dtype) for key, (dtype, _) in specs.items())
     write_safetensors(Path(path), specs, arrays, make_record(configs, schedulers))
+
+
+def _markers(family: str, schedulers: Configs | None) -> list[str]:
+    """The markers by which other programs know what the network predicts, where it is not what its family does."""
+    config = (schedulers or {}).get("scheduler", {})
+    predicts_v = config.get("prediction_type") == "v_prediction" != FAMILIES[family].prediction_type
+    return [V_PREDICTION] * predicts_v + [ZERO_SNR] * (config.get("rescale_betas_zero_snr") is True)
 
 
 def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:

@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
 from diffuse_jax.errors import parsing
-from diffuse_jax.models import Params
+from diffuse_jax.models import Model, Params
 from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
-from diffuse_jax.pipelines.opening import Parts, with_given
+from diffuse_jax.pipelines.opening import Parts, is_pair, with_given
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
@@ -48,8 +48,10 @@ def open_single_file(
     **hub: Any,
 ) -> Contents:
     """The components of a file; see :meth:`DiffusionPipeline.from_single_file`."""
-    file = layouts.read_single_file(path, prediction_type=prediction_type)
-    wanted = {name: part for name, part in file.networks.items() if name not in components}
+    given = {name: part for name, part in components.items() if name not in NOT_LOADED}
+    configs = {name: part[0].config_json() if is_model(part) else {} for name, part in given.items()}
+    file = layouts.read_single_file(path, prediction_type=prediction_type, given=configs)
+    wanted = file.networks
     models = {name: open_model(path, part, dtype) for name, part in wanted.items()}
     shapes = {name: model.shapes() for name, model in models.items()}
     # Every name and shape of every network is checked before the first tensor is read.
@@ -64,8 +66,12 @@ def open_single_file(
     for name in wanted:
         shardings = None if mesh is None else param_shardings(shapes[name], automatic(mesh))
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
-    given = {name: part for name, part in components.items() if name not in NOT_LOADED}
     return Contents(file.class_name, *with_given(parts, params, given), file.options)
+
+
+def is_model(part: Any) -> bool:
+    """Whether a component was given as a network of this library with its parameters."""
+    return is_pair(part) and isinstance(part[0], Model)
 
 
 def open_model(path: str | Path, part: layouts.Part, dtype: DTypeLike) -> Any:
@@ -95,7 +101,7 @@ def open_tokenizers(
     Raises:
       WeightsError: there is no tokenizer at the source.
     """
-    names = [name.replace("text_encoder", "tokenizer") for name in file.networks if name.startswith("text_encoder")]
+    names = [name.replace("text_encoder", "tokenizer") for name in layouts.FAMILIES[file.family].text]
     return {name: given.get(name) or open_tokenizer(source, (file.family, name), **hub) for name in names}
 
 

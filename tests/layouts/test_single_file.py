@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffuse_jax import layouts
 from diffuse_jax.layouts import family_for, read_single_file, write_single_file
+from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.weights import WeightsError, match
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from tests.layouts.families import FAMILIES, family_tensors
@@ -198,9 +200,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"lora.weight": np.zeros(2, np.float32)},
         "1 tensors belong to no component, e.g. 'lora.weight'",
     ),
-    "no autoencoder": ({"first_stage_model.": None}, "no key begins with 'first_stage_model.'"),
-    "no text encoder": ({"cond_stage_model.": None}, "not a Stable Diffusion checkpoint in the original layout"),
-    "no UNet": ({"model.diffusion_model.": None}, "no key begins with 'model.diffusion_model.'"),
+    "no autoencoder": ({"first_stage_model.": None}, "missing are for v1: vae (first_stage_model.*); for"),
+    "no text encoder": ({"cond_stage_model.": None}, "for v1: text_encoder (cond_stage_model.transformer.*)"),
+    "no UNet": ({"model.diffusion_model.": None}, "missing are for v1: unet (model.diffusion_model.*); for"),
+    "one key of another family": (
+        {"conditioner.embedders.0.model.ln_final.weight": np.zeros(64, np.float32)},
+        "1 tensors belong to no component, e.g. 'conditioner.embedders.0.model.ln_final.weight'",
+    ),
     "half a UNet": (
         {"model.diffusion_model.input_blocks.1": None},
         "unet: cannot read its configuration off its tensors",
@@ -249,3 +255,65 @@ def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.ra
     assert str(error.value) == (
         "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' fits nothing"
     )
+
+
+def test_the_error_says_what_is_missing_for_every_family(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as error:
+        read_single_file(save(tmp_path, {"w": np.zeros(2, np.float32)}))
+    for name in FAMILIES:
+        assert f"for {name}: unet (model.diffusion_model.*), vae (first_stage_model.*), text_encoder" in str(
+            error.value
+        )
+    assert "can be given to from_single_file, for example vae=(model, params)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_given_need_not_be_in_the_file(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each component alone, and all but the UNet, which then says which family it is."""
+    stored = stored_family(name, rng, tmp_path)
+    places = layouts.FAMILIES[name].places
+    parts = list(places)
+    for given in ([part] for part in parts), [parts[1:]]:
+        for names in given:
+            gone = tuple(places[part][0] for part in names)
+            path = save(tmp_path, {key: array for key, array in stored.items() if not key.startswith(gone)})
+            configs = {part: FAMILIES[name][part].config_json() for part in names}
+            file = read_single_file(path, given=configs)
+            assert (file.family, [*file.networks]) == (name, [part for part in parts if part not in names])
+            with pytest.raises(WeightsError, match=rf"for {name}: {names[0]} \("):
+                read_single_file(path)
+
+
+def test_what_is_given_is_not_looked_at(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path) | {"first_stage_model.of.another.kind": np.zeros(2, np.float32)}
+    del stored["first_stage_model.encoder.conv_in.weight"]
+    assert [*read_single_file(save(tmp_path, stored), given={"vae": {}}).networks] == ["unet", "text_encoder"]
+
+
+def test_a_text_encoder_of_another_family_has_no_place(tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    gone = {key: array for key, array in stored.items() if not key.startswith("cond_stage_model.")}
+    with pytest.raises(WeightsError, match="for v1: a place for text_encoder_2"):
+        read_single_file(save(tmp_path, gone), given={"text_encoder": {}, "text_encoder_2": {}})
+
+
+@pytest.mark.parametrize("name", ["xl", "v1"])
+@pytest.mark.parametrize("markers", [("v_pred",), ("v_pred", "ztsnr")])
+def test_marker_tensors_say_what_is_predicted(
+    name: str, markers: tuple[str, ...], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    stored = stored_family(name, rng, tmp_path)
+    path = save(tmp_path, stored | dict.fromkeys(markers, np.zeros(0, np.float32)))
+    config = read_single_file(path).schedulers["scheduler"]
+    scheduler = Scheduler.from_config(config)
+    assert scheduler.prediction_type == "v_prediction"
+    assert getattr(scheduler, "rescale_betas_zero_snr", False) is ("ztsnr" in markers)
+    assert type(scheduler).__name__ == (
+        "EulerDiscreteScheduler" if name == "xl" else "DDIMScheduler" if "ztsnr" in markers else "PNDMScheduler"
+    )
+    asked = read_single_file(path, prediction_type="epsilon").schedulers["scheduler"]
+    assert asked["prediction_type"] == "epsilon", "the caller has the last word"
+    tensors = family_tensors(name, rng)
+    write_single_file(tmp_path / "again.safetensors", tensors, name, schedulers={"scheduler": config})
+    assert {"v_pred", "ztsnr"} & read_safetensors(tmp_path / "again.safetensors").keys() == {*markers}
+    assert read_single_file(tmp_path / "again.safetensors").schedulers["scheduler"] == config

@@ -14,6 +14,7 @@ from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.names import flatten, from_torch, torch_key
+from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from tests.layouts.families import FAMILIES, family_tensors
 from tests.pipelines.tiny import tokenizer
 
@@ -67,3 +68,17 @@ def test_without_a_vocabulary_the_error_says_what_to_pass(tmp_path: Path, rng):
     write_single_file(tmp_path / "model.safetensors", family_tensors("v1", rng), "v1")
     with pytest.raises(WeightsError, match="pass tokenizer= a folder or Hub id"):
         DiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=tmp_path / "nowhere")
+
+
+def test_a_file_without_an_autoencoder_opens_with_one_that_is_given(vocabulary: Path, tmp_path: Path, rng):
+    path = tmp_path / "model.safetensors"
+    write_single_file(path, family_tensors("v1", rng), "v1")
+    stored = {key: a for key, a in read_safetensors(path).items() if not key.startswith("first_stage_model.")}
+    write_safetensors(path, {key: (a.dtype, a.shape) for key, a in stored.items()}, stored.values())
+    vae = FAMILIES["v1"]["vae"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), vae.shapes())
+    pipe = DiffusionPipeline.from_single_file(path, tokenizer=vocabulary, vae=(vae, params))
+    assert type(pipe) is StableDiffusionPipeline
+    assert pipe.params["vae"] is params
+    with pytest.raises(WeightsError, match=r"for v1: vae \(first_stage_model\.\*\).*vae=\(model, params\)"):
+        DiffusionPipeline.from_single_file(path, tokenizer=vocabulary)
