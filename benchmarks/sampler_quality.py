@@ -1,9 +1,10 @@
-"""The picture of the samplers page: what every sampler for ordinary networks makes of how many evaluations.
+"""The two figures of the samplers page: what every sampler for ordinary networks makes of how many evaluations.
 
-    python -m benchmarks.sampler_quality        # a minute; needs matplotlib (pip install -e ".[plots]")
+    python -m benchmarks.sampler_quality        # a few minutes; needs matplotlib (pip install -e ".[plots]")
 
-Left, the problem of ``sampler_order.py``, whose answer is known: how far what comes out is from the data
-(Wasserstein-1, 4000 samples). Right, the shipped model: one prompt and seed, 2 to 32 evaluations of the network.
+``samplers.png``: the problem of ``sampler_order.py``, whose answer is known: how far what comes out is from the data
+(Wasserstein-1, 4000 samples). ``samplers_images.webp``: the shipped model, one prompt and seed, 2 to 32 evaluations of
+the network.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ OTHER_NETWORKS = "EDMEulerScheduler"
 MORE = ("SASolverScheduler", "LCMScheduler", "TCDScheduler")
 """Others that run on any network; the last two are made for distilled ones. The rest need networks of their own."""
 
-OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "samplers.png"
+KINDS = {
+    "first order": ("DDIM", "EulerDiscrete", "EDMEuler"),
+    "multistep, linear": ("PNDM", "LMSDiscrete"),
+    "multistep, exponential": ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"),
+    "several evaluations a step": ("HeunDiscrete", "KDPM2Discrete", "DPMSolverSinglestep"),
+    "adding noise": ("DDPM", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "DPMSolverSDE", "SASolver"),
+    "for distilled networks": ("LCM", "TCD"),
+}
+"""Which samplers share a panel of the chart; one that is in none would be missing from it, which is an error."""
+
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 
 def build(name: str, config: dict[str, Any]) -> Scheduler:
@@ -81,42 +92,61 @@ def pictures(names: Sequence[str]) -> dict[str, dict[int, Array]]:
     return out
 
 
-def draw(rows: list[dict[str, Any]], made: dict[str, dict[int, Array]], output: Path) -> None:
-    """Chart and pictures side by side."""
+def chart(rows: list[dict[str, Any]], output: Path) -> None:
+    """A panel for each kind of sampler; the others stand in its background."""
+    lines = {
+        row["sampler"]: [(n, row[f"{n} evaluations"]) for n in EVALUATIONS if row[f"{n} evaluations"] is not None]
+        for row in rows
+    }
+    if missing := lines.keys() ^ {name for names in KINDS.values() for name in names}:
+        raise ValueError(f"KINDS and the samplers differ in {sorted(missing)}")
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 2, figsize=(7.5, 9), sharex=True, sharey=True, layout="constrained")
+    for panel, (kind, names) in zip(axes.flat, KINDS.items(), strict=True):
+        for line in lines.values():
+            panel.loglog(*zip(*line, strict=True), color="#dddddd", linewidth=1)
+        for name, colour, marker in zip(names, ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000"), "os^Dv"):
+            panel.loglog(*zip(*lines[name], strict=True), color=colour, marker=marker, markersize=5, label=name)
+        panel.set_title(kind, fontsize=12)
+        panel.legend(fontsize=10, loc="lower left", framealpha=0.9)
+        panel.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
+        panel.set_ylim(bottom=1e-3)  # room for the longest legend
+        panel.minorticks_off()
+    figure.supxlabel("network evaluations")
+    figure.supylabel("distance from the data")
+    figure.savefig(output, dpi=160)
+
+
+def contact_sheet(made: dict[str, dict[int, Array]], output: Path) -> None:
+    """A row for each sampler, a column for each number of evaluations."""
+    figure, grid = pyplot().subplots(
+        len(made), len(EVALUATIONS), figsize=(5.6, 0.7 * len(made)), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, hspace=0, wspace=0)
+    for cells, (name, images) in zip(grid, made.items(), strict=True):
+        for cell, count in zip(cells, EVALUATIONS, strict=True):
+            cell.axis("off")
+            if count in images:
+                cell.imshow(images[count], interpolation="lanczos")
+        cells[0].text(-6, 32, name.removesuffix("Scheduler"), ha="right", va="center", fontsize=10)
+    for cell, count in zip(grid[0], EVALUATIONS, strict=True):
+        cell.set_title(str(count), fontsize=11)
+    figure.savefig(output, dpi=160, pil_kwargs={"quality": 90})
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(13, 0.62 * len(made) + 1), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
-    axes = left.subplots()
-    colours = plt.get_cmap("tab20").colors
-    for i, row in enumerate(rows):
-        line = [(n, row[f"{n} evaluations"]) for n in EVALUATIONS if row[f"{n} evaluations"] is not None]
-        style = "--" if row["stochastic"] else "-"
-        axes.loglog(*zip(*line, strict=True), style, marker=".", color=colours[i % 20], label=row["sampler"])
-    axes.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
-    axes.minorticks_off()
-    axes.set_xlabel("evaluations of the network (dashed: samplers that add noise)")
-    axes.set_ylabel("distance from the data, exact network")
-    axes.legend(fontsize=7, ncols=2)
-    grid = right.subplots(len(made), len(EVALUATIONS), squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
-    for cells, (name, own) in zip(grid, made.items(), strict=True):
-        for cell, count in zip(cells, EVALUATIONS, strict=True):
-            cell.axis("off")
-            if count in own:
-                cell.imshow(own[count])
-        cells[0].text(-6, 32, name.removesuffix("Scheduler"), ha="right", va="center", fontsize=8)
-    for cell, count in zip(grid[0], EVALUATIONS, strict=True):
-        cell.set_title(str(count), fontsize=9)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=90)
+    return plt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the figures (default: docs/images)")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     from common import write
@@ -139,8 +169,9 @@ def main() -> None:
         "network, spread 1.0), default settings on Stable Diffusion's training schedule."
     )
     print(write("sampler_quality", "Quality against evaluations", about, rows, "numpy"))
-    draw(rows, pictures([name for name in names if name != OTHER_NETWORKS]), args.output)
-    print(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    chart(rows, args.output / "samplers.png")
+    contact_sheet(pictures([name for name in names if name != OTHER_NETWORKS]), args.output / "samplers_images.webp")
 
 
 if __name__ == "__main__":

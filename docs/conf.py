@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,14 +28,38 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
     "coverage_check",
 ]
 exclude_patterns = ["_build", "_generated"]
 html_theme = "sphinx_book_theme"
-html_title = "diffuse_jax"
+html_title = f"diffuse_jax {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"use_download_button": False, "show_toc_level": 2}
+
+
+def repository_url() -> str:
+    """The repository's web address: ``DOCS_REPOSITORY_URL``, else git's ``origin``; empty where that is on no web host."""
+    command = ["git", "-C", str(DOCS), "remote", "get-url", "origin"]
+    try:
+        origin = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        origin = ""
+    url = os.environ.get("DOCS_REPOSITORY_URL") or re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", origin)
+    found = re.fullmatch(r"https://(?:[^/@]*@)?(.+?)(?:\.git)?/?", url)  # an access token before an @ stays private
+    return f"https://{found[1]}" if found else ""
+
+
+html_theme_options = {
+    "use_download_button": False,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "repository_url": repository_url(),
+    "use_repository_button": bool(repository_url()),
+}
+copybutton_prompt_text = "$ "  # what follows a prompt is copied, output is not
+copybutton_line_continuation_character = "\\"
+copybutton_exclude = ".linenos, .gp, .go"
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

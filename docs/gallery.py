@@ -9,13 +9,14 @@ Nothing is picked: prompts, seeds and settings stand below. Example:
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from diffuse_jax import DiffusionPipeline, DPMSolverMultistepScheduler
 from diffuse_jax.pipelines import Net
@@ -24,10 +25,20 @@ from diffuse_jax.weights.files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent / "images"
 STYLES = ("noto", "blob", "fluent", "fluent flat", "twemoji", "emojione", "fxemoji", "streamline")
-EDGE, GAP = 96, 4  # pixels that a picture of 64 is drawn with, and between two
+EDGE, GAP = 128, 8  # pixels that an image of 64 is drawn with, and between two: pages show both at half that size
+TOP, LEFT, SIZE = 40, 190, 26  # pixels above and beside the images for labels, and the size of their letters
+WRAP = 14  # letters that fit beside the images
 SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "output_type": "np", "batch_size": 8}
 
 Pictures = list[np.ndarray]
+
+
+class Sheet(NamedTuple):
+    """Images ``[H,W,3]`` in [0, 1] by rows, with a label for each row and, where given, for each column."""
+
+    rows: list[Pictures]
+    beside: Sequence[str]
+    above: Sequence[str] = ()
 
 
 def main() -> None:
@@ -37,7 +48,7 @@ def main() -> None:
         path = Path(args.output_dir) / f"gallery_{name}.webp"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            sheet(PARTS[name](pipe)).save(file, format="WEBP", quality=88, method=6)
+            draw(PARTS[name](pipe)).save(file, format="WEBP", quality=88, method=6)
         print(path)
 
 
@@ -49,35 +60,34 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def styles(pipe: Any) -> list[Pictures]:
+def styles(pipe: Any) -> Sheet:
     """Rows of things, columns of styles, one noise."""
     things = ("red apple", "grinning face", "dog face", "red heart", "mushroom", "cat face")
     prompts = [f"{thing}, {style} style" for thing in things for style in STYLES]
-    return in_rows(pipe(prompts, seed=[5] * len(prompts), **SETTINGS).images)
+    return Sheet(in_rows(pipe(prompts, seed=[5] * len(prompts), **SETTINGS).images), things, STYLES)
 
 
-def guidance(pipe: Any) -> list[Pictures]:
+def guidance(pipe: Any) -> Sheet:
     """The same noise with rising guidance, the last row also rescaled."""
     scales = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0]
     prompts = ["red heart, fluent style", "dog face, noto style", "grinning face, twemoji style"]
-    prompts = [prompt for prompt in (*prompts, prompts[-1]) for _ in scales]
+    repeated = [prompt for prompt in (*prompts, prompts[-1]) for _ in scales]
     rescale = [0.0] * 24 + [0.7] * 8
     given = SETTINGS | {"guidance_scale": scales * 4, "guidance_rescale": rescale}
-    return in_rows(pipe(prompts, seed=[3] * 32, **given).images)
+    beside = [*map(thing, prompts), f"{thing(prompts[-1])}, rescaled"]
+    return Sheet(in_rows(pipe(repeated, seed=[3] * 32, **given).images), beside, [f"{scale:g}" for scale in scales])
 
 
-def steps(pipe: Any) -> list[Pictures]:
+def steps(pipe: Any) -> Sheet:
     """The same noise with rising numbers of steps."""
     pipe = pipe.replace(scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler))
     prompts = ["watermelon, noto style", "cat face, twemoji style", "bear, fluent style"]
-    columns = [
-        pipe(prompts, seed=[1] * 3, **SETTINGS | {"num_inference_steps": count}).images
-        for count in (2, 3, 4, 6, 8, 12, 16, 25)
-    ]
-    return [list(row) for row in zip(*columns)]
+    counts = (2, 3, 4, 6, 8, 12, 16, 25)
+    columns = [pipe(prompts, seed=[1] * 3, **SETTINGS | {"num_inference_steps": count}).images for count in counts]
+    return Sheet([list(row) for row in zip(*columns)], [*map(thing, prompts)], [f"{count} steps" for count in counts])
 
 
-def previews(pipe: Any) -> list[Pictures]:
+def previews(pipe: Any) -> Sheet:
     """What the network takes the clean picture for, after each of sixteen steps."""
     plan, found = pipe.scheduler.plan(16), []
     before: dict[str, Any] = {}
@@ -92,7 +102,7 @@ def previews(pipe: Any) -> list[Pictures]:
     before["latents"] = plan.init(noise).sample
     pipe(prompt, latents=noise, callback_on_step_end=note, **SETTINGS | {"num_inference_steps": 16})
     images = decode_latents(Net("vae", pipe.components["vae"]), pipe.params, jnp.concatenate(found))
-    return in_rows(np.asarray(images))
+    return Sheet(in_rows(np.asarray(images)), ("steps 1 to 8", "steps 9 to 16"))
 
 
 def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
@@ -101,7 +111,7 @@ def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
     return (sigma * there - sigma_next * here) / (sigma * alpha_next - sigma_next * alpha)
 
 
-def between(pipe: Any) -> list[Pictures]:
+def between(pipe: Any) -> Sheet:
     """Text states mixed from one prompt to another."""
     pairs = [
         ("red apple, noto style", "grinning face, noto style"),
@@ -111,7 +121,8 @@ def between(pipe: Any) -> list[Pictures]:
     share = np.linspace(0, 1, 8)[:, None, None]
     first, second = (encoded(pipe, [pair[i] for pair in pairs]) for i in (0, 1))
     states = np.concatenate([(1 - share) * a + share * b for a, b in zip(first, second)])
-    return in_rows(pipe(prompt_embeds=states.astype(np.float32), seed=[0] * len(states), **SETTINGS).images)
+    images = pipe(prompt_embeds=states.astype(np.float32), seed=[0] * len(states), **SETTINGS).images
+    return Sheet(in_rows(images), [" to ".join(map(thing, pair)) for pair in pairs], [f"{a:.0%}" for a in share.flat])
 
 
 def encoded(pipe: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -127,18 +138,28 @@ def in_rows(images: np.ndarray) -> list[Pictures]:
     return [list(images[i : i + 8]) for i in range(0, len(images), 8)]
 
 
-def sheet(rows: Sequence[Pictures]) -> Image.Image:
-    """Pictures ``[H,W,3]`` in [0, 1] side by side, enlarged, on white."""
-    step = EDGE + GAP
-    page = Image.new("RGB", (len(rows[0]) * step - GAP, len(rows) * step - GAP), "white")
-    for y, row in enumerate(rows):
+def thing(prompt: str) -> str:
+    """What a prompt asks for, without its style."""
+    return prompt.partition(",")[0]
+
+
+def draw(sheet: Sheet) -> Image.Image:
+    """The images side by side and enlarged, with their labels, on white."""
+    step, top = EDGE + GAP, TOP if sheet.above else 0
+    page = Image.new("RGB", (LEFT + len(sheet.rows[0]) * step - GAP, top + len(sheet.rows) * step - GAP), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(SIZE)
+    for x, label in enumerate(sheet.above):
+        pen.text((LEFT + x * step + EDGE // 2, top // 2), label, "#202020", font, anchor="mm")
+    for y, (label, row) in enumerate(zip(sheet.beside, sheet.rows, strict=True)):
+        middle = top + y * step + EDGE // 2
+        pen.multiline_text((4, middle), textwrap.fill(label, WRAP), "#202020", font, anchor="lm", spacing=6)
         for x, image in enumerate(row):
             small = Image.fromarray(np.asarray(to_uint8(jnp.asarray(image))))
-            page.paste(small.resize((EDGE, EDGE), Image.Resampling.LANCZOS), (x * step, y * step))
+            page.paste(small.resize((EDGE, EDGE), Image.Resampling.LANCZOS), (LEFT + x * step, top + y * step))
     return page
 
 
-PARTS: dict[str, Callable[[Any], list[Pictures]]] = {
+PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (styles, guidance, steps, previews, between)
 }
 

@@ -10,11 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
+from sheets import Row, sheet
 
 from diffuse_jax import DiffusionPipeline
 
-CELL, LINE, COLUMNS = 128, 16, 6
+COLUMNS = 6
 CHARACTER = ("a zib robot", "a zib robot", "a zib robot, noto style", "a robot, noto style", "red apple, noto style",
              "cat face, noto style")  # fmt: skip
 STYLED = ("red apple", "cat face", "sun", "red heart", "mushroom", "house")
@@ -24,14 +25,12 @@ def main() -> None:
     args = parse_args()
     pipe = DiffusionPipeline.from_pretrained(args.model)
     taught = pipe.load_textual_inversion(args.word)
-    shown = sorted((Path(args.examples) / "character").glob("*.png"))[:COLUMNS]
-    style = sorted((Path(args.examples) / "style").glob("*.png"))[:COLUMNS]
     rows = [
-        ("pictures of the character", [path.stem for path in shown], [Image.open(path) for path in shown]),
+        stored("images of the character", Path(args.examples) / "character"),
         sampled("before", pipe, CHARACTER),
         sampled("after DreamBooth with LoRA", pipe.load_lora_weights(args.lora), CHARACTER),
         sampled("after DreamBooth", DiffusionPipeline.from_pretrained(args.dreambooth), CHARACTER),
-        ("pictures of the style", [path.stem for path in style], [Image.open(path) for path in style]),
+        stored("images of the style", Path(args.examples) / "style"),
         sampled("before: a word without meaning", pipe, [f"{name}, qvx style" for name in STYLED]),
         sampled("after textual inversion", taught, [f"{name}, <new> style" for name in STYLED]),
     ]
@@ -50,28 +49,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-Row = tuple[str, Sequence[str], Sequence[Image.Image]]
+def stored(title: str, folder: Path) -> Row:
+    """The first images of a folder, named like their files."""
+    paths = sorted(folder.glob("*.png"))[:COLUMNS]
+    return Row([Image.open(path) for path in paths], [path.stem.replace("-", " ") for path in paths], title=title)
 
 
 def sampled(title: str, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Row:
-    """Picture n of the row has seed n."""
+    """Image n of the row has seed n."""
     seeds = list(range(len(prompts)))
     images = pipe(list(prompts), num_inference_steps=25, guidance_scale=3.0, seed=seeds).images  # type: ignore[operator]
-    return title, prompts, images
-
-
-def sheet(rows: Sequence[Row]) -> Image.Image:
-    """Rows of pictures with a title above and a caption below each."""
-    height = CELL + 2 * LINE + 6
-    page = Image.new("RGB", (COLUMNS * CELL, len(rows) * height), "white")
-    pen = ImageDraw.Draw(page)
-    for n, (title, captions, pictures) in enumerate(rows):
-        pen.text((3, n * height + 2), title, fill="#1040a0")
-        for i, (caption, picture) in enumerate(zip(captions, pictures, strict=True)):
-            x, y = i * CELL, n * height + LINE
-            page.paste(picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
-            pen.text((x + 3, y + CELL), caption[:21], fill="#202020")
-    return page
+    return Row(images, prompts, title=title)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from sheets import Row, sheet
 
 from diffuse_jax import DiffusionPipeline
 
-EDGE, CELL, LINE = 8, 128, 13  # pictures along an edge, pixels of a picture, height of a line of text
+EDGE = 8  # images along an edge
 BANDS = {"common": (3, "#202020"), "train": (2, "#1040a0"), "heldout": (3, "#b00020")}  # rows and colour of captions
 
 
@@ -34,9 +34,10 @@ def main() -> None:
         guidance_scale=args.guidance_scale,
         seed=list(range(len(captions))),
     ).images
+    rows = [Row(pictures[i : i + EDGE], captions[i : i + EDGE], colours[i]) for i in range(0, len(captions), EDGE)]
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet(pictures, captions, colours).save(output, optimize=True)
+    sheet(rows).save(output, optimize=True)
     print(output)
 
 
@@ -55,19 +56,6 @@ def choose(folder: Path, count: int) -> list[str]:
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
     return [json.loads(lines[i])["text"][0] for i in chosen]
-
-
-def sheet(pictures: list[Image.Image], captions: list[str], colours: list[str]) -> Image.Image:
-    """Pictures in rows of eight with their captions below."""
-    height = CELL + 3 * LINE
-    page = Image.new("RGB", (EDGE * CELL, len(pictures) // EDGE * height), "white")
-    pen = ImageDraw.Draw(page)
-    for n, (picture, caption, colour) in enumerate(zip(pictures, captions, colours, strict=True)):
-        x, y = n % EDGE * CELL, n // EDGE * height
-        page.paste(picture.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
-        for i, line in enumerate(caption.rsplit(", ", 1)):
-            pen.text((x + 3, y + CELL + i * LINE), line[:21], fill=colour)
-    return page
 
 
 if __name__ == "__main__":
