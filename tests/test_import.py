@@ -226,6 +226,14 @@ def test_every_module_imports() -> None:
             importlib.import_module(module.name)
 
 
+def test_no_public_name_hides_a_module() -> None:
+    """``import package.name`` and ``package.name`` are one thing: a function is not called like a file beside it."""
+    for package in [m.name for m in pkgutil.walk_packages(diffuse_jax.__path__, "diffuse_jax.") if m.ispkg]:
+        modules = {m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)}
+        hidden = modules & {*getattr(importlib.import_module(package), "__all__", ())}
+        assert not hidden, f"{package}: {hidden} name a module and something else"
+
+
 def test_the_shipped_files_are_packaged() -> None:
     """What lies in assets/ must match the package data of pyproject.toml, or a wheel comes without the model."""
     import tomllib

@@ -1,7 +1,7 @@
 """Operations whose best algorithm depends on the platform, each behind one name."""
 
-from diffuse_jax.kernels.attention import attention
 from diffuse_jax.kernels.convolution import conv2d
+from diffuse_jax.kernels.dot_product import attention
 from diffuse_jax.kernels.platform import current_platform, target_platform
 
 __all__ = ["attention", "conv2d", "current_platform", "target_platform"]

@@ -8,7 +8,7 @@ from diffuse_jax.pipelines.auto import (
 from diffuse_jax.pipelines.catalogue import register
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
-from diffuse_jax.pipelines.run import Output, Request, run
+from diffuse_jax.pipelines.running import Output, Request, run
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet_img2img import StableDiffusionControlNetImg2ImgPipeline

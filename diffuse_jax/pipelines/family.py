@@ -11,7 +11,7 @@ import numpy as np
 from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
 from diffuse_jax.pipelines.method import Method, Rows
 from diffuse_jax.pipelines.options import check_names
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 
 STEPS = 50
 
@@ -74,7 +74,7 @@ def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], 
     """
     family = pipe.family
     named = {"prompt", "prompt_2", "guidance_scale"}
-    check_names(type(pipe).__name__, {k: v for k, v in options.items() if k not in named}, family.options)
+    check_names(type(pipe), {k: v for k, v in options.items() if k not in named}, family.options)
     given = {name: value for name, value in options.items() if value is not None}
     copies = given.get("num_images_per_prompt", 1)
     prompts = number_of_prompts(given.get("prompt"), given.get("prompt_embeds"), copies)

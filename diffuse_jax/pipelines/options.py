@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
 
 from diffuse_jax.pipelines.method import Replace
-from diffuse_jax.pipelines.run import StepCallback
+from diffuse_jax.pipelines.running import StepCallback
 
 
 class RunOptions(TypedDict, total=False):
@@ -89,8 +92,32 @@ class ControlOptions(TypedDict, total=False):
     control_guidance_end: float | Sequence[float]
 
 
-class ControlTextOptions(TextOptions, ControlOptions, total=False):
+class GuidanceOptions(TypedDict, total=False):
+    """Where a class leaves it to the one that it extends.
+
+    Attributes:
+      guidance_scale: of classifier-free guidance, one or one per image; the class says its default.
+    """
+
+    guidance_scale: float | Sequence[float]
+
+
+class StrengthOptions(TypedDict, total=False):
+    """Likewise.
+
+    Attributes:
+      strength: in (0, 1], how much of the image is replaced; the class says its default.
+    """
+
+    strength: float
+
+
+class ControlTextOptions(TextOptions, ControlOptions, GuidanceOptions, total=False):
     """:class:`TextOptions` and :class:`ControlOptions`."""
+
+
+class ControlImageOptions(ControlTextOptions, StrengthOptions, total=False):
+    """:class:`ControlTextOptions`, from an image."""
 
 
 class InpaintOptions(TypedDict, total=False):
@@ -110,7 +137,7 @@ class InpaintTextOptions(TextOptions, InpaintOptions, total=False):
     """:class:`TextOptions` and :class:`InpaintOptions`."""
 
 
-class ControlInpaintOptions(InpaintTextOptions, ControlOptions, total=False):
+class ControlInpaintOptions(InpaintTextOptions, ControlOptions, GuidanceOptions, StrengthOptions, total=False):
     """:class:`InpaintTextOptions` and :class:`ControlOptions`."""
 
 
@@ -159,12 +186,32 @@ def apart(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[
     return {k: v for k, v in options.items() if k in names}, {k: v for k, v in options.items() if k not in names}
 
 
-def check_names(owner: str, given: Mapping[str, Any], known: type) -> None:
-    """Refuse an argument that no call has.
+def check_names(owner: type, given: Mapping[str, Any], known: type) -> None:
+    """Refuse an argument that no call of a pipeline has.
+
+    Args:
+      owner: the pipeline's class.
+      given: the arguments that its ``compose`` does not name.
+      known: a ``TypedDict`` of those that there are.
 
     Raises:
       TypeError: it is named, with those that exist.
     """
-    names = known.__annotations__
-    if unknown := sorted(set(given) - set(names)):
-        raise TypeError(f"{owner} has no argument {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    if unknown := sorted(set(given) - set(known.__annotations__)):
+        names = ", ".join(sorted(argument_names(owner)))
+        raise TypeError(f"{owner.__name__} has no argument {', '.join(unknown)}; it has {names}")
+
+
+def argument_names(owner: type) -> set[str]:
+    """Every argument of a pipeline's calls: those that its ``compose`` names, and those of the ``TypedDict`` that it
+    unpacks; where it passes on whatever it gets, those of the class that it extends."""
+    found: set[str] = set()
+    for compose in (vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)):
+        _, *parameters = inspect.signature(compose).parameters.values()  # without self
+        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        rest = next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None)
+        with contextlib.suppress(NameError):  # an annotation that only type checkers resolve
+            rest = typing.get_type_hints(compose).get(rest, rest) if rest else None
+        if not isinstance(rest, str):
+            return found | {name for kind in typing.get_args(rest) for name in kind.__annotations__}
+    return found

@@ -23,7 +23,7 @@ from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.opening import open_components, refuse_family, refuse_habits, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
-from diffuse_jax.pipelines.run import Output, Request, compile_request, run
+from diffuse_jax.pipelines.running import Output, Request, compile_request, run
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic

@@ -10,7 +10,7 @@ from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import Prompt
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 
 
 class StableDiffusionPipeline(DiffusionPipeline):

@@ -6,7 +6,7 @@ from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import control_size, controlled
 
@@ -16,7 +16,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionPipeline.required, "controlnet")
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.options import ControlImageOptions, ControlOptions, apart
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from diffuse_jax.pipelines.tasks import controlled
@@ -22,7 +22,7 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         prompt: Prompt | None = None,
         image: ImageInput = None,
         control_image: ImageInput = None,
-        **options: Unpack[ControlTextOptions],
+        **options: Unpack[ControlImageOptions],
     ) -> Request:
         """Make images of the size of ``image``. Arguments of :class:`StableDiffusionImg2ImgPipeline` and of
         :class:`StableDiffusionControlNetPipeline` mean the same here.

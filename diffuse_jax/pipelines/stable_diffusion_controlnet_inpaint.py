@@ -6,7 +6,7 @@ from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import ControlInpaintOptions, ControlOptions, apart
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffuse_jax.pipelines.tasks import controlled
@@ -17,7 +17,7 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

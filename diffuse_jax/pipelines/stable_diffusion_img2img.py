@@ -8,7 +8,7 @@ from typing import Unpack
 from diffuse_jax.pipelines.family import text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import TextOptions
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import from_image, input_size
 

@@ -7,7 +7,7 @@ from typing import Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, apart
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import inpainting
 

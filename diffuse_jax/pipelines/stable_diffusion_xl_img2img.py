@@ -8,7 +8,7 @@ from typing import Unpack
 from diffuse_jax.pipelines.family import text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import XLOptions
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from diffuse_jax.pipelines.tasks import from_image, from_latents, input_size
 

@@ -7,7 +7,7 @@ from typing import Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, apart
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from diffuse_jax.pipelines.tasks import inpainting
 

@@ -18,7 +18,7 @@ from diffuse_jax.pipelines.parts.guidance import ClassifierFree
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
 from diffuse_jax.pipelines.parts.step import KeepKnown
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 
 
 def from_image(request: Request, pipe: Any, image: ImageInput) -> Request:

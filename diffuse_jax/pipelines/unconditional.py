@@ -16,7 +16,7 @@ from diffuse_jax.pipelines.parts.decode import Raw, ToPixels
 from diffuse_jax.pipelines.parts.network import PixelUNet
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
-from diffuse_jax.pipelines.run import Request
+from diffuse_jax.pipelines.running import Request
 from diffuse_jax.schedulers import DDIMScheduler
 
 
@@ -46,7 +46,7 @@ class DDPMPipeline(DiffusionPipeline):
         Raises:
           ValueError: an argument is impossible or contradicts another one; nothing has been compiled.
         """
-        check_names(type(self).__name__, options, CallOptions)
+        check_names(type(self), options, CallOptions)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         network, output = self.components["unet"], check_output(options.get("output_type", "pil"))

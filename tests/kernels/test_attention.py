@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.kernels import attention, blocked, target_platform
-from diffuse_jax.kernels.attention import choose_implementation
+from diffuse_jax.kernels.dot_product import choose_implementation
 from diffuse_jax.sharding import make_mesh
 
 

@@ -22,10 +22,16 @@ from PIL import Image
 
 from diffuse_jax import schedulers
 from diffuse_jax.adapters import tokens
-from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffuse_jax.pipelines.inputs import image_seeds
+from diffuse_jax.pipelines.options import argument_names
 from diffuse_jax.pipelines.programs import Programs
-from diffuse_jax.pipelines.run import padded_size
+from diffuse_jax.pipelines.running import padded_size
 from diffuse_jax.sharding import make_mesh, param_shardings
 from diffuse_jax.weights import WeightsError
 from tests.pipelines.tiny import pipeline
@@ -226,6 +232,20 @@ def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, reque
     with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "a"} | request_)
     assert pipe.programs.compilations == before
+
+
+def test_an_unknown_argument_is_answered_with_all_that_there_are(pipe: StableDiffusionPipeline):
+    """Those that the call names, those of its options, and those that a subclass passes on."""
+
+    class Passing(StableDiffusionPipeline):
+        def compose(self, prompt=None, *, limit=5, **options):  # type: ignore[override]
+            return super().compose(prompt, **options)
+
+    assert {"limit", "prompt", "height", "guidance_scale", "seed", "batch_size"} <= argument_names(Passing)
+    assert {"strength", "image", "control_image"} <= argument_names(StableDiffusionControlNetImg2ImgPipeline)
+    assert "height" not in argument_names(StableDiffusionImg2ImgPipeline), "its size is the image's"
+    with pytest.raises(TypeError, match="Pipeline has no argument size; it has .*guidance_scale, height"):
+        pipe("a", size=16)
 
 
 def test_the_index_says_which_sampler_it_is(pipe: StableDiffusionPipeline, tmp_path: Path):

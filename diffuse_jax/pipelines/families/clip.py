@@ -17,7 +17,7 @@ from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree
 from diffuse_jax.pipelines.parts.network import UNet
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.parts.text import EncodeText
-from diffuse_jax.pipelines.run import apply
+from diffuse_jax.pipelines.running import apply
 
 NEGATIVE, POSITIVE = "negative_", ""
 """What the arguments of the two branches begin with."""
