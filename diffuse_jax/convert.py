@@ -29,7 +29,7 @@ from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, open_tokenizers
 from diffuse_jax.weights import WeightsError, names
 from diffuse_jax.weights.copy import compact, forget
-from diffuse_jax.weights.files import STEMS
+from diffuse_jax.weights.files import STEMS, unchanged
 from diffuse_jax.weights.msgpack import write_msgpack
 from diffuse_jax.weights.save import save_tensors
 from diffuse_jax.writing import naming, only_writer
@@ -121,17 +121,23 @@ def convert(
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
         raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
-    source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
     if Path(src).is_file() and to != "single-file" and tokenizer is None:
         warnings.warn(
             f"{src} holds no tokenizer, so {dst} will not have one, and pipelines need it: give tokenizer= "
             f"(--tokenizer), for example {CLIP_TOKENIZER!r}",
             stacklevel=2,
         )
-    with _finished(dst, to) as partial:
+    with _finished(dst, to) as partial, unchanged(*_places(Path(src))):
+        source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
     return dst
+
+
+def _places(src: Path) -> list[Path]:
+    """A source's file, or its folder and those of its components; none for a Hub id, whose files do not change."""
+    below = [path for path in src.iterdir() if path.is_dir()] if src.is_dir() else []
+    return [src, *below] if src.exists() else []
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def _create(folder: Path, name: str, mode: int) -> tuple[Path, int]:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         if _lock(handle) is not False and _is(path, handle):
             return path, handle
-        os.close(handle)  # removed as left over, in the moment between its creation and its lock
+        path.unlink(missing_ok=True)  # removed as left over, or looked at, in the moment before it was locked
+        os.close(handle)
 
 
 def remove_left_over(folder: Path, name: str) -> None:
@@ -95,6 +96,23 @@ def remove_left_over(folder: Path, name: str) -> None:
                     os.unlink(path)
             finally:
                 os.close(handle)
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a ``.NAME.*.partial`` file is somebody's who is still writing ``NAME``."""
+    if not path.name.startswith(".") or path.suffix != SUFFIX or fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
+    return False
 
 
 def _is_partial(found: str, name: str) -> bool:

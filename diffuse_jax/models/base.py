@@ -19,6 +19,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
+from diffuse_jax.weights.files import unchanged
 
 Params = dict[str, Any]
 """A tree of arrays: nested dicts whose joined keys are the checkpoint's names."""
@@ -136,16 +137,17 @@ class Model(nn.Module):
             token=token,
             cache_dir=cache_dir,
         )
-        model = cls.from_config(folder, dtype=dtype)
-        shapes = model.shapes()
-        params = weights.load_params(
-            folder,
-            shapes,
-            stem=cls.weights_name,
-            variant=variant,
-            dtype=floating_type(dtype if param_dtype is None else param_dtype),
-            shardings=shardings if mesh is None else param_shardings(shapes, mesh),
-        )
+        with unchanged(folder):
+            model = cls.from_config(folder, dtype=dtype)
+            shapes = model.shapes()
+            params = weights.load_params(
+                folder,
+                shapes,
+                stem=cls.weights_name,
+                variant=variant,
+                dtype=floating_type(dtype if param_dtype is None else param_dtype),
+                shardings=shardings if mesh is None else param_shardings(shapes, mesh),
+            )
         return model, params
 
     @classmethod

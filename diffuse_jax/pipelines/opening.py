@@ -17,7 +17,7 @@ from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.weights import Component
-from diffuse_jax.weights.files import require_folder
+from diffuse_jax.weights.files import require_folder, unchanged
 from diffuse_jax.writing import naming
 
 Parts = dict[str, Any]
@@ -81,19 +81,29 @@ def open_components(
     wanted = {name: entry for name, entry in index.components.items() if name not in given}
     for name, entry in wanted.items():
         catalogue.check(name, entry)
-    parts: Parts = dict.fromkeys(index.absent)
+    read = [name for name in wanted if name not in NOT_LOADED]
+    folders = [entry.folder for name in read for entry in catalogue.folders(name, wanted[name])]
+    with unchanged(*folders, *{folder.parent / weights.index.FILE for folder in folders}):
+        parts, params = _open(wanted, mesh, dtype, variant)
+    return with_given(dict.fromkeys(index.absent) | parts, params, given)
+
+
+def _open(
+    wanted: Mapping[str, Component], mesh: Mesh | None, dtype: DTypeLike, variant: str | None
+) -> tuple[Parts, dict[str, Params]]:
+    parts: Parts = {}
     params: dict[str, Params] = {}
     for name, entry in wanted.items():
         if name in NOT_LOADED:
             parts[name] = None
             if NOT_LOADED[name]:
-                warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=4)
+                warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=5)
         elif catalogue.is_network(entry):
             opened = [_open_network(e, dtype, mesh, variant) for e in catalogue.folders(name, entry)]
             parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _columns(opened)
         else:
             parts[name] = catalogue.open_other(entry)
-    return with_given(parts, params, given)
+    return parts, params
 
 
 def _open_network(entry: Component, dtype: DTypeLike, mesh: Mesh | None, variant: str | None) -> tuple[Model, Params]:

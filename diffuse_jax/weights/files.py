@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.limits import open_regular, parse_json, read_bounded, refuse_links
 from diffuse_jax.weights.copy import Pages
-from diffuse_jax.writing import atomic_file
+from diffuse_jax.writing import SUFFIX, atomic_file, is_being_written
 
 LFS = b"version https://git-lfs"
 """How the small text begins that Git keeps in the place of a large file."""
@@ -149,3 +152,43 @@ def require_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
     return refuse_links(folder)
+
+
+@contextmanager
+def unchanged(*places: Path) -> Iterator[None]:
+    """While files are read that belong together: another process must not replace some of them.
+
+    Args:
+      places: files, and folders whose files count.
+
+    Raises:
+      WeightsError: one of them has changed, or is being written already.
+    """
+    before = _identities(places)
+    if partial := next((name for name in before if name.endswith(SUFFIX)), None):
+        raise bad(Path(partial).parent, "is being written by another process. Try again")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        _refuse_changes(before, _identities(places), error)
+        raise
+    _refuse_changes(before, _identities(places), None)
+
+
+def _refuse_changes(before: dict[str, Any], after: dict[str, Any], cause: Exception | None) -> None:
+    if before != after:
+        name = min(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        raise bad(name, "has changed while it was being read; another process writes it. Try again") from cause
+
+
+def _identities(places: Iterable[Path]) -> dict[str, tuple[int, int, int]]:
+    """File -> what changes when it does; with those that are being written, and other hidden ones left out."""
+    found = {}
+    for place in places:
+        for path in place.iterdir() if place.is_dir() else (place,):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                counts = is_being_written(path) if path.name.startswith(".") else stat.S_ISREG(status.st_mode)
+                if counts:
+                    found[str(path)] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found

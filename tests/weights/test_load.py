@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import diffuse_jax.convert as conversion
 from diffuse_jax import DiffusionPipeline, weights
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
@@ -22,6 +26,7 @@ from diffuse_jax.weights.copy import BLOCK, LARGE, compact, forget
 from diffuse_jax.weights.msgpack import write_msgpack
 from diffuse_jax.weights.safetensors import read_metadata, read_safetensors, write_safetensors
 from diffuse_jax.weights.save import parse_size
+from diffuse_jax.writing import atomic_file
 from tests.weights.tiny import NETWORKS, same_bits, views
 from tests.weights.torch_files import mapping, storage, tensor, write_zip
 
@@ -356,3 +361,66 @@ def test_sizes(text: Any, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="max_shard_size must be"):
         parse_size(text)
+
+
+def test_a_folder_that_another_process_writes_is_never_read_as_a_mixture(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Two networks, saved in turn into one folder in several shards, and read all the while."""
+    networks = [names.unflatten(views(MODEL, rng)) for _ in range(2)]
+    stop, right, refused = threading.Event(), 0, set()
+
+    def write() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            MODEL.save_pretrained(tmp_path, networks[number % 2], max_shard_size="300KB")
+
+    MODEL.save_pretrained(tmp_path, networks[0], max_shard_size="300KB")
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            try:
+                _, found = AutoencoderKL.from_pretrained(tmp_path)
+            except WeightsError as error:
+                refused.add(str(error).partition(": ")[2])
+            else:
+                assert any(same_tree(found, params) for params in networks)
+                right += 1
+    finally:
+        stop.set()
+        writer.join()
+    print(right, refused)
+    assert refused <= {
+        "has changed while it was being read; another process writes it. Try again",
+        "is being written by another process. Try again",
+    }
+
+
+def test_a_folder_that_somebody_is_writing_is_not_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Between two shards nothing changes, and what is there is a mixture."""
+    MODEL.save_pretrained(tmp_path, names.unflatten(views(MODEL, rng)))
+    with atomic_file(tmp_path / "config.json") as file:
+        file.write((tmp_path / "config.json").read_bytes())
+        with pytest.raises(WeightsError, match="is being written by another process"):
+            AutoencoderKL.from_pretrained(tmp_path)
+    (tmp_path / ".config.json.0.partial").touch()
+    assert AutoencoderKL.from_pretrained(tmp_path), "what a killed writer left is nobody's"
+
+
+def test_a_source_that_changes_is_not_converted(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MODEL.save_pretrained(tmp_path / "vae", names.unflatten(views(MODEL, rng)))
+    write = conversion._write_diffusers
+
+    def meanwhile(*arguments: Any) -> None:
+        write(*arguments)
+        os.utime(tmp_path / "vae" / "config.json", (0, 0))
+
+    monkeypatch.setitem(conversion.WRITERS, "diffusers", meanwhile)
+    with pytest.raises(WeightsError, match=r"config\.json: has changed while it was being read"):
+        conversion.convert(tmp_path / "vae", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
