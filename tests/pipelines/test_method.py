@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,19 @@ import pytest
 
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model
-from diffuse_jax.pipelines import DiffusionPipeline, Method, Net, Output, Part, PlainStep, Request, draw, run, sample
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    Method,
+    Net,
+    Output,
+    Part,
+    PlainStep,
+    Request,
+    draw,
+    run,
+    sample,
+    saved_programs,
+)
 from diffuse_jax.pipelines import method as verbs
 from diffuse_jax.pipelines.parts import Branches, ClassifierFree, FromNoise, Raw, branches
 from diffuse_jax.pipelines.programs import Programs
@@ -336,6 +350,25 @@ def test_a_damaged_file_is_compiled_again(tmp_path: Path, rng: np.random.Generat
     with pytest.warns(UserWarning, match="compiled again: it is damaged"):
         np.testing.assert_array_equal(again().embedding, wanted)
     assert again.programs.compilations == 2
+
+
+def test_nothing_of_a_program_is_unpacked_before_its_checksum_is_right(tmp_path: Path, monkeypatch):
+    """Flipped bits and cuts all over a file; what is checked first is code no more than any other bytes."""
+    body = pickle.dumps((b"program" * 20, None))
+    whole = saved_programs.MAGIC + hashlib.sha256(body).digest() + body
+    unpacked = []
+    monkeypatch.setattr(saved_programs.pickle, "loads", unpacked.append)
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    file = tmp_path / "a.jaxprogram"
+    for data in (*damaged, *(whole[:size] for size in range(0, len(whole), 7)), whole + b"0"):
+        file.write_bytes(data)
+        with pytest.warns(UserWarning, match=r"a\.jaxprogram could not be loaded .* it is damaged"):
+            assert saved_programs.read(file, (), None) is None
+    assert unpacked == []
+    file.write_bytes(whole)
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        saved_programs.read(file, (), None)
+    assert unpacked == [body]
 
 
 # The pure function
