@@ -53,7 +53,7 @@ METHODS = [
     Method("HeunDiscreteScheduler", "Karras", 2, KARRAS),
     Method("KDPM2DiscreteScheduler", "Karras", 2, KARRAS),
     *(Method("LMSDiscreteScheduler", f"order {k}, Karras", k, KARRAS, {"order": k}) for k in (1, 2, 3, 4)),
-    Method("IPNDMScheduler", "", 2),
+    Method("IPNDMScheduler", "as published", 2, plan={"as_published": True}),
     Method("PNDMScheduler", "Runge-Kutta start", 2),
     Method("PNDMScheduler", "skip_prk_steps", 2, {"skip_prk_steps": True}),
     # The published third-order formula gives the second derivative half its weight, which reduces it to order 2.

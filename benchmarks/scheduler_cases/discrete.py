@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,9 @@ def _repaint() -> list[Case]:
         plan = {"jump_length": jumps[0], "jump_n_sample": jumps[1]}
         # Jumps of 10 steps, ten times each, make 9819 evaluations of 999 steps.
         steps = rest.pop("steps", STEPS if jumps[1] <= 2 else STEPS[:-1])
-        return Case("RePaintScheduler", label, SD | config, plan=plan, loop=repaint_loop, steps=steps, **rest)
+        own = rest.pop("plan", {})
+        loop = functools.partial(repaint_loop, published=bool(own))
+        return Case("RePaintScheduler", label, SD | config, plan=plan | own, loop=loop, steps=steps, **rest)
 
     few, cut = (3, 2), {"clip_sample": False}
     out = [case("plain", {}), case("ancestral", {"eta": 1.0}), case("some-noise", {"eta": 0.4})]
@@ -149,6 +152,8 @@ def _repaint() -> list[Case]:
         case(f"jumps-{length}-{count}", cut | {"eta": 0.7}, (length, count))
         for length, count in ((1, 3), (2, 4), (7, 2))
     ]
+    published = {"as_published": True}
+    out += [case("published", {"eta": 0.4}, plan=published), case("published-2-4", cut, (2, 4), plan=published)]
     out += [case(f"not-clipped-eta-{eta:g}", cut | {"eta": eta}, few) for eta in (0.0, 0.5, 1.0)]
     for schedule in ("linear", "squaredcos_cap_v2", "sigmoid"):
         betas = {"beta_schedule": schedule, "beta_start": 0.0001, "beta_end": 0.02}
@@ -157,11 +162,12 @@ def _repaint() -> list[Case]:
     return out
 
 
-def repaint_loop(theirs: Theirs) -> list[Any]:
-    """As the pipeline of diffusers with nothing known of the picture; its many draws add up to our one for each row.
+def repaint_loop(theirs: Theirs, published: bool = False) -> list[Any]:
+    """As the pipeline of diffusers with nothing known of the image; its many draws add up to our one for each row.
 
-    A jump is one training step after the other from where the step down has led, so that it ends at the level of the
-    timestep that the network is told next; diffusers' own begins later by one less than the training steps in a step.
+    A jump is one training step after the other. With ``published`` it begins where the step down has led, and so ends
+    at the level of the timestep that the network is told next; diffusers' begins later by one less than the training
+    steps in a step.
     """
     scheduler, samples, steps = theirs.scheduler, [theirs.start], [int(t) for t in theirs.timesteps]
     n, train = scheduler.num_inference_steps, len(scheduler.betas)
@@ -169,7 +175,8 @@ def repaint_loop(theirs: Theirs) -> list[Any]:
     for noise in theirs.noise:
         now, up = steps[k], []
         while k + 1 < len(steps) and steps[k + 1] > steps[k]:
-            up += range(max(0, steps[k] - train // n + 1), steps[k] + 1)
+            early = train // n - 1 if published else 0
+            up += range(max(0, steps[k] - early), steps[k] - early + train // n)
             k += 1
         std = scheduler.eta * scheduler._get_variance(now) ** 0.5
         theirs.drawn = iter(_parts(noise, std, [float(scheduler.betas[j]) for j in up]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from benchmarks.scheduler_cases.case import SD, STEPS, TRAINED_BETAS, Case, Theirs
@@ -46,8 +47,7 @@ def _with_betas() -> list[Case]:
             # With 999 levels at this spacing, the last step to sigma 0 extrapolates four slopes to 150 times their
             # distance, which is beyond float32.
             add(("LMSDiscreteScheduler",), label, config, steps=STEPS if flag == "use_beta_sigmas" else STEPS[:-1])
-    # LMS entered late takes the coefficients of slopes that it does not have, in diffusers.
-    add(tuple(name for name in BETAS if name[0] != "L"), "strength", plan={"strength": 0.6}, steps=STEPS[1:])
+    add(BETAS, "strength", plan={"strength": 0.6}, steps=STEPS[1:])
     heun = ("HeunDiscreteScheduler",)
     add(heun, "clip", {"clip_sample": True})
     add(heun, "clip2", {"clip_sample": True, "clip_sample_range": 2.0, "prediction_type": "v_prediction"})
@@ -120,29 +120,43 @@ def _karras_ve() -> list[Case]:
         "range": {"sigma_min": 0.1, "sigma_max": 30.0, "s_noise": 1.0, "s_min": 0.3, "s_max": 10.0},
         "no-churn": {"s_churn": 0.0},
     }
-    return [Case("KarrasVeScheduler", k, v, steps=several, loop=_karras_ve_loop) for k, v in configs.items()]
+    name, published = "KarrasVeScheduler", {"as_published": True}
+    loop = functools.partial(_karras_ve_loop, published=True)
+    # diffusers' levels are squares: with the ranges above, what the harness has for a network overflows float32.
+    narrow = {"sigma_min": 0.1, "sigma_max": 1.5, "s_min": 0.05, "s_max": 1.7}
+    own = {
+        "narrow": narrow,
+        "churn-from-the-start": narrow | {"s_max": 5.0, "s_churn": 2.0},
+        "narrow-no-churn": narrow | {"s_churn": 0.0, "s_noise": 1.0},
+    }
+    return [
+        *(Case(name, k, v, steps=several, loop=_karras_ve_loop) for k, v in own.items()),
+        *(Case(name, f"{k}-published", v, published, steps=several, loop=loop) for k, v in configs.items()),
+    ]
 
 
-def _karras_ve_loop(theirs: Theirs) -> list[Any]:
-    """Algorithm 2 with diffusers' methods; levels are the paper's squared, and networks predict minus the noise.
+def _karras_ve_loop(theirs: Theirs, published: bool = False) -> list[Any]:
+    """Algorithm 2 with diffusers' methods. The paper's levels are the roots of diffusers' levels, and its networks
+    predict the noise where diffusers' predict minus the noise.
 
     The noise before the first step is part of the first sample here, so none is drawn for it.
     """
     scheduler, samples, noise = theirs.scheduler, [], iter(theirs.noise)
-    schedule = scheduler.schedule.sqrt()
+    schedule = scheduler.schedule.sqrt() if published else scheduler.schedule
+    network = (lambda x, t: -theirs.network(x, t)) if published else theirs.network
     first = scheduler.add_noise_to_input
-    theirs.drawn = theirs.start / schedule[-1]
+    theirs.drawn = theirs.start / scheduler.init_noise_sigma
     raised = first(0 * theirs.start, schedule[-1])[0]
     x, theirs.drawn = (theirs.start**2 + raised**2).sqrt() * theirs.start.sign(), 0 * theirs.start
     for t in theirs.timesteps.tolist():
         sigma, target = schedule[t], schedule[t - 1] if t else 0 * schedule[0]
         x_hat, sigma_hat = scheduler.add_noise_to_input(x, sigma)
         samples.append(x_hat)
-        step = scheduler.step(-theirs.network(x_hat, sigma_hat), sigma_hat, target, x_hat)
+        step = scheduler.step(network(x_hat, sigma_hat), sigma_hat, target, x_hat)
         next(noise)
         if target:
             samples.append(step.prev_sample)
-            out = -theirs.network(step.prev_sample, target)
+            out = network(step.prev_sample, target)
             step = scheduler.step_correct(out, sigma_hat, target, x_hat, step.prev_sample, step.derivative)
             theirs.drawn = next(noise)
         x = step.prev_sample
@@ -210,9 +224,12 @@ def _ipndm() -> list[Case]:
     betas = tuple(float(b) for b in (1.0, 0.97, 0.9, 0.7, 0.4, 0.1, 0.0))
     trained = {"trained_betas": betas, "num_train_timesteps": len(betas)}
     name = "IPNDMScheduler"
+    few, published = (len(betas) - 1,), {"as_published": True}
     return [
-        Case(name, "plain", {}, loop=_from_pure_noise),
-        Case(name, "trained-betas", trained, steps=(len(betas) - 1,), loop=_from_pure_noise),
+        Case(name, "plain", {}),
+        Case(name, "trained-betas", trained, steps=few),
+        Case(name, "published", {}, published, loop=_from_pure_noise),
+        Case(name, "trained-betas-published", trained, published, steps=few, loop=_from_pure_noise),
     ]
 
 

@@ -6,6 +6,8 @@ Brownian bridge between its neighbours with a key of its own, so whoever asks fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,21 +26,21 @@ def ticks(time: jax.Array) -> jax.Array:
 def increment(key: jax.Array, start: jax.Array, end: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The path's increment between two times in ticks, ``start < end``, scaled to variance 1."""
     change = position(key, end, shape) - position(key, start, shape)
-    return change * jax.lax.rsqrt(jnp.maximum(end - start, 1) * jnp.float32(2.0**-DEPTH))
+    return change * jax.lax.rsqrt(jnp.maximum(end - start, 1).astype(jnp.float32) * jnp.float32(2.0**-DEPTH))
 
 
 def position(key: jax.Array, tick: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The path of one key at a time in ticks."""
     key = jax.random.fold_in(key, PATH)
 
-    def halve(level: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def halve(level: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         node, spread, low, high = carry
         # A bridge over an interval of length w has variance w / 4 in its middle.
-        middle = (low + high) / 2 + spread * jax.random.normal(jax.random.fold_in(key, node), shape)
-        right = (tick >> (DEPTH - 1 - level)) & 1
-        low, high = jnp.where(right, middle, low), jnp.where(right, high, middle)
+        middle = (low + high) / 2 + spread * jax.random.normal(jax.random.fold_in(key, node), shape, jnp.float32)
+        right = (tick >> (DEPTH - 1 - jnp.asarray(level, jnp.int32))) & 1
+        low, high = jnp.where(right == 1, middle, low), jnp.where(right == 1, high, middle)
         return 2 * node + right, spread * jnp.float32(0.5**0.5), low, high
 
-    end = jax.random.normal(jax.random.fold_in(key, 0), shape)
-    carry = (jnp.int32(1), jnp.float32(0.5), jnp.zeros(shape), end)
+    end = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+    carry = (jnp.int32(1), jnp.float32(0.5), jnp.zeros(shape, jnp.float32), end)
     return jax.lax.fori_loop(0, DEPTH, halve, carry)[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -68,8 +69,10 @@ class CategoricalPlan:
             raise ValueError(f"the network returned {log_p_x0.shape} for a sample of {x.shape}; expected {want}")
         shape = (*x.shape, self.num_classes + 1)
         if uniform is None:
-            gumbel = draw_each(jax.random.gumbel, check_key(key, x.shape[0]), i, shape)
+            draw = functools.partial(jax.random.gumbel, dtype=jnp.float32)
+            gumbel = draw_each(draw, check_key(key, x.shape[0]), i, shape)
         else:
-            gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, jnp.finfo(jnp.float32).tiny, 1 - 2.0**-24)))
+            uniform = jnp.clip(jnp.asarray(uniform, jnp.float32), jnp.finfo(jnp.float32).tiny, 1 - 2.0**-24)
+            gumbel = -jnp.log(-jnp.log(uniform))
         # The largest of log-probabilities with Gumbel noise is a draw from them.
         return jnp.argmax(self.log_posterior(x, i, log_p_x0) + gumbel, -1).astype(jnp.int32)

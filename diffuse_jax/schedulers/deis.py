@@ -22,6 +22,9 @@ class DEISMultistepScheduler(ExponentialIntegrator):
     The noise is extrapolated as a polynomial in ``log rho = log(sigma / alpha)`` (section 3.3 and eq. 15); order 1 is
     DDIM. With ``lower_order_final``, runs of fewer than 15 steps end with steps of order 2 and 1. A run ends at the
     noise level of timestep 0, since noise cannot be extrapolated to a clean sample.
+
+    With flow levels the last step stays where it is, as in diffusers. Option of :meth:`plan`: with
+    ``as_published=True`` it goes on to the level of the first training step.
     """
 
     solver_order: int = 2
@@ -31,7 +34,7 @@ class DEISMultistepScheduler(ExponentialIntegrator):
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
-    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
+    grid_options: ClassVar[tuple[str, ...]] = ("mu", "as_published")
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "solver_order": (1, 2, 3),
         "algorithm_type": ("deis",),

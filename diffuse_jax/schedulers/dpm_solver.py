@@ -59,6 +59,12 @@ class DPMSolver(ExponentialIntegrator, abstract=True):
         """Whether the clean sample is extrapolated, rather than the noise."""
         return self.algorithm_type.endswith("++")
 
+    @property
+    def half(self) -> float:
+        """What is subtracted in the weight of the second derivative: 0.5 in Taylor's formula; PyTorch's stochastic
+        variants have -0.5, and published images follow it."""
+        return -0.5 if self.algorithm_type == "sde-dpmsolver++" else 0.5
+
     def advance(
         self,
         e: Evaluation,
@@ -68,7 +74,6 @@ class DPMSolver(ExponentialIntegrator, abstract=True):
         outputs: Sequence[Array],
         *,
         midpoint: bool,
-        half: float = 0.5,
     ) -> Array:
         """One step from ``x`` at level ``source`` to ``target``: the integral of a Taylor polynomial of the output.
 
@@ -77,14 +82,13 @@ class DPMSolver(ExponentialIntegrator, abstract=True):
           x, source, target: where the step begins and ends.
           outputs: the output at ``source`` and its derivatives, the k-th times ``h ** k`` (h: the step in lambda).
           midpoint: use the second-order formula of DPM-Solver++ (2M, 2S) in place of Taylor's.
-          half: what is subtracted in the weight of the second derivative.
         """
         p, q, u, std = self._step(source, target)
         phi1 = np.expm1(u)
         x = p * x - q * phi1 * outputs[0] + std * e.noise
         if len(outputs) == 1 or u == 0:
             return x
-        weights = [0.5 * phi1 if midpoint else phi1 / u - 1, (phi1 - u) / u**2 - half]
+        weights = [0.5 * phi1 if midpoint else phi1 / u - 1, (phi1 - u) / u**2 - self.half]
         return x - q * sum(w * derivative for w, derivative in zip(weights, outputs[1:], strict=False))
 
     def _step(self, source: Array, target: Array) -> tuple[float, float, float, float]:
@@ -130,8 +134,6 @@ class DPMSolverMultistepScheduler(DPMSolver):
 def multistep(scheduler: DPMSolver, grid: Grid, begin: int, *, euler_at_final: bool) -> Iterator[Row]:
     """The rows of a run whose derivatives come from the outputs of earlier steps."""
     n = len(grid.timesteps)
-    # Taylor's formula has 0.5 for all; PyTorch's stochastic variant has -0.5 and published pictures follow it.
-    half = -0.5 if scheduler.algorithm_type == "sde-dpmsolver++" else 0.5
     few = scheduler.lower_order_final and n < FEW_STEPS
     for i in range(begin, n):
         e = scheduler.evaluation(grid.timesteps[i], grid.source[i])
@@ -142,7 +144,7 @@ def multistep(scheduler: DPMSolver, grid: Grid, begin: int, *, euler_at_final: b
         levels = [grid.target[i], *grid.source[i - order + 1 : i + 1][::-1]]
         taylor = _derivatives(outputs[:order], [log_snr_half(level) for level in levels])
         midpoint = order == 2 and scheduler.solver_type == "midpoint"
-        x = scheduler.advance(e, e.x, levels[1], levels[0], taylor, midpoint=midpoint, half=half)
+        x = scheduler.advance(e, e.x, levels[1], levels[0], taylor, midpoint=midpoint)
         yield e.row(x, outputs[:2])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffuse_jax.schedulers.dpm_solver import DPMSolver, multistep
 from diffuse_jax.schedulers.noise_schedule import Array
@@ -34,8 +34,8 @@ class DPMSolverMultistepInverseScheduler(DPMSolver):
                 f" backwards; use {self.algorithm_type.removeprefix('sde-')!r}"
             )
 
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None, mu: float | None = None) -> Grid:
-        grid = super().grid(n, timesteps=timesteps, sigmas=sigmas, mu=mu)
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None, **options: Any) -> Grid:
+        grid = super().grid(n, timesteps=timesteps, sigmas=sigmas, **options)
         return dataclasses.replace(grid, final=grid.target[-1])
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:

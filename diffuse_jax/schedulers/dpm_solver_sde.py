@@ -32,7 +32,10 @@ class DPMSolverSDEScheduler(Scheduler):
     evaluations, but one for a step to a clean sample. Each of the two goes to a lower level and then up with noise. The
     key of ``plan.step`` chooses the path; ``noise_sampler_seed``, which does so in PyTorch, is kept for its sake.
 
-    Option of :meth:`plan`: ``s_noise``, a factor of the noise.
+    Inpainting noises the known part to the level at the end of the step already at its midpoint, as in diffusers.
+
+    Options of :meth:`plan`: ``s_noise``, a factor of the noise, and ``as_published``; with the latter, inpainting
+    noises to the level that the sample has at the midpoint.
     """
 
     beta_start: float = 0.00085
@@ -44,7 +47,7 @@ class DPMSolverSDEScheduler(Scheduler):
     noise_sampler_seed: Annotated[int, Range(0, 2**63)] | None = None
 
     coordinates: ClassVar[str] = "exploding"
-    step_options: ClassVar[tuple[str, ...]] = ("s_noise",)
+    step_options: ClassVar[tuple[str, ...]] = ("s_noise", "as_published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +58,7 @@ class DPMSolverSDEScheduler(Scheduler):
             logger.warning("noise_sampler_seed=%s is not used: the key chooses the noise", self.noise_sampler_seed)
         return exploding_grid(self, n, timesteps, sigmas)
 
-    def evaluations(self, grid: Grid, begin: int, s_noise: float = 1.0) -> Iterator[Row]:
+    def evaluations(self, grid: Grid, begin: int, s_noise: float = 1.0, as_published: bool = False) -> Iterator[Row]:
         for i in range(begin, len(grid.timesteps)):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             here, there = e.sigma, float(grid.target[i, 1])
@@ -64,7 +67,8 @@ class DPMSolverSDEScheduler(Scheduler):
                 continue
             middle = float(np.sqrt(here * there))
             sample = _move(e.x, e.x0, s_noise * e.noise, here, middle)
-            yield e.row(sample, memory=[e.x], interval=sg.path_interval(here, middle), inner=True)
+            known = None if as_published else grid.target[i]
+            yield e.row(sample, memory=[e.x], interval=sg.path_interval(here, middle), inner=True, known=known)
             e = self.evaluation(float(ns.sigma_to_timestep(np.array(middle), self.sigma_table)), (1.0, middle))
             sample = _move(e.memory[0], e.x0, s_noise * e.noise, here, there)
             yield e.row(sample, interval=sg.path_interval(here, there))

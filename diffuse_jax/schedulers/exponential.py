@@ -103,7 +103,15 @@ class ExponentialIntegrator(Scheduler, abstract=True):
         """Whole timesteps for the network from the fractional ones of a spacing of sigmas."""
         return np.round(t) if self.use_karras_sigmas else np.trunc(t)
 
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None, mu: float | None = None) -> Grid:
+    def grid(
+        self,
+        n: int,
+        *,
+        timesteps: Array | None,
+        sigmas: Array | None,
+        mu: float | None = None,
+        as_published: bool = False,
+    ) -> Grid:
         factor = flow.shift_factor(
             self.class_name,
             self.flow_shift,
@@ -112,7 +120,8 @@ class ExponentialIntegrator(Scheduler, abstract=True):
             mu=mu,
         )
         if self.use_flow_sigmas:
-            t, s = self._flow(n, timesteps, sigmas, factor)
+            stays = "as_published" in self.grid_options and not as_published
+            t, s = self._flow(n, timesteps, sigmas, factor, stays)
         else:
             t, s = self._spaced(n, timesteps, sigmas)
         levels = sg.with_alpha(s, self.coordinates)
@@ -162,10 +171,13 @@ class ExponentialIntegrator(Scheduler, abstract=True):
         """``n`` descending flow levels before they are shifted."""
         return np.asarray((1 - np.linspace(1, 1 / self.num_train_timesteps, n + 1))[:0:-1])
 
-    def _flow(self, n: int, timesteps: Array | None, sigmas: Array | None, factor: float) -> tuple[Array, Array]:
+    def _flow(
+        self, n: int, timesteps: Array | None, sigmas: Array | None, factor: float, stays: bool
+    ) -> tuple[Array, Array]:
         """Timesteps and, one more, flow levels, shifted by ``factor``.
 
-        The last level is 0 or that of the first training step, if that is lower than the one before it.
+        The last level is 0, or that of the first training step if that is lower than the one before it, or, if the run
+        ``stays``, the one before it.
         """
         train, up = self.num_train_timesteps, 1 if self.ascends else -1
         if timesteps is not None:
@@ -178,7 +190,7 @@ class ExponentialIntegrator(Scheduler, abstract=True):
                 sg.check_no_spacing(self, "sigmas")
             s = sg.respaced(self, self.sigma_table[0], self.sigma_table[-1], max(n, 2))
             s = s / (1 + s)
-            s, low = s[:n], s[-1]
+            s, low = s[:n], s[n - 1] if stays else s[-1]
         else:
             if sigmas is not None and not (sigmas.min() > 0 and sigmas.max() <= 1):
                 raise ValueError(
@@ -188,8 +200,8 @@ class ExponentialIntegrator(Scheduler, abstract=True):
             s = flow.shift(self.flow_points(n) if sigmas is None else sigmas[::-up], factor)
             if getattr(self, "shift_terminal", None):
                 s = flow.stretch_to_terminal(s, self.shift_terminal)  # type: ignore[attr-defined]
-            low = min(flow.shift(np.array(1 / train), factor), s[-1] / 2)
-        path = np.append(np.minimum(s, NEAR_ONE), 0.0 if self.ends_clean else low)[::-up]
+            low = s[-1] if stays else min(flow.shift(np.array(1 / train), factor), s[-1] / 2)
+        path = np.minimum(np.append(s, 0.0 if self.ends_clean else low), NEAR_ONE)[::-up]
         return np.trunc(path[:-1] * train), path
 
     def train_levels(self) -> Array:

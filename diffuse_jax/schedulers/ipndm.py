@@ -24,10 +24,14 @@ class IPNDMScheduler(ContinuousScheduler):
 
     The network is told the time, from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)``. ``trained_betas`` are the sigmas
     of a run of their own, ``num_train_timesteps`` of them: one per step and the final one.
+
+    In pure noise, where noise alone says nothing about the image, the first step takes the image to be 0, as in
+    diffusers. Option of :meth:`plan`: ``as_published=True`` takes the image that v says.
     """
 
     prediction_type: str = "v_prediction"
 
+    step_options: ClassVar[tuple[str, ...]] = ("as_published",)
     absent: ClassVar[tuple[str, ...]] = (
         *(name for name in ContinuousScheduler.absent if name != "trained_betas"),
         "prediction_type",
@@ -56,13 +60,12 @@ class IPNDMScheduler(ContinuousScheduler):
             raise ValueError(f"trained_betas has the {most} sigmas of {most - 1} steps, {n} steps were asked for")
         return np.array(self.trained_betas)
 
-    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+    def evaluations(self, grid: Grid, begin: int, as_published: bool = False) -> Iterator[Row]:
         for k, i in enumerate(range(begin, len(grid.timesteps))):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             outputs = [e.eps, *e.memory[: min(k, 3)]]
             weights = ADAMS_BASHFORTH[len(outputs) - 1]
             eps = sum((w * m for w, m in zip(weights, outputs, strict=True)), np.zeros_like(e.x))
-            # From pure noise, where noise alone says nothing about the picture, v does.
-            x0 = e.x0 if k == 0 else (e.x - e.sigma * eps) / e.alpha
             alpha, sigma = grid.target[i]
+            x0 = (e.x - e.sigma * eps) / e.alpha if e.alpha > 0 else as_published * e.x0
             yield e.row(alpha * x0 + sigma * eps, outputs[:3])

@@ -19,15 +19,19 @@ from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.edm import check_sigma_range
 from diffuse_jax.schedulers.euler import churned
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
+from diffuse_jax.schedulers.table import Evaluation, Grid, Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KarrasVeScheduler(ContinuousScheduler):
     """Heun steps from raised levels, spaced geometrically (table 1, column "VE"); samples are ``x0 + sigma * eps``.
 
-    The network sees the sample as it is, is told its sigma and predicts the noise (a network that gives the score
-    predicts ``-sigma * score``). ``s_churn``, ``s_min``, ``s_max`` and ``s_noise`` are those of alg. 2.
+    The network sees the sample as it is and is told its sigma. ``s_churn``, ``s_min``, ``s_max`` and ``s_noise`` are
+    those of alg. 2. As in diffusers, the levels go from ``sigma_max ** 2`` to ``sigma_min ** 2``, the first sample has
+    the spread ``sigma_max``, and the network predicts the negative noise (``sigma`` times the score).
+
+    Option of :meth:`plan`: with ``as_published=True`` the levels are the paper's, from ``sigma_max`` to ``sigma_min``,
+    and the network predicts the noise.
     """
 
     sigma_min: float = 0.02
@@ -39,6 +43,8 @@ class KarrasVeScheduler(ContinuousScheduler):
 
     coordinates: ClassVar[str] = "exploding"
     absent: ClassVar[tuple[str, ...]] = (*ContinuousScheduler.absent, "num_train_timesteps", "prediction_type")
+    grid_options: ClassVar[tuple[str, ...]] = ("as_published",)
+    step_options: ClassVar[tuple[str, ...]] = ("as_published",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,36 +52,47 @@ class KarrasVeScheduler(ContinuousScheduler):
 
     @property
     def timestep_range(self) -> tuple[float, float]:
-        return self.sigma_min, self.sigma_max
+        return min(self.sigma_min, self.sigma_min**2), max(self.sigma_max, self.sigma_max**2)
 
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
         return xp.ones_like(t), t
 
-    def evaluation(self, timestep: float, level: Level) -> Evaluation:
-        return Evaluation(timestep, level, self.prediction_type, input_scale=1.0)
+    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None, as_published: bool = False) -> Grid:
+        power, spread = 1 if as_published else 2, None
+        if timesteps is not None:
+            sigmas = np.append(timesteps, 0.0)
+        elif sigmas is None:
+            sigmas = np.append(ns.exponential_sigmas(self.sigma_min**power, self.sigma_max**power, n), 0.0)
+            spread = self.sigma_max
+        return churned_grid(sigmas, lambda s: s, self.s_churn, self.s_min, self.s_max, self.s_noise, spread)
 
-    def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
-        if sigmas is None:
-            spaced = ns.exponential_sigmas(self.sigma_min, self.sigma_max, n)
-            sigmas = np.append(spaced if timesteps is None else timesteps, 0.0)
-        return churned_grid(sigmas, lambda s: s, self.s_churn, self.s_min, self.s_max, self.s_noise)
+    def evaluations(self, grid: Grid, begin: int, as_published: bool = False) -> Iterator[Row]:
+        means = "epsilon" if as_published else "negative_epsilon"
 
-    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         def denoiser(sigma: float) -> tuple[Evaluation, Array]:
-            e = self.evaluation(sigma, (1.0, sigma))
+            e = Evaluation(sigma, (1.0, sigma), means, input_scale=1.0)
             return e, e.x0
 
         return churned_heun(grid, begin, denoiser, self.s_noise)
 
 
 def churned_grid(
-    sigmas: Array, timestep: Callable[[Array], Array], s_churn: float, low: float, high: float, s_noise: float
+    sigmas: Array,
+    timestep: Callable[[Array], Array],
+    s_churn: float,
+    low: float,
+    high: float,
+    s_noise: float,
+    spread: float | None = None,
 ) -> Grid:
-    """Steps from the raised level of each of ``sigmas`` to the next of them; ``timestep`` is that of a sigma."""
+    """Steps from the raised level of each of ``sigmas`` to the next of them; ``timestep`` is that of a sigma.
+
+    The first sample, before its level is raised, has the standard deviation ``spread``; None is that of its level.
+    """
     n = len(sigmas) - 1
     raised = np.array([churned(sigma, s_churn / n, low, high) for sigma in sigmas[:-1]])
     source, target = sg.with_alpha(raised, "exploding"), sg.with_alpha(sigmas[1:], "exploding")
-    scale = float(np.hypot(sigmas[0], s_noise * added(sigmas[0], raised[0])))
+    scale = float(np.hypot(sigmas[0] if spread is None else spread, s_noise * added(sigmas[0], raised[0])))
     return Grid(timestep(sigmas[:-1]), source, target, scale)
 
 

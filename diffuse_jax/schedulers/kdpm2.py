@@ -24,7 +24,9 @@ from diffuse_jax.schedulers.table import Grid, Row
 class KDPM2DiscreteScheduler(Scheduler):
     """An Euler step to the midpoint, whose slope then makes the whole step.
 
-    Two evaluations per step, but one for a step to a clean sample. Samples are ``x0 + sigma * eps``.
+    Two evaluations per step, but one for a step to a clean sample. Samples are ``x0 + sigma * eps``. Inpainting noises
+    the known part to the level at the end of the step already at its midpoint, as in diffusers; option of :meth:`plan`:
+    with ``as_published=True``, to the level that the sample has there.
     """
 
     beta_start: float = 0.00085
@@ -35,6 +37,7 @@ class KDPM2DiscreteScheduler(Scheduler):
     use_beta_sigmas: bool = False
 
     coordinates: ClassVar[str] = "exploding"
+    step_options: ClassVar[tuple[str, ...]] = ("as_published",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +48,7 @@ class KDPM2DiscreteScheduler(Scheduler):
         # Networks were first sampled with whole timesteps at Karras' levels, and at those only.
         return dataclasses.replace(grid, timesteps=np.round(grid.timesteps)) if self.use_karras_sigmas else grid
 
-    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+    def evaluations(self, grid: Grid, begin: int, as_published: bool = False) -> Iterator[Row]:
         for i in range(begin, len(grid.timesteps)):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             down, up = self._split(e.sigma, grid.target[i, 1])
@@ -54,7 +57,8 @@ class KDPM2DiscreteScheduler(Scheduler):
                 yield e.row(e.x - e.sigma * slope)
                 continue
             here, middle = e.sigma, np.sqrt(e.sigma * down)
-            yield e.row(e.x + (middle - here) * slope, memory=[e.x], inner=True)
+            known = None if as_published else grid.target[i]
+            yield e.row(e.x + (middle - here) * slope, memory=[e.x], inner=True, known=known)
             t = float(ns.sigma_to_timestep(middle, self.sigma_table))
             e = self.evaluation(t, (1.0, middle))
             yield e.row(e.memory[0] + (down - here) * (e.x - e.x0) / middle + up * e.noise)

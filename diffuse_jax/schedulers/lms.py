@@ -23,7 +23,9 @@ from diffuse_jax.schedulers.table import MEMORY, Grid, Row
 class LMSDiscreteScheduler(Scheduler):
     """Multistep method of order 4; the first steps have the order of the slopes that are there.
 
-    Samples are ``x0 + sigma * eps``. Option of :meth:`plan`: ``order``, 1 to 6.
+    Samples are ``x0 + sigma * eps``. Options of :meth:`plan`: ``order``, 1 to 6, and ``as_published``. A run that is
+    entered late (``strength``) has no slopes of the steps before. As in diffusers, its first steps then leave out the
+    terms of a formula of full order that need them; with ``as_published=True`` their order is lower instead.
     """
 
     timestep_spacing: str = "linspace"
@@ -32,7 +34,7 @@ class LMSDiscreteScheduler(Scheduler):
     use_beta_sigmas: bool = False
 
     coordinates: ClassVar[str] = "exploding"
-    step_options: ClassVar[tuple[str, ...]] = ("order",)
+    step_options: ClassVar[tuple[str, ...]] = ("order", "as_published")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,15 +43,15 @@ class LMSDiscreteScheduler(Scheduler):
     def grid(self, n: int, *, timesteps: Array | None, sigmas: Array | None) -> Grid:
         return exploding_grid(self, n, timesteps, sigmas)
 
-    def evaluations(self, grid: Grid, begin: int, order: int = 4) -> Iterator[Row]:
+    def evaluations(self, grid: Grid, begin: int, order: int = 4, as_published: bool = False) -> Iterator[Row]:
         if order not in range(1, MEMORY + 2):
             raise ValueError(f"order must be a whole number from 1 to {MEMORY + 1}, got {order!r}")
         for i in range(begin, len(grid.timesteps)):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
-            known = min(order, i - begin + 1)
-            slopes = [(e.x - e.x0) / e.sigma, *e.memory[: known - 1]]
-            weights = lagrange_integrals(grid.source[i + 1 - known : i + 1, 1][::-1], grid.target[i, 1])
-            step = sum((w * slope for w, slope in zip(weights, slopes, strict=True)), np.zeros_like(e.x))
+            nodes = min(order, i + 1 - (begin if as_published else 0))
+            slopes = [(e.x - e.x0) / e.sigma, *e.memory[: min(order, i - begin + 1) - 1]]
+            weights = lagrange_integrals(grid.source[i + 1 - nodes : i + 1, 1][::-1], grid.target[i, 1])
+            step = sum((w * slope for w, slope in zip(weights, slopes, strict=False)), np.zeros_like(e.x))
             yield e.row(e.x + step, memory=slopes[:MEMORY])
 
 

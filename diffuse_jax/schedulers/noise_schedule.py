@@ -106,7 +106,7 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
 
     Linear in ``x`` and ``output``, which may be arrays of any library or rows of coefficients.
 
-    * ``epsilon`` is the noise, ``sample`` the clean sample.
+    * ``epsilon`` is the noise, ``negative_epsilon`` the same with the other sign, ``sample`` the clean sample.
     * ``v_prediction`` is ``v = a * eps - s * x0 / sigma_data`` with ``(a, s) = (alpha * sigma_data, sigma)`` divided by
       their norm (Salimans and Ho 2022, appendix D; ``sigma_data``, the spread of clean samples, is 1 there).
     * ``edm`` is the same with the other sign, the network F of Karras et al. 2022, table 1.
@@ -116,6 +116,8 @@ def predict_x0(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: Any
     """
     if prediction_type == "epsilon":
         return (x - sigma * output) / alpha
+    if prediction_type == "negative_epsilon":
+        return (x + sigma * output) / alpha
     if prediction_type == "sample":
         return output
     if prediction_type == "score":
@@ -131,6 +133,8 @@ def predict_eps(prediction_type: str, x: Any, output: Any, alpha: Any, sigma: An
     """The noise that an output means; see :func:`predict_x0`."""
     if prediction_type == "epsilon":
         return output
+    if prediction_type == "negative_epsilon":
+        return -output
     if prediction_type == "sample":
         return (x - alpha * output) / sigma
     if prediction_type == "score":

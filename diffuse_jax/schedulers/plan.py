@@ -43,7 +43,7 @@ class Plan:
     timesteps: Any
     input_scale: Any
     to_x0: Any
-    levels: Any
+    known: Any
     rows: Any
     log_variance: Any
     interval: Any
@@ -62,7 +62,7 @@ class Plan:
             timesteps=pad(table.timesteps, capacity),
             input_scale=pad(table.input_scale, capacity),
             to_x0=pad(table.to_x0, capacity),
-            levels=pad(table.levels, capacity + 1),
+            known=pad(table.known, capacity + 1),
             rows=pad(table.rows, capacity),
             log_variance=pad(table.log_variance, capacity),
             interval=pad(table.interval, capacity),
@@ -91,9 +91,9 @@ class Plan:
         return _over(_at(self.input_scale, i), state.sample) * state.sample
 
     def noised(self, x0: jax.Array, noise: jax.Array, i: Any) -> jax.Array:
-        """``x0`` with ``noise`` at the level of the sample before evaluation ``i``; clean after the last evaluation."""
+        """``x0`` with ``noise`` at the level (:attr:`Table.known`) before evaluation ``i``; clean after the last."""
         x0 = _f32(x0)
-        alpha, sigma = _columns(_at(self.levels, i), x0)
+        alpha, sigma = _columns(_at(self.known, i), x0)
         return alpha * x0 + sigma * _f32(noise)
 
     def blend(self, state: State, i: Any, x0: jax.Array, noise: jax.Array, known: jax.Array) -> State:
@@ -192,7 +192,7 @@ def _drawn(weights: jax.Array, interval: jax.Array, key: jax.Array, i: jax.Array
     """The noise of evaluation ``i``, whose row of the table gives it ``weights`` in what follows."""
 
     def fresh() -> jax.Array:
-        return draw_each(jax.random.normal, key, i, shape)
+        return draw_each(normal, key, i, shape)
 
     start, end = jnp.moveaxis(brownian.ticks(jnp.asarray(interval)), -1, 0)
 
@@ -208,7 +208,8 @@ def _drawn(weights: jax.Array, interval: jax.Array, key: jax.Array, i: jax.Array
 
     used, on_path = jnp.any(weights != 0), jnp.any(start < end)
     along = follow if jnp.ndim(start) == 0 else both
-    return jax.lax.switch(used * (1 + on_path), (lambda: jnp.zeros(shape, jnp.float32), fresh, along))
+    which = jnp.where(used, 1 + on_path.astype(jnp.int32), 0)
+    return jax.lax.switch(which, (lambda: jnp.zeros(shape, jnp.float32), fresh, along))
 
 
 def check_key(key: jax.Array | None, batch: int) -> jax.Array:
@@ -221,6 +222,11 @@ def check_key(key: jax.Array | None, batch: int) -> jax.Array:
     if key.ndim not in (0, 1) or (key.ndim == 1 and key.shape[0] != batch):
         raise ValueError(f"key must be one key or {batch} keys (one per sample), got shape {key.shape}")
     return key
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal numbers in float32, whatever JAX's default is."""
+    return jax.random.normal(key, shape, jnp.float32)
 
 
 def draw_each(draw: Callable[..., jax.Array], key: jax.Array, i: Any, shape: tuple[int, ...]) -> jax.Array:

@@ -39,7 +39,9 @@ class RePaintScheduler(Scheduler):
     with fresh ``noise`` and ``known`` 1 where the picture is given, 0 where it is to be painted.
 
     Options of :meth:`plan`: ``jump_length``, how many steps a jump goes back, and ``jump_n_sample``, how often each
-    stretch of that length is run (figures 9 and 10 of the paper); 10 and 10 if not given.
+    stretch of that length is run (figures 9 and 10 of the paper); 10 and 10 if not given. A jump adds the noise of
+    training steps that begin at the timestep of the evaluation before it, as in diffusers, which is a little more than
+    takes the sample to the level that the network is told next; with ``as_published=True`` it is that.
     """
 
     eta: float = 0.0
@@ -49,6 +51,7 @@ class RePaintScheduler(Scheduler):
     absent: ClassVar[tuple[str, ...]] = ("prediction_type", "timestep_spacing", "steps_offset")
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"beta_schedule": (*ns.BETA_SCHEDULES, "sigmoid")}
     grid_options: ClassVar[tuple[str, ...]] = ("jump_length", "jump_n_sample")
+    step_options: ClassVar[tuple[str, ...]] = ("as_published",)
 
     def grid(
         self,
@@ -70,16 +73,20 @@ class RePaintScheduler(Scheduler):
         target = np.where((index >= stride)[:, None], levels[index - stride], (1.0, 0.0))
         return Grid(index.astype(np.float64), levels[index], target, stride=stride)
 
-    def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
+    def evaluations(self, grid: Grid, begin: int, as_published: bool = False) -> Iterator[Row]:
         """``grid.target`` is where a step goes, ``grid.source`` of the next evaluation where a jump takes it then."""
-        n = len(grid.timesteps)
+        n, stride = len(grid.timesteps), grid.stride or 1
         for i in range(begin, n):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             mean, std = ddim_step(e, grid.target[i], self.eta)
-            (alpha, sigma), (alpha_up, sigma_up) = grid.target[i], grid.source[i + 1] if i + 1 < n else grid.target[i]
-            a = alpha_up / alpha
-            b2 = max(0.0, sigma_up**2 - (a * sigma) ** 2)
-            yield e.row(a * mean + np.sqrt((a * std) ** 2 + b2) * e.noise)
+            (alpha, sigma), up = grid.target[i], grid.source[i + 1] if i + 1 < n else grid.target[i]
+            start, told = int(grid.timesteps[i]), int(grid.timesteps[min(i + 1, n - 1)])
+            if told > start - stride and i + 1 < n and not as_published:  # a jump
+                a2 = self.alpha_bar[told + stride - 1] / (self.alpha_bar[start - 1] if start > 0 else 1.0)
+                up = np.sqrt([a2 * alpha**2, 1 - a2 * alpha**2])
+            a = up[0] / alpha
+            b2 = max(0.0, up[1] ** 2 - (a * sigma) ** 2)
+            yield e.row(a * mean + np.sqrt((a * std) ** 2 + b2) * e.noise, known=up)
 
 
 def _walk(n: int, jump_length: int, jump_n_sample: int) -> list[int]:

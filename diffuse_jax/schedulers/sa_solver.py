@@ -29,7 +29,8 @@ class SASolverScheduler(ExponentialIntegrator):
     (``data_prediction``) or the noise. A run ends at the noise level of timestep 0, or at that of explicit sigmas.
 
     Options of :meth:`plan`: ``tau``, how much noise is added: a number, or a function of the timestep of each step's
-    start. 0 is the ODE, 1 the reversed diffusion; the default is :func:`middle_third`.
+    start. 0 is the ODE, 1 the reversed diffusion; the default is :func:`middle_third`. With flow levels the last step
+    stays where it is, as in diffusers; with ``as_published=True`` it goes on to the level of the first training step.
     """
 
     predictor_order: int = 2
@@ -40,6 +41,7 @@ class SASolverScheduler(ExponentialIntegrator):
     lambda_min_clipped: Annotated[float, Range(-INFINITY, 1e9)] = -float("inf")
     variance_type: str | None = None
 
+    grid_options: ClassVar[tuple[str, ...]] = ("as_published",)
     step_options: ClassVar[tuple[str, ...]] = ("tau",)
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {
         "predictor_order": (1, 2, 3, 4),

@@ -105,7 +105,7 @@ class ScoreSdeVeScheduler(ContinuousScheduler):
         import jax
         import jax.numpy as jnp
 
-        from diffuse_jax.schedulers.plan import check_key, draw_each
+        from diffuse_jax.schedulers.plan import check_key, draw_each, normal
 
         sample, score = state.sample, jnp.asarray(score, jnp.float32)
         if score.shape != sample.shape:
@@ -113,7 +113,7 @@ class ScoreSdeVeScheduler(ContinuousScheduler):
         if noise is None:
 
             def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-                return jax.random.normal(jax.random.fold_in(key, turn), shape)  # not the noise of the step itself
+                return normal(jax.random.fold_in(key, turn), shape)  # not the noise of the step itself
 
             noise = draw_each(draw, check_key(key, sample.shape[0]), i, sample.shape)
 

@@ -113,6 +113,7 @@ class Evaluation:
         log_variance: tuple[float, float] = (0.0, 0.0),
         interval: tuple[float, float] = (0.0, 0.0),
         inner: bool = False,
+        known: Level | None = None,
     ) -> Row:
         """Close it.
 
@@ -122,9 +123,10 @@ class Evaluation:
           log_variance: range of a learned variance.
           interval: see :attr:`Table.interval`.
           inner: this evaluation does not finish its step.
+          known: see :attr:`Table.known`; None is the level of the next evaluation.
         """
         rest = [np.zeros(WIDTH)] * (MEMORY - len(memory))
-        return Row(self, np.stack([sample, *memory, *rest]), log_variance, interval, inner)
+        return Row(self, np.stack([sample, *memory, *rest]), log_variance, interval, inner, known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Row:
     log_variance: tuple[float, float] = (0.0, 0.0)
     interval: tuple[float, float] = (0.0, 0.0)
     inner: bool = False
+    known: Level | None = None
 
 
 def transfer(x: Array, eps: Array, source: Level, target: Level) -> Array:
@@ -152,6 +155,8 @@ class Table:
       timesteps, input_scale: ``[n]``, what the network is told and what the sample is multiplied by before it sees it.
       to_x0: ``[n, 2]``, ``x0 = to_x0[0] * x + to_x0[1] * output``.
       levels: ``[n + 1, 2]``, (alpha, sigma) of the sample at each evaluation; the last entry is after the run.
+      known: ``[n + 1, 2]``, (alpha, sigma) to which a known image is noised before each evaluation: ``levels``, but
+        where diffusers inpaints at other levels.
       rows: ``[n, 1 + MEMORY, WIDTH]``.
       log_variance: ``[n, 2]``, lower and upper logarithm of a learned variance (zero where none is learned).
       interval: ``[n, 2]``, the piece ``(a, b)`` of [0, 1] over which the noise is the increment of one Brownian path
@@ -167,6 +172,7 @@ class Table:
     input_scale: Array
     to_x0: Array
     levels: Array
+    known: Array
     rows: Array
     log_variance: Array
     interval: Array
@@ -190,12 +196,16 @@ class Table:
         rows = list(rows)
         evaluations = [r.evaluation for r in rows]
         levels = np.array([(e.alpha, e.sigma) for e in evaluations] + [tuple(final)])
+        known = levels.copy()
+        for i, r in enumerate(rows, 1):
+            known[i] = known[i] if r.known is None else r.known
         to_x0 = [e.x0_of(np.array([1.0, 0.0]), np.array([0.0, 1.0])) for e in evaluations]
         return cls(
             timesteps=np.array([e.timestep for e in evaluations]),
             input_scale=np.array([e.input_scale for e in evaluations]),
             to_x0=np.array(to_x0),
             levels=levels,
+            known=known,
             rows=np.stack([r.coefficients for r in rows]),
             log_variance=np.array([r.log_variance for r in rows]),
             interval=np.array([r.interval for r in rows]),
@@ -215,9 +225,8 @@ class Table:
             raise ValueError(f"cannot keep {n} of {len(self)} evaluations; keep between 1 and {len(self)}")
         n += int(np.argmin(self.inner[n - 1 :]))
         names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance", "interval", "inner")
-        return dataclasses.replace(
-            self, levels=self.levels[: n + 1], **{name: getattr(self, name)[:n] for name in names}
-        )
+        ends = {name: getattr(self, name)[: n + 1] for name in ("levels", "known")}
+        return dataclasses.replace(self, **ends, **{name: getattr(self, name)[:n] for name in names})
 
     def run(
         self, model: Callable[[Array, float], Array], sample: Array, noise: Sequence[Array] | None = None

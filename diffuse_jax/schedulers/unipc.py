@@ -43,7 +43,7 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
     sigma_max: float | None = None
     shift_terminal: float | None = None
 
-    grid_options: ClassVar[tuple[str, ...]] = ("mu",)
+    grid_options: ClassVar[tuple[str, ...]] = ("mu", "as_published")
     step_options: ClassVar[tuple[str, ...]] = ("solver_p",)
     karras_flow: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ExponentialIntegrator.choices | {

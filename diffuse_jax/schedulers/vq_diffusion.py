@@ -88,19 +88,26 @@ class VQDiffusionScheduler(Scheduler):
         return CategoricalPlan.from_table(self.table(num_inference_steps, **options))
 
     def table(  # type: ignore[override]
-        self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        as_published: bool = False,
     ) -> CategoricalTable:
         """The run as a float64 table.
 
         Args:
-          num_inference_steps: steps spread evenly over training (the paper's fast inference, section 4.2); or else
+          num_inference_steps: the last so many timesteps of a run, as in diffusers; or else
           timesteps: descending whole training timesteps; the last step goes from the last of them to clean classes.
+          as_published: spread the steps evenly over training (the paper's fast inference, section 4.2).
 
         Raises:
           ValueError: contradictory or impossible arguments; the message says what is possible.
         """
         n, t, _ = chosen_steps(self, num_inference_steps, timesteps, None)
-        if t is None:
+        if t is None and not as_published:
+            t = np.arange(n, dtype=np.float64)[::-1]
+        elif t is None:
             t = ns.space_timesteps("linspace", self.num_train_timesteps, n, 0)
             t[0] = self.num_train_timesteps - 1  # one step, too, starts from masks
         here, there = self.transitions(t), self.transitions(np.append(t[1:], -1.0))

@@ -218,7 +218,7 @@ def categorical(n: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any, An
 @pytest.mark.parametrize("n", [1, 2, 10, 100])
 def test_vq_diffusion_posterior(n: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # they keep their tables in float32
-    table = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).table(timesteps=range(n - 1, -1, -1))
+    table = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).table(n)
     for i, (theirs, t, x, log_p, torch_p) in enumerate(categorical(n, rng)):
         got = np.exp(log_posterior(table.log_abc[i], x, log_p))
         if t == 0:
@@ -230,7 +230,7 @@ def test_vq_diffusion_posterior(n: int, rng: np.random.Generator, monkeypatch: p
 
 @pytest.mark.parametrize("n", [1, 10, 100])
 def test_vq_diffusion_draws(n: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).plan(timesteps=range(n - 1, -1, -1))
+    plan = schedulers.VQDiffusionScheduler(num_vec_classes=CLASSES + 1).plan(n)
     for i, (theirs, t, x, log_p, torch_p) in enumerate(categorical(n, rng)):
         uniform = rng.uniform(1e-6, 1, (2, PIXELS, CLASSES + 1)).astype(np.float32)
         drawn = torch.tensor(np.moveaxis(uniform, -1, 1)[:, : CLASSES + bool(t)])

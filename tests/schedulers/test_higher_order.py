@@ -78,15 +78,37 @@ def test_end_point_of_a_gaussian(name: str) -> None:
 
 
 def test_end_point_of_a_gaussian_in_continuous_time() -> None:
-    errors = [abs(gaussian_end(schedulers.IPNDMScheduler().table(n)) - 1) for n in (50, 100)]
+    errors = [abs(gaussian_end(schedulers.IPNDMScheduler().table(n, as_published=True)) - 1) for n in (50, 100)]
     assert errors[1] < errors[0] / 2
     assert errors[1] < 1e-4
 
 
-def test_a_single_step_from_pure_noise_returns_the_prediction(rng: np.random.Generator) -> None:
+def test_a_single_step_from_pure_noise_returns_nothing_or_the_prediction(rng: np.random.Generator) -> None:
     x, out = rng.standard_normal((2, 1, 5))
-    end = schedulers.IPNDMScheduler().table(1).run(lambda *_: out, x)[-1]
-    np.testing.assert_allclose(end, -out, atol=1e-15)
+    for as_published, wanted in {False: 0 * x, True: -out}.items():
+        end = schedulers.IPNDMScheduler().table(1, as_published=as_published).run(lambda *_: out, x)[-1]
+        np.testing.assert_allclose(end, wanted, atol=1e-15)
+
+
+def test_a_late_start_leaves_out_slopes_or_lowers_the_order() -> None:
+    scheduler = schedulers.LMSDiscreteScheduler(use_karras_sigmas=True)
+    late, published = (scheduler.table(20, strength=0.5, as_published=published) for published in (False, True))
+    levels = published.levels[:2, 1]
+    of_slope = [(table.rows[0, 0, :3] @ (0, 0, 1)) / levels[0] for table in (late, published)]
+    assert of_slope[1] == pytest.approx((levels[1] - levels[0]) / levels[0]), "an Euler step"
+    assert abs(of_slope[0]) > 1.5 * abs(of_slope[1]), "the first weight of order 4 alone"
+    np.testing.assert_allclose(late.rows[4:], published.rows[4:])
+
+
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_inpainting_at_midpoints(name: str) -> None:
+    """A known image has the level at the end of the step there, or that of the sample."""
+    scheduler = getattr(schedulers, name)(beta_start=0.00085)
+    table, published = scheduler.table(6), scheduler.table(6, as_published=True)
+    np.testing.assert_array_equal(published.known, published.levels)
+    np.testing.assert_allclose(table.known[1:-1:2], table.levels[2::2])
+    np.testing.assert_array_equal(table.known[::2], table.levels[::2])
+    assert table.cut(3).known.shape == table.cut(3).levels.shape
 
 
 def test_ancestral_noise_keeps_the_variance() -> None:

@@ -30,7 +30,12 @@ def test_jumps_end_at_the_level_that_the_network_is_told() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_known_variances(eta: float) -> None:
     """With the right answer for data that is 0 (the noise is x / sigma), every row keeps the spread of its level."""
-    table = RePaintScheduler(eta=eta, clip_sample=False).table(12, jump_length=2, jump_n_sample=4)
+    jumps = {"jump_length": 2, "jump_n_sample": 4}
+    table = RePaintScheduler(eta=eta, clip_sample=False).table(12, **jumps, as_published=True)
+    np.testing.assert_allclose(table.known, table.levels, atol=1e-12)
+    other = RePaintScheduler(eta=eta, clip_sample=False).table(12, **jumps)
+    jumped = np.append(False, np.diff(other.timesteps) > 0)
+    assert np.all(other.known[:-1, 1][jumped] > other.levels[:-1, 1][jumped]), "diffusers' jumps end a little higher"
     for row, (_, sigma), (_, after) in zip(table.rows, table.levels, table.levels[1:], strict=False):
         mean = row[0, 0] * sigma + row[0, 2]  # of x = sigma z the output is z
         assert np.hypot(mean, row[0, -1]) == pytest.approx(after, abs=1e-9)

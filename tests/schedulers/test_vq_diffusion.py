@@ -30,7 +30,8 @@ def predictions(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
 def test_pieces_of_the_chain(n: int) -> None:
-    table = SCHEDULER.table(n)
+    assert SCHEDULER.table(n).timesteps.tolist() == list(range(n))[::-1]
+    table = SCHEDULER.table(n, as_published=True)
     assert len(table) == n
     assert table.timesteps[0] == 19
     for here, there, between in np.exp(table.log_abc):
