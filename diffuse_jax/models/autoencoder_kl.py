@@ -173,8 +173,10 @@ def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array
     """Mean and standard deviation per channel, ``[1,1,1,c]``; by default ``shift_factor`` (or zero) and one."""
     shape = (1, 1, 1, config.latent_channels)
     if config.latents_mean is not None and config.latents_std is not None:
-        return jnp.array(config.latents_mean).reshape(shape), jnp.array(config.latents_std).reshape(shape)
-    return jnp.full(shape, config.shift_factor or 0.0), jnp.ones(shape)
+        mean, std = config.latents_mean, config.latents_std
+    else:
+        mean, std = (config.shift_factor or 0.0,) * config.latent_channels, (1.0,) * config.latent_channels
+    return jnp.array(mean, jnp.float32).reshape(shape), jnp.array(std, jnp.float32).reshape(shape)
 
 
 class Stage(nn.Module):

@@ -102,8 +102,8 @@ def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     if size == (2 * H, 2 * W):  # a broadcast, which XLA fuses; the gather below it does not
         x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
         return x.reshape(B, 2 * H, 2 * W, C)
-    rows = jnp.arange(size[0]) * H // size[0]
-    columns = jnp.arange(size[1]) * W // size[1]
+    rows = jnp.arange(size[0], dtype=jnp.int32) * H // size[0]
+    columns = jnp.arange(size[1], dtype=jnp.int32) * W // size[1]
     return x[:, rows][:, :, columns]
 
 

@@ -279,7 +279,7 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
     else:
         check_evaluations(plan, evaluations)
         one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
-        state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations))
+        state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
     return finish(method, params, rows, state)
 
 

@@ -160,7 +160,7 @@ class TextEmbeddings(Part):
         c = self.config
         tokens = Embedding(c.vocab_size, c.hidden_size, **self.dtypes, name="token_embedding")(ids)
         table = Embedding(c.max_position_embeddings, c.hidden_size, **self.dtypes, name="position_embedding")
-        return tokens + table(jnp.arange(ids.shape[1])[None, :])
+        return tokens + table(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :])
 
 
 class TextLayers(Part):

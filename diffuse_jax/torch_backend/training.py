@@ -127,8 +127,8 @@ def draws(objective: Objective, seed: int, shape: Sequence[int]) -> tuple[np.nda
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
     k_latent, k_draw = jax.random.split(key)
-    drawn = jax.tree.map(np.asarray, draw(objective, k_draw, jnp.zeros(shape)))
-    return np.asarray(jax.random.normal(k_latent, shape)), drawn
+    drawn = jax.tree.map(np.asarray, draw(objective, k_draw, jnp.zeros(shape, jnp.float32)))
+    return np.asarray(jax.random.normal(k_latent, shape, jnp.float32)), drawn
 
 
 def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, batch: Batch, seed: int = 0) -> Update:

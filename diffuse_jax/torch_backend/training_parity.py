@@ -204,6 +204,7 @@ def made_pictures(pipe: DiffusionPipeline, count: int, size: int, seed: int) -> 
     """What the autoencoder makes of noise, uint8 ``[count,size,size,3]``: its colours and textures, without things."""
     vae = Net("vae", pipe.components["vae"])
     side = size // vae.config.scale
-    latents = jax.random.normal(jax.random.key(seed), (count, side, side, vae.config.latent_channels))
+    shape = (count, side, side, vae.config.latent_channels)
+    latents = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     decode = jax.jit(lambda params, x: to_uint8(decode_latents(vae, params, x)))
     return np.asarray(decode({"vae": pipe.params["vae"]}, latents))

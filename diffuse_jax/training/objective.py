@@ -163,18 +163,18 @@ class Draw(NamedTuple):
 def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
     """Noise and timesteps for a batch of clean samples ``[B,...,C]``, float32."""
     k_noise, k_time, k_offset, k_extra = jax.random.split(key, 4)
-    noise = shard_batch(jax.random.normal(k_noise, x0.shape))
+    noise = shard_batch(jax.random.normal(k_noise, x0.shape, jnp.float32))
     if objective.noise_offset:
         flat = (x0.shape[0], *(1,) * (x0.ndim - 2), x0.shape[-1])
-        noise = noise + objective.noise_offset * jax.random.normal(k_offset, flat)
+        noise = noise + objective.noise_offset * jax.random.normal(k_offset, flat, jnp.float32)
     extra = None
     if objective.input_perturbation:
-        extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape)
+        extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape, jnp.float32)
     steps, shape = objective.scheduler.num_train_timesteps, x0.shape[:1]
     if objective.timestep_bias is None:
-        return Draw(noise, extra, shard_batch(jax.random.randint(k_time, shape, 0, steps)))
+        return Draw(noise, extra, shard_batch(jax.random.randint(k_time, shape, 0, steps, jnp.int32)))
     logits = jnp.log(jnp.asarray(objective.timestep_bias, jnp.float32))
-    return Draw(noise, extra, shard_batch(jax.random.categorical(k_time, logits, shape=shape)))
+    return Draw(noise, extra, shard_batch(jax.random.categorical(k_time, logits, shape=shape).astype(jnp.int32)))
 
 
 def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
@@ -210,7 +210,7 @@ def errors(
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
     """Mean of the chosen ``values [B]``; 0 where none is."""
-    return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
+    return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(dtype=values.dtype), 1)
 
 
 def timestep_probabilities(

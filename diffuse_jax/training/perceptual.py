@@ -117,7 +117,7 @@ def perceptual_distance(network: str, params: Params, x: jax.Array, y: jax.Array
       x, y: pictures float32 ``[B,H,W,3]`` in [-1, 1].
     """
     maps, _ = NETWORKS[network]
-    total = jnp.zeros(x.shape[0])
+    total = jnp.zeros(x.shape[0], jnp.float32)
     for i, (f, g) in enumerate(zip(maps(params["layers"], _seen(x)), maps(params["layers"], _seen(y)), strict=True)):
         squares = jnp.square(_unit(f) - _unit(g))
         if params["weights"]:

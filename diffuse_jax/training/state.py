@@ -139,7 +139,8 @@ def make_step(
         # The mesh is what kernels that XLA cannot cut, and layers with parameters in parts, ask for.
         with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
             grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts with its rates
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         made = state.step + 1
         ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(made, average))
@@ -162,7 +163,7 @@ def mean_gradient(loss: Loss, params: Params, frozen: Params, batch: Any, key: j
         return part(0, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0, first))
     add = lambda total, indexed: (jax.tree.map(jnp.add, total, part(*indexed)), None)
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(count, dtype=jnp.int32), batch))
     return jax.tree.map(lambda x: x / count, total)
 
 
