@@ -4,6 +4,10 @@ A configuration is a plain frozen dataclass. Its fields have the names and the d
 that leaves a key out means the same here as in PyTorch. Unknown keys are kept (``extra``) and written back, so reading
 and saving a folder loses nothing. A configuration never reads files, the environment or devices. Every value is checked
 when a configuration is created: see :mod:`diffuse_jax.allowed`.
+
+Each key that diffusers or transformers has is one of three things: a field that is honoured, a key for which only one
+value is implemented and others are refused (:attr:`Config.fixed`), or one without influence on the result
+(:attr:`Config.harmless`).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from diffuse_jax.allowed import check_fields
+from diffuse_jax.messages import brief
 
 
 def freeze(value: Any) -> Any:
@@ -35,6 +40,14 @@ def thaw(value: Any) -> Any:
     return value
 
 
+NOT_QUANTIZED: Mapping[str, Any] = {"quantization_config": None}
+"""The entry of :attr:`Config.fixed` of every network: weights of fewer bits are not read."""
+
+
+NO_DROPOUT = "for training, which warns where it is not 0: dropout is never applied"
+"""Why the dropout of a network changes no result."""
+
+
 class FrozenDict(tuple):
     """A JSON object as a hashable tuple of ``(key, value)`` pairs; :func:`thaw` turns it back into a dict."""
 
@@ -54,11 +67,20 @@ class Config:
 
     class_name: ClassVar[str] = ""
     """The ``_class_name`` in the JSON of this configuration; empty if the format has no such key."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Keys that change the result -> the only value that is implemented; they have no fields."""
+    harmless: ClassVar[Mapping[str, str]] = {}
+    """Keys, some of them fields, that do not change the result -> why."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, freeze(getattr(self, field.name)))
-        check_fields(self, self.class_name or type(self).__name__)
+        name, options = self.class_name or type(self).__name__, dict(self.extra)
+        check_fields(self, name)
+        for key, value in self.fixed.items():
+            if options.get(key, freeze(value)) != freeze(value):
+                given = brief(thaw(options[key]))
+                raise ValueError(f"{name}: {key}={given} is not supported, only {value!r} (or leave it out)")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -72,6 +94,11 @@ class Config:
         fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         head = {"_class_name": self.class_name} if self.class_name else {}
         return head | fields | {k: v for k, v in thaw(self.extra).items() if k != "_class_name"}
+
+    def unknown(self) -> dict[str, Any]:
+        """Keys of ``extra`` that this release knows nothing of; they may be important."""
+        known = {*self.fixed, *self.harmless}
+        return {k: thaw(v) for k, v in self.extra if k not in known and not k.startswith("_")}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; unknown names are an error."""

@@ -8,6 +8,7 @@ index (blocks are lists of layers) is a name by itself.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -24,9 +25,6 @@ from diffuse_jax.models.layers import Conv, Dense, GroupNorm
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, ResnetNames, Upsample, change_size
 
 NAMES = ResnetNames("in_layers_0", "in_layers_2", "emb_layers_1", "out_layers_0", "out_layers_3", "skip_connection")
-
-FIXED: dict[str, Any] = {"dims": 2, "num_heads_upsample": -1, "use_spatial_transformer": False}
-"""Options of other releases that change the network; only these values are implemented."""
 
 
 class Layer(NamedTuple):
@@ -59,6 +57,12 @@ class ADMUNetConfig(Config):
 
     class_name: ClassVar[str] = "ADMUNet"
 
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "dims": 2,
+        "num_heads_upsample": -1,
+        "use_spatial_transformer": False,
+    }
+
     in_channels: int = 3
     model_channels: int = 128
     out_channels: int = 3
@@ -77,12 +81,6 @@ class ADMUNetConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = dict(self.extra)
-        for name, value in FIXED.items():
-            if options.get(name, value) != value:
-                raise ValueError(
-                    f"ADMUNet: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
-                )
         if self.num_classes is not None and self.label_channels is not None:
             raise ValueError("ADMUNet: num_classes and label_channels exclude each other; set only one of them")
         if self.attention_dims not in (1, 2):

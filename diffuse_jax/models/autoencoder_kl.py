@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Layers, Length, Levels, Signed
-from diffuse_jax.config import Config
+from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
@@ -27,6 +27,10 @@ class AutoencoderKLConfig(Config):
     """``config.json`` of an ``AutoencoderKL``; ``scaling_factor`` is what latents are multiplied by after encoding."""
 
     class_name: ClassVar[str] = "AutoencoderKL"
+    fixed: ClassVar[Mapping[str, Any]] = NOT_QUANTIZED
+    harmless: ClassVar[Mapping[str, str]] = {
+        "sample_size": "sizes the tiles of diffusers; here the pipeline's vae_tiling does"
+    }
 
     in_channels: int = 3
     out_channels: int = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +21,8 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
 from diffuse_jax.weights.files import unchanged
+
+logger = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 """A tree of arrays: nested dicts whose joined keys are the checkpoint's names."""
@@ -170,6 +173,8 @@ class Model(nn.Module):
             )
         try:
             model = cls(config=cls.config_class.from_json(data), dtype=dtype)
+            if unknown := model.config.unknown():
+                logger.warning("%s: %s ignores settings that it does not know: %s", file, cls.__name__, brief(unknown))
             if not isinstance(source, Mapping):
                 model.shapes()  # so that impossible sizes are reported as an error of this file
             return model

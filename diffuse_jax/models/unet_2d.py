@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Index, Layers, Levels, Share, Signed
-from diffuse_jax.config import Config
+from diffuse_jax.config import NO_DROPOUT, NOT_QUANTIZED, Config
 from diffuse_jax.models.attention import SpatialAttention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
@@ -29,9 +30,6 @@ KINDS = {
 }
 """Block type -> whether it has attention, and how it resamples (None: by ``downsample_type`` or ``upsample_type``)."""
 
-FIXED: dict[str, Any] = {"mid_block_scale_factor": 1, "time_embedding_type": "positional"}
-"""Options of the JSON that change the network; only these values are implemented."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNet2DConfig(Config):
@@ -42,6 +40,15 @@ class UNet2DConfig(Config):
     """
 
     class_name: ClassVar[str] = "UNet2DModel"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **NOT_QUANTIZED,
+        "mid_block_scale_factor": 1,
+        "time_embedding_type": "positional",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "dropout": NO_DROPOUT,
+        "num_train_timesteps": "of time_embedding_type='learned', which is refused",
+    }
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
@@ -72,10 +79,6 @@ class UNet2DConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = dict(self.extra)
-        for name, value in FIXED.items():
-            if options.get(name, value) != value:
-                raise ValueError(f"UNet2DModel: {name}={options[name]!r} is not supported, only {value!r}")
         choices = {
             "mid_block_type": (None, "UNetMidBlock2D"),
             "downsample_type": ("conv", "resnet"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.allowed import Range, Share
-from diffuse_jax.config import Config
+from diffuse_jax.config import NO_DROPOUT, Config
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.remat import check_policy, remat_level
 from diffuse_jax.models.unet_blocks import UpBlock
@@ -38,6 +38,11 @@ class UNet2DConditionConfig(EncoderConfig):
         "timestep_post_act": None,
         "attention_type": "default",
         "cross_attention_norm": None,
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        **EncoderConfig.harmless,
+        "mid_block_only_cross_attention": "of mid_block_type='UNetMidBlock2DSimpleCrossAttn', which is refused",
+        "dropout": NO_DROPOUT,
     }
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **EncoderConfig.choices,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 from diffuse_jax.allowed import Index, Layers, Levels, Share, Signed
-from diffuse_jax.config import Config, thaw
+from diffuse_jax.config import NOT_QUANTIZED, Config, thaw
 
 HAS_ATTENTION = {
     "DownBlock2D": False,
@@ -40,11 +40,14 @@ class EncoderConfig(Config):
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {
+        **NOT_QUANTIZED,
         "mid_block_scale_factor": 1,
         "encoder_hid_dim": None,
         "encoder_hid_dim_type": None,
     }
-    """Options of the JSON that change the network; only these values are implemented."""
+    harmless: ClassVar[Mapping[str, str]] = {
+        "addition_embed_type_num_heads": "of addition_embed_type='text', which is refused",
+    }
 
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "addition_embed_type": (None, "text_time"),
@@ -93,12 +96,7 @@ class EncoderConfig(Config):
         return data | {"attention_head_dim": data["num_attention_heads"], "num_attention_heads": None}
 
     def _check(self) -> None:
-        network, options = self.class_name, dict(self.extra)
-        for name, value in self.fixed.items():
-            if options.get(name, value) != value:
-                raise ValueError(
-                    f"{network}: {name}={options[name]!r} is not supported, only {value!r} (or leave it out)"
-                )
+        network = self.class_name
         for name, allowed in self.choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{network}: {name}={getattr(self, name)!r}; expected one of {allowed}")

@@ -14,7 +14,7 @@ from diffuse_jax.adapters.tokens import spelled
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
-from diffuse_jax.text.tokenizer import padded_ids, unpadded_ids
+from diffuse_jax.text.tokenizer import padded_ids, padded_mask, unpadded_ids
 
 Prompt = str | Sequence[str]
 
@@ -82,6 +82,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
             "the tokenizer is another model's, or has words that the encoder was not taught"
         )
     return padded
+
+
+def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:
+    """Where the tokens of :func:`tokenize` are no padding, bool ``[B,L]``."""
+    length = min(max_length, int(tokenizer.model_max_length))
+    return padded_mask(tokenizer, [spelled(prompt, tokenizer) for prompt in prompts], length)
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:

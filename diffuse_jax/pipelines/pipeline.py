@@ -24,6 +24,7 @@ from diffuse_jax.pipelines.opening import open_components, refuse_family, refuse
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Output, Request, compile_request, run
+from diffuse_jax.pipelines.settings import corrected, report
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic
@@ -61,6 +62,12 @@ class DiffusionPipeline:
 
     required: ClassVar[tuple[str, ...]] = ()
     """Components without which the pipeline cannot work."""
+
+    settings: ClassVar[Mapping[str, str]] = {}
+    """Values of ``model_index.json`` beside the components -> what they do here."""
+
+    sampler_settings: ClassVar[Mapping[str, Any]] = {}
+    """What samplers get when a folder is opened, as :mod:`diffuse_jax.pipelines.settings` says."""
 
     family: ClassVar[Any] = None
     """How its checkpoints are conditioned; see :mod:`diffuse_jax.pipelines.family`."""
@@ -193,7 +200,8 @@ class DiffusionPipeline:
         refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
-        return cast(Self, target(parts, params, index.options, mesh))
+        report(target, index.options, source)
+        return cast(Self, target(corrected(target, parts), params, index.options, mesh))
 
     @classmethod
     def from_single_file(
@@ -240,7 +248,7 @@ class DiffusionPipeline:
         target = pipeline_class(found.class_name, path)
         if not issubclass(target, cls):
             raise TypeError(f"{path} holds a {target.__name__}, not a {cls.__name__}")
-        return target(found.parts, found.params, found.options, mesh)
+        return target(corrected(target, found.parts), found.params, found.options, mesh)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:
@@ -255,7 +263,7 @@ class DiffusionPipeline:
         """
         parts, params = with_given(pipe.components, pipe.params, components)
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(DiffusionPipeline)}
-        return cls(**fields | {"components": parts, "params": params})
+        return cls(**fields | {"components": corrected(cls, parts), "params": params})
 
     def replace(self, **changes: Any) -> Self:
         """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings.

@@ -56,7 +56,7 @@ class Programs:
           signature: of the arguments, where the caller has it; see :func:`signature_of`.
         """
         signature = signature_of(args, mesh) if signature is None else signature
-        if jax.config.read("jax_disable_jit"):  # for looking into a run: nothing is compiled, or kept
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for looking into a run: nothing is compiled, or kept
             return _bound(Key(fn, method, mesh, specs, signature, ()))
         settings = tuple(getattr(jax.config, name) for name in SETTINGS)
         key = Key(fn, method, mesh, specs, signature, settings)

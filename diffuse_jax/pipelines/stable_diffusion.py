@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from diffuse_jax.pipelines.family import output_size, text_to_image
@@ -17,6 +17,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """Images from prompts with one CLIP text encoder."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    settings: ClassVar[Mapping[str, str]] = {"requires_safety_checker": "no influence: images are not checked"}
+    sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     family = STABLE_DIFFUSION
 
     def compose(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
@@ -15,6 +16,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
     """Images from prompts and control images: edges, depth, poses. ``controlnet`` is one network or several."""
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionPipeline.required, "controlnet")
+    sampler_settings: ClassVar[Mapping[str, Any]] = {}
 
     def compose(
         self,

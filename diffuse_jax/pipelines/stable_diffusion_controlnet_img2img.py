@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import ControlImageOptions, ControlOptions, apart
@@ -16,6 +17,7 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
     """Images from prompts, an image that they start from, and control images."""
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
+    sampler_settings: ClassVar[Mapping[str, Any]] = {}
 
     def compose(  # type: ignore[override]
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, apart
@@ -14,6 +14,8 @@ from diffuse_jax.pipelines.tasks import inpainting
 
 class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
     """Paints a part of an image anew, from a prompt."""
+
+    sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "skip_prk_steps": True}
 
     def compose(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
@@ -17,6 +17,11 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
     """Images from prompts with CLIP-L and OpenCLIP bigG, conditioned on size and crop."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    settings: ClassVar[Mapping[str, str]] = {
+        "force_zeros_for_empty_prompt": "honoured",
+        "requires_aesthetics_score": "honoured",
+        "add_watermarker": "images are not watermarked; true is reported on the log",
+    }
     family = STABLE_DIFFUSION_XL
 
     def compose(

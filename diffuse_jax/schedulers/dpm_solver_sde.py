@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -46,6 +46,7 @@ class DPMSolverSDEScheduler(Scheduler):
     use_beta_sigmas: bool = False
     noise_sampler_seed: Annotated[int, Range(0, 2**63)] | None = None
 
+    harmless: ClassVar[Mapping[str, str]] = {"noise_sampler_seed": "the key of plan.step chooses the noise"}
     coordinates: ClassVar[str] = "exploding"
     step_options: ClassVar[tuple[str, ...]] = ("s_noise", "as_published")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -179,6 +179,8 @@ class FlowMatchLCMScheduler(ShiftedFlowScheduler):
 
     scale_factors: tuple[float, ...] | None = None
     upscale_mode: str = "bicubic"
+
+    harmless: ClassVar[Mapping[str, str]] = {"upscale_mode": "of scale_factors, with which there are no plans"}
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = ShiftedFlowScheduler.choices | {
         "upscale_mode": ("nearest", "linear", "bilinear", "bicubic", "trilinear", "area", "nearest-exact")

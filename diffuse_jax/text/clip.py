@@ -12,19 +12,54 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Layers, Range, Share, TokenId
-from diffuse_jax.config import Config
+from diffuse_jax.config import NO_DROPOUT, NOT_QUANTIZED, Config
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding
 from diffuse_jax.models.layers import ACTIVATIONS, Dense, LayerNorm
+
+ABOUT_FILES = (
+    "_name_or_path",
+    "architectures",
+    "model_type",
+    "text_config_dict",
+    "tokenizer_class",
+    "transformers_version",
+)
+ABOUT_OTHERS = (
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward"),
+    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout"),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_decoder"),
+    *("is_encoder_decoder", "label2id", "length_penalty", "logit_scale_init_value", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions"),
+    *("output_hidden_states", "output_scores", "prefix", "problem_type", "remove_invalid_values"),
+    *("repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens"),
+    *("task_specific_params", "temperature", "text_config", "tf_legacy_loss", "tie_encoder_decoder"),
+    *("tie_word_embeddings", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16", "use_cache"),
+    *("vision_config", "vision_config_dict"),
+)
+"""Keys that every configuration of transformers has, or has had."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(Config):
     """``config.json`` of a CLIP text encoder, as transformers writes it (or its ``text_config`` part).
 
-    ``eos_token_id`` 2 marks files from before the id was corrected: there the text ends at the largest id.
+    ``eos_token_id`` 2 marks files from before the id was corrected: there the text ends at the largest id. With
+    ``use_attention_mask``, pipelines of Stable Diffusion 1.x and 2.x hide the padding from the encoder.
     """
+
+    fixed: ClassVar[Mapping[str, Any]] = {**NOT_QUANTIZED, "pruned_heads": {}}
+    harmless: ClassVar[Mapping[str, str]] = {
+        "attention_dropout": NO_DROPOUT,
+        "bos_token_id": "the tokenizer writes the text's first token",
+        "pad_token_id": "the tokenizer pads",
+        **dict.fromkeys(("initializer_factor", "initializer_range"), "for weights before training"),
+        **dict.fromkeys(("dtype", "torch_dtype"), "the caller says what the network computes in"),
+        **dict.fromkeys(ABOUT_FILES, "about the file"),
+        **dict.fromkeys(ABOUT_OTHERS, "of other kinds of model, or of how PyTorch returns outputs"),
+    }
 
     vocab_size: Annotated[int, Range(1, 2**22)] = 49408
     hidden_size: int = 512
@@ -38,6 +73,7 @@ class CLIPTextConfig(Config):
     bos_token_id: TokenId | None = 49406
     eos_token_id: TokenId = 49407
     pad_token_id: TokenId | None = 1
+    use_attention_mask: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +130,8 @@ class CLIPTextModel(Model):
 
         Args:
           input_ids: token ids; ids outside the vocabulary are not checked (they cannot be while compiling).
-          attention_mask: ``[B,L]``, true where a token may be attended to; Stable Diffusion gives none.
+          attention_mask: ``[B,L]``, true where a token may be attended to; Stable Diffusion gives one only if the
+            configuration says ``use_attention_mask``.
 
         Raises:
           ValueError: the sequence is longer than the table of positions.

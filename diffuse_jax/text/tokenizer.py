@@ -81,6 +81,12 @@ def padded_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarra
     return np.array(call(list(prompts))["input_ids"], np.int32)
 
 
+def padded_mask(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+    """Where the tokens of :func:`padded_ids` are no padding, bool ``[B, length]``."""
+    call = calls(tokenizer, truncation=True, padding="max_length", max_length=length)
+    return np.array(call(list(prompts))["attention_mask"], bool)
+
+
 def calls(tokenizer: Any, **options: Any) -> Callable[[Any], Any]:
     """``tokenizer(texts, **options)`` as a function that changes nothing and may run in several threads.
 

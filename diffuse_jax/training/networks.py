@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,8 @@ from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.hub import HubSettings, model_folder
 from diffuse_jax.training.initial import initial_params
+
+logger = logging.getLogger(__name__)
 
 Network = TypeVar("Network", bound=Model)
 
@@ -85,7 +88,9 @@ def open_network(
     dtype, hub = settings.compute.dtype, settings.hub
     if source is not None:
         folder = network_folder(hub, source, subfolder)
-        shardings = param_shardings(kind.from_config(folder).shapes(), mesh)
+        model = kind.from_config(folder)
+        warn_of_dropout(model)
+        shardings = param_shardings(model.shapes(), mesh)
         return kind.from_pretrained(
             folder, dtype=dtype, param_dtype=jnp.float32, variant=hub.variant, shardings=shardings
         )
@@ -93,7 +98,16 @@ def open_network(
         model = kind.from_config(network_folder(hub, config, subfolder), dtype=dtype)
     else:
         model = kind(config=default, dtype=dtype)
+    warn_of_dropout(model)
     return model, initial_params(model.shapes(), seed)
+
+
+def warn_of_dropout(model: Model) -> None:
+    """Say on the log that a network which asks for dropout is trained without it."""
+    for name in ("dropout", "attention_dropout"):
+        rate = getattr(model.config, name, dict(model.config.extra).get(name))
+        if rate:
+            logger.warning("%s says %s=%s; it is trained without dropout", type(model).__name__, name, rate)
 
 
 def network_folder(hub: HubSettings, source: str | Path, subfolder: str) -> Path:

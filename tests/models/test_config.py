@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffuse_jax.config import Config, FrozenDict, freeze, thaw
-from diffuse_jax.models import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig, UNet2DConfig, presets
+from diffuse_jax.models import (
+    AutoencoderKLConfig,
+    ControlNetConfig,
+    UNet2DConditionConfig,
+    UNet2DConditionModel,
+    UNet2DConfig,
+    presets,
+)
 from diffuse_jax.text import CLIPTextConfig
 from diffuse_jax.text import presets as text_presets
 from tests.models import published
@@ -116,6 +124,8 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (UNet2DConditionConfig, {"block_out_channels": [320, 640]}, "4 entries for 2 levels"),
         (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),
         (UNet2DConditionConfig, {"encoder_hid_dim": 4096}, "encoder_hid_dim=4096 is not supported"),
+        (UNet2DConditionConfig, {"quantization_config": {"load_in_4bit": True}}, "quantization_config=.* only None"),
+        (CLIPTextConfig, {"pruned_heads": {"1": [0]}}, "pruned_heads=.* is not supported"),
         (UNet2DConditionConfig, {"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
         (UNet2DConditionConfig, {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type="),
         (UNet2DConditionConfig, {"addition_embed_type": "image"}, "addition_embed_type='image'"),
@@ -146,3 +156,13 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
 def test_what_is_not_supported_is_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls.from_json(data)
+
+
+def test_settings_of_a_later_release_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    known = {"_diffusers_version": "0.42.1", "mid_block_only_cross_attention": True, "dropout": 0.1}
+    for data, told in (({}, ""), ({"better_attention": True}, "ignores settings that it does not know: {'better_att")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            UNet2DConditionModel.from_config(known | data)
+        assert told in caplog.text
+        assert bool(told) == bool(caplog.text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from diffuse_jax import schedulers
+from diffuse_jax import pipelines, schedulers
 from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -133,3 +134,50 @@ def test_distilled_guidance_is_an_input_of_the_network(tmp_path, rng):
         request = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": scale}
         ours = pipe(latents=latents, output_type="np", **request).images
         assert mean_difference(ours, pictures(twin, latents, **request)) < MEAN_TOLERANCE
+
+
+def test_padding_is_hidden_where_the_text_encoder_says_so(tmp_path, rng):
+    """``use_attention_mask`` of a text encoder: both branches, given embeddings, and what is saved."""
+    twin = diffusers.StableDiffusionPipeline.from_pretrained(folders.stable_diffusion(tmp_path / "plain"))
+    twin.set_progress_bar_config(disable=True)
+    latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 4, "guidance_scale": 5.0}
+    without = pictures(twin, latents, **request)
+    twin.text_encoder.config.use_attention_mask = True
+    twin.save_pretrained(tmp_path / "masked")
+    theirs = pictures(twin, latents, **request)
+    assert mean_difference(without, theirs) > 4 * MEAN_TOLERANCE
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "masked")
+    pipe.save_pretrained(tmp_path / "again")
+    for opened in (pipe, DiffusionPipeline.from_pretrained(tmp_path / "again")):
+        ours = opened(latents=latents, output_type="np", **request).images
+        assert mean_difference(ours, theirs) < MEAN_TOLERANCE
+    embeds = twin.encode_prompt(PROMPTS, "cpu", 1, False)[0].detach().numpy()
+    given = {"prompt": None, "prompt_embeds": embeds}
+    ours = pipe(latents=latents, output_type="np", **request | given).images
+    assert mean_difference(ours, theirs) < MEAN_TOLERANCE
+
+
+@pytest.mark.parametrize("task", ["", "Img2Img", "Inpaint", "ControlNet"])
+def test_old_folders_are_corrected_as_by_diffusers(task: str, tmp_path):
+    """Settings of samplers and the size of UNets from the first releases; ControlNet pipelines keep them."""
+    name = f"StableDiffusion{task}Pipeline"
+    folder = (
+        folders.controlled(tmp_path / "old", 1) if task == "ControlNet" else folders.stable_diffusion(tmp_path / "old")
+    )
+    for part, changes in {
+        "scheduler/scheduler_config.json": {"steps_offset": 0, "clip_sample": True, "skip_prk_steps": False},
+        "unet/config.json": {"_diffusers_version": "0.8.1"},
+    }.items():
+        path = folder / part
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for kind in ("PNDMScheduler", "DDIMScheduler"):
+        sampler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
+        twin = getattr(diffusers, name).from_pretrained(folder, scheduler=sampler, safety_checker=None)
+        sampler = getattr(schedulers, kind).from_pretrained(folder, subfolder="scheduler")
+        pipe = getattr(pipelines, name).from_pretrained(folder, scheduler=sampler, safety_checker=None)
+        for setting in ("steps_offset", "clip_sample", "skip_prk_steps"):
+            if setting in twin.scheduler.config and hasattr(pipe.scheduler, setting):
+                assert getattr(pipe.scheduler, setting) == twin.scheduler.config[setting], (kind, setting)
+        assert pipe.components["unet"].config.sample_size == twin.unet.config.sample_size
+    assert sampler.clip_sample, "what was given stays as it is"

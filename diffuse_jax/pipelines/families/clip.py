@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines.family import Call, check_output
-from diffuse_jax.pipelines.inputs import one_per_image, one_per_prompt, tokenize
+from diffuse_jax.pipelines.inputs import one_per_image, one_per_prompt, token_mask, tokenize
 from diffuse_jax.pipelines.method import Method, Net, Params, Rows
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
@@ -38,6 +38,7 @@ class ClipFamily:
       embeds: row -> the argument with which a caller gives it (without ``negative_``).
       conditioning: ``(pipe, call, branches) -> rows`` beside the text.
       zeroed: ``(pipe, call)`` -> whether the unconditional embeddings are zeros; None if they never are.
+      masked: hide the padding from encoders whose configuration says ``use_attention_mask``.
       options: the arguments of its calls.
       plan_options: those that go to the sampler's plan.
     """
@@ -47,6 +48,7 @@ class ClipFamily:
     embeds: dict[str, str]
     conditioning: Callable[[Any, Call, tuple[str, ...]], Rows] = no_conditioning
     zeroed: Callable[[Any, Call], bool] | None = None
+    masked: bool = False
     options: type = TextOptions
     plan_options: tuple[str, ...] = ()
 
@@ -67,12 +69,15 @@ class ClipFamily:
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
         """``ids`` by encoder; or, where the caller gives embeddings for a branch, the embeddings of all of them."""
-        texts = {branch: self.ids(pipe, call, branch) for branch in branches}
+        texts = {branch: self.tokens(pipe, call, branch) for branch in branches}
         embeds = {branch: self.given_embeds(call, branch) for branch in branches}
         if not any(embeds.values()):
-            ids = {encoder: joined([texts[b][encoder] for b in branches]) for encoder in texts[branches[0]]}
-            return {"ids": ids} | self.keep_rows(pipe, call, branches)
-        lengths = [embeds[b]["states"] if embeds[b] else next(iter(texts[b].values())) for b in branches]
+            first = texts[branches[0]]
+            found = {
+                row: {name: joined([texts[b][row][name] for b in branches]) for name in first[row]} for row in first
+            }
+            return found | self.keep_rows(pipe, call, branches)
+        lengths = [embeds[b]["states"] if embeds[b] else next(iter(texts[b]["ids"].values())) for b in branches]
         check_lengths([array.shape[1] for array in lengths])
         part = self.text_part(pipe, call.get("clip_skip"))
         for branch in branches:
@@ -91,16 +96,18 @@ class ClipFamily:
         keep = [float(branch == POSITIVE or not self.zeroed(pipe, call)) for branch in branches]
         return {"keep": joined([np.full(call.prompts, value, np.float32) for value in keep])}
 
-    def ids(self, pipe: Any, call: Call, branch: str) -> dict[str, np.ndarray]:
-        """Token ids ``[prompts,L]`` of a branch's prompts for each encoder that the checkpoint has."""
-        found, first = {}, call.get(f"{branch}prompt")
+    def tokens(self, pipe: Any, call: Call, branch: str) -> dict[str, dict[str, np.ndarray]]:
+        """``ids [prompts,L]`` of a branch's prompts for each encoder that the checkpoint has, ``mask`` for some."""
+        ids, mask, first = {}, {}, call.get(f"{branch}prompt")
         for k, (encoder, tokenizer) in enumerate(self.encoders.items(), 1):
             text = first if k == 1 else call.get(f"{branch}prompt_{k}", first)
             if (network := pipe.components.get(encoder)) is not None:
-                limits = network.config.max_position_embeddings, network.config.vocab_size
+                c, words = network.config, pipe.components[tokenizer]
                 prompts = one_per_prompt(text, call.prompts, f"{branch}prompt")
-                found[encoder] = tokenize(pipe.components[tokenizer], prompts, *limits)
-        return found
+                ids[encoder] = tokenize(words, prompts, c.max_position_embeddings, c.vocab_size)
+                if self.masked and getattr(c, "use_attention_mask", False):
+                    mask[encoder] = token_mask(words, prompts, c.max_position_embeddings)
+        return {"ids": ids, "mask": mask} if mask else {"ids": ids}
 
     def given_embeds(self, call: Call, branch: str) -> dict[str, np.ndarray]:
         """The embeddings of a branch that the caller gave, by row; nothing where the caller gave none.
@@ -158,9 +165,9 @@ class ClipFamily:
         )
 
 
-def encode_ids(part: EncodeText, params: Params, ids: Rows) -> Rows:
+def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
     """Prompt embeddings as a program of its own."""
-    return part.encode(params, ids)
+    return part.encode(params, tokens["ids"], mask=tokens.get("mask", {}))
 
 
 def guides(pipe: Any, guidance_scale: Any) -> bool:

@@ -25,4 +25,5 @@ STABLE_DIFFUSION = ClipFamily(
     encoders={"text_encoder": "tokenizer"},
     encode=LastStates,
     embeds={"states": "prompt_embeds"},
+    masked=True,
 )

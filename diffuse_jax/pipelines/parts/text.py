@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ class EncodeText(Part):
     """Base of the families' text encoders; a subclass says in :meth:`states` what the UNet takes of their outputs.
 
     Reads ``ids``, a dict from encoder to token ids ``[B,L]``; adds ``states [B,L,D]`` and what else :meth:`states`
-    gives. With ``keep``, 1 or 0 for each prompt, embeddings are replaced by zeros where it is 0.
+    gives. With ``mask``, a dict from encoder to bool ``[B,L]``, tokens are hidden where it is false. With ``keep``, 1
+    or 0 for each prompt, embeddings are replaced by zeros where it is 0.
 
     Attributes:
       nets: the encoders.
@@ -38,16 +41,32 @@ class EncodeText(Part):
     def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
         ids = rows["ids"]
         count = count_branches(ids)
-        encoded = self.encode(params, {name: stacked(value) for name, value in ids.items()}, count)
+        flat = lambda tokens: {name: stacked(value) for name, value in tokens.items()}
+        encoded = self.encode(params, flat(ids), count, flat(rows.get("mask", {})))
         if "keep" in rows:
             keep = stacked(rows["keep"])
             encoded = {name: x * per_image(keep, x).astype(x.dtype) for name, x in encoded.items()}
         branched = any(is_branches(value) for value in ids.values())
         return rows | ({name: unstacked(x, count) for name, x in encoded.items()} if branched else encoded)
 
-    def encode(self, params: Params, ids: dict[str, jax.Array], count: int = 1) -> dict[str, jax.Array]:
-        """Prompt embeddings of token ids ``[B,L]`` by encoder; with ``count`` branches, of ``[count B,L]``."""
-        outputs = [net.apply(params, ids[net.name]) for net in self.nets]
+    def encode(
+        self,
+        params: Params,
+        ids: Mapping[str, jax.Array],
+        count: int = 1,
+        mask: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    ) -> dict[str, jax.Array]:
+        """Prompt embeddings of token ids ``[B,L]`` by encoder; with ``count`` branches, of ``[count B,L]``.
+
+        Args:
+          params: of the networks.
+          ids: encoder -> token ids.
+          count: of branches.
+          mask: encoder -> bool of the shape of the ids, false where a token is hidden; encoders without one see all.
+        """
+        outputs = [
+            net.apply(params, ids[net.name], *([mask[net.name]] if net.name in mask else [])) for net in self.nets
+        ]
         plain = self.states(params, outputs, None)
         if self.clip_skip is None:
             return plain

@@ -1,0 +1,59 @@
+"""Settings of a pipeline's folder that are the pipeline's own: those of ``model_index.json``, and those that diffusers
+corrects in old folders when it opens them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffuse_jax.messages import brief
+
+logger = logging.getLogger(__name__)
+
+
+def report(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
+    """Say on the log which values of ``model_index.json`` have no effect although they might be meant to.
+
+    Args:
+      kind: the pipeline's class, whose ``settings`` are known.
+      options: the values.
+      source: what errors call the folder.
+    """
+    unknown = {k: v for k, v in options.items() if k not in kind.settings and not k.startswith("_")}
+    if unknown:
+        logger.warning("%s: %s ignores settings that it does not know: %s", source, kind.__name__, brief(unknown))
+    if options.get("add_watermarker"):
+        logger.warning("%s: images are not watermarked, although add_watermarker is true", source)
+
+
+def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The components with the settings that checkpoints of this kind need whatever their files say, as in diffusers.
+
+    Args:
+      kind: the pipeline's class: its ``sampler_settings`` replace those of a sampler that has them, and where there are
+        some, a UNet saved before diffusers 0.9.0 that states a ``sample_size`` below 64 has 64.
+      parts: the components; they stay as they are.
+    """
+    parts = dict(parts)
+    scheduler: Any
+    unet: Any
+    scheduler, unet = parts.get("scheduler"), parts.get("unet")
+    stated = {} if scheduler is None else scheduler.to_json()
+    changes = {k: v for k, v in kind.sampler_settings.items() if k in stated and k not in scheduler.ignored}
+    if changes := {k: v for k, v in changes.items() if stated[k] != v}:
+        logger.info("%s: the sampler of an old folder gets %s, as in diffusers", kind.__name__, changes)
+        parts["scheduler"] = scheduler.replace(**changes)
+    size = getattr(getattr(unet, "config", None), "sample_size", None)
+    if kind.sampler_settings and isinstance(size, int) and size < 64 and _before_0_9(unet.config.extra):
+        logger.info("%s: the UNet of an old folder gets sample_size=64, as in diffusers", kind.__name__)
+        parts["unet"] = unet.clone(config=unet.config.replace(sample_size=64))
+    return parts
+
+
+def _before_0_9(extra: Any) -> bool:
+    """Whether a configuration says that it was saved by a release of diffusers before 0.9.0."""
+    found = re.match(r"0\.(\d+)", str(dict(extra).get("_diffusers_version", "")))
+    return found is not None and int(found[1]) < 9
