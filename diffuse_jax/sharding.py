@@ -73,6 +73,20 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
+def check_data_axis(mesh: Mesh | None) -> None:
+    """Refuse a mesh over which the images of a pipeline cannot be divided; None is no mesh.
+
+    Raises:
+      ValueError: it has no axis ``data``.
+    """
+    if mesh is not None and "data" not in mesh.shape:
+        sizes, names = (1, *mesh.shape.values()), ("data", *mesh.shape)
+        raise ValueError(
+            f"a pipeline divides images along the mesh axis 'data', but the mesh has only {dict(mesh.shape)}; rename "
+            f"an axis, or add one: jax.make_mesh({sizes}, {names})"
+        )
+
+
 def automatic_shardings(tree: Tree) -> Tree:
     """A tree of shardings with :func:`automatic` applied to each mesh; other leaves are unchanged."""
 

@@ -39,7 +39,7 @@ html_css_files = ["site.css"]
 
 
 def repository_url() -> str:
-    """The repository's web address: ``DOCS_REPOSITORY_URL``, else git's ``origin``; empty if that is on no web host."""
+    """The web address of the repository: ``DOCS_REPOSITORY_URL``, else git's ``origin``; empty if that has none."""
     command = ["git", "-C", str(DOCS), "remote", "get-url", "origin"]
     try:
         origin = subprocess.run(command, capture_output=True, text=True).stdout.strip()

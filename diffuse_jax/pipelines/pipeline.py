@@ -27,7 +27,7 @@ from diffuse_jax.pipelines.running import Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, report
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.sharding import automatic
+from diffuse_jax.sharding import automatic, check_data_axis
 from diffuse_jax.weights import WeightsError
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {}
@@ -86,6 +86,7 @@ class DiffusionPipeline:
             raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; given are {', '.join(have)}")
         if isinstance(self.vae_tiling, bool) or (self.vae_tiling is not None and self.vae_tiling < 1):
             raise ValueError(f"vae_tiling is the edge of a tile in latents, for example 64, got {self.vae_tiling!r}")
+        check_data_axis(self.mesh)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
 
@@ -179,6 +180,7 @@ class DiffusionPipeline:
             pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
             image = pipe("a red apple, noto style", seed=0).images[0]
         """
+        check_data_axis(mesh)
         folder = weights.resolve(
             source,
             variant=variant,
@@ -233,6 +235,7 @@ class DiffusionPipeline:
           TypeError: the file is another pipeline's.
         """
         refuse_habits(components)
+        check_data_axis(mesh)
         found = open_single_file(
             path,
             dtype=dtype,

@@ -37,7 +37,7 @@ class BatchSettings:
 
     def images_per_part(self, mesh: Mesh) -> int:
         """Images of one accumulation step, on all devices of ``mesh`` together."""
-        return self.train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
+        return self.train_batch_size * mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
     def images_per_step(self, mesh: Mesh) -> int:
         """Images of a training step, on all devices of ``mesh`` together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,16 @@ def test_eight_devices_make_the_pictures_of_one(pipe: StableDiffusionPipeline, m
     params = {k: jax.device_put(v, param_shardings(v, mesh)) for k, v in pipe.params.items()}
     shared = pictures(pipe.replace(mesh=mesh, params=params), prompts, seed=list(range(9)))
     assert np.abs(alone - shared).max() <= 1
+
+
+def test_a_mesh_without_an_axis_for_images_is_refused_before_anything_is_read(pipe: StableDiffusionPipeline):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    advice = re.escape("jax.make_mesh((1, 4, 2), ('data', 'fsdp', 'tensor'))")
+    with pytest.raises(ValueError, match=advice):
+        pipe.replace(mesh=mesh)
+    for opened in (StableDiffusionPipeline.from_pretrained, StableDiffusionPipeline.from_single_file):
+        with pytest.raises(ValueError, match=advice):
+            opened("no-such-file", mesh=mesh)
 
 
 def test_step_by_step_is_the_same_computation_and_a_callback_may_change_it(pipe: StableDiffusionPipeline):

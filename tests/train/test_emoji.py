@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffuse_jax.training.data import FolderSource
 
@@ -104,3 +105,12 @@ def test_transformers_reads_the_tokenizer_as_written(tmp_path: Path) -> None:
     assert len(ids) == tokenizer.model_max_length == 12
     assert ids[-1] == tokenizer.pad_token_id == len(vocabulary) - 1
     assert tokenizer.decode(tokenizer("red façade 🍎").input_ids, skip_special_tokens=True) == "red façade 🍎"
+
+
+def test_captions_of_a_sheet_are_folded_not_cut() -> None:
+    sheets = script("sheets")
+    assert sheets.folded("clockwise vertical arrows, noto style") == ["clockwise", "vertical arrows", "noto style"]
+    tile = Image.new("RGB", (64, 64))
+    short, long = (sheets.sheet([sheets.Row([tile], [text])]) for text in ("egg", "a very long name of a thing"))
+    assert short.width == long.width == sheets.CELL
+    assert long.height - short.height == sheets.LINE
