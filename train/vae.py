@@ -2,8 +2,8 @@
 
 The loss is the mean absolute difference of pixels, the same of neighbouring pixels' differences (edges), and a small
 divergence of the latents from a standard normal; if wanted, a distance in the features of a frozen network, and a
-discriminator. At the end scaling_factor is measured, so that scaled latents have unit variance; the model is
-saved as OUTPUT/vae in diffusers' layout. Example:
+discriminator. At the end scaling_factor is measured, so that scaled latents have unit variance (unless only the decoder
+was trained, which leaves the latents as they are); the model is saved as OUTPUT/vae in diffusers' layout. Example:
 
     python train/vae.py --pretrained_model_name_or_path runs/emoji/start --train_data_dir runs/emoji/data/train \\
         --resolution 64 --crop_size 32 --train_batch_size 32 --max_train_steps 2000 --learning_rate 2e-3
@@ -26,7 +26,7 @@ from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscrimina
 from diffuse_jax.models.presets import SD_VAE
 from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation
+from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, decoder_alone, latent_deviation
 from diffuse_jax.training.batches import Batches, Counted
 from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.data import DataSettings, ImageSettings, add_data, batches_from, check_sides, data_from
@@ -53,26 +53,29 @@ def main() -> None:
     default = SD_VAE.replace(sample_size=data.images.resolution)
     vae, params = open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)
     vae = vae.clone(remat=network.compute.remat)
-    trainable, frozen = {"vae": params}, {}
+    trained, kept = decoder_alone(params) if args.train_decoder_only else (params, {})
+    trainable, frozen = {"vae": trained}, {"vae": kept}
+    whole = lambda params: {**kept, **params["vae"]}
     terms = Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight)
     terms, frozen = add_perceptual(terms, frozen, args)
     terms, trainable = add_discriminator(terms, trainable, args)
     check_sizes(terms, data.images, args.crop_size)
 
     batches: Batches = batches_from(data, run.batch, mesh, pixel_values, crop_size=args.crop_size)
-    trained = fit(
+    result = fit(
         run,
         mesh,
         trainable=trainable,
         frozen=frozen,
         loss=functools.partial(autoencoder_loss, terms),
         batches=batches if terms.discriminator is None else Counted(batches),
-        export=lambda folder, trained: vae.save_pretrained(folder / "vae", trained["vae"]),
-        validate=validation_from(args, data, vae),
+        export=lambda folder, params: vae.save_pretrained(folder / "vae", whole(params)),
+        validate=validation_from(args, data, vae, whole),
         config=vars(args),
     )
     if jax.process_index() == 0:
-        print(save_measured(run, data, vae, trained["vae"]))
+        # Latents that did not change keep their scaling factor: networks were trained with it.
+        print(Path(run.output_dir) / "vae" if kept else save_measured(run, data, vae, whole(result)))
     push_to_hub(run.upload, run.output_dir)
 
 
@@ -80,6 +83,8 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, output_dir="runs/vae")
     add_network(parser, "vae", "one of Stable Diffusion's size")
     add_data(parser, captions=False)
+    what = "keep the encoder, so that denoising networks that were trained on its latents still fit"
+    parser.group("model")("--train_decoder_only", action="store_true", help=what)
     add = parser.group("pictures")
     add("--crop_size", type=int, help="train on random squares of this size; without it, --resolution")
     add = parser.group("loss")
@@ -100,6 +105,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--crop_size must be from 1 to --resolution {args.resolution}, got {args.crop_size}")
     if args.crop_size is not None and args.aspect_ratio_buckets:
         parser.error("--crop_size cuts squares, --aspect_ratio_buckets other sizes; leave out one of them")
+    if args.train_decoder_only and args.pretrained_model_name_or_path is None:
+        parser.error("--train_decoder_only keeps an encoder that was trained; name it: --pretrained_model_name_or_path")
     for name in ("kl_weight", "edge_weight", "perceptual_weight", "discriminator_weight"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
@@ -153,7 +160,7 @@ def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> N
 
 
 def validation_from(
-    args: argparse.Namespace, data: DataSettings, vae: AutoencoderKL
+    args: argparse.Namespace, data: DataSettings, vae: AutoencoderKL, whole: Callable[[Params], Params]
 ) -> Callable[[Params], list[tuple[str, Any]]] | None:
     """Shows pictures (above) and what the most likely latents give back of them; None where none are wanted."""
     if args.validation_image:
@@ -170,7 +177,7 @@ def validation_from(
         return decode(vae, params, z)
 
     def validate(trained: Params) -> list[tuple[str, Any]]:
-        again = to_uint8(readable(reconstruct(trained["vae"], originals)))
+        again = to_uint8(readable(reconstruct(whole(trained), originals)))
         return [("originals above reconstructions", sheet([originals, again]))]
 
     return validate

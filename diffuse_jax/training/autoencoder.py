@@ -55,21 +55,32 @@ def autoencoder_loss(
       terms: of the loss.
       trainable: ``vae`` and, if there is one, ``discriminator``. The one's gradient is of its own loss (all terms but
         the last), the other's of its own (the last: :func:`hinge_loss`).
-      frozen: ``perceptual``, if there is such a term.
+      frozen: ``perceptual``, if there is such a term, and ``vae``, the parts of the autoencoder that stay as they are,
+        if there are any; :func:`decoder_alone` divides one.
       batch: ``pixel_values`` uint8 ``[B,H,W,3]`` and, if there is a discriminator, ``update`` int32 ``[B]``: how many
         updates came before.
       key: of the latents' noise.
     """
-    x = normalised(batch["pixel_values"])
-    posterior = terms.vae.apply({"params": trainable["vae"]}, x, method="encode")
+    x, vae = normalised(batch["pixel_values"]), {**frozen.get("vae", {}), **trainable["vae"]}
+    posterior = terms.vae.apply({"params": vae}, x, method="encode")
     z = posterior.sample(key)
     divergence = posterior.kl().mean() / posterior.mean[0].size
     judge = lambda y: reconstruction_loss(terms, frozen, x, y)
     if terms.discriminator is None:
-        value, metrics = judge(decode(terms.vae, trainable["vae"], z))
+        value, metrics = judge(decode(terms.vae, vae, z))
     else:
-        value, metrics = adversarial_loss(terms, trainable, x, z, judge, batch["update"])
+        value, metrics = adversarial_loss(terms, {**trainable, "vae": vae}, x, z, judge, batch["update"])
     return value + terms.kl_weight * divergence, metrics | {"kl": divergence}
+
+
+DECODER = ("decoder", "post_quant_conv")
+"""The parts of an autoencoder that turn latents into images."""
+
+
+def decoder_alone(params: Params) -> tuple[Params, Params]:
+    """An autoencoder's parameters as (those of the decoder, the others), to train the first and keep the latents."""
+    decoder = {name: own for name, own in params.items() if name in DECODER}
+    return decoder, {name: own for name, own in params.items() if name not in DECODER}
 
 
 def decode(vae: AutoencoderKL, params: Params, z: jax.Array) -> jax.Array:

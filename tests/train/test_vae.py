@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from PIL import Image
 from diffuse_jax.models import AutoencoderKL
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.training.data import data_from
+from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.pixels import first_pictures
 from tests.train.helpers import EMOJI, load, log, numbers, run
 from tests.training.test_perceptual import vgg16_state
@@ -57,6 +59,21 @@ def test_pictures_are_learned_and_latents_measured(
     with Image.open(next((tmp_path / "out" / "validation" / "step-40").glob("*.png"))) as shown:
         assert shown.size == (4 * 32, 2 * 32), "four pictures above their reconstructions"
         np.testing.assert_array_equal(np.asarray(shown)[:32, :32], images[0])
+
+
+def test_a_decoder_is_trained_further_for_the_same_latents(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del options["model_config_name_or_path"]
+    start = AutoencoderKL(CONFIG.replace(scaling_factor=0.7))
+    start.save_pretrained(tmp_path / "start", before := initial_params(start.shapes(), 0))
+    wanted = {"pretrained_model_name_or_path": tmp_path / "start", "train_decoder_only": True, "max_train_steps": 2}
+    run(monkeypatch, "vae.py", devices=1, **options | wanted, num_validation_images=1)
+    vae, after = AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")
+    assert vae.config.scaling_factor == 0.7, "networks were trained on latents of this scale"
+    for name in before:
+        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True)]
+        assert not any(same) if name in ("decoder", "post_quant_conv") else all(same), name
 
 
 def load_args(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -113,6 +130,7 @@ def test_a_resumed_run_is_the_whole_run(
         ({"crop_size": 64}, "--crop_size must be from 1 to --resolution 32, got 64"),
         ({"crop_size": 16, "aspect_ratio_buckets": True}, "leave out one of them"),
         ({"perceptual_weight": 1}, "belong together"),
+        ({"train_decoder_only": True}, "name it: --pretrained_model_name_or_path"),
         ({"discriminator_weight": -1}, "--discriminator_weight must not be negative"),
     ],
 )

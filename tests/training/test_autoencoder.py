@@ -12,7 +12,15 @@ import pytest
 from diffuse_jax.models import AutoencoderKL
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, balance, decode, hinge_loss, latent_deviation
+from diffuse_jax.training.autoencoder import (
+    Terms,
+    autoencoder_loss,
+    balance,
+    decode,
+    decoder_alone,
+    hinge_loss,
+    latent_deviation,
+)
 from diffuse_jax.training.batches import Counted, Numbered
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import normalised
@@ -64,6 +72,23 @@ def test_before_its_start_the_discriminator_changes_nothing(rng: np.random.Gener
     plain, _ = gradient(Terms(vae=VAE), own)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found["vae"], plain["vae"])
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(found["discriminator"]))
+
+
+@pytest.mark.parametrize("discriminator", [None, CRITIC])
+def test_a_decoder_alone_gets_the_gradient_that_it_has_in_the_whole(
+    discriminator: PatchDiscriminator | None, rng: np.random.Generator
+) -> None:
+    own = batch(rng, START)
+    terms = Terms(vae=VAE, discriminator=discriminator, discriminator_weight=0.7)
+    decoder, encoder = decoder_alone(TRAINABLE["vae"])
+    assert sorted(decoder) == ["decoder", "post_quant_conv"]
+    loss = lambda p: autoencoder_loss(terms, {**TRAINABLE, "vae": p}, {"vae": encoder}, own, jax.random.key(0))[0]
+    wanted, _ = gradient(terms, own)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        jax.jit(jax.grad(loss))(decoder),
+        {name: wanted["vae"][name] for name in decoder},
+    )
 
 
 @pytest.mark.parametrize("policy", ["blocks", "full"])
