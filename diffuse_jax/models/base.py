@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.config import Config
+from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
@@ -106,6 +107,7 @@ class Model(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        **unknown: Any,
     ) -> tuple[Self, Params]:
         """Load a network and its parameters.
 
@@ -119,8 +121,10 @@ class Model(nn.Module):
             automatic or explicit (``jax.make_mesh``). Each device reads only its part.
           shardings: instead of ``mesh``, a ``jax.sharding.Sharding`` for all parameters or a tree of them.
           revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
+          unknown: nothing; an argument of other libraries is answered with what to write here.
 
         Raises:
+          TypeError: an unknown argument.
           WeightsError: the model does not exist, the config is of another class, or the weights do not match it one to
             one.
           ValueError: ``dtype`` is not a floating-point type, or both ``mesh`` and ``shardings`` are given.
@@ -129,6 +133,9 @@ class Model(nn.Module):
 
             model, params = UNet2DConditionModel.from_pretrained("my-pipeline", subfolder="unet", dtype="bfloat16")
         """
+        refuse_habits(unknown)
+        if unknown:
+            raise TypeError(f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}")
         if mesh is not None and shardings is not None:
             raise ValueError("mesh and shardings exclude each other; pass only one of them")
         folder = weights.resolve(

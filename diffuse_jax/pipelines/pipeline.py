@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
+from diffuse_jax.habits import refuse_habits
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
-from diffuse_jax.pipelines.opening import open_components, refuse_family, refuse_habits, save_components, with_given
+from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Output, Request, compile_request, run
@@ -180,6 +181,7 @@ class DiffusionPipeline:
             pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
             image = pipe("a red apple, noto style", seed=0).images[0]
         """
+        refuse_habits(components)
         check_data_axis(mesh)
         folder = weights.resolve(
             source,
@@ -194,7 +196,6 @@ class DiffusionPipeline:
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
         known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
         unknown = sorted(set(components) - known)
-        refuse_habits(unknown)
         if unknown:
             raise TypeError(
                 f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}"

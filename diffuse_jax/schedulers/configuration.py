@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from diffuse_jax.allowed import Index, Length, Signed
 from diffuse_jax.config import Config, freeze
+from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import registry
@@ -20,6 +21,7 @@ from diffuse_jax.schedulers import settings as st
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "scheduler_config.json"
+HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only"}
 
 COMMON_CHOICES: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ns.BETA_SCHEDULES,
@@ -189,9 +191,14 @@ class SchedulerConfig(Config):
           **resolve_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for the Hub.
 
         Raises:
+          TypeError: an unknown option.
           FileNotFoundError: there is no such file.
           ValueError: the file is not a JSON object or holds a value that is not allowed; the file is named.
         """
+        refuse_habits(resolve_options)
+        if unknown := sorted(resolve_options.keys() - HUB_OPTIONS):
+            known = ", ".join(sorted(HUB_OPTIONS))
+            raise TypeError(f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}; it has {known}")
         from diffuse_jax.weights.files import read_json  # imports JAX
 
         if Path(source).is_dir():

@@ -23,6 +23,7 @@ from PIL import Image
 
 from diffuse_jax import schedulers
 from diffuse_jax.adapters import tokens
+from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines import (
     DiffusionPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
@@ -395,10 +396,10 @@ def test_a_pipeline_copies_and_pickles_before_and_after_calls(twin: Callable):
     ],
 )
 def test_arguments_of_diffusers_are_answered_with_those_of_here(name: str, value: object, advice: str, tmp_path: Path):
-    for load in (DiffusionPipeline.from_pretrained, DiffusionPipeline.from_single_file):
-        source = "diffuse-jax/emoji" if load == DiffusionPipeline.from_pretrained else tmp_path / "a.safetensors"
+    opened = [kind.from_pretrained for kind in (DiffusionPipeline, UNet2DConditionModel, schedulers.DDIMScheduler)]
+    for load in (*opened, DiffusionPipeline.from_single_file):
         with pytest.raises(TypeError, match=f"there is no {name}= here: .*{advice}"):
-            load(source, **{name: value})
+            load(tmp_path / "nothing is read", **{name: value})
 
 
 def test_another_familys_folder_is_refused_when_it_is_opened(tmp_path: Path):
