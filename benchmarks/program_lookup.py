@@ -85,7 +85,7 @@ def measured(name: str, kind: type[DiffusionPipeline], networks: dict[str, Any],
 
     def lookup() -> None:
         arguments = (rows, request.plan)
-        signature = pipe.signature_of(params), signature_of(arguments, None)
+        signature = pipe.signature_of(params), signature_of(arguments)
         pipe.programs.get(verbs.sample, request.method, None, (), (params, *arguments), signature)
 
     pipe.programs._compile = lambda key, args: "program"  # type: ignore[method-assign]

@@ -4,12 +4,14 @@ Two layers have no parameters and exist for adapters: ``joins_N`` in a UNet's up
 with a skip connection (FreeU scales both), and ``attend`` in every attention takes query, key and value
 ``[B,L,heads,D]`` (an IP-Adapter attends to an image with the same query).
 
-A function that is already compiled does not change: enter the context inside it, where networks are applied.
+A function that is already compiled does not change: enter the context inside it, where networks are applied. Pipelines
+look at :func:`layer_changes` and compile one program for each set of changes that is active around a call.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -61,13 +63,25 @@ def changed_layers(change: Change) -> Iterator[None]:
             y = unet.apply({"params": params}, sample, timesteps, text)
     """
 
-    def interceptor(function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    with nn.intercept_methods(_Interceptor(change)):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interceptor:
+    """A change in the form that Flax takes; two of the same change are equal."""
+
+    change: Change
+
+    def __call__(self, function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
             return function(*args, **kwargs)
-        return change(Call(context.module.path, args, kwargs, function))
+        return self.change(Call(context.module.path, args, kwargs, function))
 
-    with nn.intercept_methods(interceptor):
-        yield
+
+def layer_changes() -> tuple[Any, ...]:
+    """The changes that are active here, those of ``flax.linen.intercept_methods`` included, as comparable functions."""
+    return tuple(nn.module._global_interceptor_stack)
 
 
 class Layer(NamedTuple):

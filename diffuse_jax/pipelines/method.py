@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.models.base import Params as Params
+from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.schedulers.plan import Plan, State
 
 Rows = dict[str, Any]
@@ -187,7 +188,7 @@ def check_rows(method: Method, rows: Rows) -> None:
     for part in method.parts:
         if not (isinstance(part, Part) and dataclasses.is_dataclass(part)):
             raise TypeError(f"{part!r} is no part: a part is a frozen dataclass that inherits from Part")
-        _check_hashable(part)
+        _check_comparable(part)
     _check_lengths(rows)
     known = {*rows, *ALWAYS}
     for part in (inner for outer in method.parts for inner in all_parts(outer)):
@@ -206,13 +207,13 @@ def _check_lengths(rows: Rows) -> None:
         raise ValueError(f"every row must have one entry for each image; the rows have {shown}")
 
 
-def _check_hashable(part: Part) -> None:
+def _check_comparable(part: Part) -> None:
     try:
-        hash(part)
+        hash(identity(part))
     except TypeError as error:
         raise TypeError(
             f"{type(part).__name__} cannot be compared with other parts ({error}): declare it with "
-            "@dataclass(frozen=True), and keep arrays in rows, not in fields"
+            "@dataclass(frozen=True), keep settings in fields, and arrays in rows"
         ) from None
 
 

@@ -369,11 +369,10 @@ class DiffusionPipeline:
         own trees are described once, because there are thousands of arrays."""
         for name in params:
             if name not in self._signatures and params[name] is self.params[name]:
-                self._signatures[name] = signature_of(params[name], self.mesh)
+                self._signatures[name] = signature_of(params[name])
         known = lambda name, own: own is self.params[name]
         return tuple(
-            (name, self._signatures[name] if known(name, own) else signature_of(own, self.mesh))
-            for name, own in params.items()
+            (name, self._signatures[name] if known(name, own) else signature_of(own)) for name, own in params.items()
         )
 
     @functools.cached_property

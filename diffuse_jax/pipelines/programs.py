@@ -1,8 +1,9 @@
 """Compiled programs: each compiled once in a process, and kept on disk for the next one if the user wants.
 
 A program is a pure function ``fn(method, *arguments)`` with a static, hashable ``method``. Compiling is explicit, so it
-can be counted, done ahead of time and saved. In memory a program is found by the function, the method, the mesh and the
-shapes themselves: two closures of one factory, or two classes of one name, are two programs.
+can be counted, done ahead of time and saved. In memory a program is found by the function, the method, the mesh, the
+shapes, the placement of the arguments and what is active around the call (settings of JAX, changes of layers): two
+closures of one factory, or two classes of one name, are two programs. See :mod:`~diffuse_jax.pipelines.identity`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from diffuse_jax.pipelines import saved_programs
-from diffuse_jax.pipelines.saved_programs import Key, NotDescribable
+from diffuse_jax.pipelines.identity import Context, identity
+from diffuse_jax.pipelines.saved_programs import Key, NotDescribable, placement
 from diffuse_jax.sharding import automatic_shardings
-
-SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_numpy_dtype_promotion")
-"""Settings of JAX that change what a function compiles to."""
 
 
 class Programs:
@@ -33,7 +32,7 @@ class Programs:
     def __init__(self) -> None:
         self.compilations = 0
         self._programs: dict[Key, Any] = {}
-        self._to_save: dict[Key, tuple[Any, Callable[[], Any]]] = {}
+        self._to_save: list[tuple[Key, Any, Callable[[], Any]]] = []
         self._folders: list[Path] = []
 
     def get(
@@ -54,15 +53,18 @@ class Programs:
           specs: with a mesh, one ``PartitionSpec`` per argument (a prefix of its tree).
           args: the arguments, as arrays or as ``jax.ShapeDtypeStruct``.
           signature: of the arguments, where the caller has it; see :func:`signature_of`.
+
+        Raises:
+          TypeError: the method cannot be compared with others.
         """
-        signature = signature_of(args, mesh) if signature is None else signature
-        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for looking into a run: nothing is compiled, or kept
-            return _bound(Key(fn, method, mesh, specs, signature, ()))
-        settings = tuple(getattr(jax.config, name) for name in SETTINGS)
-        key = Key(fn, method, mesh, specs, signature, settings)
-        if key not in self._programs:
-            self._programs[key] = self._saved(key, args) or self._compile(key, args)
-        return self._programs[key]
+        signature = signature_of(args) if signature is None else signature
+        key = Key(fn, method, mesh, specs, signature, Context.now())
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for debugging: nothing is compiled or kept
+            return _bound(key)
+        name = key._replace(method=identity(method))
+        if name not in self._programs:
+            self._programs[name] = self._saved(key, args) or self._compile(key, args)
+        return self._programs[name]
 
     def _saved(self, key: Key, args: Any) -> Any:
         """The program from a folder, or None."""
@@ -83,10 +85,10 @@ class Programs:
         if self._folders:  # it will be saved: compile what can be saved
             with saved_programs.without_compilation_cache():
                 program = build()
-            self._to_save[key] = shapes, lambda: program
+            self._to_save.append((key, shapes, lambda: program))
         else:
             program = build()
-            self._to_save[key] = shapes, build
+            self._to_save.append((key, shapes, build))
         return program
 
     def save(self, folder: Path | str) -> list[Path]:
@@ -97,7 +99,7 @@ class Programs:
         """
         folder = saved_programs.trusted(Path(folder), make=True)
         files = []
-        for key, (shapes, build) in self._to_save.items():
+        for key, shapes, build in self._to_save:
             try:
                 file = folder / saved_programs.file_name(key, shapes)
             except NotDescribable as error:
@@ -123,15 +125,14 @@ class Programs:
         return _programs_of_process, ()  # executables stay in their process
 
 
-def signature_of(args: Any, mesh: Mesh | None) -> Any:
-    """What a program depends on of its arguments: their tree, shapes and dtypes and, on a mesh, placement."""
+def signature_of(args: Any) -> Any:
+    """What a program depends on of its arguments: their tree, shapes, dtypes and placement."""
     leaves, tree = jax.tree.flatten(args)
-    types = tuple([(x.shape, x.dtype) for x in leaves])
-    return (tree, types) if mesh is None else (tree, types, tuple([getattr(x, "sharding", None) for x in leaves]))
+    return tree, tuple([(x.shape, x.dtype, placement(x)) for x in leaves])
 
 
 def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
-    sharding = automatic_shardings(getattr(array, "sharding", None))
+    sharding = automatic_shardings(placement(array))
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 

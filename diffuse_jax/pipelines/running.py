@@ -174,7 +174,7 @@ def _run_by_steps(
 def _program(
     pipe: Any, fn: Any, method: Any, specs: tuple[PartitionSpec, ...], params: Params, args: tuple[Any, ...]
 ) -> Any:
-    signature = pipe.signature_of(params), signature_of(args, pipe.mesh)
+    signature = pipe.signature_of(params), signature_of(args)
     return pipe.programs.get(fn, method, pipe.mesh, (WHOLE, *specs), (params, *args), signature)
 
 

@@ -29,6 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 import diffuse_jax
+from diffuse_jax.pipelines.identity import Context
 from diffuse_jax.writing import atomic_file
 
 SUFFIX = ".jaxprogram"
@@ -44,7 +45,12 @@ class Key(NamedTuple):
     mesh: Mesh | None
     specs: tuple[Any, ...]
     signature: Any
-    settings: tuple[Any, ...]
+    context: Context
+
+
+def placement(array: Any) -> Any:
+    """The sharding that a program is compiled for; None for what may be moved: NumPy arrays, and uncommitted ones."""
+    return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
 class NotDescribable(ValueError):
@@ -59,15 +65,14 @@ def file_name(key: Key, args: Any) -> str:
     """
     leaves, tree = jax.tree.flatten(args)
     mesh = key.mesh
-    placed = lambda x: None if mesh is None else str(getattr(x, "sharding", None))
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     facts = (
         (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
         (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        repr(key.settings),
+        (repr(key.context.settings), described(key.context.changes)),
         (described(key.fn), described(key.method)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
-        (str(tree), [(x.shape, str(x.dtype), placed(x)) for x in leaves]),
+        (str(tree), [(x.shape, str(x.dtype), str(placement(x))) for x in leaves]),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:40] + SUFFIX
 

@@ -1,0 +1,113 @@
+"""One compiled program serves two calls only if they compute the same, which is stricter than Python's ``==``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from diffuse_jax.models.intercept import changed_layers
+from diffuse_jax.pipelines.identity import identity
+from diffuse_jax.pipelines.programs import Programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    factor: Any
+
+    @property
+    def half(self) -> Any:
+        return self.factor / 2
+
+
+def times(method: Scale, x: jax.Array) -> jax.Array:
+    return x * jnp.asarray(method.factor)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, True), (1, 1.0), (0, False), (0.0, -0.0), (1.0, np.float32(1)), ((1, 2), (True, 2)), (2, 2 + 0j)],
+    ids=repr,
+)
+def test_values_that_python_calls_equal_are_two_programs(one: Any, other: Any) -> None:
+    assert Scale(one) == Scale(other)
+    assert identity(Scale(one)) != identity(Scale(other))
+    programs = Programs()
+    for value in (one, other, one, other):
+        programs.get(times, Scale(value), None, (), (np.float32(1),))
+    assert programs.compilations == 2
+
+
+def test_a_nan_is_one_program() -> None:
+    programs = Programs()
+    for _ in range(2):
+        programs.get(times, Scale(float("nan")), None, (), (np.float32(1),))
+    assert programs.compilations == 1
+
+
+def test_the_sign_of_zero_is_compiled_in() -> None:
+    programs, x = Programs(), np.float32(1)
+    results = [programs.get(times, Scale(factor), None, (), (x,))(x) for factor in (0.0, -0.0)]
+    np.testing.assert_array_equal(np.signbit(results), [False, True])
+
+
+def test_what_is_kept_outside_of_the_fields_is_refused() -> None:
+    scale = Scale(2)
+    object.__setattr__(scale, "hidden", 3)
+    with pytest.raises(TypeError, match="hidden is kept outside of its fields"):
+        identity(scale)
+
+
+def test_settings_of_jax_are_part_of_a_program() -> None:
+    programs, x = Programs(), np.ones((2, 2), np.float32)
+    get = lambda: programs.get(times, Scale(2.0), None, (), (x,))
+    plain = get()
+    with jax.default_matmul_precision("highest"):
+        assert get() is not plain
+    with jax.default_device(jax.devices()[1]):
+        assert get() is not plain
+        assert get()(x).devices() == {jax.devices()[1]}
+    assert get() is plain
+
+
+def test_committed_arrays_choose_the_device() -> None:
+    programs, x = Programs(), jnp.ones(2)
+    get = lambda array: programs.get(times, Scale(2.0), None, (), (array,))
+    first = get(x)
+    assert get(np.ones(2, np.float32)) is first, "NumPy arrays and uncommitted ones go where the program is"
+    moved = jax.device_put(x, jax.devices()[2])
+    assert get(moved)(moved).devices() == {jax.devices()[2]}
+
+
+def double(call: Any) -> Any:
+    return 2 * call.output()
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(1, kernel_init=nn.initializers.ones)(x)
+
+
+def apply(method: Network, x: jax.Array) -> jax.Array:
+    return method.init_with_output(jax.random.key(0), x)[0]
+
+
+@pytest.mark.parametrize("change", [double, lambda call: 3 * call.output()], ids=["function", "lambda"])
+def test_changes_of_layers_are_part_of_a_program(change: Callable[[Any], Any]) -> None:
+    programs, x = Programs(), np.ones((1, 1), np.float32)
+    get = lambda: programs.get(apply, Network(), None, (), (x,))
+    with changed_layers(change):
+        changed = get()
+    plain = get()
+    assert plain(x) == 1
+    assert changed(x) > 1
+    with changed_layers(change):
+        assert get() is changed
+    assert programs.compilations == 2
