@@ -27,6 +27,7 @@ LEVELS = {
     "allowed": 0,
     "config": 0,
     "output": 0,
+    "registry": 0,
     "habits": 0,
     "images": 0,
     "kernels": 1,

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffuse_jax import weights
-from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
+from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 
-FAMILIES = {
-    "StableDiffusion": "StableDiffusion",
-    "StableDiffusionImg2Img": "StableDiffusion",
-    "StableDiffusionInpaint": "StableDiffusion",
-    "StableDiffusionControlNet": "StableDiffusion",
-    "StableDiffusionControlNetImg2Img": "StableDiffusion",
-    "StableDiffusionControlNetInpaint": "StableDiffusion",
-    "LatentConsistencyModel": "StableDiffusion",
-    "StableDiffusionXL": "StableDiffusionXL",
-    "StableDiffusionXLImg2Img": "StableDiffusionXL",
-    "StableDiffusionXLInpaint": "StableDiffusionXL",
-}
-"""Class in ``model_index.json`` -> what its family's classes begin with; both without ``Pipeline``."""
+NAME = re.compile("(StableDiffusion|StableDiffusionXL|LatentConsistencyModel)(ControlNet|)(Img2Img|Inpaint|)Pipeline")
+"""Classes in ``model_index.json`` that have a task: family, control and the task that the folder was saved for."""
+SHARED = {"LatentConsistencyModel": "StableDiffusion"}
+"""Families whose checkpoints another family's classes run."""
 
 
 class AutoPipeline:
-    """Base of the classes below, which differ in their task."""
+    """Base of the classes below, which differ in their task.
+
+    A checkpoint or pipeline with a ControlNet, or one that is given ``controlnet=``, opens with the task's ControlNet
+    class; ``controlnet=None`` leaves the ControlNet out.
+    """
 
     task: ClassVar[str]
     """What the classes of a task have between family and ``Pipeline``."""
@@ -38,7 +35,8 @@ class AutoPipeline:
         """
         hub = ("revision", "local_files_only", "token", "cache_dir", "variant")
         folder = weights.resolve(source, **{k: v for k, v in options.items() if k in hub})
-        return cls.pipeline_for(weights.read_index(folder).class_name, source).from_pretrained(folder, **options)
+        target = cls.pipeline_for(weights.read_index(folder).class_name, source, options)
+        return target.from_pretrained(folder, **options)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
@@ -47,16 +45,20 @@ class AutoPipeline:
         Raises:
           WeightsError: the architecture has no such task.
         """
-        return cls.pipeline_for(type(pipe).__name__, "this pipeline").from_pipe(pipe, **components)
+        return cls.pipeline_for(type(pipe).__name__, "this pipeline", components).from_pipe(pipe, **components)
 
     @classmethod
-    def pipeline_for(cls, name: str, source: Any) -> type[DiffusionPipeline]:
-        """The class for this task and the architecture that a pipeline's class name stands for."""
-        family = FAMILIES.get(name.removesuffix("Pipeline"))
-        if family is None:
-            known = ", ".join(f"{k}Pipeline" for k in FAMILIES)
+    def pipeline_for(cls, name: str, source: Any, given: Mapping[str, Any]) -> type[DiffusionPipeline]:
+        """The class for this task, for the architecture that a class name stands for, with or without a ControlNet."""
+        found = NAME.fullmatch(name)
+        if found is None:
+            known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
             raise weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")
-        return PIPELINES[f"{family}{cls.task}Pipeline"]
+        family, control, _ = found.groups()
+        has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
+        return pipeline_class(
+            f"{SHARED.get(family, family)}{'ControlNet' if has_control else ''}{cls.task}Pipeline", source
+        )
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -27,11 +27,12 @@ from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, report
 from diffuse_jax.pipelines.single_file import open_single_file
+from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, check_data_axis
 from diffuse_jax.weights import WeightsError
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {}
+PIPELINES = Registry("pipeline")
 """Pipelines by the name in ``model_index.json``; a class is in it as soon as it is defined."""
 
 
@@ -75,7 +76,7 @@ class DiffusionPipeline:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        PIPELINES[cls.__name__] = cls
+        PIPELINES.register(cls)
         generated = cls.__call__ is DiffusionPipeline.__call__ or hasattr(cls.__call__, "__wrapped__")
         if "compose" in vars(cls) and generated:
             cls.__call__ = documented(cls.compose)  # type: ignore[method-assign]
@@ -395,11 +396,9 @@ def pipeline_class(name: str, named_in: str | Path) -> type[DiffusionPipeline]:
     """The class that an index or a single file names.
 
     Raises:
-      WeightsError: no class of this name has been defined.
+      WeightsError: no class of this name has been defined, or two modules define it.
     """
-    if name not in PIPELINES:
-        raise WeightsError(
-            f"{named_in}: no pipeline is called {name!r}; known: {', '.join(PIPELINES)}. If it is yours, import the "
-            "module that defines it first"
-        )
-    return PIPELINES[name]
+    try:
+        return PIPELINES.find(name)
+    except ValueError as error:
+        raise WeightsError(f"{named_in}: {error}") from None

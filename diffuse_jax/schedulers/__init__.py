@@ -1,6 +1,7 @@
 """Samplers: frozen configurations that turn a number of steps into a table that one ``step`` function executes."""
 
 from diffuse_jax.schedulers.ays import AYS as AYS
+from diffuse_jax.schedulers.configuration import scheduler_class
 from diffuse_jax.schedulers.consistency_decoder import ConsistencyDecoderScheduler
 from diffuse_jax.schedulers.consistency_models import CMStochasticIterativeScheduler
 from diffuse_jax.schedulers.ddim import DDIMParallelScheduler, DDIMScheduler
@@ -28,7 +29,6 @@ from diffuse_jax.schedulers.kdpm2 import KDPM2AncestralDiscreteScheduler, KDPM2D
 from diffuse_jax.schedulers.lcm import LCMScheduler
 from diffuse_jax.schedulers.lms import LMSDiscreteScheduler
 from diffuse_jax.schedulers.pndm import PNDMScheduler
-from diffuse_jax.schedulers.registry import scheduler_class
 from diffuse_jax.schedulers.repaint import RePaintScheduler
 from diffuse_jax.schedulers.sa_solver import SASolverScheduler
 from diffuse_jax.schedulers.scheduler import Scheduler

@@ -14,13 +14,16 @@ from diffuse_jax.allowed import Index, Length, Signed
 from diffuse_jax.config import Config, freeze
 from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
+from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers import registry
 from diffuse_jax.schedulers import settings as st
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "scheduler_config.json"
+SCHEDULERS = Registry("scheduler")
+"""Every scheduler class by the name that a ``scheduler_config.json`` has for it."""
+
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only"}
 
 COMMON_CHOICES: dict[str, tuple[Any, ...]] = {
@@ -81,7 +84,7 @@ class SchedulerConfig(Config):
         cls.class_name = cls.__name__
         cls.abstract = abstract
         if not abstract:
-            registry.register(cls)
+            SCHEDULERS.register(cls)
 
     def __new__(cls, **fields: Any) -> Self:
         # Only the call can tell a default from the same value passed on purpose.
@@ -176,7 +179,7 @@ class SchedulerConfig(Config):
     @classmethod
     def _named(cls, name: str) -> type[Self]:
         """The class of this name, which must be of this kind."""
-        found = registry.scheduler_class(name)
+        found = SCHEDULERS.find(name)
         if not issubclass(found, cls):
             raise ValueError(f"{name} is no {cls.__name__}; use {name}.from_config or Scheduler.from_config")
         return found
@@ -233,9 +236,18 @@ def setting_names(cls: type[SchedulerConfig]) -> list[str]:
 def _defaults(target: type[SchedulerConfig]) -> dict[str, list[Any]]:
     """Setting -> its defaults in the classes that have it; of what ``target`` has fixed, only how."""
     found: dict[str, list[Any]] = {}
-    for cls in registry.classes():
+    for cls in SCHEDULERS.classes():
         names = setting_names(cls)
         for field in dataclasses.fields(cls):
             if field.name in names:
                 found.setdefault(field.name, []).append(field.default)
     return found | {f.name: [f.default] for f in dataclasses.fields(target) if f.name in target.absent}
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """The scheduler class of this name, the package's or one that was defined elsewhere.
+
+    Raises:
+      ValueError: no module that has been imported defines the name, or two do.
+    """
+    return SCHEDULERS.find(name)

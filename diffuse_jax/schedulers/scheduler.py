@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 
 from diffuse_jax.schedulers import noise_schedule as ns
-from diffuse_jax.schedulers import noising, registry, request
+from diffuse_jax.schedulers import noising, request
 from diffuse_jax.schedulers import sigmas as sg
-from diffuse_jax.schedulers.configuration import SchedulerConfig
+from diffuse_jax.schedulers.configuration import SCHEDULERS, SchedulerConfig
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row, Table
 
@@ -102,7 +102,7 @@ class Scheduler(SchedulerConfig, abstract=True):
         self._refuse_to_sample()
 
     def _refuse_to_sample(self) -> NoReturn:
-        raise TypeError(f"{type(self).__name__} does not sample; use one of {registry.known()}")
+        raise TypeError(f"{type(self).__name__} does not sample; use one of {sorted(SCHEDULERS)}")
 
     def evaluation(self, timestep: float, level: Level) -> Evaluation:
         """The unit vectors of one evaluation under this configuration."""

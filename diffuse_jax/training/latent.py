@@ -84,7 +84,7 @@ def family_of(class_name: str, source: Any) -> ClipFamily:
     Raises:
       ValueError: it has none that these trainers are for.
     """
-    families = {name: kind.family for name, kind in PIPELINES.items() if isinstance(kind.family, ClipFamily)}
+    families = {k.__name__: k.family for k in PIPELINES.classes() if isinstance(getattr(k, "family", None), ClipFamily)}
     if class_name not in families:
         raise ValueError(f"{source} is a {class_name}; this trainer is for {', '.join(families)}")
     return families[class_name]

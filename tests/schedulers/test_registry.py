@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffuse_jax import schedulers
-from diffuse_jax.schedulers import DDIMScheduler, EulerDiscreteScheduler, Scheduler, registry, scheduler_class
+from diffuse_jax.schedulers import DDIMScheduler, EulerDiscreteScheduler, Scheduler, scheduler_class
+from diffuse_jax.schedulers.configuration import SCHEDULERS
 from diffuse_jax.schedulers.flow_match import FlowMatchScheduler
 from tests.schedulers.samplers import EVERY
 
@@ -32,7 +33,8 @@ class {name}(DDIMScheduler):
 @pytest.fixture
 def define(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Define:
     """Import a new module that defines a scheduler; what it registers is forgotten after the test."""
-    monkeypatch.setattr(registry, "_CLASSES", {name: dict(found) for name, found in registry._CLASSES.items()})
+    kept = {name: dict(found) for name, found in SCHEDULERS._classes.items()}
+    monkeypatch.setattr(SCHEDULERS, "_classes", kept)
     monkeypatch.syspath_prepend(tmp_path)
 
     def write_and_import(module: str, name: str) -> type[Scheduler]:

@@ -1,0 +1,65 @@
+"""Which class opens a checkpoint: by task, family and ControlNet; classes of one name."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from diffuse_jax import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+)
+from diffuse_jax.pipelines import PIPELINES
+from diffuse_jax.pipelines.pipeline import pipeline_class
+from diffuse_jax.weights import WeightsError
+
+TASKS = {AutoPipelineForText2Image: "", AutoPipelineForImage2Image: "Img2Img", AutoPipelineForInpainting: "Inpaint"}
+
+
+@pytest.mark.parametrize("saved_for", TASKS.values(), ids=lambda task: task or "Text2Image")
+@pytest.mark.parametrize(("auto", "task"), TASKS.items(), ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_the_task_changes_and_the_controlnet_stays(auto: Any, task: str, saved_for: str) -> None:
+    name = lambda *given, control="": auto.pipeline_for(f"StableDiffusion{control}{saved_for}Pipeline", "x", *given)
+    plain, controlled = f"StableDiffusion{task}Pipeline", f"StableDiffusionControlNet{task}Pipeline"
+    assert name({}).__name__ == plain
+    assert name({"controlnet": object()}).__name__ == controlled
+    assert name({}, control="ControlNet").__name__ == controlled
+    assert name({"controlnet": None}, control="ControlNet").__name__ == plain
+    assert auto.pipeline_for("LatentConsistencyModelPipeline", "x", {}).__name__ == plain
+    assert auto.pipeline_for(f"StableDiffusionXL{saved_for}Pipeline", "x", {}).__name__ == plain.replace(
+        "on", "onXL", 1
+    )
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(WeightsError, match="x: DDPMPipeline has no AutoPipelineForText2Image; known: StableDiffusion"):
+        AutoPipelineForText2Image.pipeline_for("DDPMPipeline", "x", {})
+    with pytest.raises(WeightsError, match="x: unknown pipeline class 'StableDiffusionXLControlNetPipeline'"):
+        AutoPipelineForText2Image.pipeline_for("StableDiffusionXLPipeline", "x", {"controlnet": object()})
+
+
+@pytest.fixture
+def define(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Define a pipeline class in a module of this name; it is forgotten after the test."""
+    monkeypatch.setattr(PIPELINES, "_classes", {name: dict(found) for name, found in PIPELINES._classes.items()})
+    make = lambda module: lambda namespace: namespace.update(__module__=module)
+    return lambda name, module: types.new_class(name, (DiffusionPipeline,), {}, make(module))
+
+
+def test_a_cell_that_is_run_again_replaces_its_class(define: Any) -> None:
+    define("MyPipeline", "__main__")
+    again = define("MyPipeline", "__main__")
+    assert pipeline_class("MyPipeline", "model_index.json") is again
+
+
+def test_classes_of_one_name_are_not_taken_for_each_other(define: Any) -> None:
+    define("MyPipeline", "one")
+    define("MyPipeline", "two")
+    with pytest.raises(WeightsError, match="'MyPipeline' is defined in one and in two, .*rename one"):
+        pipeline_class("MyPipeline", "model_index.json")
+    with pytest.raises(ValueError, match="one.DDIMPipeline has the name of diffuse_jax.*give the class another name"):
+        define("DDIMPipeline", "one")
