@@ -14,6 +14,7 @@ from sphinx.application import Sphinx
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent)]
 
+import config_fields  # noqa: E402
 import results  # noqa: E402
 
 import diffuse_jax  # noqa: E402
@@ -131,6 +132,7 @@ def show_colons(app: Sphinx, what: str, name: str, obj: object, options: object,
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
+    app.connect("builder-inited", lambda _: config_fields.write_page(DOCS / "_generated"))
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", hide_colons, priority=400)  # Napoleon's is 500
     app.connect("autodoc-process-docstring", show_colons, priority=600)

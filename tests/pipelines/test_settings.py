@@ -1,0 +1,52 @@
+"""What is said of settings that have no effect, and what old folders get."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from diffuse_jax.models import UNet2DConfig, UNet2DModel
+from diffuse_jax.pipelines import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.settings import corrected, report
+from diffuse_jax.schedulers import DDIMScheduler
+from diffuse_jax.text import CLIPTextConfig, CLIPTextModel
+from diffuse_jax.training.networks import warn_of_dropout
+from tests.pipelines import tiny
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": True, "add_watermarker": None}, ""),
+        ({"add_watermarker": True}, "images are not watermarked, although add_watermarker is true"),
+        ({"sharpen": 2}, "StableDiffusionXLPipeline ignores settings that it does not know: {'sharpen': 2}"),
+    ],
+)
+def test_values_of_the_index(options: dict[str, object], told: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report(StableDiffusionXLPipeline, options, "folder")
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
+
+
+def test_a_swap_is_taken_as_it_is() -> None:
+    """Folders are corrected; a sampler that is put in afterwards is not, as in diffusers."""
+    pipe = tiny.pipeline()
+    clipping = DDIMScheduler(clip_sample=True)
+    assert pipe.replace(scheduler=clipping).scheduler.clip_sample
+    parts = corrected(type(pipe), {**pipe.components, "scheduler": clipping})
+    assert (parts["scheduler"].clip_sample, parts["scheduler"].steps_offset) == (False, 1)
+    assert parts["unet"] is pipe.components["unet"], "its file does not say that it is old"
+    assert type(pipe).from_pipe(pipe).scheduler.steps_offset == 1
+
+
+def test_training_says_that_it_leaves_out_dropout(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_dropout(UNet2DModel(UNet2DConfig()))
+        warn_of_dropout(CLIPTextModel(CLIPTextConfig.from_json({"attention_dropout": 0.0})))
+        assert not caplog.text
+        warn_of_dropout(UNet2DModel(UNet2DConfig(dropout=0.1)))
+        warn_of_dropout(CLIPTextModel(CLIPTextConfig.from_json({"attention_dropout": 0.2})))
+    assert "UNet2DModel says dropout=0.1; it is trained without dropout" in caplog.text
+    assert "CLIPTextModel says attention_dropout=0.2" in caplog.text
