@@ -58,5 +58,5 @@ def pipeline(**settings: object) -> StableDiffusionPipeline:
         "text_encoder": CLIPTextModel(text),
     }
     params = {name: random_params(network.shapes(), rng) for name, network in networks.items()}
-    parts = {**networks, "tokenizer": tok, "scheduler": DDIMScheduler(clip_sample=False)}
+    parts = {**networks, "tokenizer": tok, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
     return StableDiffusionPipeline(parts, params, programs=Programs(), **settings)
