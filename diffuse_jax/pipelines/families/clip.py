@@ -97,7 +97,7 @@ class ClipFamily:
         return {"keep": joined([np.full(call.prompts, value, np.float32) for value in keep])}
 
     def tokens(self, pipe: Any, call: Call, branch: str) -> dict[str, dict[str, np.ndarray]]:
-        """``ids [prompts,L]`` of a branch's prompts for each encoder that the checkpoint has, ``mask`` for some."""
+        """``ids [prompts,L]`` of a branch's prompts for each encoder of the checkpoint, ``attention_mask`` for some."""
         ids, mask, first = {}, {}, call.get(f"{branch}prompt")
         for k, (encoder, tokenizer) in enumerate(self.encoders.items(), 1):
             text = first if k == 1 else call.get(f"{branch}prompt_{k}", first)
@@ -107,7 +107,7 @@ class ClipFamily:
                 ids[encoder] = tokenize(words, prompts, c.max_position_embeddings, c.vocab_size)
                 if self.masked and getattr(c, "use_attention_mask", False):
                     mask[encoder] = token_mask(words, prompts, c.max_position_embeddings)
-        return {"ids": ids, "mask": mask} if mask else {"ids": ids}
+        return {"ids": ids, "attention_mask": mask} if mask else {"ids": ids}
 
     def given_embeds(self, call: Call, branch: str) -> dict[str, np.ndarray]:
         """The embeddings of a branch that the caller gave, by row; nothing where the caller gave none.
@@ -167,7 +167,7 @@ class ClipFamily:
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
     """Prompt embeddings as a program of its own."""
-    return part.encode(params, tokens["ids"], mask=tokens.get("mask", {}))
+    return part.encode(params, tokens["ids"], mask=tokens.get("attention_mask", {}))
 
 
 def guides(pipe: Any, guidance_scale: Any) -> bool:

@@ -19,8 +19,8 @@ class EncodeText(Part):
     """Base of the families' text encoders; a subclass says in :meth:`states` what the UNet takes of their outputs.
 
     Reads ``ids``, a dict from encoder to token ids ``[B,L]``; adds ``states [B,L,D]`` and what else :meth:`states`
-    gives. With ``mask``, a dict from encoder to bool ``[B,L]``, tokens are hidden where it is false. With ``keep``, 1
-    or 0 for each prompt, embeddings are replaced by zeros where it is 0.
+    gives. With ``attention_mask``, a dict from encoder to bool ``[B,L]``, tokens are hidden where it is false. With
+    ``keep``, 1 or 0 for each prompt, embeddings are replaced by zeros where it is 0.
 
     Attributes:
       nets: the encoders.
@@ -42,7 +42,7 @@ class EncodeText(Part):
         ids = rows["ids"]
         count = count_branches(ids)
         flat = lambda tokens: {name: stacked(value) for name, value in tokens.items()}
-        encoded = self.encode(params, flat(ids), count, flat(rows.get("mask", {})))
+        encoded = self.encode(params, flat(ids), count, flat(rows.get("attention_mask", {})))
         if "keep" in rows:
             keep = stacked(rows["keep"])
             encoded = {name: x * per_image(keep, x).astype(x.dtype) for name, x in encoded.items()}
