@@ -7,7 +7,6 @@ the parser imports nothing heavy, so ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -15,12 +14,14 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffuse_jax
+from diffuse_jax.command import run_command
 from diffuse_jax.output import save_images, writable
+from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
 
 SHIPPED_MODEL = "diffuse-jax/emoji"
@@ -73,19 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, value.expanduser())  # shells leave the ~ of --output=~/images alone
-    try:
+
+    def work() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             args.run(args)
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        if os.environ.get("DIFFUSE_JAX_DEBUG"):
-            raise
-        say(f"diffuse-jax {args.command}: {error or type(error).__name__}")
-        return 1
-    return 0
+
+    return run_command(f"diffuse-jax {args.command}", work, argv)
 
 
 def say(message: str) -> None:
@@ -211,35 +206,6 @@ def scheduler_class(name: str) -> Any:
     return getattr(diffuse_jax, names[short])
 
 
-@contextlib.contextmanager
-def compile_seconds() -> Iterator[Any]:
-    """Within the block, what it yields tells how many seconds JAX has spent tracing, lowering and compiling.
-
-    JAX reports nested traces each for itself, so the intervals are united, not added up.
-    """
-    import jax.monitoring
-
-    intervals: list[tuple[float, float]] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            intervals.append((now - duration_secs, now))
-
-    def total() -> float:
-        seconds, reached = 0.0, 0.0
-        for start, end in sorted(intervals):
-            seconds += max(0.0, end - max(start, reached))
-            reached = max(reached, end)
-        return seconds
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield total
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def cache_folder() -> Path:
     """``$DIFFUSE_JAX_CACHE``, else ``$XDG_CACHE_HOME/diffuse_jax``, else ``~/.cache/diffuse_jax``."""
     if folder := os.environ.get("DIFFUSE_JAX_CACHE"):
@@ -334,10 +300,11 @@ def add_command(commands: Any, name: str, run: Any, purpose: str, example: str) 
         name,
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=f"example:\n  {example}",
+        epilog=f"example:\n  {example}\n\n--debug shows the traceback of an error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     return command
 
 

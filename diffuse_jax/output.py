@@ -27,9 +27,14 @@ def writable(folder: Path) -> Path:
       OSError: files cannot be written there; said before anything is computed for it.
     """
     folder = folder.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} cannot be a folder: it, or a part of its path, is a file") from None
+    except OSError as error:
+        raise type(error)(error.errno, f"{folder} cannot be written: {error.strerror}") from None
 
 
 def save_images(

@@ -78,7 +78,7 @@ def _create(folder: Path, name: str, mode: int) -> tuple[Path, int]:
     while True:
         path = folder / f".{name}.{secrets.token_hex(4)}{SUFFIX}"
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-        if _lock(handle) is not False and _is(path, handle):
+        if lock(handle) is not False and same_file(path, handle):
             return path, handle
         path.unlink(missing_ok=True)  # removed as left over, or looked at, in the moment before it was locked
         os.close(handle)
@@ -92,7 +92,7 @@ def remove_left_over(folder: Path, name: str) -> None:
         with contextlib.suppress(OSError):  # somebody else's, or removed by somebody else
             handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _lock(handle):
+                if lock(handle):
                     os.unlink(path)
             finally:
                 os.close(handle)
@@ -107,12 +107,9 @@ def is_being_written(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
+        return lock(handle, shared=True) is False
     finally:
         os.close(handle)
-    return False
 
 
 def _is_partial(found: str, name: str) -> bool:
@@ -152,7 +149,7 @@ def _claim(folder: Path, path: Path) -> int:
             handle = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # its writer has just finished
             continue
-        locked = _lock(handle)
+        locked = lock(handle)
         if locked is False or (locked is None and not fresh):
             os.close(handle)
             why = (
@@ -161,7 +158,7 @@ def _claim(folder: Path, path: Path) -> int:
                 else f"may be being written by another process; if it is not, remove {folder}"
             )
             raise FileExistsError(f"{path} {why}")
-        if not _is(folder, handle):
+        if not same_file(folder, handle):
             os.close(handle)
             continue
         if fresh:
@@ -170,12 +167,15 @@ def _claim(folder: Path, path: Path) -> int:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool | None:
-    """Lock an open file or folder: whether that worked, or None where there are no locks."""
+def lock(handle: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file or folder: whether that worked, or None where there are no locks.
+
+    It is let go when the file is closed, at the latest when the process dies. Shared locks exclude only others.
+    """
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -183,7 +183,7 @@ def _lock(handle: int) -> bool | None:
     return True
 
 
-def _is(path: Path, handle: int) -> bool:
+def same_file(path: Path, handle: int) -> bool:
     """Whether an open file still has this name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))

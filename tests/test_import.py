@@ -30,6 +30,8 @@ LEVELS = {
     "registry": 0,
     "habits": 0,
     "images": 0,
+    "timing": 0,
+    "command": 0,
     "kernels": 1,
     "sharding": 1,
     "weights": 1,

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 
-import jax
-
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.dreambooth import (
@@ -31,6 +30,7 @@ from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save
 from diffuse_jax.training.loop import fit
 from diffuse_jax.training.objective import ObjectiveSettings, objective_from
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import ValidationSettings, validation_from
 
@@ -40,15 +40,16 @@ def main() -> None:
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
     taught = settings_from(args, DreamBoothSettings)
     check_dreambooth(taught, data)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run, data.caches.data_cache_dir)
     make_class_pictures(taught, model, run.seed)
     names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
 
     batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names)
-    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler, taught.prior_loss_weight)
-    shown = settings_from(args, ValidationSettings)
-    params = fit(
+    objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
+    fit(
         run,
         mesh,
         trainable={name: pipe.params[name] for name in names},
@@ -57,11 +58,10 @@ def main() -> None:
         batches=batches,
         export=functools.partial(save_networks, pipe),
         validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),
+        finish=functools.partial(save_rest, model, pipe, run.output_dir),
         config=vars(args),
     )
-    if jax.process_index() == 0:
-        save_rest(model, pipe, run.output_dir, trained=params)
-        print(run.output_dir)
+    print(run.output_dir)
     push_to_hub(run.upload, run.output_dir)
 
 
@@ -72,4 +72,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

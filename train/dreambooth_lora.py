@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from diffuse_jax.adapters.lora_file import save_lora
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.dreambooth import (
@@ -29,6 +30,7 @@ from diffuse_jax.training.loop import fit
 from diffuse_jax.training.low_rank import LoraSettings, lora_from, merged_lora
 from diffuse_jax.training.objective import ObjectiveSettings, objective_from
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import ValidationSettings, validation_from
 
@@ -38,14 +40,16 @@ def main() -> None:
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
     taught = settings_from(args, DreamBoothSettings)
     check_dreambooth(taught, data)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
+    lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run, data.caches.data_cache_dir)
     make_class_pictures(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model, run.optimizer), run.seed)
+    pairs = lora_from(lora, pipe, trained_names(model, run.optimizer), run.seed)
 
     batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=tuple(pairs))
-    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler, taught.prior_loss_weight)
-    shown = settings_from(args, ValidationSettings)
+    objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
     fit(
         run,
         mesh,
@@ -69,4 +73,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import functools
 
-import jax
-
 from diffuse_jax.training.cached import inputs_from
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import add_data, batches_from, data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.flags import settings_from
@@ -24,6 +23,7 @@ from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save
 from diffuse_jax.training.loop import fit
 from diffuse_jax.training.objective import ObjectiveSettings, objective_from
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import ValidationSettings, validation_from
 
@@ -31,16 +31,17 @@ from diffuse_jax.training.validation import ValidationSettings, validation_from
 def main() -> None:
     args = parse_args()
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run, data.caches.data_cache_dir)
     names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
     trainable = {name: pipe.params[name] for name in names}
 
     inputs = inputs_from(data, model, pipe, trained=names)  # images and captions, or what was computed from them before
     frozen = {name: params for name, params in pipe.params.items() if name not in (*names, *inputs.unused)}
-    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
-    shown = settings_from(args, ValidationSettings)
-    params = fit(
+    objective = objective_from(learned, pipe.scheduler)
+    fit(
         run,
         mesh,
         trainable=trainable,
@@ -49,11 +50,10 @@ def main() -> None:
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=functools.partial(save_networks, pipe),
         validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),
+        finish=functools.partial(save_rest, model, pipe, run.output_dir),
         config=vars(args),
     )
-    if jax.process_index() == 0:
-        save_rest(model, pipe, run.output_dir, trained=params)
-        print(run.output_dir)
+    print(run.output_dir)
     push_to_hub(run.upload, run.output_dir)
 
 
@@ -64,4 +64,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

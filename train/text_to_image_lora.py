@@ -13,6 +13,7 @@ import argparse
 
 from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.training.cached import inputs_from
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import add_data, batches_from, data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.flags import settings_from
@@ -23,6 +24,7 @@ from diffuse_jax.training.loop import fit
 from diffuse_jax.training.low_rank import LoraSettings, lora_from, merged_lora
 from diffuse_jax.training.objective import ObjectiveSettings, objective_from
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import ValidationSettings, validation_from
 
@@ -30,13 +32,15 @@ from diffuse_jax.training.validation import ValidationSettings, validation_from
 def main() -> None:
     args = parse_args()
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
+    lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run, data.caches.data_cache_dir)
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(settings_from(args, LoraSettings), pipe, trained_names(model, run.optimizer), run.seed)
+    pairs = lora_from(lora, pipe, trained_names(model, run.optimizer), run.seed)
 
     inputs = inputs_from(data, model, pipe, trained=tuple(pairs))
-    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
-    shown = settings_from(args, ValidationSettings)
+    objective = objective_from(learned, pipe.scheduler)
     fit(
         run,
         mesh,
@@ -60,4 +64,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import jax
 
+from diffuse_jax.models import Params
+from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.sharding import readable
 from diffuse_jax.training.cached import inputs_from
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import batches_from, data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.flags import settings_from
@@ -35,6 +38,7 @@ from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save
 from diffuse_jax.training.loop import fit
 from diffuse_jax.training.objective import ObjectiveSettings, objective_from
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import ValidationSettings, validation_from
 
@@ -44,13 +48,14 @@ def main() -> None:
     run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
     word = settings_from(args, InversionSettings)
     images = inversion_source(word, data)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run, data.caches.data_cache_dir)
     pipe, rows = with_placeholder(word, pipeline_from(model, mesh, float32=()))
 
     inputs = inputs_from(data, model, pipe, trained=("text_encoder",), source=images, times=word.repeats)
-    objective = objective_from(settings_from(args, ObjectiveSettings), pipe.scheduler)
-    shown = settings_from(args, ValidationSettings)
-    trained = fit(
+    objective = objective_from(learned, pipe.scheduler)
+    fit(
         run,
         mesh,
         trainable={"text_encoder": rows},
@@ -59,15 +64,20 @@ def main() -> None:
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=functools.partial(save_embeddings, word.placeholder_token),
         validate=validation_from(shown, model, pipe, functools.partial(combined, pipe), run.seed),
+        finish=functools.partial(save_pipeline, model, pipe, run.output_dir) if word.save_as_full_pipeline else None,
         config=vars(args),
     )
-    full, folder = readable(combined(pipe, trained)) if word.save_as_full_pipeline else None, Path(run.output_dir)
-    if full is not None and jax.process_index() == 0:
+    print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
+
+
+def save_pipeline(model: ModelSettings, pipe: DiffusionPipeline, output_dir: str | Path, trained: Params) -> None:
+    """The whole pipeline with the new word; all processes must call it."""
+    full, folder = readable(combined(pipe, trained)), Path(output_dir)
+    if jax.process_index() == 0:
         save_networks(pipe, folder, full)
         pipe.components["tokenizer"].save_pretrained(folder / "tokenizer")
         save_rest(model, pipe, folder, trained=("text_encoder", "tokenizer"))
-    print(run.output_dir)
-    push_to_hub(run.upload, run.output_dir)
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,4 +88,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

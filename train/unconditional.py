@@ -22,6 +22,7 @@ from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines import DDPMPipeline
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.training.arguments import add_objective, make_parser
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data import add_data, batches_from, data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.flags import settings_from
@@ -31,6 +32,7 @@ from diffuse_jax.training.networks import NetworkSettings, add_network, network_
 from diffuse_jax.training.objective import Objective, ObjectiveSettings, draw, errors, noised, objective_from
 from diffuse_jax.training.pixels import pixel_values
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.state import Metrics
 from diffuse_jax.training.upload import push_to_hub
 
@@ -44,11 +46,12 @@ def main() -> None:
     args = parse_args()
     run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run)
     unet, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
     unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
     check_network(unet.config)
     scheduler = scheduler_from(args, network)
-    params = fit(
+    fit(
         run,
         mesh,
         trainable=params,
@@ -59,8 +62,7 @@ def main() -> None:
         validate=validation_from(args, unet, scheduler, mesh),
         config=vars(args),
     )
-    if jax.process_index() == 0:
-        print(run.output_dir)
+    print(run.output_dir)
     push_to_hub(run.upload, run.output_dir)
 
 
@@ -174,4 +176,4 @@ def validation_from(
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

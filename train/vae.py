@@ -28,6 +28,7 @@ from diffuse_jax.sharding import readable
 from diffuse_jax.training.arguments import make_parser
 from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, decoder_alone, latent_deviation
 from diffuse_jax.training.batches import Batches, Counted
+from diffuse_jax.training.command import train
 from diffuse_jax.training.compute import ComputeSettings
 from diffuse_jax.training.data import DataSettings, ImageSettings, add_data, batches_from, check_sides, data_from
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
@@ -39,6 +40,7 @@ from diffuse_jax.training.networks import NetworkSettings, add_network, open_net
 from diffuse_jax.training.perceptual import NETWORKS, read_features
 from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
 from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.start import check_output
 from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.weights import write_json
 
@@ -50,6 +52,7 @@ def main() -> None:
     args = parse_args()
     run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
     mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run)
     default = SD_VAE.replace(sample_size=data.images.resolution)
     vae, params = open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)
     vae = vae.clone(remat=network.compute.remat)
@@ -62,7 +65,7 @@ def main() -> None:
     check_sizes(terms, data.images, args.crop_size)
 
     batches: Batches = batches_from(data, run.batch, mesh, pixel_values, crop_size=args.crop_size)
-    result = fit(
+    fit(
         run,
         mesh,
         trainable=trainable,
@@ -71,11 +74,11 @@ def main() -> None:
         batches=batches if terms.discriminator is None else Counted(batches),
         export=lambda folder, params: vae.save_pretrained(folder / "vae", whole(params)),
         validate=validation_from(args, data, vae, whole),
+        # Latents that did not change keep their scaling factor: networks were trained with it.
+        finish=None if kept else functools.partial(save_measured, run, data, vae),
         config=vars(args),
     )
-    if jax.process_index() == 0:
-        # Latents that did not change keep their scaling factor: networks were trained with it.
-        print(Path(run.output_dir) / "vae" if kept else save_measured(run, data, vae, whole(result)))
+    print(Path(run.output_dir) / "vae")
     push_to_hub(run.upload, run.output_dir)
 
 
@@ -183,14 +186,15 @@ def validation_from(
     return validate
 
 
-def save_measured(run: RunSettings, data: DataSettings, vae: AutoencoderKL, params: Params) -> Path:
+def save_measured(run: RunSettings, data: DataSettings, vae: AutoencoderKL, trained: Params) -> None:
     """Complete ``OUTPUT/vae`` by the scaling factor of (at most 2048 of) the training pictures' latents."""
-    deviation = latent_deviation(vae, params, first_pictures(data, MEASURED), run.batch.train_batch_size)
+    if jax.process_index() != 0:
+        return
+    deviation = latent_deviation(vae, trained["vae"], first_pictures(data, MEASURED), run.batch.train_batch_size)
     config = vae.config.replace(scaling_factor=round(1 / deviation, 5), sample_size=data.images.resolution)
     folder = Path(run.output_dir) / "vae"
     write_json(folder / "config.json", vae.clone(config=config).config_json())
-    return folder
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

@@ -42,6 +42,7 @@ def make_parser(description: str | None, output_dir: str, **defaults: Any) -> Pa
     """
     parser = Parser(description=description)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with flags; the command line wins over it")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, not only its message")
     for add_flags in (
         _add_model,
         _add_output,

@@ -1,8 +1,8 @@
 """Checkpoints of a whole run in ``OUTPUT/checkpoint-N``, N being the number of updates made.
 
 A checkpoint holds the training state (``state``, orbax), the position of the data of every process (``data-P.json``)
-and what ``export`` writes. All of it is made in ``.checkpoint-N.new``, which takes its name when everything is on disk:
-a folder that is called ``checkpoint-N`` is whole, however the run ended. It goes the same way when it is removed.
+and what ``export`` writes. All of it is made in ``.checkpoint-N.partial``, which takes its name when everything is on
+disk: a folder that is called ``checkpoint-N`` is whole, however the run ended. It goes the same way when it is removed.
 Checksums of its files (``checksums.json``) are compared before anything of it is read.
 """
 
@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from diffuse_jax.errors import bad
 from diffuse_jax.limits import parse_json, read_bounded
 from diffuse_jax.training.checksums import the_same, verify, write_checksums
+from diffuse_jax.training.folder import in_use, unused
 from diffuse_jax.training.state import TrainState
-from diffuse_jax.writing import naming
+from diffuse_jax.writing import SUFFIX, naming, only_writer
 
 STATE = "state"
 
@@ -62,6 +63,9 @@ class Checkpoints:
       limit: how many checkpoints stay. Before a save the oldest go until ``limit - 1`` are left, but never the last
         one: that goes when the new one is whole. None keeps all.
 
+    Attributes:
+      written: step of the last checkpoint that is on disk; None before that.
+
     Raises:
       ValueError: ``limit`` is less than 1.
     """
@@ -73,10 +77,13 @@ class Checkpoints:
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._commit: Future[None] | None = None
+        self.written: int | None = None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".checkpoint-*"):
-                shutil.rmtree(left)
+                with unused(left) as is_left_over:  # and not another run's, who is still writing it
+                    if is_left_over:
+                        shutil.rmtree(left, ignore_errors=True)
 
     def save(
         self, step: int, state: TrainState, position: Position, export: Callable[[Path], None] | None = None
@@ -87,42 +94,46 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: the state has numbers that are not finite; nothing is written or removed.
+          FileExistsError: another process is writing the checkpoint of this step.
           Exception: what made the save before this one fail.
         """
         self.wait()
         if not bool(_finite(state)):
             raise FloatingPointError(f"the training state is not finite after step {step}; no checkpoint is written")
-        new = self.folder / f".checkpoint-{step}.new"
-        if jax.process_index() == 0:
-            self._remove_oldest(before=step, keep=None if self.limit is None else max(self.limit - 1, 1))
-            if new.exists():
-                shutil.rmtree(new)
-            new.mkdir(parents=True)
-            if export is not None:
-                export(new)
-        meet("checkpoint folder")
-        data = new / f"data-{jax.process_index()}.json"
-        with naming(data):
-            data.write_text(json.dumps(position._asdict()), encoding="utf-8")
-        self._orbax.save(new / STATE, state)
-        self._commit = self._thread.submit(self._finish, step, new)
+        new = self.folder / f".checkpoint-{step}{SUFFIX}"
+        with ExitStack() as stack:
+            if jax.process_index() == 0:
+                self._remove_oldest(before=step, keep=None if self.limit is None else max(self.limit - 1, 1))
+                stack.enter_context(only_writer(self.folder / f"checkpoint-{step}"))
+                if export is not None:
+                    export(new)
+            meet("checkpoint folder")
+            data = new / f"data-{jax.process_index()}.json"
+            with naming(data):
+                data.write_text(json.dumps(position._asdict()), encoding="utf-8")
+            self._orbax.save(new / STATE, state)
+            self._commit = self._thread.submit(self._finish, step, new, stack.pop_all())
 
-    def _finish(self, step: int, new: Path) -> None:
-        self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
-            write_checksums(new, [*new.glob("data-*.json"), *(p for p in (new / STATE).rglob("*") if p.is_file())])
-            final = self.folder / f"checkpoint-{step}"
-            if final.exists():
-                remove(final)
-            new.rename(final)
-            self._remove_oldest(before=step, keep=None if self.limit is None else self.limit - 1)
+    def _finish(self, step: int, new: Path, claim: ExitStack) -> None:
+        with claim:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                write_checksums(new, [*new.glob("data-*.json"), *(p for p in (new / STATE).rglob("*") if p.is_file())])
+                final = self.folder / f"checkpoint-{step}"
+                if final.exists():
+                    remove(final)
+                new.rename(final)
+                self._remove_oldest(before=step, keep=None if self.limit is None else self.limit - 1)
+        self.written = step
 
     def _remove_oldest(self, before: int, keep: int | None) -> None:
         """Checkpoints of later steps belong to a run that was left behind; they count as the oldest."""
         found = list(checkpoints(self.folder))
         old = [n for n in found if n > before] + [n for n in found if n < before]
         for n in [] if keep is None else old[: max(0, len(old) - keep)]:
-            remove(self.folder / f"checkpoint-{n}")
+            with unused(self.folder / f"checkpoint-{n}") as is_unused:
+                if is_unused:  # else its turn comes with the next save
+                    remove(self.folder / f"checkpoint-{n}")
 
     def wait(self) -> None:
         """Until the last save is on disk, on all processes; what made it fail is raised."""
@@ -131,10 +142,16 @@ class Checkpoints:
 
     def _written(self) -> bool:
         """Wait for this process's part of the last save; False if there is none to wait for."""
-        commit, self._commit = self._commit, None
-        if commit is not None:
+        commit = self._commit
+        if commit is None:
+            return False
+        try:
             commit.result()
-        return commit is not None
+        except Exception:
+            self._commit = None
+            raise
+        self._commit = None  # not where a signal ends the waiting: it can be waited for again
+        return True
 
     def close(self) -> None:
         """End the threads; what is being written is finished. Also where another process may have failed."""
@@ -187,6 +204,8 @@ def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
 def load_checkpoint(folder: Path, like: Any) -> TrainState:
     """Read a state, bit for bit as it was saved.
 
+    Meanwhile no run removes the checkpoint.
+
     Args:
       folder: ``checkpoint-N``.
       like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings: what the numbers are and where they go. The
@@ -197,7 +216,7 @@ def load_checkpoint(folder: Path, like: Any) -> TrainState:
         them.
     """
     wanted, path = shapes_of(like), folder.resolve()
-    with the_same(path), ocp.StandardCheckpointer() as checkpointer:
+    with in_use(path), the_same(path), ocp.StandardCheckpointer() as checkpointer:
         with _undamaged(folder):
             verify(path)
             saved = _table(checkpointer.metadata(path / STATE).item_metadata.tree)

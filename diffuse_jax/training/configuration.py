@@ -19,7 +19,7 @@ MAX_NESTING = 16
 """Lists and mappings inside each other; flags need two."""
 
 SECRETS = ("hub_token",)
-OWN = ("config", "process_id")
+OWN = ("config", "process_id", "debug")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

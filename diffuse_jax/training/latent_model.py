@@ -107,9 +107,13 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
 def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path, trained: Iterable[str]) -> None:
     """Complete the trained networks in a folder to a pipeline: every other file of the source, as it is there.
 
+    All processes may call it; process 0 writes.
+
     The scheduler stays the source's sampler, with the prediction type that was trained. ``model_index.json`` comes
     last; it leaves out what the source names but does not hold.
     """
+    if jax.process_index() != 0:
+        return
     source, folder = source_folder(model), Path(folder)
     index, kept, vae = weights.read_index(source), set(trained), model.pretrained_vae_model_name_or_path
     for name, entry in index.components.items():

@@ -1,8 +1,10 @@
-"""A whole training run around the compiled step: batches in; log, checkpoints, pictures and the trained model out."""
+"""A whole training run around the compiled step: batches in; log, checkpoints, images and the trained model out."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,19 @@ from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.sharding import param_shardings, readable
+from diffuse_jax.timing import compile_seconds
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.checkpoint import Checkpoints, Position, shapes_of
 from diffuse_jax.training.configuration import values_of, write_config
 from diffuse_jax.training.distributed import say
 from diffuse_jax.training.flops import count_flops, peak_flops
-from diffuse_jax.training.interruption import interruptions
+from diffuse_jax.training.folder import claimed
+from diffuse_jax.training.interruption import BEFORE, Interrupted, Phase, interruptions
 from diffuse_jax.training.monitor import Monitor, Work
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
 from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import Counts, counted, divided, local, place, resumed, starting_point
+from diffuse_jax.training.start import Counts, begin, counted, divided, local, place, resumed
 from diffuse_jax.training.state import Average, Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Pictures, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
@@ -43,12 +47,14 @@ def fit(
     batches: Batches,
     export: Export | None = None,
     validate: Validate | None = None,
+    finish: Callable[[Params], None] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Params:
     """Train, and write what belongs to the run into ``run.output_dir``.
 
     The run ends after ``max_train_steps`` steps, counted from step 0 also when it is resumed. SIGTERM and Ctrl-C end it
-    earlier, with a checkpoint. Nothing is fetched from the device between two records of the log.
+    earlier, with a checkpoint of the last finished step; so does an error. Nothing is fetched from the device between
+    two records of the log.
 
     Args:
       run: what the run is; of a script's flags by :func:`~diffuse_jax.training.flags.settings_from`.
@@ -60,8 +66,10 @@ def fit(
         number of examples, ``total``, the run can be counted in epochs; if they have ``close``, it is called.
       export: writes trained parameters (their average with ``use_ema``) in inference format: into every checkpoint
         and, at the end, into ``output_dir``. Called on process 0 only, with arrays that are whole there.
-      validate: pictures of such parameters, ``[(name, PIL.Image), ...]``. Called on every process, with the arrays on
+      validate: images of such parameters, ``[(name, PIL.Image), ...]``. Called on every process, with the arrays on
         the mesh as training has them; what process 0 returns is logged.
+      finish: completes the trained model in ``output_dir`` when it is written. Called at the end on every process, with
+        the trained parameters, readable.
       config: what ``training.yaml`` and trackers are to say of the run, by the names of flags; the settings if None.
 
     Returns:
@@ -71,78 +79,134 @@ def fit(
       ValueError: settings, data and devices do not fit together, or a checkpoint is of another training.
       FileNotFoundError: ``resume_from_checkpoint`` names a checkpoint that is not there.
       FileExistsError: the folder has checkpoints, and no setting says what to do with them.
+      RuntimeError: another run writes into the folder.
+      OSError: files cannot be written there.
       ImportError: a tracker that ``report_to`` names is not installed.
       ConnectionError: ``push_to_hub``, and the Hub cannot be reached or does not let us write.
       FloatingPointError: loss, gradient or state is not finite; step and batch are named and no checkpoint is made.
       Interrupted: a signal ended the run (a ``SystemExit``).
     """
-    rows = run.batch.images_per_step(mesh)
-    counts = counted(run, rows, batches)
-    trackers = wanted_trackers(run.trackers.report_to)
-    optimizer, rate = optimizer_from(run.optimizer, counts.steps, rows, trainable)
-    average, output = run.ema.average, Path(run.output_dir)
-    make_repository(run.upload, output)
-    folder = starting_point(run)  # may remove an old run: every setting has been checked
-    state = init_state(local(trainable), optimizer, run.ema.use_ema, mesh)
-    if folder is not None:
-        like = shapes_of(state)
-        del state  # the memory of the one is free before the other is read
-        state = resumed(folder, like, batches, rows, counts.steps)
-    frozen = place(frozen, mesh)
-    step = make_step(loss, optimizer, run.seed, average, param_shardings(state, mesh))
-    describe(run, counts, mesh, state, frozen, batches)
-    first, last = int(state.step), counts.steps
-    saver, profiler = Checkpoints(output, run.checkpoints_total_limit), Profiler(run.profile, output, first)
-    config = dict(values_of(run) if config is None else config)
-    config |= {"max_train_steps": counts.steps, "validation_steps": counts.validation}
-    opened = open_records(run, config, trackers, first)
-    more = functools.partial(rates, rate, average if run.ema.use_ema else None)
-    monitor = Monitor(opened, first, last, Work(rows, mesh.devices.size), more)
-    profiler.memory("initial")
+    output, alone = Path(run.output_dir), jax.process_count() == 1
+    with contextlib.ExitStack() as stack:
+        interrupted = stack.enter_context(interruptions(BEFORE))
+        compiling = stack.enter_context(compile_seconds())
 
-    def save(made: int, export: Export | None) -> None:
-        position = Position(batches.get_state(), rows, jax.process_count())
-        saver.save(made, state, position, bound(export, state))
+        rows = run.batch.images_per_step(mesh)
+        counts = counted(run, rows, batches)
+        trackers = wanted_trackers(run.trackers.report_to)
+        optimizer, rate = optimizer_from(run.optimizer, counts.steps, rows, trainable)
+        average = run.ema.average
+        make_repository(run.upload, output)
+        if jax.process_index() == 0:
+            stack.enter_context(claimed(output))
+        folder = begin(run)  # may remove an old run: every setting has been checked
+        state = init_state(local(trainable), optimizer, run.ema.use_ema, mesh)
+        if folder is not None:
+            like = shapes_of(state)
+            del state  # the memory of the one is free before the other is read
+            say(f"reading {folder}")
+            state = resumed(folder, like, batches, rows, counts.steps)
+        frozen = place(frozen, mesh)
+        step = make_step(loss, optimizer, run.seed, average, param_shardings(state, mesh))
+        describe(run, counts, mesh, state, frozen, batches)
+        first, last = int(state.step), counts.steps
+        saver, profiler = Checkpoints(output, run.checkpoints_total_limit), Profiler(run.profile, output, first)
+        config = dict(values_of(run) if config is None else config)
+        config |= {"max_train_steps": counts.steps, "validation_steps": counts.validation}
+        opened = open_records(run, config, trackers, first)
+        more = functools.partial(rates, rate, average if run.ema.use_ema else None)
+        work = Work(rows, mesh.devices.size, examples=getattr(batches, "total", None))
+        monitor = Monitor(opened, first, last, work, more, compiling)
+        profiler.memory("initial")
+        made, reached = first, batches.get_state()  # what a checkpoint would hold
+        start = BEFORE if folder is None else Phase(f"the run ends; no step was finished since {folder}", True, True)
 
-    try:
-        with interruptions() as interrupted:
-            for n in range(first, last):
-                made = n + 1
-                with profiler.step(n):
-                    batch = divided(next(batches), mesh, run.batch.gradient_accumulation_steps)
+        def save(export: Export | None) -> None:
+            position = Position(reached, rows, jax.process_count())
+            saver.save(made, state, position, bound(export, state))
+
+        with interrupted.phase(SAVING if alone else NOT_ALONE):
+            try:
+                for n in range(first, last):
+                    with profiler.step(n), interrupted.phase(start) if n == first else contextlib.nullcontext():
+                        with interrupted.at_once():  # the data may be slow, and nothing is half done
+                            batch = divided(next(batches), mesh, run.batch.gradient_accumulation_steps)
+                        if n == first:
+                            say("compiling the training step; for a large network this takes minutes, once")
+                            monitor.work = measured(run.peak_tflops, work, loss, state.params, frozen, batch)
+                        state, metrics = step(state, frozen, batch)
+                    made, reached = n + 1, batches.get_state()
+                    profiler.after(n, metrics)
+                    monitor.add(made, metrics, batches.names)
                     if n == first:
-                        monitor.work = measured(run.peak_tflops, monitor.work, loss, state.params, frozen, batch)
-                    state, metrics = step(state, frozen, batch)
-                profiler.after(n, metrics)
-                monitor.add(made, metrics, batches.names)
-                if interrupted(made):
-                    monitor.flush()
-                    save(made, None)  # the state first: there may be seconds left
+                        say(f"compiled in {compiling():.1f} s; step {made} is done")
+                    if interrupted(made):
+                        raise interrupted.ended()
+                    saves, validates = made % run.checkpointing_steps == 0, made % counts.validation == 0
+                    if made % run.logging_steps == 0 or made == last or saves:
+                        monitor.flush()
+                    if saves:
+                        with monitor.aside():
+                            save(export)
+                    if validate is not None and validates and made < last:
+                        with monitor.aside(), interrupted.at_once():
+                            show(made, state, validate, monitor)
+                with interrupted.at_once():
                     saver.wait()
-                    raise interrupted.end(f"checkpoint-{made} is written; --resume_from_checkpoint latest goes on")
-                saves, validates = made % run.checkpointing_steps == 0, made % counts.validation == 0
-                if made % run.logging_steps == 0 or made == last or saves:
-                    monitor.flush()
-                if saves:
-                    with monitor.aside():
-                        save(made, export)
-                if validate is not None and validates and made < last:
-                    with monitor.aside():
-                        show(made, state, validate, monitor)
+                    write = bound(export, state)
+                    if write is not None and jax.process_index() == 0:
+                        write(output)
+                    if finish is not None:
+                        finish(readable(trained(state)))
+                    if validate is not None and first < last:  # whatever becomes of the images, the result is there
+                        with profiler.validation():
+                            show(last, state, validate, monitor)
+                    profiler.memory("final")
+            except Interrupted:
+                if not (alone or interrupted.agreed):
+                    raise
+                if made == first:
+                    raise interrupted.end(start.then) from None
+                raise interrupted.end(rescued(save, saver, monitor, made)) from None
+            except FloatingPointError:  # what is not finite is not kept
+                raise
+            except Exception as error:
+                if not alone:  # the others do not know
+                    raise
+                kept = start.then if made == first else rescued(save, saver, monitor, made)
+                if interrupted.signal is not None:  # the run was to end anyway, and the signal may be what went wrong
+                    raise interrupted.end(f"{kept} (after an error: {error or type(error).__name__})") from error
+                if made > first:
+                    say(kept)
+                raise
+            finally:
+                profiler.close()
+                monitor.close()
+                getattr(batches, "close", lambda: None)()
+                saver.close()
+        return readable(trained(state))
+
+
+SAVING = Phase(
+    "the run ends when the last finished step is saved; a second Ctrl-C stops it at once, without a checkpoint",
+    at_once=False,
+)
+NOT_ALONE = Phase("this process of the run ends, without a checkpoint", at_once=True, nothing_to_save=True)
+"""Ctrl-C on one of several processes; their SIGTERM is JAX's affair."""
+
+
+def rescued(save: Callable[[None], None], saver: Checkpoints, monitor: Monitor, made: int) -> str:
+    """Save the state of the last finished step, unless it is on disk already; returns what became of it."""
+    with contextlib.suppress(Exception):  # of an earlier save
         saver.wait()
-        write = bound(export, state)
-        if write is not None and jax.process_index() == 0:
-            write(output)
-        if validate is not None and first < last:  # whatever becomes of the pictures, the result is there
-            with profiler.validation():
-                show(last, state, validate, monitor)
-        profiler.memory("final")
-    finally:
-        profiler.close()
-        monitor.close()
-        getattr(batches, "close", lambda: None)()
-        saver.close()
-    return readable(trained(state))
+    try:
+        monitor.flush()
+        if saver.written != made:
+            save(None)  # the state alone: there may be seconds left
+            saver.wait()
+    except Exception as error:
+        return f"no checkpoint of step {made} could be written: {error}"
+    return f"checkpoint-{made} is written; --resume_from_checkpoint latest goes on"
 
 
 def trained(state: TrainState) -> Params:
@@ -159,8 +223,11 @@ def bound(export: Export | None, state: TrainState) -> Callable[[Path], None] | 
 
 
 def show(made: int, state: TrainState, validate: Validate, monitor: Monitor) -> None:
-    """Validation pictures; all processes must call it."""
+    """Validation images; all processes must call it."""
+    say(f"making validation images after step {made}")
+    start = time.perf_counter()
     pictures = validate(trained(state))
+    say(f"validation images are made ({time.perf_counter() - start:.1f} s)")
     if jax.process_index() == 0:
         monitor.pictures(made, pictures)
 
@@ -208,7 +275,7 @@ def describe(run: RunSettings, counts: Counts, mesh: Mesh, state: TrainState, fr
         f"  examples                 {'a stream' if examples is None else f'{examples:,}'}\n"
         f"  batch per device         {run.batch.train_batch_size}\n"
         f"  accumulation steps       {run.batch.gradient_accumulation_steps}\n"
-        f"  pictures per update      {total:,}\n"
+        f"  images per update        {total:,}\n"
         f"  devices                  {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes}), "
         f"{jax.process_count()} processes\n"
         f"  updates                  {int(state.step):,} to {counts.steps:,}"

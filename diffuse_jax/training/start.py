@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from diffuse_jax.output import writable
 from diffuse_jax.sharding import automatic, is_global, param_shardings, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
@@ -21,6 +23,7 @@ from diffuse_jax.training.checkpoint import (
     remove,
 )
 from diffuse_jax.training.distributed import say
+from diffuse_jax.training.folder import claimed
 from diffuse_jax.training.run import RunSettings
 from diffuse_jax.training.state import TrainState
 
@@ -63,6 +66,26 @@ def counted(run: RunSettings, images: int, batches: Batches) -> Counts:
     return Counts(run.max_train_steps or run.num_train_epochs * epoch, run.validation_steps or by_epoch)
 
 
+def check_output(run: RunSettings, *others: str | Path) -> None:
+    """Refuse folders that a run cannot write, before minutes of loading; :func:`fit` claims the first one later.
+
+    To be called when the processes of a run have found each other.
+
+    Args:
+      run: names the folder of the run.
+      *others: folders that will be written besides, such as that of a cache.
+
+    Raises:
+      OSError: files cannot be written to one of them.
+      RuntimeError: another run has the folder.
+      FileNotFoundError, FileExistsError: as :func:`starting_point`.
+    """
+    for folder in (run.output_dir, *others) if jax.process_index() == 0 else ():
+        writable(Path(folder))
+    with claimed(run.output_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        starting_point(run)
+
+
 def starting_point(run: RunSettings) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` names, or None; ``latest`` without a checkpoint starts anew.
 
@@ -71,16 +94,28 @@ def starting_point(run: RunSettings) -> Path | None:
       FileExistsError: a new run would mix its checkpoints with those of an old one.
     """
     if run.resume_from_checkpoint:
-        folder = find_checkpoint(run.output_dir, str(run.resume_from_checkpoint))
-        if folder is None:
-            say(f"no checkpoint in {run.output_dir}; starting from step 0")
-        return folder
+        return find_checkpoint(run.output_dir, str(run.resume_from_checkpoint))
     old = list(checkpoints(run.output_dir).values())
     if old and not run.overwrite_output_dir:
         raise FileExistsError(
             f"{run.output_dir} has {', '.join(p.name for p in old)}; say --resume_from_checkpoint latest to go on, "
             "--overwrite_output_dir to remove them, or another --output_dir"
         )
+    return None
+
+
+def begin(run: RunSettings) -> Path | None:
+    """The same; where the run starts from step 0, checkpoints of an older one go.
+
+    Raises:
+      FileNotFoundError, FileExistsError: as :func:`starting_point`.
+    """
+    folder = starting_point(run)
+    if run.resume_from_checkpoint:
+        if folder is None:
+            say(f"no checkpoint in {run.output_dir}; starting from step 0")
+        return folder
+    old = list(checkpoints(run.output_dir).values())
     meet("old checkpoints")
     for path in old if jax.process_index() == 0 else []:
         remove(path)
@@ -102,7 +137,7 @@ def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
             "beginning; ask for more"
         )
     if position.rows != rows:
-        say(f"note: {folder} was trained with {position.rows} pictures per update, this run has {rows}")
+        say(f"note: {folder} was trained with {position.rows} images per update, this run has {rows}")
     try:
         batches.set_state(position.batches)
     except (TypeError, LookupError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.util
 import io
 import json
@@ -72,8 +73,9 @@ class JsonLines:
     def numbers(self, step: int, record: Mapping[str, float]) -> None:
         # Nine digits tell any two float32 apart.
         rounded = {k: float(f"{v:.9g}") for k, v in record.items()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **rounded}) + "\n")
+            file.write(json.dumps({"step": step, "time": now, **rounded}) + "\n")
 
     def pictures(self, step: int, pictures: Pictures) -> None:
         folder = self.folder / "validation" / f"step-{step}"

@@ -1,12 +1,15 @@
 """A whole training of a straight line, as a script: for the tests that kill it, and those with several processes.
 
-python tests/training/line.py --output_dir FOLDER --max_train_steps 20 [--pause SECONDS] [any shared flag]
+python tests/training/line.py --output_dir FOLDER --max_train_steps 20 [--pause SECONDS] [--worker] [any shared flag]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import numpy as np
 
 from diffuse_jax.training.arguments import make_parser
 from diffuse_jax.training.batches import Batch, BatchSettings, Numbered
+from diffuse_jax.training.command import train
 from diffuse_jax.training.data.loader import process_rows
+from diffuse_jax.training.data.workers import in_turns
 from diffuse_jax.training.devices import DeviceSettings, mesh_from
 from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.loop import fit
@@ -56,6 +61,27 @@ def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float
     return Numbered(batch, lambda n: [f"point {n}.{row}" for row in mine])
 
 
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """The points of all updates, as a worker process makes them."""
+
+    rows: int
+    pause: float
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for n in itertools.count():
+            time.sleep(self.pause)
+            yield points(n, self.rows)
+
+
+def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Numbered:
+    """The same from a worker process; of a run that starts at step 0."""
+    made = in_turns([Points(settings_from(args, BatchSettings).images_per_step(mesh), args.pause)], processes=True)
+    batches = Numbered(lambda n: {"x": next(made)})
+    batches.close = made.close  # type: ignore[attr-defined]
+    return batches
+
+
 def save(folder: Path, params: Any) -> None:
     """What stands for the model in its inference format."""
     (folder / "line").mkdir(parents=True, exist_ok=True)
@@ -90,11 +116,13 @@ def train_line(args: argparse.Namespace, **options: Any) -> Any:
 def main() -> None:
     parser = make_parser(__doc__, output_dir="line", **FLAGS)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--worker", action="store_true")
     args = parser.parse_args()
     mesh = line_mesh(args)
-    train_line(args, mesh=mesh, batches=line_batches(args, mesh, args.pause))
+    batches = worker_batches(args, mesh) if args.worker else line_batches(args, mesh, args.pause)
+    train_line(args, mesh=mesh, batches=batches)
     print("finished")
 
 
 if __name__ == "__main__":
-    main()
+    train(main)

@@ -154,7 +154,7 @@ def test_a_state_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
-    for name in (".checkpoint-4.new", ".checkpoint-2.old"):
+    for name in (".checkpoint-4.partial", ".checkpoint-2.old"):
         (tmp_path / name / "state").mkdir(parents=True)
     assert checkpoints(tmp_path) == {}
     Checkpoints(tmp_path).close()
@@ -260,7 +260,7 @@ def test_many_more_kills(tmp_path: Path, more: int) -> None:
 
 
 def test_interrupted_saves_and_goes_on_exactly(tmp_path: Path) -> None:
-    """SIGTERM during step 5 of 9: a checkpoint of it, exit code 143, and then the same end as without."""
+    """SIGTERM while batch 5 of 9 is made: a checkpoint of step 4, exit code 143, and then the same end as without."""
     from diffuse_jax.training.interruption import Interrupted
 
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
@@ -269,7 +269,7 @@ def test_interrupted_saves_and_goes_on_exactly(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as ended:
         train_line(args, batches=Signalling(args, signal.SIGTERM, at=4))
     assert ended.value.code == 143
-    assert list(checkpoints(stopped)) == [5]
+    assert list(checkpoints(stopped)) == [4]
     assert_same_bits(
         train_line(arguments(output_dir=stopped, max_train_steps=9, resume_from_checkpoint="latest")), wanted
     )
@@ -301,7 +301,7 @@ def test_ctrl_c_once_saves(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as ended:
         train_line(args, batches=Signalling(args, signal.SIGINT, at=1))
     assert ended.value.code == 130
-    assert list(checkpoints(tmp_path)) == [2]
+    assert list(checkpoints(tmp_path)) == [1]
 
 
 def test_a_flipped_bit_anywhere_is_refused_and_an_older_checkpoint_named(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +39,12 @@ class Kept:
 
     def close(self) -> None:
         pass
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``log.jsonl`` that are there so far."""
+    log = folder / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
 def metrics(loss: float, norm: float = 1.0) -> dict[str, Any]:
@@ -96,6 +104,47 @@ def test_no_speed_of_a_step_that_was_compiled(clock: Any) -> None:
     monitor.close()
 
 
+def test_compiling_is_not_part_of_the_speed(clock: Any) -> None:
+    """As where a batch of another size is compiled in the middle of a run."""
+    kept, compiled = Kept(), 0.0
+    monitor = Monitor([kept], 0, 3, Work(images=1, devices=1), lambda n: {}, lambda: compiled)
+    for step, seconds in ((1, 60.0), (2, 30.0), (3, 0.0)):
+        clock.now += seconds + 2
+        compiled += seconds
+        monitor.add(step, metrics(1.0), ())
+    monitor.flush()
+    assert kept.records[3]["steps_per_second"] == pytest.approx(0.5)
+    monitor.close()
+
+
+def test_a_record_says_where_the_run_is(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Kept()
+    monitor = Monitor([kept], 0, 10, Work(images=8, devices=1, examples=32), lambda n: {})
+    clock.now += 7
+    monitor.add(6, metrics(0.25), ())
+    monitor.flush()
+    assert kept.records[6]["elapsed_seconds"] == pytest.approx(7)
+    assert kept.records[6]["epoch"] == pytest.approx(1.5)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step 6 of 10, epoch 1.50: loss 0.2500\n", line)
+    monitor.close()
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(Kept):
+        def numbers(self, step: int, record: dict[str, float]) -> None:
+            raise OSError("no space left")
+
+    kept = Kept()
+    monitor = Monitor([Full(), kept], 0, 2, Work(1, 1), lambda n: {})
+    for step in (1, 2):
+        monitor.add(step, metrics(1.0), ())
+        monitor.flush()
+    assert list(kept.records) == [1, 2]
+    assert capsys.readouterr().err.count("warning: Full cannot be written (OSError('no space left'))") == 1
+    monitor.close()
+
+
 def test_no_utilisation_of_an_unknown_device() -> None:
     kept = Kept()
     monitor = Monitor([kept], 0, 1, Work(1, 1), lambda n: {})
@@ -126,6 +175,7 @@ def test_the_log_holds_each_step_once(tmp_path: Path) -> None:
     again = JsonLines(tmp_path, 4)
     again.numbers(6, {"loss": 0.5})
     records = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert all(datetime.datetime.fromisoformat(record.pop("time")).tzinfo for record in records)
     assert records == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 

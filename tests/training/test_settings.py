@@ -143,7 +143,7 @@ def test_every_flag_is_read(script: str, monkeypatch: pytest.MonkeyPatch) -> Non
     read = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "args"}
     made = {kind for kind in all_settings() if f"settings_from(args, {kind.__name__})" in text}
     made |= {DataSettings} if "data_from(args)" in text else set()
-    flags = {a.dest for a in parser._actions if a.default is not argparse.SUPPRESS} - {"config"}
+    flags = {a.dest for a in parser._actions if a.default is not argparse.SUPPRESS} - {"config", "debug"}
     known = read | {name for kind in made for name in fields_of(kind)}
     assert flags - known == set(), "nothing reads these"
 

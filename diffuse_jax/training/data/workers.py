@@ -7,6 +7,7 @@ batches made ahead, which containers keep small.)
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -16,8 +17,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import util
+from multiprocessing import resource_tracker, util
 from typing import Any, TypeVar
+
+from diffuse_jax.training.interruption import shielded
 
 T = TypeVar("T")
 
@@ -28,7 +31,8 @@ AHEAD = 2
 def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, None, None]:
     """The first item of every share, then the second of every share, and so on; shares do not end.
 
-    Closing the iterator ends the workers. So does the end of the program, and its death.
+    Closing the iterator ends the workers. So does the end of the program, and its death. Signals to the whole group of
+    processes, such as Ctrl-C, are for the program alone: it decides when it needs no more items.
 
     Args:
       shares: what each worker iterates over; they must pickle if the workers are processes.
@@ -40,8 +44,9 @@ def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, Non
     workers = [_process(share) if processes else _thread(share) for share in shares]
     pending: deque[Future[T]] = deque()
     try:
-        for pool, job in workers * AHEAD:
-            pending.append(pool.submit(job))
+        with shielded() if processes else contextlib.nullcontext():  # the first job of a pool starts its process
+            for pool, job in workers * AHEAD:
+                pending.append(pool.submit(job))
         for pool, job in itertools.cycle(workers):
             item = pending.popleft().result()
             pending.append(pool.submit(job))
@@ -64,6 +69,7 @@ def _thread(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
 
 def _process(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX has threads may hang
+    resource_tracker.ensure_running()  # would else be started with the first worker, and let signals through again
     return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(share,)), _next
 
 

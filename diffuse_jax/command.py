@@ -1,0 +1,69 @@
+"""The border of a command: what the user did wrong is one line and an exit status, what we did wrong a traceback."""
+
+from __future__ import annotations
+
+import dis
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import CodeType
+
+MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError)
+"""What is raised on purpose, besides errors of the system."""
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARIES = tuple(Path(path) for path in sysconfig.get_paths().values())
+
+
+def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None = None) -> int:
+    """Do the work and return the exit status of the process: 0 done, 1 failed, 130 after Ctrl-C.
+
+    An error of the system, such as a missing file, and one that this package (or the user's code) raises on purpose
+    become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows where they came from. Any other exception
+    is a fault of the program and passes with its traceback.
+
+    Args:
+      name: what the line begins with.
+      work: the command.
+      argv: its words; those of the process when left out.
+    """
+    debug = os.environ.get("DIFFUSE_JAX_DEBUG") or "--debug" in (sys.argv if argv is None else argv)
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        if debug or not is_mistake(error):
+            raise
+        print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether an error tells the user something: of the system, or of a ``raise`` outside of other libraries."""
+    if isinstance(error, OSError | ImportError):
+        return True
+    if not isinstance(error, MISTAKES):
+        return False
+    if type(error.__cause__).__name__ == "_RemoteTraceback":  # of a worker process, as text
+        raised = re.findall(r'^  File "(.*)", line \d+, in .*\n    (.*)$', str(error.__cause__), re.MULTILINE)
+        return bool(raised) and _ours(raised[-1][0]) and raised[-1][1].strip().startswith("raise ")
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and _ours(at.tb_frame.f_code.co_filename) and _raises(at.tb_frame.f_code, at.tb_lasti)
+
+
+def _ours(file: str) -> bool:
+    parents = Path(file).resolve().parents
+    return PACKAGE in parents or not any(library in parents for library in LIBRARIES)
+
+
+def _raises(code: CodeType, at: int) -> bool:
+    """Whether the instruction is a ``raise`` statement, and not a call or an operator that failed."""
+    return dis.opname[code.co_code[at]] in ("RAISE_VARARGS", "RERAISE")
