@@ -1,4 +1,4 @@
-"""A family: how a kind of checkpoint is conditioned. A new one is a file in ``families/``; every task works for it."""
+"""A family: how a kind of checkpoint is conditioned. Add one as a file in ``families/``; every task works with it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of a call, checked as far as every family does.
+    """The arguments of a call, after the checks that all families share.
 
     Attributes:
-      options: every argument by name, prompts too; those that are None are left out.
+      options: every argument by name, including prompts; arguments that are None are left out.
       prompts: number of prompts.
       copies: images per prompt.
       size: (height, width) in pixels.
@@ -38,7 +38,7 @@ class Call:
         return self.prompts * self.copies
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An argument, or its default."""
+        """The value of an argument, or ``default`` if it was not given."""
         return self.options.get(name, default)
 
 
@@ -51,26 +51,26 @@ class Family(Protocol):
 
     @property
     def plan_options(self) -> tuple[str, ...]:
-        """Those of them that go to the sampler's plan."""
+        """The names of the arguments that are passed on to the sampler's plan."""
 
     def rows(self, pipe: Any, call: Call) -> Rows:
-        """What conditions the network, one row per image."""
+        """The network's conditioning, one row per image."""
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
-        """Text to image with these rows."""
+        """The text-to-image method for these rows."""
 
 
 def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], **plan_options: Any) -> Request:
-    """The request of a pipeline with prompts, from noise; tasks then change what is different about them.
+    """The text-to-image request of a pipeline, starting from noise; the other tasks modify it.
 
     Args:
       pipe: a pipeline with a ``family``.
-      options: the arguments of the call, prompts and guidance scale too.
+      options: the arguments of the call, including prompts and guidance scale.
       size: (height, width) in pixels.
       **plan_options: further arguments of the sampler's plan, for example ``strength``.
 
     Raises:
-      ValueError, TypeError: an argument is impossible or contradicts another one.
+      ValueError, TypeError: an argument is invalid or contradicts another one.
     """
     family = pipe.family
     named = {"prompt", "prompt_2", "guidance_scale"}
@@ -100,10 +100,10 @@ OUTPUTS = ("pil", "np", "latent")
 
 
 def check_output(output_type: str) -> str:
-    """The ``output_type`` itself.
+    """Return ``output_type`` if it is one of ``OUTPUTS``.
 
     Raises:
-      ValueError: there is no such type.
+      ValueError: it is not.
     """
     if output_type not in OUTPUTS:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
@@ -111,10 +111,11 @@ def check_output(output_type: str) -> str:
 
 
 def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """The size of images in pixels; what is None comes from the checkpoint.
+    """The image size (height, width) in pixels; a side that is None defaults to the checkpoint's.
 
     Raises:
-      ValueError: not a positive multiple of the autoencoder's scale; the text names the nearest sizes that are.
+      ValueError: a side is not a positive multiple of the autoencoder's downsampling factor (the message gives the
+        nearest valid sizes), or the checkpoint has no default.
     """
     scale = pipe.components["vae"].config.scale
     default = pipe.components["unet"].config.sample_size
@@ -122,7 +123,7 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
     sizes = []
     for name, given, latents in zip(("height", "width"), (height, width), default, strict=True):
         if given is None and latents is None:
-            raise ValueError(f"the checkpoint does not say its size (sample_size): give {name}")
+            raise ValueError(f"the checkpoint has no default size (sample_size); give {name}")
         size = latents * scale if given is None else given
         if size < scale or size % scale:
             below = max(scale, size // scale * scale)
@@ -132,10 +133,10 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
 
 
 def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
-    """The caller's own rows as arrays.
+    """The rows that the caller passed, as arrays.
 
     Raises:
-      ValueError: one has another number of entries than there are images.
+      ValueError: a row does not have one entry per image.
     """
     found = {name: np.asarray(value) for name, value in (rows or {}).items()}
     for name, value in found.items():

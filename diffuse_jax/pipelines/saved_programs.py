@@ -1,7 +1,7 @@
-"""Programs in files: what a file is called, and how it is written and read.
+"""Compiled programs on disk: how files are named, written and read.
 
-The name is a hash of everything that a program depends on, so a program is found only where all of that is the same. A
-file holds executable code: it is read only from folders that nobody else can write to, and only if it is whole.
+The name is a hash of everything that a program depends on, so a program is found only if all of that matches. A file
+holds executable code: it is read only if it is complete and nobody else can write to its folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Key(NamedTuple):
-    """What a program is compiled for; compared as it is, and described in words for a file's name."""
+    """What a program is compiled for; compared directly in memory, and as text in a file's name."""
 
     fn: Callable[..., Any]
     method: Any
@@ -54,11 +54,11 @@ def placement(array: Any) -> Any:
 
 
 class NotDescribable(ValueError):
-    """Something in a method has no description that holds in another process."""
+    """A method contains something that cannot be described the same way in another process."""
 
 
 def file_name(key: Key, args: Any) -> str:
-    """What the file of a program is called.
+    """The file name of a program.
 
     Raises:
       NotDescribable: the method holds a closure, or an object of an unknown kind.
@@ -81,10 +81,10 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic
 
 
 def described(value: Any) -> str:
-    """A text that is the same in every process, and differs where the program may.
+    """A string that is the same in every process, and differs whenever the program may.
 
     Raises:
-      NotDescribable: it is a closure, a lambda, or an object that only its address tells from others.
+      NotDescribable: it is a closure, a lambda, or an object that only its address identifies.
     """
     if isinstance(value, PLAIN):
         return repr(value)
@@ -97,11 +97,11 @@ def described(value: Any) -> str:
             f"{f.name}={described(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
         )
         return f"{_source_of(type(value))}({fields})"
-    raise NotDescribable(f"{value!r} has no description that holds in another process")
+    raise NotDescribable(f"{value!r} cannot be described the same way in another process")
 
 
 def _source_of(value: Any) -> str:
-    """Module and name of a class or function; outside this package with a hash of its source, which may change."""
+    """Module and name of a class or function; for user code also a hash of its source, which may change."""
     name = f"{value.__module__}.{value.__qualname__}"
     if "<lambda>" in name or "<locals>" in name:
         raise NotDescribable(f"{name} is a closure; define it at the top of a module")
@@ -111,10 +111,10 @@ def _source_of(value: Any) -> str:
 
 
 def _user_sources(value: Any) -> str:
-    """A hash of every file outside of this package and of installed ones that a class or function depends on.
+    """A hash of the user's source files (not this package or installed ones) that a class or function depends on.
 
     Raises:
-      NotDescribable: it is defined where there is no file.
+      NotDescribable: it is not defined in a file.
     """
     owners = value.__mro__ if isinstance(value, type) else (value,)
     new, found = {owner.__module__ for owner in owners}, dict[str, str]()
@@ -122,7 +122,7 @@ def _user_sources(value: Any) -> str:
         module = sys.modules.get(name := new.pop())
         file = getattr(module, "__file__", None)
         if module is None or (file is None and name not in sys.builtin_module_names):
-            raise NotDescribable(f"{value.__qualname__} has no source file, so that a change of it would go unnoticed")
+            raise NotDescribable(f"{value.__qualname__} has no source file, so a change to it would go unnoticed")
         if file is None or name in found or _is_installed(name, file):
             continue
         found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -133,13 +133,13 @@ def _user_sources(value: Any) -> str:
 
 
 def _is_installed(name: str, file: str) -> bool:
-    """Whether a module belongs to this package, to Python or to an installed one: versions stand for these."""
+    """Whether a module belongs to this package, to Python or to an installed package: their sources are not hashed."""
     installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
     return name.partition(".")[0] == "diffuse_jax" or file.startswith(installed)
 
 
 def _source_state() -> str:
-    """Names, sizes and times of the package's files, so that an edited checkout does not run yesterday's programs."""
+    """A hash of the names, sizes and times of the package's files, so an edited checkout reuses no stale programs."""
     global _SOURCE_STATE
     if _SOURCE_STATE is None:
         root = Path(__file__).resolve().parents[1]
@@ -152,10 +152,10 @@ _SOURCE_STATE: str | None = None
 
 
 def trusted(folder: Path, *, make: bool = False) -> Path:
-    """The folder, if nobody but its owner (this user or root) can write to it.
+    """The folder, if only its owner (this user or root) can write to it.
 
     Raises:
-      PermissionError: others may; a program from there could be anybody's code.
+      PermissionError: others can, so a program from there could be anybody's code.
     """
     if make:
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -172,19 +172,19 @@ def trusted(folder: Path, *, make: bool = False) -> Path:
 
 
 def write(file: Path, build: Callable[[], Any]) -> None:
-    """Write the executable that ``build`` gives, whole or not at all."""
+    """Write the executable that ``build`` returns, atomically."""
     with without_compilation_cache():
         payload, _, out_tree = serialize_executable.serialize(build())
     data = pickle.dumps((payload, out_tree))
-    with atomic_file(file, mode=0o644) as partial:  # a umask of 002 would let a group write what `read` then refuses
+    with atomic_file(file, mode=0o644) as partial:  # with a umask of 002, `read` would refuse the group-writable file
         partial.write(MAGIC + hashlib.sha256(data).digest() + data)
 
 
 def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
-    """A saved program, or None (with a warning) where it is damaged or this machine cannot load it.
+    """A saved program, or None (with a warning) if it is damaged or this machine cannot load it.
 
     Raises:
-      PermissionError: others may write to the file or its folder.
+      PermissionError: others can write to the file or its folder.
     """
     trusted(trusted(file.parent) / file.name)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
@@ -192,7 +192,7 @@ def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
         data = file.read_bytes()
         digest, body = data[len(MAGIC) : len(MAGIC) + DIGEST], data[len(MAGIC) + DIGEST :]
         if not data.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
-            raise ValueError("it is damaged, or of another version")
+            raise ValueError("it is damaged or from another version")
         payload, out_tree = pickle.loads(body)  # code, like the program itself: hence the trusted folder
         in_tree = jax.tree.structure((args, {}))
         return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
@@ -203,8 +203,8 @@ def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile afresh. On CPU an executable that came out of JAX's own cache runs, but cannot be serialized again:
-    its copy fails with "function not found"."""
+    """Compile without JAX's compilation cache. On CPU, an executable loaded from that cache runs but cannot be
+    serialized again: its copy fails with "function not found"."""
     config: Any = jax.config  # only some releases declare its options
     before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,5 +1,5 @@
-"""Settings of a pipeline's folder that are the pipeline's own: those of ``model_index.json``, and those that diffusers
-corrects in old folders when it opens them."""
+"""Settings at the level of a pipeline: those in ``model_index.json``, and those that diffusers corrects when it opens
+old folders."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def report(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
-    """Say on the log which values of ``model_index.json`` have no effect although they might be meant to.
+    """Log which values of ``model_index.json`` have no effect although the user may expect one.
 
     Args:
-      kind: the pipeline's class, whose ``settings`` are known.
+      kind: the pipeline's class; its ``settings`` are the known ones.
       options: the values.
-      source: what errors call the folder.
+      source: the folder's name in messages.
     """
     unknown = {k: v for k, v in options.items() if k not in kind.settings and not k.startswith("_")}
     if unknown:
@@ -30,12 +30,12 @@ def report(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
 
 
 def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The components with the settings that checkpoints of this kind need whatever their files say, as in diffusers.
+    """The components, with settings of old checkpoints corrected as diffusers does.
 
     Args:
-      kind: the pipeline's class: its ``sampler_settings`` replace those of a sampler that has them, and where there are
-        some, a UNet saved before diffusers 0.9.0 that states a ``sample_size`` below 64 has 64.
-      parts: the components; they stay as they are.
+      kind: the pipeline's class. Its ``sampler_settings`` override those of a sampler that has them; if it has any, a
+        UNet saved before diffusers 0.9.0 with a ``sample_size`` below 64 gets 64.
+      parts: the components; they are not modified.
     """
     parts = dict(parts)
     scheduler: Any
@@ -54,6 +54,6 @@ def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _before_0_9(extra: Any) -> bool:
-    """Whether a configuration says that it was saved by a release of diffusers before 0.9.0."""
+    """Whether a config was saved by a release of diffusers before 0.9.0."""
     found = re.match(r"0\.(\d+)", str(dict(extra).get("_diffusers_version", "")))
     return found is not None and int(found[1]) < 9

@@ -1,4 +1,4 @@
-"""Opening the components of a pipeline from one file in the layout of the original checkpoints."""
+"""Open the components of a pipeline from a single file in the layout of the original checkpoints."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from diffuse_jax.text.tokenizer import clip_tokenizer
 from diffuse_jax.weights import WeightsError
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
-"""Where the vocabulary that all Stable Diffusions share is published; a single file does not hold it."""
+"""The Hub repository of the vocabulary that all Stable Diffusion models share; single files do not contain it."""
 
 PAD_WITH_EXCLAMATION_MARK = {("v2", "tokenizer"), ("xl", "tokenizer_2"), ("xl-refiner", "tokenizer_2")}
-"""``(family, component)`` whose prompts are padded with "!" (id 0), as OpenCLIP was trained, not with the end token."""
+"""``(family, component)`` of tokenizers that pad with "!" (id 0), as OpenCLIP was trained, not with the end token."""
 
 
 class Contents(NamedTuple):
-    """What a file holds, in the terms of a pipeline's folder."""
+    """The contents of a file, as a pipeline's folder would hold them."""
 
     class_name: str
     parts: Parts
@@ -70,20 +70,20 @@ def open_single_file(
 
 
 def is_model(part: Any) -> bool:
-    """Whether a component was given as a network of this library with its parameters."""
+    """Whether a component was given as a pair of a network of this library and its parameters."""
     return is_pair(part) and isinstance(part[0], Model)
 
 
 def open_model(path: str | Path, part: layouts.Part, dtype: DTypeLike) -> Any:
-    """The network of a part of a file, without parameters."""
+    """The network for one part of a file, without parameters."""
     cls = network_class(part.library, part.class_name)
     if cls is None:
-        raise WeightsError(f"{path}: holds a {part.class_name!r}, which is not known")
+        raise WeightsError(f"{path}: contains a {part.class_name!r}, which is not supported")
     try:
         model = cls.from_config(part.config, dtype=dtype)
         model.shapes()
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise WeightsError(f"{path}: {part.class_name}: the sizes of its tensors are no network's ({error})") from error
+        raise WeightsError(f"{path}: {part.class_name}: its tensors fit no valid network ({error})") from error
     return model
 
 
@@ -93,9 +93,9 @@ def open_tokenizers(
     """Component name -> tokenizer, for each text encoder of a file.
 
     Args:
-      file: what is opened.
+      file: the file being opened.
       source: see :func:`open_tokenizer`.
-      given: tokenizers that are there already.
+      given: components that the caller passed; their tokenizers are used.
       **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
@@ -105,13 +105,16 @@ def open_tokenizers(
     return {name: given.get(name) or open_tokenizer(source, (file.family, name), **hub) for name in names}
 
 
-def open_tokenizer(source: Any, place: tuple[str, str], **hub: Any) -> Any:
-    """The CLIP tokenizer from a folder, a Hub id or (None) the Hub's usual place, padding as the encoder expects."""
-    pad = {"pad_token": "!"} if place in PAD_WITH_EXCLAMATION_MARK else {}
+def open_tokenizer(source: Any, key: tuple[str, str], **hub: Any) -> Any:
+    """The CLIP tokenizer from a folder or a Hub id (None: ``CLIP_TOKENIZER``), padding as the encoder expects.
+
+    ``key`` is its ``(family, component)``.
+    """
+    pad = {"pad_token": "!"} if key in PAD_WITH_EXCLAMATION_MARK else {}
     try:
         return clip_tokenizer(CLIP_TOKENIZER if source is None else source, **pad, **hub)
     except WeightsError as error:
         raise WeightsError(
-            f"a single file holds no tokenizer, and {source or CLIP_TOKENIZER} gave none ({error}); "
-            "pass tokenizer= a folder or Hub id with CLIP's vocab.json and merges.txt"
+            f"a single file holds no tokenizer, and none was found at {source or CLIP_TOKENIZER} ({error}); "
+            "pass a folder or Hub id with CLIP's vocab.json and merges.txt as tokenizer="
         ) from error

@@ -17,7 +17,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """Images from prompts with one CLIP text encoder."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    settings: ClassVar[Mapping[str, str]] = {"requires_safety_checker": "no influence: images are not checked"}
+    settings: ClassVar[Mapping[str, str]] = {"requires_safety_checker": "no effect: images are not checked"}
     sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     family = STABLE_DIFFUSION
 
@@ -30,18 +30,19 @@ class StableDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float | Sequence[float] = 7.5,
         **options: Unpack[TextOptions],
     ) -> Request:
-        """Make images.
+        """Generate images.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          height, width: in pixels, multiples of the autoencoder's scale (8); the checkpoint's if None.
-          guidance_scale: of classifier-free guidance, one or one per image. Above 1 the network runs on a doubled
-            batch; up to 1 it runs once, which is a program of its own.
-          **options: negative prompt, steps, seed and everything else: see
+          height, width: in pixels, multiples of the autoencoder's downsampling factor (8); the checkpoint's default
+            size if None.
+          guidance_scale: scale of classifier-free guidance, one value or one per image. Above 1 the network runs on a
+            doubled batch; otherwise guidance is off, which is a separate compiled program.
+          **options: negative prompt, steps, seed and everything else; see
             :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
         return text_to_image(self, asked, output_size(self, height, width))

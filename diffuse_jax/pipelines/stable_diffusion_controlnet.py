@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.tasks import control_size, controlled
 
 
 class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
-    """Images from prompts and control images: edges, depth, poses. ``controlnet`` is one network or several."""
+    """Images from prompts and control images (edges, depth, poses). ``controlnet`` is one network or several."""
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionPipeline.required, "controlnet")
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
@@ -27,20 +27,20 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
         width: int | None = None,
         **options: Unpack[ControlTextOptions],
     ) -> Request:
-        """Make images. Arguments of :class:`StableDiffusionPipeline` mean the same here.
+        """Generate images. Arguments shared with :class:`StableDiffusionPipeline` have the same meaning.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          image: the control image, or one per prompt; with several ControlNets a list with one for each, or
-            such a list for each prompt.
-          height, width: in pixels; the control image's if None.
+          image: the control image, or one per prompt. With several ControlNets, a list with one image per ControlNet,
+            or one such list per prompt.
+          height, width: in pixels; the control image's size if None.
           **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is 1
             by default) and :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        own, others = apart(options, ControlOptions)
+        control, others = apart(options, ControlOptions)
         height, width = control_size(self, image, "image", height, width)
         request = super().compose(prompt, height=height, width=width, **others)
-        return controlled(request, self, image, own, scale=1.0)
+        return controlled(request, self, image, control, scale=1.0)

@@ -14,7 +14,7 @@ from diffuse_jax.pipelines.tasks import controlled
 
 
 class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
-    """Images from prompts, an image that they start from, and control images."""
+    """Images from prompts, an initial image and control images."""
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
@@ -26,18 +26,18 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         control_image: ImageInput = None,
         **options: Unpack[ControlImageOptions],
     ) -> Request:
-        """Make images of the size of ``image``. Arguments of :class:`StableDiffusionImg2ImgPipeline` and of
-        :class:`StableDiffusionControlNetPipeline` mean the same here.
+        """Generate images of the size of ``image``. Arguments shared with :class:`StableDiffusionImg2ImgPipeline` and
+        :class:`StableDiffusionControlNetPipeline` have the same meaning.
 
         Args:
-          prompt, image: as for image to image; so are ``strength`` and ``guidance_scale``.
-          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
-            such a list for each prompt.
+          prompt, image: as for image to image, like ``strength`` and ``guidance_scale``.
+          control_image: the control image, or one per prompt. With several ControlNets, a list with one image per
+            ControlNet, or one such list per prompt.
           **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is
             0.8 by default) and :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        own, others = apart(options, ControlOptions)
-        return controlled(super().compose(prompt, image, **others), self, control_image, own, scale=0.8)
+        control, others = apart(options, ControlOptions)
+        return controlled(super().compose(prompt, image, **others), self, control_image, control, scale=0.8)

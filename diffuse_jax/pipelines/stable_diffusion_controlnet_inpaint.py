@@ -14,7 +14,7 @@ from diffuse_jax.pipelines.tasks import controlled
 
 
 class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
-    """Paints a part of an image anew, from a prompt and control images."""
+    """Repaints part of an image from a prompt and control images."""
 
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
@@ -27,20 +27,20 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
         control_image: ImageInput = None,
         **options: Unpack[ControlInpaintOptions],
     ) -> Request:
-        """Make images in which the white part of ``mask_image`` is new. Arguments of
-        :class:`StableDiffusionInpaintPipeline` and of :class:`StableDiffusionControlNetPipeline` mean the same here.
+        """Repaint the white part of ``mask_image``. Arguments shared with :class:`StableDiffusionInpaintPipeline` and
+        :class:`StableDiffusionControlNetPipeline` have the same meaning.
 
         Args:
-          prompt, image, mask_image: as for inpainting; so are ``strength`` and ``guidance_scale``.
-          control_image: the control image, or one per prompt; with several ControlNets a list with one for each, or
-            such a list for each prompt.
+          prompt, image, mask_image: as for inpainting, like ``strength`` and ``guidance_scale``.
+          control_image: the control image, or one per prompt. With several ControlNets, a list with one image per
+            ControlNet, or one such list per prompt.
           **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is
             0.5 by default), :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
             :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        own, others = apart(options, ControlOptions)
+        control, others = apart(options, ControlOptions)
         request = super().compose(prompt, image, mask_image, **others)
-        return controlled(request, self, control_image, own, scale=0.5)
+        return controlled(request, self, control_image, control, scale=0.5)

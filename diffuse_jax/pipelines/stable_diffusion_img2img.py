@@ -14,7 +14,7 @@ from diffuse_jax.pipelines.tasks import from_image, input_size
 
 
 class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
-    """Images from prompts and an image that gives composition and colours."""
+    """Images from prompts and an initial image that sets composition and colours."""
 
     def compose(  # type: ignore[override]
         self,
@@ -25,17 +25,17 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         guidance_scale: float | Sequence[float] = 7.5,
         **options: Unpack[TextOptions],
     ) -> Request:
-        """Make images of the size of ``image``.
+        """Generate images of the size of ``image``.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          image: one, or one per prompt; or latents ``[B,h,w,c]``.
-          strength: in (0, 1], how much of the image is replaced: the share of the steps that is run.
-          guidance_scale: one, or one per image.
+          image: the initial image, or one per prompt; or latents ``[B,h,w,c]``.
+          strength: in (0, 1], how much the image is changed: the fraction of the steps that is run.
+          guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
         request = text_to_image(self, asked, input_size(self, image, "image"), strength=strength)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: inpainting, with inpainting checkpoints and with any other."""
+"""Stable Diffusion 1.x and 2.x: inpainting, with inpainting checkpoints or any other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.tasks import inpainting
 
 
 class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
-    """Paints a part of an image anew, from a prompt."""
+    """Repaints part of an image from a prompt."""
 
     sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "skip_prk_steps": True}
 
@@ -27,20 +27,20 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         guidance_scale: float | Sequence[float] = 7.5,
         **options: Unpack[InpaintTextOptions],
     ) -> Request:
-        """Make images in which the white part of ``mask_image`` is new.
+        """Repaint the white part of ``mask_image``.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds``.
-          image: one, or one per prompt; or latents ``[B,h,w,c]``.
-          mask_image: white (at least one half) where to paint; one, or one per prompt.
-          strength: in (0, 1], how much of the painted part is replaced; 1 starts from noise alone.
-          guidance_scale: one, or one per image.
+          image: the original image, or one per prompt; or latents ``[B,h,w,c]``.
+          mask_image: the mask, or one per prompt; white (at least 0.5) is repainted.
+          strength: in (0, 1], how much the repainted part is changed; 1 starts from pure noise.
+          guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
             :class:`~diffuse_jax.pipelines.options.TextOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        own, others = apart(options, InpaintOptions)
+        inpaint, others = apart(options, InpaintOptions)
         asked = {"prompt": prompt, "guidance_scale": guidance_scale, **others}
-        return inpainting(self, image, mask_image, strength, own, asked)
+        return inpainting(self, image, mask_image, strength, inpaint, asked)

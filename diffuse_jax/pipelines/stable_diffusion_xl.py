@@ -34,17 +34,17 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         guidance_scale: float | Sequence[float] = 5.0,
         **options: Unpack[XLOptions],
     ) -> Request:
-        """Make images. Arguments that :class:`StableDiffusionPipeline` has too mean the same here.
+        """Generate images. Arguments shared with :class:`StableDiffusionPipeline` have the same meaning.
 
         Args:
           prompt: one prompt or a list; or give ``prompt_embeds`` and ``pooled_prompt_embeds``.
-          prompt_2: for the second encoder; the first one's if None.
-          height, width: in pixels; the checkpoint's if None.
-          guidance_scale: one, or one per image.
+          prompt_2: prompt for the second text encoder; ``prompt`` if None.
+          height, width: in pixels; the checkpoint's default size if None.
+          guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
         return text_to_image(self, asked, output_size(self, height, width))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: image to image, and the second half of a run that another model began."""
+"""Stable Diffusion XL: image to image, and the rest of a run that another model began."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffuse_jax.pipelines.tasks import from_image, from_latents, input_size
 
 
 class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
-    """Images from prompts and an image that gives composition and colours."""
+    """Images from prompts and an initial image that sets composition and colours."""
 
     def compose(  # type: ignore[override]
         self,
@@ -27,19 +27,20 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
         guidance_scale: float | Sequence[float] = 5.0,
         **options: Unpack[XLOptions],
     ) -> Request:
-        """Make images of the size of ``image``. Arguments of :class:`StableDiffusionXLPipeline` mean the same here.
+        """Generate images of the size of ``image``. Arguments shared with :class:`StableDiffusionXLPipeline` have the
+        same meaning.
 
         Args:
-          prompt, prompt_2: for the two encoders.
-          image: one, or one per prompt; or latents ``[B,h,w,c]``.
-          strength: in (0, 1], how much of the image is replaced: the share of the steps that is run.
-          denoising_start: share in (0, 1) of the schedule that another model has run already; ``image`` are its latents
-            with their noise, none is added, and ``strength`` is not used.
-          guidance_scale: one, or one per image.
+          prompt, prompt_2: for the two text encoders.
+          image: the initial image, or one per prompt; or latents ``[B,h,w,c]``.
+          strength: in (0, 1], how much the image is changed: the fraction of the steps that is run.
+          denoising_start: fraction in (0, 1) of the schedule that another model has already run; ``image`` is then its
+            noisy latents, no noise is added, and ``strength`` is ignored.
+          guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
         size = input_size(self, image, "image")

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: inpainting, with inpainting checkpoints and with any other."""
+"""Stable Diffusion XL: inpainting, with inpainting checkpoints or any other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.tasks import inpainting
 
 
 class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
-    """Paints a part of an image anew, from prompts."""
+    """Repaints part of an image from prompts."""
 
     def compose(
         self,
@@ -26,20 +26,20 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
         guidance_scale: float | Sequence[float] = 7.5,
         **options: Unpack[XLInpaintOptions],
     ) -> Request:
-        """Make images in which the white part of ``mask_image`` is new. Arguments of
-        :class:`StableDiffusionInpaintPipeline` and of :class:`StableDiffusionXLPipeline` mean the same here.
+        """Repaint the white part of ``mask_image``. Arguments shared with :class:`StableDiffusionInpaintPipeline` and
+        :class:`StableDiffusionXLPipeline` have the same meaning.
 
         Args:
-          prompt, prompt_2: for the two encoders.
-          image, mask_image, guidance_scale: as for inpainting.
-          strength: in (0, 1]; just below 1 starts from noise with a trace of the image, as this family's inpainting
+          prompt, prompt_2: for the two text encoders.
+          image, mask_image, guidance_scale: as for Stable Diffusion inpainting.
+          strength: in (0, 1]; a value just below 1 starts from noise with a trace of the image, as SDXL's inpainting
             checkpoints were trained.
           **options: see :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
             :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        own, others = apart(options, InpaintOptions)
+        inpaint, others = apart(options, InpaintOptions)
         asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **others}
-        return inpainting(self, image, mask_image, strength, own, asked)
+        return inpainting(self, image, mask_image, strength, inpaint, asked)

@@ -1,4 +1,4 @@
-"""Tasks as changes of a request: from an image, inpainting, ControlNets. They combine, and hold for every family."""
+"""Tasks as changes to a request: image to image, inpainting, ControlNets. They combine, and work for every family."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from diffuse_jax.pipelines.running import Request
 
 
 def from_image(request: Request, pipe: Any, image: ImageInput) -> Request:
-    """Start from an image with noise (SDEdit, Meng et al. 2021); the plan's ``strength`` says with how much.
+    """Start from an image with noise added (SDEdit, Meng et al. 2021); the plan's ``strength`` sets how much.
 
     Args:
-      request: text to image, its plan made with ``strength``.
+      request: a text-to-image request whose plan was made with ``strength``.
       pipe: the pipeline.
-      image: one, or one per prompt, of the request's size; or latents ``[B,h,w,c]`` as the autoencoder gives them.
+      image: the image, or one per prompt, of the request's size; or scaled latents ``[B,h,w,c]``.
     """
     rows = image_rows(request, pipe, image, "image")
     return changed(request, rows, start=FromImage(vae_of(pipe)))
@@ -41,20 +41,20 @@ def inpainting(
     options: Mapping[str, Any],
     asked: Mapping[str, Any],
 ) -> Request:
-    """Paint where ``mask`` is white, and keep the rest of ``image``.
+    """Repaint ``image`` where ``mask`` is white, and keep the rest.
 
-    A UNet with channels for mask and masked image sees both; with any other, the known part is put back after each
-    step. With a ``strength`` of 1 the run starts from noise alone.
+    A UNet with input channels for the mask and the masked image gets both; with any other, the known region is restored
+    after each step. With a ``strength`` of 1 the run starts from pure noise.
 
     Args:
       pipe: the pipeline.
       image, mask: one, or one per prompt.
       strength: in (0, 1].
-      options: of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
+      options: the arguments of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
       asked: the other arguments of the call.
 
     Raises:
-      ValueError: the UNet has channels for something else.
+      ValueError: the UNet has input channels for something else.
     """
     size = output_size(pipe, options.get("height"), options.get("width"))
     request = text_to_image(pipe, asked, size, strength=strength)
@@ -83,18 +83,18 @@ def inpainting(
 
 
 def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping[str, Any], *, scale: float) -> Request:
-    """Let the pipeline's ControlNets act on the UNet.
+    """Apply the pipeline's ControlNets to the UNet.
 
     Args:
-      request: any task.
+      request: a request for any task.
       pipe: the pipeline, with one ``controlnet`` or several.
-      images: the control image, or one per prompt. With several ControlNets a list with one for each, or a list with
-        such a list for each prompt.
-      options: of :class:`~diffuse_jax.pipelines.options.ControlOptions`.
-      scale: the strength if they do not say.
+      images: the control image, or one per prompt. With several ControlNets, a list with one image per ControlNet, or
+        one such list per prompt.
+      options: the arguments of :class:`~diffuse_jax.pipelines.options.ControlOptions`.
+      scale: the default ``controlnet_conditioning_scale``.
 
     Raises:
-      ValueError: the number of images, scales or windows is not that of the ControlNets.
+      ValueError: the number of images, scales or windows does not match the number of ControlNets.
     """
     found = pipe.components["controlnet"]
     several = isinstance(found, tuple | list)
@@ -118,10 +118,10 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
 
 
 def images_by_net(images: Any, nets: int) -> list[Any]:
-    """The control images of each of several ControlNets, from a list of them or from such a list for each prompt.
+    """The control images by ControlNet, from a list with one image per ControlNet or one such list per prompt.
 
     Raises:
-      ValueError: there are not as many as ControlNets.
+      ValueError: a list does not have one image per ControlNet.
     """
     rows = images if isinstance(images, list | tuple) else [images]
     nested = any(isinstance(row, list | tuple) for row in rows)
@@ -132,12 +132,12 @@ def images_by_net(images: Any, nets: int) -> list[Any]:
 
 
 def changed(request: Request, rows: Rows, **parts: Any) -> Request:
-    """The request with further rows and other parts."""
+    """The request with rows added and parts of its method replaced."""
     return request._replace(rows=request.rows | rows, method=replace(request.method, **parts))
 
 
 def below_guidance(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
-    """The denoiser with what classifier-free guidance evaluates wrapped, or (without guidance) wrapped itself."""
+    """Wrap the denoiser inside classifier-free guidance, or the denoiser itself if there is no guidance."""
     if isinstance(denoiser, ClassifierFree):
         return replace(denoiser, inner=wrap(denoiser.inner))
     return wrap(denoiser)
@@ -155,10 +155,10 @@ def request_size(request: Request, vae: Net) -> tuple[int, int]:
 
 
 def image_rows(request: Request, pipe: Any, image: ImageInput, name: str) -> Rows:
-    """``image [B,H,W,3]`` in [-1, 1]; or ``image_latents [B,h,w,c]`` where latents were given.
+    """``image [B,H,W,3]`` in [-1, 1]; or ``image_latents [B,h,w,c]`` if latents were given.
 
     Raises:
-      ValueError: there is no image.
+      ValueError: the image is missing.
     """
     require_image(image, name)
     vae = vae_of(pipe)
@@ -169,27 +169,27 @@ def image_rows(request: Request, pipe: Any, image: ImageInput, name: str) -> Row
 
 
 def require_image(image: Any, name: str) -> None:
-    """Refuse a call without its image.
+    """Check that an image was given.
 
     Raises:
-      ValueError: there is none.
+      ValueError: it was not.
     """
     if image is None:
         raise ValueError(f"give {name}: a PIL image, an array, or one per prompt")
 
 
 def is_latents(image: Any, vae: Net) -> bool:
-    """Whether an image comes as latents: an array with the autoencoder's channels, which are not those of an image."""
+    """Whether an image is given as latents: a float array with the autoencoder's latent channels (not 3)."""
     channels = vae.config.latent_channels
     floating = isinstance(image, np.ndarray | jax.Array) and jax.dtypes.issubdtype(image.dtype, np.floating)
     return floating and image.ndim == 4 and image.shape[-1] == channels != 3
 
 
 def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
-    """Latents that the caller gave, float32 with one row per image.
+    """The caller's latents as float32, one row per image.
 
     Raises:
-      ValueError: they are not of the request's size.
+      ValueError: they do not have the request's size.
     """
     array = np.asarray(latents, np.float32)
     if array.ndim != 4 or array.shape[1:] != request.method.latent_shape:
@@ -199,10 +199,10 @@ def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
 
 
 def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
-    """(height, width) in pixels of the images that an image asks for: its own, rounded down to what latents allow.
+    """The output size (height, width) in pixels for an input image: its size, rounded down to whole latent pixels.
 
     Raises:
-      ValueError: there is no image.
+      ValueError: the image is missing.
     """
     require_image(image, name)
     vae = vae_of(pipe)
@@ -212,10 +212,10 @@ def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
 
 
 def one_per_net(value: float | Sequence[float], nets: int, name: str) -> list[float]:
-    """A number, or one for each ControlNet.
+    """One value per ControlNet, from a single number or a list.
 
     Raises:
-      ValueError: there are as many as neither.
+      ValueError: the list does not have one value per ControlNet.
     """
     values = [float(v) for v in np.ravel(value)]
     if len(values) not in (1, nets) or (np.ndim(value) and len(values) != nets):
@@ -227,7 +227,7 @@ def window(start: float, end: float, evaluations: int) -> tuple[int, int]:
     """The evaluations ``[first, last + 1)`` at which a ControlNet acts: those that lie within its share of the run.
 
     Raises:
-      ValueError: the window is empty or leaves [0, 1].
+      ValueError: the window is empty or extends beyond [0, 1].
     """
     if not 0 <= start < end <= 1:
         raise ValueError(
@@ -238,20 +238,20 @@ def window(start: float, end: float, evaluations: int) -> tuple[int, int]:
 
 
 def from_latents(request: Request, pipe: Any, latents: Any) -> Request:
-    """Go on with latents as another model left them, with their noise; the plan is made with ``denoising_start``.
+    """Continue from another model's noisy latents; the plan must be made with ``denoising_start``.
 
     Raises:
-      ValueError: they are no latents, or not of the request's size.
+      ValueError: they are not latents, or do not have the request's size.
     """
     vae = vae_of(pipe)
     if not is_latents(latents, vae):
-        raise ValueError(f"denoising_start goes on with latents [B,h,w,{vae.config.latent_channels}], given as image=")
+        raise ValueError(f"denoising_start needs image= as latents [B,h,w,{vae.config.latent_channels}]")
     return changed(request, {"latents": latent_rows(latents, request, "image")}, start=FromLatents())
 
 
 def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in pixels: as given, or of the (first) control image."""
+    """(height, width) in pixels: as given, or that of the (first) control image."""
     if images is not None and isinstance(nets := pipe.components["controlnet"], tuple | list):
         images = images_by_net(images, len(nets))[0]
-    own = input_size(pipe, images, name)
-    return output_size(pipe, height or own[0], width or own[1])
+    default = input_size(pipe, images, name)
+    return output_size(pipe, height or default[0], width or default[1])

@@ -1,4 +1,4 @@
-"""Unconditional generation over pixels: DDPM (Ho et al. 2020) and DDIM (Song et al. 2020)."""
+"""Unconditional generation in pixel space: DDPM (Ho et al. 2020) and DDIM (Song et al. 2020)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffuse_jax.schedulers import DDIMScheduler
 
 
 class DDPMPipeline(DiffusionPipeline):
-    """Images by the sampler of the folder, by default with as many steps as in training."""
+    """Unconditional images from the folder's sampler, by default with one step per training timestep (at most 1000)."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
     default_steps: ClassVar[int] = 1000
@@ -34,17 +34,17 @@ class DDPMPipeline(DiffusionPipeline):
         use_clipped_model_output: bool | None = None,
         **options: Unpack[CallOptions],
     ) -> Request:
-        """Make ``batch_size`` images.
+        """Generate ``batch_size`` images.
 
         Args:
-          batch_size: how many.
-          class_labels: for networks that were trained with classes, one or one per image.
-          use_clipped_model_output: of DDIM, like ``eta``; other samplers refuse it.
+          batch_size: number of images.
+          class_labels: for class-conditional networks, one label or one per image.
+          use_clipped_model_output: an option of DDIM, like ``eta``; other samplers refuse it.
           **options: see :class:`~diffuse_jax.pipelines.options.CallOptions`. ``num_inference_steps`` is 1000 by default
             (:class:`DDIMPipeline`: 50), ``output_type="latent"`` gives pixels in [-1, 1], not clipped.
 
         Raises:
-          ValueError: an argument is impossible or contradicts another one; nothing has been compiled.
+          ValueError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         check_names(type(self), options, CallOptions)
         if batch_size < 1:
@@ -63,7 +63,7 @@ class DDPMPipeline(DiffusionPipeline):
 
 
 class DDIMPipeline(DDPMPipeline):
-    """Images by DDIM, whatever sampler the folder names."""
+    """Unconditional images from DDIM, whatever sampler the folder names."""
 
     default_steps: ClassVar[int] = 50
 
@@ -78,19 +78,19 @@ def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
     """Height, width and channels of the network's images.
 
     Raises:
-      ValueError: the config does not say.
+      ValueError: the config has no ``sample_size``.
     """
     size = config.sample_size
     if size is None:
-        raise ValueError("the network's config has no sample_size; give it one, pixels or (height, width)")
+        raise ValueError("the network's config has no sample_size; set it to a size in pixels or (height, width)")
     return (*((size, size) if isinstance(size, int) else size), config.in_channels)
 
 
 def label_rows(labels: int | Sequence[int] | None, config: UNet2DConfig, images: int) -> Rows:
-    """``class_labels`` int32, one for each image; nothing for a network without classes.
+    """``class_labels`` int32, one per image; empty for a network without classes.
 
     Raises:
-      ValueError: labels are missing or not wanted, outside the classes, or not as many as images.
+      ValueError: labels are missing or unexpected, out of range, or not one per image.
     """
     if (labels is None) == config.has_classes:
         wants = "needs class_labels" if config.has_classes else "takes no class_labels"
@@ -99,7 +99,7 @@ def label_rows(labels: int | Sequence[int] | None, config: UNet2DConfig, images:
         return {}
     array = np.asarray(labels, np.int32)
     if array.shape not in ((), (images,)):
-        raise ValueError(f"class_labels has shape {array.shape} for {images} images; give one class or one each")
+        raise ValueError(f"class_labels has shape {array.shape} for {images} images; give one label or one per image")
     classes = config.num_class_embeds
     if classes is not None and not np.all((array >= 0) & (array < classes)):
         raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {labels}")

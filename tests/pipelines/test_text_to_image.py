@@ -231,7 +231,7 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1"),
         (
             {"prompt": None, "prompt_embeds": np.zeros((1, 20, 16))},
-            "the prompt has 20 tokens and the negative one 16; .* give prompt_embeds and negative_prompt_embeds",
+            "the prompt has 20 tokens and the negative prompt 16, .* give prompt_embeds and negative_prompt_embeds",
         ),
         (
             {"negative_prompt": "b", "negative_prompt_embeds": np.zeros((1, 16, 16))},

@@ -18,8 +18,8 @@ SIZES = ("original_size", "crops_coords_top_left", "target_size")
 
 
 class PenultimateStates(EncodeText):
-    """Hidden states before the last layer (or before ``clip_skip`` more), not normalised, joined over the encoders;
-    the pooled state is the last encoder's."""
+    """The hidden states before the last layer (or ``clip_skip`` layers earlier), not normalised, concatenated over the
+    encoders; the pooled embeddings are the last encoder's."""
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ class PenultimateStates(EncodeText):
 
 
 def micro_conditioning(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-    """``time_ids``: sizes and crop of each branch.
+    """``time_ids``: the sizes, crop and aesthetic score of each branch, as far as the checkpoint takes them.
 
     Raises:
       ValueError: a size is not a pair.
@@ -44,13 +44,13 @@ def micro_conditioning(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows
     scored = bool(pipe.options.get("requires_aesthetics_score", False))
     original, target = call.get("original_size", call.size), call.get("target_size", call.size)
     crop, score = call.get("crops_coords_top_left", (0, 0)), call.get("aesthetic_score", 6.0)
-    own = {NEGATIVE: (original, crop, target), POSITIVE: (original, crop, target)}
+    values = {NEGATIVE: (original, crop, target), POSITIVE: (original, crop, target)}
     if {"negative_original_size", "negative_target_size"} <= call.options.keys():
         negative_crop = call.get("negative_crops_coords_top_left", (0, 0))
-        own[NEGATIVE] = call.get("negative_original_size"), negative_crop, call.get("negative_target_size")
+        values[NEGATIVE] = call.get("negative_original_size"), negative_crop, call.get("negative_target_size")
     scores = {NEGATIVE: call.get("negative_aesthetic_score", 2.5), POSITIVE: score}
     ids = {
-        branch: [*sizes[0], *sizes[1], *((scores[branch],) if scored else sizes[2])] for branch, sizes in own.items()
+        branch: [*sizes[0], *sizes[1], *((scores[branch],) if scored else sizes[2])] for branch, sizes in values.items()
     }
     return {"time_ids": joined([np.tile(np.array(ids[b], np.float32), (call.prompts, 1)) for b in branches])}
 

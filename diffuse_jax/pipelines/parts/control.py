@@ -1,4 +1,4 @@
-"""Denoisers that see more than the sample: images beside it, ControlNets."""
+"""Denoisers with further inputs: images as extra channels, ControlNets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.parts.network import conditions
 
 @dataclasses.dataclass(frozen=True)
 class Beside(Part):
-    """Rows as further channels of the sample: the mask and the masked image of inpainting, the image of
+    """Rows concatenated to the sample as extra channels: the mask and the masked image of inpainting, the image of
     InstructPix2Pix, a depth map."""
 
     inner: Any
@@ -35,7 +35,7 @@ class Controlled(Part):
 
     Reads, for each of the ``nets``: ``control_images``, a tuple of ``[B,H,W,C]`` in [0, 1]; ``control_scale [B,n]``,
     the strength of each; ``control_window`` int32 ``[B,n,2]``, the first evaluation at which each acts and the first
-    at which it no longer does. Nothing of this is compiled in.
+    at which it no longer does. None of these values is compiled in.
     """
 
     inner: Any

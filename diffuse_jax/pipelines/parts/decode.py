@@ -1,4 +1,4 @@
-"""What a run gives: images from latents or pixels, or the sample itself."""
+"""What a run returns: images from latents or pixels, or the sample itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.method import Net, Params, Part, Rows
 
 @dataclasses.dataclass(frozen=True)
 class Raw(Part):
-    """The sample as it is, under a name."""
+    """The unchanged sample, under a name."""
 
     name: str = "images"
 
@@ -25,7 +25,7 @@ class Raw(Part):
 
 @dataclasses.dataclass(frozen=True)
 class ToPixels(Part):
-    """A sample that is an image in [-1, 1]: float32 in [0, 1], or with ``uint8`` 0 to 255."""
+    """Images from a sample in pixel space, in [-1, 1]: float32 in [0, 1], or with ``uint8`` from 0 to 255."""
 
     uint8: bool = True
 
@@ -36,13 +36,13 @@ class ToPixels(Part):
 
 @dataclasses.dataclass(frozen=True)
 class ToImages(Part):
-    """Latents through the autoencoder's decoder: float32 ``[B,H,W,3]`` in [0, 1], or with ``uint8`` 0 to 255.
+    """Images decoded by the autoencoder: float32 ``[B,H,W,3]`` in [0, 1], or with ``uint8`` from 0 to 255.
 
     Attributes:
       vae: the autoencoder.
-      uint8: round to what image files hold.
-      tile: edge, in latents, of the tiles that large images are decoded in; None decodes in one piece.
-      slices: one image after another, in the memory of one.
+      uint8: round to 8 bits.
+      tile: edge length of the decoder's tiles, in latent pixels; None decodes without tiling.
+      slices: decode one image at a time, which needs the memory of only one.
     """
 
     vae: Net
@@ -71,12 +71,12 @@ def to_unit(images: jax.Array) -> jax.Array:
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """[0, 1] to the nearest of 0 to 255."""
+    """[0, 1] to integers from 0 to 255, rounded."""
     return jnp.round(images * 255).astype(jnp.uint8)
 
 
 def autoencoder(vae: Any) -> Any:
-    """The autoencoder as pipelines run it: in float32 where float16 would overflow (``force_upcast``, SDXL)."""
+    """The autoencoder as pipelines run it: in float32 if float16 would overflow (``force_upcast``, SDXL)."""
     if isinstance(vae, AutoencoderKL) and vae.dtype == jnp.float16 and vae.config.force_upcast:
         return AutoencoderKL(vae.config, dtype=jnp.float32, param_dtype=vae.param_dtype)
     return vae

@@ -1,4 +1,4 @@
-"""Guidance: several predictions of one network, stacked in the batch, combined into one.
+"""Guidance: several predictions of one network, evaluated as one batch and combined into one.
 
 Rows that differ between the branches of guidance are :class:`Branches`; all others are the same for every branch.
 """
@@ -41,10 +41,10 @@ def unstacked(array: jax.Array, count: int) -> Branches:
 
 
 def count_branches(rows: Any) -> int:
-    """How many branches rows have; 1 if none differs between branches.
+    """The number of guidance branches of the rows; 1 if no row differs between branches.
 
     Raises:
-      ValueError: rows have different numbers.
+      ValueError: the rows disagree.
     """
     counts = {x.values.shape[1] for x in jax.tree.leaves(rows, is_leaf=is_branches) if is_branches(x)}
     if len(counts) > 1:
@@ -67,7 +67,7 @@ def branches(inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step) -
 
 
 def without_keys(rows: Rows) -> Rows:
-    """Rows without random keys: what a network computes is no matter of chance."""
+    """Rows without random keys and noise, on which no network's output depends."""
     return {name: value for name, value in rows.items() if name not in ("key", "keys", "seed", "index", "noise")}
 
 
@@ -81,8 +81,8 @@ class ClassifierFree(Part):
     """Classifier-free guidance (Ho & Salimans 2022, equation 6), rescaled (Lin et al. 2024, equations 15 and 16).
 
     The first branch is the unconditional one. ``guidance_scale [B]`` of 1 gives the conditional prediction,
-    ``guidance_rescale [B]`` of 0 leaves the guided one as it is. A learned variance (further channels of the output)
-    is the conditional branch's.
+    ``guidance_rescale [B]`` of 0 leaves the guided one as it is. A learned variance (extra output channels) is taken
+    from the conditional branch.
     """
 
     inner: Any

@@ -11,14 +11,14 @@ from diffuse_jax.pipelines.method import Net, Params, Part, Rows, keys_for
 
 
 def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, purpose: str) -> jax.Array:
-    """Images ``[B,H,W,3]`` in [-1, 1] to scaled latents ``[B,h,w,c]`` float32, drawn from the autoencoder's posterior.
+    """Encode images ``[B,H,W,3]`` in [-1, 1] as scaled latents ``[B,h,w,c]`` float32, sampled from the posterior.
 
     Args:
       vae: the autoencoder.
-      params: of the networks.
-      images: what is encoded.
-      keys: ``[B]``; every image draws from its own.
-      purpose: tells this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.draw`.
+      params: parameters of the networks.
+      images: the images.
+      keys: random keys ``[B]``, one per image.
+      purpose: distinguishes this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.draw`.
     """
     posterior = vae.apply(params, images, method="encode")
     return scale_latents(posterior.sample(keys_for(keys, purpose)), vae.config)
@@ -26,7 +26,7 @@ def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, p
 
 @dataclasses.dataclass(frozen=True)
 class LatentMask(Part):
-    """``latent_mask [B,h,w,1]`` from ``mask [B,H,W,1]``: of each square of ``scale`` pixels, the first."""
+    """``latent_mask [B,h,w,1]`` from ``mask [B,H,W,1]``: the first pixel of each square of ``scale`` x ``scale``."""
 
     scale: int
 
@@ -44,7 +44,7 @@ class LatentMask(Part):
 
 @dataclasses.dataclass(frozen=True)
 class EncodeMaskedImage(Part):
-    """``masked_image_latents [B,h,w,c]``: the image, grey where ``mask`` is to be painted, encoded."""
+    """``masked_image_latents [B,h,w,c]``: the image made grey where ``mask`` is set, then encoded."""
 
     vae: Net
 

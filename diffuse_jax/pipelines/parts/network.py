@@ -1,4 +1,4 @@
-"""Networks as denoisers: which rows they take, and under which name."""
+"""Networks as denoisers: which rows they take, and under which names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
 class UNet(Part):
     """A text-conditioned UNet.
 
-    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; where the network has them,
-    ``class_labels``; ``guidance_scale [B]`` if guidance is one of its inputs; and ``residuals`` of ControlNets.
+    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; ``class_labels`` and ``residuals`` (of
+    ControlNets) if there are any; and ``guidance_scale [B]`` if the network takes it as an input.
     """
 
     net: Net
@@ -34,7 +34,7 @@ class UNet(Part):
 
 
 def conditions(net: Net, rows: Rows) -> dict[str, jax.Array | dict[str, jax.Array]]:
-    """What a UNet or a ControlNet takes beside the sample, the timestep and the hidden states, by argument."""
+    """The inputs of a UNet or a ControlNet besides the sample, the timestep and the hidden states, by argument."""
     given: dict[str, jax.Array | dict[str, jax.Array]] = {}
     if "time_ids" in rows:
         given["added_cond_kwargs"] = {"text_embeds": rows["pooled"], "time_ids": rows["time_ids"]}
@@ -47,13 +47,13 @@ def conditions(net: Net, rows: Rows) -> dict[str, jax.Array | dict[str, jax.Arra
 
 
 def guidance_embedding(scale: jax.Array, dim: int) -> jax.Array:
-    """A guidance scale ``[B]`` as the vector ``[B,dim]`` of distilled networks (Meng et al. 2023; Luo et al. 2023)."""
+    """A guidance scale ``[B]`` embedded as ``[B,dim]`` for distilled networks (Meng et al. 2023; Luo et al. 2023)."""
     return sinusoidal_embedding((scale - 1) * 1000, dim, flip_sin_to_cos=False, freq_shift=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelUNet(Part):
-    """A UNet without text; ``class_labels`` int32 ``[B]`` where it was trained with classes."""
+    """A UNet without text conditioning; reads ``class_labels`` int32 ``[B]`` if it is class-conditional."""
 
     net: Net
 

@@ -27,10 +27,10 @@ class FromNoise(Part):
 
 @dataclasses.dataclass(frozen=True)
 class FromImage(Part):
-    """The first sample is an image with noise of the plan's first level (Meng et al. 2021, SDEdit).
+    """The first sample is an image noised to the plan's first level (Meng et al. 2021, SDEdit).
 
-    Reads ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it comes encoded. Where ``pure_noise [B]`` is true,
-    the image is left out of the first sample.
+    Reads ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it is already encoded. Where ``pure_noise [B]`` is
+    true, the first sample is noise without the image.
     """
 
     vae: Net
@@ -58,7 +58,7 @@ class FromImage(Part):
 
 @dataclasses.dataclass(frozen=True)
 class FromLatents(Part):
-    """The first sample is ``latents [B, ...]`` as another run left it, with its noise (SDXL's refiner)."""
+    """The first sample is ``latents [B, ...]``, the noisy result of another run (SDXL's refiner)."""
 
     @property
     def reads(self) -> tuple[str, ...]:

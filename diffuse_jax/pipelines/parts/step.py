@@ -1,4 +1,4 @@
-"""How a run advances, beyond the plain step."""
+"""Steps other than the plain one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from diffuse_jax.schedulers.plan import State
 
 @dataclasses.dataclass(frozen=True)
 class KeepKnown(Part):
-    """After each step, what ``latent_mask`` leaves alone is the image again, at the noise level of the sample.
+    """Inpainting with any checkpoint: each step ends by restoring the known region, noised to the sample's level.
 
-    Inpainting with any checkpoint; ``latent_mask [B,h,w,1]`` is 1 where to paint.
+    ``latent_mask [B,h,w,1]`` is 1 in the region to repaint.
     """
 
     inner: Any = PLAIN_STEP
