@@ -317,7 +317,7 @@ def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDi
     assert type(again) is StableDiffusionPipeline
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, pipe.params))
     assert np.array_equal(pictures(again, "a", seed=0), pictures(pipe, "a", seed=0))
-    euler = schedulers.EulerDiscreteScheduler()
+    euler = schedulers.EulerDiscreteScheduler(steps_offset=1)
     assert DiffusionPipeline.from_pretrained(tmp_path, scheduler=euler).scheduler == euler
     with pytest.raises(TypeError, match="no component sheduler"):
         DiffusionPipeline.from_pretrained(tmp_path, sheduler=euler)
