@@ -12,7 +12,7 @@ def at_least(least: float, **values: float | None) -> None:
       ValueError: naming the first such setting.
     """
     for name, value in values.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that NaN is refused
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.checks import at_least, one_of
 
 DECAY_SHARE = 1 / 3
 """Share of a ``warmup_stable_decay`` run in which the rate falls."""
@@ -56,9 +56,8 @@ def learning_rate(
     one_of(SCHEDULES, lr_scheduler=name)
     if name == "piecewise_constant":
         return _piecewise(peak, rules)
+    check_warmup(name, warmup, total)
     warmup = 0 if name == "constant" else warmup
-    if not 0 <= warmup < total:
-        raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
     if name == "polynomial" and peak <= LOWEST:
         raise ValueError(f"the polynomial schedule ends at {LOWEST:g}, so learning_rate must be larger, got {peak:g}")
     factor = {
@@ -75,6 +74,16 @@ def learning_rate(
         return peak * jnp.where(s < warmup, s / max(warmup, 1), factor(p))
 
     return rate
+
+
+def check_warmup(name: str, warmup: int, total: int) -> None:
+    """Refuse a warm-up that is longer than the run, where the schedule has one.
+
+    Raises:
+      ValueError: it is.
+    """
+    if name not in ("constant", "piecewise_constant") and not 0 <= warmup < total:
+        raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
 
 
 def _piecewise(peak: float, rules: str) -> optax.Schedule:
@@ -211,7 +220,7 @@ class OptimizerSettings:
       max_grad_norm: global norm to which the gradient is clipped; None leaves it as it is.
 
     Raises:
-      ValueError: the name of an optimiser or schedule is not known.
+      ValueError: the name of an optimiser or schedule is not known, or a value is impossible.
     """
 
     optimizer: str = "adamw"
@@ -232,6 +241,13 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         one_of(OPTIMIZERS, optimizer=self.optimizer)
         one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
+        at_least(0, learning_rate=self.learning_rate, text_encoder_lr=self.text_encoder_lr)
+        at_least(0, lr_warmup_steps=self.lr_warmup_steps, max_grad_norm=self.max_grad_norm)
+        at_least(0, adam_weight_decay=self.adam_weight_decay, adam_epsilon=self.adam_epsilon)
+        at_least(1, lr_num_cycles=self.lr_num_cycles)
+        for name in ("adam_beta1", "adam_beta2"):
+            if (beta := getattr(self, name)) is not None and not 0 <= beta < 1:
+                raise ValueError(f"{name} must be from 0 to less than 1, got {beta}")
 
 
 def check_rates(settings: OptimizerSettings, trained: Iterable[str]) -> None:

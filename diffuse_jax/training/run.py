@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffuse_jax.training.batches import BatchSettings
 from diffuse_jax.training.checks import at_least
-from diffuse_jax.training.optimizer import OptimizerSettings
+from diffuse_jax.training.optimizer import OptimizerSettings, check_warmup
 from diffuse_jax.training.profiling import ProfileSettings
 from diffuse_jax.training.state import EmaSettings
 from diffuse_jax.training.trackers import TrackerSettings
@@ -42,7 +42,7 @@ class RunSettings:
       upload: whether the result goes to the Hub.
 
     Raises:
-      ValueError: a count is not positive.
+      ValueError: a count is not positive, or the warm-up is longer than the run.
     """
 
     output_dir: str | Path
@@ -68,3 +68,5 @@ class RunSettings:
         counts = ("max_train_steps", "num_train_epochs", "validation_steps", "validation_epochs")
         writes = ("logging_steps", "checkpointing_steps", "checkpoints_total_limit")
         at_least(1, **{name: getattr(self, name) for name in (*counts, *writes)})
+        if self.max_train_steps is not None:  # else known with the data
+            check_warmup(self.optimizer.lr_scheduler, self.optimizer.lr_warmup_steps, self.max_train_steps)

@@ -159,6 +159,13 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kind", "values", "message"),
     [
         (RunSettings, {"output_dir": "a", "num_train_epochs": 0}, "num_train_epochs must be at least 1, got 0"),
+        (RunSettings, {"output_dir": "a", "max_train_steps": 10,
+                       "optimizer": OptimizerSettings(lr_scheduler="cosine", lr_warmup_steps=10)},
+         "lr_warmup_steps 10 must be from 0 to less than max_train_steps 10"),
+        (OptimizerSettings, {"learning_rate": -1.0}, "learning_rate must be at least 0, got -1"),
+        (OptimizerSettings, {"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        (OptimizerSettings, {"adam_beta2": 1.0}, "adam_beta2 must be from 0 to less than 1, got 1"),
+        (OptimizerSettings, {"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1"),
         (TrackerSettings, {"report_to": "mlflow"}, "report_to must be one of tensorboard, wandb, none, all, got"),
         (ProcessSettings, {"num_processes": 2}, r"needs? .*\['--coordinator_address', '--process_id'\] is missing"),
         (ImageSettings, {"image_interpolation_mode": "box"}, "must be one of bilinear, bicubic, lanczos, nearest"),
