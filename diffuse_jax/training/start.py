@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +81,20 @@ def check_output(run: RunSettings, *others: str | Path) -> None:
       RuntimeError: another run has the folder.
       FileNotFoundError, FileExistsError: as :func:`starting_point`.
     """
-    for folder in (run.output_dir, *others) if jax.process_index() == 0 else ():
-        writable(Path(folder))
-    with claimed(run.output_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        for folder in (run.output_dir, *others) if jax.process_index() == 0 else ():
+            stack.callback(_remove, [path for path in (Path(folder), *Path(folder).parents) if not path.exists()])
+            writable(Path(folder))
+        if jax.process_index() == 0:
+            stack.enter_context(claimed(run.output_dir))
         starting_point(run)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Remove folders that were made for a check alone, as long as they are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def starting_point(run: RunSettings) -> Path | None:
