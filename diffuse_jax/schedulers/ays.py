@@ -1,4 +1,4 @@
-"""Schedules of ten steps made for a model: Sabour et al. 2024, 'Align Your Steps' (arXiv 2404.14507).
+"""Ten-step schedules optimised for specific models: Sabour et al. 2024, 'Align Your Steps' (arXiv 2404.14507).
 
 >>> from diffuse_jax.schedulers import DPMSolverMultistepScheduler
 >>> plan = DPMSolverMultistepScheduler().plan(timesteps=AYS["StableDiffusionTimesteps"])
@@ -13,7 +13,7 @@ AYS: dict[str, tuple[float, ...]] = {
     "StableDiffusionXLSigmas": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.0),
     "StableDiffusionVideoSigmas": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.0),
 }
-"""The published schedules: timesteps, one per step, for ``plan(timesteps=)``; sigmas, one more, for ``plan(sigmas=)``.
+"""The published schedules: for ``plan(timesteps=)`` one entry per step, for ``plan(sigmas=)`` also the final sigma.
 
 The same as ``AysSchedules`` of PyTorch diffusers.
 """

@@ -1,7 +1,7 @@
-"""One Brownian path per key, at any two times: the virtual Brownian tree of Li et al. 2020 (arXiv 2001.01328, alg. 3).
+"""One Brownian path per key, at any time: the virtual Brownian tree of Li et al. 2020 (arXiv 2001.01328, alg. 3).
 
-Nothing is stored. The value at a time is found by halving [0, 1] towards it; every half point is drawn from the
-Brownian bridge between its neighbours with a key of its own, so whoever asks for it, in whatever run, gets the same.
+Nothing is stored. The value at a time is found by repeatedly halving [0, 1] towards it; every midpoint is drawn from
+the Brownian bridge between its neighbours with its own key, so every query in every run gets the same value.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 DEPTH = 24
-"""Halvings: times are rounded to multiples of ``2**-24``, which is what float32 resolves below 1."""
+"""Number of halvings: times are rounded to multiples of ``2**-24``, the resolution of float32 just below 1."""
 
 PATH = 0x42726F77
-"""Folded into a key to get that of its path, apart from the keys of single draws."""
+"""Folded into a key to derive its path's key, distinct from the keys of independent noise."""
 
 
 def ticks(time: jax.Array) -> jax.Array:

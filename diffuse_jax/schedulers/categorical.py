@@ -42,7 +42,7 @@ class CategoricalPlan:
         return jnp.full((batch, pixels), self.num_classes, jnp.int32)
 
     def timestep(self, i: Any) -> jax.Array:
-        """What the network is told at evaluation ``i``, a float32 scalar."""
+        """The timestep that the network gets at evaluation ``i``, a float32 scalar."""
         return jnp.asarray(self.timesteps)[i]
 
     def log_posterior(self, x: jax.Array, i: Any, log_p_x0: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ class CategoricalPlan:
           x: the sample before it, class indices ``[B, L]``.
           i: index of the evaluation.
           log_p_x0: what the network returned, ``[B, L, K]``: log-probabilities of the clean classes.
-          key: one typed key, or ``[B]`` keys so that every sample owns its draw; ``i`` is folded in here.
+          key: one typed key, or ``[B]`` keys, one per sample; ``i`` is folded in here.
           uniform: use these numbers ``[B, L, K + 1]`` in (0, 1) instead of drawing from ``key``.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 from diffuse_jax.schedulers.noise_schedule import Array
 
 LEAST = 1e-30
-"""Probabilities are at least this, so that their logarithms are finite."""
+"""Lower bound of probabilities, which keeps their logarithms finite."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
 
 TIMESTEPS = (1008.0, 512.0)
-"""The two steps that the decoder was made for."""
+"""The two steps that the decoder was designed for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencyDecoderScheduler(Scheduler):
-    """Two steps: to a clean picture, back to half of the noise, to a clean picture again.
+    """Two steps: jump to a clean image, noise it to timestep 512, and jump to a clean image again.
 
     Other steps can be given as ``timesteps``.
     """

@@ -33,9 +33,8 @@ class BoundedEvaluation(Evaluation):
 class CMStochasticIterativeScheduler(ContinuousScheduler):
     """Jump to the clean sample, then noise it to the next level; samples are ``x0 + sigma * eps``.
 
-    The levels are taken from the ``num_train_timesteps`` ones of the training, in equal strides from the highest.
-    Explicit timesteps are places in that list, 0 being ``sigma_max``, in descending order. The network is told
-    ``250 * log(sigma)``.
+    The levels are chosen from the ``num_train_timesteps`` training levels at equal strides. Explicit timesteps are
+    descending indices into that list, where 0 is ``sigma_max``. The network gets ``250 * log(sigma)`` as its timestep.
     """
 
     num_train_timesteps: int = 40

@@ -1,4 +1,4 @@
-"""What schedulers share whose noise level is a formula in time rather than a table of trained betas."""
+"""The base of schedulers whose noise level is a function of time rather than a table of betas."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinuousScheduler(Scheduler, abstract=True):
-    """Base of schedulers in continuous time; a subclass gives :meth:`level`, the range of times and the velocity.
+    """Base of schedulers in continuous time; a subclass defines :meth:`level` and the range of times.
 
-    Timesteps are what the network is told, in :meth:`add_noise` and :meth:`velocity` too, and may be fractional.
+    Timesteps are the network's inputs, in :meth:`add_noise` and :meth:`velocity` too, and may be fractional.
     """
 
     absent: ClassVar[tuple[str, ...]] = (
@@ -44,7 +44,7 @@ class ContinuousScheduler(Scheduler, abstract=True):
 
     @property
     def alpha_bar(self) -> Array:
-        """There is none: noise levels are not made of betas."""
+        """Not available: noise levels are not derived from betas."""
         raise AttributeError(f"{self.class_name} is not made of betas; train_levels() has its noise levels")
 
     def _train_level(self, t: jax.Array) -> jax.Array:

@@ -58,9 +58,9 @@ def ddim_step(e: Evaluation, target: Level, eta: float, eps: Array | None = None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIMParallelScheduler(DDIMScheduler):
-    """DDIM under the name that configurations of ParaDiGMS carry (Shih et al. 2023, arXiv 2305.16317).
+    """DDIM under the name that ParaDiGMS configurations use (Shih et al. 2023, arXiv 2305.16317).
 
-    What parallel sampling needs, the steps of samples at different places of the run in one call, every plan can do:
+    Every plan supports what parallel sampling needs, stepping samples at different evaluations in one call:
     ``plan.step`` with ``[B]`` indices.
     """
 
@@ -68,15 +68,15 @@ class DDIMParallelScheduler(DDIMScheduler):
 def discrete_grid(
     scheduler: Scheduler, n: int, timesteps: Array | None, sigmas: Array | None, *, uniform: bool = True
 ) -> Grid:
-    """Levels of a sampler that lives on training timesteps.
+    """The levels of a sampler that steps through training timesteps.
 
     Args:
       scheduler: its training schedule, spacing and ``set_alpha_to_one`` (where the last step goes) are used.
       n: number of steps.
       timesteps: explicit timesteps; then each step goes to the next one.
-      sigmas: not possible here.
-      uniform: each step goes ``num_train_timesteps // n`` back, as DDIM and PNDM do, which with rounded spacings is not
-        always the timestep that the network is told next; otherwise it goes to the next timestep.
+      sigmas: not supported; must be None.
+      uniform: each step goes back by ``num_train_timesteps // n``, as in DDIM and PNDM, which with rounded spacings may
+        miss the next evaluation's timestep; otherwise each step goes to the next timestep.
     """
     if sigmas is not None:
         raise ValueError(f"{scheduler.class_name} steps through training timesteps; give timesteps= instead of sigmas=")

@@ -1,8 +1,8 @@
-"""DDIM run backwards, from a picture to the noise that DDIM would make it from: Song et al. 2020 (arXiv 2010.02502).
+"""DDIM run backwards, from an image to the noise that DDIM would make it from: Song et al. 2020 (arXiv 2010.02502).
 
-The ODE of the paper's eq. 14 is integrated upwards by the same formula, eq. 12. The noise that the network sees at the
-upper end of a step is taken for that at its lower end (Mokady et al. 2022, arXiv 2211.09794, section 3.2), so a run up
-and a run down meet only as the steps become short.
+The ODE of the paper's eq. 14 is integrated upwards by the same formula, eq. 12. Each step evaluates the network on the
+sample of its lower end with the timestep of its upper end (Mokady et al. 2022, arXiv 2211.09794, section 3.2), so
+inversion followed by sampling reproduces the image only in the limit of small steps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from diffuse_jax.schedulers.table import Grid, Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIMInverseScheduler(Scheduler):
-    """DDIM inversion: timesteps ascend and the first sample is a picture, ``plan.resume(x0)``.
+    """DDIM inversion: timesteps ascend and the first sample is an image, ``plan.resume(x0)``.
 
-    At each step the network is told the timestep that the sample is taken to. With ``set_alpha_to_one`` the picture
-    counts as clean, otherwise as a sample at timestep 0. ``strength`` stops early (DiffEdit).
+    At each step the network gets the timestep that the step goes to. With ``set_alpha_to_one`` the image is treated as
+    clean, otherwise as a sample at timestep 0. ``strength`` stops early (DiffEdit).
     """
 
     clip_sample: bool = True
@@ -42,8 +42,8 @@ class DDIMInverseScheduler(Scheduler):
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         if self.prediction_type == "sample" and grid.source[0, 1] == 0:
             raise ValueError(
-                "a network that predicts the clean sample says nothing about the noise to add to a clean picture; set"
-                " set_alpha_to_one=False, which takes the picture for a sample at timestep 0"
+                "a network that predicts the clean sample says nothing about the noise to add to a clean image; set"
+                " set_alpha_to_one=False, which treats the image as a sample at timestep 0"
             )
         for t, source, (alpha, sigma) in zip(grid.timesteps, grid.source, grid.target, strict=True):
             e = self.evaluation(t, source)

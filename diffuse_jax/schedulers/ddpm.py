@@ -17,17 +17,17 @@ from diffuse_jax.schedulers.table import LEARNED_VARIANCES, Evaluation, Grid, Le
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 TINY = 1e-20
-"""Floor of the posterior variance, as published samplers have it, so that its logarithm is finite."""
+"""Lower bound of the posterior variance, as in published samplers, which keeps its logarithm finite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPMScheduler(Scheduler):
     """DDPM sampling, and the training schedule that fine-tuning starts from.
 
-    ``variance_type`` is the variance of the noise of each step: that of the posterior (``fixed_small``), beta
-    (``fixed_large``), in between as the second half of the network's output says (``learned_range``, Nichol and
-    Dhariwal 2021, eq. 15), or that half itself (``learned``; what is negative counts as 0). The names ending in
-    ``_log`` are the same variances.
+    ``variance_type`` sets the variance of each step's noise: the posterior variance (``fixed_small``), beta
+    (``fixed_large``), an interpolation between them given by the second half of the network's output
+    (``learned_range``, Nichol and Dhariwal 2021, eq. 15), or that half itself (``learned``; negative values count as
+    0). The names ending in ``_log`` mean the same variances.
     """
 
     variance_type: str = "fixed_small"
@@ -74,4 +74,4 @@ def posterior(e: Evaluation, target: Level) -> tuple[Array, float, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPMParallelScheduler(DDPMScheduler):
-    """DDPM under the name that configurations of ParaDiGMS carry; see :class:`DDIMParallelScheduler`."""
+    """DDPM under the name that ParaDiGMS configurations use; see :class:`DDIMParallelScheduler`."""

@@ -19,7 +19,7 @@ ALPHA_BAR_RANGE = (0.0001, 0.9999)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPMWuerstchenScheduler(ContinuousScheduler):
-    """DDPM steps (Ho et al. 2020, eq. 7) between times from 1 to 0, which are what the network is told.
+    """DDPM steps (Ho et al. 2020, eq. 7) between times from 1 to 0, which are the network's timesteps.
 
     The levels are those of the cosine schedule (Nichol and Dhariwal 2021, eq. 17) with offset ``s``, at times that
     ``scaler`` bends towards more noise (above 1) or towards less (below 1).
@@ -45,7 +45,7 @@ class DDPMWuerstchenScheduler(ContinuousScheduler):
     def table(
         self, num_inference_steps: int | None = None, *, timesteps: Sequence[float] | None = None, **options: Any
     ) -> Table:
-        """The run as a float64 table; a last timestep of 0 is no step."""
+        """The run as a float64 table; a final timestep of 0 does not count as a step."""
         if timesteps is not None and len(timesteps) > 1 and timesteps[-1] == 0:
             timesteps = timesteps[:-1]
         return super().table(num_inference_steps, timesteps=timesteps, **options)

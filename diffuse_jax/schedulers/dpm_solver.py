@@ -20,10 +20,10 @@ from diffuse_jax.schedulers.table import Evaluation, Grid, Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolver(ExponentialIntegrator, abstract=True):
-    """What the multistep, singlestep and inverse variants share: settings and the form of an update.
+    """Base of the multistep, singlestep and inverse variants: their settings and the form of an update.
 
-    ``algorithm_type`` says what is extrapolated, the clean sample (names ending in ``++``) or the noise, and whether
-    fresh noise is added (``sde-``). ``variance_type`` says that the network returns a variance too, which is ignored.
+    ``algorithm_type`` sets what is extrapolated, the clean sample (names ending in ``++``) or the noise, and whether
+    fresh noise is added (``sde-``). With ``variance_type`` the network also returns a variance, which is ignored.
     """
 
     solver_order: int = 2

@@ -1,4 +1,4 @@
-"""DPM-Solver++ run backwards, from a picture to the noise that it comes from: for editing as in DiffEdit (2210.11427).
+"""DPM-Solver++ run backwards, from an image to the noise that it comes from: for editing as in DiffEdit (2210.11427).
 
 The equations are those of :mod:`dpm_solver` (Lu et al. 2022, arXiv 2211.01095); lambda falls along the run.
 """
@@ -16,9 +16,9 @@ from diffuse_jax.schedulers.table import Grid, Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolverMultistepInverseScheduler(DPMSolver):
-    """Exponential multistep integrator of order 1 to 3 from a picture to noise.
+    """Exponential multistep integrator of order 1 to 3 from an image to noise.
 
-    The picture is taken for a sample at the level of the first timestep: ``plan.resume(picture)`` begins a run, and
+    The image is taken for a sample at the level of the first timestep: ``plan.resume(image)`` begins a run, and
     ``state.sample`` at its end is the noise. ``strength`` runs only the first steps.
     """
 
@@ -30,7 +30,7 @@ class DPMSolverMultistepInverseScheduler(DPMSolver):
         super().__post_init__()
         if self.algorithm_type.startswith("sde-"):
             raise ValueError(
-                f"algorithm_type={self.algorithm_type!r} draws noise as it goes towards a picture and cannot run"
+                f"algorithm_type={self.algorithm_type!r} draws noise as it goes towards an image and cannot run"
                 f" backwards; use {self.algorithm_type.removeprefix('sde-')!r}"
             )
 

@@ -1,7 +1,7 @@
 """DPM-Solver++ (2S) for the SDE in sigma, k-diffusion's: Lu et al. 2022 (arXiv 2211.01095), alg. 1, with noise.
 
-All noise of a run comes from one Brownian path for each picture (Li et al. 2020, arXiv 2001.01328), so that the same
-key with more steps gives the same picture, more exactly.
+All noise of a run comes from one Brownian path for each image (Li et al. 2020, arXiv 2001.01328), so that the same
+key with more steps gives the same image, more exactly.
 """
 
 from __future__ import annotations

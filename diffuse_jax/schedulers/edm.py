@@ -1,4 +1,4 @@
-"""What samplers of EDM networks share: Karras et al. 2022 (arXiv 2206.00364), table 1, column "Ours"."""
+"""The base of samplers for EDM networks: Karras et al. 2022 (arXiv 2206.00364), table 1, column "Ours"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffuse_jax.schedulers.table import Evaluation, Grid, Level
 class EDMScheduler(ContinuousScheduler, abstract=True):
     """Settings, levels and preconditioning; samples are ``x0 + sigma * eps``.
 
-    The network sees ``x / sqrt(sigma^2 + sigma_data^2)`` and is told ``log(sigma) / 4``. ``prediction_type`` is
+    The network gets ``x / sqrt(sigma^2 + sigma_data^2)`` and the timestep ``log(sigma) / 4``. ``prediction_type`` is
     ``epsilon`` for the network F of the paper, ``v_prediction`` for the same with the other sign, or ``sample``.
     Levels run from ``sigma_max`` to ``sigma_min``, spaced by ``sigma_schedule``: ``karras`` (eq. 5, with ``rho``) or
     ``exponential``, and then to 0 or, with ``final_sigmas_type="sigma_min"``, nowhere further.

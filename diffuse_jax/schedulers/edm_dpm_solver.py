@@ -43,7 +43,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
-    """SDE-DPM-Solver++ whose noise is one Brownian path for each picture (Stable Audio).
+    """SDE-DPM-Solver++ whose noise is one Brownian path for each image (Stable Audio).
 
     The network is told ``2 / pi * atan(sigma)``, the time of the cosine schedule. The key of ``plan.step`` chooses the
     path, which runs of more steps follow too.

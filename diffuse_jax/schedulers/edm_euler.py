@@ -16,7 +16,7 @@ class EDMEulerScheduler(EDMScheduler):
     """Euler steps.
 
     Options of :meth:`plan`: ``s_churn``, ``s_tmin``, ``s_tmax``, ``s_noise``. The network is evaluated before the noise
-    of a step is added, and its output read as if it were after, which published pictures follow.
+    of a step is added, but its output is read as if it were evaluated after, as in published samplers.
     """
 
     step_options: ClassVar[tuple[str, ...]] = ("s_churn", "s_tmin", "s_tmax", "s_noise")

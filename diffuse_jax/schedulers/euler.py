@@ -94,8 +94,8 @@ def churned_euler(
 ) -> Iterator[Row]:
     """Euler steps from levels raised by churn (Karras et al. 2022, alg. 2), samples ``x0 + sigma * eps``.
 
-    The network is evaluated before the noise of a step is added, and its output read as if it had been asked after
-    (``read_raised``) or at its own level, as published pictures have it.
+    The network is evaluated before the noise of a step is added, and its output is read as if it had been evaluated
+    after (``read_raised``) or at its own level, as in published samplers.
     """
     for i in range(begin, len(grid.timesteps)):
         e = scheduler.evaluation(grid.timesteps[i], grid.source[i])

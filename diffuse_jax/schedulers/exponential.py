@@ -1,4 +1,4 @@
-"""What the exponential integrators (DPM-Solver, DEIS, UniPC, SA-Solver) share: settings and the levels of a run.
+"""The base of the exponential integrators (DPM-Solver, DEIS, UniPC, SA-Solver): settings and the levels of a run.
 
 On networks trained by flow matching (``use_flow_sigmas``) they integrate the same equation along straight lines, where
 alpha is ``1 - sigma``; see :mod:`flow`.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import jax
 
 NEAR_ONE = 1 - 1e-6
-"""What stands for flow level 1, pure noise, where lambda is infinite."""
+"""Replaces flow level 1, pure noise, where lambda is infinite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExponentialIntegrator(Scheduler, abstract=True):
-    """Settings and grid of all samplers of this kind; each file adds its update.
+    """The settings and grid of all exponential integrators; subclasses add the update.
 
     Attributes:
       timestep_spacing: see :class:`Scheduler`; the step from the smallest timestep goes to the final level, which is

@@ -1,7 +1,7 @@
 """Noise levels of flow matching: Lipman et al. 2023 (arXiv 2210.02747) and Liu et al. 2023 (arXiv 2209.03003).
 
 Samples lie on lines ``x = (1 - sigma) * x0 + sigma * eps``; the network is told ``sigma * num_train_timesteps``.
-Larger pictures need more of the steps at high noise, so levels are *shifted* (Esser et al. 2024, arXiv 2403.03206,
+Larger images need more steps at high noise, so levels are *shifted* (Esser et al. 2024, arXiv 2403.03206,
 section 5.3.2), by a fixed factor or by one that depends on the size.
 """
 
@@ -26,7 +26,7 @@ def shift(sigmas: Array, factor: float) -> Array:
 def shift_factor(
     name: str, static: float, *, dynamic: bool, kind: str = "exponential", mu: float | None = None
 ) -> float:
-    """The factor of :func:`shift` that a configuration and the size of the picture ask for.
+    """The factor of :func:`shift` for a configuration and an image size.
 
     Args:
       name: the scheduler, for messages.
@@ -36,7 +36,7 @@ def shift_factor(
       mu: what :func:`mu_of_length` gives, for dynamic shifting only.
 
     Raises:
-      ValueError: ``mu`` is missing or has no use; the factor is not positive.
+      ValueError: ``mu`` is missing or not expected, or the factor is not positive.
     """
     if dynamic and mu is None:
         raise ValueError(
@@ -60,7 +60,7 @@ def mu_of_length(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """``mu`` of dynamic shifting for a picture of ``length`` tokens: linear through the two given points."""
+    """``mu`` of dynamic shifting for an image of ``length`` tokens: linear through the two given points."""
     return base_shift + (max_shift - base_shift) * (length - base_length) / (max_length - base_length)
 
 

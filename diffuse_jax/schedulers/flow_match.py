@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatchScheduler(ContinuousScheduler, abstract=True):
-    """Levels between pure noise and a clean sample, and what the network says on the way: ``eps - x0``.
+    """Levels between pure noise and a clean sample, for networks that predict the velocity ``eps - x0``.
 
-    Samples are ``(1 - sigma) * x0 + sigma * eps``, the network is told ``sigma * num_train_timesteps``. Explicit
+    Samples are ``(1 - sigma) * x0 + sigma * eps``, the timestep is ``sigma * num_train_timesteps``. Explicit
     ``sigmas`` are one per step, before any shift; the run ends clean. Explicit timesteps are levels as they are.
     """
 
@@ -107,7 +107,7 @@ class ShiftedFlowScheduler(FlowMatchScheduler, abstract=True):
             raise ValueError(f"{self.class_name}: shift_terminal must lie from 0 to below 1, got {self.shift_terminal}")
 
     def mu(self, length: float) -> float:
-        """``mu`` for a picture of ``length`` tokens."""
+        """``mu`` for an image of ``length`` tokens."""
         if self.base_shift is None or self.max_shift is None:
             raise ValueError(f"{self.class_name} has no base_shift or max_shift that mu could come from")
         return flow.mu_of_length(

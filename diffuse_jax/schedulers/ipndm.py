@@ -1,7 +1,7 @@
 """iPNDM: linear multistep sampling without a warm-up, Zhang and Chen 2022 (arXiv 2204.13902, section 4).
 
-The formulas are those of PNDM (Liu et al. 2022, arXiv 2202.09778, eq. 9); where that begins with Runge-Kutta steps, the
-first steps here have the order of the outputs that are there.
+The formulas are those of PNDM (Liu et al. 2022, arXiv 2202.09778, eq. 9), but where PNDM begins with Runge-Kutta steps,
+the first steps here use a lower order, as far as there are earlier outputs.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class LCMScheduler(Scheduler):
         strided: bool = False,
     ) -> Grid:
         if timesteps is not None:
-            # A list of one's own is entered late, as with other samplers.
+            # Explicit timesteps are entered late, as with other samplers.
             timesteps = timesteps[n - steps_to_run(n, strength) :]
         elif sigmas is None:
             timesteps = self._choose(n, original_inference_steps, strength, strided)

@@ -21,7 +21,7 @@ from diffuse_jax.schedulers.table import MEMORY, Grid, Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMSDiscreteScheduler(Scheduler):
-    """Multistep method of order 4; the first steps have the order of the slopes that are there.
+    """Multistep method of order 4; the first steps use a lower order, as far as there are earlier slopes.
 
     Samples are ``x0 + sigma * eps``. Options of :meth:`plan`: ``order``, 1 to 6, and ``as_published``. A run that is
     entered late (``strength``) has no slopes of the steps before. As in diffusers, its first steps then leave out the

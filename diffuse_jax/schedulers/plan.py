@@ -78,16 +78,16 @@ class Plan:
         return self.resume(self.init_scale * _f32(noise) if x0 is None else self.noised(x0, noise, 0))
 
     def resume(self, sample: jax.Array) -> State:
-        """Start from a sample that already is in this sampler's coordinates, e.g. one that another plan stopped at."""
+        """Start from a sample already in this sampler's coordinates, such as the one that another plan stopped at."""
         sample = _f32(sample)
         return State(sample, (jnp.zeros_like(sample),) * MEMORY)
 
     def timestep(self, i: Any) -> jax.Array:
-        """What the network is told at evaluation ``i``, a float32 scalar (``[B]`` for ``[B]`` indices)."""
+        """The timestep that the network gets at evaluation ``i``, a float32 scalar (``[B]`` for ``[B]`` indices)."""
         return _at(self.timesteps, i)
 
     def model_input(self, state: State, i: Any) -> jax.Array:
-        """What the network sees at evaluation ``i``, float32 ``[B, ...]``."""
+        """The scaled sample that the network gets at evaluation ``i``, float32 ``[B, ...]``."""
         return _over(_at(self.input_scale, i), state.sample) * state.sample
 
     def noised(self, x0: jax.Array, noise: jax.Array, i: Any) -> jax.Array:
@@ -97,14 +97,14 @@ class Plan:
         return alpha * x0 + sigma * _f32(noise)
 
     def blend(self, state: State, i: Any, x0: jax.Array, noise: jax.Array, known: jax.Array) -> State:
-        """The state after evaluation ``i`` with the known part of a picture put in, for inpainting.
+        """The state after evaluation ``i`` with the known part of an image put in, for inpainting.
 
         Args:
           state: what ``step`` returned for evaluation ``i``.
           i: index of that evaluation.
-          x0: the picture, ``[B, ...]`` (values where it is not known do not matter).
-          noise: Gaussian noise to take the picture to the level of the sample; after the last evaluation there is none.
-          known: 1 where the picture is known, 0 where not, of a shape that broadcasts to the sample's.
+          x0: the image, ``[B, ...]`` (values where it is not known do not matter).
+          noise: Gaussian noise to take the image to the level of the sample; after the last evaluation there is none.
+          known: 1 where the image is known, 0 where not, of a shape that broadcasts to the sample's.
         """
         known = jnp.broadcast_to(_f32(known), state.sample.shape)
         # A choice, not a weighted sum, where the mask is sharp: whatever stands in the unknown part stays out.
@@ -112,7 +112,7 @@ class Plan:
         return state._replace(sample=known * there + (1 - known) * state.sample)
 
     def predict_x0(self, state: State, i: Any, model_output: jax.Array) -> jax.Array:
-        """The clean sample that the output means, clipped or thresholded as the scheduler says, ``[B, ...]``."""
+        """The clean sample predicted by the output, clipped or thresholded as configured, ``[B, ...]``."""
         return self._x0(state.sample, i, self._split(state.sample, model_output)[0])
 
     def _x0(self, sample: jax.Array, i: Any, output: jax.Array) -> jax.Array:
@@ -134,9 +134,9 @@ class Plan:
           i: index of the evaluation.
           model_output: what the network returned, ``[B, ..., C]`` or ``[B, ..., 2 C]`` with a variance in the second
             half (used with a learned variance, ignored otherwise).
-          key: one typed key, or ``[B]`` keys so that every sample owns its noise; the same in all steps of a run. ``i``
-            is folded in here, or the noise is that of the key's Brownian path. Samplers without noise neither draw from
-            it nor pay for it. ``[B]`` indices need ``[B]`` keys.
+          key: one typed key, or ``[B]`` keys, one per sample; the same in all steps of a run. ``i`` is folded in here,
+            or the noise follows the key's Brownian path. Deterministic samplers do not draw from it. ``[B]`` indices
+            need ``[B]`` keys.
           noise: use this ``[B, ...]`` instead of drawing from ``key``.
 
         Raises:
@@ -174,8 +174,8 @@ class Plan:
         return _f32(output), None
 
 
-# Compiled once for each shape and dtype, also where a run is no program of its own and every step is called from
-# Python; inside a program they are part of it. Control flow over functions that are made anew would be compiled anew.
+# Compiled once for each shape and dtype, even if every step is called from Python; inside a larger program they are
+# inlined. Called eagerly, control flow over newly created closures would be compiled again at each call.
 
 
 @functools.partial(jax.jit, inline=True)

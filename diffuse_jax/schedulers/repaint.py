@@ -1,7 +1,7 @@
 r"""RePaint: Lugmayr et al. 2022, 'RePaint: Inpainting using Denoising Diffusion Probabilistic Models' (2201.09865).
 
 Algorithm 1 alternates three things: a step down (line 7, here that of DDIM, Song et al. 2020, eq. 12 and 16), putting
-the known part of the picture in at the new noise level (lines 5 and 8), and, where a jump is due, noising all of it up
+the known part of the image in at the new noise level (lines 5 and 8), and, where a jump is due, noising all of it up
 again (line 10) so that the two parts come to agree.
 
 A step down to level :math:`(\alpha', \sigma')` gives :math:`x' = \mu + s z_1`. Noising it up to :math:`(\alpha'',
@@ -31,12 +31,12 @@ from diffuse_jax.schedulers.table import Grid, Row
 class RePaintScheduler(Scheduler):
     """DDIM steps (ancestral with ``eta=1``) that jump back to more noise and are repeated; see the module.
 
-    After every evaluation the known part of the picture is put in::
+    After every evaluation the known part of the image is put in::
 
         state = plan.step(state, i, output, key)
-        state = plan.blend(state, i, picture, noise, known)
+        state = plan.blend(state, i, image, noise, known)
 
-    with fresh ``noise`` and ``known`` 1 where the picture is given, 0 where it is to be painted.
+    with fresh ``noise`` and ``known`` 1 where the image is given, 0 where it is to be painted.
 
     Options of :meth:`plan`: ``jump_length``, how many steps a jump goes back, and ``jump_n_sample``, how often each
     stretch of that length is run (figures 9 and 10 of the paper); 10 and 10 if not given. A jump adds the noise of

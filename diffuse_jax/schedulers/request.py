@@ -1,4 +1,4 @@
-"""What a caller asks of a run: how many steps or which, and which part of them. Everything is checked here."""
+"""Checks what a caller asks of a run: the number of steps or which ones, and which part of them to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all schedulers share beside their settings: the training schedule, noising, and the choice of the steps to run.
+"""What all schedulers share besides settings: the training schedule, adding noise, and choosing the steps to run.
 
 A scheduler is a frozen configuration plus two methods in float64 NumPy: ``grid`` (where the network is evaluated) and
 ``evaluations`` (one :class:`Row` per evaluation).
@@ -173,7 +173,7 @@ class Scheduler(SchedulerConfig, abstract=True):
           **options: of the scheduler at hand, see ``grid_options`` and ``step_options``.
 
         Raises:
-          ValueError: contradictory or impossible arguments; the message says what is possible.
+          ValueError: arguments contradict each other or are invalid; the message says what is valid.
         """
         n, t, s = request.chosen_steps(self, num_inference_steps, timesteps, sigmas)
         request.check_strength(strength)

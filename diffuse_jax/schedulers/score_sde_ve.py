@@ -2,8 +2,8 @@
 Differential Equations' (arXiv 2011.13456).
 
 The predictor (alg. 2, reverse diffusion) is a table like that of other samplers. The corrector (alg. 4, annealed
-Langevin dynamics) is not linear: the length of its step is a ratio of two norms. It is a function of its own, which is
-run before each prediction::
+Langevin dynamics) is not linear: its step size is a ratio of two norms. It is a separate function, which runs before
+each predictor step::
 
     for i in range(n):
         for turn in range(scheduler.correct_steps):

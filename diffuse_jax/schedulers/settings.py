@@ -1,4 +1,4 @@
-"""Settings across samplers: older spellings, and what is worth telling a user whose new sampler has no such setting."""
+"""Settings across samplers: older spellings, and which lost settings to report when a user switches samplers."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ METHOD = frozenset(
         "variance_type",
     }
 )
-"""How a sampler works inside. Whoever takes another sampler takes its way of working: nothing is lost."""
+"""Details of a sampler's method. Switching samplers replaces them on purpose, so they are not reported."""
 
 RELICS = frozenset({"tensor_format", "timestep_values", "timesteps"})
-"""Keys of the first releases of diffusers, without meaning since."""
+"""Keys from the first releases of diffusers that no longer mean anything."""
 
 SWITCH = {
     "clip_sample_range": "clip_sample",
@@ -57,15 +57,15 @@ SWITCH = {
     "time_shift_type": "use_dynamic_shifting",
     "upscale_mode": "scale_factors",
 }
-"""Settings that matter only where another one is on."""
+"""Settings that matter only if another one is on."""
 
 
 def modern_spelling(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The same configuration in today's words, without what diffusers filled in by itself.
+    """The configuration with current names, without the defaults that diffusers filled in.
 
     Args:
-      data: a configuration as read; one that a diffusers object shows marks settings that it was not given.
-      renamed: old name -> name of a setting, of the class that is built.
+      data: a configuration as read; ``_use_default_values`` lists the settings that diffusers filled in.
+      renamed: old name -> new name, for the settings of the class being built.
     """
     defaults = data.get("_use_default_values") or ()
     data = {k: v for k, v in data.items() if k not in defaults and k != "_use_default_values"}
@@ -81,14 +81,14 @@ def modern_spelling(data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict
 def worth_telling(
     ignored: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Iterable[Any]]
 ) -> dict[str, Any]:
-    """Those of the ``ignored`` settings that change what the network or the picture gets.
+    """The ``ignored`` settings that would change the network's inputs or the image.
 
-    Left out are settings of another method, those that are off, those that another one makes pointless, and those that
-    say what is the case anyway.
+    Left out are details of another method, settings that are off or that another setting disables, and settings that
+    equal a default.
 
     Args:
-      ignored: settings that a scheduler has no use for.
-      settings: all that it was built from.
+      ignored: settings that a scheduler does not use.
+      settings: all settings that it was built from.
       defaults: setting -> its defaults in the schedulers that have it.
     """
 

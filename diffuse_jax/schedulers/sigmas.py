@@ -1,4 +1,4 @@
-"""The grid of samplers that live on noise levels ``sigma / alpha`` between the training timesteps."""
+"""The grid of samplers defined on noise levels ``sigma / alpha``, which may lie between training timesteps."""
 
 from __future__ import annotations
 

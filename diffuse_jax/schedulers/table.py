@@ -1,10 +1,10 @@
-"""A sampler as a table: NumPy float64 coefficients that say what every model evaluation does to the sample.
+"""A sampler as a table: NumPy float64 coefficients that define what every model evaluation does to the sample.
 
 Once the number of steps is known, a sampler is linear in a small stack of tensors::
 
     stack = (x, x0, output, memory[0], ..., memory[MEMORY - 1], noise)
 
-``x0`` is the (possibly clipped) clean sample that the output means, ``output`` is what the network returned. Each model
+``x0`` is the (possibly clipped) predicted clean sample, ``output`` is what the network returned. Each model
 evaluation replaces ``x`` and the memory by linear combinations of the stack. A sampler writes its update once, as in
 its paper, on the *unit vectors* of an :class:`Evaluation`; the vectors that come out are the rows of the table.
 """
@@ -31,7 +31,7 @@ WIDTH = 3 + MEMORY + 1
 
 
 LEARNED_VARIANCES = ("", "learned", "learned_range")
-"""What a network may say about the variance of the noise: nothing, itself, or where in a range (in the logarithm)."""
+"""What a network may return about the noise variance: nothing, the variance, or its place in a range of logarithms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Grid:
       timesteps: ``[n]``, what the network is told.
       source: ``[n, 2]``, (alpha, sigma) of the sample before each step, in the sampler's own coordinates.
       target: ``[n, 2]``, (alpha, sigma) after each step.
-      init_scale: what Gaussian noise is multiplied by to be the first sample.
+      init_scale: factor that turns Gaussian noise into the first sample.
       stride: training timesteps that every step goes back, where that is the same for all.
       final: (alpha, sigma) of what the run is taken to end at: a clean sample, even where the last step leaves a trace
         of noise, and noise for samplers that run backwards.
@@ -87,7 +87,7 @@ class Evaluation:
         if prediction_type == "epsilon" and self.alpha == 0:
             raise ValueError(
                 f"timestep {timestep:g} is pure noise (zero terminal SNR), where a network that predicts epsilon says"
-                " nothing about the picture; use prediction_type 'v_prediction' or 'sample', or"
+                " nothing about the image; use prediction_type 'v_prediction' or 'sample', or"
                 " rescale_betas_zero_snr=False"
             )
         self.x, converted, self.output, *self.memory, self.noise = np.eye(WIDTH)
@@ -115,7 +115,7 @@ class Evaluation:
         inner: bool = False,
         known: Level | None = None,
     ) -> Row:
-        """Close it.
+        """Finish the evaluation.
 
         Args:
           sample: the next sample.

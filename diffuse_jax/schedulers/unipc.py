@@ -114,7 +114,7 @@ class UniPCMultistepScheduler(ExponentialIntegrator):
 
 
 class _Predictor:
-    """Another sampler's rows between the levels of a grid, with what they remember in the place that UniPC leaves."""
+    """Another sampler's rows for the levels of a grid, remembering tensors in the slots that UniPC leaves free."""
 
     def __init__(self, owner: UniPCMultistepScheduler, scheduler: Scheduler, grid: Grid, begin: int) -> None:
         name, room = type(scheduler).__name__, MEMORY - owner.solver_order - 1
@@ -125,7 +125,7 @@ class _Predictor:
             if ours != theirs:
                 raise ValueError(f"solver_p={name} has {setting} {theirs!r}, the corrector {ours!r}; they must agree")
         if scheduler.corrects_x0:
-            raise ValueError(f"solver_p={name} limits clean samples of its own; set thresholding=False")
+            raise ValueError(f"solver_p={name} clips or thresholds clean samples itself; set thresholding=False")
         self.rows = [row.coefficients for row in scheduler.evaluations(grid, begin)]
         reads = np.any(self.rows, axis=0)[:, 3 : 3 + MEMORY]
         needed = reads[0]

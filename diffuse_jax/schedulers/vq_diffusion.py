@@ -102,7 +102,7 @@ class VQDiffusionScheduler(Scheduler):
           as_published: spread the steps evenly over training (the paper's fast inference, section 4.2).
 
         Raises:
-          ValueError: contradictory or impossible arguments; the message says what is possible.
+          ValueError: arguments contradict each other or are invalid; the message says what is valid.
         """
         n, t, _ = chosen_steps(self, num_inference_steps, timesteps, None)
         if t is None and not as_published:

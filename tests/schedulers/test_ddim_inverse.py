@@ -49,7 +49,7 @@ def test_strength_stops_early() -> None:
 
 
 def test_a_clean_picture_tells_a_network_of_clean_samples_nothing() -> None:
-    with pytest.raises(ValueError, match="set set_alpha_to_one=False, which takes the picture for a sample"):
+    with pytest.raises(ValueError, match="set set_alpha_to_one=False, which treats the image as a sample"):
         DDIMInverseScheduler(prediction_type="sample").table(5)
     table = DDIMInverseScheduler(prediction_type="sample", set_alpha_to_one=False).table(5)
     assert np.isfinite(table.rows).all()

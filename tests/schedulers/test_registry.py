@@ -96,5 +96,5 @@ def test_names_of_the_package_cannot_be_taken(define: Define) -> None:
 def test_an_abstract_base_builds_the_class_that_is_named_if_it_is_of_its_kind() -> None:
     flow = schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert type(FlowMatchScheduler.from_config(flow.to_json())) is type(flow)
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler is no FlowMatchScheduler; use EulerDiscreteScheduler"):
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler is not a FlowMatchScheduler; use Euler"):
         FlowMatchScheduler.from_config(EulerDiscreteScheduler())
