@@ -181,7 +181,7 @@ class SchedulerConfig(Config):
         """The class of this name, which must be of this kind."""
         found = SCHEDULERS.find(name)
         if not issubclass(found, cls):
-            raise ValueError(f"{name} is no {cls.__name__}; use {name}.from_config or Scheduler.from_config")
+            raise ValueError(f"{name} is not a {cls.__name__}; use {name}.from_config or Scheduler.from_config")
         return found
 
     @classmethod

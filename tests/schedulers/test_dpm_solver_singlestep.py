@@ -60,9 +60,11 @@ def test_orders_of_accuracy(kind: str, order: int, solver: str) -> None:
     assert np.log2(error(60) / error(120)) > order - 0.3
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("solver", ["midpoint", "heun"])
-def test_stochastic_variance(order: int, solver: str) -> None:
+# Not "heun" of order 3: its third-order term has the sign of diffusers, with which a run of many steps grows.
+@pytest.mark.parametrize(
+    ("solver", "order"), [("midpoint", 1), ("midpoint", 2), ("midpoint", 3), ("heun", 1), ("heun", 2)]
+)
+def test_stochastic_variance(solver: str, order: int) -> None:
     """With fresh noise in every evaluation all orders converge, with order 1, to the spread of the data."""
     config = SD | {"algorithm_type": "sde-dpmsolver++", "solver_type": solver, "solver_order": order}
 
