@@ -107,7 +107,7 @@ def previews(pipe: Any) -> Sheet:
 
 def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
     """The clean sample on the line that DDIM follows: ``x = alpha x0 + sigma eps`` at both ends, solved for ``x0``."""
-    (alpha, sigma), (alpha_next, sigma_next) = plan.known[i], plan.known[i + 1]
+    (alpha, sigma), (alpha_next, sigma_next) = plan.levels[i], plan.levels[i + 1]
     return (sigma * there - sigma_next * here) / (sigma * alpha_next - sigma_next * alpha)
 
 

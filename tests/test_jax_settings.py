@@ -149,8 +149,17 @@ RUNS: dict[str, tuple[Callable[[], pipelines.DiffusionPipeline], dict[str, Any]]
 }
 
 
-@every_setting
-@pytest.mark.parametrize("run", RUNS)
+SHORT = {"SD": SETTINGS, "inpainting": ["64-bit types"], "unconditional": ["strict promotion"]}
+"""What runs each time; the other kinds of pipeline share nearly all of their code with these."""
+
+
+def runs() -> list[Any]:
+    """Every kind of pipeline with every setting; those that take long are marked slow."""
+    mark = lambda run, setting: () if setting in SHORT.get(run, ()) else pytest.mark.slow
+    return [pytest.param(run, setting, marks=mark(run, setting)) for run in RUNS for setting in SETTINGS]
+
+
+@pytest.mark.parametrize(("run", "setting"), runs())
 def test_every_kind_of_pipeline(run: str, setting: str) -> None:
     check(setting, images, run)
 

@@ -43,6 +43,7 @@ class Plan:
     timesteps: Any
     input_scale: Any
     to_x0: Any
+    levels: Any
     known: Any
     rows: Any
     log_variance: Any
@@ -62,6 +63,7 @@ class Plan:
             timesteps=pad(table.timesteps, capacity),
             input_scale=pad(table.input_scale, capacity),
             to_x0=pad(table.to_x0, capacity),
+            levels=pad(table.levels, capacity + 1),
             known=pad(table.known, capacity + 1),
             rows=pad(table.rows, capacity),
             log_variance=pad(table.log_variance, capacity),

@@ -75,18 +75,13 @@ def sample(plan: Any, start: jax.Array, keys: jax.Array) -> jax.Array:
     """Run with the best network for data N(0, STD^2)."""
 
     def body(i: jax.Array, state: Any) -> Any:
-        alpha, sigma = plan.known[i]
+        alpha, sigma = plan.levels[i]
         x0 = alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2) * state.sample
         output = (x0 - plan.to_x0[i, 0] * state.sample) / plan.to_x0[i, 1]
         return plan.step(state, i, output, keys)
 
-    state = plan.resume(jnp.hypot(plan.known[0, 0] * STD, plan.known[0, 1]) * start)
+    state = plan.resume(jnp.hypot(plan.levels[0, 0] * STD, plan.levels[0, 1]) * start)
     return jax.lax.fori_loop(0, plan.num_evaluations, body, state).sample
-
-
-def published(scheduler: Any, n: int) -> Any:
-    """A plan whose known levels are those of the sample."""
-    return scheduler.plan(n, **({"as_published": True} if "as_published" in scheduler.step_options else {}))
 
 
 ON_A_PATH = [name for name in NAMES if make(name).table(5).interval.any()]
@@ -97,19 +92,19 @@ SHAPE = (4, 200)
 def test_more_steps_give_the_same_picture_more_exactly(name: str) -> None:
     scheduler = getattr(schedulers, name)()
     start, keys = jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1), SHAPE[0])
-    best = sample(published(scheduler, 400), start, keys)
+    best = sample(scheduler.plan(400), start, keys)
     # The last step returns the best guess, which varies less than the data.
     assert np.std(best) == pytest.approx(STD**2 / np.hypot(STD, scheduler.table(400).levels[-2, 1]), rel=0.1)
-    errors = [np.abs(sample(published(scheduler, n), start, keys) - best).mean() for n in (20, 40, 80, 160)]
+    errors = [np.abs(sample(scheduler.plan(n), start, keys) - best).mean() for n in (20, 40, 80, 160)]
     assert all(fine < 0.75 * coarse for coarse, fine in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.1 * STD
-    elsewhere = sample(published(scheduler, 80), start, keys[::-1])
+    elsewhere = sample(scheduler.plan(80), start, keys[::-1])
     assert np.abs(elsewhere - best).mean() > 0.5 * STD
 
 
 @pytest.mark.parametrize("name", ON_A_PATH)
 def test_every_picture_has_its_own_path(name: str) -> None:
-    plan = published(getattr(schedulers, name)(), 8)
+    plan = getattr(schedulers, name)().plan(8)
     start, keys = jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1), SHAPE[0])
     together = sample(plan, start, keys)
     np.testing.assert_array_equal(sample(plan, start[2:3], keys[2:3])[0], together[2])

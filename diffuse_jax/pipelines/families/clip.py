@@ -197,6 +197,6 @@ def check_lengths(tokens: list[int]) -> None:
     """
     if len(set(tokens)) > 1:
         raise ValueError(
-            f"the prompt has {tokens[-1]} tokens and the negative one {tokens[0]}; guidance needs as many of both: "
-            "give prompt_embeds and negative_prompt_embeds of one length"
+            f"the prompt has {tokens[-1]} tokens and the negative prompt {tokens[0]}, but guidance needs the same "
+            "number: give prompt_embeds and negative_prompt_embeds of the same length"
         )
