@@ -1,4 +1,4 @@
-# make sample   pictures from the shipped model, from nothing but Python
+# make sample   images from the shipped model, from nothing but Python
 # make test     everything a change must pass: style, types, documentation, tests
 # Overridable: PYTHON (which makes the virtual environment), VENV (where), TORCH (which build), WORKERS, PYTEST (more flags).
 PYTHON ?= python3
@@ -37,7 +37,7 @@ install: $(VENV)/.installed ## virtual environment with the package
 
 install-dev: $(VENV)/.installed-dev ## the same with everything tests and documentation need
 
-sample: install ## four pictures from the shipped model, with timings
+sample: install ## four images from the shipped model, with timings
 	$(BIN)/diffuse-jax generate $(PROMPTS) --num-inference-steps 25 --guidance-scale 5 --seed 0 1 2 3 --output $(OUTPUT)
 
 lint: install-dev ## ruff and mypy

@@ -82,12 +82,12 @@ def _add_output(parser: Parser) -> None:
 
 def _add_optimisation(parser: Parser) -> None:
     add = parser.group("optimisation", RunSettings, BatchSettings, OptimizerSettings)
-    add("--train_batch_size", type=int, help="pictures per device and accumulation step")
+    add("--train_batch_size", type=int, help="images per device and accumulation step")
     add("--num_train_epochs", "--num_epochs", type=int, help="how often every example is seen")
     add("--max_train_steps", type=int, help="updates in all, also when resuming; wins over --num_train_epochs")
     add("--gradient_accumulation_steps", type=int, help="parts of an update, one in memory at a time")
     add("--learning_rate", type=float, help="highest learning rate")
-    add("--scale_lr", action="store_true", help="multiply learning_rate by the pictures of an update")
+    add("--scale_lr", action="store_true", help="multiply learning_rate by the images of an update")
     add("--lr_scheduler", choices=SCHEDULES, help="how the rate changes")
     add("--lr_warmup_steps", type=int, help="updates of linear warm-up")
     add("--lr_num_cycles", type=int, help="periods of cosine_with_restarts")
@@ -162,7 +162,7 @@ def _add_monitoring(parser: Parser) -> None:
     add("--logging_dir", help="folder of TensorBoard and W&B files, inside output_dir")
     add("--tracker_project_name", default=Path(parser.prog).stem, help="project on Weights & Biases")
     add("--wandb_entity", help="user or team on Weights & Biases")
-    add("--validation_steps", type=int, help="make validation pictures every so many updates; 100 where left out")
+    add("--validation_steps", type=int, help="make validation images every so many steps; 100 where left out")
     add("--validation_epochs", "--save_images_epochs", type=int, help="or every so many epochs")
     add("--peak_tflops", type=float, help="what a device could do, for the utilisation; known for TPUs and many GPUs")
     add("--profile_steps", type=int, help="trace so many steps, after the first one")
