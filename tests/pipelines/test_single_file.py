@@ -66,7 +66,7 @@ def test_components_may_be_given(vocabulary: Path, tmp_path: Path, rng):
 
 def test_without_a_vocabulary_the_error_says_what_to_pass(tmp_path: Path, rng):
     write_single_file(tmp_path / "model.safetensors", family_tensors("v1", rng), "v1")
-    with pytest.raises(WeightsError, match="pass a folder or Hub id with CLIP's vocab.json and merges.txt as tokenizer="):
+    with pytest.raises(WeightsError, match="with CLIP's vocab.json and merges.txt as tokenizer="):
         DiffusionPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=tmp_path / "nowhere")
 
 
