@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
 from diffuse_jax.limits import refuse_links
+from diffuse_jax.messages import warn
 from diffuse_jax.models import Model
 from diffuse_jax.models.base import floating_type, network_class, network_names
 from diffuse_jax.pipelines import catalogue
@@ -122,10 +122,9 @@ def convert(
         raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
     if Path(src).is_file() and to != "single-file" and tokenizer is None:
-        warnings.warn(
+        warn(
             f"{src} holds no tokenizer, so {dst} will not have one, and pipelines need it: give tokenizer= "
-            f"(--tokenizer), for example {CLIP_TOKENIZER!r}",
-            stacklevel=2,
+            f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
         )
     with _finished(dst, to) as partial, unchanged(*_places(Path(src))):
         source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)

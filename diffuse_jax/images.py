@@ -10,7 +10,6 @@ import dataclasses
 import io
 import os
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.limits import refuse_links
+from diffuse_jax.messages import warn
 
 SIGNATURES = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
@@ -163,7 +163,7 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
 def warn_of(skipped: Skipped, where: str) -> None:
     """Warn about skipped files, if there are any."""
     if skipped.count:
-        warnings.warn(f"{where}: skipped {skipped.count} non-images, for example {skipped.first}", stacklevel=3)
+        warn(f"{where}: skipped {skipped.count} non-images, for example {skipped.first}")
 
 
 def is_image(path: Path) -> bool:

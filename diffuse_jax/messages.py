@@ -1,9 +1,13 @@
-"""Values from files as error messages show them: always short, whatever the file holds."""
+"""What users are told: values from files, always short whatever the file holds, and warnings at the user's own line."""
 
 from __future__ import annotations
 
 import reprlib
+import sys
+import warnings
 from typing import Any
+
+PACKAGE = __name__.partition(".")[0]
 
 MAX_BITS = 256
 """Longer integers are described instead; Python refuses to print those of more than a few thousand digits."""
@@ -29,3 +33,11 @@ class _Brief(reprlib.Repr):
 
 brief = _Brief().repr
 """The ``repr`` of a value, cut to a few items, levels and characters."""
+
+
+def warn(text: str) -> None:
+    """Warn, at the line of the user's that led here: the nearest one outside of this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

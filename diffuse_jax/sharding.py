@@ -201,6 +201,23 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
+def put_params(tree: Tree, mesh: Mesh) -> Tree:
+    """Parameters on the mesh, cut as :func:`param_shardings` says.
+
+    Where the mesh spans processes, each must hold the same arrays, or they are on devices of all of them already.
+    """
+    shardings = param_shardings(tree, automatic(mesh))
+    if not spans_processes(mesh):
+        return jax.device_put(tree, shardings)
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if is_global(x):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
 def gathered(path: Sequence[str], kernel: jax.Array) -> jax.Array:
     """All-gather a parameter that is sharded along ``fsdp``, where a layer uses it.
 

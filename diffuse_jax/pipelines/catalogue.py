@@ -7,6 +7,7 @@ are added by :func:`register`. Opening, saving, converting, comparing and traini
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from diffuse_jax import models, schedulers, text  # noqa: F401  (their classes are registered when they are defined)
@@ -117,6 +118,19 @@ def folders(name: str, entry: Component) -> Iterator[Component]:
         while (folder := entry.folder.with_name(f"{name}_{count}")).is_dir():
             yield Component(entry.library, entry.class_name, folder)
             count += 1
+
+
+def left_over(folder: Path, parts: Mapping[str, Any]) -> list[Path]:
+    """Folders ``name_1``, ``name_2`` ... of a longer list of networks than the one that is saved there now."""
+    found = []
+    for name, part in parts.items():
+        members = part if isinstance(part, tuple | list) else (part,)
+        if type(members[0]).__name__ in LISTS.values():
+            count = len(members)
+            while (path := folder / f"{name}_{count}") and (path / "config.json").is_file() and path.name not in parts:
+                found.append(path)
+                count += 1
+    return found
 
 
 def library_and_class(part: Any) -> tuple[str | None, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from diffuse_jax.adapters.tokens import spelled
 from diffuse_jax.images import rgb, upright, upright_size
+from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
 from diffuse_jax.text.tokenizer import padded_ids, padded_mask, unpadded_ids
@@ -72,9 +72,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     for ids in unpadded_ids(tokenizer, prompts):
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(
-                f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}", stacklevel=4
-            )
+            warn(f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}")
     padded = padded_ids(tokenizer, prompts, length)
     if padded.max() >= vocabulary:  # which is not an error in JAX
         raise ValueError(
@@ -170,8 +168,8 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
 
     Raises:
       TypeError: something is no image.
-      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], or a PIL image has values
-        of unknown range.
+      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], uint8 is 0 and 1 instead
+        of 0 to 255, or a PIL image has values of unknown range.
     """
     found = listed(images, name)
     size = image_size(images, name, multiple) if size is None else size
@@ -179,9 +177,26 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
 
 
 def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
-    """Masks as float32 ``[N,H,W,1]``: 1 where a value is at least one half (paint there), 0 elsewhere."""
-    grey = np.stack([_pixels(mask, size, "L", name) for mask in listed(masks, name)])
+    """Masks as float32 ``[N,H,W,1]``: 1 where a value is at least one half (paint there), 0 elsewhere.
+
+    Beside what :func:`pixels` takes, a mask may be an array of bools, or of the integers 0 and 1.
+
+    Raises:
+      ValueError, TypeError: as :func:`pixels`; or a PIL image holds 0 and 1 where white is 255.
+    """
+    grey = np.stack([_pixels(_unlabelled(mask, name), size, "L", name) for mask in listed(masks, name)])
     return (grey >= 0.5).astype(np.float32)
+
+
+def _unlabelled(mask: Any, name: str) -> Any:
+    """A mask whose values are classes (False and True, 0 and 1) as one whose values are shades."""
+    if isinstance(mask, Image.Image):
+        if mask.mode == "L" and mask.getextrema()[1] == 1:
+            raise ValueError(f"{name} has values from 0 to 1 where white is 255, so it is black; multiply it by 255")
+        return mask
+    array = np.asarray(mask)
+    classes = array.dtype == bool or (np.issubdtype(array.dtype, np.integer) and np.isin(array, (0, 1)).all())
+    return array.astype(np.float32) if classes else array
 
 
 def listed(images: ImageInput, name: str) -> list[Any]:
@@ -231,6 +246,11 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
             "resize it first, or give a PIL image"
         )
     if array.dtype == np.uint8:
+        if array.max(initial=0) == 1:
+            raise ValueError(
+                f"{name} as uint8 has values from 0 to 1 where white is 255, so it is black; multiply it by 255, or "
+                "give floating point in [0, 1]"
+            )
         return array.astype(np.float32) / 255
     if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
         raise ValueError(

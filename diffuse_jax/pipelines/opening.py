@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
+from diffuse_jax.messages import warn
 from diffuse_jax.models import Model, Params
 from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
@@ -72,7 +73,7 @@ def _open(
         if name in NOT_LOADED:
             parts[name] = None
             if NOT_LOADED[name]:
-                warnings.warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}", stacklevel=5)
+                warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}")
         elif catalogue.is_network(entry):
             opened = [_open_network(e, dtype, mesh, variant) for e in catalogue.folders(name, entry)]
             parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _columns(opened)
@@ -146,7 +147,8 @@ def save_components(
     variant: str | None,
     dtype: DTypeLike | None,
 ) -> dict[str, tuple[str | None, str | None]]:
-    """Write every component into its folder, those of a list into ``name``, ``name_1`` ...
+    """Write every component into its folder, those of a list into ``name``, ``name_1`` ...; what an older save left of
+    a longer list is removed, because it would be opened as part of this one.
 
     Returns:
       The entries of ``model_index.json``.
@@ -164,4 +166,6 @@ def save_components(
         elif part is not None:
             with naming(folder / name):
                 part.save_pretrained(folder / name)
+    for left_over in catalogue.left_over(folder, parts):
+        shutil.rmtree(left_over)
     return entries

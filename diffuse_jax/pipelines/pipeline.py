@@ -23,6 +23,7 @@ from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
+from diffuse_jax.pipelines.placement import moved
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, report
@@ -47,8 +48,8 @@ class DiffusionPipeline:
       components: name -> network, tuple of networks, scheduler, tokenizer or None.
       params: name -> tree of ``jax.Array`` for the networks (a tuple of trees for a tuple of networks).
       options: the other values of ``model_index.json``.
-      mesh: where to run, with an axis ``data`` (images) and, if networks are to be cut, ``fsdp`` and ``tensor``; None
-        is JAX's default device.
+      mesh: where to run, with an axis ``data`` (images) and, if networks are to be cut, ``fsdp`` and ``tensor``;
+        parameters that lie elsewhere are moved there. None is the device where they lie, or JAX's default device.
       vae_tiling: edge in latents of the tiles that images are decoded in, or None for one piece.
       vae_slicing: decode one image after another, in the memory of one.
       programs: the compiled programs, shared by all pipelines unless given.
@@ -91,6 +92,7 @@ class DiffusionPipeline:
         check_data_axis(self.mesh)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
+        object.__setattr__(self, "params", moved(self.params, self.mesh))
 
     @property
     def scheduler(self) -> Scheduler:
@@ -298,8 +300,8 @@ class DiffusionPipeline:
         names = names or tuple(self.params)
         if unknown := sorted(set(names) - set(self.params)):
             raise TypeError(f"{type(self).__name__} has no network {unknown[0]!r}; it has {', '.join(self.params)}")
-        moved = {name: tree.map(np.asarray, self.params[name]) for name in names}
-        return dataclasses.replace(self, params={**self.params, **moved})
+        host = {name: tree.map(np.asarray, self.params[name]) for name in names}
+        return dataclasses.replace(self, params={**self.params, **host})
 
     def save_pretrained(
         self, folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = None

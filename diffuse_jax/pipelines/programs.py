@@ -8,7 +8,6 @@ closures of one factory, or two classes of one name, are two programs. See :mod:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from diffuse_jax.messages import warn
 from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.identity import Context, identity
 from diffuse_jax.pipelines.saved_programs import Key, NotDescribable, placement
@@ -103,7 +103,7 @@ class Programs:
             try:
                 file = folder / saved_programs.file_name(key, shapes)
             except NotDescribable as error:
-                warnings.warn(f"a program was not saved: {error}", stacklevel=3)
+                warn(f"a program was not saved: {error}")
                 continue
             if not file.exists():
                 saved_programs.write(file, build)

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from diffuse_jax.pipelines import method as verbs
 from diffuse_jax.pipelines.method import Method, Params, Rows
+from diffuse_jax.pipelines.placement import ROWS, WHOLE, place, place_whole, placed_params
 from diffuse_jax.pipelines.programs import signature_of
 from diffuse_jax.schedulers.plan import Plan
-from diffuse_jax.sharding import param_shardings, readable
+from diffuse_jax.sharding import readable
 
 StepCallback = Callable[[Any, int, float, dict[str, jax.Array]], dict[str, jax.Array] | None]
-"""``callback(pipe, step, timestep, {"latents": [B, ...]})``; what it returns under "latents" replaces them."""
-
-ROWS, WHOLE = PartitionSpec("data"), PartitionSpec()
+"""``callback(pipe, step, timestep, {"latents": [B, ...]})``; what it returns under "latents" replaces them.
+``B`` is the number of images of the device call: all of them, or up to ``batch_size``."""
 
 
 class Request(NamedTuple):
@@ -92,7 +92,7 @@ def run(
       pipe: the pipeline.
       request: what to run.
       batch_size: maximum number of images per device call; all at once if None.
-      callback_on_step_end: called after each evaluation.
+      callback_on_step_end: called after each evaluation; it sees the request's images, no padding.
       progress_bar: show one.
       return_trajectory: return the sample before each evaluation and after the last one as ``trajectory``.
 
@@ -100,14 +100,13 @@ def run(
       ValueError: the rows do not fit the method, or ``batch_size`` is not positive; nothing has been compiled.
     """
     verbs.check_rows(request.method, request.rows)
-    params, results = placed_params(pipe, request.method), []
+    params, results = placed_params(pipe, request.method.networks), []
     by_steps = callback_on_step_end is not None or progress_bar or return_trajectory
-    for chunk in chunks(pipe, request.rows, request.images, batch_size):
+    for images, chunk in chunks(pipe, request.rows, request.images, batch_size):
         rows, plan = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
         if by_steps:
-            found = _run_by_steps(
-                pipe, request.method, params, rows, plan, callback_on_step_end, progress_bar, return_trajectory
-            )
+            callback = None if callback_on_step_end is None else _on_images(callback_on_step_end, pipe, images)
+            found = _run_by_steps(pipe, request.method, params, rows, plan, callback, progress_bar, return_trajectory)
         else:
             program = _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, (rows, plan))
             found = program(params, rows, plan)
@@ -118,8 +117,8 @@ def run(
 def compile_request(pipe: Any, request: Request, batch_size: int | None = None) -> None:
     """Compile the program of a request without running it."""
     verbs.check_rows(request.method, request.rows)
-    params = placed_params(pipe, request.method)
-    for chunk in chunks(pipe, request.rows, request.images, batch_size):
+    params = placed_params(pipe, request.method.networks)
+    for _, chunk in chunks(pipe, request.rows, request.images, batch_size):
         arguments = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
         _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, arguments)
 
@@ -134,8 +133,8 @@ def apply(pipe: Any, fn: Callable[..., Any], part: Any, rows: Rows) -> Any:
       rows: the data.
     """
     names = tuple(dict.fromkeys(net.name for net in verbs.networks_of(part)))
-    params, count, results = _placed(pipe, names), len(jax.tree.leaves(rows)[0]), []
-    for chunk in chunks(pipe, rows, count, None):
+    params, count, results = placed_params(pipe, names), len(jax.tree.leaves(rows)[0]), []
+    for _, chunk in chunks(pipe, rows, count, None):
         arguments = (place(pipe.mesh, chunk),)
         results.append(_program(pipe, fn, part, (ROWS,), params, arguments)(params, *arguments))
     return joined(results, count)
@@ -147,7 +146,7 @@ def _run_by_steps(
     params: Params,
     rows: Rows,
     plan: Plan,
-    callback: StepCallback | None,
+    callback: Callable[[int, float, jax.Array], jax.Array] | None,
     bar: bool,
     return_trajectory: bool,
 ) -> dict[str, Any]:
@@ -162,13 +161,26 @@ def _run_by_steps(
     for i in tqdm(range(int(plan.num_evaluations)), disable=not bar):
         state = advance(params, *step_args(i))
         if callback is not None:
-            answer = callback(pipe, i, float(plan.timesteps[i]), {"latents": state.sample})
-            if answer and "latents" in answer:
-                state = state._replace(sample=jax.device_put(answer["latents"], state.sample.sharding))
+            state = state._replace(sample=callback(i, float(plan.timesteps[i]), state.sample))
         trajectory += [state.sample] if return_trajectory else []
     finish = _program(pipe, verbs.finish, method, (ROWS, ROWS), params, (rows, state))
     results = finish(params, rows, state)
     return results | {"trajectory": jnp.stack(trajectory, 1)} if return_trajectory else results
+
+
+def _on_images(callback: StepCallback, pipe: Any, images: int) -> Callable[[int, float, jax.Array], jax.Array]:
+    """``(i, timestep, sample) -> the sample to go on with``: the caller's function sees no rows of padding."""
+
+    def on_step_end(i: int, timestep: float, sample: jax.Array) -> jax.Array:
+        own = sample if len(sample) == images else sample[:images]
+        latents = (callback(pipe, i, timestep, {"latents": own}) or {}).get("latents")
+        if latents is None or latents is own:
+            return sample
+        if np.shape(latents) != own.shape:
+            raise ValueError(f"callback_on_step_end returned latents {np.shape(latents)}, expected {own.shape}")
+        return jax.device_put(_pad(jnp.asarray(latents, sample.dtype), len(sample)), sample.sharding)
+
+    return on_step_end
 
 
 def _program(
@@ -178,40 +190,19 @@ def _program(
     return pipe.programs.get(fn, method, pipe.mesh, (WHOLE, *specs), (params, *args), signature)
 
 
-# Placement
+# Batches
 
 
-def placed_params(pipe: Any, method: Method) -> Params:
-    """The parameters that a method reads, on the devices.
-
-    Raises:
-      ValueError: the pipeline has no parameters of a network of the method.
-    """
-    return _placed(pipe, method.networks)
-
-
-def _placed(pipe: Any, names: Sequence[str]) -> Params:
-    if missing := [name for name in names if name not in pipe.params]:
-        raise ValueError(f"the pipeline has no parameters of {', '.join(missing)}; it has {', '.join(pipe.params)}")
-    return {name: on_device(pipe.mesh, pipe.params[name]) for name in names}
-
-
-def on_device(mesh: Mesh | None, params: Any) -> Any:
-    """Parameters that lie on the host as device arrays; others as they are."""
-    leaves = jax.tree.leaves(params)
-    if not leaves or not isinstance(leaves[0], np.ndarray):
-        return params
-    return jax.device_put(params) if mesh is None else jax.device_put(params, param_shardings(params, mesh))
-
-
-def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterator[Rows]:
-    """The rows in pieces of at most ``batch_size`` images, each padded to a size that is used again."""
+def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterator[tuple[int, Rows]]:
+    """The rows in pieces of at most ``batch_size`` images, each padded to a size that is used again, and how many
+    images each has."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     size = padded_size(count if batch_size is None else min(batch_size, count), devices)
     for begin in range(0, count, size):
-        yield jax.tree.map(lambda array, b=begin: _pad(array[b : b + size], size), rows)
+        padded = jax.tree.map(lambda array, b=begin: _pad(array[b : b + size], size), rows)
+        yield min(size, count - begin), padded
 
 
 def padded_size(images: int, devices: int) -> int:
@@ -222,16 +213,6 @@ def padded_size(images: int, devices: int) -> int:
 def _pad(array: Any, size: int) -> Any:
     """Repeat the last row up to ``size`` rows; what they give is thrown away."""
     return array if len(array) == size else array[np.minimum(np.arange(size), len(array) - 1)]
-
-
-def place(mesh: Mesh | None, rows: Rows) -> Rows:
-    """Rows over the mesh's ``data`` axis; without a mesh, onto the default device."""
-    return jax.device_put(rows) if mesh is None else jax.device_put(rows, NamedSharding(mesh, ROWS))
-
-
-def place_whole(mesh: Mesh | None, plan: Plan) -> Plan:
-    """A plan on every device of the mesh; without a mesh, on the default device."""
-    return jax.device_put(plan) if mesh is None else jax.device_put(plan, NamedSharding(mesh, WHOLE))
 
 
 # Results

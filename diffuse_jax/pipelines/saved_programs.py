@@ -16,7 +16,6 @@ import stat
 import sys
 import sysconfig
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 import diffuse_jax
+from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.identity import Context
 from diffuse_jax.writing import atomic_file
 
@@ -197,7 +197,7 @@ def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
         in_tree = jax.tree.structure((args, {}))
         return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
     except Exception as error:
-        warnings.warn(f"{file} could not be loaded and is compiled again: {error}", stacklevel=2)
+        warn(f"{file} could not be loaded and is compiled again: {error}")
         return None
 
 

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings, readable
+from diffuse_jax.sharding import param_shardings, put_params, readable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.checkpoint import Checkpoints, Position, shapes_of
@@ -28,7 +28,7 @@ from diffuse_jax.training.monitor import Monitor, Work
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
 from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import Counts, begin, counted, divided, local, place, resumed
+from diffuse_jax.training.start import Counts, begin, counted, divided, local, resumed
 from diffuse_jax.training.state import Average, Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Pictures, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
@@ -106,7 +106,7 @@ def fit(
             del state  # the memory of the one is free before the other is read
             say(f"reading {folder}")
             state = resumed(folder, like, batches, rows, counts.steps)
-        frozen = place(frozen, mesh)
+        frozen = put_params(frozen, mesh)
         step = make_step(loss, optimizer, run.seed, average, param_shardings(state, mesh))
         describe(run, counts, mesh, state, frozen, batches)
         first, last = int(state.step), counts.steps

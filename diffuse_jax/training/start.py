@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from diffuse_jax.output import writable
-from diffuse_jax.sharding import automatic, is_global, param_shardings, train_batch_sharding
+from diffuse_jax.sharding import is_global, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
     checkpoints,
@@ -159,19 +159,6 @@ def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
 def local(tree: Any) -> Any:
     """Arrays that every process holds for itself, as a program over all devices takes them; global ones as they are."""
     return jax.tree.map(lambda x: x if is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
-
-
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Put frozen parameters onto the mesh: cut where it has ``fsdp`` or ``tensor``, else whole."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, param_shardings(tree, automatic(mesh)))
-
-    def put(x: Any, sharding: NamedSharding) -> jax.Array:
-        if is_global(x):
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x)[index])
-
-    return jax.tree.map(put, tree, param_shardings(tree, automatic(mesh)))
 
 
 def divided(batch: Batch, mesh: Mesh, parts: int) -> Any:

@@ -178,8 +178,9 @@ def test_given_latents_embeddings_and_keys_replace_what_is_drawn_or_encoded(pipe
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_the_rest_named(pipe: StableDiffusionPipeline):
-    with pytest.warns(UserWarning, match="'o p q'"):
+    with pytest.warns(UserWarning, match="'o p q'") as caught:
         long = pictures(pipe, " ".join("abcdefghijklmnopq"), seed=0)
+    assert {warning.filename for warning in caught} == {__file__}, "it points at the caller's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(long, pictures(pipe, " ".join("abcdefghijklmn"), seed=0))
@@ -244,6 +245,22 @@ def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, reque
     with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": "a"} | request_)
     assert pipe.programs.compilations == before
+
+
+@pytest.mark.parametrize(
+    ("unused", "message"),
+    [
+        ({"negative_prompt": 3}, "negative_prompt must be a string"),
+        ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 1 prompts"),
+        ({"negative_prompt_embeds": np.zeros((1, 16))}, r"negative_prompt_embeds must be numbers \[1, L, 16\]"),
+        ({"negative_prompt_embeds": np.zeros((1, 16, 8))}, r"got float64 \[1, 16, 8\]"),
+        ({"negative_prompt": "a", "negative_prompt_embeds": np.zeros((1, 16, 16))}, "not both"),
+        ({"guidance_rescale": [0.5, 0.5]}, "guidance_rescale has 2 entries"),
+    ],
+)
+def test_what_guidance_alone_would_use_is_checked_without_it(pipe, unused: dict, message: str):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe("a", guidance_scale=1.0, **unused)
 
 
 def test_an_unknown_argument_is_answered_with_all_that_there_are(pipe: StableDiffusionPipeline):

@@ -16,11 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffuse_jax.models.layers import Conv, Dense
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.sharding import make_mesh, param_shardings, shard_batch, train_batch_sharding
+from diffuse_jax.sharding import make_mesh, param_shardings, put_params, shard_batch, train_batch_sharding
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import make_optimizer
-from diffuse_jax.training.start import place
 from diffuse_jax.training.state import init_state, make_step
 
 UNET = UNet2DConditionModel(
@@ -52,7 +51,7 @@ def loss(unet: UNet2DConditionModel, params: Any, frozen: Any, batch: Any, key: 
 def curve(mesh: jax.sharding.Mesh, unet: UNet2DConditionModel = UNET, parts: int = 1) -> tuple[list[float], Any]:
     """Losses of four updates, and the state."""
     optimizer = make_optimizer("adamw", lambda _: 1e-3)
-    state = place(init_state(initial_params(UNET.shapes(), 0), optimizer, use_ema=True), mesh)
+    state = put_params(init_state(initial_params(UNET.shapes(), 0), optimizer, use_ema=True), mesh)
     step = make_step(functools.partial(loss, unet), optimizer, 0, shardings=param_shardings(state, mesh))
     losses = []
     for n in range(4):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.family import Call, check_output
@@ -69,8 +70,10 @@ class ClipFamily:
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
         """``ids`` by encoder; or, where the caller gives embeddings for a branch, the embeddings of all of them."""
-        texts = {branch: self.tokens(pipe, call, branch) for branch in branches}
-        embeds = {branch: self.given_embeds(call, branch) for branch in branches}
+        embeds = {branch: self.given_embeds(pipe, call, branch) for branch in (NEGATIVE, POSITIVE)}  # used or not
+        prompts = {branch: self.prompts(call, branch) for branch in (NEGATIVE, POSITIVE)}
+        embeds = {branch: embeds[branch] for branch in branches}
+        texts = {branch: self.tokens(pipe, prompts[branch]) for branch in branches}
         if not any(embeds.values()):
             first = texts[branches[0]]
             found = {
@@ -96,20 +99,34 @@ class ClipFamily:
         keep = [float(branch == POSITIVE or not self.zeroed(pipe, call)) for branch in branches]
         return {"keep": joined([np.full(call.prompts, value, np.float32) for value in keep])}
 
-    def tokens(self, pipe: Any, call: Call, branch: str) -> dict[str, dict[str, np.ndarray]]:
-        """``ids [prompts,L]`` of a branch's prompts for each encoder of the checkpoint, ``attention_mask`` for some."""
-        ids, mask, first = {}, {}, call.get(f"{branch}prompt")
-        for k, (encoder, tokenizer) in enumerate(self.encoders.items(), 1):
-            text = first if k == 1 else call.get(f"{branch}prompt_{k}", first)
+    def prompts(self, call: Call, branch: str) -> dict[str, list[str]]:
+        """Each encoder's prompts of a branch, one for each of the call's; the first encoder's where it has no others.
+
+        Raises:
+          ValueError, TypeError: there are more or fewer, or they are no text.
+        """
+        found: dict[str, list[str]] = {}
+        for encoder, name in zip(self.encoders, self.prompt_names(branch), strict=True):
+            alone = call.get(name) is None and found
+            found[encoder] = found[next(iter(found))] if alone else one_per_prompt(call.get(name), call.prompts, name)
+        return found
+
+    def prompt_names(self, branch: str) -> list[str]:
+        """The arguments with a branch's prompts, in the order of the encoders."""
+        return [f"{branch}prompt", *(f"{branch}prompt_{k}" for k in range(2, len(self.encoders) + 1))]
+
+    def tokens(self, pipe: Any, prompts: Mapping[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
+        """``ids [prompts,L]`` of prompts for each encoder of the checkpoint, ``attention_mask`` for some."""
+        ids, mask = {}, {}
+        for encoder, tokenizer in self.encoders.items():
             if (network := pipe.components.get(encoder)) is not None:
                 c, words = network.config, pipe.components[tokenizer]
-                prompts = one_per_prompt(text, call.prompts, f"{branch}prompt")
-                ids[encoder] = tokenize(words, prompts, c.max_position_embeddings, c.vocab_size)
+                ids[encoder] = tokenize(words, prompts[encoder], c.max_position_embeddings, c.vocab_size)
                 if self.masked and getattr(c, "use_attention_mask", False):
-                    mask[encoder] = token_mask(words, prompts, c.max_position_embeddings)
+                    mask[encoder] = token_mask(words, prompts[encoder], c.max_position_embeddings)
         return {"ids": ids, "attention_mask": mask} if mask else {"ids": ids}
 
-    def given_embeds(self, call: Call, branch: str) -> dict[str, np.ndarray]:
+    def given_embeds(self, pipe: Any, call: Call, branch: str) -> dict[str, np.ndarray]:
         """The embeddings of a branch that the caller gave, by row; nothing where the caller gave none.
 
         Raises:
@@ -119,17 +136,17 @@ class ClipFamily:
         given = {row: np.asarray(call.get(name)) for row, name in names.items() if call.get(name) is not None}
         if not given:
             return {}
-        texts = [f"{branch}prompt", *(f"{branch}prompt_{k}" for k in range(2, len(self.encoders) + 1))]
-        for text in texts:
+        for text in self.prompt_names(branch):
             if call.get(text) is not None:
                 raise ValueError(f"give {text} or {names['states']}, not both")
         if missing := [name for row, name in names.items() if row not in given]:
             raise ValueError(f"give {', '.join(names.values())} together; {', '.join(missing)} is missing")
         for row, array in given.items():
-            axes = 3 if row == "states" else 2
-            if array.ndim != axes or len(array) != call.prompts:
-                shape = f"[{call.prompts}, L, D]" if row == "states" else f"[{call.prompts}, D]"
-                raise ValueError(f"{names[row]} must be {shape}, got {array.shape}")
+            axes, width = (3, embeds_width(pipe)) if row == "states" else (2, None)
+            fits = array.ndim == axes and len(array) == call.prompts and width in (None, array.shape[-1])
+            if not (fits and jnp.issubdtype(array.dtype, jnp.floating)):
+                shape = f"{call.prompts}, L, {width or 'D'}" if row == "states" else f"{call.prompts}, D"
+                raise ValueError(f"{names[row]} must be numbers [{shape}], got {array.dtype} {list(array.shape)}")
         return given
 
     def text_part(self, pipe: Any, clip_skip: int | None = None) -> EncodeText:
@@ -163,6 +180,12 @@ class ClipFamily:
             decode=decode,
             latent_shape=(call.size[0] // scale, call.size[1] // scale, vae.config.latent_channels),
         )
+
+
+def embeds_width(pipe: Any) -> int | None:
+    """How wide the UNet's prompt embeddings are; None if its blocks do not agree."""
+    width = pipe.components["unet"].config.cross_attention_dim
+    return width if isinstance(width, int) else None
 
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
