@@ -155,8 +155,9 @@ class XLOptions(TextOptions, total=False):
         ``negative_prompt_embeds``.
       original_size, target_size: (height, width) in pixels, those of the image if None (micro-conditioning).
       crops_coords_top_left: (top, left) in pixels, (0, 0) by default.
-      negative_original_size, negative_crops_coords_top_left, negative_target_size: of the unconditional branch; the
-        sizes are those of the conditional one unless both are given.
+      negative_original_size, negative_crops_coords_top_left, negative_target_size: of the unconditional branch. In
+        text to image they are those of the conditional one unless both sizes are given. From an image, each size is
+        unless it is given, and so is the crop, except for checkpoints with an aesthetic score.
       aesthetic_score, negative_aesthetic_score: 6.0 and 2.5, for checkpoints that take them (the refiner).
       denoising_end: share in (0, 1) of the schedule after which to stop and leave the rest to another model (the
         refiner); hand over with ``output_type="latent"``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
+from diffuse_jax.pipelines.families import STABLE_DIFFUSION_XL_FROM_IMAGE
 from diffuse_jax.pipelines.family import text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import XLOptions
@@ -15,6 +16,8 @@ from diffuse_jax.pipelines.tasks import from_image, from_latents, input_size
 
 class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
     """Images from prompts and an initial image that sets composition and colours."""
+
+    family = STABLE_DIFFUSION_XL_FROM_IMAGE
 
     def compose(  # type: ignore[override]
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
+from diffuse_jax.pipelines.families import STABLE_DIFFUSION_XL_FROM_IMAGE
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, apart
 from diffuse_jax.pipelines.running import Request
@@ -14,6 +15,8 @@ from diffuse_jax.pipelines.tasks import inpainting
 
 class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
     """Repaints part of an image from prompts."""
+
+    family = STABLE_DIFFUSION_XL_FROM_IMAGE
 
     def compose(
         self,

@@ -4,6 +4,7 @@ prompts and noise give the same images, with one program for every strength, sca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,32 @@ def test_image_to_image(family, images, compare: Compare):
     ):
         compare(pipe, twin, ["image"], **request | change)
     assert pipe.programs.compilations == 1, "strength, prompts, scale and steps are data"
+
+
+SIZES = {"original_size": (20, 40), "crops_coords_top_left": (3, 5), "target_size": (64, 32)}
+NEGATIVE_SIZES = [
+    {"negative_original_size": (9, 8)},
+    {"negative_target_size": (7, 6), "negative_crops_coords_top_left": (2, 1)},
+    {"negative_original_size": (9, 8), "negative_target_size": (7, 6)},
+]
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["sizes", "aesthetic score"])
+def test_negative_sizes_from_an_image(scored: bool, tmp_path: Path, images, compare: Compare):
+    """Each stands for itself, unlike in text to image; the score takes the place of the target's size."""
+    folder = folders.stable_diffusion_xl(tmp_path / "model")
+    if scored:
+        config = folders.UNET_XL
+        inputs = config["projection_class_embeddings_input_dim"] - config["addition_time_embed_dim"]
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(**config | {"projection_class_embeddings_input_dim": inputs})
+        folders.lively(unet).save_pretrained(folder / "unet")
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"requires_aesthetics_score": True}))
+    pipe, twin = both("StableDiffusionXLImg2ImgPipeline", folder)
+    request = SHORT | {"prompt": PROMPTS, "image": images[:2], "strength": 0.5} | SIZES
+    for change in ({}, *NEGATIVE_SIZES, {"aesthetic_score": 7.0, "negative_aesthetic_score": 1.0}):
+        compare(pipe, twin, ["image"], **request | change)
 
 
 def test_inpainting_with_any_checkpoint(family, images, masks, compare: Compare):
@@ -265,6 +292,19 @@ def test_pytorch_opens_every_controlnet_that_we_save(controlled, tmp_path: Path)
     states = before.state_dict(), after.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_fewer_controlnets_saved_over_more_leave_none_of_them(fewer: int, controlled, tmp_path: Path):
+    nets, folder = controlled
+    pipe = pipelines.DiffusionPipeline.from_pretrained(folder)
+    parts = pipe.components["controlnet"], pipe.params["controlnet"]
+    member = parts if nets == 1 else (parts[0][0], parts[1][0])
+    pipe.replace(controlnet=[member] * 3).save_pretrained(tmp_path)
+    pipe.replace(controlnet=member if fewer == 1 else [member] * fewer).save_pretrained(tmp_path)
+    again = pipelines.DiffusionPipeline.from_pretrained(tmp_path).components["controlnet"]
+    assert (len(again) if isinstance(again, tuple) else 1) == fewer
+    assert len([*tmp_path.glob("controlnet*")]) == fewer
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,6 @@
 
 from diffuse_jax.pipelines.families.clip import ClipFamily
 from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
-from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL, STABLE_DIFFUSION_XL_FROM_IMAGE
 
-__all__ = ["STABLE_DIFFUSION", "STABLE_DIFFUSION_XL", "ClipFamily"]
+__all__ = ["STABLE_DIFFUSION", "STABLE_DIFFUSION_XL", "STABLE_DIFFUSION_XL_FROM_IMAGE", "ClipFamily"]

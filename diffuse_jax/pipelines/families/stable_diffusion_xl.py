@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,29 +32,64 @@ class PenultimateStates(EncodeText):
         return {"states": jnp.concatenate(states, -1), "pooled": outputs[-1].text_embeds}
 
 
-def micro_conditioning(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-    """``time_ids``: the sizes, crop and aesthetic score of each branch, as far as the checkpoint takes them.
+Sizes = tuple[Any, Any, Any]
+"""Original size, crop and target size, each (vertical, horizontal)."""
 
-    Raises:
-      ValueError: a size is not a pair.
+
+def negative_from_text(call: Call, positive: Sizes, scored: bool) -> Sizes:
+    """Of the unconditional branch in text to image: its own sizes if both are given, else the other branch's."""
+    if not {"negative_original_size", "negative_target_size"} <= call.options.keys():
+        return positive
+    crop = call.get("negative_crops_coords_top_left", (0, 0))
+    return call.get("negative_original_size"), crop, call.get("negative_target_size")
+
+
+def negative_from_image(call: Call, positive: Sizes, scored: bool) -> Sizes:
+    """The same in image to image and inpainting, where each size stands for itself, and only checkpoints with a score
+    have a crop of their own."""
+    original, crop, target = positive
+    crop = call.get("negative_crops_coords_top_left", (0, 0)) if scored else crop
+    return call.get("negative_original_size", original), crop, call.get("negative_target_size", target)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroConditioning:
+    """``time_ids``: the sizes and crop of each branch, or (for the refiner) original size, crop and aesthetic score.
+
+    Attributes:
+      negative: what the unconditional branch gets.
     """
-    for name in (prefix + size for prefix in (NEGATIVE, POSITIVE) for size in SIZES):
-        if np.shape(call.get(name, (0, 0))) != (2,):
-            raise ValueError(
-                f"sizes are (height, width) and crops (top, left) in pixels, got {name}={call.get(name)!r}"
-            )
-    scored = bool(pipe.options.get("requires_aesthetics_score", False))
-    original, target = call.get("original_size", call.size), call.get("target_size", call.size)
-    crop, score = call.get("crops_coords_top_left", (0, 0)), call.get("aesthetic_score", 6.0)
-    values = {NEGATIVE: (original, crop, target), POSITIVE: (original, crop, target)}
-    if {"negative_original_size", "negative_target_size"} <= call.options.keys():
-        negative_crop = call.get("negative_crops_coords_top_left", (0, 0))
-        values[NEGATIVE] = call.get("negative_original_size"), negative_crop, call.get("negative_target_size")
-    scores = {NEGATIVE: call.get("negative_aesthetic_score", 2.5), POSITIVE: score}
-    ids = {
-        branch: [*sizes[0], *sizes[1], *((scores[branch],) if scored else sizes[2])] for branch, sizes in values.items()
-    }
-    return {"time_ids": joined([np.tile(np.array(ids[b], np.float32), (call.prompts, 1)) for b in branches])}
+
+    negative: Callable[[Call, Sizes, bool], Sizes]
+
+    def __call__(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
+        """The rows.
+
+        Raises:
+          ValueError: a size is not a pair, or a score no number.
+        """
+        for name in (prefix + size for prefix in (NEGATIVE, POSITIVE) for size in SIZES):
+            if not are_numbers(call.get(name, (0, 0)), (2,)):
+                raise ValueError(
+                    f"sizes are (height, width) and crops (top, left) in pixels, got {name}={call.get(name)!r}"
+                )
+        scores = {NEGATIVE: call.get("negative_aesthetic_score", 2.5), POSITIVE: call.get("aesthetic_score", 6.0)}
+        for branch, score in scores.items():
+            if not are_numbers(score, ()):
+                raise ValueError(f"{branch}aesthetic_score must be a number, got {score!r}")
+        scored = bool(pipe.options.get("requires_aesthetics_score", False))
+        defaults = {"original_size": call.size, "crops_coords_top_left": (0, 0), "target_size": call.size}
+        original, crop, target = (call.get(name, value) for name, value in defaults.items())
+        sizes = {POSITIVE: (original, crop, target)}
+        sizes[NEGATIVE] = self.negative(call, sizes[POSITIVE], scored)
+        last = lambda branch: (scores[branch],) if scored else sizes[branch][2]
+        ids = {branch: [*sizes[branch][0], *sizes[branch][1], *last(branch)] for branch in branches}
+        return {"time_ids": joined([np.tile(np.array(ids[b], np.float32), (call.prompts, 1)) for b in branches])}
+
+
+def are_numbers(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a value is finite numbers of this shape."""
+    return np.shape(value) == shape and np.asarray(value).dtype.kind in "iuf" and bool(np.isfinite(value).all())
 
 
 def zeroed(pipe: Any, call: Call) -> bool:
@@ -64,8 +101,13 @@ STABLE_DIFFUSION_XL = ClipFamily(
     encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     encode=PenultimateStates,
     embeds={"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
-    conditioning=micro_conditioning,
+    conditioning=MicroConditioning(negative_from_text),
     zeroed=zeroed,
     options=XLOptions,
     plan_options=("denoising_end",),
 )
+
+STABLE_DIFFUSION_XL_FROM_IMAGE = dataclasses.replace(
+    STABLE_DIFFUSION_XL, conditioning=MicroConditioning(negative_from_image)
+)
+"""For tasks that begin with an image."""

@@ -1,0 +1,46 @@
+"""What masks and images may be, and that black is not taken for white."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax.pipelines.inputs import mask_pixels, pixels
+
+SIZE = (2, 3)
+WHITE = np.array([[True, False, False], [False, True, True]])
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32, np.float64])
+def test_a_mask_may_be_classes_or_shades(dtype: Any) -> None:
+    given = [WHITE.astype(dtype), (WHITE * 255).astype(np.uint8), Image.fromarray((WHITE * 255).astype(np.uint8))]
+    for mask in (*given, Image.fromarray(WHITE), np.stack([WHITE.astype(dtype)] * 2)[..., None]):
+        for found in mask_pixels(mask, SIZE, "mask_image"):
+            np.testing.assert_array_equal(found[..., 0], WHITE)
+    assert not mask_pixels(np.zeros(SIZE, dtype), SIZE, "mask_image").any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.fromarray(WHITE.astype(np.uint8)), "mask_image has values from 0 to 1 where white is 255"),
+        (WHITE * 255, "must be uint8, or floating point in .0, 1.; got int64 from 0 to 255"),
+        (WHITE * 2.0, "got float64 from 0.0 to 2.0"),
+        (np.zeros((0, 3), np.uint8), "must be 2x3 with 1 channels"),
+    ],
+    ids=["classes as shades", "other integers", "beyond white", "empty"],
+)
+def test_a_mask_of_unknown_range_is_refused(mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_pixels(mask, SIZE, "mask_image")
+
+
+def test_an_image_of_zeros_and_ones_is_not_black() -> None:
+    edges = np.repeat(WHITE[..., None], 3, -1)
+    with pytest.raises(ValueError, match="control image as uint8 has values from 0 to 1 where white is 255"):
+        pixels(edges.astype(np.uint8), SIZE, "control image")
+    np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
+    assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"
