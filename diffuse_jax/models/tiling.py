@@ -1,5 +1,7 @@
 """Decode and encode large images in overlapping tiles, with the memory and the compiled program of a single tile.
 
+Inside ``jit`` the tiles are one loop. Outside, the function is called for each tile, so give one that is jitted itself.
+
 All tiles have the same size, so that one program serves them; their starts are spread evenly so that the last one ends
 at the edge. Where tiles overlap, linear ramps that add up to one blend them. An autoencoder's group norms and attention
 see the whole image, so a tile differs slightly from that part of the whole; the overlap hides the difference.
@@ -87,19 +89,36 @@ def _tiled(function: Callable[[jax.Array], Any], x: jax.Array, tiling: tuple[int
         return function(x)
     edges = (min(size[0], tile), min(size[1], tile))
     crop = (x.shape[0], edges[0] * scale_in, edges[1] * scale_in, x.shape[3])
-    parts = jax.eval_shape(function, jax.ShapeDtypeStruct(crop, x.dtype))
-    _check_parts(parts, crop[1:3], (edges[0] * scale_out, edges[1] * scale_out))
+    steps = _steps(size, edges, overlap, scale_out)
 
-    def add(canvas: Any, step: tuple[jax.Array, ...]) -> tuple[Any, None]:
+    def part_at(step: tuple[jax.Array, ...]) -> Any:
+        return function(jax.lax.dynamic_slice(x, (0, step[0] * scale_in, step[1] * scale_in, 0), crop))
+
+    def add(canvas: Any, step: tuple[jax.Array, ...], part: Any = None) -> tuple[Any, None]:
         row, column, rows, columns = step
-        part = function(jax.lax.dynamic_slice(x, (0, row * scale_in, column * scale_in, 0), crop))
+        part = part_at(step) if part is None else part
         weight = (rows[:, None] * columns[None, :])[None, :, :, None]
         at = (0, row * scale_out, column * scale_out, 0)
         return jax.tree.map(lambda whole, y: _add_at(whole, y.astype(jnp.float32) * weight, at), canvas, part), None
 
     blank = lambda y: jnp.zeros((y.shape[0], size[0] * scale_out, size[1] * scale_out, y.shape[3]), jnp.float32)
-    canvas, _ = jax.lax.scan(add, jax.tree.map(blank, parts), _steps(size, edges, overlap, scale_out))
+    each = [tuple(values[k] for values in steps) for k in range(len(steps[0]))]
+    first = None if _traced(x) else part_at(each[0])
+    parts = jax.eval_shape(function, jax.ShapeDtypeStruct(crop, x.dtype)) if _traced(x, first) else first
+    _check_parts(parts, crop[1:3], (edges[0] * scale_out, edges[1] * scale_out))
+    canvas = jax.tree.map(blank, parts)
+    if _traced(x, first):
+        canvas, _ = jax.lax.scan(add, canvas, steps)
+    else:  # outside of jit a scan would be compiled at every call
+        for step in each:
+            canvas, _ = add(canvas, step, first)
+            first = None
     return jax.tree.map(lambda whole, y: whole.astype(y.dtype), canvas, parts)
+
+
+def _traced(*trees: Any) -> bool:
+    """Whether something is being traced, by ``jit`` or a transformation."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def _steps(size: tuple[int, int], edges: tuple[int, int], overlap: int, scale_out: int) -> tuple[jax.Array, ...]:

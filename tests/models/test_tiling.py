@@ -45,6 +45,33 @@ def test_tiles_cover_and_weights_add_up_to_one(length: int, tile: int, data: st.
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
+def test_outside_of_jit_nothing_is_compiled_twice(rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
+    latents, traces = jnp.asarray(rng.standard_normal((1, 20, 9, 3)), jnp.float32), []
+
+    @jax.jit
+    def decode(z: jax.Array) -> jax.Array:
+        traces.append(z.shape)
+        return enlarge(z)
+
+    with jax.log_compiles():
+        outputs, compiled = [], []
+        for z in (latents, 2 * latents):
+            caplog.clear()
+            outputs.append(tiled_decode(lambda z: decode(z), z, tile=12, overlap=3, scale=4))
+            compiled.append(sum("Compiling" in record.getMessage() for record in caplog.records))
+    assert traces == [(1, 12, 9, 3)]
+    assert compiled[0] > 0 == compiled[1]
+    for z, output in zip((latents, 2 * latents), outputs):
+        np.testing.assert_allclose(output, enlarge(z), atol=1e-6)
+
+
+def test_parameters_may_be_traced_where_latents_are_not(rng: np.random.Generator) -> None:
+    latents = jnp.asarray(rng.standard_normal((1, 20, 9, 3)), jnp.float32)
+    scaled = jax.jit(lambda factor: tiled_decode(lambda z: factor * enlarge(z), latents, 12, 3, 4))
+    np.testing.assert_allclose(scaled(2.0), 2 * enlarge(latents), atol=1e-6)
+    assert str(jax.make_jaxpr(scaled)(2.0)).count("scan") == 1, "one loop, not each tile by itself"
+
+
 def test_blend_is_linear_where_two_tiles_overlap() -> None:
     weights = blend_weights(np.array([0, 6]), 16, 10, 4)
     np.testing.assert_allclose(weights[1, :4], np.arange(1, 5) / 5, atol=1e-6)
