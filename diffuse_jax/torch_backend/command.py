@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 PROMPTS = ("a red apple, noto style", "grinning face, twemoji style")
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
 TO_CALL = ("guidance_scale", "height", "width", "strength")
-IMAGES = ("image", "mask_image", "control_image")
+IMAGES = {
+    "image": "for pipelines that take an image (default: one is made up)",
+    "mask_image": "likewise for a mask",
+    "control_image": "likewise for a ControlNet, in the order of the ControlNets",
+}
+"""Arguments that are files -> what they are for."""
 
 DESCRIPTION = """\
 Opens the checkpoint here and in PyTorch and compares configurations, parameters, every network on the prompts, the
@@ -48,9 +53,8 @@ def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str,
     add("--dtype", choices=dtypes, default="float32", help="what networks compute in (default: %(default)s)")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
     add("--pipeline", metavar="CLASS", help="what to run with the model, e.g. StableDiffusionInpaintPipeline")
-    add("--image", type=Path, metavar="FILE", help="for pipelines that take an image (default: one is made up)")
-    add("--mask-image", type=Path, metavar="FILE", help="likewise for a mask")
-    add("--control-image", type=Path, metavar="FILE", help="likewise for a ControlNet")
+    for name, what in IMAGES.items():
+        add(f"--{name.replace('_', '-')}", type=Path, action="append", metavar="FILE", help=f"{what}; several: repeat")
     add("--strength", type=float, metavar="X", help="for pipelines that start from an image")
     add("--prompt", action="append", metavar="TEXT", help="repeat for several (default: two of the shipped model)")
     add("--num-inference-steps", type=positive(int), default=10, metavar="N", help="(default: %(default)s)")
@@ -97,7 +101,9 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
 def request_of(parity: Any, args: argparse.Namespace) -> Request:
     """The request that the flags describe."""
     given = {name: getattr(args, name) for name in TO_CALL if getattr(args, name) is not None}
-    given |= {name: opened(getattr(args, name)) for name in IMAGES if getattr(args, name) is not None}
+    for name in IMAGES:
+        if files := [opened(path) for path in getattr(args, name) or ()]:
+            given[name] = files if len(files) > 1 else files[0]
     options = {"num_inference_steps": args.num_inference_steps, "seed": args.seed, **given}
     return parity.Request(tuple(args.prompt or PROMPTS), options, tuple(args.component), args.bisect)
 
@@ -145,6 +151,7 @@ def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides
     from diffuse_jax.torch_backend.picture import amplification, save_picture
     from diffuse_jax.torch_backend.report import write_report
 
+    files = {name: [*map(str, getattr(args, name))] for name in IMAGES if name in request.options}
     context: dict[str, Any] = {
         "model": args.model,
         "reference": args.reference or args.model,
@@ -153,7 +160,7 @@ def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "scheduler": type(sides.ours.scheduler).__name__,
         "prompts": list(request.prompts),
-        "options": {name: str(value) if name in IMAGES else value for name, value in request.options.items()},
+        "options": request.options | files,
         "same": result.ok,
         "differences": [found._asdict() for found in result.differences],
         "first_layers": result.first,

@@ -204,7 +204,8 @@ def first_layer(sides: Sides, call: Call, tolerance: float) -> list[dict[str, An
 
 def trajectory_rows(ours: Trace, theirs: Trace, tolerance: Tolerance) -> Iterator[Comparison]:
     """Latents before the run and after every step, each side on its own trajectory, and the pictures."""
+    start = tolerance.network if theirs.encoded else tolerance.noise
     for i, (a, b) in enumerate(zip(ours.samples.swapaxes(0, 1), theirs.samples.swapaxes(0, 1), strict=True)):
         name = f"latents after step {i}" if i else "latents at the start"
-        yield compare(name, a, b, tolerance.latents if i else tolerance.noise)
+        yield compare(name, a, b, tolerance.latents if i else start)
     yield compare("pixels", ours.images, theirs.images, tolerance.pixels)

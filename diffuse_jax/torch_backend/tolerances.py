@@ -10,7 +10,8 @@ class Tolerance(NamedTuple):
 
     Attributes:
       noise: of the latents that a run starts from, which JAX makes in float32 for both.
-      network: of what one network, or one layer of it, gives for equal inputs.
+      network: of what one network, or one layer of it, gives for equal inputs; and of the latents that a run starts
+        from where they hold an encoded image.
       latents: of latents after a step, each side on its own trajectory.
       pixels: of the pictures at the end.
     """

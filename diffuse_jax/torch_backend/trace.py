@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline, run
+from diffuse_jax.pipelines.method import networks_of
 from diffuse_jax.torch_backend.adapter import Recorded, TorchNetwork
 
 
@@ -16,6 +17,7 @@ class Trace(NamedTuple):
 
     Attributes:
       rows: the request's data.
+      encoded: whether the first sample holds what a network gave, such as an encoded image.
       timesteps: of each evaluation.
       samples: ``[images, evaluations + 1, ...]``: before each step and after the last one.
       images: float32 ``[images,H,W,C]`` in [0, 1].
@@ -23,6 +25,7 @@ class Trace(NamedTuple):
     """
 
     rows: dict[str, Any]
+    encoded: bool
     timesteps: np.ndarray
     samples: np.ndarray
     images: np.ndarray
@@ -39,6 +42,7 @@ def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
     calls = {name: network.calls for name, network in networks(pipe).items() if isinstance(network, TorchNetwork)}
     return Trace(
         request.rows,
+        any(networks_of(request.method.start)),
         np.asarray(request.plan.timesteps[:evaluations]),
         np.asarray(out.trajectory),
         np.asarray(out.images),

@@ -161,6 +161,24 @@ def test_every_pipeline_is_compared_with_no_line_for_its_task(tmp_path: Path) ->
     assert [first["layer"] for first in result.first] == ["mid_block.resnets.0.conv1"]
 
 
+def test_several_control_images_are_read_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In half precision too, where a run from an image starts as far apart as its encoders are."""
+    folder = folders.controlled(tmp_path / "sd", nets=2)
+    files = [tmp_path / f"{shade}.png" for shade in (40, 90, 200)]
+    for file in files:
+        Image.new("RGB", (32, 32), (int(file.stem), 120, 60)).save(file)
+    words = ["parity", str(folder), "--device", "cpu", "--pipeline", "StableDiffusionControlNetImg2ImgPipeline"]
+    words += ["--image", str(files[0]), "--control-image", str(files[1]), "--control-image", str(files[2])]
+    words += ["--num-inference-steps", "2", "--dtype", "bfloat16", "--prompt", "a cat", "--report", str(tmp_path)]
+    code, found = cli.main(words), json.loads((tmp_path / "parity.json").read_text())
+    start = next(row for row in found["rows"] if row["name"] == "latents at the start")
+    assert 1e-6 < start["relative_error"] < start["tolerance"] == TOLERANCES["bfloat16"].network
+    assert found["options"]["control_image"] == [str(file) for file in files[1:]]
+    assert code == 0, capsys.readouterr().out
+    assert cli.main([*words[:-2], "--control-image", str(files[0])]) == 1
+    assert "there are 2 ControlNets and 3 control images" in capsys.readouterr().err
+
+
 def test_pipelines_without_text_and_with_two_encoders_are_compared_too(tmp_path: Path) -> None:
     twins = pytest.importorskip("tests.oracle.twins")
     unet = twins.randomise(twins.diffusers.UNet2DModel(**twins.PIXELS))
