@@ -16,6 +16,34 @@ Tensors = Mapping[str, np.ndarray]
 
 def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
     """``config.json`` of a UNet from its tensors under diffusers' names."""
+    encoder, up = encoder_config(unet, family.heads), {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
+    return encoder | {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": family.latent_size,
+        "out_channels": _outputs(unet, "conv_out.weight"),
+        "up_block_types": [up.get(kind, "UpBlock2D") for kind in reversed(encoder["down_block_types"])],
+    }
+
+
+def controlnet_config(net: Tensors) -> dict[str, Any]:
+    """``config.json`` of a ControlNet from its tensors under diffusers' names.
+
+    Networks like Stable Diffusion 1, which project to attention by convolutions, have 8 heads at every level.
+    """
+    hint = "controlnet_cond_embedding"
+    encoder = encoder_config(net, None if net["mid_block.attentions.0.proj_in.weight"].ndim == 2 else 8)
+    inner = range(1, _levels(net, f"{hint}.blocks"), 2) if f"{hint}.blocks.0.weight" in net else ()
+    return encoder | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": net[f"{hint}.conv_in.weight"].shape[1],
+        "conditioning_embedding_out_channels": [
+            _outputs(net, f"{hint}.{name}.weight") for name in ("conv_in", *(f"blocks.{i}" for i in inner))
+        ],
+    }
+
+
+def encoder_config(unet: Tensors, heads: int | None) -> dict[str, Any]:
+    """What ``config.json`` says of the encoder of a UNet, which a ControlNet is too."""
     levels = _levels(unet, "down_blocks")
     channels = [_outputs(unet, f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)]
     depths = [_depth(unet, f"down_blocks.{i}.attentions.0") for i in range(levels)]
@@ -24,15 +52,11 @@ def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
     attention = next(key for key in unet if key.endswith("attn2.to_k.weight"))
     context = unet[attention].shape[1]
     config = {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": family.latent_size,
         "in_channels": unet["conv_in.weight"].shape[1],
-        "out_channels": _outputs(unet, "conv_out.weight"),
         "block_out_channels": channels,
         "layers_per_block": _layers(unet, "down_blocks"),
         "down_block_types": [("CrossAttnDownBlock2D" if depth else "DownBlock2D") for depth in depths],
-        "up_block_types": [("CrossAttnUpBlock2D" if depth else "UpBlock2D") for depth in reversed(depths)],
-        "attention_head_dim": family.heads or [max(1, width // 64) for width in channels],
+        "attention_head_dim": heads or [max(1, width // 64) for width in channels],
         "cross_attention_dim": context,
         "use_linear_projection": unet["mid_block.attentions.0.proj_in.weight"].ndim == 2,
         # A level without attention needs a value too; the last one's is also that of the middle.
@@ -44,7 +68,7 @@ def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
 
 def _label_config(unet: Tensors) -> dict[str, Any]:
     """What the condition beside text and time is."""
-    kind = label_kind(unet) if any("_embedding." in key and "time" not in key for key in unet) else None
+    kind = label_kind(unet) if any(key.startswith(("class_embedding.", "add_embedding.")) for key in unet) else None
     if kind == "classes":
         return {"num_class_embeds": unet["class_embedding.weight"].shape[0]}
     if kind == "projection":

@@ -105,6 +105,20 @@ def unet_table(keys: Iterable[str]) -> Table:
     return table
 
 
+def controlnet_table(keys: Iterable[str]) -> Table:
+    """The table of a ControlNet, from its keys in either spelling: that of its UNet's encoder, and what it adds."""
+    keys = set(keys)
+    table = [*unet_table(keys), ("middle_block_out.0", "controlnet_mid_block", "same")]
+    exits = _indices(keys, r"(?:zero_convs|controlnet_down_blocks)\.(\d+)\.")
+    table += [(f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}", "same") for (i,) in exits]
+    inner = _indices(keys, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
+    last = 2 * len(inner) + 2 if inner else max((i for (i,) in _indices(keys, r"input_hint_block\.(\d+)\.")), default=2)
+    table.append(("input_hint_block.0", "controlnet_cond_embedding.conv_in", "same"))
+    between = range(2, last, 2)  # activations have odd numbers
+    table += [(f"input_hint_block.{i}", f"controlnet_cond_embedding.blocks.{i // 2 - 1}", "same") for i in between]
+    return [*table, (f"input_hint_block.{last}", "controlnet_cond_embedding.conv_out", "same")]
+
+
 def _unet_level(level: int, layers: int, up_attends: bool) -> Table:
     """The rows of one way down and of one way up."""
     down, up = 1 + level * (layers + 1), level * (layers + 1)
@@ -195,5 +209,6 @@ TABLES: dict[str, Callable[[Iterable[str]], Table]] = {
     "vae": vae_table,
     "clip": clip_table,
     "openclip": openclip_table,
+    "controlnet": controlnet_table,
 }
 """Kind of network -> what makes its table from its keys."""

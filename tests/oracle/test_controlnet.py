@@ -10,7 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from diffuse_jax.layouts.original import controlnet_table
+from diffuse_jax.layouts.rows import to_original
 from diffuse_jax.models import ControlNetModel
 from diffuse_jax.weights import names
 from diffuse_jax.weights.names import flatten, torch_keys
@@ -62,6 +65,37 @@ def test_pytorch_opens_what_is_saved_here(name: str, tmp_path: Path, rng: np.ran
     inputs = controlnet_inputs(model, rng)
     for ours, theirs in zip(run_torch_controlnet(again, inputs), run_torch_controlnet(module, inputs), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("prefix", ["", "control_model."], ids=["alone", "with its UNet"])
+@pytest.mark.parametrize("name", ["SD 1.x", "SD 2.x"])
+def test_one_file_in_the_original_layout_is_read_as_by_pytorch(
+    name: str, prefix: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    config = twins.CONTROLNETS[name] | {"conditioning_embedding_out_channels": (4, 8, 12, 16)}
+    _, model, params = twins.twin(diffusers.ControlNetModel(**config), ControlNetModel, tmp_path / "folder")
+    tensors = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    found = {old: tensors[parts[0][0]] for old, parts in to_original(tensors, controlnet_table(tensors)).items()}
+    other = {"model.diffusion_model.out.0.weight": np.zeros(2, np.float32)} if prefix else {}
+    save_file({prefix + key: array for key, array in found.items()} | other, tmp_path / "a.safetensors")
+    read, own = ControlNetModel.from_single_file(tmp_path / "a.safetensors", config=tmp_path / "folder")
+    assert read.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, own, params)
+    theirs = diffusers.ControlNetModel.from_single_file(
+        str(tmp_path / "a.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+    )
+    inputs = controlnet_inputs(model, rng)
+    for ours, wanted in zip(run_controlnet(read, own, inputs), run_torch_controlnet(theirs, inputs), strict=True):
+        assert difference(ours, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["SD 1.x", "SDXL"])
+def test_one_file_in_the_layout_of_diffusers_is_read_too(name: str, tmp_path: Path) -> None:
+    _, model, params = twins.controlnet_twin(name, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    read, own = ControlNetModel.from_single_file(file, config=tmp_path)
+    assert read.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, own, params)
 
 
 @pytest.mark.parametrize(
