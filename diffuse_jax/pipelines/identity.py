@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.config import Config
+from diffuse_jax.kernels import current_platform
 from diffuse_jax.models import Model
 from diffuse_jax.models.intercept import layer_changes
 
@@ -82,12 +83,22 @@ SETTINGS = (
 
 
 class Context(NamedTuple):
-    """What is active around a call and is compiled into a program: settings of JAX, and changes of layers."""
+    """What is active around a call and is compiled into a program.
+
+    Attributes:
+      settings: values of :data:`SETTINGS`.
+      platform: the one that kernels are chosen for.
+      mesh: the one of ``jax.set_mesh``.
+      changes: of layers; see :func:`~diffuse_jax.models.intercept.layer_changes`.
+    """
 
     settings: tuple[Any, ...]
+    platform: str
+    mesh: Any
     changes: tuple[Any, ...]
 
     @classmethod
     def now(cls) -> Context:
         """The context of this thread."""
-        return cls(tuple([getattr(jax.config, name, None) for name in SETTINGS]), layer_changes())
+        settings = tuple([getattr(jax.config, name, None) for name in SETTINGS])
+        return cls(settings, current_platform(), jax.sharding.get_abstract_mesh(), layer_changes())

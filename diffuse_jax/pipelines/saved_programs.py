@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
@@ -53,6 +54,15 @@ def placement(array: Any) -> Any:
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
+def devices_of(args: Any, mesh: Mesh | None) -> list[jax.Device]:
+    """Where a program runs: on the mesh, else where an argument has been put, else on JAX's default device."""
+    if mesh is not None:
+        return list(mesh.devices.flat)
+    placed = (sharding for sharding in map(placement, jax.tree.leaves(args)) if sharding is not None)
+    default = jnp.zeros(()).sharding
+    return sorted(next(placed, default).device_set, key=lambda device: device.id)
+
+
 class NotDescribable(ValueError):
     """A method contains something that cannot be described the same way in another process."""
 
@@ -65,11 +75,11 @@ def file_name(key: Key, args: Any) -> str:
     """
     leaves, tree = jax.tree.flatten(args)
     mesh = key.mesh
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    devices = devices_of(args, mesh)
     facts = (
         (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
         (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        (repr(key.context.settings), described(key.context.changes)),
+        (repr(key.context.settings), key.context.platform, str(key.context.mesh), described(key.context.changes)),
         (described(key.fn), described(key.method)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
         (str(tree), [(x.shape, str(x.dtype), str(placement(x))) for x in leaves]),
@@ -187,7 +197,7 @@ def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
       PermissionError: others can write to the file or its folder.
     """
     trusted(trusted(file.parent) / file.name)
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    devices = devices_of(args, mesh)
     try:
         data = file.read_bytes()
         digest, body = data[len(MAGIC) : len(MAGIC) + DIGEST], data[len(MAGIC) + DIGEST :]

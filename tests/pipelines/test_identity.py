@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from diffuse_jax.kernels import current_platform, target_platform
 from diffuse_jax.models.intercept import changed_layers
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,34 @@ def test_settings_of_jax_are_part_of_a_program() -> None:
         assert get() is not plain
         assert get()(x).devices() == {jax.devices()[1]}
     assert get() is plain
+
+
+def kernel_for(method: Scale, x: jax.Array) -> jax.Array:
+    return x if current_platform() == "cpu" else -x
+
+
+def test_the_platform_of_kernels_and_the_current_mesh_are_part_of_a_program() -> None:
+    programs, x = Programs(), np.ones(2, np.float32)
+    get = lambda: programs.get(kernel_for, Scale(2.0), None, (), (x,))
+    plain = get()
+    with target_platform("tpu"):
+        np.testing.assert_array_equal(get()(x), -x)
+    with jax.set_mesh(make_mesh(data=8)):
+        assert get() is not plain
+    assert get() is plain
+
+
+@pytest.mark.parametrize("device", [0, 3])
+def test_a_saved_program_is_found_on_the_device_that_it_was_compiled_for(device: int, tmp_path: Path) -> None:
+    x = jax.device_put(jnp.ones(2), jax.devices()[device])
+    saver, programs = Programs(), Programs()
+    saver.get(times, Scale(2.0), None, (), (x,))
+    assert len(saver.save(tmp_path)) == 1
+    programs.load(tmp_path)
+    assert programs.get(times, Scale(2.0), None, (), (x,))(x).devices() == x.devices()
+    other = jax.device_put(x, jax.devices()[5])
+    assert programs.get(times, Scale(2.0), None, (), (other,))(other).devices() == other.devices()
+    assert programs.compilations == 1, "for the other device"
 
 
 def test_committed_arrays_choose_the_device() -> None:
