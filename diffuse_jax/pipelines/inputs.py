@@ -168,8 +168,8 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
 
     Raises:
       TypeError: something is no image.
-      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], uint8 is 0 and 1 instead
-        of 0 to 255, or a PIL image has values of unknown range.
+      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], or a PIL image has values
+        of unknown range.
     """
     found = listed(images, name)
     size = image_size(images, name, multiple) if size is None else size
@@ -247,7 +247,7 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
         )
     if array.dtype == np.uint8:
         if array.max(initial=0) == 1:
-            raise ValueError(
+            warn(
                 f"{name} as uint8 has values from 0 to 1 where white is 255, so it is black; multiply it by 255, or "
                 "give floating point in [0, 1]"
             )

@@ -23,7 +23,7 @@ from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
-from diffuse_jax.pipelines.placement import moved
+from diffuse_jax.pipelines.placement import moved, taken_off
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, report
@@ -49,7 +49,8 @@ class DiffusionPipeline:
       params: name -> tree of ``jax.Array`` for the networks (a tuple of trees for a tuple of networks).
       options: the other values of ``model_index.json``.
       mesh: where to run, with an axis ``data`` (images) and, if networks are to be cut, ``fsdp`` and ``tensor``;
-        parameters that lie elsewhere are moved there. None is the device where they lie, or JAX's default device.
+        parameters that lie elsewhere are moved there. None is where the parameters lie; ``replace(mesh=None)`` takes
+        them to JAX's default device.
       vae_tiling: edge in latents of the tiles that images are decoded in, or None for one piece.
       vae_slicing: decode one image after another, in the memory of one.
       programs: the compiled programs, shared by all pipelines unless given.
@@ -285,7 +286,8 @@ class DiffusionPipeline:
         if unknown:
             names = ", ".join(sorted(self.components))
             raise TypeError(f"{type(self).__name__} has no component {unknown[0]!r}; it has {names}")
-        parts, params = with_given(self.components, self.params, given)
+        off = self.mesh is not None and settings.get("mesh", self.mesh) is None
+        parts, params = with_given(self.components, taken_off(self.params) if off else self.params, given)
         return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
 
     def offload(self, *names: str) -> Self:

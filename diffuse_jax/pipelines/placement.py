@@ -17,26 +17,31 @@ ROWS, WHOLE = PartitionSpec("data"), PartitionSpec()
 
 
 def moved(params: Mapping[str, Params], mesh: Mesh | None) -> dict[str, Params]:
-    """Parameters where a pipeline on this mesh keeps them; what lies in host memory (offloaded) stays there.
+    """Parameters where a pipeline on this mesh keeps them; without a mesh, where they lie.
 
-    A tree that is on the mesh's devices already stays as it is, however it is cut. Without a mesh, arrays on several
-    devices go to JAX's default device.
+    What lies in host memory (offloaded) stays there, and a tree that is on the mesh's devices already stays as it is,
+    however it is cut.
     """
-    devices = None if mesh is None else {*mesh.devices.flat}
-
-    def fits(x: Any) -> bool:
-        if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
-            return True
-        return len(x.sharding.device_set) == 1 if devices is None else x.sharding.device_set == devices
+    if mesh is None:
+        return dict(params)
+    devices = {*mesh.devices.flat}
+    there = lambda x: not _on_devices(x) or x.sharding.device_set == devices
 
     def move(tree: Any) -> Any:
-        if all(map(fits, jax.tree.leaves(tree))):
+        if all(map(there, jax.tree.leaves(tree))):
             return tree
-        if mesh is None:
-            return jax.tree.map(lambda x: x if fits(x) else jax.device_put(np.asarray(x)), tree)
         return jax.tree.map(lambda x, put: put if isinstance(x, jax.Array) else x, tree, put_params(tree, mesh))
 
     return {name: move(tree) for name, tree in params.items()}
+
+
+def taken_off(params: Mapping[str, Params]) -> dict[str, Params]:
+    """Parameters of a mesh on JAX's default device."""
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x)) if _on_devices(x) else x, dict(params))
+
+
+def _on_devices(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
 
 
 def placed_params(pipe: Any, names: Sequence[str]) -> Params:

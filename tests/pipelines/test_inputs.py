@@ -38,9 +38,9 @@ def test_a_mask_of_unknown_range_is_refused(mask: Any, message: str) -> None:
         mask_pixels(mask, SIZE, "mask_image")
 
 
-def test_an_image_of_zeros_and_ones_is_not_black() -> None:
+def test_an_image_of_zeros_and_ones_is_black_with_a_warning() -> None:
     edges = np.repeat(WHITE[..., None], 3, -1)
-    with pytest.raises(ValueError, match="control image as uint8 has values from 0 to 1 where white is 255"):
-        pixels(edges.astype(np.uint8), SIZE, "control image")
+    with pytest.warns(UserWarning, match="control image as uint8 has values from 0 to 1 where white is 255"):
+        assert pixels(edges.astype(np.uint8), SIZE, "control image").max() == np.float32(1 / 255)
     np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
     assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"

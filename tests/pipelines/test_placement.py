@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.pipelines import StableDiffusionPipeline
-from diffuse_jax.sharding import make_mesh
+from diffuse_jax.sharding import make_mesh, param_shardings
 from tests.pipelines.tiny import pipeline
 
 REQUEST = {"num_inference_steps": 2, "seed": 0, "output_type": "np"}
@@ -39,6 +39,13 @@ def test_a_mesh_moves_parameters_there_and_back(pipe: StableDiffusionPipeline):
     back = there.replace(mesh=None)
     assert devices(back.params) == {jax.devices()[0]}
     np.testing.assert_array_equal(back("a", **REQUEST).images, alone)
+
+
+def test_parameters_that_the_caller_cut_stay_so_without_a_mesh(pipe: StableDiffusionPipeline):
+    cut = {name: jax.device_put(tree, param_shardings(tree, MESH)) for name, tree in pipe.params.items()}
+    there = pipe.replace(params=cut)
+    assert kernel(there) is cut["unet"]["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    np.testing.assert_allclose(there("a", **REQUEST).images, pipe("a", **REQUEST).images, atol=1e-5)
 
 
 def test_components_that_are_given_go_to_the_mesh(pipe: StableDiffusionPipeline, tmp_path: Path):
