@@ -35,36 +35,36 @@ tags: [text-to-image, stable-diffusion, emoji]
 
 # emoji
 
-A miniature Stable Diffusion: text to 64x64 pictures of emoji, in the style that the prompt names.
+A miniature Stable Diffusion: 64x64 emoji from text, in the style that the prompt names.
 
     from diffuse_jax import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
     prompts = ["a red apple, noto style", "koala, twemoji style"]
     pipe(prompts, num_inference_steps=25, guidance_scale=5.0, seed=0).images
 
-Prompts are "NAME, STYLE style" with a name from the Unicode emoji list and one of the styles below; {length} tokens
-count. PyTorch diffusers opens the same folder with `StableDiffusionPipeline.from_pretrained`.
+Prompts are "NAME, STYLE style" with a name from the Unicode emoji list and one of the styles below, at most {length}
+tokens. PyTorch diffusers opens the same folder with `StableDiffusionPipeline.from_pretrained`.
 
 Parts: a UNet of {unet:,} parameters on 16x16x4 latents (velocity prediction, a schedule that ends in pure noise), an
 autoencoder of {vae:,}, a CLIP text encoder of {text:,}, a byte-pair tokenizer of {vocab:,} symbols. Weights are
-float16. Trained from random numbers on {total:,} pictures by `train/vae.py` and `train/text_to_image.py`; how is told
-in the documentation of diffuse_jax, page "The shipped model".
+float16. Trained from scratch on {total:,} images by `train/vae.py` and `train/text_to_image.py`; the page
+"The shipped model" in the documentation of diffuse_jax describes how.
 
 Limits: it knows emoji and nothing else. Most faces, food, plants, hearts and buttons and many animals and people come
 out recognisable; thin things, hands, buildings and vehicles often come out vague, and writing is never legible.
 
 ## Sources and licences
 
-The pictures that it learned from, all with thanks; CC-BY-4.0 asks that their makers be named wherever the model is
+The images that it was trained on, with thanks to all; CC-BY-4.0 requires naming their makers wherever the model is
 used.
 
-| style | pictures | source | made by | licence |
+| style | images | source | made by | licence |
 |---|---|---|---|---|
 {rows}
 
-Each was drawn at 64x64 on white, without other changes. Names, groups and tags are from
+Each was rendered at 64x64 on white, without other changes. Names, groups and tags are from
 [{captions.title}]({captions.url}) by {captions.author} ({captions.licence}). Share-alike sets were left out. The
-weights themselves are given under Apache-2.0, as far as rights in them exist.
+weights themselves are licensed under Apache-2.0, as far as rights in them exist.
 """
 
 
