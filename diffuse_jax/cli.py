@@ -13,7 +13,6 @@ import platform
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,11 @@ REQUIRED = (
     "safetensors",
     "huggingface_hub",
 )
+SMALLER = {
+    "generate": "try --batch-size 1, a smaller --height and --width, --dtype bfloat16, or more devices with --mesh",
+    "parity": "try a smaller --height and --width, --batch-size or --resolution",
+}
+"""What helps against a lack of memory, by command."""
 FROM_FOLDER = ("dtype", "revision", "variant")
 FROM_SINGLE_FILE = ("dtype", "revision", "tokenizer", "prediction_type")
 TO_CONVERT = ("dtype", "variant", "prediction_type", "tokenizer")
@@ -75,12 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(value, Path):
             setattr(args, name, value.expanduser())  # shells leave the ~ of --output=~/images alone
 
-    def work() -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
-            args.run(args)
-
-    return run_command(f"diffuse-jax {args.command}", work, argv)
+    return run_command(
+        f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=SMALLER.get(args.command, "")
+    )
 
 
 def say(message: str) -> None:

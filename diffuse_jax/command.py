@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
@@ -18,30 +19,51 @@ PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = tuple(Path(path) for path in sysconfig.get_paths().values())
 
 
-def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None = None) -> int:
+def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None = None, *, smaller: str = "") -> int:
     """Do the work and return the exit status of the process: 0 done, 1 failed, 130 after Ctrl-C.
 
-    An error of the system, such as a missing file, and one that this package (or the user's code) raises on purpose
-    become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows where they came from. Any other exception
-    is a fault of the program and passes with its traceback.
+    An error of the system, such as a missing file, one that this package (or the user's code) raises on purpose, and a
+    lack of memory become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows where they came from. Any
+    other exception is a fault of the program and passes with its traceback. Warnings are one line each.
 
     Args:
       name: what the line begins with.
       work: the command.
       argv: its words; those of the process when left out.
+      smaller: what the user can do where memory is too small.
     """
     debug = os.environ.get("DIFFUSE_JAX_DEBUG") or "--debug" in (sys.argv if argv is None else argv)
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+            work()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
-        if debug or not is_mistake(error):
+        if debug:
             raise
-        print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr, flush=True)
+        if lacks_memory(error):
+            text = f"out of memory ({first_line(error)})" + (f"; {smaller}" if smaller else "")
+        elif is_mistake(error):
+            text = str(error) or type(error).__name__
+        else:
+            raise
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device or the machine had too little memory: XLA's error, or Python's own."""
+    from_xla = any(kind.__name__ in ("XlaRuntimeError", "JaxRuntimeError") for kind in type(error).__mro__)
+    return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the tables that XLA adds."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.removeprefix("RESOURCE_EXHAUSTED: ")[:200].rstrip(".")
 
 
 def is_mistake(error: Exception) -> bool:

@@ -12,20 +12,37 @@ from __future__ import annotations
 import argparse
 import functools
 
-from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.command import train
-from diffuse_jax.training.data import add_data, batches_from, data_from
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
-from diffuse_jax.training.flags import settings_from
-from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
+from diffuse_jax.training.command import flags_first, train
+from diffuse_jax.training.data.flags import add_data
 from diffuse_jax.training.latent_flags import latent_parser
-from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save_rest, trained_names
-from diffuse_jax.training.loop import fit
-from diffuse_jax.training.objective import ObjectiveSettings, objective_from
-from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import check_output
-from diffuse_jax.training.upload import push_to_hub
-from diffuse_jax.training.validation import ValidationSettings, validation_from
+
+
+@functools.cache
+def parse_args() -> argparse.Namespace:
+    parser = latent_parser(__doc__, output_dir="runs/text-to-image")
+    add_data(parser, caches=True)
+    return parser.parse_args()
+
+
+with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
+    from diffuse_jax.training.cached import inputs_from
+    from diffuse_jax.training.data import batches_from, data_from
+    from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.flags import settings_from
+    from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
+    from diffuse_jax.training.latent_model import pipeline_from, save_rest, trained_names
+    from diffuse_jax.training.loop import fit
+    from diffuse_jax.training.objective import objective_from
+    from diffuse_jax.training.settings import (
+        DeviceSettings,
+        ModelSettings,
+        ObjectiveSettings,
+        RunSettings,
+        ValidationSettings,
+    )
+    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.upload import push_to_hub
+    from diffuse_jax.training.validation import validation_from
 
 
 def main() -> None:
@@ -55,12 +72,6 @@ def main() -> None:
     )
     print(run.output_dir)
     push_to_hub(run.upload, run.output_dir)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = latent_parser(__doc__, output_dir="runs/text-to-image")
-    add_data(parser, caches=True)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

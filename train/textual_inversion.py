@@ -14,33 +14,44 @@ import argparse
 import functools
 from pathlib import Path
 
-import jax
+from diffuse_jax.training.command import flags_first, train
+from diffuse_jax.training.latent_flags import add_inversion, latent_parser
 
-from diffuse_jax.models import Params
-from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.sharding import readable
-from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.command import train
-from diffuse_jax.training.data import batches_from, data_from
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
-from diffuse_jax.training.flags import settings_from
-from diffuse_jax.training.inversion import (
-    InversionSettings,
-    add_inversion,
-    combined,
-    inversion_source,
-    save_embeddings,
-    with_placeholder,
-)
-from diffuse_jax.training.latent import loss_of, networks, save_networks, with_tokens
-from diffuse_jax.training.latent_flags import latent_parser
-from diffuse_jax.training.latent_model import ModelSettings, pipeline_from, save_rest
-from diffuse_jax.training.loop import fit
-from diffuse_jax.training.objective import ObjectiveSettings, objective_from
-from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import check_output
-from diffuse_jax.training.upload import push_to_hub
-from diffuse_jax.training.validation import ValidationSettings, validation_from
+
+@functools.cache
+def parse_args() -> argparse.Namespace:
+    defaults = {"train_batch_size": 4, "max_grad_norm": None}
+    parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
+    add_inversion(parser)
+    return parser.parse_args()
+
+
+with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
+    import jax
+
+    from diffuse_jax.models import Params
+    from diffuse_jax.pipelines import DiffusionPipeline
+    from diffuse_jax.sharding import readable
+    from diffuse_jax.training.cached import inputs_from
+    from diffuse_jax.training.data import batches_from, data_from
+    from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.flags import settings_from
+    from diffuse_jax.training.inversion import combined, inversion_source, save_embeddings, with_placeholder
+    from diffuse_jax.training.latent import loss_of, networks, save_networks, with_tokens
+    from diffuse_jax.training.latent_model import pipeline_from, save_rest
+    from diffuse_jax.training.loop import fit
+    from diffuse_jax.training.objective import objective_from
+    from diffuse_jax.training.settings import (
+        DeviceSettings,
+        InversionSettings,
+        ModelSettings,
+        ObjectiveSettings,
+        RunSettings,
+        ValidationSettings,
+    )
+    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.upload import push_to_hub
+    from diffuse_jax.training.validation import validation_from
 
 
 def main() -> None:
@@ -78,13 +89,6 @@ def save_pipeline(model: ModelSettings, pipe: DiffusionPipeline, output_dir: str
         save_networks(pipe, folder, full)
         pipe.components["tokenizer"].save_pretrained(folder / "tokenizer")
         save_rest(model, pipe, folder, trained=("text_encoder", "tokenizer"))
-
-
-def parse_args() -> argparse.Namespace:
-    defaults = {"train_batch_size": 4, "max_grad_norm": None}
-    parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
-    add_inversion(parser)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -13,59 +13,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from diffuse_jax.models import Params, UNet2DModel
-from diffuse_jax.models.presets import DDPM_256_UNET
-from diffuse_jax.models.unet_2d import UNet2DConfig
-from diffuse_jax.pipelines import DDPMPipeline
-from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.training.arguments import add_objective, make_parser
-from diffuse_jax.training.command import train
-from diffuse_jax.training.data import add_data, batches_from, data_from
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
-from diffuse_jax.training.flags import settings_from
-from diffuse_jax.training.latent import normalised
-from diffuse_jax.training.loop import fit
-from diffuse_jax.training.networks import NetworkSettings, add_network, network_folder, open_network
-from diffuse_jax.training.objective import Objective, ObjectiveSettings, draw, errors, noised, objective_from
-from diffuse_jax.training.pixels import pixel_values
-from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import check_output
-from diffuse_jax.training.state import Metrics
-from diffuse_jax.training.upload import push_to_hub
-
-LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
-DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
-"""The network that is trained where no other is named: DDPM's for 256 pixels with today's defaults, 114 million
-parameters."""
+from diffuse_jax.training.arguments import add_network, add_objective, make_parser
+from diffuse_jax.training.checks import COUNT, NATURAL
+from diffuse_jax.training.command import flags_first, train
+from diffuse_jax.training.data.flags import add_data
 
 
-def main() -> None:
-    args = parse_args()
-    run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
-    mesh = mesh_from(settings_from(args, DeviceSettings))
-    check_output(run)
-    unet, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
-    unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
-    check_network(unet.config)
-    scheduler = scheduler_from(args, network)
-    fit(
-        run,
-        mesh,
-        trainable=params,
-        frozen={},
-        loss=functools.partial(pixel_loss, unet, objective_of(args, scheduler)),
-        batches=batches_from(data, run.batch, mesh, pixel_values),
-        export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
-        validate=validation_from(args, unet, scheduler, mesh),
-        config=vars(args),
-    )
-    print(run.output_dir)
-    push_to_hub(run.upload, run.output_dir)
-
-
+@functools.cache
 def parse_args() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
@@ -82,20 +36,72 @@ def parse_args() -> argparse.Namespace:
     add = parser.group("loss")
     what = "what is learned; that of the pipeline to start from, or epsilon"
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=what)
-    add("--ddpm_num_steps", type=int, help="timesteps of the training schedule; likewise, or 1000")
+    add("--ddpm_num_steps", type=COUNT, help="timesteps of the training schedule; likewise, or 1000")
     add("--ddpm_beta_schedule", help="its betas; likewise, or linear")
     add_objective(parser)
     add = parser.group("monitoring")
-    add("--eval_batch_size", type=int, default=16, help="pictures to sample at each validation; 0: none")
-    add("--ddpm_num_inference_steps", type=int, default=1000, help="sampling steps of such a picture")
+    add("--eval_batch_size", type=NATURAL, default=16, help="pictures to sample at each validation; 0: none")
+    add("--ddpm_num_inference_steps", type=COUNT, default=1000, help="sampling steps of such a picture")
     args = parser.parse_args()
     if args.aspect_ratio_buckets:
         parser.error("--aspect_ratio_buckets: the pipeline makes squares of --resolution; leave it out")
-    if args.eval_batch_size < 0:
-        parser.error(f"--eval_batch_size must be 0 or more, got {args.eval_batch_size}")
     if args.validation_steps is not None:
         args.validation_epochs = None
     return args
+
+
+with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
+    import jax
+    from jax.sharding import Mesh
+
+    from diffuse_jax.models import Params, UNet2DModel
+    from diffuse_jax.models.presets import DDPM_256_UNET
+    from diffuse_jax.models.unet_2d import UNet2DConfig
+    from diffuse_jax.pipelines import DDPMPipeline
+    from diffuse_jax.schedulers import DDPMScheduler
+    from diffuse_jax.training.data import batches_from, data_from, warn_of_size
+    from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.flags import settings_from
+    from diffuse_jax.training.latent import normalised
+    from diffuse_jax.training.loop import fit
+    from diffuse_jax.training.networks import network_folder, open_network
+    from diffuse_jax.training.objective import Objective, draw, errors, noised, objective_from
+    from diffuse_jax.training.pixels import pixel_values
+    from diffuse_jax.training.settings import DeviceSettings, NetworkSettings, ObjectiveSettings, RunSettings
+    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.state import Metrics
+    from diffuse_jax.training.upload import push_to_hub
+
+
+LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
+DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
+"""The network that is trained where no other is named: DDPM's for 256 pixels with today's defaults, 114 million
+parameters."""
+
+
+def main() -> None:
+    args = parse_args()
+    run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
+    mesh = mesh_from(settings_from(args, DeviceSettings))
+    check_output(run)
+    unet, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
+    warn_of_size(data.images, unet.config.sample_size)
+    unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
+    check_network(unet.config)
+    scheduler = scheduler_from(args, network)
+    fit(
+        run,
+        mesh,
+        trainable=params,
+        frozen={},
+        loss=functools.partial(pixel_loss, unet, objective_of(args, scheduler)),
+        batches=batches_from(data, run.batch, mesh, pixel_values),
+        export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
+        validate=validation_from(args, unet, scheduler, mesh),
+        config=vars(args),
+    )
+    print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def check_network(config: UNet2DConfig) -> None:

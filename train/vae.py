@@ -18,31 +18,70 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from diffuse_jax.training.arguments import add_network, make_parser
+from diffuse_jax.training.checks import COUNT, NATURAL, NONNEGATIVE
+from diffuse_jax.training.command import flags_first, train
+from diffuse_jax.training.data.flags import add_data
 
-from diffuse_jax.models import AutoencoderKL, Params
-from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from diffuse_jax.models.presets import SD_VAE
-from diffuse_jax.sharding import readable
-from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, decoder_alone, latent_deviation
-from diffuse_jax.training.batches import Batches, Counted
-from diffuse_jax.training.command import train
-from diffuse_jax.training.compute import ComputeSettings
-from diffuse_jax.training.data import DataSettings, ImageSettings, add_data, batches_from, check_sides, data_from
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
-from diffuse_jax.training.flags import settings_from
-from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.latent import normalised
-from diffuse_jax.training.loop import fit
-from diffuse_jax.training.networks import NetworkSettings, add_network, open_network
-from diffuse_jax.training.perceptual import NETWORKS, read_features
-from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
-from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.start import check_output
-from diffuse_jax.training.upload import push_to_hub
-from diffuse_jax.weights import write_json
+
+@functools.cache
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__, output_dir="runs/vae")
+    add_network(parser, "vae", "one of Stable Diffusion's size")
+    add_data(parser, captions=False)
+    what = "keep the encoder, so that denoising networks that were trained on its latents still fit"
+    parser.group("model")("--train_decoder_only", action="store_true", help=what)
+    add = parser.group("pictures")
+    add("--crop_size", type=COUNT, help="train on random squares of this size; without it, --resolution")
+    add = parser.group("loss")
+    add("--kl_weight", type=NONNEGATIVE, default=1e-4, help="weight of the divergence, per latent number")
+    add("--edge_weight", type=NONNEGATIVE, default=1.0, help="weight of the error in differences of neighbours")
+    add("--perceptual_weight", type=NONNEGATIVE, default=0.0, help="weight of the distance in a network's features")
+    add("--perceptual_model_path", help="that network, frozen: torchvision's (or LPIPS's) VGG16 or MobileNetV2, a file")
+    what = "weight of the adversarial term, besides the balance with the others that is found in every step; 0: none"
+    add("--discriminator_weight", type=NONNEGATIVE, default=0.0, help=what)
+    add("--discriminator_start", type=NATURAL, default=0, help="updates before the discriminator takes part")
+    add("--discriminator_layers", type=COUNT, default=3, help="layers that halve; 3 judge patches of 70 pixels")
+    add("--discriminator_channels", type=COUNT, default=64, help="channels of its first layer")
+    add = parser.group("monitoring")
+    add("--validation_image", nargs="+", help="picture files to show beside their reconstructions")
+    add("--num_validation_images", type=NATURAL, default=4, help="without them, show so many of the data; 0: none")
+    args = parser.parse_args()
+    if args.crop_size is not None and args.crop_size > args.resolution:
+        parser.error(f"--crop_size must be from 1 to --resolution {args.resolution}, got {args.crop_size}")
+    if args.crop_size is not None and args.aspect_ratio_buckets:
+        parser.error("--crop_size cuts squares, --aspect_ratio_buckets other sizes; leave out one of them")
+    if args.train_decoder_only and args.pretrained_model_name_or_path is None:
+        parser.error("--train_decoder_only keeps an encoder that was trained; name it: --pretrained_model_name_or_path")
+    if (args.perceptual_weight > 0) != (args.perceptual_model_path is not None):
+        parser.error("--perceptual_weight and --perceptual_model_path belong together; one of them is missing")
+    return args
+
+
+with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
+    import jax
+    import numpy as np
+
+    from diffuse_jax.models import AutoencoderKL, Params
+    from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+    from diffuse_jax.models.presets import SD_VAE
+    from diffuse_jax.sharding import readable
+    from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, decoder_alone, latent_deviation
+    from diffuse_jax.training.batches import Batches, Counted
+    from diffuse_jax.training.data import DataSettings, ImageSettings, batches_from, check_sides, data_from
+    from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.flags import settings_from
+    from diffuse_jax.training.initial import initial_params
+    from diffuse_jax.training.latent import normalised
+    from diffuse_jax.training.loop import fit
+    from diffuse_jax.training.networks import open_network
+    from diffuse_jax.training.perceptual import NETWORKS, read_features
+    from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
+    from diffuse_jax.training.settings import ComputeSettings, DeviceSettings, NetworkSettings, RunSettings
+    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.upload import push_to_hub
+    from diffuse_jax.weights import write_json
+
 
 MEASURED = 2048
 """Pictures whose latents decide ``scaling_factor``."""
@@ -80,42 +119,6 @@ def main() -> None:
     )
     print(Path(run.output_dir) / "vae")
     push_to_hub(run.upload, run.output_dir)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, output_dir="runs/vae")
-    add_network(parser, "vae", "one of Stable Diffusion's size")
-    add_data(parser, captions=False)
-    what = "keep the encoder, so that denoising networks that were trained on its latents still fit"
-    parser.group("model")("--train_decoder_only", action="store_true", help=what)
-    add = parser.group("pictures")
-    add("--crop_size", type=int, help="train on random squares of this size; without it, --resolution")
-    add = parser.group("loss")
-    add("--kl_weight", type=float, default=1e-4, help="weight of the divergence, per latent number")
-    add("--edge_weight", type=float, default=1.0, help="weight of the error in differences of neighbouring pixels")
-    add("--perceptual_weight", type=float, default=0.0, help="weight of the distance in a frozen network's features")
-    add("--perceptual_model_path", help="that network: file with torchvision's (or LPIPS's) VGG16, or MobileNetV2")
-    what = "weight of the adversarial term, besides the balance with the others that is found in every step; 0: none"
-    add("--discriminator_weight", type=float, default=0.0, help=what)
-    add("--discriminator_start", type=int, default=0, help="updates before the discriminator takes part")
-    add("--discriminator_layers", type=int, default=3, help="layers that halve; 3 judge patches of 70 pixels")
-    add("--discriminator_channels", type=int, default=64, help="channels of its first layer")
-    add = parser.group("monitoring")
-    add("--validation_image", nargs="+", help="picture files to show beside their reconstructions")
-    add("--num_validation_images", type=int, default=4, help="without them, show so many of the data; 0: none")
-    args = parser.parse_args()
-    if args.crop_size is not None and not 0 < args.crop_size <= args.resolution:
-        parser.error(f"--crop_size must be from 1 to --resolution {args.resolution}, got {args.crop_size}")
-    if args.crop_size is not None and args.aspect_ratio_buckets:
-        parser.error("--crop_size cuts squares, --aspect_ratio_buckets other sizes; leave out one of them")
-    if args.train_decoder_only and args.pretrained_model_name_or_path is None:
-        parser.error("--train_decoder_only keeps an encoder that was trained; name it: --pretrained_model_name_or_path")
-    for name in ("kl_weight", "edge_weight", "perceptual_weight", "discriminator_weight"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
-    if (args.perceptual_weight > 0) != (args.perceptual_model_path is not None):
-        parser.error("--perceptual_weight and --perceptual_model_path belong together; one of them is missing")
-    return args
 
 
 def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tuple[Terms, Params]:

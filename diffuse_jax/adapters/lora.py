@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffuse_jax.adapters.targets import TARGETS
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.sharding import to_current_mesh
 from diffuse_jax.weights.names import Path, flatten, unflatten
-
-TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
-"""Paths of the layers that get pairs unless others are named: all projections of UNets' and of CLIP's attention."""
 
 PAIR = ("down", "up")
 

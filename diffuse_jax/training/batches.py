@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from diffuse_jax.training.checks import at_least
-
 if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
-    from jax.sharding import Mesh
+    pass
 
 Batch = dict[str, np.ndarray]
 """Arrays ``[rows, ...]``: the rows of an update that this process provides, all accumulation steps together."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchSettings:
-    """How many images a training step sees.
-
-    Attributes:
-      train_batch_size: images per device and accumulation step. Devices along the mesh's ``tensor`` axis share theirs.
-      gradient_accumulation_steps: parts into which the batch of a step is divided; one is in memory at a time.
-
-    Raises:
-      ValueError: one of the two is not positive.
-    """
-
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-
-    def __post_init__(self) -> None:
-        at_least(1, **dataclasses.asdict(self))
-
-    def images_per_part(self, mesh: Mesh) -> int:
-        """Images of one accumulation step, on all devices of ``mesh`` together."""
-        return self.train_batch_size * mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-
-    def images_per_step(self, mesh: Mesh) -> int:
-        """Images of a training step, on all devices of ``mesh`` together."""
-        return self.gradient_accumulation_steps * self.images_per_part(mesh)
 
 
 class Batches(Protocol):

@@ -13,6 +13,7 @@ import numpy as np
 
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import (
     DataSettings,
@@ -25,6 +26,7 @@ from diffuse_jax.training.data import (
     fingerprint_params,
     source_from,
     transform_from,
+    warn_of_size,
 )
 from diffuse_jax.training.data.sources import Record
 from diffuse_jax.training.latent import (
@@ -35,7 +37,8 @@ from diffuse_jax.training.latent import (
     token_ids,
     tokenizers_of,
 )
-from diffuse_jax.training.latent_model import ModelSettings, component_from
+from diffuse_jax.training.latent_model import component_from
+from diffuse_jax.training.settings import ModelSettings
 
 Told = Callable[[Example], np.ndarray] | None
 
@@ -102,6 +105,8 @@ def inputs_from(
     if data.caches.cache_text_embeddings and set(encoders) & set(trained):
         raise ValueError("--cache_text_embeddings keeps what the text encoder says now, but it is trained")
     check_sides(data.images, pipe.components["vae"].config.scale)
+    if pipe.components["unet"].config.sample_size is not None:
+        warn_of_size(data.images, output_size(pipe, None, None))
     told: Told = None
     if pipe.components["unet"].config.addition_embed_type == "text_time":
         told = functools.partial(sizes_of, true_sizes)

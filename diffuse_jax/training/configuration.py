@@ -107,7 +107,7 @@ def values_of(settings: Any) -> dict[str, Any]:
     """What a settings object says, by the names of flags: settings within it are spread out, None is left out.
 
     Args:
-      settings: a dataclass, such as :class:`~diffuse_jax.training.run.RunSettings`.
+      settings: a dataclass, such as :class:`~diffuse_jax.training.settings.RunSettings`.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import field
-from pathlib import Path
-
 import jax
 from jax.sharding import Mesh
 
 from diffuse_jax.sharding import make_mesh
-from diffuse_jax.training.distributed import ProcessSettings, initialize_distributed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceSettings:
-    """How the devices of all processes are arranged, and where their compiled programs are kept.
-
-    Attributes:
-      mesh_data: devices along which batches are divided; -1 for all that remain.
-      mesh_fsdp: devices along which batches, parameters and optimiser are divided.
-      mesh_tensor: devices along which wide layers are divided.
-      ccache: folder in which compiled programs are kept for the next start; None for JAX's own setting.
-      processes: which processes make up the run.
-    """
-
-    mesh_data: int = -1
-    mesh_fsdp: int = 1
-    mesh_tensor: int = 1
-    ccache: str | Path | None = None
-    processes: ProcessSettings = field(default_factory=ProcessSettings)
+from diffuse_jax.training.distributed import initialize_distributed
+from diffuse_jax.training.settings import DeviceSettings
 
 
 def mesh_from(settings: DeviceSettings) -> Mesh:

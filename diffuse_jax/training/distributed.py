@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
 
 import jax
 
-EXPLICIT = ("coordinator_address", "num_processes", "process_id")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessSettings:
-    """Which processes make up a run.
-
-    * ``coordinator_address``, ``num_processes`` and ``process_id``, all three: as they say.
-    * ``distributed=True``: found out from the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes).
-    * neither: a machine with TPU chips asks its cluster, as above; any other is alone.
-    * ``distributed=False``: alone.
-
-    Attributes:
-      distributed: see above.
-      coordinator_address: host and port of process 0.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-
-    Raises:
-      ValueError: one of the three is missing, or the number of a process is impossible.
-    """
-
-    distributed: bool | None = None
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-
-    def __post_init__(self) -> None:
-        missing = [f"--{name}" for name in EXPLICIT if getattr(self, name) is None]
-        if 0 < len(missing) < len(EXPLICIT):
-            flags = ", ".join(f"--{name}" for name in EXPLICIT)
-            raise ValueError(f"several processes need {flags}; {missing} is missing")
-        number, count = self.process_id, self.num_processes
-        if number is not None and count is not None and not 0 <= number < count:
-            raise ValueError(f"--process_id must be from 0 to {count - 1}, got {number}")
+from diffuse_jax.training.settings import ProcessSettings
 
 
 def initialize_distributed(settings: ProcessSettings) -> None:

@@ -6,7 +6,6 @@ A batch is made of as many pictures of the class as of the instance, in turns, w
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import warnings
@@ -21,60 +20,13 @@ from PIL import Image
 
 from diffuse_jax.images import find_images
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.training.batches import Batch, Batches, BatchSettings
+from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.checks import at_least
-from diffuse_jax.training.data import DataSettings, FolderSource, Record, add_data, batches_from
-from diffuse_jax.training.flags import Parser
-from diffuse_jax.training.latent_model import ModelSettings, source_folder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DreamBoothSettings:
-    """The instance that a model is taught, and the class that it must not forget.
-
-    Attributes:
-      instance_data_dir: folder with pictures of the instance; no captions are needed.
-      instance_prompt: a prompt with a rare word for it, such as "a photo of sks dog".
-      with_prior_preservation: train on pictures of the class too.
-      prior_loss_weight: how much those count.
-      class_data_dir: folder with pictures of the class; missing ones are made by the model.
-      class_prompt: a prompt of the class, such as "a photo of dog".
-      num_class_images: how many pictures of the class there must be.
-      sample_batch_size: how many of them are made at once.
-
-    Raises:
-      ValueError: prior preservation without a folder and a prompt of the class, or counts that are not positive.
-    """
-
-    instance_data_dir: str | Path
-    instance_prompt: str
-    with_prior_preservation: bool = False
-    prior_loss_weight: float = 1.0
-    class_data_dir: str | Path | None = None
-    class_prompt: str | None = None
-    num_class_images: int = 100
-    sample_batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        at_least(1, num_class_images=self.num_class_images, sample_batch_size=self.sample_batch_size)
-        missing = [name for name in ("class_data_dir", "class_prompt") if getattr(self, name) is None]
-        if self.with_prior_preservation and missing:
-            raise ValueError(f"--with_prior_preservation needs --{' and --'.join(missing)}")
-
-
-def add_dreambooth(parser: Parser) -> None:
-    """The flags of the instance, its class, and how their pictures are read."""
-    add = parser.group("DreamBooth", DreamBoothSettings)
-    add("--instance_data_dir", required=True, help="folder with pictures of the instance; no captions are needed")
-    add("--instance_prompt", required=True, help='a prompt with a rare word for it, such as "a photo of sks dog"')
-    add("--with_prior_preservation", action="store_true", help="train on pictures of the class too")
-    add("--prior_loss_weight", type=float, help="how much those count")
-    add("--class_data_dir", help="folder with pictures of the class; missing ones are made by the model")
-    add("--class_prompt", help='a prompt of the class, such as "a photo of dog"')
-    add("--num_class_images", type=int, help="how many pictures of the class there shall be")
-    add("--sample_batch_size", type=int, help="how many of them are made at once")
-    add_data(parser, captions=False, caches=True)
+from diffuse_jax.training.data import DataSettings, FolderSource, Record, batches_from
+from diffuse_jax.training.distributed import say
+from diffuse_jax.training.latent_model import source_folder
+from diffuse_jax.training.settings import BatchSettings, DreamBoothSettings, ModelSettings
+from diffuse_jax.training.settings.methods import OTHER_DATA
 
 
 def check_dreambooth(settings: DreamBoothSettings, data: DataSettings) -> None:
@@ -97,8 +49,7 @@ def refuse_other_data(data: DataSettings, folder: str) -> None:
     Raises:
       ValueError: naming the flag.
     """
-    others = "train_data_dir", "dataset_name", "dataset_config_name", "train_shards", "load_from_disk", "streaming"
-    for name in (*others, "max_train_samples"):
+    for name in OTHER_DATA:
         if name != folder and getattr(data, name):
             raise ValueError(f"--{name} has no use here; the pictures are those of --{folder}")
 
@@ -142,6 +93,7 @@ def make_class_pictures(settings: DreamBoothSettings, model: ModelSettings, seed
     folder.mkdir(parents=True, exist_ok=True)
     have, wanted = len(pictures_in(folder)), settings.num_class_images
     if jax.process_index() == 0 and have < wanted:
+        say(f"making {wanted - have} images of the class in {folder} with {model.pretrained_model_name_or_path}")
         pipe: Any = DiffusionPipeline.from_pretrained(
             source_folder(model), dtype=model.compute.dtype, safety_checker=None
         )

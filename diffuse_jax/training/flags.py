@@ -9,9 +9,10 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from diffuse_jax.training.checks import Number, numbers_of
 from diffuse_jax.training.configuration import arguments_of, names_of, nearest, read_config
 
 Settings = TypeVar("Settings")
@@ -42,15 +43,48 @@ def _filled(kind: Any, values: Mapping[str, Any]) -> Any:
     return kind(**found)
 
 
+FIRST = (
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "instance_prompt",
+    "train_data_dir",
+    "dataset_name",
+    "placeholder_token",
+    "initializer_token",
+    "output_dir",
+    "max_train_steps",
+    "resolution",
+    "train_batch_size",
+    "learning_rate",
+    "mixed_precision",
+    "validation_prompt",
+)
+"""The flags that help begins with, as far as a script has them."""
+
+
+def number(kind: Number) -> Callable[[str], float]:
+    """An argparse type: numbers of this kind alone."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults are shown where there are any, and the description keeps its lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
         nothing = action.default is None or action.default is False or action.default == ""
         return action.help if nothing else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload]
+        return "TEXT"
 
 
 class Refused(argparse.Action):
@@ -92,18 +126,23 @@ class Parser(argparse.ArgumentParser):
 
         Args:
           title: what the help calls the group.
-          *settings: dataclasses; a flag with the name of one of their fields has that field's default, unless it is
-            given another.
+          *settings: dataclasses; a flag with the name of one of their fields has that field's default and numbers,
+            unless it is given others. ``type`` may be a :class:`~diffuse_jax.training.checks.Number`.
         """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
         fields = [field for kind in settings for field in dataclasses.fields(kind)]
         defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+        numbers = {name: found for kind in settings for name, found in numbers_of(kind).items()}
 
         def add(*names: str, **options: Any) -> argparse.Action:
             name = names[0].removeprefix("--")
             if name in defaults:
                 options.setdefault("default", defaults[name])
+            if name in numbers:
+                options.setdefault("type", numbers[name])
+            if isinstance(kind := options.get("type"), Number):
+                options |= {"type": number(kind), "metavar": "N" if kind.kind is int else "X"}
             return self._titles[title].add_argument(*names, **options)
 
         return add
@@ -125,6 +164,30 @@ class Parser(argparse.ArgumentParser):
             flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag, known)}")
         return found
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Leave flags out of the help: those that the script refuses, and says why."""
+        hidden = {*names}
+        for action in self._actions:
+            if action.dest in hidden:
+                action.help = argparse.SUPPRESS
+
+    def format_help(self) -> str:
+        """The flags that a first run needs, then the others in their groups."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = {action.dest: action for action in shown}
+        first = [known[name] for name in FIRST if name in known]
+        first += [action for action in shown if action.required and action not in first]
+        options, *groups = [group for group in self._action_groups if group is not self._positionals]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        sections = [("first of all", first), *((g.title, g._group_actions) for g in (*groups, options))]
+        for place, (title, actions) in enumerate(sections):
+            formatter.start_section(title)
+            formatter.add_arguments([action for action in actions if place == 0 or action not in first])
+            formatter.end_section()
+        return formatter.format_help()
 
     def _both_ways(self) -> set[str]:
         """Switches that have a ``--no-NAME`` of their own."""

@@ -61,6 +61,7 @@ class Interruption:
         self._phase, self._owner = phase, owner
         self._came: Phase | None = None  # when the handler saw the first signal; the thread may read of it later
         self._presses = (_Presses(), _Presses())  # as the handler sees them, and as the thread does
+        self.told = threading.Event()  # the thread has said what the first signal does
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
 
@@ -85,6 +86,10 @@ class Interruption:
             yield
         finally:
             self._phase = before
+
+    def rest(self, phase: Phase) -> None:
+        """From now on a signal does this, except in blocks of other phases."""
+        self._phase = phase
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, nothing is half done: a signal ends it wherever it is."""
@@ -127,6 +132,8 @@ class Interruption:
                     continue
                 self._answer(number, seen)
                 seen = seen or number
+                if seen:
+                    self.told.set()
                 if self._owner and (number == 0 or (self._came or self._phase).nothing_to_save):
                     wait = GRACE
 
@@ -206,7 +213,9 @@ def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interr
     try:
         yield interruption
     finally:
-        if not (owner and interruption.signal is not None):  # else until the process is gone: its threads may not end
+        if owner and interruption.signal is not None:  # listen until the process is gone: its threads may not end
+            interruption.told.wait(SAME)
+        else:
             _stop(interruption, thread, woken, before)
 
 

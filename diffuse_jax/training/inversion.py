@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,65 +12,10 @@ import jax.numpy as jnp
 from diffuse_jax.adapters import tokens
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
-from diffuse_jax.training.checks import at_least, one_of
-from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source, add_data
+from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source
 from diffuse_jax.training.dreambooth import Prompted, refuse_other_data
-from diffuse_jax.training.flags import Parser
-
-_LOOKS = ("", "good ", "bright ", "dark ", "clear ", "blurred ", "cropped ", "close-up ", "small ")
-_SIZES = ("", "small ", "large ", "dark ", "bright ", "detailed ")
-
-TEMPLATES: Mapping[str, tuple[str, ...]] = {
-    "object": tuple(f"a {look}photo of {which} {{}}" for look in _LOOKS for which in ("a", "the", "my")),
-    "style": (
-        "a work in the style of {}",
-        *(f"a {size}{work} in the style of {{}}" for size in _SIZES for work in ("painting", "drawing", "picture")),
-    ),
-}
-"""Prompts by what is learned; ``{}`` stands for the new word. Many neutral ones keep it from meaning one sentence."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InversionSettings:
-    """A new word, where its meaning starts, and the prompts that it is learned with.
-
-    Attributes:
-      placeholder_token: the new word, such as "<cat-toy>".
-      initializer_token: a word of one token whose meaning is the start.
-      num_vectors: rows of the table that the word stands for.
-      learnable_property: which prompts are used, a key of :data:`TEMPLATES`.
-      caption_column: instead of those, captions of ``metadata.jsonl``, in which ``{}`` stands for the word.
-      repeats: how often a picture counts in an epoch.
-      save_as_full_pipeline: write the whole pipeline with the new word too.
-
-    Raises:
-      ValueError: a count is not positive, or there are no prompts for the property.
-    """
-
-    placeholder_token: str
-    initializer_token: str
-    num_vectors: int = 1
-    learnable_property: str = "object"
-    caption_column: str | None = None
-    repeats: int = 100
-    save_as_full_pipeline: bool = False
-
-    def __post_init__(self) -> None:
-        at_least(1, num_vectors=self.num_vectors, repeats=self.repeats)
-        one_of(TEMPLATES, learnable_property=self.learnable_property)
-
-
-def add_inversion(parser: Parser) -> None:
-    """The flags of the new word, and of how the pictures are read."""
-    add = parser.group("textual inversion", InversionSettings)
-    add("--placeholder_token", required=True, help='the new word, such as "<cat-toy>"')
-    add("--initializer_token", required=True, help="a word of one token whose meaning is the start")
-    add("--num_vectors", type=int, help="rows of the table that the word stands for")
-    add("--learnable_property", choices=sorted(TEMPLATES), help="which prompts are used")
-    add("--caption_column", help="instead of those, captions of metadata.jsonl, in which {} stands for the word")
-    add("--repeats", type=int, help="how often a picture counts in an epoch")
-    add("--save_as_full_pipeline", action="store_true", help="write the whole pipeline with the new word too")
-    add_data(parser, captions=False, caches=True)
+from diffuse_jax.training.settings import InversionSettings
+from diffuse_jax.training.settings.methods import TEMPLATES
 
 
 def inversion_source(settings: InversionSettings, data: DataSettings) -> Source:

@@ -29,6 +29,7 @@ from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.text.tokenizer import padded_ids
 from diffuse_jax.training.batches import Batch
+from diffuse_jax.training.distributed import say
 from diffuse_jax.training.networks import warn_of_dropout
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
@@ -96,6 +97,7 @@ def _open(
     """One network, computing in ``dtype``, its parameters placed on the mesh."""
     folder = component_folder(source, name, **hub)
     model = kind.from_config(folder, dtype=jnp.dtype(dtype))
+    say(f"loading {name} ({kind.__name__}) from {folder}")
     if trained:
         warn_of_dropout(model)
     if isinstance(model, AutoencoderKL) and model.config.force_upcast:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,10 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.training.checks import one_of
-from diffuse_jax.training.compute import ComputeSettings
-from diffuse_jax.training.hub import HubSettings, model_folder
+from diffuse_jax.training.hub import model_folder
 from diffuse_jax.training.latent import component_folder, family_of, open_pipeline
-from diffuse_jax.training.optimizer import OptimizerSettings, check_rates
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""What a denoising network may predict."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """A Stable Diffusion (1.x, 2.x or XL) to start from, and which of its networks are trained.
-
-    Attributes:
-      pretrained_model_name_or_path: a folder or a Hub id.
-      pretrained_vae_model_name_or_path: a folder or Hub id whose ``vae/`` replaces the pipeline's; None keeps that.
-      prediction_type: one of :data:`PREDICTION_TYPES`, instead of the scheduler's.
-      train_text_encoder: train the text encoders together with the UNet.
-      compute: precision and memory of the networks.
-      hub: which version of the model is taken from the Hub.
-
-    Raises:
-      ValueError: the prediction type is not known.
-    """
-
-    pretrained_model_name_or_path: str | Path
-    pretrained_vae_model_name_or_path: str | Path | None = None
-    prediction_type: str | None = None
-    train_text_encoder: bool = False
-    compute: ComputeSettings = field(default_factory=ComputeSettings)
-    hub: HubSettings = field(default_factory=HubSettings)
-
-    def __post_init__(self) -> None:
-        one_of(PREDICTION_TYPES, prediction_type=self.prediction_type)
+from diffuse_jax.training.optimizer import check_rates
+from diffuse_jax.training.settings import ModelSettings, OptimizerSettings
 
 
 def source_folder(model: ModelSettings) -> Path:

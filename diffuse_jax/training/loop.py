@@ -27,9 +27,9 @@ from diffuse_jax.training.interruption import BEFORE, Interrupted, Phase, interr
 from diffuse_jax.training.monitor import Monitor, Work
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
-from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.settings import Average, RunSettings
 from diffuse_jax.training.start import Counts, begin, counted, divided, local, resumed
-from diffuse_jax.training.state import Average, Loss, TrainState, ema_rate, init_state, make_step
+from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Pictures, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
 
@@ -184,9 +184,11 @@ def fit(
                 monitor.close()
                 getattr(batches, "close", lambda: None)()
                 saver.close()
+        interrupted.rest(DONE)
         return readable(trained(state))
 
 
+DONE = Phase("the run is complete; the process ends", at_once=True, nothing_to_save=True)
 SAVING = Phase(
     "the run ends when the last finished step is saved; a second Ctrl-C stops it at once, without a checkpoint",
     at_once=False,

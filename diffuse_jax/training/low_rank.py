@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,26 +10,7 @@ import jax
 from diffuse_jax.adapters import lora
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.training.checks import at_least
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Which layers get a low-rank pair, and of what rank.
-
-    Attributes:
-      rank: inner dimension of the pairs.
-      lora_targets: regular expression: paths of the dense layers that get a pair.
-
-    Raises:
-      ValueError: the rank is not positive.
-    """
-
-    rank: int = 4
-    lora_targets: str = lora.TARGETS
-
-    def __post_init__(self) -> None:
-        at_least(1, rank=self.rank)
+from diffuse_jax.training.settings import LoraSettings
 
 
 def lora_from(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +12,10 @@ from jax.sharding import Mesh
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model, Params
 from diffuse_jax.sharding import param_shardings
-from diffuse_jax.training.compute import ComputeSettings
-from diffuse_jax.training.flags import Parser
-from diffuse_jax.training.hub import HubSettings, model_folder
+from diffuse_jax.training.distributed import say
+from diffuse_jax.training.hub import model_folder
 from diffuse_jax.training.initial import initial_params
+from diffuse_jax.training.settings import HubSettings, NetworkSettings
 
 logger = logging.getLogger(__name__)
 
@@ -25,46 +23,6 @@ Network = TypeVar("Network", bound=Model)
 
 PARTS = {"unet", "vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder"}
 """Folders of networks in a pipeline; those that are not trained need not be downloaded."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkSettings:
-    """The network that is trained: from a checkpoint, new from a config, or, with neither, a trainer's own choice.
-
-    Attributes:
-      pretrained_model_name_or_path: start from these weights: a folder or a Hub id, of the network or of a pipeline.
-      model_config_name_or_path: train a new network with the ``config.json`` of this folder or Hub id.
-      compute: precision and memory of the network.
-      hub: which version is taken from the Hub.
-
-    Raises:
-      ValueError: both a checkpoint and a config are named.
-    """
-
-    pretrained_model_name_or_path: str | Path | None = None
-    model_config_name_or_path: str | Path | None = None
-    compute: ComputeSettings = field(default_factory=ComputeSettings)
-    hub: HubSettings = field(default_factory=HubSettings)
-
-    def __post_init__(self) -> None:
-        source, config = self.pretrained_model_name_or_path, self.model_config_name_or_path
-        if source is not None and config is not None:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {source} has a config; leave out --model_config_name_or_path {config}"
-            )
-
-
-def add_network(parser: Parser, subfolder: str, default: str) -> None:
-    """The flags that say which network is trained."""
-    add = parser.group("model", NetworkSettings)
-    add(
-        "--pretrained_model_name_or_path",
-        help=f"start from these weights: a folder or a Hub id, of the network or of a pipeline with {subfolder}/",
-    )
-    add(
-        "--model_config_name_or_path",
-        help=f"train a new network with the config.json of this folder or Hub id; without either flag, {default}",
-    )
 
 
 def open_network(
@@ -88,6 +46,7 @@ def open_network(
     dtype, hub = settings.compute.dtype, settings.hub
     if source is not None:
         folder = network_folder(hub, source, subfolder)
+        say(f"loading {kind.__name__} from {folder}")
         model = kind.from_config(folder)
         warn_of_dropout(model)
         shardings = param_shardings(model.shapes(), mesh)
@@ -99,6 +58,7 @@ def open_network(
     else:
         model = kind(config=default, dtype=dtype)
     warn_of_dropout(model)
+    say(f"a new {kind.__name__}, from seed {seed}")
     return model, initial_params(model.shapes(), seed)
 
 

@@ -7,7 +7,7 @@ A trainer draws noise and timesteps (:func:`draw`), asks its network at the nois
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ import numpy as np
 
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import shard_batch
-from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.checks import NONNEGATIVE, POSITIVE, Checked, one_of
+from diffuse_jax.training.settings import ObjectiveSettings
+from diffuse_jax.training.settings.methods import TIMESTEP_BIASES
 
 
 def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
@@ -55,11 +57,8 @@ def per_sample_error(prediction: jax.Array, wanted: jax.Array) -> jax.Array:
     return error.mean(tuple(range(1, error.ndim)))
 
 
-TIMESTEP_BIASES = ("none", "earlier", "later", "range")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Checked):
     """The loss of a denoising network, for latents as for pixels.
 
     Attributes:
@@ -77,55 +76,18 @@ class Objective:
     """
 
     scheduler: Scheduler
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
+    snr_gamma: Annotated[float, POSITIVE] | None = None
+    noise_offset: Annotated[float, NONNEGATIVE] = 0.0
+    input_perturbation: Annotated[float, NONNEGATIVE] = 0.0
     timestep_bias: tuple[float, ...] | None = None
     snr_weighting: bool = False
-    prior_loss_weight: float = 1.0
+    prior_loss_weight: Annotated[float, NONNEGATIVE] = 1.0
 
     def __post_init__(self) -> None:
-        check_gamma(self.snr_gamma)
+        super().__post_init__()
         steps = self.scheduler.num_train_timesteps
         if self.timestep_bias is not None and len(self.timestep_bias) != steps:
             raise ValueError(f"timestep_bias has {len(self.timestep_bias)} entries for {steps} training timesteps")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
-    """The part of an :class:`Objective` that does not depend on the model.
-
-    Attributes:
-      snr_gamma, noise_offset, input_perturbation: see :class:`Objective`.
-      timestep_bias_strategy, timestep_bias_multiplier, timestep_bias_portion, timestep_bias_begin, timestep_bias_end:
-        which timesteps are drawn more often, see :func:`timestep_probabilities`.
-
-    Raises:
-      ValueError: ``snr_gamma`` is not positive, or the strategy is not known.
-    """
-
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    timestep_bias_strategy: str = "none"
-    timestep_bias_multiplier: float = 1.0
-    timestep_bias_portion: float = 0.25
-    timestep_bias_begin: int = 0
-    timestep_bias_end: int | None = None
-
-    def __post_init__(self) -> None:
-        check_gamma(self.snr_gamma)
-        one_of(TIMESTEP_BIASES, timestep_bias_strategy=self.timestep_bias_strategy)
-
-
-def check_gamma(gamma: float | None) -> None:
-    """Refuse what Min-SNR weighting cannot take.
-
-    Raises:
-      ValueError: gamma is not positive.
-    """
-    if gamma is not None and gamma <= 0:
-        raise ValueError(f"snr_gamma must be positive, got {gamma}")
 
 
 def objective_from(settings: ObjectiveSettings, scheduler: Scheduler, prior_loss_weight: float = 1.0) -> Objective:

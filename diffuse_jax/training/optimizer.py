@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from diffuse_jax.training.checks import at_least, one_of
+from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.settings import OptimizerSettings
+from diffuse_jax.training.settings.run import SCHEDULES, check_warmup
 
 DECAY_SHARE = 1 / 3
 """Share of a ``warmup_stable_decay`` run in which the rate falls."""
@@ -19,18 +20,6 @@ LOWEST = 1e-7
 """Where ``polynomial`` ends."""
 
 Factor = Callable[[jnp.ndarray], jnp.ndarray]
-
-SCHEDULES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "piecewise_constant",
-    "warmup_stable_decay",
-)
-"""Names of learning-rate schedules; see :func:`learning_rate`."""
 
 
 def learning_rate(
@@ -74,16 +63,6 @@ def learning_rate(
         return peak * jnp.where(s < warmup, s / max(warmup, 1), factor(p))
 
     return rate
-
-
-def check_warmup(name: str, warmup: int, total: int) -> None:
-    """Refuse a warm-up that is longer than the run, where the schedule has one.
-
-    Raises:
-      ValueError: it is.
-    """
-    if name not in ("constant", "piecewise_constant") and not 0 <= warmup < total:
-        raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
 
 
 def _piecewise(peak: float, rules: str) -> optax.Schedule:
@@ -198,56 +177,6 @@ def _labels(own: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Networks that ``text_encoder_lr`` is for."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """The optimiser of a run and its learning rate.
-
-    Attributes:
-      optimizer: one of :data:`OPTIMIZERS`.
-      learning_rate: the highest learning rate.
-      scale_lr: multiply it by the images of a training step.
-      text_encoder_lr: the highest rate of the text encoders among the trained networks; ``learning_rate`` if None.
-      lr_scheduler: one of :data:`SCHEDULES`, described at :func:`learning_rate`.
-      lr_warmup_steps: steps of linear warm-up.
-      lr_num_cycles: periods of ``cosine_with_restarts``.
-      lr_power: exponent of ``polynomial``.
-      lr_step_rules: of ``piecewise_constant``.
-      adam_beta1, adam_beta2, adam_epsilon: decays of the two moments, and what is added to the root of the second; None
-        for the optimiser's defaults.
-      adam_weight_decay: weight decay, scaled by the learning rate only.
-      max_grad_norm: global norm to which the gradient is clipped; None leaves it as it is.
-
-    Raises:
-      ValueError: the name of an optimiser or schedule is not known, or a value is impossible.
-    """
-
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-4
-    scale_lr: bool = False
-    text_encoder_lr: float | None = None
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 500
-    lr_num_cycles: int = 1
-    lr_power: float = 1.0
-    lr_step_rules: str = ""
-    adam_beta1: float | None = None
-    adam_beta2: float | None = None
-    adam_weight_decay: float | None = 1e-2
-    adam_epsilon: float | None = None
-    max_grad_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        one_of(OPTIMIZERS, optimizer=self.optimizer)
-        one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
-        at_least(0, learning_rate=self.learning_rate, text_encoder_lr=self.text_encoder_lr)
-        at_least(0, lr_warmup_steps=self.lr_warmup_steps, max_grad_norm=self.max_grad_norm)
-        at_least(0, adam_weight_decay=self.adam_weight_decay, adam_epsilon=self.adam_epsilon)
-        at_least(1, lr_num_cycles=self.lr_num_cycles)
-        for name in ("adam_beta1", "adam_beta2"):
-            if (beta := getattr(self, name)) is not None and not 0 <= beta < 1:
-                raise ValueError(f"{name} must be from 0 to less than 1, got {beta}")
 
 
 def check_rates(settings: OptimizerSettings, trained: Iterable[str]) -> None:

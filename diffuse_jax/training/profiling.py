@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -10,28 +9,7 @@ from typing import Any
 
 import jax
 
-from diffuse_jax.training.checks import at_least
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileSettings:
-    """What of a run is traced.
-
-    Attributes:
-      profile_steps: trace this many steps, beginning with the second.
-      profile_validation: trace the last validation.
-      profile_memory: write what is in memory before the first and after the last step.
-
-    Raises:
-      ValueError: the number of steps is negative.
-    """
-
-    profile_steps: int = 0
-    profile_validation: bool = False
-    profile_memory: bool = False
-
-    def __post_init__(self) -> None:
-        at_least(0, profile_steps=self.profile_steps)
+from diffuse_jax.training.settings import ProfileSettings
 
 
 class Profiler:

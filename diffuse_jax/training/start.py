@@ -25,7 +25,7 @@ from diffuse_jax.training.checkpoint import (
 )
 from diffuse_jax.training.distributed import say
 from diffuse_jax.training.folder import claimed
-from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.settings import RunSettings
 from diffuse_jax.training.state import TrainState
 
 VALIDATION_STEPS = 100

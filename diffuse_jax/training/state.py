@@ -15,10 +15,15 @@ from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
 from diffuse_jax.sharding import automatic, automatic_shardings, param_shardings
+from diffuse_jax.training.settings import Average
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 """``loss(trainable, frozen, batch, key) -> (scalar, metrics)``: all that tells one training method from another."""
+
+
+PLAIN = Average()
+"""The running average where nothing else is asked for."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,61 +63,11 @@ def init_state(
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
 
 
-@dataclasses.dataclass(frozen=True)
-class Average:
-    """How the running average of the parameters follows them; see :func:`ema_rate`.
-
-    Attributes:
-      decay: reached after a ramp.
-      min_decay: never less, once the average has begun.
-      update_after_step: updates after which it begins.
-      inv_gamma, power: with ``inv_gamma`` the ramp is ``1 - (1 + n / inv_gamma) ** -power`` instead of
-        ``(1 + n) / (10 + n)``.
-    """
-
-    decay: float = 0.9999
-    min_decay: float = 0.0
-    update_after_step: int = 0
-    inv_gamma: float | None = None
-    power: float = 2 / 3
-
-    def __post_init__(self) -> None:
-        for name in ("decay", "min_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} of the running average must lie in [0, 1], got {getattr(self, name)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmaSettings:
-    """Whether the parameters are averaged, and how.
-
-    Attributes:
-      use_ema: keep a running average of the parameters, and save and validate that.
-      ema_decay, ema_inv_gamma, ema_power: see :class:`Average`.
-
-    Raises:
-      ValueError: the decay does not lie in [0, 1].
-    """
-
-    use_ema: bool = False
-    ema_decay: float = 0.9999
-    ema_inv_gamma: float | None = None
-    ema_power: float = 2 / 3
-
-    def __post_init__(self) -> None:
-        _ = self.average  # which checks the decay
-
-    @property
-    def average(self) -> Average:
-        """How the average follows the parameters."""
-        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power)
-
-
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     seed: int,
-    average: Average = Average(),
+    average: Average = PLAIN,
     shardings: Any = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Compile ``step(state, frozen, batch) -> (state, metrics)``; the old state's memory is re-used.

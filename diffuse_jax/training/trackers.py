@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.util
 import io
@@ -16,34 +15,11 @@ from typing import Any, Protocol
 from PIL import Image
 
 from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.settings.run import TRACKERS
 
 Pictures = Sequence[tuple[str, Image.Image]]
 
-TRACKERS = ("tensorboard", "wandb")
 INSTALL = {"tensorboard": "pip install tensorboard", "wandb": "pip install wandb, then `wandb login`"}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackerSettings:
-    """Where the records and validation images of a run go, besides ``log.jsonl`` and ``validation/``.
-
-    Attributes:
-      report_to: one of :data:`TRACKERS`, "all" or "none"; TensorBoard, where it is installed, if None.
-      logging_dir: folder of TensorBoard's and W&B's files, inside the folder of the run.
-      tracker_project_name: project on Weights & Biases.
-      wandb_entity: user or team on Weights & Biases; the user who is logged in if None.
-
-    Raises:
-      ValueError: the tracker is not known.
-    """
-
-    report_to: str | None = None
-    logging_dir: str = "logs"
-    tracker_project_name: str = "diffuse-jax"
-    wandb_entity: str | None = None
-
-    def __post_init__(self) -> None:
-        one_of((*TRACKERS, "none", "all"), report_to=self.report_to)
 
 
 class Tracker(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,13 @@ import jax
 
 from diffuse_jax.training.configuration import CONFIG_FILE, read_config
 from diffuse_jax.training.distributed import say
+from diffuse_jax.training.interruption import Phase, interruptions
+from diffuse_jax.training.settings import UploadSettings
 
 LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "profile/**", "*.new")
 """What stays here, besides the caches: the training states are large and of use to this run alone."""
 
 CARD = "README.md"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UploadSettings:
-    """Whether a trained model goes to the Hub, and where to.
-
-    Attributes:
-      push_to_hub: upload the folder of the run at its end.
-      hub_model_id: name of the repository; the name of the folder if None.
-      hub_private_repo: make it a private one.
-      hub_token: access token; the one that `hf auth login` stored if None.
-    """
-
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_private_repo: bool = False
-    hub_token: str | None = dataclasses.field(default=None, repr=False)
 
 
 def make_repository(settings: UploadSettings, folder: str | Path) -> str | None:
@@ -70,6 +54,7 @@ def push_to_hub(settings: UploadSettings, folder: str | Path) -> str | None:
 
     Raises:
       ConnectionError: of :func:`make_repository`.
+      Interrupted: a signal ended the upload (a ``SystemExit``).
       huggingface_hub.errors.HfHubHTTPError: the Hub refuses the files.
     """
     repository = make_repository(settings, folder)
@@ -82,9 +67,12 @@ def push_to_hub(settings: UploadSettings, folder: str | Path) -> str | None:
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(card(folder, run, repository), encoding="utf-8")
     ignored = [*LEFT_OUT, f"{run.get('logging_dir', 'logs')}/**", *caches(folder, run)]
-    commit = HfApi(token=settings.hub_token).upload_folder(
-        repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
-    )
+    say(f"uploading {folder} to {repository}")
+    then = f"the upload ends; the trained model is complete in {folder} and can be uploaded later"
+    with interruptions() as interrupted, interrupted.phase(Phase(then, at_once=True, nothing_to_save=True)):
+        commit = HfApi(token=settings.hub_token).upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=ignored, commit_message="Trained model"
+        )
     say(f"uploaded to {commit}")
     return str(commit)
 

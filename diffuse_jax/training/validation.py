@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.training.checks import at_least
 from diffuse_jax.training.latent import sample_pictures
-from diffuse_jax.training.latent_model import ModelSettings, source_folder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValidationSettings:
-    """Which images show how far a training is.
-
-    Attributes:
-      validation_prompt: prompts of the images; None for no images.
-      num_validation_images: images per prompt.
-      validation_inference_steps: sampling steps of an image.
-      validation_guidance_scale: guidance of an image.
-
-    Raises:
-      ValueError: there are prompts, but no image of any is wanted.
-    """
-
-    validation_prompt: tuple[str, ...] | None = None
-    num_validation_images: int = 4
-    validation_inference_steps: int = 25
-    validation_guidance_scale: float = 7.5
-
-    def __post_init__(self) -> None:
-        if self.validation_prompt:
-            at_least(1, num_validation_images=self.num_validation_images)
+from diffuse_jax.training.latent_model import source_folder
+from diffuse_jax.training.settings import ModelSettings, ValidationSettings
 
 
 def validation_from(

@@ -19,13 +19,14 @@ from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_update
 from diffuse_jax.training import latent
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import learning_rate
-from diffuse_jax.training.state import Average, ema_rate, ema_update
+from diffuse_jax.training.state import ema_rate, ema_update
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = twins.torch, twins.diffusers
 
 from diffuse_jax.torch_backend import training_torch as twin  # noqa: E402
 from diffuse_jax.torch_backend.networks import channels_first, channels_last  # noqa: E402
+from diffuse_jax.training.settings import Average  # noqa: E402
 
 PEAK, WARMUP, TOTAL = 3e-4, 7, 40
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

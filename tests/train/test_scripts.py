@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from diffuse_jax.training.flags import Parser
+from tests.test_docs_commands import parser_of
 from tests.train.helpers import ROOT, load, run
 
 SCRIPTS = sorted(path.name for path in (ROOT / "train").glob("*.py"))
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, "emoji/make_dataset.py", "emoji/export.py"])
@@ -19,6 +26,66 @@ def test_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         load(path).main()
     assert f"python train/{path} --" in capsys.readouterr().out
+
+
+def test_help_loads_neither_jax_nor_networks() -> None:
+    """So it answers at once; one process asks all scripts."""
+    emoji = [path for path in (ROOT / "train" / "emoji").glob("*.py") if "argparse" in path.read_text(encoding="utf-8")]
+    scripts = [*SCRIPTS, *(f"emoji/{path.name}" for path in emoji)]
+    code = f"""
+import runpy, sys
+sys.path.insert(0, "train/emoji")
+for script in {scripts}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path("train/" + script, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, script
+    loaded = [m for m in ("jax", "flax", "optax", "transformers", "datasets", "orbax") if m in sys.modules]
+    assert not loaded, (script, loaded)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("first of all:") == len(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_bounds(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = Parser.parse_args
+    parser = parser_of(f"train/{script}", monkeypatch)
+    actions = [action for action in parser._actions if action.option_strings and action.nargs != 0]
+    assert not [a.dest for a in actions if a.type in (int, float)], "give these a Number"
+    numeric = [a for a in actions if a.metavar in ("N", "X")]
+    assert len(numeric) > 25
+    for action in numeric:
+        for text in ("-1", "nan", "inf", "-inf", "1e999", "9" * 5000, "many", ""):
+            if (action.dest, text) == ("mesh_data", "-1"):
+                continue  # all devices that remain
+            with pytest.raises(SystemExit) as ended:
+                parse(parser, [f"{action.option_strings[0]}={text}"])
+            assert ended.value.code == 2
+            message = capsys.readouterr().err.splitlines()[0]
+            assert re.search(rf"argument {action.option_strings[0]}\b.*: must be a .*number", message)
+            assert message.endswith(f", got {text[:80]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_while_jax_is_loaded(number: signal.Signals, tmp_path: Path) -> None:
+    """A module named jax that takes for ever stands for a slow disk."""
+    (tmp_path / "jax.py").write_text("import time\ntime.sleep(60)\n")
+    command = [sys.executable, str(ROOT / "train" / "unconditional.py"), "--output_dir", str(tmp_path / "out")]
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    first = run.stderr.readline()
+    assert first == "loading JAX and the library\n"
+    run.send_signal(number)
+    said = run.stderr.read()
+    assert run.wait(20) == 128 + number
+    assert f"{number.name} received: the run ends; no step was finished, so there is nothing to save" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

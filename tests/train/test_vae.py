@@ -131,7 +131,6 @@ def test_a_resumed_run_is_the_whole_run(
         ({"crop_size": 16, "aspect_ratio_buckets": True}, "leave out one of them"),
         ({"perceptual_weight": 1}, "belong together"),
         ({"train_decoder_only": True}, "name it: --pretrained_model_name_or_path"),
-        ({"discriminator_weight": -1}, "--discriminator_weight must not be negative"),
     ],
 )
 def test_wrong_flags_are_explained(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.training.batches import BatchSettings
 from diffuse_jax.training.data import DataSettings, Example, add_data, data_from
 from diffuse_jax.training.flags import Parser
+from diffuse_jax.training.settings import BatchSettings
 
 
 def picture(number: int, height: int = 8, width: int = 8) -> Image.Image:

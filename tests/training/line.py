@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import Batch, BatchSettings, Numbered
+from diffuse_jax.training.batches import Batch, Numbered
 from diffuse_jax.training.command import train
 from diffuse_jax.training.data.loader import process_rows
 from diffuse_jax.training.data.workers import in_turns
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.devices import mesh_from
 from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.loop import fit
-from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.settings import BatchSettings, DeviceSettings, RunSettings
 
 SLOPE = np.array([[2.0], [-1.0], [0.5], [1.0], [-2.0], [0.0], [3.0], [-0.5]], np.float32)
 FLAGS = {"learning_rate": 0.05, "lr_warmup_steps": 0, "train_batch_size": 1, "logging_steps": 1, "report_to": "none"}

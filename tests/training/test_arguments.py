@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import yaml
 
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import BatchSettings
 from diffuse_jax.training.configuration import write_config
-from diffuse_jax.training.devices import DeviceSettings, mesh_from
+from diffuse_jax.training.devices import mesh_from
 from diffuse_jax.training.flags import Parser, settings_from
-from diffuse_jax.training.optimizer import OptimizerSettings, optimizer_from
+from diffuse_jax.training.optimizer import optimizer_from
+from diffuse_jax.training.settings import BatchSettings, DeviceSettings, OptimizerSettings
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Pat
         ({"lerning_rate": 1}, "lerning_rate is not a flag; did you mean learning_rate?"),
         ({"process_id": 1}, "process_id cannot stand in a file; say --process_id on the command line"),
         ({"use_ema": "yes"}, "use_ema must be true or false, got 'yes'"),
-        ({"seed": "x"}, "invalid int value: 'x'"),
+        ({"seed": "x"}, "argument --seed: must be a whole number of at least 0 and less than 2^32, got x"),
         ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
         ({"use_8bit_adam": True}, "--optimizer lion or adafactor needs less memory"),
         (["seed"], "must map names of flags to values"),
@@ -169,8 +170,14 @@ def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> 
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["options", "model", "output", "optimisation", "precision and memory",
-                      "running average of the weights", "devices", "checkpoints", "monitoring", "hub"]  # fmt: skip
+    assert titles == ["first of all", "model", "output", "optimisation", "precision and memory",
+                      "running average of the weights", "devices", "checkpoints", "monitoring", "hub",
+                      "options"]  # fmt: skip
+    first = text[text.index("first of all") : text.index("\nmodel:")]
+    assert re.findall(r"^  (--\w+)", first, re.MULTILINE) == [
+        "--pretrained_model_name_or_path", "--output_dir", "--max_train_steps", "--train_batch_size",
+        "--learning_rate", "--mixed_precision", "--validation_prompt"]  # fmt: skip
+    assert text.count("  --learning_rate ") == 1
     assert "(default: 500)" in text
     assert "use_8bit_adam" not in text, "what is refused is not offered"
 

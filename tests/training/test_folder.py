@@ -12,7 +12,7 @@ import pytest
 from diffuse_jax.training.checkpoint import Checkpoints, checkpoints
 from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.folder import claimed, in_use
-from diffuse_jax.training.run import RunSettings
+from diffuse_jax.training.settings import RunSettings
 from diffuse_jax.training.start import check_output
 from diffuse_jax.writing import only_writer
 from tests.training.line import arguments, train_line

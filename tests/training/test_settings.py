@@ -16,23 +16,32 @@ import pytest
 import diffuse_jax
 import diffuse_jax.training
 from diffuse_jax import weights
+from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training import optimizer
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import BatchSettings, Numbered
+from diffuse_jax.training.batches import Numbered
 from diffuse_jax.training.data import DataSettings, ImageSettings, data_from
 from diffuse_jax.training.data.settings import CacheSettings
-from diffuse_jax.training.distributed import ProcessSettings
-from diffuse_jax.training.dreambooth import DreamBoothSettings
 from diffuse_jax.training.flags import Parser, settings_from
-from diffuse_jax.training.hub import HubSettings
 from diffuse_jax.training.latent_flags import latent_parser
 from diffuse_jax.training.loop import fit
-from diffuse_jax.training.networks import NetworkSettings, network_folder
-from diffuse_jax.training.optimizer import OptimizerSettings
-from diffuse_jax.training.run import RunSettings
-from diffuse_jax.training.trackers import TrackerSettings
-from diffuse_jax.training.upload import UploadSettings
-from diffuse_jax.training.validation import ValidationSettings
+from diffuse_jax.training.networks import network_folder
+from diffuse_jax.training.settings import (
+    BatchSettings,
+    ComputeSettings,
+    DreamBoothSettings,
+    HubSettings,
+    NetworkSettings,
+    OptimizerSettings,
+    ProcessSettings,
+    RunSettings,
+    TrackerSettings,
+    UploadSettings,
+    ValidationSettings,
+)
+from diffuse_jax.training.settings.model import REMAT_POLICIES
+from diffuse_jax.training.settings.run import OPTIMIZERS
 from tests.test_docs_commands import parser_of
 from tests.train.helpers import ROOT
 from tests.training import line
@@ -44,6 +53,7 @@ PARSED = {
     "cli.py": "a command",
     "torch_backend/command.py": "a command",
     "torch_backend/training_command.py": "a command",
+    "training/command.py": "reads the flags of a script before the rest of it is loaded",
     "training/flags.py": "makes settings of parsed flags",
     "training/data/flags.py": "the same of those of the data, whose caches lie in the folder of the run",
 }
@@ -158,22 +168,22 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (RunSettings, {"output_dir": "a", "num_train_epochs": 0}, "num_train_epochs must be at least 1, got 0"),
+        (RunSettings, {"output_dir": "a", "num_train_epochs": 0}, "num_train_epochs must be a whole number.*, got 0"),
         (RunSettings, {"output_dir": "a", "max_train_steps": 10,
                        "optimizer": OptimizerSettings(lr_scheduler="cosine", lr_warmup_steps=10)},
          "lr_warmup_steps 10 must be from 0 to less than max_train_steps 10"),
-        (OptimizerSettings, {"learning_rate": -1.0}, "learning_rate must be at least 0, got -1"),
-        (OptimizerSettings, {"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
-        (OptimizerSettings, {"adam_beta2": 1.0}, "adam_beta2 must be from 0 to less than 1, got 1"),
-        (OptimizerSettings, {"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1"),
+        (OptimizerSettings, {"learning_rate": -1.0}, "learning_rate must be a finite number of at least 0, got -1"),
+        (OptimizerSettings, {"learning_rate": float("nan")}, "must be a finite number of at least 0, got nan"),
+        (OptimizerSettings, {"adam_beta2": 1.0}, "adam_beta2 must be a number of at least 0 and less than 1, got 1"),
+        (OptimizerSettings, {"max_grad_norm": -1.0}, "max_grad_norm must be a finite number above 0, got -1"),
         (TrackerSettings, {"report_to": "mlflow"}, "report_to must be one of tensorboard, wandb, none, all, got"),
         (ProcessSettings, {"num_processes": 2}, r"needs? .*\['--coordinator_address', '--process_id'\] is missing"),
         (ImageSettings, {"image_interpolation_mode": "box"}, "must be one of bilinear, bicubic, lanczos, nearest"),
-        (DataSettings, {"proportion_empty_prompts": -0.1}, "between 0 and 1, got -0.1"),
+        (DataSettings, {"proportion_empty_prompts": -0.1}, "must be a number from 0 to 1, got -0.1"),
         (NetworkSettings, {"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "leave out"),
         (DreamBoothSettings, {"instance_data_dir": "a", "instance_prompt": "b", "with_prior_preservation": True,
                               "class_prompt": "c"}, "needs --class_data_dir$"),
-        (ValidationSettings, {"validation_prompt": ("a",), "num_validation_images": 0}, "must be at least 1, got 0"),
+        (ValidationSettings, {"num_validation_images": 0}, "must be a whole number of at least 1 .*, got 0"),
     ],
 )  # fmt: skip
 def test_settings_refuse_what_cannot_be(kind: type, values: dict[str, Any], message: str) -> None:
@@ -181,9 +191,12 @@ def test_settings_refuse_what_cannot_be(kind: type, values: dict[str, Any], mess
         kind(**values)
 
 
-def test_precisions() -> None:
-    from diffuse_jax.training.compute import ComputeSettings
+def test_choices_that_are_written_before_jax_is_loaded_are_those_there_are() -> None:
+    assert set(OPTIMIZERS) == {*optimizer.OPTIMIZERS}
+    assert REMAT_POLICIES == POLICIES
 
+
+def test_precisions() -> None:
     for values, dtype, remat in (
         ({}, "float32", "none"),
         ({"mixed_precision": "bf16", "gradient_checkpointing": True}, "bfloat16", "blocks"),
@@ -209,8 +222,8 @@ def test_a_network_of_the_hub_is_asked_for_as_the_settings_say(monkeypatch: pyte
 
 def test_a_run_without_a_parser(tmp_path: Path) -> None:
     """Its ``training.yaml`` is one that ``--config`` reads."""
-    optimizer = OptimizerSettings(learning_rate=0.05, lr_warmup_steps=0, max_grad_norm=0.5)
-    run = RunSettings(output_dir=tmp_path, max_train_steps=3, logging_steps=1, optimizer=optimizer,
+    settings = OptimizerSettings(learning_rate=0.05, lr_warmup_steps=0, max_grad_norm=0.5)
+    run = RunSettings(output_dir=tmp_path, max_train_steps=3, logging_steps=1, optimizer=settings,
                       batch=BatchSettings(train_batch_size=1), upload=UploadSettings(hub_token="secret"))  # fmt: skip
     batches = Numbered(lambda n: {"x": line.points(n, 8)})
     frozen = {"slope": line.SLOPE}

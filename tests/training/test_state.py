@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, SCHEDULES, learning_rate, make_optimizer
-from diffuse_jax.training.state import Average, TrainState, ema_rate, init_state, make_step
+from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, learning_rate, make_optimizer
+from diffuse_jax.training.settings import Average
+from diffuse_jax.training.settings.run import SCHEDULES
+from diffuse_jax.training.state import TrainState, ema_rate, init_state, make_step
 
 START = {"dense": {"kernel": np.full((2, 1), 0.5, np.float32), "bias": np.zeros((1,), np.float32)}}
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from diffuse_jax.training.data import cached
 from diffuse_jax.training.flags import settings_from
-from diffuse_jax.training.upload import UploadSettings, push_to_hub
+from diffuse_jax.training.settings import UploadSettings
+from diffuse_jax.training.upload import push_to_hub
 from tests.training.line import arguments, train_line
 
 

@@ -13,12 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from diffuse_jax.models.autoencoder_kl import AutoencoderKL
-from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
-from diffuse_jax.text.clip import CLIPTextModel
+import diffuse_jax  # a class is loaded, with JAX, when it is first used
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from sources import CAPTIONS, SOURCES
@@ -72,11 +69,16 @@ def main() -> None:
     args = parse_args()
     source, target = Path(args.model), Path(args.output_dir)
     sizes = {}
-    for name, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}.items():
+    kinds = {
+        "unet": diffuse_jax.UNet2DConditionModel,
+        "vae": diffuse_jax.AutoencoderKL,
+        "text_encoder": diffuse_jax.CLIPTextModel,
+    }
+    for name, kind in kinds.items():
         model, params = kind.from_pretrained(source, subfolder=name)
         if name == "text_encoder":  # else transformers would compute in float16 where the rest is float32
             model = model.clone(config=model.config_class.from_json(model.config.to_json() | {"dtype": "float32"}))
-        model.save_pretrained(target / name, params, dtype=jnp.float16)
+        model.save_pretrained(target / name, params, dtype=np.float16)
         sizes[name] = count(params)
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, target / name, dirs_exist_ok=True)
@@ -98,6 +100,8 @@ def parse_args() -> argparse.Namespace:
 
 def count(params: dict[str, object]) -> int:
     """Numbers in a tree of parameters."""
+    import jax
+
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

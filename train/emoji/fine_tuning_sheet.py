@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from sheets import Row, sheet
 
-from diffuse_jax import DiffusionPipeline
+import diffuse_jax
 
 COLUMNS = 6
 CHARACTER = ("a zib robot", "a zib robot", "a zib robot, noto style", "a robot, noto style", "red apple, noto style",
@@ -23,13 +23,13 @@ STYLED = ("red apple", "cat face", "sun", "red heart", "mushroom", "house")
 
 def main() -> None:
     args = parse_args()
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe = diffuse_jax.DiffusionPipeline.from_pretrained(args.model)
     taught = pipe.load_textual_inversion(args.word)
     rows = [
         stored("images of the character", Path(args.examples) / "character"),
         sampled("before", pipe, CHARACTER),
         sampled("after DreamBooth with LoRA", pipe.load_lora_weights(args.lora), CHARACTER),
-        sampled("after DreamBooth", DiffusionPipeline.from_pretrained(args.dreambooth), CHARACTER),
+        sampled("after DreamBooth", diffuse_jax.DiffusionPipeline.from_pretrained(args.dreambooth), CHARACTER),
         stored("images of the style", Path(args.examples) / "style"),
         sampled("before: a word without meaning", pipe, [f"{name}, qvx style" for name in STYLED]),
         sampled("after textual inversion", taught, [f"{name}, <new> style" for name in STYLED]),
@@ -55,7 +55,7 @@ def stored(title: str, folder: Path) -> Row:
     return Row([Image.open(path) for path in paths], [path.stem.replace("-", " ") for path in paths], title=title)
 
 
-def sampled(title: str, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Row:
+def sampled(title: str, pipe: diffuse_jax.DiffusionPipeline, prompts: Sequence[str]) -> Row:
     """Image n of the row has seed n."""
     seeds = list(range(len(prompts)))
     images = pipe(list(prompts), num_inference_steps=25, guidance_scale=3.0, seed=seeds).images  # type: ignore[operator]

@@ -36,6 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import Record, captions, held_out, is_common
 from sources import CAPTIONS, SOURCES, Source
 
+from diffuse_jax.training.checks import COUNT
+from diffuse_jax.training.flags import number
+
 LEFT_OUT_GROUPS = {"component", "flags"}
 REPEATS = 6
 """How many more times ``mixed/`` lists a picture of a common concept."""
@@ -60,7 +63,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder to write; train/ and heldout/ inside are replaced")
-    parser.add_argument("--resolution", type=int, default=64, help="width and height of the pictures (default 64)")
+    parser.add_argument("--resolution", type=number(COUNT), default=64, help="size of the images (default 64)")
     parser.add_argument("--package_dir", default="runs/npm", help="where fetched packages are kept (default runs/npm)")
     return parser.parse_args()
 

@@ -11,34 +11,34 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
+from diffuse_jax.training.checks import COUNT, SEED
+from diffuse_jax.training.flags import number
 
-from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from diffuse_jax.models.base import Model
-from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from diffuse_jax.text.clip import CLIPTextConfig, CLIPTextModel
-from diffuse_jax.training.initial import initial_params
+if TYPE_CHECKING:
+    from diffuse_jax.models.base import Model
+    from diffuse_jax.text.clip import CLIPTextConfig
 
-VAE = AutoencoderKLConfig(
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    block_out_channels=(16, 32, 48),
-    norm_num_groups=8,
-    sample_size=64,
-    force_upcast=False,
-)
-UNET = UNet2DConditionConfig(
-    sample_size=16,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(48, 96, 144),
-    layers_per_block=1,
-    norm_num_groups=8,
-    cross_attention_dim=128,
-    num_attention_heads=(2, 4, 6),
-    use_linear_projection=True,
-)
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (16, 32, 48),
+    "norm_num_groups": 8,
+    "sample_size": 64,
+    "force_upcast": False,
+}
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (48, 96, 144),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 128,
+    "num_attention_heads": (2, 4, 6),
+    "use_linear_projection": True,
+}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -68,6 +68,8 @@ MODEL_INDEX = {
 
 def text_config(vocab_size: int, length: int) -> CLIPTextConfig:
     """Two layers of width 128; start and end of text are the last two symbols, as in CLIP."""
+    from diffuse_jax.text.clip import CLIPTextConfig
+
     return CLIPTextConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -82,17 +84,29 @@ def text_config(vocab_size: int, length: int) -> CLIPTextConfig:
     )
 
 
+def networks(vocab_size: int, length: int) -> dict[str, Model]:
+    """The networks, without parameters."""
+    from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+    from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+    from diffuse_jax.text.clip import CLIPTextModel
+
+    return {
+        "vae": AutoencoderKL(AutoencoderKLConfig(**VAE)),
+        "unet": UNet2DConditionModel(UNet2DConditionConfig(**UNET)),
+        "text_encoder": CLIPTextModel(text_config(vocab_size, length)),
+    }
+
+
 def main() -> None:
     args = parse_args()
+    import jax
+
+    from diffuse_jax.training.initial import initial_params
+
     folder = Path(args.output_dir)
-    parts: dict[str, Model] = {
-        "vae": AutoencoderKL(VAE),
-        "unet": UNet2DConditionModel(UNET),
-        "text_encoder": CLIPTextModel(text_config(args.vocab_size, args.model_max_length)),
-    }
-    for number, (name, model) in enumerate(parts.items()):
+    for place, (name, model) in enumerate(networks(args.vocab_size, args.model_max_length).items()):
         zero = {} if name == "unet" else {"zero": ("/conv2/kernel$",)}
-        params = initial_params(model.shapes(), args.seed + number, **zero)
+        params = initial_params(model.shapes(), args.seed + place, **zero)
         model.save_pretrained(folder / name, params)
         print(f"{name}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
     (folder / "scheduler").mkdir(exist_ok=True)
@@ -105,9 +119,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", required=True, help="folder to write; make_tokenizer.py writes tokenizer/ into it"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
-    parser.add_argument("--vocab_size", type=int, default=1800, help="the tokenizer's (default 1800)")
-    parser.add_argument("--model_max_length", type=int, default=24, help="the tokenizer's (default 24)")
+    parser.add_argument("--seed", type=number(SEED), default=0, help="of the random numbers (default 0)")
+    parser.add_argument("--vocab_size", type=number(COUNT), default=1800, help="the tokenizer's (default 1800)")
+    parser.add_argument("--model_max_length", type=number(COUNT), default=24, help="the tokenizer's (default 24)")
     return parser.parse_args()
 
 

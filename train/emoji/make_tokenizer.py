@@ -17,6 +17,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from diffuse_jax.training.checks import COUNT
+from diffuse_jax.training.flags import number
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
 """How CLIP cuts text before merging: contractions, runs of letters, single digits, runs of anything else."""
@@ -40,8 +43,8 @@ def parse_args() -> argparse.Namespace:
         "--train_data_dir", required=True, help="image folder whose metadata.jsonl has lists of captions"
     )
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--vocab_size", type=int, default=1800, help="symbols in all, at least 514 (default 1800)")
-    parser.add_argument("--model_max_length", type=int, default=24, help="tokens with start and end (default 24)")
+    parser.add_argument("--vocab_size", type=number(COUNT), default=1800, help="at least 514 symbols (default 1800)")
+    parser.add_argument("--model_max_length", type=number(COUNT), default=24, help="with start and end (default 24)")
     args = parser.parse_args()
     if args.vocab_size < 514:
         parser.error(f"--vocab_size {args.vocab_size}: the bytes and the two special symbols alone are 514")

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from sheets import Row, sheet
 
-from diffuse_jax import DiffusionPipeline
+import diffuse_jax
+from diffuse_jax.training.checks import COUNT, NONNEGATIVE
+from diffuse_jax.training.flags import number
 
 EDGE = 8  # images along an edge
 BANDS = {"common": (3, "#202020"), "train": (2, "#1040a0"), "heldout": (3, "#b00020")}  # rows and colour of captions
@@ -27,7 +29,7 @@ def main() -> None:
     chosen = {name: choose(Path(args.data_dir) / name, rows * EDGE) for name, (rows, _) in BANDS.items()}
     captions = [text for texts in chosen.values() for text in texts]
     colours = [BANDS[name][1] for name, texts in chosen.items() for _ in texts]
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe = diffuse_jax.DiffusionPipeline.from_pretrained(args.model)
     pictures = pipe(
         captions,
         num_inference_steps=args.num_inference_steps,
@@ -46,8 +48,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
     parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
     parser.add_argument("--output", default="docs/images/emoji_sheet.png", help="picture to write")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="steps of the sampler (default 25)")
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="strength of the prompt (default 5)")
+    parser.add_argument("--num_inference_steps", type=number(COUNT), default=25, help="sampling steps (default 25)")
+    parser.add_argument("--guidance_scale", type=number(NONNEGATIVE), default=5.0, help="of the prompt (default 5)")
     return parser.parse_args()
 
 

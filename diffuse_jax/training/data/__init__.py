@@ -9,6 +9,7 @@ from diffuse_jax.training.data.opening import (
     check_sides,
     source_from,
     transform_from,
+    warn_of_size,
 )
 from diffuse_jax.training.data.settings import CacheSettings, DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
@@ -41,6 +42,7 @@ __all__ = [
     "fingerprint_params",
     "source_from",
     "transform_from",
+    "warn_of_size",
     "write_array_record",
     "write_tar",
 ]

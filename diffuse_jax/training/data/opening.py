@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffuse_jax.training.batches import Batches, BatchSettings
+from diffuse_jax.messages import warn
+from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.data import hub
 from diffuse_jax.training.data.buckets import assign, bucket_sizes
 from diffuse_jax.training.data.hub import Stream
@@ -17,6 +19,7 @@ from diffuse_jax.training.data.settings import DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import shard_source
 from diffuse_jax.training.data.sources import FolderSource, Source, sample
 from diffuse_jax.training.data.transform import Size, Transform
+from diffuse_jax.training.settings import BatchSettings
 
 if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
     from jax.sharding import Mesh
@@ -49,6 +52,21 @@ def check_sides(images: ImageSettings, multiple: int) -> None:
     name = "bucket_step" if images.aspect_ratio_buckets else "resolution"
     if getattr(images, name) % multiple:
         raise ValueError(f"--{name} must be a multiple of {multiple} for this autoencoder, got {getattr(images, name)}")
+
+
+def warn_of_size(images: ImageSettings, own: int | Sequence[int] | None) -> None:
+    """Say where a model makes images of another size than it is going to be trained on.
+
+    Args:
+      images: of the training.
+      own: height and width of the model's images in pixels, or one number for both; None if it does not say.
+    """
+    sides = (own, own) if isinstance(own, int) else own
+    if sides is not None and tuple(sides) != (images.resolution,) * 2:
+        warn(
+            f"--resolution {images.resolution} is not the size of this model's images, {sides[0]} x {sides[1]} pixels "
+            "by its sample_size; give that as --resolution, unless the model shall learn another size"
+        )
 
 
 def source_from(data: DataSettings) -> Source:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
-from diffuse_jax.training.checks import at_least, one_of
+from diffuse_jax.training.checks import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
 from diffuse_jax.training.data.transform import INTERPOLATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings:
+class ImageSettings(Checked):
     """The size of training images, and how they are cut.
 
     Attributes:
@@ -29,23 +30,23 @@ class ImageSettings:
       ValueError: sizes that cannot be, or an interpolation that is not known.
     """
 
-    resolution: int = 512
+    resolution: Annotated[int, COUNT] = 512
     center_crop: bool = False
     random_flip: bool = False
     image_interpolation_mode: str = "bilinear"
     aspect_ratio_buckets: bool = False
-    bucket_step: int = 64
-    bucket_max_aspect: float = 2.0
+    bucket_step: Annotated[int, COUNT] = 64
+    bucket_max_aspect: Annotated[float, AT_LEAST_ONE] = 2.0
 
     def __post_init__(self) -> None:
-        at_least(1, resolution=self.resolution)
+        super().__post_init__()
         one_of(INTERPOLATIONS, image_interpolation_mode=self.image_interpolation_mode)
         if self.aspect_ratio_buckets:
             bucket_sizes(self.resolution, self.bucket_step, self.bucket_max_aspect)  # which checks them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class CacheSettings(Checked):
     """What is computed once, before the first step, and kept on disk.
 
     Attributes:
@@ -60,7 +61,7 @@ class CacheSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class DataSettings(Checked):
     """The data set, and how its rows become examples.
 
     One of ``train_data_dir``, ``dataset_name`` and ``train_shards`` names the data set; none of them, where a trainer
@@ -94,22 +95,19 @@ class DataSettings:
     train_shards: tuple[str, ...] | None = None
     load_from_disk: bool = False
     streaming: bool = False
-    shuffle_buffer_size: int = 1000
+    shuffle_buffer_size: Annotated[int, COUNT] = 1000
     image_column: str = "image"
     caption_column: str | None = "text"
-    proportion_empty_prompts: float = 0.0
-    max_train_samples: int | None = None
-    dataloader_num_workers: int = 0
+    proportion_empty_prompts: Annotated[float, SHARE] = 0.0
+    max_train_samples: Annotated[int, COUNT] | None = None
+    dataloader_num_workers: Annotated[int, NATURAL] = 0
     cache_dir: str | Path | None = None
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     images: ImageSettings = field(default_factory=ImageSettings)
     caches: CacheSettings = field(default_factory=CacheSettings)
 
     def __post_init__(self) -> None:
-        at_least(1, max_train_samples=self.max_train_samples, shuffle_buffer_size=self.shuffle_buffer_size)
-        at_least(0, dataloader_num_workers=self.dataloader_num_workers)
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ValueError(f"proportion_empty_prompts must be between 0 and 1, got {self.proportion_empty_prompts}")
+        super().__post_init__()
         if self.caches.cache_latents and self.images.random_flip:
             raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
         everything = {

@@ -1,0 +1,6 @@
+"""The layers that get low-rank pairs, for modules that load no JAX."""
+
+from __future__ import annotations
+
+TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
+"""Paths of the layers that get pairs unless others are named: all projections of UNets' and of CLIP's attention."""

@@ -1,0 +1,51 @@
+"""The settings of a training: frozen dataclasses, one for each concern, with the names and defaults of the flags.
+
+What acts on them is elsewhere: this package loads no JAX, so that a script can answer `--help` and wrong flags at once.
+"""
+
+from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSettings
+from diffuse_jax.training.settings.methods import (
+    DreamBoothSettings,
+    InversionSettings,
+    ObjectiveSettings,
+    ValidationSettings,
+)
+from diffuse_jax.training.settings.model import (
+    ComputeSettings,
+    HubSettings,
+    LoraSettings,
+    ModelSettings,
+    NetworkSettings,
+)
+from diffuse_jax.training.settings.run import (
+    Average,
+    BatchSettings,
+    EmaSettings,
+    OptimizerSettings,
+    ProfileSettings,
+    RunSettings,
+    TrackerSettings,
+    UploadSettings,
+)
+
+__all__ = [
+    "Average",
+    "BatchSettings",
+    "ComputeSettings",
+    "DeviceSettings",
+    "DreamBoothSettings",
+    "EmaSettings",
+    "HubSettings",
+    "InversionSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "NetworkSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "ProcessSettings",
+    "ProfileSettings",
+    "RunSettings",
+    "TrackerSettings",
+    "UploadSettings",
+    "ValidationSettings",
+]

@@ -1,0 +1,268 @@
+"""The settings of a whole training run, and of what belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from diffuse_jax.training.checks import COUNT, DECAY, NATURAL, NONNEGATIVE, POSITIVE, SEED, SHARE, Checked, one_of
+
+if TYPE_CHECKING:  # worker processes and `--help` read this module, and need no JAX for it
+    from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSettings(Checked):
+    """How many images a training step sees.
+
+    Attributes:
+      train_batch_size: images per device and accumulation step. Devices along the mesh's ``tensor`` axis share theirs.
+      gradient_accumulation_steps: parts into which the batch of a step is divided; one is in memory at a time.
+
+    Raises:
+      ValueError: one of the two is not positive.
+    """
+
+    train_batch_size: Annotated[int, COUNT] = 16
+    gradient_accumulation_steps: Annotated[int, COUNT] = 1
+
+    def images_per_part(self, mesh: Mesh) -> int:
+        """Images of one accumulation step, on all devices of ``mesh`` together."""
+        return self.train_batch_size * mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+    def images_per_step(self, mesh: Mesh) -> int:
+        """Images of a training step, on all devices of ``mesh`` together."""
+        return self.gradient_accumulation_steps * self.images_per_part(mesh)
+
+
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+    "warmup_stable_decay",
+)
+"""Names of learning-rate schedules; see :func:`~diffuse_jax.training.optimizer.learning_rate`."""
+
+OPTIMIZERS = ("adafactor", "adamw", "lion", "prodigy")
+"""Names of optimisers; :data:`diffuse_jax.training.optimizer.OPTIMIZERS` has them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Checked):
+    """The optimiser of a run and its learning rate.
+
+    Attributes:
+      optimizer: one of :data:`OPTIMIZERS`.
+      learning_rate: the highest learning rate.
+      scale_lr: multiply it by the images of a training step.
+      text_encoder_lr: the highest rate of the text encoders among the trained networks; ``learning_rate`` if None.
+      lr_scheduler: one of :data:`SCHEDULES`, described at
+        :func:`~diffuse_jax.training.optimizer.learning_rate`.
+      lr_warmup_steps: steps of linear warm-up.
+      lr_num_cycles: periods of ``cosine_with_restarts``.
+      lr_power: exponent of ``polynomial``.
+      lr_step_rules: of ``piecewise_constant``.
+      adam_beta1, adam_beta2, adam_epsilon: decays of the two moments, and what is added to the root of the second; None
+        for the optimiser's defaults.
+      adam_weight_decay: weight decay, scaled by the learning rate only.
+      max_grad_norm: global norm to which the gradient is clipped; None leaves it as it is.
+
+    Raises:
+      ValueError: the name of an optimiser or schedule is not known, or a value is impossible.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: Annotated[float, NONNEGATIVE] = 1e-4
+    scale_lr: bool = False
+    text_encoder_lr: Annotated[float, NONNEGATIVE] | None = None
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: Annotated[int, NATURAL] = 500
+    lr_num_cycles: Annotated[int, COUNT] = 1
+    lr_power: Annotated[float, POSITIVE] = 1.0
+    lr_step_rules: str = ""
+    adam_beta1: Annotated[float, DECAY] | None = None
+    adam_beta2: Annotated[float, DECAY] | None = None
+    adam_weight_decay: Annotated[float, NONNEGATIVE] | None = 1e-2
+    adam_epsilon: Annotated[float, NONNEGATIVE] | None = None
+    max_grad_norm: Annotated[float, POSITIVE] | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(OPTIMIZERS, optimizer=self.optimizer)
+        one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
+
+
+def check_warmup(name: str, warmup: int, total: int) -> None:
+    """Refuse a warm-up that is longer than the run, where the schedule has one.
+
+    Raises:
+      ValueError: it is.
+    """
+    if name not in ("constant", "piecewise_constant") and not 0 <= warmup < total:
+        raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(Checked):
+    """How the running average of the parameters follows them; see
+    :func:`~diffuse_jax.training.state.ema_rate`.
+
+    Attributes:
+      decay: reached after a ramp.
+      min_decay: never less, once the average has begun.
+      update_after_step: updates after which it begins.
+      inv_gamma, power: with ``inv_gamma`` the ramp is ``1 - (1 + n / inv_gamma) ** -power`` instead of
+        ``(1 + n) / (10 + n)``.
+    """
+
+    decay: Annotated[float, SHARE] = 0.9999
+    min_decay: Annotated[float, SHARE] = 0.0
+    update_after_step: Annotated[int, NATURAL] = 0
+    inv_gamma: Annotated[float, POSITIVE] | None = None
+    power: Annotated[float, POSITIVE] = 2 / 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaSettings(Checked):
+    """Whether the parameters are averaged, and how.
+
+    Attributes:
+      use_ema: keep a running average of the parameters, and save and validate that.
+      ema_decay, ema_inv_gamma, ema_power: see :class:`Average`.
+
+    Raises:
+      ValueError: the decay does not lie in [0, 1].
+    """
+
+    use_ema: bool = False
+    ema_decay: Annotated[float, SHARE] = 0.9999
+    ema_inv_gamma: Annotated[float, POSITIVE] | None = None
+    ema_power: Annotated[float, POSITIVE] = 2 / 3
+
+    @property
+    def average(self) -> Average:
+        """How the average follows the parameters."""
+        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power)
+
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackerSettings(Checked):
+    """Where the records and validation images of a run go, besides ``log.jsonl`` and ``validation/``.
+
+    Attributes:
+      report_to: one of :data:`TRACKERS`, "all" or "none"; TensorBoard, where it is installed, if None.
+      logging_dir: folder of TensorBoard's and W&B's files, inside the folder of the run.
+      tracker_project_name: project on Weights & Biases.
+      wandb_entity: user or team on Weights & Biases; the user who is logged in if None.
+
+    Raises:
+      ValueError: the tracker is not known.
+    """
+
+    report_to: str | None = None
+    logging_dir: str = "logs"
+    tracker_project_name: str = "diffuse-jax"
+    wandb_entity: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of((*TRACKERS, "none", "all"), report_to=self.report_to)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSettings(Checked):
+    """What of a run is traced.
+
+    Attributes:
+      profile_steps: trace this many steps, beginning with the second.
+      profile_validation: trace the last validation.
+      profile_memory: write what is in memory before the first and after the last step.
+
+    Raises:
+      ValueError: the number of steps is negative.
+    """
+
+    profile_steps: Annotated[int, NATURAL] = 0
+    profile_validation: bool = False
+    profile_memory: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UploadSettings(Checked):
+    """Whether a trained model goes to the Hub, and where to.
+
+    Attributes:
+      push_to_hub: upload the folder of the run at its end.
+      hub_model_id: name of the repository; the name of the folder if None.
+      hub_private_repo: make it a private one.
+      hub_token: access token; the one that `hf auth login` stored if None.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings(Checked):
+    """How long a run is, what it writes and when, and where it goes on.
+
+    This is what :func:`~diffuse_jax.training.loop.fit` reads.
+
+    Attributes:
+      output_dir: where checkpoints, logs and the trained model go; all processes must see it.
+      overwrite_output_dir: remove the checkpoints of an older run from it.
+      seed: decides noise, timesteps and whatever else the loss draws.
+      max_train_steps: training steps in all, also when resuming; wins over ``num_train_epochs``.
+      num_train_epochs: how often every example is seen.
+      checkpointing_steps: write ``checkpoint-N`` every so many steps.
+      checkpoints_total_limit: keep at most this many checkpoints, the newest; all if None.
+      resume_from_checkpoint: "latest", the name of a checkpoint in ``output_dir``, or a path; a new run if None.
+      logging_steps: write a record every so many steps.
+      validation_steps: validate every so many steps; 100 if both this and ``validation_epochs`` are None.
+      validation_epochs: or every so many epochs.
+      peak_tflops: what a device could do, for the utilisation; known for TPUs and many GPUs.
+      batch: how many images a step sees.
+      optimizer: how parameters are updated.
+      ema: the running average of the parameters.
+      trackers: where records go.
+      profile: what is traced.
+      upload: whether the result goes to the Hub.
+
+    Raises:
+      ValueError: a count is not positive, or the warm-up is longer than the run.
+    """
+
+    output_dir: str | Path
+    overwrite_output_dir: bool = False
+    seed: Annotated[int, SEED] = 0
+    max_train_steps: Annotated[int, COUNT] | None = None
+    num_train_epochs: Annotated[int, COUNT] = 100
+    checkpointing_steps: Annotated[int, COUNT] = 500
+    checkpoints_total_limit: Annotated[int, COUNT] | None = None
+    resume_from_checkpoint: str | Path | None = None
+    logging_steps: Annotated[int, COUNT] = 50
+    validation_steps: Annotated[int, COUNT] | None = None
+    validation_epochs: Annotated[int, COUNT] | None = None
+    peak_tflops: Annotated[float, POSITIVE] | None = None
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    upload: UploadSettings = field(default_factory=UploadSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_train_steps is not None:  # else known with the data
+            check_warmup(self.optimizer.lr_scheduler, self.optimizer.lr_warmup_steps, self.max_train_steps)
