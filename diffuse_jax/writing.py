@@ -167,15 +167,16 @@ def _claim(folder: Path, path: Path) -> int:
         os.close(handle)
 
 
-def lock(handle: int, *, shared: bool = False) -> bool | None:
+def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
     """Lock an open file or folder: whether that worked, or None where there are no locks.
 
-    It is let go when the file is closed, at the latest when the process dies. Shared locks exclude only others.
+    It is let go when the file is closed, at the latest when the process dies. Shared locks exclude only others; with
+    ``wait`` the call returns when others have let go.
     """
     if fcntl is None:
         return None
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

@@ -9,6 +9,8 @@ Checksums of its files (``checksums.json``) are compared before anything of it i
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -78,6 +80,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._commit: Future[None] | None = None
         self.written: int | None = None
+        logging.getLogger("absl").addFilter(_not_raised_too)
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".checkpoint-*"):
@@ -95,7 +98,7 @@ class Checkpoints:
         Raises:
           FloatingPointError: the state has numbers that are not finite; nothing is written or removed.
           FileExistsError: another process is writing the checkpoint of this step.
-          Exception: what made the save before this one fail.
+          OSError: the save before this one failed; the text names its checkpoint.
         """
         self.wait()
         if not bool(_finite(state)):
@@ -111,11 +114,12 @@ class Checkpoints:
             data = new / f"data-{jax.process_index()}.json"
             with naming(data):
                 data.write_text(json.dumps(position._asdict()), encoding="utf-8")
-            self._orbax.save(new / STATE, state)
+            with _writing(self.folder / f"checkpoint-{step}"):
+                self._orbax.save(new / STATE, state)
             self._commit = self._thread.submit(self._finish, step, new, stack.pop_all())
 
     def _finish(self, step: int, new: Path, claim: ExitStack) -> None:
-        with claim:
+        with claim, _writing(self.folder / f"checkpoint-{step}"):
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 write_checksums(new, [*new.glob("data-*.json"), *(p for p in (new / STATE).rglob("*") if p.is_file())])
@@ -160,6 +164,27 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            logging.getLogger("absl").removeFilter(_not_raised_too)
+
+
+def _not_raised_too(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of each exception in each of its threads; they are raised here anyway."""
+    return record.exc_info is None
+
+
+@contextmanager
+def _writing(checkpoint: Path) -> Iterator[None]:
+    """While a checkpoint is written: whatever its writer raises becomes an error of the system that names it."""
+    try:
+        yield
+    except Exception as error:  # Orbax lets pass what the libraries below it raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(checkpoint)) from error
+        raise OSError(f"{checkpoint} could not be written: {error or type(error).__name__}") from error
 
 
 def meet(name: str) -> None:

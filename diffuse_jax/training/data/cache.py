@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Size, Transform
+from diffuse_jax.writing import lock, naming, only_writer
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,29 +75,22 @@ def cached(path: str | Path, key: Mapping[str, Any], count: int, compute: Callab
 
     Raises:
       ValueError: ``compute`` returned arrays of another length, or of another kind than for the rows before.
-      OSError: the disk is full.
+      OSError: a file cannot be written, such as on a full disk; the text names it.
+      FileExistsError: the file system has no locks, and another process may be computing the same.
     """
     content = json.dumps({**key, "count": count}, sort_keys=True, indent=1)
     name = f"{Path(path).name}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
     target = Path(path).resolve().with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_suffix(".lock")):
+    with target.with_suffix(".lock").open("w") as turn:
+        lock(turn.fileno(), wait=True)  # one process computes, the others find what it computed
         if not target.is_dir():
-            part = target.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            (part / "key.json").write_text(content)
-            _fill(part, Path(path).name, count, compute)
-            part.rename(target)
+            with only_writer(target) as part:
+                with naming(part / "key.json"):
+                    (part / "key.json").write_text(content)
+                _fill(part, Path(path).name, count, compute)
+                part.rename(target)
     return Stored(target)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when a process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays]) -> None:
@@ -119,11 +111,14 @@ def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays
                 first = kinds
                 files = {key: stack.enter_context((folder / f"{key}.npy").open("wb")) for key in arrays}
                 for key, (dtype, shape) in first.items():
-                    _write_header(files[key], dtype, (count, *shape))
+                    with naming(folder / f"{key}.npy"):
+                        _write_header(files[key], dtype, (count, *shape))
             if kinds != first:
                 raise ValueError(f"cache {name}: rows from {start} on are {kinds}, those before were {first}")
             for key, array in arrays.items():
-                files[key].write(array.tobytes())
+                with naming(folder / f"{key}.npy"):
+                    files[key].write(array.tobytes())
+                    files[key].flush()  # what would be left to the file's end has no name
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
