@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.writing import naming, partial_file
+from diffuse_jax.writing import naming, partial_file, write_all
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,9 +101,7 @@ def _claim(partial: Path, folder: Path) -> Path:
 def _append(path: Path, text: str) -> None:
     """Add lines in one write, so that those of several processes do not mix."""
     with naming(path), path.open("ab", buffering=0) as file:
-        rest = text.encode()
-        while rest:  # what a full disk has no room for is an error of the next write
-            rest = rest[file.write(rest) :]
+        write_all(path, file, text.encode())
 
 
 A1111_NAMES = {

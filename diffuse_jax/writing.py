@@ -41,6 +41,14 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def write_all(path: Path, file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, which a full disk may fill in part: its error comes with the next part, named."""
+    rest = memoryview(data)
+    with naming(path):
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
 @contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,23 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
         run(monkeypatch, script, **options | wrong)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["text_to_image.py", "text_to_image_lora.py"])
+def test_what_is_loaded_is_said_and_another_resolution_than_the_models_warned_of(
+    script: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, train_batch_size=99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none where they are the same
+        with pytest.raises(ValueError, match="an update takes"):
+            run(monkeypatch, script, **options)
+    said = capsys.readouterr().err
+    for name in ("unet (UNet2DConditionModel)", "vae (AutoencoderKL)", "text_encoder (CLIPTextModel)"):
+        assert f"loading {name} from {sd}" in said
+    sizes = rf"--resolution {2 * SIZE} is not the size of this model's images, {SIZE} x {SIZE} pixels"
+    with pytest.raises(ValueError, match="an update takes"), pytest.warns(UserWarning, match=sizes):
+        run(monkeypatch, script, **options | {"resolution": 2 * SIZE})
 
 
 def test_inversion_is_for_one_text_encoder(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

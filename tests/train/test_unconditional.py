@@ -112,6 +112,14 @@ def test_the_network_where_none_is_named() -> None:
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(unet.shapes())) == 113_673_219
 
 
+def test_another_resolution_than_the_networks_is_warned_of(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options |= {"model_config_name_or_path": network(tmp_path / "other", CONFIG.replace(sample_size=64))}
+    with pytest.raises(ValueError), pytest.warns(UserWarning, match="--resolution 15 .*, 64 x 64 pixels"):
+        run(monkeypatch, "unconditional.py", **options | {"resolution": 15})
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [

@@ -31,6 +31,7 @@ from diffuse_jax.training.checkpoint import (
 )
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.state import TrainState, init_state
+from tests.disk import disk_of
 from tests.quick_xla import xla_flags
 from tests.training.line import arguments, start, train_line
 
@@ -174,6 +175,23 @@ def test_a_failed_save_is_an_error_of_the_run(tmp_path: Path, monkeypatch: pytes
     assert checkpoints(tmp_path) == {}
     monkeypatch.undo()
     saver.close()
+
+
+def test_a_full_disk_names_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the libraries say that write the state, and without the tracebacks that they log."""
+    saver, state = (
+        Checkpoints(tmp_path),
+        TrainState(jnp.int32(1), {"x": jax.random.normal(jax.random.key(0), (100_000,))}, None, None),
+    )
+    with disk_of(100_000):
+        saver.save(1, state, HERE)
+        with pytest.raises(OSError, match=r"File too large: '.*/checkpoint-1'"):
+            saver.wait()
+    assert "Traceback" not in caplog.text
+    saver.save(1, state, HERE)
+    saver.wait()
+    saver.close()
+    assert list(checkpoints(tmp_path)) == [1]
 
 
 def test_positions_of_other_numbers_of_processes(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from diffuse_jax.training.data import (
     transform_from,
 )
 from diffuse_jax.training.data.cache import CachedPictures
+from tests.disk import disk_of
 
 from .data_sets import flags, image_folder, per_device
 
@@ -65,7 +66,7 @@ def test_an_interrupted_one_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path / "a", {}, 100, interrupted)
     np.testing.assert_array_equal(cached(tmp_path / "a", {}, 100, squares)["square"], np.arange(100) ** 2)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_rows_that_are_missing_are_an_error(tmp_path: Path) -> None:
@@ -84,12 +85,21 @@ def test_files_grow_with_what_they_hold(tmp_path: Path) -> None:
     """A file that is long at first has holes, and filling one on a full disk kills the process (SIGBUS)."""
 
     def compute(rows: range) -> dict[str, np.ndarray]:
-        sizes = [path.stat().st_size for path in tmp_path.glob("a-*.part/*.npy")]
+        sizes = [path.stat().st_size for path in tmp_path.glob(".a-*.partial/*.npy")]
+        assert len(sizes) == (rows.start > 0)
         assert all(size <= 1024 * rows.start + 128 for size in sizes)
         return {"x": np.full((len(rows), 256), rows.start, np.float32)}
 
     stored = cached(tmp_path / "a", {}, 100, compute)
     np.testing.assert_array_equal(stored["x"][:, 0], np.arange(100) // 32 * 32)
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    numbers = lambda rows: {"x": np.zeros((len(rows), 8), np.float32)}
+    with disk_of(4000), pytest.raises(OSError, match=r"File too large: '.*x\.npy'"):
+        cached(tmp_path / "latents", {}, 200, numbers)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert len(cached(tmp_path / "latents", {}, 200, numbers)["x"]) == 200
 
 
 def slow(folder: Path, started: list[int]) -> None:

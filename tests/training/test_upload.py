@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from PIL import Image
 
 from diffuse_jax.training.data import cached
 from diffuse_jax.training.flags import settings_from
+from diffuse_jax.training.interruption import Interrupted
 from diffuse_jax.training.settings import UploadSettings
 from diffuse_jax.training.upload import push_to_hub
 from tests.training.line import arguments, train_line
@@ -51,6 +53,23 @@ def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monke
     assert Hub.asked["files"] == sorted(expected + pictures)
     assert "](validation/step-4/00-a-line.png)" in (tmp_path / "my-line" / "README.md").read_text()
     assert "secret" not in "".join(p.read_text() for p in (tmp_path / "my-line").glob("*.*") if p.is_file())
+
+
+def test_a_signal_during_the_upload_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(Hub):
+        def upload_folder(self, *_: Any, **options: Any) -> str:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("went on")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Slow)
+    with pytest.raises(Interrupted) as ended:
+        push_to_hub(UploadSettings(push_to_hub=True), tmp_path)
+    assert ended.value.code == 143
+    said = capfd.readouterr().err
+    assert f"uploading {tmp_path} to somebody/{tmp_path.name}" in said
+    assert f"SIGTERM received: the upload ends; the trained model is complete in {tmp_path}" in said
 
 
 def test_a_hub_that_refuses_is_noticed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

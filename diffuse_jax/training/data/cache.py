@@ -10,18 +10,19 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Size, Transform
-from diffuse_jax.writing import lock, naming, only_writer
+from diffuse_jax.writing import lock, naming, only_writer, write_all
 
 Arrays = dict[str, np.ndarray]
 
@@ -95,7 +96,7 @@ def cached(path: str | Path, key: Mapping[str, Any], count: int, compute: Callab
 
 def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays]) -> None:
     """Write the arrays row after row: a full disk is an error then; with mapped files it would be a SIGBUS."""
-    files: dict[str, BinaryIO] = {}
+    files: dict[str, IO[bytes]] = {}
     first: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     with contextlib.ExitStack() as stack:
         for start in tqdm(
@@ -109,22 +110,23 @@ def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays
             kinds = {key: (array.dtype, array.shape[1:]) for key, array in arrays.items()}
             if start == 0:
                 first = kinds
-                files = {key: stack.enter_context((folder / f"{key}.npy").open("wb")) for key in arrays}
                 for key, (dtype, shape) in first.items():
-                    with naming(folder / f"{key}.npy"):
-                        _write_header(files[key], dtype, (count, *shape))
+                    path = folder / f"{key}.npy"
+                    with naming(path):
+                        files[key] = stack.enter_context(path.open("wb", buffering=0))
+                    write_all(path, files[key], _header(dtype, (count, *shape)))
             if kinds != first:
                 raise ValueError(f"cache {name}: rows from {start} on are {kinds}, those before were {first}")
             for key, array in arrays.items():
-                with naming(folder / f"{key}.npy"):
-                    files[key].write(array.tobytes())
-                    files[key].flush()  # what would be left to the file's end has no name
+                write_all(folder / f"{key}.npy", files[key], array.tobytes())
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The head of a ``.npy`` file of so many rows, which are to follow."""
+    file = io.BytesIO()
     head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)
+    return file.getvalue()
 
 
 def fingerprint_params(params: Any) -> str:
