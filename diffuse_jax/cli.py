@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffuse_jax
+from diffuse_jax.bounds import COUNT, FINITE, SEED, SHARE, number
 from diffuse_jax.command import run_command
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
@@ -327,15 +328,16 @@ def add_generate(commands: Any) -> None:
     add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
     add("--dtype", choices=DTYPES, help="what the networks compute in")
     add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
-    add("--num-inference-steps", type=positive(int), metavar="N", help="denoising steps")
-    add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
-    add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against the washed-out look of strong guidance")
-    add("--clip-skip", type=positive(int), metavar="N", help="take the text states before the last N layers")
-    add("--num-images-per-prompt", type=positive(int), metavar="N", help="pictures for each prompt")
-    add("--batch-size", type=positive(int), metavar="N", help="most pictures at once (default: all)")
-    add("--seed", type=int, nargs="+", metavar="N", help="one seed, or one per picture (default: random, and reported)")
-    add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
-    add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
+    add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
+    add("--guidance-scale", type=number(FINITE), metavar="X", help="weight of the prompt; 1 or less turns guidance off")
+    add("--guidance-rescale", type=number(SHARE), metavar="X", help="0 to 1, against the pale look of strong guidance")
+    add("--clip-skip", type=number(COUNT), metavar="N", help="take the text states before the last N layers")
+    add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="pictures for each prompt")
+    add("--batch-size", type=number(COUNT), metavar="N", help="most pictures at once (default: all)")
+    about = "one seed, or one per picture (default: random, and reported)"
+    add("--seed", type=number(SEED), nargs="+", metavar="N", help=about)
+    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the pictures")
+    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the pictures")
     add(
         "--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="low-rank adapter; repeat for several"
     )
@@ -377,17 +379,5 @@ def add_parity(commands: Any) -> None:
     example = "diffuse-jax parity diffuse-jax/emoji --num-inference-steps 4 --report outputs/parity"
     purpose = "whether a checkpoint gives here what it gives in PyTorch"
     command = add_command(commands, "parity", parity, purpose, example)
-    parity_command.add_flags(command, positive, DTYPES)
+    parity_command.add_flags(command, DTYPES)
     add_no_compilation_cache(command.add_argument)
-
-
-def positive(kind: type) -> Any:
-    """An argparse type: a number of ``kind`` above zero."""
-
-    def parse(text: str) -> Any:
-        if (value := kind(text)) <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse

@@ -90,6 +90,20 @@ def test_command_lines_of_the_documentation_parse(page: Path) -> None:
             cli.build_parser().parse_args(words)
 
 
+@pytest.mark.parametrize("command", ["generate", "parity"])
+def test_every_number_has_bounds(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = next(action for action in cli.build_parser()._actions if action.dest == "command")
+    parser = commands.choices[command]  # type: ignore[index, call-overload]
+    numeric = [action for action in parser._actions if action.metavar in ("N", "X", "PIXELS")]
+    assert len(numeric) > 8
+    for action in numeric:
+        flag = action.option_strings[0]
+        for text in ("nan", "inf", "-inf", "many", *(["-1"] if action.metavar != "X" else [])):
+            with pytest.raises(SystemExit):
+                parser.parse_args([f"{flag}={text}"])
+            assert re.search(rf"argument {flag}: must be a .*number.*, got {text}\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "words",
     [

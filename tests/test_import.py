@@ -25,6 +25,7 @@ LEVELS = {
     "writing": 0,
     "messages": 0,
     "allowed": 0,
+    "bounds": 0,
     "config": 0,
     "output": 0,
     "registry": 0,

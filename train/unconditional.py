@@ -13,8 +13,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffuse_jax.bounds import COUNT, NATURAL
 from diffuse_jax.training.arguments import add_network, add_objective, make_parser
-from diffuse_jax.training.checks import COUNT, NATURAL
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.data.flags import add_data
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE
 from diffuse_jax.training.arguments import add_network, make_parser
-from diffuse_jax.training.checks import COUNT, NATURAL, NONNEGATIVE
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.data.flags import add_data
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffuse_jax.bounds import COUNT, FINITE, SEED, SHARE, number
 from diffuse_jax.torch_backend import load, training_command
 
 if TYPE_CHECKING:
@@ -34,12 +35,11 @@ class NotTheSame(RuntimeError):
     """The two sides differ by more than the tolerance."""
 
 
-def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str, ...]) -> None:
+def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
     """The arguments of the command.
 
     Args:
       parser: of the command.
-      positive: makes an argparse type of a kind of number that must be above zero.
       dtypes: what networks can compute in.
     """
     parser.description = DESCRIPTION
@@ -55,17 +55,17 @@ def add_flags(parser: argparse.ArgumentParser, positive: Any, dtypes: tuple[str,
     add("--pipeline", metavar="CLASS", help="what to run with the model, e.g. StableDiffusionInpaintPipeline")
     for name, what in IMAGES.items():
         add(f"--{name.replace('_', '-')}", type=Path, action="append", metavar="FILE", help=f"{what}; several: repeat")
-    add("--strength", type=float, metavar="X", help="for pipelines that start from an image")
+    add("--strength", type=number(SHARE), metavar="X", help="for pipelines that start from an image")
     add("--prompt", action="append", metavar="TEXT", help="repeat for several (default: two of the shipped model)")
-    add("--num-inference-steps", type=positive(int), default=10, metavar="N", help="(default: %(default)s)")
-    add("--guidance-scale", type=float, metavar="X", help="weight of the prompt; 1 or less turns guidance off")
-    add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
-    add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
+    add("--num-inference-steps", type=number(COUNT), default=10, metavar="N", help="(default: %(default)s)")
+    add("--guidance-scale", type=number(FINITE), metavar="X", help="weight of the prompt; 1 or less turns guidance off")
+    add("--seed", type=number(SEED), default=0, metavar="N", help="(default: %(default)s)")
+    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the pictures")
+    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the pictures")
     add("--component", nargs="+", metavar="NAME", default=[], help="compare these networks only, e.g. unet vae")
     add("--bisect", action="store_true", help="name the first layer where a network parts from PyTorch's")
     add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
-    training_command.add_flags(parser, positive)
+    training_command.add_flags(parser)
 
 
 def run(args: argparse.Namespace, scheduler: Any = None) -> None:

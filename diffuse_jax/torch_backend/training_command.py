@@ -8,6 +8,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffuse_jax.bounds import COUNT, POSITIVE, number
 from diffuse_jax.torch_backend import load
 
 if TYPE_CHECKING:
@@ -19,20 +20,19 @@ OF_TRAINING = ("method", "train_text_encoder", "snr_gamma", "batch_size", "resol
 OF_SAMPLING = ("scheduler", "guidance_scale", "height", "width", "component", "bisect")
 
 
-def add_flags(parser: argparse.ArgumentParser, positive: Any) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """The arguments that are for training steps alone.
 
     Args:
       parser: of the command.
-      positive: makes an argparse type of a kind of number that must be above zero.
     """
     add = parser.add_argument_group("training steps").add_argument
     add("--training", action="store_true", help="compare one training step instead: loss, gradients, AdamW's update")
     add("--method", choices=METHODS, help="train whole networks, or low-rank pairs (default: full)")
     add("--train-text-encoder", action="store_true", default=None, help="train the text encoders too")
-    add("--snr-gamma", type=positive(float), metavar="X", help="Min-SNR weighting of the loss")
-    add("--batch-size", type=positive(int), metavar="N", help="pictures in the step (default: 2)")
-    add("--resolution", type=positive(int), metavar="PIXELS", help="their width and height (default: the model's)")
+    add("--snr-gamma", type=number(POSITIVE), metavar="X", help="Min-SNR weighting of the loss")
+    add("--batch-size", type=number(COUNT), metavar="N", help="pictures in the step (default: 2)")
+    add("--resolution", type=number(COUNT), metavar="PIXELS", help="their width and height (default: the model's)")
     add("--train-data-dir", type=Path, metavar="DIR", help="image folder with captions (default: the model's VAE makes "
         "pictures from noise, --prompt their captions)")  # fmt: skip
 

@@ -8,65 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """Finite numbers that a setting may be.
-
-    Attributes:
-      kind: int or float.
-      words: what they are, as in "must be a number above 0".
-      fits: whether a number of this kind is one of them; infinity and NaN are never asked about.
-    """
-
-    kind: type[int] | type[float]
-    words: str
-    fits: Callable[[Any], bool]
-
-    def allows(self, value: Any) -> bool:
-        """Whether a value is such a number."""
-        kind = Integral if self.kind is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and self.fits(value)
-
-    def read(self, text: str) -> float:
-        """The number that a text says.
-
-        Raises:
-          ValueError: it is not such a number.
-        """
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        if not self.allows(value):
-            raise ValueError(f"must be {self.words}, got {text[:80]}")
-        return value
-
-
-LARGEST = 2**31 - 1
-"""The largest count; steps are counted in int32."""
-
-COUNT = Number(int, "a whole number of at least 1 and less than 2^31", lambda n: 1 <= n <= LARGEST)
-NATURAL = Number(int, "a whole number of at least 0 and less than 2^31", lambda n: 0 <= n <= LARGEST)
-SEED = Number(int, "a whole number of at least 0 and less than 2^32", lambda n: 0 <= n < 2**32)
-DEVICES = Number(int, "a whole number of at least 1, or -1 for all that remain", lambda n: n == -1 or 1 <= n <= LARGEST)
-POSITIVE = Number(float, "a finite number above 0", lambda x: x > 0)
-NONNEGATIVE = Number(float, "a finite number of at least 0", lambda x: x >= 0)
-AT_LEAST_ONE = Number(float, "a finite number of at least 1", lambda x: x >= 1)
-SHARE = Number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-PORTION = Number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-DECAY = Number(float, "a number of at least 0 and less than 1", lambda x: 0 <= x < 1)
+from diffuse_jax.bounds import Number
 
 
 @functools.cache
 def numbers_of(kind: type) -> Mapping[str, Number]:
-    """The fields of a dataclass that have a :class:`Number` in their annotation."""
+    """The fields of a dataclass that have a :class:`~diffuse_jax.bounds.Number` in their annotation."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = {field.name: _number(hints[field.name]) for field in dataclasses.fields(kind)}
     return {name: number for name, number in found.items() if number is not None}

@@ -12,7 +12,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from diffuse_jax.training.checks import Number, numbers_of
+from diffuse_jax.bounds import Number, number
+from diffuse_jax.training.checks import numbers_of
 from diffuse_jax.training.configuration import arguments_of, names_of, nearest, read_config
 
 Settings = TypeVar("Settings")
@@ -60,18 +61,6 @@ FIRST = (
     "validation_prompt",
 )
 """The flags that help begins with, as far as a script has them."""
-
-
-def number(kind: Number) -> Callable[[str], float]:
-    """An argparse type: numbers of this kind alone."""
-
-    def parse(text: str) -> float:
-        try:
-            return kind.read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -127,7 +116,7 @@ class Parser(argparse.ArgumentParser):
         Args:
           title: what the help calls the group.
           *settings: dataclasses; a flag with the name of one of their fields has that field's default and numbers,
-            unless it is given others. ``type`` may be a :class:`~diffuse_jax.training.checks.Number`.
+            unless it is given others. ``type`` may be a :class:`~diffuse_jax.bounds.Number`.
         """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)

@@ -7,6 +7,7 @@ has nothing to save and does not come back to Python. This module imports no JAX
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class Interruption:
         self._phase, self._owner = phase, owner
         self._came: Phase | None = None  # when the handler saw the first signal; the thread may read of it later
         self._presses = (_Presses(), _Presses())  # as the handler sees them, and as the thread does
+        self._lost = False  # the exception was raised where Python ignores it
         self.told = threading.Event()  # the thread has said what the first signal does
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -108,13 +110,23 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """The handler, in the main thread."""
-        first = self.signal is None
-        self.signal = self.signal or number
+        first = self.signal is None or self._lost
+        self.signal, self._lost = self.signal or number, False
         self._came = self._came or self._phase
         if first and self._phase.at_once:
             raise self.ended()
         if self._presses[0].again(number) and not self._owner:
             raise KeyboardInterrupt
+
+    def ignored(self, unraisable: Any, otherwise: Callable[[Any], None]) -> None:
+        """``sys.unraisablehook``: what is raised in ``__del__`` and in garbage collection is lost; raise ours again."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            otherwise(unraisable)
+            return
+        self._lost = True
+        again = threading.Timer(0.02, _thread.interrupt_main, (self.signal,))
+        again.daemon = True
+        again.start()
 
     def _watch(self) -> None:
         """The thread: one byte of the pipe is one signal (of any number), 0 means that everything is saved."""
@@ -207,6 +219,8 @@ def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interr
     wanted = [number for number in SIGNALS if number not in theirs]
     woken = signal.set_wakeup_fd(interruption._write, warn_on_full_buffer=False)
     before: dict[int, Any] = {number: signal.signal(number, interruption._handle) for number in wanted}
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda lost: interruption.ignored(lost, hook)
     thread = threading.Thread(target=interruption._watch, name="signals", daemon=True)
     thread.start()
     _listening = interruption
@@ -216,6 +230,7 @@ def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interr
         if owner and interruption.signal is not None:  # listen until the process is gone: its threads may not end
             interruption.told.wait(SAME)
         else:
+            sys.unraisablehook = hook
             _stop(interruption, thread, woken, before)
 
 

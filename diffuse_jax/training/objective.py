@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.bounds import NONNEGATIVE, POSITIVE
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import shard_batch
-from diffuse_jax.training.checks import NONNEGATIVE, POSITIVE, Checked, one_of
+from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.settings import ObjectiveSettings
 from diffuse_jax.training.settings.methods import TIMESTEP_BIASES
 

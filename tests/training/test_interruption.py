@@ -116,6 +116,31 @@ def test_a_signal_at_the_end_keeps_the_last_step(
     assert "SIGTERM received" in capfd.readouterr().err
 
 
+def test_an_exception_that_python_ignores_comes_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As while JAX's callback of the garbage collector runs."""
+
+    class Garbage:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def validate(_: Any) -> Any:
+        Garbage()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            pass
+        raise AssertionError("went on")
+
+    hook = sys.unraisablehook
+    with pytest.raises(Interrupted) as ended:
+        train_line(arguments(output_dir=tmp_path, max_train_steps=2), validate=validate)
+    assert ended.value.code == 143
+    assert list(checkpoints(tmp_path)) == [2]
+    assert sys.unraisablehook is hook
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("SIGTERM received") == 1
+
+
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As while the step is compiled."""
 

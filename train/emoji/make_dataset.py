@@ -36,8 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import Record, captions, held_out, is_common
 from sources import CAPTIONS, SOURCES, Source
 
-from diffuse_jax.training.checks import COUNT
-from diffuse_jax.training.flags import number
+from diffuse_jax.bounds import COUNT, number
 
 LEFT_OUT_GROUPS = {"component", "flags"}
 REPEATS = 6

@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.training.checks import COUNT, SEED
-from diffuse_jax.training.flags import number
+from diffuse_jax.bounds import COUNT, SEED, number
 
 if TYPE_CHECKING:
     from diffuse_jax.models.base import Model

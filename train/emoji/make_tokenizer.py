@@ -17,8 +17,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffuse_jax.training.checks import COUNT
-from diffuse_jax.training.flags import number
+from diffuse_jax.bounds import COUNT, number
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)

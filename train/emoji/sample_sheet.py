@@ -17,8 +17,7 @@ import numpy as np
 from sheets import Row, sheet
 
 import diffuse_jax
-from diffuse_jax.training.checks import COUNT, NONNEGATIVE
-from diffuse_jax.training.flags import number
+from diffuse_jax.bounds import COUNT, NONNEGATIVE, number
 
 EDGE = 8  # images along an edge
 BANDS = {"common": (3, "#202020"), "train": (2, "#1040a0"), "heldout": (3, "#b00020")}  # rows and colour of captions

@@ -7,7 +7,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
-from diffuse_jax.training.checks import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, Checked, one_of
+from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE
+from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
 from diffuse_jax.training.data.transform import INTERPOLATIONS
 

@@ -7,7 +7,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
-from diffuse_jax.training.checks import COUNT, DEVICES, NATURAL, Checked
+from diffuse_jax.bounds import COUNT, DEVICES, NATURAL
+from diffuse_jax.training.checks import Checked
 
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 

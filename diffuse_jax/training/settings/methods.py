@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from diffuse_jax.training.checks import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE, Checked, one_of
+from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE
+from diffuse_jax.training.checks import Checked, one_of
 
 TIMESTEP_BIASES = ("none", "earlier", "later", "range")
 

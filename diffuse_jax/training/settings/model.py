@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from diffuse_jax.adapters.targets import TARGETS
-from diffuse_jax.training.checks import COUNT, Checked, one_of
+from diffuse_jax.bounds import COUNT
+from diffuse_jax.training.checks import Checked, one_of
 
 if TYPE_CHECKING:  # `--help` reads this module, and needs no JAX for it
     import numpy as np

@@ -7,7 +7,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from diffuse_jax.training.checks import COUNT, DECAY, NATURAL, NONNEGATIVE, POSITIVE, SEED, SHARE, Checked, one_of
+from diffuse_jax.bounds import COUNT, DECAY, NATURAL, NONNEGATIVE, POSITIVE, SEED, SHARE
+from diffuse_jax.training.checks import Checked, one_of
 
 if TYPE_CHECKING:  # worker processes and `--help` read this module, and need no JAX for it
     from jax.sharding import Mesh
