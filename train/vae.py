@@ -70,6 +70,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.batches import Batches, Counted
     from diffuse_jax.training.data import DataSettings, ImageSettings, batches_from, check_sides, data_from
     from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.distributed import say
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.initial import initial_params
     from diffuse_jax.training.latent import normalised
@@ -125,6 +126,7 @@ def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tu
     """With the frozen network of ``--perceptual_model_path``, where it is wanted."""
     if args.perceptual_model_path is None:
         return terms, frozen
+    say(f"loading the network of the perceptual loss from {args.perceptual_model_path}")
     features = read_features(args.perceptual_model_path)
     terms = dataclasses.replace(terms, perceptual=features.network, perceptual_weight=args.perceptual_weight)
     return terms, {**frozen, "perceptual": features.params}

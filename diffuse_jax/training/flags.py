@@ -171,7 +171,7 @@ class Parser(argparse.ArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
-        sections = [("first of all", first), *((g.title, g._group_actions) for g in (*groups, options))]
+        sections = [("most used", first), *((g.title, g._group_actions) for g in (*groups, options))]
         for place, (title, actions) in enumerate(sections):
             formatter.start_section(title)
             formatter.add_arguments([action for action in actions if place == 0 or action not in first])

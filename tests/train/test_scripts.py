@@ -46,7 +46,7 @@ for script in {scripts}:
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("first of all:") == len(SCRIPTS)
+    assert shown.stdout.count("most used:") == len(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -170,10 +170,10 @@ def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> 
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["first of all", "model", "output", "optimisation", "precision and memory",
+    assert titles == ["most used", "model", "output", "optimisation", "precision and memory",
                       "running average of the weights", "devices", "checkpoints", "monitoring", "hub",
                       "options"]  # fmt: skip
-    first = text[text.index("first of all") : text.index("\nmodel:")]
+    first = text[text.index("most used") : text.index("\nmodel:")]
     assert re.findall(r"^  (--\w+)", first, re.MULTILINE) == [
         "--pretrained_model_name_or_path", "--output_dir", "--max_train_steps", "--train_batch_size",
         "--learning_rate", "--mixed_precision", "--validation_prompt"]  # fmt: skip
