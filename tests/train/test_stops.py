@@ -23,7 +23,6 @@ from tests.quick_xla import xla_flags
 from tests.train.helpers import EMOJI, ROOT, log
 
 STEPS, MOMENTS = 12, 30
-LOADING = "loading JAX and the library"
 CONFIG = UNet2DConfig(
     block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     layers_per_block=1, norm_num_groups=4, add_attention=False,
@@ -31,15 +30,19 @@ CONFIG = UNet2DConfig(
 
 
 class Ended(NamedTuple):
-    """A process that is over: its exit status, what it said on stderr, and how long it took since its first line."""
+    """A process that is over: its exit status, what it said on stderr, and its seconds since the two marks below."""
 
     code: int
     said: str
-    seconds: float
+    seconds: dict[str, float]
 
 
-def train(tmp_path: Path, output: Path, stop_after: float | None = None, **flags: Any) -> Ended:
-    """One process that trains; sent SIGTERM so many seconds after it has begun to load JAX."""
+MARKS = {"loading": "loading JAX and the library", "training": "step 1 is done"}
+"""Moments of a run -> what it says then."""
+
+
+def train(tmp_path: Path, output: Path, mark: str = "", after: float = 0.0, **flags: Any) -> Ended:
+    """One process that trains; sent SIGTERM so many seconds after a mark, where one is named."""
     options = {
         "model_config_name_or_path": tmp_path / "net", "train_data_dir": EMOJI, "output_dir": output, "resolution": 16,
         "train_batch_size": 2, "max_train_steps": STEPS, "checkpointing_steps": 5, "validation_steps": 4,
@@ -54,16 +57,17 @@ def train(tmp_path: Path, output: Path, stop_after: float | None = None, **flags
         env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert run.stderr is not None
-    first = run.stderr.readline()
-    assert first.startswith(LOADING), first + run.stderr.read()
-    start = time.monotonic()
-    timer = threading.Timer(stop_after or 0.0, run.send_signal, (signal.SIGTERM,))
-    if stop_after is not None:
-        timer.start()
-    said = run.stderr.read()
-    code = run.wait(120)
+    passed, said, timer = {}, "", threading.Timer(after, run.send_signal, (signal.SIGTERM,))
+    for line in run.stderr:
+        said += line
+        for name, text in MARKS.items():
+            if text in line and name not in passed:
+                passed[name] = time.monotonic()
+                if name == mark:
+                    timer.start()
+    code, end = run.wait(120), time.monotonic()
     timer.cancel()
-    return Ended(code, said, time.monotonic() - start)
+    return Ended(code, said, {name: end - start for name, start in passed.items()})
 
 
 def result(output: Path) -> bytes:
@@ -102,9 +106,10 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_to_the_same_bits(tmp_path: 
     assert quiet.code == 0, quiet.said
     seen = []
     for n in range(MOMENTS):
-        output, moment = tmp_path / f"run-{n}", draw.uniform(0, quiet.seconds)
-        seen.append(check_stopped(output, train(tmp_path, output, moment)))
-        print(f"{moment:.2f} s of {quiet.seconds:.2f}: {seen[-1]}")
+        output, mark = tmp_path / f"run-{n}", ("loading", "training", "training")[n % 3]
+        moment = draw.uniform(0, quiet.seconds[mark])
+        seen.append(check_stopped(output, train(tmp_path, output, mark, moment)))
+        print(f"{moment:.2f} of {quiet.seconds[mark]:.2f} s after the start of {mark}: {seen[-1]}")
         if seen[-1] != "complete":
             again = train(tmp_path, output, resume_from_checkpoint="latest")
             assert again.code == 0, again.said
