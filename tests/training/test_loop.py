@@ -89,8 +89,6 @@ def test_an_old_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
         train_line(arguments(**flags))
     with pytest.raises(ValueError, match="lr_warmup_steps 500"):  # a mistake in another flag costs nothing
         train_line(arguments("--overwrite_output_dir", lr_scheduler="cosine", **flags | {"lr_warmup_steps": 500}))
-    with pytest.raises(ValueError, match="checkpoints_total_limit must be at least 1"):
-        train_line(arguments("--overwrite_output_dir", checkpoints_total_limit=0, **flags))
     assert list(checkpoints(tmp_path)) == [1, 2]
     train_line(arguments("--overwrite_output_dir", **flags | {"max_train_steps": 1}))
     assert list(checkpoints(tmp_path)) == [1]
