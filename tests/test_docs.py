@@ -50,7 +50,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     try:
         for line, code in blocks(page):
-            exec(compile("\n" * line + code, str(page), "exec"), names)
+            own = compile("\n" * line + code, str(page), "exec", dont_inherit=True)  # annotations as a script has them
+            exec(own, names)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)  # one page names another folder
 
