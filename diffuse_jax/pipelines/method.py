@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +23,42 @@ Rows = dict[str, Any]
 """Name -> array ``[B, ...]`` (or a tree of them), one row per image."""
 
 
+class Kept:
+    """What parts keep from one evaluation to the next: name -> array (or a tree of them).
+
+    It exists while one evaluation is traced; :func:`advance` carries the values over.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        self.values = dict(values or {})
+
+    def read(self, name: str, like: Any) -> Any:
+        """The value of the previous evaluation; before the first one, zeros of the shapes and dtypes of ``like``."""
+        return self.values.get(name, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+
+    def write(self, name: str, value: Any) -> None:
+        """Keep a value for the next evaluation; its shape must not change."""
+        self.values[name] = value
+
+    def take(self, name: str) -> Any:
+        """A value that another part wrote in this evaluation, removed: it is not kept."""
+        return self.values.pop(name)
+
+
 class Step(NamedTuple):
-    """Where a run is: the index of the evaluation, its timestep (what the network sees), and the whole plan."""
+    """Where a run is.
+
+    Attributes:
+      i: the index of the evaluation.
+      t: its timestep, what the network sees.
+      plan: the sampler's whole plan.
+      kept: what parts keep between evaluations; a part that uses it says so in :attr:`Part.keeps`.
+    """
 
     i: Any
     t: jax.Array
     plan: Plan
+    kept: Kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +90,13 @@ class Part:
     """Base of all parts. A subclass is a frozen dataclass whose fields are networks, other parts and settings.
 
     ``reads`` names the rows that the part cannot do without (``"a|b"``: one of the two), ``adds`` those that
-    :meth:`prepare` adds; a method is checked against its rows before anything compiles.
+    :meth:`prepare` adds; a method is checked against its rows before anything compiles. ``keeps`` says whether the part
+    writes to ``step.kept``.
     """
+
+    @property
+    def keeps(self) -> bool:
+        return False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -293,13 +328,19 @@ def check_evaluations(plan: Plan, evaluations: int) -> None:
 def begin(method: Method, params: Params, rows: Rows, plan: Plan) -> tuple[Rows, State]:
     """The first part of a run: the prepared rows and the first state."""
     rows = method.prepare(params, rows)
-    return rows, method.start(plan, rows)
+    state = method.start(plan, rows)
+    if any(part.keeps for outer in method.parts for part in all_parts(outer)):
+        kept = jax.eval_shape(lambda s: advance(method, params, rows, plan, s, jnp.int32(0)).kept, state)
+        state = state._replace(kept=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept))
+    return rows, state
 
 
 def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State, i: Any) -> State:
     """One evaluation; ``rows`` are prepared."""
-    step = Step(i, plan.timestep(i), plan)
-    return method.advance(method.denoiser, params, rows, state, step, rows["keys"])
+    kept = Kept(state.kept)
+    step = Step(i, plan.timestep(i), plan, kept)
+    state = method.advance(method.denoiser, params, rows, state, step, rows["keys"])
+    return state._replace(kept=kept.values) if kept.values else state
 
 
 def finish(method: Method, params: Params, rows: Rows, state: State) -> dict[str, Any]:

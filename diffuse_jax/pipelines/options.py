@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import jax
 
 from diffuse_jax.pipelines.method import Replace
-from diffuse_jax.pipelines.running import StepCallback
+from diffuse_jax.pipelines.running import Modifier, StepCallback
 
 
 class RunOptions(TypedDict, total=False):
@@ -43,6 +43,7 @@ class CallOptions(RunOptions, total=False):
       output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
       method: a function from the pipeline's method to the one to run, for parts of your own.
       rows: further rows for these parts: name -> array with one entry per image.
+      modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`: other guidance, FreeU, windows ...
     """
 
     num_inference_steps: int | None
@@ -55,6 +56,7 @@ class CallOptions(RunOptions, total=False):
     output_type: str
     method: Replace | None
     rows: Mapping[str, Any] | None
+    modifiers: Modifier | Sequence[Modifier]
 
 
 class TextOptions(CallOptions, total=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -21,11 +21,12 @@ from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
+from diffuse_jax.pipelines.modifiers import modified
 from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_given
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.placement import moved, taken_off
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
-from diffuse_jax.pipelines.running import Output, Request, compile_request, run
+from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, report
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.registry import Registry
@@ -115,7 +116,12 @@ class DiffusionPipeline:
         return run(self, self.request(*args, **options), **running)
 
     def request(
-        self, *args: Any, method: Replace | None = None, rows: Mapping[str, Any] | None = None, **options: Any
+        self,
+        *args: Any,
+        method: Replace | None = None,
+        rows: Mapping[str, Any] | None = None,
+        modifiers: Modifier | Sequence[Modifier] = (),
+        **options: Any,
     ) -> Request:
         """What a call with these arguments would run: ``sample(r.method, pipe.params, r.rows, r.plan)`` is the same as
         a pure function.
@@ -125,13 +131,14 @@ class DiffusionPipeline:
           **options: likewise.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: further rows for parts of your own, name -> array with one entry per image.
+          modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.
 
         Raises:
           ValueError, TypeError: an argument is impossible, or the rows do not fit the method.
         """
         if wrong := sorted(self._run_options() & {*options}):
             raise TypeError(f"{', '.join(wrong)} say how a request is run; give them to the call, or to pipelines.run")
-        request = self.compose(*args, **options)
+        request = modified(self.compose(*args, **options), self, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))

@@ -50,6 +50,10 @@ class Request(NamedTuple):
         return len(jax.tree.leaves(self.rows)[0])
 
 
+Modifier = Callable[[Request, Any], Request]
+"""``(request, pipe) -> request``: what a call changes about a run; see :mod:`~diffuse_jax.pipelines.modifiers`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What a call gives. Results are attributes by name: ``out.images``, and what else the method's decoder returns.

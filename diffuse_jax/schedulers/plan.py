@@ -23,10 +23,17 @@ CAPACITY = 2048
 
 
 class State(NamedTuple):
-    """What one evaluation hands to the next: sample and remembered tensors, all float32 of shape ``[B, ...]``."""
+    """What one evaluation hands to the next.
+
+    Attributes:
+      sample: float32 ``[B, ...]``.
+      memory: earlier samples or outputs, of the same shape; what multistep samplers combine.
+      kept: name -> arrays that a pipeline's parts keep; samplers do not look at it.
+    """
 
     sample: jax.Array
     memory: tuple[jax.Array, ...]
+    kept: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +193,7 @@ def _combined(row: jax.Array, state: State, x0: jax.Array, output: jax.Array, no
     stack = (state.sample, x0, output, *state.memory, noise)
     # Multiply-adds, not a matmul: a TPU would do a matmul in bfloat16.
     new = [sum(_over(row[..., r, k], x0) * x for k, x in enumerate(stack)) for r in range(1 + MEMORY)]
-    return State(new[0], tuple(new[1:]))
+    return state._replace(sample=new[0], memory=tuple(new[1:]))
 
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)

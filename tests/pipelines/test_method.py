@@ -443,4 +443,4 @@ def test_a_wrapper_prepares_what_is_inside_it():
     )
     method.prepare({}, {"seed": np.zeros(1, np.uint32), "index": np.zeros(1, np.uint32)})
     assert order == ["first", "outer", "inner"]
-    assert [type(p).__name__ for p in verbs.all_parts(method.denoiser)] == ["Noted", "Noted", "ClassifierFree"]
+    assert [type(p).__name__ for p in verbs.all_parts(method.denoiser)] == ["Noted", "Noted", "Linear", "ClassifierFree"]

@@ -52,18 +52,34 @@ def count_branches(rows: Any) -> int:
     return counts.pop() if counts else 1
 
 
-def branches(inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+def branches(inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step, *, copies: int = 0) -> jax.Array:
     """The predictions of all branches from one evaluation on the stacked batch, float32 ``[K, B, ...]``.
 
     Args:
       inner: the denoiser.
       params, rows, step: as the denoiser takes them.
       x: ``[B, ...]``, the same for all branches.
+      copies: further copies of the last branch, whose predictions follow the others. The denoiser finds in the row
+        ``perturbation [K B]`` which copy an image belongs to, from 1 on, and 0 for the branches themselves.
     """
     count = count_branches(rows)
-    repeat = lambda value: stacked(value) if is_branches(value) else jnp.concatenate([value] * count)
-    output = inner(params, jax.tree.map(repeat, without_keys(rows), is_leaf=is_branches), repeat(x), step)
-    return output.astype(jnp.float32).reshape(count, -1, *output.shape[1:])
+    repeat = lambda value: stacked(_extended(value, copies)) if is_branches(value) else _repeated(value, count + copies)
+    rows = jax.tree.map(repeat, without_keys(rows), is_leaf=is_branches)
+    if copies:
+        which = [0] * count + [*range(1, copies + 1)]
+        rows["perturbation"] = jnp.repeat(jnp.array(which, jnp.int32), len(x))
+    output = inner(params, rows, repeat(x), step)
+    return output.astype(jnp.float32).reshape(count + copies, -1, *output.shape[1:])
+
+
+def _extended(value: Branches, copies: int) -> Branches:
+    """Branches with copies of the last one appended."""
+    last = [value.values[:, -1:]] * copies
+    return Branches(jnp.concatenate([value.values, *last], 1)) if copies else value
+
+
+def _repeated(value: jax.Array, count: int) -> jax.Array:
+    return jnp.concatenate([value] * count)
 
 
 def without_keys(rows: Rows) -> Rows:
@@ -77,28 +93,72 @@ def per_image(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierFree(Part):
-    """Classifier-free guidance (Ho & Salimans 2022, equation 6), rescaled (Lin et al. 2024, equations 15 and 16).
+class Linear(Part):
+    """The unconditional prediction, moved along the difference to the conditional one (Ho & Salimans 2022, eq. 6).
 
-    The first branch is the unconditional one. ``guidance_scale [B]`` of 1 gives the conditional prediction,
-    ``guidance_rescale [B]`` of 0 leaves the guided one as it is. A learned variance (extra output channels) is taken
-    from the conditional branch.
+    Other ways to combine the branches are in :mod:`~diffuse_jax.pipelines.parts.combine`.
+    """
+
+    def __call__(self, rows: Rows, step: Step, output: jax.Array) -> jax.Array:
+        """The guided prediction ``[B, ...]`` of the branches' ``output [K, B, ...]``."""
+        negative, positive = output
+        return negative + per_image(guidance_scale(rows, step), negative) * (positive - negative)
+
+    def positive(self, rows: Rows, output: jax.Array) -> jax.Array:
+        """The conditional prediction, ``[B, ...]``."""
+        return output[-1]
+
+
+LINEAR = Linear()
+
+
+def guidance_scale(rows: Rows, step: Step) -> jax.Array:
+    """The scale of this evaluation, ``[B]``: that of ``guidance_schedule [B, N]``, if there is one."""
+    schedule = rows.get("guidance_schedule")
+    return rows["guidance_scale"] if schedule is None else schedule[:, step.i]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierFree(Part):
+    """Guidance by several predictions, combined and then rescaled (Lin et al. 2024, equations 15 and 16).
+
+    The last branch is the conditional one, the first the unconditional one. ``guidance_scale [B]`` of 1 gives the
+    conditional prediction, ``guidance_rescale [B]`` of 0 leaves the guided one as it is. A learned variance (extra
+    output channels) is taken from the conditional branch.
+
+    Attributes:
+      inner: the denoiser.
+      combine: how; see :class:`Linear`.
+      perturbed: terms that push the prediction away from that of a perturbed network (perturbed-attention guidance):
+        each gives the strength ``[B]`` at a step, ``term.scale(rows, step)``.
     """
 
     inner: Any
+    combine: Any = LINEAR
+    perturbed: tuple[Any, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
         return "guidance_scale", "guidance_rescale"
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
-        output = branches(self.inner, params, rows, x, step)
-        channels = x.shape[-1]
-        negative, positive = output[..., :channels]
-        result = negative + per_image(rows["guidance_scale"], x) * (positive - negative)
-        std = lambda y: y.std(tuple(range(1, y.ndim)), keepdims=True)
-        phi = per_image(rows["guidance_rescale"], x)
-        result = jnp.where(phi > 0, phi * result * (std(positive) / std(result)) + (1 - phi) * result, result)
+        return self.guided(rows, x, step, branches(self.inner, params, rows, x, step, copies=len(self.perturbed)))
+
+    def guided(self, rows: Rows, x: jax.Array, step: Step, output: jax.Array) -> jax.Array:
+        """The guided prediction ``[B, ...]`` from those of all branches and perturbed copies, ``[K, B, ...]``."""
+        count, channels = len(output) - len(self.perturbed), x.shape[-1]
+        predictions, degraded = output[:count, ..., :channels], output[count:, ..., :channels]
+        positive = self.combine.positive(rows, predictions)
+        result = self.combine(rows, step, predictions) if count > 1 else positive
+        for term, other in zip(self.perturbed, degraded, strict=True):
+            result = result + per_image(term.scale(rows, step), x) * (positive - other)
+        result = rescaled(result, positive, per_image(rows["guidance_rescale"], x))
         if output.shape[-1] == channels:
             return result
-        return jnp.concatenate([result, output[-1][..., channels:]], -1)
+        return jnp.concatenate([result, output[count - 1][..., channels:]], -1)
+
+
+def rescaled(guided: jax.Array, positive: jax.Array, share: jax.Array) -> jax.Array:
+    """The guided prediction with the standard deviation of the conditional one, as far as ``share`` in [0, 1] says."""
+    std = lambda y: y.std(tuple(range(1, y.ndim)), keepdims=True)
+    return jnp.where(share > 0, share * guided * (std(positive) / std(guided)) + (1 - share) * guided, guided)

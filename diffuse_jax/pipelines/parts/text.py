@@ -24,11 +24,13 @@ class EncodeText(Part):
 
     Attributes:
       nets: the encoders.
-      clip_skip: take the conditional branch's hidden states this many layers earlier.
+      clip_skip: take the conditional branches' hidden states this many layers earlier.
+      negatives: how many branches, the first ones, are not conditional, where there are several.
     """
 
     nets: tuple[Net, ...]
     clip_skip: int | None = None
+    negatives: int = 1
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -71,8 +73,8 @@ class EncodeText(Part):
         if self.clip_skip is None:
             return plain
         skipped = self.states(params, outputs, self.clip_skip)
-        last = lambda x: len(x) // count * (count - 1)  # where the conditional branch begins
-        return {name: jnp.concatenate([x[: last(x)], skipped[name][last(x) :]]) for name, x in plain.items()}
+        first = lambda x: len(x) // count * min(self.negatives, count - 1)  # of the conditional branches
+        return {name: jnp.concatenate([x[: first(x)], skipped[name][first(x) :]]) for name, x in plain.items()}
 
     def states(self, params: Params, outputs: list[Any], clip_skip: int | None) -> dict[str, jax.Array]:
         """What the UNet takes: ``states [B,L,D]``, and ``pooled [B,P]`` where it has a place for them."""

@@ -1,0 +1,105 @@
+"""What modifiers are, and how they change a request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffuse_jax.pipelines.inputs import one_per_image
+from diffuse_jax.pipelines.method import Part, Rows, all_parts
+from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, count_branches, is_branches
+from diffuse_jax.pipelines.parts.network import UNet
+from diffuse_jax.pipelines.running import Modifier, Request
+
+Number = float | Sequence[float]
+"""One number, or one for each image."""
+
+
+def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifier]) -> Request:
+    """The request after all modifiers, in order."""
+    for modifier in [modifiers] if callable(modifiers) else modifiers:
+        request = modifier(request, pipe)
+    return request
+
+
+def with_guidance(denoiser: Any, change: Callable[[ClassifierFree], Any]) -> Any:
+    """The denoiser with its guidance changed; one without guidance gets it first, with a single branch."""
+    if isinstance(denoiser, ClassifierFree):
+        return change(denoiser)
+    inner = getattr(denoiser, "inner", None)
+    if inner is not None and any(isinstance(part, ClassifierFree) for part in all_parts(inner)):
+        return replace(denoiser, inner=with_guidance(inner, change))
+    return change(ClassifierFree(denoiser))
+
+
+def with_network(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
+    """The denoiser with ``wrap`` around its UNet, inside of guidance, control and everything else."""
+    if isinstance(denoiser, UNet):
+        return wrap(denoiser)
+    fields = {f.name: getattr(denoiser, f.name) for f in dataclasses.fields(denoiser)}
+    inner = {name: with_network(value, wrap) for name, value in fields.items() if isinstance(value, Part)}
+    return replace(denoiser, **inner) if inner else denoiser
+
+
+def changed(request: Request, rows: Rows, change: Callable[[Any], Any] = lambda denoiser: denoiser) -> Request:
+    """The request with rows added and its denoiser changed."""
+    method = replace(request.method, denoiser=change(request.method.denoiser))
+    return request._replace(method=method, rows=request.rows | rows)
+
+
+def numbers(request: Request, *values: Number, name: str) -> np.ndarray:
+    """Numbers of a modifier as float32 ``[B, len(values)]``."""
+    return np.stack([one_per_image(value, request.images, name) for value in values], -1)
+
+
+def require_guidance(request: Request, modifier: Any) -> None:
+    """Refuse a request without an unconditional branch.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if count_branches(request.rows) < 2:
+        raise ValueError(f"{type(modifier).__name__} changes classifier-free guidance; give a guidance_scale above 1")
+
+
+def combined(request: Request, rows: Rows, how: Any) -> Request:
+    """The request with another way to combine the branches."""
+    return changed(request, rows, lambda d: with_guidance(d, lambda g: replace(g, combine=how)))
+
+
+def with_branches(request: Request, pipe: Any, prompts: Sequence[str], *, first: bool = False) -> Rows:
+    """The request's rows with a branch for each of some prompts, after the others or before them.
+
+    Raises:
+      ValueError: the request has embeddings and no token ids.
+    """
+    if "ids" not in request.rows:
+        raise ValueError("further prompts need prompts, but this call has prompt_embeds")
+    place = 0 if first else -1
+    rows = request.rows
+    for prompt in prompts:
+        tokens = pipe.family.tokens(pipe, {encoder: [prompt] for encoder in pipe.family.encoders})
+        rows = jax.tree.map(lambda row: with_copy(row, place) if is_branches(row) else row, rows, is_leaf=is_branches)
+        for name, by_encoder in tokens.items():
+            for encoder, ids in by_encoder.items():
+                rows[name][encoder].values[:, place] = ids
+    return rows
+
+
+def with_copy(row: Branches, place: int) -> Branches:
+    """The branches and a copy of the first (``place`` 0) or last one (-1), beside it."""
+    values = np.asarray(row.values)
+    return Branches(np.insert(values, place if place == 0 else values.shape[1], values[:, place], axis=1))
+
+
+def more_negatives(request: Request, count: int) -> Request:
+    """The request whose text encoder takes the first ``count`` branches for unconditional (``clip_skip``)."""
+    conditions = tuple(
+        replace(part, negatives=count) if hasattr(part, "negatives") else part for part in request.method.conditions
+    )
+    return request._replace(method=replace(request.method, conditions=conditions))
