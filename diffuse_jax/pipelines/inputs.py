@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.adapters.tokens import spelled
+from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.method import Rows
@@ -85,7 +85,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     Raises:
       ValueError: the encoder has no embedding for an id, because the tokenizer belongs to another model.
     """
-    prompts = [spelled(prompt, tokenizer) for prompt in prompts]
+    prompts = [expand_words(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
     for ids in unpadded_ids(tokenizer, prompts):
         if len(ids) > length:
@@ -103,7 +103,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
 def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:
     """Attention mask of :func:`tokenize`, bool ``[B,L]``: true for tokens, false for padding."""
     length = min(max_length, int(tokenizer.model_max_length))
-    return padded_mask(tokenizer, [spelled(prompt, tokenizer) for prompt in prompts], length)
+    return padded_mask(tokenizer, [expand_words(prompt, tokenizer) for prompt in prompts], length)
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:

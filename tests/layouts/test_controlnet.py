@@ -76,9 +76,9 @@ def test_names_are_those_of_the_original():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model.diffusion_model.out.0.weight"], "holds no ControlNet: there is neither 'input_hint_block.0.weight'"),
-        (["input_hint_block.0.weight"], "cannot read a ControlNet's configuration off its tensors"),
-        (["controlnet_cond_embedding.conv_in.weight"], "cannot read a ControlNet's configuration off its tensors"),
+        (["model.diffusion_model.out.0.weight"], "contains no ControlNet: it has neither 'input_hint_block.0.weight'"),
+        (["input_hint_block.0.weight"], "cannot infer the ControlNet's configuration from its tensors"),
+        (["controlnet_cond_embedding.conv_in.weight"], "cannot infer the ControlNet's configuration from its tensors"),
     ],
 )
 def test_files_without_a_whole_controlnet_are_refused(names: list[str], message: str, tmp_path: Path):
