@@ -22,7 +22,7 @@ from diffuse_jax.limits import check_name, refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
-from diffuse_jax.text.tokenizer import calls, unpadded_ids
+from diffuse_jax.text.tokenizer import stateless, unpadded_ids
 from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
@@ -67,7 +67,7 @@ def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[
     if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers report offsets
         longest = sorted(known, key=len, reverse=True)
         return [(m[0], m.start(), m.end()) for m in re.finditer("|".join(map(re.escape, longest)), prompt)]
-    call = calls(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    call = stateless(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     read = call([prompt])
     names = tokenizer.convert_ids_to_tokens(read["input_ids"][0])
     return [(name, *place) for name, place in zip(names, read["offset_mapping"][0], strict=True)]

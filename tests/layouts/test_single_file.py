@@ -253,7 +253,7 @@ def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.ra
     with pytest.raises(WeightsError) as error:
         match(part.checkpoint, FAMILIES["v1"]["unet"].shapes(), label="unet")
     assert str(error.value) == (
-        "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' fits nothing"
+        "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' matches nothing"
     )
 
 
