@@ -1,7 +1,7 @@
 """The ``diffuse-jax`` command: ``generate``, ``convert``, ``parity`` and ``env``.
 
-Results go to stdout or into files, messages to stderr, and the exit status is 0 only when the work was done. Building
-the parser imports nothing heavy, so ``--help`` answers at once.
+Results go to stdout or to files, messages to stderr, and the exit status is 0 only on success. Building the parser
+imports nothing heavy, so ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ TO_CALL = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
     Args:
-      argv: the words after ``diffuse-jax``; those of the process when left out.
+      argv: the arguments after ``diffuse-jax``; those of the process if None.
     """
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():
@@ -86,16 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def say(message: str) -> None:
-    """A message for the person who waits, on stderr."""
+    """Print a message to the user on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Pictures from prompts: paths to stdout, timings to stderr."""
+    """Generate images from prompts: paths to stdout, timings to stderr."""
     keep = keep_compilations(args)
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
-    folder = writable(args.output)  # before minutes of work for it
+    folder = writable(args.output)  # fail here rather than after minutes of sampling
     say(f"loading {args.model}")
     start = time.perf_counter()
     pipe = open_pipeline(args)
@@ -106,12 +106,12 @@ def generate(args: argparse.Namespace) -> None:
     if keep:
         pipe.load_compiled(cache_folder() / "programs")
     loaded = time.perf_counter()
-    say(f"drawing {len(args.prompt) * call.get('num_images_per_prompt', 1)} pictures; the first run compiles")
+    say(f"sampling {len(args.prompt) * call.get('num_images_per_prompt', 1)} image(s); the first run compiles")
     with compile_seconds() as compiling:
         out = pipe(**call)
     done = time.perf_counter()
 
-    for path in save_images(out.images, folder, made_of(args, pipe, out.seeds)):
+    for path in save_images(out.images, folder, image_settings(args, pipe, out.seeds)):
         print(path)
     if keep:
         pipe.save_compiled(cache_folder() / "programs")
@@ -119,12 +119,12 @@ def generate(args: argparse.Namespace) -> None:
     seeds = " ".join(map(str, dict.fromkeys(out.seeds)))
     say(
         f"seed {seeds}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
-        f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s a picture)"
+        f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s per image)"
     )
 
 
 def open_pipeline(args: argparse.Namespace) -> Any:
-    """The model's pipeline: from one file in the original layout, else from a folder or the Hub."""
+    """The model's pipeline, from a single file in the original layout, a folder or the Hub."""
     single = Path(args.model).suffix in (".safetensors", ".ckpt")
     allowed, others = (FROM_SINGLE_FILE, FROM_FOLDER) if single else (FROM_FOLDER, FROM_SINGLE_FILE)
     if wrong := given(args, [name for name in others if name not in allowed]):
@@ -136,8 +136,8 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     return open_it(args.model, **given(args, allowed), **mesh)
 
 
-def made_of(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The settings of each image, to be kept with it."""
+def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The settings to store with each image."""
     copies = args.num_images_per_prompt or 1
     names = ("guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
     shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
@@ -173,7 +173,7 @@ def make_mesh(axes: dict[str, int]) -> Any:
     """The mesh of ``--mesh``.
 
     Raises:
-      ValueError: no such axis, or sizes that do not fit the devices.
+      ValueError: an unknown axis, or sizes that do not fit the number of devices.
     """
     from diffuse_jax import sharding
 
@@ -184,12 +184,12 @@ def make_mesh(axes: dict[str, int]) -> Any:
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The named arguments that were given, so that everything else keeps the checkpoint's default."""
+    """The named arguments that the user gave; all others keep the checkpoint's defaults."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def one_or_list(value: Any) -> Any:
-    """The only element of a list of one, because a single prompt or seed stands for all pictures."""
+    """The only element of a list of one, because a single prompt or seed applies to all images."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
@@ -200,7 +200,7 @@ def scheduler_names() -> dict[str, str]:
 
 
 def scheduler_class(name: str) -> Any:
-    """The scheduler called ``name``: the class name, with or without ``Scheduler``, in any case, dashes allowed."""
+    """The scheduler called ``name``: a class name with or without ``Scheduler``; case and dashes do not matter."""
     names = scheduler_names()
     short = re.sub(r"[-_ ]", "", name).lower().removesuffix("scheduler")
     if short not in names:
@@ -221,7 +221,7 @@ def compilation_cache_wanted() -> bool:
 
 
 def keep_compilations(args: argparse.Namespace) -> bool:
-    """Whether compiled programs are to be kept on disk; if so, JAX keeps its own from now on."""
+    """Whether to keep compiled programs on disk; if so, this also turns on JAX's compilation cache."""
     wanted = not args.no_compilation_cache and compilation_cache_wanted()
     if wanted:
         use_compilation_cache(cache_folder() / "xla")
@@ -229,7 +229,7 @@ def keep_compilations(args: argparse.Namespace) -> bool:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Let JAX keep compiled programs in ``folder``; ``JAX_COMPILATION_CACHE_DIR``, where set, wins."""
+    """Use ``folder`` as JAX's compilation cache, unless ``JAX_COMPILATION_CACHE_DIR`` is set."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -239,7 +239,7 @@ def use_compilation_cache(folder: Path) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Rewrite a checkpoint in another layout; the path of the result to stdout."""
+    """Convert a checkpoint to another layout and print the path of the result."""
     from diffuse_jax.convert import convert as convert_checkpoint
 
     start = time.perf_counter()
@@ -249,13 +249,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def parity(args: argparse.Namespace) -> None:
-    """The same checkpoint here and in PyTorch: a table to stdout, an error if it is not the same."""
+    """Compare a checkpoint here and in PyTorch: print a table, and fail if the results differ."""
     keep_compilations(args)
     parity_command.run(args, scheduler_class(args.scheduler) if args.scheduler else None)
 
 
 def env(args: argparse.Namespace) -> None:
-    """What a bug report needs, one ``name: value`` per line on stdout."""
+    """Print what a bug report needs, one ``name: value`` per line."""
     import jax
 
     print(f"diffuse_jax: {diffuse_jax.__version__}")
@@ -292,12 +292,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_convert(commands)
     add_parity(commands)
-    add_command(commands, "env", env, "versions, devices, cache folder and optional packages", "diffuse-jax env")
+    add_command(commands, "env", env, "show versions, devices, cache folder and optional packages", "diffuse-jax env")
     return parser
 
 
 def add_command(commands: Any, name: str, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
-    """The command ``name``, done by ``run(args)``; its help ends with the example."""
+    """Add the command ``name``, which calls ``run(args)``; its help ends with the example."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=purpose,
@@ -312,9 +312,9 @@ def add_command(commands: Any, name: str, run: Any, purpose: str, example: str) 
 
 def add_generate(commands: Any) -> None:
     example = 'diffuse-jax generate --prompt "a red apple, noto style" --num-inference-steps 20 --seed 0'
-    add = add_command(commands, "generate", generate, "pictures from prompts", example).add_argument
-    add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; repeat for several prompts")
-    add("--negative-prompt", action="append", metavar="TEXT", help="what to steer away from; once, or once per prompt")
+    add = add_command(commands, "generate", generate, "generate images from prompts", example).add_argument
+    add("--prompt", action="append", required=True, metavar="TEXT", help="prompt; repeat for several")
+    add("--negative-prompt", action="append", metavar="TEXT", help="negative prompt; once, or once per prompt")
     about = "folder, Hub id or single file (default: %(default)s)"
     add("--model", type=os.path.expanduser, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
@@ -325,29 +325,32 @@ def add_generate(commands: Any) -> None:
         metavar="SOURCE",
         help="folder or Hub id with the tokenizer that a single file lacks",
     )
-    add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
-    add("--dtype", choices=DTYPES, help="what the networks compute in")
-    add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
+    add("--prediction-type", choices=PREDICTIONS, help="prediction type, if a single file does not say it")
+    add("--dtype", choices=DTYPES, help="dtype that the networks compute in")
+    add("--scheduler", metavar="NAME", help="scheduler to use instead of the model's, e.g. EulerDiscrete or ddim")
     add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
-    add("--guidance-scale", type=number(FINITE), metavar="X", help="weight of the prompt; 1 or less turns guidance off")
-    add("--guidance-rescale", type=number(SHARE), metavar="X", help="0 to 1, against the pale look of strong guidance")
-    add("--clip-skip", type=number(COUNT), metavar="N", help="take the text states before the last N layers")
-    add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="pictures for each prompt")
-    add("--batch-size", type=number(COUNT), metavar="N", help="most pictures at once (default: all)")
-    about = "one seed, or one per picture (default: random, and reported)"
-    add("--seed", type=number(SEED), nargs="+", metavar="N", help=about)
-    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the pictures")
-    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the pictures")
+    add("--guidance-scale", type=number(FINITE), metavar="X", help="strength of the guidance; 1 or less turns it off")
     add(
-        "--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="low-rank adapter; repeat for several"
+        "--guidance-rescale",
+        type=number(SHARE),
+        metavar="X",
+        help="0 to 1; reduces the overexposure of strong guidance",
     )
-    add("--mesh", type=mesh_axes, metavar="AXES", help="devices to share the work, e.g. data=4 or data=2,fsdp=4")
+    add("--clip-skip", type=number(COUNT), metavar="N", help="skip the last N layers of the text encoder")
+    add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
+    add("--batch-size", type=number(COUNT), metavar="N", help="maximum number of images at once (default: all)")
+    about = "one seed, or one per image (default: random, and reported)"
+    add("--seed", type=number(SEED), nargs="+", metavar="N", help=about)
+    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
+    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
+    add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
+    add("--mesh", type=mesh_axes, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
     add(
         "--progress-bar",
         action="store_true",
         default=None,
-        help="show the steps, each run as a program of its own",
+        help="show a progress bar; each step then runs as a separate program",
     )
     add_no_compilation_cache(add)
 
@@ -359,14 +362,14 @@ def add_no_compilation_cache(add: Any) -> None:
 def add_convert(commands: Any) -> None:
     example = "diffuse-jax convert model.safetensors model-folder --tokenizer openai/clip-vit-large-patch14"
     add = add_command(
-        commands, "convert", convert, "a checkpoint in another layout, verified after writing", example
+        commands, "convert", convert, "convert a checkpoint to another layout and verify the result", example
     ).add_argument
     add("src", type=os.path.expanduser, metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
     add("dst", type=os.path.expanduser, metavar="DST", help="folder or file to write")
     add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")
-    add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: as they are)")
+    add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: unchanged)")
     add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
-    add("--prediction-type", choices=PREDICTIONS, help="of a single file that does not say it")
+    add("--prediction-type", choices=PREDICTIONS, help="prediction type, if a single file does not say it")
     add(
         "--tokenizer",
         type=os.path.expanduser,
@@ -377,7 +380,7 @@ def add_convert(commands: Any) -> None:
 
 def add_parity(commands: Any) -> None:
     example = "diffuse-jax parity diffuse-jax/emoji --num-inference-steps 4 --report outputs/parity"
-    purpose = "whether a checkpoint gives here what it gives in PyTorch"
+    purpose = "compare a checkpoint's results with PyTorch's"
     command = add_command(commands, "parity", parity, purpose, example)
     parity_command.add_flags(command, DTYPES)
     add_no_compilation_cache(command.add_argument)

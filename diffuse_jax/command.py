@@ -1,4 +1,4 @@
-"""The border of a command: what the user did wrong is one line and an exit status, what we did wrong a traceback."""
+"""Error handling of commands: a user's mistake ends in one line and an exit status, a bug in a traceback."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 from types import CodeType
 
 MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError)
-"""What is raised on purpose, besides errors of the system."""
+"""Exceptions that are raised deliberately, besides system errors."""
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = tuple(Path(path) for path in sysconfig.get_paths().values())
 
 
 def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None = None, *, smaller: str = "") -> int:
-    """Do the work and return the exit status of the process: 0 done, 1 failed, 130 after Ctrl-C.
+    """Run a command and return the exit status of the process: 0 success, 1 failure, 130 after Ctrl-C.
 
-    An error of the system, such as a missing file, one that this package (or the user's code) raises on purpose, and a
-    lack of memory become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows where they came from. Any
-    other exception is a fault of the program and passes with its traceback. Warnings are one line each.
+    System errors, such as a missing file, errors that this package or the user's code raises deliberately, and running
+    out of memory become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows their traceback. Any other
+    exception is a bug and keeps its traceback. Warnings are one line each.
 
     Args:
-      name: what the line begins with.
+      name: the command's name, which the line begins with.
       work: the command.
-      argv: its words; those of the process when left out.
-      smaller: what the user can do where memory is too small.
+      argv: its arguments; those of the process if None.
+      smaller: what the user can do if memory runs out.
     """
     debug = os.environ.get("DIFFUSE_JAX_DEBUG") or "--debug" in (sys.argv if argv is None else argv)
     try:
@@ -67,12 +67,12 @@ def first_line(error: Exception) -> str:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error tells the user something: of the system, or of a ``raise`` outside of other libraries."""
+    """Whether an error is meant for the user: a system error, or from a ``raise`` that is not in another library."""
     if isinstance(error, OSError | ImportError):
         return True
     if not isinstance(error, MISTAKES):
         return False
-    if type(error.__cause__).__name__ == "_RemoteTraceback":  # of a worker process, as text
+    if type(error.__cause__).__name__ == "_RemoteTraceback":  # from a worker process, as text
         raised = re.findall(r'^  File "(.*)", line \d+, in .*\n    (.*)$', str(error.__cause__), re.MULTILINE)
         return bool(raised) and _ours(raised[-1][0]) and raised[-1][1].strip().startswith("raise ")
     at = error.__traceback__
@@ -87,5 +87,5 @@ def _ours(file: str) -> bool:
 
 
 def _raises(code: CodeType, at: int) -> bool:
-    """Whether the instruction is a ``raise`` statement, and not a call or an operator that failed."""
+    """Whether the instruction is a ``raise`` statement, not a call or an operator that failed."""
     return dis.opname[code.co_code[at]] in ("RAISE_VARARGS", "RERAISE")

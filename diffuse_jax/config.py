@@ -2,8 +2,8 @@
 
 A configuration is a plain frozen dataclass. Its fields have the names and the defaults of the JSON keys, so a file
 that leaves a key out means the same here as in PyTorch. Unknown keys are kept (``extra``) and written back, so reading
-and saving a folder loses nothing. A configuration never reads files, the environment or devices. Every value is checked
-when a configuration is created: see :mod:`diffuse_jax.allowed`.
+and saving a folder loses nothing. A configuration never depends on files, the environment or devices. Every value is
+checked when a configuration is created: see :mod:`diffuse_jax.allowed`.
 
 Each key that diffusers or transformers has is one of three things: a field that is honoured, a key for which only one
 value is implemented and others are refused (:attr:`Config.fixed`), or one without influence on the result
@@ -41,11 +41,11 @@ def thaw(value: Any) -> Any:
 
 
 NOT_QUANTIZED: Mapping[str, Any] = {"quantization_config": None}
-"""The entry of :attr:`Config.fixed` of every network: weights of fewer bits are not read."""
+"""The entry of :attr:`Config.fixed` of every network: quantized weights are not supported."""
 
 
-NO_DROPOUT = "for training, which warns where it is not 0: dropout is never applied"
-"""Why the dropout of a network changes no result."""
+NO_DROPOUT = "for training, which warns if it is not 0: dropout is never applied"
+"""Why a network's dropout does not affect results."""
 
 
 class FrozenDict(tuple):
@@ -96,7 +96,7 @@ class Config:
         return head | fields | {k: v for k, v in thaw(self.extra).items() if k != "_class_name"}
 
     def unknown(self) -> dict[str, Any]:
-        """Keys of ``extra`` that this release knows nothing of; they may be important."""
+        """Keys of ``extra`` that this release does not know; they may be important."""
         known = {*self.fixed, *self.harmless}
         return {k: thaw(v) for k, v in self.extra if k not in known and not k.startswith("_")}
 

@@ -1,9 +1,8 @@
-"""Rewriting a checkpoint in another layout, with proof that nothing was lost.
+"""Converting a checkpoint to another layout, and verifying that nothing was lost.
 
     convert("sd-v1-5.safetensors", "sd15", to="diffusers", dtype="bfloat16")
 
-What is written goes under a temporary name, is read again and compared bit for bit with its source, and only then takes
-its name.
+The result is written under a temporary name, read back and compared bit for bit with its source, and only then renamed.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from diffuse_jax.writing import naming, only_writer
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 SCHEDULER = "scheduler_config.json"
 LEFT_OUT = set(catalogue.NOT_LOADED)
-"""Components that this library has no class for; the converted index has them as absent."""
+"""Components that this library has no class for; the converted index lists them as absent."""
 
 Views = dict[names.Path, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One network of the source: its class, its library, its configuration and its tensors, as views of files."""
+    """One network of the source: its library, model, configuration and tensors (views of the files)."""
 
     library: str
     model: Model
@@ -53,18 +52,18 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """All that is converted.
+class Source:
+    """Everything that is converted.
 
     Attributes:
       class_name: the pipeline's class; empty if the source is one network's folder.
       networks: component name -> network.
-      folders: component name -> (library, class, folder) of tokenizers and schedulers, which are copied.
-      schedulers: component name -> configuration, where the source has no folder for it.
-      tokenizers: component name -> tokenizer, where the source has no folder for it.
-      absent: names of components left out.
+      folders: component name -> (library, class, folder) of the tokenizers and schedulers, whose folders are copied.
+      schedulers: component name -> configuration of the schedulers without a folder.
+      tokenizers: component name -> tokenizer, for tokenizers without a folder.
+      absent: names of the components that are left out.
       options: other values of ``model_index.json``.
-      lists: component name -> entry of lists of networks; their members are among the networks, by folder.
+      lists: component name -> index entry of each list of networks; ``networks`` has their members by folder name.
     """
 
     class_name: str
@@ -87,30 +86,30 @@ def convert(
     prediction_type: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Path:
-    """Rewrite a checkpoint in another layout and check what was written.
+    """Convert a checkpoint to another layout and verify the result.
 
     Args:
-      src: a pipeline's folder or a network's, in diffusers layout (safetensors, ``.bin`` or ``.msgpack``), a Hub id, or
-        one ``.safetensors``/``.ckpt`` file in the original layout.
-      dst: what to write: a folder, or for ``single-file`` a file. It must not exist yet (an empty folder may).
+      src: the folder of a pipeline or of one network in diffusers layout (safetensors, ``.bin`` or ``.msgpack``), a Hub
+        id, or a ``.safetensors`` or ``.ckpt`` file in the original layout.
+      dst: the folder to write, or the file for ``single-file``. It must not exist, except as an empty folder.
       to: ``"diffusers"`` (safetensors, PyTorch's names), ``"flax-msgpack"`` (the folders of old Flax releases) or
         ``"single-file"`` (the original layout, for pipelines of Stable Diffusion 1.x, 2.x and XL).
-      dtype: what floating-point tensors are cast to; None keeps theirs.
+      dtype: the dtype to cast floating-point tensors to; None leaves them unchanged.
       variant: which weight files of the source to read, for example ``"fp16"``.
-      prediction_type: of a single file; see :func:`diffuse_jax.layouts.read_single_file`.
-      tokenizer: a folder or Hub id with the tokenizer that a single file does not hold, for example
-        ``"openai/clip-vit-large-patch14"``. Without it the folder that is written has none, and a warning says so.
+      prediction_type: for a single file; see :func:`diffuse_jax.layouts.read_single_file`.
+      tokenizer: a folder or Hub id with the tokenizer, which single files do not contain, for example
+        ``"openai/clip-vit-large-patch14"``. Without it, the new folder has no tokenizer, and a warning says so.
 
     Returns:
       ``dst``.
 
     Raises:
-      WeightsError: the source cannot be read or does not fit its configuration, the layout has no place for it, or the
-        result is not what was meant to be written. Nothing is left behind then.
-      ValueError: an unknown layout or dtype, a single file that is not to end in ``.safetensors``, or a ``tokenizer``
-        where nothing lacks one.
-      FileExistsError: ``dst`` is in the way, or another process is writing it.
-      OSError: ``dst`` cannot be written; the text names the file.
+      WeightsError: the source cannot be read or does not fit its configuration, the layout cannot hold it, or the
+        result differs from the source. Nothing is left behind.
+      ValueError: an unknown layout or dtype, a single file whose name does not end in ``.safetensors``, or a
+        ``tokenizer`` for a conversion that needs none.
+      FileExistsError: ``dst`` already exists, or another process is writing it.
+      OSError: ``dst`` cannot be written; names the file.
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
@@ -119,11 +118,11 @@ def convert(
         raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
     _refuse_existing(dst, to)
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
-        raise ValueError("tokenizer is for a folder that is made of a single file; a folder has its own")
+        raise ValueError("tokenizer= is only for converting a single file to a folder; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
     if Path(src).is_file() and to != "single-file" and tokenizer is None:
         warn(
-            f"{src} holds no tokenizer, so {dst} will not have one, and pipelines need it: give tokenizer= "
+            f"{src} holds no tokenizer, so {dst} will not have one, but pipelines need it; pass tokenizer= "
             f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
         )
     with _finished(dst, to) as partial, unchanged(*_places(Path(src))):
@@ -134,17 +133,17 @@ def convert(
 
 
 def _places(src: Path) -> list[Path]:
-    """A source's file, or its folder and those of its components; none for a Hub id, whose files do not change."""
+    """A source's file, or its folder and its components' folders; none for a Hub id, whose files do not change."""
     below = [path for path in src.iterdir() if path.is_dir()] if src.is_dir() else []
     return [src, *below] if src.exists() else []
 
 
 @contextmanager
 def _finished(dst: Path, to: str) -> Iterator[Path]:
-    """A path in a temporary folder beside ``dst``; what is there at the end becomes ``dst``, if all went well.
+    """A path in a temporary folder beside ``dst``; if the block succeeds, what it wrote there is renamed to ``dst``.
 
     Raises:
-      FileExistsError: another process is writing ``dst``, or has done so in the meantime.
+      FileExistsError: another process is writing ``dst``, or has written it in the meantime.
     """
     with only_writer(dst) as folder:
         _refuse_existing(dst, to)  # another process may have finished in the meantime
@@ -157,9 +156,9 @@ def _finished(dst: Path, to: str) -> Iterator[Path]:
 
 
 def _refuse_existing(dst: Path, to: str) -> None:
-    """Refuse what is in the way; an empty folder may be there if a folder takes its place."""
+    """Refuse to overwrite ``dst``; an empty folder is accepted if a folder will replace it."""
     if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
-        raise FileExistsError(f"{dst} exists; remove it or name another place")
+        raise FileExistsError(f"{dst} exists; remove it or choose another path")
 
 
 def open_source(
@@ -168,15 +167,15 @@ def open_source(
     variant: str | None = None,
     prediction_type: str | None = None,
     tokenizer: str | Path | None = None,
-) -> Opened:
-    """Find, read and check a checkpoint in any layout; tensors stay in their files until they are used."""
+) -> Source:
+    """Find, open and check a checkpoint in any layout; tensors stay in their files until they are used."""
     if Path(src).is_file():
         return _open_single_file(Path(src), prediction_type, tokenizer)
     folder = weights.resolve(src, variant=variant, skip=LEFT_OUT)
     if not (folder / "model_index.json").is_file():
         config = weights.read_json(folder / "config.json")
         kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-        return Opened("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
+        return Source("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
     index = weights.read_index(folder)
     networks, folders = {}, {}
     for name, entry in index.components.items():
@@ -192,7 +191,7 @@ def open_source(
             )
     lists = {name: entry for name, entry in index.components.items() if entry.class_name in catalogue.LISTS}
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
-    return Opened(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
+    return Source(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -216,12 +215,12 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
     return found
 
 
-def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Opened:
-    """A pipeline from one file; its tokenizers are not in it."""
+def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Source:
+    """A pipeline from a single file, which contains no tokenizers."""
     file = layouts.read_single_file(path, prediction_type=prediction_type)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
     networks = _networks(file, path)
-    return Opened(file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options)
+    return Source(file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options)
 
 
 def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
@@ -233,18 +232,18 @@ def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
             model = cls.from_config(part.config)
             shapes = model.shapes()
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise WeightsError(f"{path}: {name}: the sizes of its tensors are no network's ({error})") from error
+            raise WeightsError(f"{path}: {name}: the shapes of its tensors do not form a network ({error})") from error
         views = weights.match(part.checkpoint, shapes, label=f"{path}: {name}")
         networks[name] = Network(part.library, model, part.config, views)
     return networks
 
 
 def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
-    """What a tensor is written as."""
+    """The dtype a tensor is written in."""
     return jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
 
 
-def _write_diffusers(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_diffusers(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         tensors = _torch_tensors(network)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
@@ -255,11 +254,11 @@ def _write_diffusers(source: Opened, dst: Path, dtype: DTypeLike | None) -> None
 
 
 def _architectures(network: Network, prefix: str = "") -> dict[str, Any]:
-    """transformers' way to name a class; networks of diffusers have ``_class_name`` instead."""
+    """The class name in transformers' form; networks of diffusers have ``_class_name`` instead."""
     return {"architectures": [prefix + type(network.model).__name__]} if network.model.model_type else {}
 
 
-def _write_flax(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_flax(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         old = {_old_flax(path): array for path, array in network.views.items()}
         specs = {path: (_dtype(array, dtype), array.shape) for path, array in old.items()}
@@ -274,9 +273,9 @@ def _old_flax(path: names.Path) -> names.Path:
     return tuple(names.rename("/".join(path), names.FLAX_OLD).split("/"))
 
 
-def _write_single_file(source: Opened, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_single_file(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
     if not source.class_name:
-        raise WeightsError("one network is no single-file checkpoint; convert the pipeline's folder")
+        raise WeightsError("a single-file checkpoint needs the whole pipeline; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
     family = layouts.family_for(configs)
     tensors = {name: _torch_tensors(network) for name, network in source.networks.items()}
@@ -294,19 +293,19 @@ WRITERS = {"diffusers": _write_diffusers, "flax-msgpack": _write_flax, "single-f
 
 
 def _torch_tensors(network: Network) -> dict[str, np.ndarray]:
-    """PyTorch's names and axes, as views."""
+    """A network's tensors with PyTorch's names and axis order, as views."""
     return {key: names.to_torch(path, network.views[path]) for key, path in names.torch_keys(network.views).items()}
 
 
 def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) -> np.ndarray:
-    """One tensor in memory, in the dtype of the result; its pages of the file are given back."""
+    """One tensor copied to memory in the dtype of the result; its file pages are released."""
     array = compact(tensors[key], _dtype(tensors[key], dtype))
     forget(tensors[key])
     return array
 
 
-def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
-    """Tokenizers, schedulers and the index of a pipeline."""
+def _write_rest(source: Source, dst: Path, prefix: str) -> None:
+    """Write a pipeline's tokenizers, schedulers and index."""
     if not source.class_name:
         return
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(source.absent, (None, None))
@@ -332,8 +331,8 @@ def _write_rest(source: Opened, dst: Path, prefix: str) -> None:
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 
 
-def _verify(source: Opened, written: Path, to: str, dtype: DTypeLike | None) -> None:
-    """Read the result as anybody would and compare every tensor with its source, bit for bit."""
+def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> None:
+    """Read the result back and compare every tensor with its source, bit for bit."""
     if to == "single-file":
         again = _networks(layouts.read_single_file(written), written)
     else:

@@ -1,4 +1,4 @@
-"""The exception of files that cannot be used."""
+"""The exception for files that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ DAMAGE = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError),
     *(EOFError, NotImplementedError, RecursionError, RuntimeError, struct.error, zipfile.BadZipFile),
 )
-"""What parsing bytes that nobody has checked may raise."""
+"""Exceptions that parsing unchecked bytes can raise."""
 
 
 class WeightsError(ValueError):
-    """Weights, or the folder, index or download that should hold them, cannot be used; the text names file and key."""
+    """Weights, or the folder, index or download that should hold them, cannot be used; names the file and the key."""
 
 
 def bad(path: Path | str, problem: str) -> WeightsError:
-    """An error that begins with the file it is about."""
+    """An error whose message begins with the file."""
     return WeightsError(f"{path}: {problem}")
 
 
 @contextmanager
 def parsing(path: Path | str) -> Iterator[None]:
-    """While a file is parsed: what damage makes Python raise becomes an error that names the file."""
+    """Turn what Python raises while parsing a damaged file into an error that names the file."""
     try:
         yield
     except WeightsError:

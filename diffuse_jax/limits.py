@@ -1,7 +1,7 @@
-"""How much of a file is believed before it has been checked: sizes of texts, shapes, names and numbers of items.
+"""Limits on what an unchecked file may claim: sizes of texts, shapes, lengths of names and numbers of items.
 
-The bounds are far above what published checkpoints need, which have thousands of tensors, and low enough that a file
-that exceeds them is refused within seconds.
+The limits are far above what published checkpoints need (thousands of tensors), and low enough that a file that
+exceeds them is refused within seconds.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.messages import brief
 
 MAX_JSON = 1 << 24
-"""Bytes of a JSON file: a configuration, or the index of a checkpoint's shards."""
+"""Maximum size of a JSON file in bytes: a configuration, or the index of a sharded checkpoint."""
 
 MAX_VALUES = 2_000_000
-"""Values of a JSON text, with those inside them."""
+"""Maximum number of values in a JSON text, including nested ones."""
 
 MAX_DEPTH = 64
-"""Objects and arrays inside each other."""
+"""Maximum nesting depth of objects and arrays."""
 
 MAX_RANK = 64
-"""Axes of a tensor; NumPy's own limit."""
+"""Maximum number of axes of a tensor; NumPy's limit."""
 
 MAX_ELEMENTS = 1 << 48
-"""Elements of a tensor, with axes of no length counted as 1."""
+"""Maximum number of elements of a tensor, counting axes of length 0 as 1."""
 
 PACKAGE = Path(__file__).parent
-"""This package, with the models that ship with it; some installers make its files links."""
+"""This package, including the models it ships with; some installers make its files links."""
 
 MAX_NAME = 1000
-"""Characters of a tensor's name."""
+"""Maximum length of a tensor's name in characters."""
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file; anything else (a device, a pipe, a folder) is refused without waiting for it.
+    """A descriptor of a regular file; anything else (a device, a pipe, a folder) is refused without blocking.
 
     Raises:
       WeightsError: the path is not a regular file.
@@ -56,30 +56,31 @@ def open_regular(path: Path) -> int:
 
 
 def read_bounded(path: Path, limit: int = MAX_JSON) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes.
+    """Read a regular file of at most ``limit`` bytes.
 
     Raises:
-      WeightsError: not a regular file, or a larger one.
+      WeightsError: the file is not a regular file, or is larger.
       OSError: the file is missing or cannot be read.
     """
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise bad(path, f"has more than {limit} bytes, the most that are read of a file of this kind")
+        raise bad(path, f"has more than {limit} bytes, the maximum for a file of this kind")
     return data
 
 
 def parse_json(path: Path, text: bytes | str, *, what: str = "it", unique: bool = False) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
       path: the file that errors name.
-      text: UTF-8, or a string.
+      text: a string, or UTF-8 bytes.
       what: what errors call the text, for example ``"header"``.
-      unique: refuse an object that has a name twice.
+      unique: refuse an object with duplicate keys.
 
     Raises:
-      WeightsError: not JSON or not text, too many or too deeply nested values, integers of thousands of digits.
+      WeightsError: the text is not UTF-8 or not JSON, has too many or too deeply nested values, or an integer of
+        thousands of digits.
     """
     marks: Sequence[Any] = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
     if sum(text.count(mark) for mark in marks) > MAX_VALUES:
@@ -90,8 +91,8 @@ def parse_json(path: Path, text: bytes | str, *, what: str = "it", unique: bool 
     except WeightsError:
         raise
     except RecursionError as error:
-        raise bad(path, f"{what} is not JSON that is read: nested more than {MAX_DEPTH} deep") from error
-    except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
+        raise bad(path, f"{what} is nested more than {MAX_DEPTH} levels deep") from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer with more digits than Python converts
         raise bad(path, f"{what} is not JSON ({error})") from error
     _check_depth(path, data, what)
     return data
@@ -112,7 +113,7 @@ def _check_depth(path: Path, data: Any, what: str) -> None:
         level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]
         if not level:
             return
-    raise bad(path, f"{what} is nested more than {MAX_DEPTH} deep")
+    raise bad(path, f"{what} is nested more than {MAX_DEPTH} levels deep")
 
 
 def _children(value: Any) -> Iterable[Any]:
@@ -120,42 +121,43 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def count_elements(path: Path, what: str, shape: Sequence[Any]) -> int:
-    """The number of elements of the shape that a file claims for a tensor, which errors call ``what``.
+    """The number of elements of a shape that a file claims for a tensor; errors call the tensor ``what``.
 
     Raises:
-      WeightsError: a size is not a natural number, there are too many axes, or the product is beyond any tensor.
+      WeightsError: a size is not a non-negative integer, there are too many axes, or the product is too large.
     """
     if len(shape) > MAX_RANK:
         raise bad(path, f"{what} has {len(shape)} axes; a tensor has at most {MAX_RANK}")
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise bad(path, f"{what} has shape {brief(list(shape))}; sizes must be natural numbers")
+        raise bad(path, f"{what} has shape {brief(list(shape))}; sizes must be non-negative integers")
     count = 1
     for n in shape:
         count *= n or 1
         if count > MAX_ELEMENTS:
-            raise bad(path, f"{what} has shape {brief(list(shape))}, which needs more memory than there can be")
+            raise bad(path, f"{what} has shape {brief(list(shape))}, which is too large (over {MAX_ELEMENTS} elements)")
     return 0 if 0 in shape else count
 
 
 def check_name(path: Path, name: str) -> str:
-    """The name of a tensor, refused if it is longer than any network's."""
+    """The name of a tensor; an error if it is longer than any real network has."""
     if len(name) > MAX_NAME:
-        raise bad(path, f"the name {brief(name)} has {len(name)} characters; the most are {MAX_NAME}")
+        raise bad(path, f"the name {brief(name)} has {len(name)} characters; the maximum is {MAX_NAME}")
     return name
 
 
 def refuse_links(folder: Path, *, deep: bool = False) -> Path:
-    """The folder, unless it or something in it is a link that leaves it: what is opened there is not its author's.
+    """Return the folder, or raise if it or something in it is a link that leads out of it.
 
-    A component may link to others of its pipeline, and a snapshot in the cache of the Hub to the files of its own
-    repository.
+    A downloaded folder must not make us open other files of this machine. A component may link to other components of
+    its pipeline, and a snapshot in the Hub cache to the files of its repository.
 
     Args:
-      folder: what is about to be read; a folder beside ``model_index.json`` is part of the one that has that.
-      deep: look into the folders below it too.
+      folder: the folder about to be read; if ``model_index.json`` is beside it, links may lead anywhere in the folder
+        that holds both.
+      deep: check its subfolders too.
 
     Raises:
-      WeightsError: naming the link and where it leads.
+      WeightsError: there is such a link; names it and its target.
     """
     root = folder.parent if (folder.parent / "model_index.json").is_file() else folder
     if folder.is_relative_to(PACKAGE):
@@ -176,11 +178,11 @@ def refuse_links(folder: Path, *, deep: bool = False) -> Path:
 def _refuse_outside(path: Path | str, root: Path, real: Path) -> None:
     target = _real(path)
     if not any(target.is_relative_to(place) for place in (real, *_hub_files(real))):
-        raise bad(path, f"is a link that leaves {root} (to {target}); put the file itself in its place")
+        raise bad(path, f"is a link that leaves {root} (to {target}); replace it with the file itself")
 
 
 def _hub_files(real: Path) -> list[Path]:
-    """Where the Hub's cache keeps the files of the snapshot that a folder is, or is part of."""
+    """Where the Hub cache keeps the files of the snapshot that a folder is, or belongs to."""
     places = (real, *real.parents)
     return [
         repository / "blobs"

@@ -1,4 +1,4 @@
-"""What users are told: values from files, always short whatever the file holds, and warnings at the user's own line."""
+"""Text for users: short representations of any value from a file, and warnings that point to the user's line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 PACKAGE = __name__.partition(".")[0]
 
 MAX_BITS = 256
-"""Longer integers are described instead; Python refuses to print those of more than a few thousand digits."""
+"""Longer integers are described, not printed; Python refuses to print more than a few thousand digits."""
 
 
 class _Brief(reprlib.Repr):
@@ -23,7 +23,7 @@ class _Brief(reprlib.Repr):
         self.maxstring = self.maxother = 80
 
     def repr1(self, x: Any, level: int) -> str:
-        # A subclass is shown as what it is a subclass of; reprlib would call its own unbounded __repr__.
+        # A subclass is shown as its base class; reprlib would call its unbounded __repr__.
         plain = next((kind for kind in (tuple, list, dict, set, str) if isinstance(x, kind)), None)
         return getattr(self, f"repr_{plain.__name__}")(x, level) if plain else super().repr1(x, level)
 
@@ -32,11 +32,11 @@ class _Brief(reprlib.Repr):
 
 
 brief = _Brief().repr
-"""The ``repr`` of a value, cut to a few items, levels and characters."""
+"""The ``repr`` of a value, limited to a few items, levels and characters."""
 
 
 def warn(text: str) -> None:
-    """Warn, at the line of the user's that led here: the nearest one outside of this package."""
+    """Emit a warning that points to the user's code: the nearest caller outside this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
         frame, level = frame.f_back, level + 1

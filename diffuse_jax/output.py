@@ -1,4 +1,4 @@
-"""Images in a folder, each with what made it: in its own metadata, and as a line of ``metadata.jsonl``."""
+"""Saving images with the settings that produced them: in each PNG's metadata, and as a line of ``metadata.jsonl``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NAME = re.compile(r"image-(\d+)\.png")
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if need be.
+    """The folder, created if needed; called before any images are computed.
 
     Raises:
-      OSError: files cannot be written there; said before anything is computed for it.
+      OSError: files cannot be written there.
     """
     folder = folder.expanduser()
     try:
@@ -32,42 +32,42 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} cannot be a folder: it, or a part of its path, is a file") from None
+        raise NotADirectoryError(f"{folder} cannot be a folder: it, or part of its path, is a file") from None
     except OSError as error:
         raise type(error)(error.errno, f"{folder} cannot be written: {error.strerror}") from None
 
 
 def save_images(
-    images: Sequence[Image.Image], folder: Path, made: Sequence[Mapping[str, Any]] | None = None
+    images: Sequence[Image.Image], folder: Path, settings: Sequence[Mapping[str, Any]] | None = None
 ) -> list[Path]:
-    """Write ``image-0001.png`` and so on, after those already there, also where several processes write.
+    """Write ``image-0001.png`` and so on, numbered after the existing files; several processes may write at once.
 
-    No half-written file is ever visible. Each image's settings go into the PNG, as ``parameters`` in the form that
-    AUTOMATIC1111's web UI writes and as JSON under ``diffuse_jax``, and as a line into ``metadata.jsonl``, which names
-    the file and the prompt as data sets of images do.
+    No half-written file is ever visible. Each image's settings are stored in the PNG, as ``parameters`` in the format
+    of AUTOMATIC1111's web UI and as JSON under ``diffuse_jax``, and as a line of ``metadata.jsonl`` with ``file_name``
+    and ``text``, as image data sets have it.
 
     Args:
-      images: what is written.
-      folder: where; made if need be.
-      made: for each image its settings: ``prompt``, ``seed`` and any other JSON values.
+      images: the images to write.
+      folder: the folder to write to; created if needed.
+      settings: each image's settings: ``prompt``, ``seed`` and any other JSON values.
 
     Returns:
-      The files.
+      The paths of the new files.
     """
     folder = writable(folder)
-    settings = [dict(one) for one in made] if made is not None else [{} for _ in images]
-    paths = [_save(image, folder, one) for image, one in zip(images, settings, strict=True)]
-    if made is not None:
+    of_image = [dict(one) for one in settings] if settings is not None else [{} for _ in images]
+    paths = [_save(image, folder, one) for image, one in zip(images, of_image, strict=True)]
+    if settings is not None:
         lines = [
             json.dumps({"file_name": path.name, "text": one.get("prompt", ""), **one}, ensure_ascii=False)
-            for path, one in zip(paths, settings, strict=True)
+            for path, one in zip(paths, of_image, strict=True)
         ]
         _append(folder / METADATA, "".join(f"{line}\n" for line in lines))
     return paths
 
 
 def _save(image: Image.Image, folder: Path, settings: Mapping[str, Any]) -> Path:
-    """One image under the next free number."""
+    """Write one image under the next free number."""
     from PIL import PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
@@ -81,7 +81,7 @@ def _save(image: Image.Image, folder: Path, settings: Mapping[str, Any]) -> Path
 
 
 def _claim(partial: Path, folder: Path) -> Path:
-    """Give a written file the next free name: a link fails where another process was faster."""
+    """Give a written file the next free name; linking fails if another process has just taken it."""
     number = 1 + max((int(m[1]) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))), default=0)
     while True:
         path = folder / f"image-{number:04d}.png"
@@ -90,7 +90,7 @@ def _claim(partial: Path, folder: Path) -> Path:
             return path
         except FileExistsError:
             number += 1
-        except OSError:  # a file system without links: claim the name, then put the image there
+        except OSError:  # a file system without hard links: claim the name, then move the image there
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
                 os.replace(partial, path)
@@ -99,7 +99,7 @@ def _claim(partial: Path, folder: Path) -> Path:
 
 
 def _append(path: Path, text: str) -> None:
-    """Add lines in one write, so that those of several processes do not mix."""
+    """Append lines in one write, so that lines of several processes do not mix."""
     with naming(path), path.open("ab", buffering=0) as file:
         write_all(path, file, text.encode())
 
@@ -113,11 +113,11 @@ A1111_NAMES = {
     "model": "Model",
     "clip_skip": "Clip skip",
 }
-"""Our setting -> its name in the web UI, in the order in which it writes them."""
+"""Our setting -> its name in the web UI, in the web UI's order."""
 
 
 def a1111_parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """Settings as AUTOMATIC1111's web UI writes them: prompt, negative prompt, then ``Name: value`` pairs."""
+    """Settings in the format of AUTOMATIC1111's web UI: prompt, negative prompt, then ``Name: value`` pairs."""
     values = {"size": f"{size[0]}x{size[1]}", **settings}
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):

@@ -1,8 +1,8 @@
-"""Classes by name: a file finds the class that it names, of the package or of the user.
+"""Registries of classes by name, which find the class that a file names, in this package or in user code.
 
-A class enters a registry when it is defined, wherever that is. A name may be defined again in the same module (a cell
-of a notebook that is run twice); the later class counts. The package's own names cannot be taken, and a name that two
-modules define is refused when it is looked up, because nothing in a file says which of them is meant.
+A class is registered when it is defined. A name may be defined again in the same module (a notebook cell that is run
+twice); the later class replaces the earlier one. The package's own names are reserved, and looking up a name that two
+modules define is an error, because a file does not say which one it means.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Registry(Mapping[str, Any]):
     """Name -> class.
 
     Attributes:
-      kind: what errors call its classes, for example "scheduler".
+      kind: the kind of its classes in error messages, for example "scheduler".
     """
 
     def __init__(self, kind: str) -> None:
@@ -25,17 +25,17 @@ class Registry(Mapping[str, Any]):
         self._classes: dict[str, dict[str, type[Any]]] = {}  # name -> module -> class
 
     def register(self, cls: type[Any]) -> None:
-        """Enter a class under its name.
+        """Register a class under its name.
 
         Raises:
-          ValueError: the class is defined outside the package and the package has one of this name.
+          ValueError: the class is defined outside this package, which already has one of this name.
         """
         found = self._classes.setdefault(cls.__name__, {})
         ours = next((module for module in found if _is_ours(module)), None)
         if ours and not _is_ours(cls.__module__):
             raise ValueError(
-                f"{cls.__module__}.{cls.__name__} has the name of {ours}.{cls.__name__}, which files mean by it;"
-                " give the class another name"
+                f"{cls.__module__}.{cls.__name__} has the same name as {ours}.{cls.__name__}, which files refer to by"
+                " it; give the class another name"
             )
         found[cls.__module__] = cls
 
@@ -43,7 +43,7 @@ class Registry(Mapping[str, Any]):
         """The class of this name.
 
         Raises:
-          ValueError: no module that has been imported defines the name, or two do.
+          ValueError: no imported module defines the name, or two do.
         """
         found = self._classes.get(name, {})
         if not found:
@@ -53,13 +53,13 @@ class Registry(Mapping[str, Any]):
             )
         if len(found) > 1:
             raise ValueError(
-                f"{self.kind} class {name!r} is defined in {' and in '.join(found)}, and its name alone does not say"
-                " which is meant; rename one, or call from_pretrained of the class itself"
+                f"{self.kind} class {name!r} is defined in {' and in '.join(found)}, so its name"
+                " is ambiguous; rename one, or call from_pretrained of the class itself"
             )
         return next(iter(found.values()))
 
     def classes(self) -> Iterator[type[Any]]:
-        """All classes, those that share a name too."""
+        """All classes, including those that share a name."""
         for found in self._classes.values():
             yield from found.values()
 

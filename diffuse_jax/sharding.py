@@ -74,10 +74,10 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def check_data_axis(mesh: Mesh | None) -> None:
-    """Refuse a mesh over which the images of a pipeline cannot be divided; None is no mesh.
+    """Check that a pipeline's images can be divided over a mesh; None is no mesh.
 
     Raises:
-      ValueError: it has no axis ``data``.
+      ValueError: the mesh has no axis ``data``.
     """
     if mesh is not None and "data" not in mesh.shape:
         sizes, names = (1, *mesh.shape.values()), ("data", *mesh.shape)
@@ -202,9 +202,9 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Mapping[str, str] = RULES) -
 
 
 def put_params(tree: Tree, mesh: Mesh) -> Tree:
-    """Parameters on the mesh, cut as :func:`param_shardings` says.
+    """Parameters on the mesh, sharded by :func:`param_shardings`.
 
-    Where the mesh spans processes, each must hold the same arrays, or they are on devices of all of them already.
+    If the mesh spans several processes, each must have the same arrays, or global arrays on the devices of all.
     """
     shardings = param_shardings(tree, automatic(mesh))
     if not spans_processes(mesh):
@@ -283,7 +283,7 @@ def readable(tree: Any) -> Any:
 
 
 def is_global(x: Any) -> bool:
-    """Whether an array has parts on devices of other processes."""
+    """Whether an array has shards on devices of other processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 

@@ -1,4 +1,4 @@
-"""How long JAX has been compiling."""
+"""Measuring JAX's compile time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[Callable[[], float]]:
-    """Within the block, what it yields tells how many seconds JAX has spent tracing, lowering and compiling.
+    """A context that yields a function: the seconds that JAX has spent tracing, lowering and compiling within it.
 
-    JAX reports nested traces each for itself, so the intervals are united, not added up.
+    JAX reports nested traces separately, so the result is the union of the intervals, not their sum.
     """
     import jax.monitoring
 

@@ -1,7 +1,7 @@
-"""Writing files: a reader never sees half of one, errors name them, and what a killed writer leaves is removed.
+"""Writing files: a reader never sees half a file, errors name the file, and what a killed writer leaves is removed.
 
-What is being written is called ``.NAME.*.partial`` and locked. The system lets go of the lock when a process dies,
-however it dies, so the next writer of ``NAME`` can tell what is left over from what is being written, and removes it.
+A file is written under the name ``.NAME.*.partial`` and locked. The system releases the lock when the process dies,
+however it dies, so the next writer of ``NAME`` can tell leftovers from files being written, and removes the leftovers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import IO, NamedTuple
 
 try:
     import fcntl
-except ImportError:  # no locks on this system: nothing that could be left over is removed there
+except ImportError:  # no locks on this system, so leftovers are not removed there
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".partial"
 
 
 class Partial(NamedTuple):
-    """A file that has no name yet: where it is, and the open file itself."""
+    """A file that does not have its final name yet: its temporary path, and the open file."""
 
     path: Path
     file: IO[bytes]
@@ -32,7 +32,7 @@ class Partial(NamedTuple):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """While a file is written: an error of the system that names no file ("No space left on device") names this one."""
+    """Add the file to system errors that name none ("No space left on device") while it is being written."""
     try:
         yield
     except OSError as error:
@@ -51,12 +51,12 @@ def write_all(path: Path, file: IO[bytes], data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when the block ends without an error; otherwise nothing is left behind.
+    """A binary file that gets its name only when the block ends without an error; otherwise nothing is left behind.
 
-    ``mode`` holds the permissions it may have; the process's umask takes from them.
+    ``mode`` is the file's permissions, before the process's umask.
 
     Raises:
-      OSError: it cannot be written; the text names the file.
+      OSError: the file cannot be written; names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), partial_file(path.parent, path.name, mode=mode) as partial:
@@ -67,9 +67,9 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def partial_file(folder: Path, name: str, *, mode: int = 0o666) -> Iterator[Partial]:
-    """A file ``.NAME.*.partial``, which is gone at the end unless it has been renamed in the block.
+    """A file ``.NAME.*.partial``, removed at the end unless the block has renamed it.
 
-    Those that killed writers of the same name left are removed first.
+    Leftovers of killed writers of the same name are removed first.
     """
     remove_left_over(folder, name)
     path, handle = _create(folder, name, mode)
@@ -78,26 +78,26 @@ def partial_file(folder: Path, name: str, *, mode: int = 0o666) -> Iterator[Part
             yield Partial(path, file)
     finally:
         path.unlink(missing_ok=True)
-        os.close(handle)  # last: until here the lock says that somebody is writing
+        os.close(handle)  # last, because the lock marks the file as being written
 
 
 def _create(folder: Path, name: str, mode: int) -> tuple[Path, int]:
-    """A new file, locked. The system takes the umask off its mode: reading that would change it for all threads."""
+    """A new, locked file. The system applies the umask; reading it here would change it for all threads."""
     while True:
         path = folder / f".{name}.{secrets.token_hex(4)}{SUFFIX}"
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
         if lock(handle) is not False and same_file(path, handle):
             return path, handle
-        path.unlink(missing_ok=True)  # removed as left over, or looked at, in the moment before it was locked
+        path.unlink(missing_ok=True)  # another process removed it as a leftover, or checked it, before it was locked
         os.close(handle)
 
 
 def remove_left_over(folder: Path, name: str) -> None:
-    """Remove ``.NAME.*.partial`` files that nobody writes any more."""
+    """Remove ``.NAME.*.partial`` files that no process is writing any more."""
     with os.scandir(folder) as entries:
         found = [entry.path for entry in entries if _is_partial(entry.name, name) and entry.is_file()]
     for path in found:
-        with contextlib.suppress(OSError):  # somebody else's, or removed by somebody else
+        with contextlib.suppress(OSError):  # another user's, or just removed by another process
             handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if lock(handle):
@@ -107,7 +107,7 @@ def remove_left_over(folder: Path, name: str) -> None:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a ``.NAME.*.partial`` file is somebody's who is still writing ``NAME``."""
+    """Whether some process is still writing a ``.NAME.*.partial`` file."""
     if not path.name.startswith(".") or path.suffix != SUFFIX or fcntl is None:
         return False
     try:
@@ -127,13 +127,13 @@ def _is_partial(found: str, name: str) -> bool:
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[Path]:
-    """A new folder ``.NAME.partial`` beside ``path`` for what will become it; removed at the end, with what is in it.
+    """A new folder ``.NAME.partial`` beside ``path`` for preparing its contents; removed at the end with all its files.
 
-    One process has it at a time. What a killed one left is removed first.
+    Only one process can hold it at a time. Leftovers of a killed process are removed first.
 
     Raises:
-      FileExistsError: another process is writing ``path``, or may be: this file system has no locks.
-      OSError: the folder cannot be made.
+      FileExistsError: another process is writing ``path``, or may be, on a file system without locks.
+      OSError: the folder cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}{SUFFIX}")
@@ -146,7 +146,7 @@ def only_writer(path: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path, path: Path) -> int:
-    """The folder, new, empty and locked, as an open descriptor."""
+    """Create the folder, empty and locked, and return its open descriptor."""
     while True:
         try:
             folder.mkdir()
@@ -161,9 +161,9 @@ def _claim(folder: Path, path: Path) -> int:
         if locked is False or (locked is None and not fresh):
             os.close(handle)
             why = (
-                "is being written by another process; wait for it, or name another place"
+                "is being written by another process; wait for it, or choose another path"
                 if locked is False
-                else f"may be being written by another process; if it is not, remove {folder}"
+                else f"may still be written by another process; if it is not, remove {folder}"
             )
             raise FileExistsError(f"{path} {why}")
         if not same_file(folder, handle):
@@ -176,10 +176,10 @@ def _claim(folder: Path, path: Path) -> int:
 
 
 def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
-    """Lock an open file or folder: whether that worked, or None where there are no locks.
+    """Lock an open file or folder. Returns whether that worked, or None if the system has no locks.
 
-    It is let go when the file is closed, at the latest when the process dies. Shared locks exclude only others; with
-    ``wait`` the call returns when others have let go.
+    The lock is released when the file is closed or the process dies. Shared locks exclude exclusive ones only. With
+    ``wait`` the call returns once others have released theirs.
     """
     if fcntl is None:
         return None
@@ -193,7 +193,7 @@ def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | Non
 
 
 def same_file(path: Path, handle: int) -> bool:
-    """Whether an open file still has this name."""
+    """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Small sets of numbers that change a network: low-rank pairs and new tokens."""
+"""Small sets of weights that modify a network: LoRA and textual inversion."""

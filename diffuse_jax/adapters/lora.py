@@ -1,10 +1,10 @@
 """Low-rank adaptation (LoRA; Hu et al. 2021, arXiv 2106.09685).
 
 A dense layer with kernel ``W [in, out]`` gets a pair ``down [in, r]``, ``up [r, out]`` and computes
-``x W + scale * (x down) up`` (section 4.1; there ``W_0 + B A``, and ``scale`` is ``alpha / r``). The pairs of a network
-are a tree of their own, ``{..., "to_q": {"down", "up"}}`` at the paths of the layers. :func:`live` computes with pairs
-beside the kernels, which is what training wants: no gradient of a whole kernel is ever made. :func:`merge` adds them to
-the kernels, which is what sampling wants: nothing is left to compute.
+``x W + scale * (x down) up`` (section 4.1, where it is ``W_0 + B A`` and ``scale`` is ``alpha / r``). A network's pairs
+form a separate tree, ``{..., "to_q": {"down", "up"}}``, at the paths of the layers. :func:`live` applies the pairs
+beside the kernels, for training: no gradient of a whole kernel is ever computed. :func:`merge` adds them to the
+kernels, for sampling: nothing extra is left to compute.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ PAIR = ("down", "up")
 
 
 def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> Params:
-    """Pairs for the dense layers of a network: ``down`` normal with deviation ``1 / rank``, ``up`` zero, float32.
+    """New pairs for a network's dense layers in float32: ``down`` normal with deviation ``1 / rank``, ``up`` zero.
 
-    The network computes at first what it did without them.
+    They leave the network's output unchanged until they are trained.
 
     Args:
       shapes: the network's parameters or their shapes.
       rank: inner dimension ``r``.
-      key: decides ``down``.
-      targets: regular expression for the paths ``a/b/to_q`` of the layers.
+      key: random key for ``down``.
+      targets: regular expression that is searched for in the layers' paths, such as ``a/b/to_q``.
 
     Raises:
       ValueError: the rank is not positive, or no dense layer matches.
     """
     if rank < 1:
-        raise ValueError(f"the rank of LoRA must be at least 1, got {rank}")
+        raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
     layers = dense_layers(shapes)
     chosen = [path for path in layers if re.search(targets, "/" + "/".join(path))]
     if not chosen:
-        raise ValueError(f"no dense layer matches the LoRA targets {targets!r}; there are, for example, "
+        raise ValueError(f"no dense layer matches the LoRA targets {targets!r}; the network has, for example, "
                          + ", ".join("/".join(path) for path in list(layers)[:3]))  # fmt: skip
     flat: dict[Path, jax.Array] = {}
     for path, k in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
@@ -62,9 +62,9 @@ def dense_layers(shapes: Params) -> dict[Path, tuple[int, int]]:
 
 
 def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
-    """Parameters with ``scale * down @ up`` added to the kernels; the opposite scale takes them out again.
+    """Parameters with ``scale * down @ up`` added to the kernels; merging with ``-scale`` subtracts it again.
 
-    The sum is made in float32 and has the kernel's dtype.
+    The sum is computed in float32 and cast to the kernel's dtype.
 
     Raises:
       ValueError: a pair has no kernel in ``params``, or does not fit it.
@@ -73,10 +73,10 @@ def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
     for path, pair in pairs_of(pairs).items():
         kernel, name = flat.get((*path, "kernel")), "/".join(path)
         if kernel is None or kernel.shape != (pair["down"].shape[0], pair["up"].shape[1]):
-            have = "no kernel there" if kernel is None else f"a kernel {kernel.shape}"
+            have = "no kernel there" if kernel is None else f"a kernel of shape {kernel.shape}"
             raise ValueError(
                 f"LoRA for {name} is {pair['down'].shape} x {pair['up'].shape}; this network has {have}: "
-                "it was made for another one"
+                "the LoRA was made for another network"
             )
         change = scale * (jnp.asarray(pair["down"], jnp.float32) @ jnp.asarray(pair["up"], jnp.float32))
         flat[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + change).astype(kernel.dtype)
@@ -96,7 +96,7 @@ def pairs_of(pairs: Params) -> dict[Path, dict[str, jax.Array]]:
 
 @contextlib.contextmanager
 def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
-    """Networks applied inside compute with the pairs; they are inputs like others, so gradients reach them."""
+    """Networks applied in this context use the pairs, which are ordinary inputs, so gradients flow to them."""
     table = pairs_of(pairs)
 
     def add(call: Call) -> Any:
@@ -112,7 +112,7 @@ def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
 
 
 class Adapted(NamedTuple):
-    """A network that computes with pairs; stands where a :class:`Model` is applied."""
+    """A network with LoRA pairs; it can be applied wherever a :class:`Model` can."""
 
     model: Model
     pairs: Params
@@ -123,6 +123,6 @@ class Adapted(NamedTuple):
         return self.model.config
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As ``model.apply``."""
+        """Like ``model.apply``, with the pairs."""
         with live(self.pairs, self.scale):
             return self.model.apply(variables, *args, **kwargs)

@@ -1,6 +1,6 @@
-"""``pytorch_lora_weights.safetensors``: low-rank pairs as PyTorch diffusers writes and reads them.
+"""``pytorch_lora_weights.safetensors``: LoRA in the format of PyTorch diffusers.
 
-Several spellings are read (:mod:`diffuse_jax.layouts.lora`); one is written.
+Several naming schemes are read (:mod:`diffuse_jax.layouts.lora`); one is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OLD_FILE = "pytorch_lora_weights.bin"
 
 
 def save_lora(folder: str | Path, pairs: Mapping[str, Params]) -> Path:
-    """Write the pairs of a pipeline's networks, ``{"unet": ..., "text_encoder": ...}``, as PyTorch reads them."""
+    """Write the pairs of a pipeline's networks, ``{"unet": ..., "text_encoder": ...}``, in the PyTorch format."""
     tensors: dict[str, np.ndarray] = {}
     for network, tree in pairs.items():
         kind = "lora" if network == "unet" else "lora_linear_layer"
@@ -43,15 +43,15 @@ def save_lora(folder: str | Path, pairs: Mapping[str, Params]) -> Path:
 
 
 def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Params]:
-    """Read pairs for networks of these shapes, ``{"unet": model.shapes(), ...}``; any ``alpha`` is worked into ``up``.
+    """Read pairs for networks of these shapes, ``{"unet": model.shapes(), ...}``; ``alpha`` is folded into ``up``.
 
     Args:
       source: the file (``.safetensors`` or ``.bin``), or the folder that holds :data:`FILE` or :data:`OLD_FILE`.
-      shapes: the networks of the pipeline that may have pairs.
+      shapes: the networks of the pipeline that may have LoRA.
 
     Raises:
-      WeightsError: no such file, a key of no known form, a layer that a network does not have, half a pair, a shape
-        that does not fit, or settings for what the file does not have. Nothing is half-loaded.
+      WeightsError: the file does not exist, or has an unknown kind of key, a layer that the network lacks, half a
+        pair, a wrong shape, or settings that match nothing in it. Nothing is loaded in part.
     """
     file = _file(Path(source))
     layers = {
@@ -60,52 +60,50 @@ def load_lora(source: str | Path, shapes: Mapping[str, Params]) -> dict[str, Par
         for path in dense_layers(tree)
     }
     found: dict[str, dict[str, np.ndarray]] = {}
-    spellings: dict[str, str] = {}
+    names_in_file: dict[str, str] = {}
     for key, tensor in read_checkpoint([file]).tensors.items():
-        stem, kind, spelled = split_key(file, key)
+        stem, kind, name_in_file = split_key(file, key)
         if stem not in layers:
-            raise bad(file, f"{key!r} belongs to no dense layer of {', '.join(shapes)}: {_why(stem, shapes)}")
+            raise bad(file, f"{key!r} does not match a dense layer of {', '.join(shapes)}: {_why(stem, shapes)}")
         if kind in found.setdefault(stem, {}):
             raise bad(file, f"{key!r} and another key are the same tensor, {kind} of {stem}")
         found[stem][kind] = tensor
-        spellings[stem] = spelled
-    settings = read_settings(file, spellings)
+        names_in_file[stem] = name_in_file
+    settings = read_settings(file, names_in_file)
     flat: dict[tuple[str, ...], Any] = {}
     for stem, parts in found.items():
         network, path = layers[stem]
         pair = _pair(file, stem, parts, dense_layers(shapes[network])[path])
-        pair["up"] = pair_factor(file, stem, spellings[stem], parts, settings) * pair["up"]
+        pair["up"] = pair_factor(file, stem, names_in_file[stem], parts, settings) * pair["up"]
         flat |= {(network, *path, half): array for half, array in pair.items()}
     return unflatten(flat)
 
 
 def _file(source: Path) -> Path:
-    """The file that a user means."""
+    """The LoRA file of a path, which may be the file itself or its folder."""
     inside = [source / name for name in (FILE, OLD_FILE) if (source / name).is_file()]
     if inside:
         refuse_links(source)
     file = source if not source.is_dir() else inside[0] if inside else source / FILE
     if not file.is_file():
-        raise WeightsError(
-            f"{file}: no such file; LoRA weights are a .safetensors or .bin file or a folder with {FILE}"
-        )
+        raise WeightsError(f"{file}: no such file; expected a .safetensors or .bin file, or a folder with {FILE}")
     return file
 
 
 def _why(stem: str, shapes: Mapping[str, Params]) -> str:
-    """What a layer without a place is."""
+    """Why a layer has no match, for the error."""
     network, _, layer = stem.partition(".")
     kernels = {torch_key(path) for path in flatten(shapes.get(network, {})) if path[-1] == "kernel"}
-    return "it is a convolution" if f"{layer}.weight" in kernels else "LoRA of another network?"
+    return "it is a convolution" if f"{layer}.weight" in kernels else "is the LoRA for another network?"
 
 
 def _pair(file: Path, stem: str, parts: dict[str, np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Checked ``down [in, r]`` and ``up [r, out]``, float32."""
+    """``down [in, r]`` and ``up [r, out]`` in float32, checked against the layer's shape."""
     missing = [half for half in PAIR if half not in parts]
     if missing:
         raise bad(file, f"{stem} has no {missing[0]} half")
     down, up = (parts[half] for half in PAIR)
     if down.ndim != 2 or up.ndim != 2 or not 0 < down.shape[0] == up.shape[1] or (down.shape[1], up.shape[0]) != shape:
-        raise bad(file, f"{stem}: down {down.shape} and up {up.shape} do not fit a layer from {shape[0]} to {shape[1]}")
+        raise bad(file, f"{stem}: down {down.shape} and up {up.shape} do not fit a layer {shape[0]} -> {shape[1]}")
     wide = np.dtype(np.float32)
     return {"down": compact(down, wide).T, "up": compact(up, wide).T}

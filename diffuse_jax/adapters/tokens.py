@@ -1,7 +1,7 @@
-"""New words for a text encoder: textual inversion (Gal et al. 2022, arXiv 2208.01618).
+"""New tokens for a text encoder: textual inversion (Gal et al. 2022, arXiv 2208.01618).
 
-A new word stands for one or several new rows at the end of the table of token embeddings; everything else stays. The
-words of several rows are ``<word>``, ``<word>_1``, ``<word>_2`` ..., as diffusers names them.
+A new word stands for one or more rows appended to the token embedding table; everything else is unchanged. The tokens
+of a word with several rows are ``<word>``, ``<word>_1``, ``<word>_2`` ..., as in diffusers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffuse_jax.limits import check_name, refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
-from diffuse_jax.text.tokenizer import calls, unpadded_ids
+from diffuse_jax.text.tokenizer import stateless, unpadded_ids
 from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
@@ -30,71 +30,71 @@ from diffuse_jax.weights.torch_file import read_torch_object
 FILE = "learned_embeds.safetensors"
 
 MAX_ROWS = 1000
-"""Rows of one word; a prompt of Stable Diffusion has 75 tokens."""
+"""Maximum number of rows of one word; a prompt of Stable Diffusion has 75 tokens."""
 
 TABLE = ("text_model", "embeddings", "token_embedding", "embedding")
 
 
 def words(token: str, vectors: int) -> list[str]:
-    """The words of ``vectors`` rows."""
+    """The token names of a word with ``vectors`` rows."""
     return [token, *(f"{token}_{i}" for i in range(1, vectors))]
 
 
-def spelled(prompt: str, tokenizer: Any) -> str:
-    """The prompt with every new word of several rows written as all of them; one that is so written already stays.
+def expand_words(prompt: str, tokenizer: Any) -> str:
+    """The prompt with every new word of several rows replaced by all of its tokens, unless they are already there.
 
-    The tokenizer says where a word is, because it is what reads the prompt in the end: of words that begin alike the
-    longest, in upper or lower case.
+    The tokenizer locates the words, since it is what finally reads the prompt: among words with a common prefix it
+    finds the longest, in upper or lower case.
     """
     known = tokenizer.get_added_vocab()
     several = {word for word in known if f"{word}_1" in known}
     if not several:
         return prompt
     found = _occurrences(prompt, tokenizer, known)
-    following = [word for word, _, _ in found[1:]] + [""]  # one more than there are words, if there are none
+    following = [word for word, _, _ in found[1:]] + [""]  # if there are no words, this is one too long
     text, done = "", 0
     for (word, start, stop), after in zip(found, following, strict=False):
         if word in several and after != f"{word}_1":
             rows = next(n for n in range(2, len(known) + 2) if f"{word}_{n}" not in known)
             text += prompt[done:start] + " ".join(words(word, rows))
-            text += " " if prompt[stop : stop + 1].isalnum() else ""  # or the last row's name would go on
+            text += " " if prompt[stop : stop + 1].isalnum() else ""  # keeps the last token's name from running on
             done = stop
     return text + prompt[done:]
 
 
 def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """The tokens of a prompt in their order, each with where it begins and ends; of new words at least."""
-    if not getattr(tokenizer, "is_fast", False):  # which alone can say where
+    """The tokens of a prompt in order, each with its start and end; slow tokenizers give the new words only."""
+    if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers report offsets
         longest = sorted(known, key=len, reverse=True)
         return [(m[0], m.start(), m.end()) for m in re.finditer("|".join(map(re.escape, longest)), prompt)]
-    call = calls(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    call = stateless(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     read = call([prompt])
     names = tokenizer.convert_ids_to_tokens(read["input_ids"][0])
     return [(name, *place) for name, place in zip(names, read["offset_mapping"][0], strict=True)]
 
 
 def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
-    """A tokenizer that knows the words of ``token`` too; the given one stays.
+    """A copy of the tokenizer with the words of ``token`` added.
 
     Raises:
-      ValueError: fewer than one vector, or a word that the tokenizer knows already.
+      ValueError: ``vectors`` is less than 1, or the tokenizer already knows one of the words.
     """
     if vectors < 1:
         raise ValueError(f"num_vectors must be at least 1, got {vectors}")
     new, known = words(token, vectors), tokenizer.get_vocab()
     for word in new:
         if word in known:
-            raise ValueError(f"the tokenizer knows {word!r} already; choose another placeholder_token")
+            raise ValueError(f"the tokenizer already knows {word!r}; choose another placeholder_token")
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(new)
     return extended
 
 
 def token_id(tokenizer: Any, word: str) -> int:
-    """The id of a word that is one token.
+    """The id of a word that is a single token.
 
     Raises:
-      ValueError: it is several tokens, or none.
+      ValueError: the word is several tokens, or none.
     """
     (ids,) = unpadded_ids(tokenizer, [word], add_special_tokens=False)
     if len(ids) != 1:
@@ -104,10 +104,10 @@ def token_id(tokenizer: Any, word: str) -> int:
 
 
 def with_rows(model: CLIPTextModel, params: Params, rows: jax.Array) -> tuple[CLIPTextModel, Params]:
-    """The encoder with ``rows [n,D]`` at the end of its table; the other parameters are shared.
+    """The encoder with ``rows [n,D]`` appended to its embedding table; the other parameters are shared.
 
     Raises:
-      ValueError: the rows have another width.
+      ValueError: the rows do not have the encoder's width.
     """
     if rows.ndim != 2 or rows.shape[1] != model.config.hidden_size:
         raise ValueError(f"new embeddings must be [n,{model.config.hidden_size}] for this encoder, got {rows.shape}")
@@ -116,14 +116,14 @@ def with_rows(model: CLIPTextModel, params: Params, rows: jax.Array) -> tuple[CL
 
 
 def table_of(params: Params) -> jax.Array:
-    """The table of token embeddings ``[V,D]``."""
+    """The token embedding table ``[V,D]``."""
     for word in TABLE:
         params = params[word]
     return params  # type: ignore[return-value]
 
 
 def combine(base: Params, rows: jax.Array) -> Params:
-    """An encoder's parameters with ``rows [n,D]`` in place of the last rows of its table."""
+    """An encoder's parameters with the last rows of its embedding table replaced by ``rows [n,D]``."""
     return _replace_table(base, lambda table: table.at[-len(rows) :].set(rows.astype(table.dtype)))
 
 
@@ -135,7 +135,7 @@ def _replace_table(params: Params, change: Any) -> Params:
 
 
 def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
-    """Write ``{token: rows [n,D]}`` as safetensors, which PyTorch's ``load_textual_inversion`` reads."""
+    """Write ``{token: rows [n,D]}`` as safetensors, for ``load_textual_inversion`` here and in PyTorch diffusers."""
     path, array = Path(file), np.asarray(jax.device_get(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {token: (array.dtype, array.shape)}, iter([array]))
@@ -143,15 +143,16 @@ def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
 
 
 def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.ndarray]:
-    """A word and its rows ``[n,D]`` float32 from a ``.safetensors``, ``.bin`` or ``.pt`` file, or a folder with one.
+    """Read a word and its rows ``[n,D]`` float32 from a ``.safetensors``, ``.bin`` or ``.pt`` file, or from its folder.
 
-    Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param``, ``name``) are understood.
+    Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param``, ``name``) are supported.
 
     Args:
+      source: the file, or the folder with ``learned_embeds.safetensors`` or ``learned_embeds.bin``.
       token: the word to use instead of the file's.
 
     Raises:
-      WeightsError: no such file, or not the embeddings of one word.
+      WeightsError: the file does not exist, or does not hold the embeddings of one word.
     """
     path = Path(source)
     if path.is_dir():
@@ -161,7 +162,7 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
         raise WeightsError(f"{path}: no such file; expected learned embeddings (.safetensors, .bin, .pt)")
     data: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_object(path)
     if not isinstance(data, dict):
-        raise bad(path, f"holds a {type(data).__name__}; expected the embeddings of one word under its name")
+        raise bad(path, f"holds a {type(data).__name__}; expected a dict with the embeddings of one word")
     name = None
     if "string_to_param" in data:
         name, data = data.get("name"), data["string_to_param"]
@@ -172,10 +173,10 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     if not isinstance(rows, np.ndarray):
         raise bad(path, f"{word!r} is a {type(rows).__name__}; expected a tensor [n,D] or [D]")
     if not isinstance(word, str):
-        raise bad(path, f"the name of its word is {brief(word)}; expected text")
+        raise bad(path, f"the name of its word is {brief(word)}; expected a string")
     if rows.ndim not in (1, 2) or 0 in rows.shape:
         raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
     if rows.ndim == 2 and len(rows) > MAX_ROWS:
-        raise bad(path, f"{brief(word)} has {len(rows)} rows; no prompt holds more than {MAX_ROWS}")
+        raise bad(path, f"{brief(word)} has {len(rows)} rows; the maximum is {MAX_ROWS}")
     rows = compact(rows, np.dtype(np.float32))
     return token or check_name(path, word), rows.reshape(-1, rows.shape[-1])

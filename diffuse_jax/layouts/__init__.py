@@ -1,4 +1,4 @@
-"""What the keys in other programs' files mean: which network a tensor belongs to, and which architecture it shows.
+"""The meaning of keys in other programs' files: which network a tensor belongs to, and which architecture it implies.
 
 :mod:`diffuse_jax.weights` reads and writes the files themselves.
 """

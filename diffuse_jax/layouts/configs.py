@@ -1,4 +1,4 @@
-"""``config.json`` of the networks of a single file, read off their tensors and completed by their family."""
+"""``config.json`` of the networks in a single file, inferred from their tensors and completed with family constants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
 def controlnet_config(net: Tensors) -> dict[str, Any]:
     """``config.json`` of a ControlNet from its tensors under diffusers' names.
 
-    Networks like Stable Diffusion 1, which project to attention by convolutions, have 8 heads at every level.
+    Like Stable Diffusion 1, networks whose attention projections are convolutions have 8 heads at every level.
     """
     hint = "controlnet_cond_embedding"
     encoder = encoder_config(net, None if net["mid_block.attentions.0.proj_in.weight"].ndim == 2 else 8)
@@ -43,7 +43,7 @@ def controlnet_config(net: Tensors) -> dict[str, Any]:
 
 
 def encoder_config(unet: Tensors, heads: int | None) -> dict[str, Any]:
-    """What ``config.json`` says of the encoder of a UNet, which a ControlNet is too."""
+    """The part of ``config.json`` for the encoder of a UNet, which a ControlNet shares."""
     levels = _levels(unet, "down_blocks")
     channels = [_outputs(unet, f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)]
     depths = [_depth(unet, f"down_blocks.{i}.attentions.0") for i in range(levels)]
@@ -59,7 +59,7 @@ def encoder_config(unet: Tensors, heads: int | None) -> dict[str, Any]:
         "attention_head_dim": heads or [max(1, width // 64) for width in channels],
         "cross_attention_dim": context,
         "use_linear_projection": unet["mid_block.attentions.0.proj_in.weight"].ndim == 2,
-        # A level without attention needs a value too; the last one's is also that of the middle.
+        # A level without attention needs a value too; the last level's is also the middle block's.
         "transformer_layers_per_block": known.pop() if len(known) == 1 else [*(d or 1 for d in depths[:-1]), mid],
         "only_cross_attention": _only_cross(unet, levels, context),
     }
@@ -67,7 +67,7 @@ def encoder_config(unet: Tensors, heads: int | None) -> dict[str, Any]:
 
 
 def _label_config(unet: Tensors) -> dict[str, Any]:
-    """What the condition beside text and time is."""
+    """The part of the config for conditioning other than text and time."""
     kind = label_kind(unet) if any(key.startswith(("class_embedding.", "add_embedding.")) for key in unet) else None
     if kind == "classes":
         return {"num_class_embeds": unet["class_embedding.weight"].shape[0]}
@@ -85,7 +85,7 @@ def _label_config(unet: Tensors) -> dict[str, Any]:
 
 
 def _only_cross(unet: Tensors, levels: int, context: int) -> bool | list[bool]:
-    """Levels whose first attention looks at the text too (the upscaler)."""
+    """Which levels attend to the text in both attentions (the upscaler)."""
     found = []
     for level in range(levels):
         block = f"down_blocks.{level}.attentions.0.transformer_blocks.0"
@@ -129,7 +129,7 @@ def text_config(text: Tensors, layout: str) -> dict[str, Any]:
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": text["text_model.embeddings.position_embedding.weight"].shape[0],
         "hidden_act": "quick_gelu" if layout == "clip" else "gelu",
-        # The ids of the published files, which mark the older rule for the end of the text.
+        # The ids of the published files; they select the older rule for finding the end of the text.
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
@@ -141,11 +141,11 @@ def _outputs(tensors: Tensors, key: str) -> int:
 
 
 def _levels(tensors: Tensors, prefix: str) -> int:
-    """One more than the largest list index after a prefix."""
+    """The number of list items after a prefix: the largest index plus one."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in tensors)
     levels = 1 + max(int(match[1]) for match in found if match)
     if levels > len(tensors):
-        raise ValueError(f"{prefix} has an index {levels - 1} in a file of {len(tensors)} tensors")
+        raise ValueError(f"{prefix} has index {levels - 1} in a file of {len(tensors)} tensors")
     return levels
 
 
@@ -154,6 +154,6 @@ def _layers(tensors: Tensors, prefix: str) -> int:
 
 
 def _depth(tensors: Tensors, attention: str) -> int | None:
-    """Number of transformer blocks of an attention, None if it is not there."""
+    """The number of transformer blocks of an attention, or None if there is no such attention."""
     present = any(key.startswith(f"{attention}.transformer_blocks.") for key in tensors)
     return _levels(tensors, f"{attention}.transformer_blocks") if present else None

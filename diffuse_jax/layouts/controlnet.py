@@ -1,4 +1,4 @@
-"""Reading a ControlNet from one file, in the layout of the originals (Zhang et al. 2023) or in that of diffusers."""
+"""Reading a ControlNet from a single file in the original layout (Zhang et al. 2023) or in that of diffusers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from diffuse_jax.layouts.single_file import Part
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 
 PREFIX = "control_model."
-"""Before the names of a ControlNet in files that hold its UNet, autoencoder and text encoder too."""
+"""Prefix of a ControlNet's keys in files that also contain the UNet, autoencoder and text encoder."""
 
-MARKS = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
-"""What embeds the control image, in the original layout and in diffusers'; no other network has it."""
+MARKERS = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
+"""The embedding of the control image, in the original layout and in diffusers'; no other network has these keys."""
 
 
 def read_controlnet(path: Path | str) -> Part:
-    """Open a file that holds a ControlNet, alone or beside other networks, which are left alone.
+    """Open a file that contains a ControlNet, ignoring any other networks in it.
+
+    Args:
+      path: a ``.safetensors``, ``.ckpt`` or ``.pth`` file.
 
     Raises:
-      WeightsError: a damaged or hostile file, or there is no ControlNet in it.
+      WeightsError: the file is damaged or hostile, or contains no ControlNet.
     """
     path = Path(path)
     if path.is_dir():
-        raise bad(path, "is a folder, and a checkpoint of one file is wanted; from_pretrained opens folders")
+        raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
     tensors = read_checkpoint([path]).tensors
-    own = {key.removeprefix(PREFIX): array for key, array in tensors.items() if key.startswith(PREFIX)} or tensors
-    if not any(mark in own for mark in MARKS):
-        raise bad(path, f"holds no ControlNet: there is neither {' nor '.join(map(repr, MARKS))} (after {PREFIX!r})")
+    controlnet = {
+        key.removeprefix(PREFIX): array for key, array in tensors.items() if key.startswith(PREFIX)
+    } or tensors
+    if not any(marker in controlnet for marker in MARKERS):
+        raise bad(path, f"contains no ControlNet: it has neither {' nor '.join(map(repr, MARKERS))} (after {PREFIX!r})")
     try:
-        found = to_diffusers(own, controlnet_table(own))
+        found = to_diffusers(controlnet, controlnet_table(controlnet))
         config = controlnet_config(found)
     except (KeyError, ValueError, IndexError, StopIteration) as error:
         raise bad(
-            path, f"cannot read a ControlNet's configuration off its tensors; missing or misshapen: {error}"
+            path, f"cannot infer the ControlNet's configuration from its tensors; missing or misshapen: {error}"
         ) from error
     return Part("diffusers", "ControlNetModel", config, Checkpoint(found, dict.fromkeys(found, path)))

@@ -1,7 +1,7 @@
-"""The families of single-file checkpoints: what their tensors do not say, as data, and how a family is recognised.
+"""The families of single-file checkpoints: their constants as data, and how a family is identified.
 
-Sizes are in the tensors. What is not (number of heads, noise schedule, size of the images) is a constant of the
-family: a row of :data:`FAMILIES`, with the values of the configurations that were published beside the checkpoints.
+Sizes are read from the tensors. What tensors do not imply (number of heads, noise schedule, image size) is a constant
+of the family: an entry of :data:`FAMILIES`, with values from the configurations published with the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from diffuse_jax.errors import WeightsError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-"""Where the UNet and the autoencoder lie in a file of any family."""
+"""Prefixes of the UNet's and the autoencoder's keys in every family."""
 
 CLASS_LABELS = UNET + "label_emb.weight"
 SIZE_LABELS = UNET + "label_emb.0.0.weight"
-"""The table of class embeddings of a UNet that has one, and the perceptron of one that is conditioned by sizes."""
+"""A UNet's class embedding table, and its MLP for SDXL's micro-conditioning."""
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-"""Empty tensors by which files of a family that predicts noise say that they predict v, and that the last timestep of
-their noise schedule is noise alone."""
+"""Empty marker tensors, in files of families that predict noise: the file predicts v; its noise schedule has zero
+terminal SNR."""
 
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COMMON = {"num_train_timesteps": 1000, "trained_betas": None, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -39,30 +39,30 @@ LOW_RES = {
     "variance_type": "fixed_small",
     **X4_BETAS,
 }
-"""What adds noise to the image that the upscaler enlarges."""
+"""The scheduler that adds noise to the upscaler's low-resolution input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the checkpoints of a family have in common and their tensors do not say.
+    """What a family's checkpoints have in common but their tensors do not imply.
 
     Attributes:
-      text: component name -> (prefix in the file, a name of :data:`diffuse_jax.layouts.original.TABLES`).
-      pipelines: number of the UNet's input channels -> pipeline class.
-      heads: number of attention heads at every level, or None for one for each 64 channels.
-      prediction_type: unless the file or the caller says otherwise.
+      text: text encoder name -> (prefix in the file, a name of :data:`diffuse_jax.layouts.original.TABLES`).
+      pipelines: number of UNet input channels -> pipeline class.
+      heads: number of attention heads at every level, or None for one per 64 channels.
+      prediction_type: the default, unless the file or the caller says otherwise.
       latent_size: ``sample_size`` of the UNet.
       image_size: ``sample_size`` of the autoencoder.
       vae_scale: ``scaling_factor`` of the autoencoder.
       scheduler: the scheduler's configuration, without ``prediction_type``.
-      other_schedulers: component name -> configuration of a scheduler beside it.
+      other_schedulers: component name -> configuration of any further scheduler.
       options: further values of ``model_index.json``.
-      labels: the key of what the UNet is conditioned by besides time and text: a table of class embeddings
-        (:data:`CLASS_LABELS`), sizes (:data:`SIZE_LABELS`), or None.
-      linear_projection: the matrices around the UNet's attention are no convolutions.
-      penultimate_text: the text encoder is read at its last layer but one, and the last one is not used.
-      epsilon_sizes: (latent, image) ``sample_size`` of those checkpoints of the family that predict noise although the
-        family predicts v, or None.
+      labels: the key of the UNet's conditioning besides time and text: a class embedding table
+        (:data:`CLASS_LABELS`), micro-conditioning (:data:`SIZE_LABELS`), or None.
+      linear_projection: whether the projections around the UNet's attention are linear rather than convolutions.
+      penultimate_text: whether prompts are encoded by the penultimate layer, so that the last one is unused.
+      epsilon_sizes: (latent, image) ``sample_size`` of the family's checkpoints that predict noise, where the family
+        predicts v; or None.
     """
 
     text: Mapping[str, tuple[str, str]]
@@ -82,11 +82,11 @@ class Family:
 
     @property
     def places(self) -> dict[str, tuple[str, str]]:
-        """Component name -> (prefix in the file, name of the table), for every network of a file."""
+        """Component name -> (prefix in the file, name of the table), for every network."""
         return {"unet": (UNET, "unet"), "vae": (VAE, "vae"), **self.text}
 
     def scheduler_for(self, prediction_type: str, zero_snr: bool) -> dict[str, Any]:
-        """The scheduler's configuration; PNDM cannot begin at a timestep that is noise alone, DDIM can."""
+        """The scheduler's configuration; with zero terminal SNR, DDIM replaces PNDM, which cannot start there."""
         changes = {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
         base = DDIM if zero_snr and self.scheduler is PNDM else self.scheduler
         return {**base, **changes}
@@ -166,9 +166,9 @@ FAMILIES = {
     "v2": V2,
     "v1": V1,
 }
-"""Families by name; where a file fits several equally well, the first is taken."""
+"""Families by name; if a file fits several equally well, the first is taken."""
 
-MARKS = {
+MARKERS = {
     "unet": ("input_blocks.0.0.weight", "time_embed.0.weight", "middle_block.1.norm.weight", "out.2.weight"),
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"),
     "clip": (
@@ -184,35 +184,36 @@ MARKS = {
         "ln_final.weight",
     ),
 }
-"""Name of a table -> keys that every network of its kind has. With half of them it is there, if perhaps not whole: what
-is missing of it is said when its tensors are matched with its shapes."""
+"""Name of a table -> keys that every network of its kind has. Half of them are enough to count as present; if the
+network is incomplete, the error comes when its tensors are matched against its shapes."""
 
 EPSILON_STEPS = {875000}
-"""``global_step`` of the files of a family with ``epsilon_sizes`` that predict noise (``2-base``)."""
+"""``global_step`` of the files that predict noise in a family with ``epsilon_sizes`` (``2-base``)."""
 
 
-def judge(
+def identify(
     tensors: Mapping[str, np.ndarray], given: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str | None, dict[str, list[str]]]:
     """The family of a single file, and what the file lacks for each family.
 
     Args:
-      tensors: what the file holds.
-      given: component name -> configuration, or an empty one, of those that come from elsewhere; the file is not asked
-        for these.
+      tensors: the file's tensors.
+      given: component name -> configuration (may be empty) of the components that the caller provides; the file need
+        not contain these.
 
     Returns:
-      A name of :data:`FAMILIES`, or None if every family lacks something; and name -> what is missing, in words.
+      A name of :data:`FAMILIES`, or None if something is missing for every family; and a dict from each name to
+      descriptions of what is missing.
     """
     lacks = {name: _lacks(family, tensors, given) for name, family in FAMILIES.items()}
     fitting = [name for name, missing in lacks.items() if not missing]
-    # The networks of one family may be among those of another, and all text encoders may come from elsewhere.
-    best = max(fitting, key=lambda name: _explained(FAMILIES[name], tensors), default=None)
+    # One family's networks may be a subset of another's, and the caller may provide all text encoders.
+    best = max(fitting, key=lambda name: _fit(FAMILIES[name], tensors), default=None)
     return best, lacks
 
 
 def _lacks(family: Family, tensors: Mapping[str, np.ndarray], given: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a file lacks to be of a family."""
+    """What a file lacks to belong to a family."""
     missing = [
         f"{part} ({prefix}*)"
         for part, (prefix, table) in family.places.items()
@@ -228,7 +229,7 @@ def _lacks(family: Family, tensors: Mapping[str, np.ndarray], given: Mapping[str
 
 
 def _labels(tensors: Mapping[str, np.ndarray], given: Mapping[str, Mapping[str, Any]]) -> Collection[str] | None:
-    """What the UNet is conditioned by besides time and text, by its keys or its configuration; None if unknown."""
+    """The UNet's conditioning besides time and text, from its keys or its configuration; None if unknown."""
     if "unet" not in given:
         return {CLASS_LABELS, SIZE_LABELS} & tensors.keys()
     config = given["unet"]
@@ -237,15 +238,15 @@ def _labels(tensors: Mapping[str, np.ndarray], given: Mapping[str, Mapping[str, 
 
 
 def _is_there(tensors: Mapping[str, np.ndarray], prefix: str, table: str) -> bool:
-    """Whether a file has a network of a kind at a place, by several of its keys."""
-    marks = MARKS[table]
-    # The oldest text encoders lie one level deeper than those that were trained further soon after.
-    found = [prefix + mark in tensors or f"{prefix}text_model.{mark}" in tensors for mark in marks]
-    return 2 * sum(found) >= len(marks)
+    """Whether a file has a network of this kind under a prefix, judged by several of its keys."""
+    markers = MARKERS[table]
+    # Some text encoders have a ``text_model`` level in their names, others do not.
+    found = [prefix + marker in tensors or f"{prefix}text_model.{marker}" in tensors for marker in markers]
+    return 2 * sum(found) >= len(markers)
 
 
-def _explained(family: Family, tensors: Mapping[str, np.ndarray]) -> tuple[int, bool]:
-    """How well a family explains a file that has all that it needs: the networks of the file, the kind of its UNet."""
+def _fit(family: Family, tensors: Mapping[str, np.ndarray]) -> tuple[int, bool]:
+    """How well a complete file fits a family: the number of its text encoders, and whether the UNet's kind agrees."""
     networks = sum(_is_there(tensors, prefix, table) for prefix, table in family.text.values())
     projection = tensors.get(UNET + "middle_block.1.proj_in.weight")
     return networks, projection is not None and (projection.ndim == 2) == family.linear_projection
@@ -255,7 +256,7 @@ def family_for(networks: Mapping[str, Mapping[str, Any]]) -> str:
     """The family that a pipeline's configurations (component name -> ``config.json``) belong to.
 
     Raises:
-      WeightsError: the original layout has no place for such a pipeline.
+      WeightsError: the original layout cannot hold such a pipeline.
     """
     labels = networks.get("unet", {}).get("num_class_embeds") is not None
     for name, family in FAMILIES.items():
@@ -269,5 +270,5 @@ def family_for(networks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _text_table(config: Mapping[str, Any]) -> str:
-    """Which kind of text encoder a ``config.json`` describes; only OpenAI's CLIP has the quick activation."""
+    """The kind of text encoder that a ``config.json`` describes; only OpenAI's CLIP uses ``quick_gelu``."""
     return "clip" if config.get("hidden_act") == "quick_gelu" else "openclip"

@@ -1,10 +1,9 @@
-"""LoRA files: which layer a key belongs to, which half of its pair it holds, and what the pair is multiplied by.
+"""LoRA files: which layer a key belongs to, which half of its pair it holds, and how the pair is scaled.
 
-A key is the network's name in the pipeline, the layer's PyTorch name, and the kind of the tensor:
+A key consists of the network's name in the pipeline, the layer's PyTorch name, and the kind of tensor:
 ``unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight``. Releases of diffusers and PEFT
-spell it differently. A pair acts with the factor ``alpha / r``; ``alpha`` is a tensor of the layer, or stands for a
-whole network in the settings of PEFT that newer files keep in their metadata, and is ``r`` where nothing says
-otherwise.
+write it differently. A pair is scaled by ``alpha / r``. ``alpha`` is a tensor of the layer, or a setting of PEFT for a
+whole network, which newer files keep in their metadata; by default it is ``r``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from diffuse_jax.messages import brief
 from diffuse_jax.weights.names import ALIASES, Renames, rename
 from diffuse_jax.weights.safetensors import read_metadata
 
-SPELLINGS = {
+SUFFIXES = {
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
     ".lora.down.weight": "down",
@@ -37,7 +36,7 @@ SPELLINGS = {
     ".lora_B.default.weight": "up",
     ".alpha": "alpha",
 }
-"""Ends of keys -> what the tensor is."""
+"""Suffix of the key -> kind of tensor."""
 
 STEMS: Renames = (
     (r"^(unet\.)+", "unet."),
@@ -47,54 +46,54 @@ STEMS: Renames = (
     (r"(self_attn)\.to_([qkv])$", r"\1.\2_proj"),
     (r"(self_attn)\.to_out$", r"\1.out_proj"),
 )
-"""Layers as older files name them -> as checkpoints do."""
+"""Layer names in older files -> names in checkpoints."""
 
 SETTINGS = "lora_adapter_metadata"
-"""Key of the file's metadata under which PyTorch diffusers keeps PEFT's settings, ``{"unet.lora_alpha": 8, ...}``."""
+"""The metadata key under which PyTorch diffusers stores PEFT's settings, ``{"unet.lora_alpha": 8, ...}``."""
 
 MAX_ALPHA = 1e6
 MAX_PATTERNS = (5000, 32)
-"""Keys of an ``alpha_pattern``, and those among them that are more than names."""
+"""Maximum number of keys of an ``alpha_pattern``, and of those among them that are not plain names."""
 
 KOHYA = re.compile(r"lora_(unet|te\d?)_")
 
 
 def split_key(file: Path, key: str) -> tuple[str, str, str]:
-    """``unet.a.b.lora.down.weight`` -> ``("unet.a.b", "down", "unet.a.b")``: layer, kind, and the layer as spelled.
+    """``unet.a.b.lora.down.weight`` -> ``("unet.a.b", "down", "unet.a.b")``: layer, kind, and the layer's name as is.
 
-    The kind is ``down``, ``up`` or ``alpha``. The UNet's name may be missing, and layers may have older names.
+    The kind is ``down``, ``up`` or ``alpha``. In the file, ``unet.`` may be missing, and layers may have older names.
 
     Raises:
-      WeightsError: the key is of no known form.
+      WeightsError: the key has an unknown form.
     """
     if KOHYA.match(key):
         raise bad(
-            file, f"{key!r} is a name of kohya's scripts; such files are not read, only those of diffusers and PEFT"
+            file, f"{key!r} is in the format of kohya's scripts, which is not supported; use that of diffusers or PEFT"
         )
-    for end, kind in SPELLINGS.items():
-        if key.endswith(end):
-            spelled = key.removesuffix(end)
-            network, _, layer = rename(spelled, STEMS).partition(".")
-            return f"{network}.{rename(layer, ALIASES)}", kind, spelled
-    raise bad(file, f"{key!r} is no LoRA tensor; expected names that end in {', '.join(SPELLINGS)}")
+    for suffix, kind in SUFFIXES.items():
+        if key.endswith(suffix):
+            name_in_file = key.removesuffix(suffix)
+            network, _, layer = rename(name_in_file, STEMS).partition(".")
+            return f"{network}.{rename(layer, ALIASES)}", kind, name_in_file
+    raise bad(file, f"{key!r} is not a LoRA tensor; expected a name that ends in {', '.join(SUFFIXES)}")
 
 
 def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's settings of every network in the file that has any, ``{"unet": {"lora_alpha": 8, ...}}``.
+    """PEFT's settings for each network that has some, ``{"unet": {"lora_alpha": 8, ...}}``.
 
-    Their names begin with the network's, as the tensors' do, or with nothing where the UNet alone was saved.
+    Their names have the network's name as a prefix, as the tensors do, or no prefix if only the UNet was saved.
 
     Args:
-      file: what is read.
-      layers: the layers with pairs in the file, as :func:`split_key` gives them -> as the file spells them.
+      file: the LoRA file.
+      layers: the file's layers, as named by :func:`split_key` -> as named in the file.
 
     Raises:
-      WeightsError: the settings are damaged, or stand for a network or for layers that have no pair in the file.
+      WeightsError: the settings are damaged, or refer to a network or layers without a pair in the file.
     """
     text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
     flat = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})")
     if not isinstance(flat, dict):
-        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are no object")
+        raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not an object")
     networks = {stem.partition(".")[0] for stem in layers}
     settings: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -103,51 +102,51 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
             raise bad(
                 file,
                 f"its metadata ({SETTINGS!r}) has {key!r}, but the file has no pairs for {network!r}, only for "
-                f"{', '.join(sorted(networks))}; a setting that matches nothing would be lost",
+                f"{', '.join(sorted(networks))}; a setting that matches nothing would be ignored",
             )
         settings.setdefault(network, {})[name] = value
-    for network, own in settings.items():
-        _check_patterns(file, network, own, layers)
+    for network, of_network in settings.items():
+        _check_patterns(file, network, of_network, layers)
     return settings
 
 
 def _check_patterns(file: Path, network: str, settings: Mapping[str, Any], layers: Mapping[str, str]) -> None:
     for pattern in checked_patterns(file, settings.get("alpha_pattern")):
-        here = ((stem, spelled) for stem, spelled in layers.items() if stem.startswith(f"{network}."))
-        if not any(_matches(file, pattern, stem, spelled) for stem, spelled in here):
+        names = (item for item in layers.items() if item[0].startswith(f"{network}."))
+        if not any(_matches(file, pattern, *both) for both in names):
             raise bad(
                 file, f"the alpha_pattern {brief(pattern)} in its metadata matches no layer of {network} in the file"
             )
 
 
 def pair_factor(
-    file: Path, stem: str, spelled: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Mapping[str, Any]]
+    file: Path, stem: str, name_in_file: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Mapping[str, Any]]
 ) -> float:
-    """What the product of a pair is multiplied by: ``alpha / r`` (``alpha / sqrt(r)`` in rsLoRA, arXiv 2312.03732).
+    """The scale of a pair's product: ``alpha / r`` (``alpha / sqrt(r)`` in rsLoRA, arXiv 2312.03732).
 
     Args:
-      file: what errors name.
-      stem: network and layer, as :func:`split_key` gives them.
-      spelled: the same as the file spells it.
-      parts: ``down`` and, where the layer has one, ``alpha``, as the file holds them.
-      settings: of the file, as :func:`read_settings` gives them.
+      file: the file that errors name.
+      stem: network and layer, as named by :func:`split_key`.
+      name_in_file: the same as named in the file.
+      parts: the layer's tensors in the file: ``down`` and, if there is one, ``alpha``.
+      settings: the file's settings, as returned by :func:`read_settings`.
 
     Raises:
       WeightsError: ``alpha`` is not a number.
     """
-    own, rank = settings.get(stem.partition(".")[0], {}), parts["down"].shape[0]
-    patterns = checked_patterns(file, own.get("alpha_pattern"))
-    of_layer = (value for pattern, value in patterns.items() if _matches(file, pattern, stem, spelled))
-    alpha = parts.get("alpha", next(of_layer, own.get("lora_alpha", rank)))
-    root = own.get("use_rslora") and "alpha" not in parts
+    of_network, rank = settings.get(stem.partition(".")[0], {}), parts["down"].shape[0]
+    patterns = checked_patterns(file, of_network.get("alpha_pattern"))
+    of_layer = (value for pattern, value in patterns.items() if _matches(file, pattern, stem, name_in_file))
+    alpha = parts.get("alpha", next(of_layer, of_network.get("lora_alpha", rank)))
+    root = of_network.get("use_rslora") and "alpha" not in parts
     return checked_alpha(file, stem, alpha) / (math.sqrt(rank) if root else rank)
 
 
 def checked_alpha(file: Path, stem: str, alpha: Any) -> float:
-    """The ``alpha`` of a layer, which must be one finite number that can be a strength.
+    """The ``alpha`` of a layer as a float.
 
     Raises:
-      WeightsError: it is not.
+      WeightsError: it is not a single number within ``MAX_ALPHA``.
     """
     if isinstance(alpha, np.ndarray) and alpha.size == 1:
         alpha = alpha.item()
@@ -157,10 +156,10 @@ def checked_alpha(file: Path, stem: str, alpha: Any) -> float:
 
 
 def checked_patterns(file: Path, patterns: Any) -> Mapping[str, Any]:
-    """PEFT's ``alpha_pattern``, an object whose keys are patterns for layers; few of them are more than names.
+    """PEFT's ``alpha_pattern``, an object whose keys are patterns for layers, mostly plain names.
 
     Raises:
-      WeightsError: it is something else, or there are too many to be compared with every layer.
+      WeightsError: it is not an object, or has too many patterns to compare with every layer.
     """
     if patterns is not None and not isinstance(patterns, Mapping):
         raise bad(file, f"the alpha_pattern in its metadata is {brief(patterns)}, not an object")
@@ -172,12 +171,12 @@ def checked_patterns(file: Path, patterns: Any) -> Mapping[str, Any]:
 
 
 def _matches(file: Path, pattern: str, *names: str) -> bool:
-    """Whether a pattern of PEFT means a layer, by any of its names.
+    """Whether one of PEFT's patterns matches a layer, by any of its names.
 
     Raises:
-      WeightsError: the pattern is not of a form that is read.
+      WeightsError: the pattern has an unsupported form.
     """
     try:
         return any(matches(pattern, name) for name in names)
     except ValueError as error:
-        raise bad(file, f"the alpha_pattern {brief(pattern)} in its metadata is not read: {error}") from error
+        raise bad(file, f"the alpha_pattern {brief(pattern)} in its metadata is not supported: {error}") from error

@@ -1,7 +1,7 @@
 """Tables from the names of the original (CompVis, Stability) checkpoints to those of diffusers and transformers.
 
-A table (see :mod:`diffuse_jax.layouts.rows`) is made for the number of levels and layers that the keys themselves show,
-in either spelling, so that no configuration is needed.
+A table (see :mod:`diffuse_jax.layouts.rows`) is built from the keys, which show the number of levels and layers under
+either naming scheme, so no configuration is needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ UNET_LABELS = {
     "projection": [("label_emb.0.0", "class_embedding.linear_1"), ("label_emb.0.2", "class_embedding.linear_2")],
     "classes": [("label_emb", "class_embedding")],
 }
-"""What ``label_emb`` is: SDXL's sizes and pooled text, an image's embedding, or a class number."""
+"""What ``label_emb`` is: SDXL's micro-conditioning and pooled prompt embedding, an image embedding, or a class
+label."""
 
 VAE_FIXED: Table = [
     ("quant_conv", "quant_conv", "same"),
@@ -80,10 +81,10 @@ OPENCLIP_LAYER = [
 
 
 def unet_table(keys: Iterable[str]) -> Table:
-    """The table of a UNet, from its keys in either spelling.
+    """The table of a UNet, from its keys under either naming scheme.
 
     Raises:
-      WeightsError: there is no regular grid of levels and layers in the keys.
+      WeightsError: the keys do not form regular levels and layers.
     """
     keys = set(keys)
     down = _indices(keys, r"down_blocks\.(\d+)\.resnets\.(\d+)\.")
@@ -95,7 +96,7 @@ def unet_table(keys: Iterable[str]) -> Table:
         blocks = max((i for (i,) in _indices(keys, r"input_blocks\.(\d+)\.0\.")), default=0)
         levels, layers = len(strides) + 1, (strides[0] - 1 if strides else blocks)
         if layers < 1 or (layers + 1) * levels - 1 != blocks:
-            raise WeightsError(f"its input_blocks (0 to {blocks}, downsampling at {strides}) are no UNet's")
+            raise WeightsError(f"its input_blocks (0 to {blocks}, downsampling at {strides}) do not form a UNet")
         attends = {i // (layers + 1) for (i,) in _indices(keys, r"output_blocks\.(\d+)\.1\.transformer_blocks\.")}
     table = UNET_FIXED + [(old, new, "same") for old, new in UNET_LABELS[label_kind(keys)]]
     table += _resnet("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
@@ -120,7 +121,7 @@ def controlnet_table(keys: Iterable[str]) -> Table:
 
 
 def _unet_level(level: int, layers: int, up_attends: bool) -> Table:
-    """The rows of one way down and of one way up."""
+    """The rows of one level of the down path and of the up path."""
     down, up = 1 + level * (layers + 1), level * (layers + 1)
     table = [(f"input_blocks.{down + layers}.0.op", f"down_blocks.{level}.downsamplers.0.conv", "same")]
     for i in range(layers):
@@ -137,8 +138,8 @@ def _unet_level(level: int, layers: int, up_attends: bool) -> Table:
 def label_kind(keys: Iterable[str]) -> str:
     """Which of :data:`UNET_LABELS` a UNet has.
 
-    Both kinds of perceptron are ``label_emb.0`` in the original. Only SDXL's networks have a level without attention at
-    full resolution, and all of those have text and sizes as their condition.
+    Both kinds of MLP are ``label_emb.0`` in the original. Only SDXL's UNets have no attention at full resolution, and
+    all of them are conditioned on pooled text and sizes.
     """
     keys = set(keys)
     if keys & {"label_emb.weight", "class_embedding.weight"}:
@@ -151,17 +152,17 @@ def label_kind(keys: Iterable[str]) -> str:
 
 
 def vae_table(keys: Iterable[str]) -> Table:
-    """The table of an autoencoder, from its keys in either spelling."""
+    """The table of an autoencoder, from its keys under either naming scheme."""
     found = _indices(set(keys), r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.")
     if not found:
-        raise WeightsError("there is no autoencoder in its keys")
+        raise WeightsError("its keys contain no autoencoder")
     levels, layers = 1 + max(b for b, _ in found), 1 + max(i for _, i in found)
     table = list(VAE_FIXED)
     for side in ("encoder", "decoder"):
         for i in range(2):
             table += _resnet(f"{side}.mid.block_{i + 1}", f"{side}.mid_block.resnets.{i}", VAE_RESNET)
     for level in range(levels):
-        up = levels - 1 - level  # the original counts both sides from the finest level
+        up = levels - 1 - level  # the original numbers both paths from the finest level
         for i in range(layers):
             table += _resnet(f"encoder.down.{level}.block.{i}", f"encoder.down_blocks.{level}.resnets.{i}", VAE_RESNET)
         for i in range(layers + 1):
@@ -173,7 +174,7 @@ def vae_table(keys: Iterable[str]) -> Table:
 
 
 def openclip_table(keys: Iterable[str]) -> Table:
-    """The table of an OpenCLIP text encoder, from its keys in either spelling."""
+    """The table of an OpenCLIP text encoder, from its keys under either naming scheme."""
     found = _indices(set(keys), r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d+)\.")
     table = list(OPENCLIP_FIXED)
     for (i,) in sorted(found):
@@ -183,7 +184,7 @@ def openclip_table(keys: Iterable[str]) -> Table:
 
 
 def clip_table(keys: Iterable[str]) -> Table:
-    """The table of a CLIP text encoder, which the originals keep in transformers' names, of its time or of today."""
+    """The table of a CLIP text encoder, which original files store under transformers' names, old or new."""
     return [(key, rename(key, ALIASES), "same") for key in keys]
 
 
@@ -192,15 +193,15 @@ def _resnet(old: str, new: str, parts: list[tuple[str, str]]) -> Table:
 
 
 def _indices(keys: Collection[str], pattern: str) -> set[tuple[int, ...]]:
-    """The numbers that a pattern finds at the beginning of keys.
+    """The indices that a pattern matches at the start of keys.
 
     Raises:
-      WeightsError: a number that so few keys cannot count up to, which would make a table without end.
+      WeightsError: an index is too large for the number of keys, so the table would be unboundedly long.
     """
     found = {tuple(map(int, m.groups())) for m in (re.match(pattern, key) for key in keys) if m}
     most = math.prod(1 + max(column) for column in zip(*found, strict=True))
     if most > max(len(keys), 1):
-        raise WeightsError(f"{len(keys)} keys count blocks up to {max(found)}; those between are missing")
+        raise WeightsError(f"{len(keys)} keys number blocks up to {max(found)}; some in between are missing")
     return found
 
 
@@ -211,4 +212,4 @@ TABLES: dict[str, Callable[[Iterable[str]], Table]] = {
     "openclip": openclip_table,
     "controlnet": controlnet_table,
 }
-"""Kind of network -> what makes its table from its keys."""
+"""Kind of network -> the function that builds its table from its keys."""

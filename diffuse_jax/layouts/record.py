@@ -1,4 +1,4 @@
-"""What a written single file keeps in its metadata, because its tensors do not say it: the configurations."""
+"""The configurations that a single file keeps in its metadata, because its tensors do not imply them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from diffuse_jax.limits import parse_json
 from diffuse_jax.weights.safetensors import read_metadata
 
 KEY = "diffuse_jax"
-"""Key of the metadata."""
+"""The key in the metadata."""
 
 Configs = Mapping[str, Mapping[str, Any]]
 """Component name -> configuration."""
 
 
 def make_record(configs: Configs | None, schedulers: Configs | None) -> dict[str, str] | None:
-    """The metadata of a file whose pipeline has these configurations; None if there are none."""
+    """The metadata that stores these configurations; None if there are none."""
     if not configs and not schedulers:
         return None
     return {KEY: json.dumps({"configs": configs or {}, "schedulers": schedulers or {}})}
 
 
 def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{"configs": ..., "schedulers": ...}`` as :func:`make_record` left them, or an empty dict.
+    """``{"configs": ..., "schedulers": ...}`` as :func:`make_record` stored them, or an empty dict.
 
     Raises:
       WeightsError: the record is damaged.
@@ -39,5 +39,5 @@ def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     except (TypeError, KeyError, AttributeError) as error:
         raise bad(path, f"the configurations in its metadata ({KEY!r}) are damaged ({error})") from error
     if not all(isinstance(table, dict) for table in tables):
-        raise bad(path, f"the configurations in its metadata ({KEY!r}) are no objects")
+        raise bad(path, f"the configurations in its metadata ({KEY!r}) are not objects")
     return found

@@ -1,7 +1,8 @@
-"""Renaming tensors by a table whose rows also say how the tensors differ; one table serves reading and writing.
+"""Renaming and reshaping tensors by a table; one table serves reading and writing.
 
-A table is a list of rows ``(original prefix, diffusers prefix, operation)``. Reading looks a key's longest prefix up on
-the left, writing on the right; the rest of the key is the same on both sides. An operation says how the tensors differ:
+A table is a list of rows ``(original prefix, diffusers prefix, operation)``. Reading looks up a key's longest prefix on
+the left, writing on the right; the rest of the key is the same on both sides. The operation says how the tensors
+differ:
 
 ==============  ==============================================================================================
 ``same``        not at all
@@ -26,7 +27,7 @@ Table = list[Row]
 def to_diffusers(tensors: Mapping[str, np.ndarray], table: Table) -> dict[str, np.ndarray]:
     """Original names and shapes -> those of diffusers, as views.
 
-    A key that no row knows keeps its name, so that whoever matches it against a network can say what is left over.
+    A key that matches no row keeps its name, so that matching against a network can report it.
     """
     rows: dict[str, list[tuple[str, str]]] = {}
     for old, new, operation in table:
@@ -43,7 +44,7 @@ def to_original(keys: Iterable[str], table: Table) -> dict[str, list[tuple[str, 
     """Original name -> the diffusers names that make it up, in order, each with its operation.
 
     Raises:
-      WeightsError: a key that the original layout has no name for.
+      WeightsError: the original layout has no name for one of the keys.
     """
     rows = {new: (old, operation) for old, new, operation in table}
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -57,7 +58,7 @@ def to_original(keys: Iterable[str], table: Table) -> dict[str, list[tuple[str, 
 
 
 def combine(parts: list[tuple[np.ndarray, str]]) -> np.ndarray:
-    """The original's tensor from the tensors that make it up; the inverse of what reading does."""
+    """The original's tensor from the tensors that make it up; the inverse of reading."""
     if parts[0][1].startswith("part"):
         return np.concatenate([array for array, _ in parts])
     array, operation = parts[0]
@@ -67,14 +68,14 @@ def combine(parts: list[tuple[np.ndarray, str]]) -> np.ndarray:
 
 
 def combined_shape(parts: list[tuple[np.ndarray, str]]) -> tuple[int, ...]:
-    """The shape of what :func:`combine` gives, without combining."""
+    """The shape of :func:`combine`'s result, without computing it."""
     if len(parts) > 1:
         return (sum(len(array) for array, _ in parts), *parts[0][0].shape[1:])
     return combine(parts).shape
 
 
 def _apply(array: np.ndarray, operation: str) -> np.ndarray:
-    """A view of the original's tensor as diffusers has it; one of an unexpected shape stays as it is."""
+    """A view of the original's tensor in diffusers' shape; a tensor of unexpected shape is returned unchanged."""
     if operation == "pointwise" and array.ndim == 4 and array.shape[2:] == (1, 1):
         return array[:, :, 0, 0]
     if operation == "transpose":
@@ -86,7 +87,7 @@ def _apply(array: np.ndarray, operation: str) -> np.ndarray:
 
 
 def _longest(key: str, rows: Mapping[str, object]) -> str:
-    """The longest beginning of a key, up to a dot, that is in a table; the key itself if none is."""
+    """The longest dotted prefix of a key that is in a table; the key itself if there is none."""
     prefix = key
     while prefix and prefix not in rows:
         prefix = prefix.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Reading whole pipelines from one file in the layout of the original (CompVis, Stability) checkpoints."""
+"""Reading whole pipelines from a single file in the layout of the original (CompVis, Stability) checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
-from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, V_PREDICTION, ZERO_SNR, Family, judge
+from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, V_PREDICTION, ZERO_SNR, Family, identify
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
@@ -30,10 +30,10 @@ BUFFERS = re.compile(
     rf"|{V_PREDICTION}$|{ZERO_SNR}$|denoiser\.|low_scale_model\.|depth_model\.|first_stage_model\.(loss|model_ema)\."
     r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?(logit_scale|attn_mask)$)"
 )
-"""Keys of a training run that no component needs: averages, noise schedules, losses, depth estimators."""
+"""Keys that training left in the file and no component needs: EMA weights, noise schedules, losses, depth models."""
 
 OPENCLIP_UNUSED = re.compile(r"^(text_projection|transformer\.resblocks\.(\d+)\..*)$")
-"""What a text encoder that is read at its last layer but one carries along: its projection and its last layer."""
+"""What goes unused in a text encoder that is read at its penultimate layer: its projection and its last layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class SingleFile:
-    """What a single file holds, in the terms of a pipeline's folder.
+    """What a single file holds, in terms of a pipeline's folder.
 
     Attributes:
       class_name: the pipeline's class in diffusers.
       family: a name of :data:`diffuse_jax.layouts.families.FAMILIES`.
-      networks: component name -> network; tensors are views of the file under diffusers' names.
+      networks: component name -> network, whose tensors are views of the file under diffusers' names.
       schedulers: component name -> ``scheduler_config.json``.
       options: further values of ``model_index.json``.
     """
@@ -77,21 +77,22 @@ def read_single_file(
 
     Args:
       path: a ``.safetensors`` or ``.ckpt`` file.
-      prediction_type: ``"epsilon"`` or ``"v_prediction"``; None takes what the file says by a marker (``v_pred``), else
-        the family's, or what the step of training says for Stable Diffusion 2, whose two kinds have the same tensors.
-      ema: take the UNet's averaged weights (``model_ema.``), which some files carry beside the last ones.
-      configs: component name -> values that replace those of the file's metadata and those read off its tensors.
-      given: component name -> configuration (or an empty one) of components that come from elsewhere. The file need
-        not have these; if it does, they are not looked at.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``. If None, a marker tensor in the file decides (``v_pred``),
+        else the family; a Stable Diffusion 2 ``.ckpt``, where both kinds have the same tensors, is told apart by its
+        training step.
+      ema: use the UNet's EMA weights (``model_ema.``), which some files hold beside the last ones.
+      configs: component name -> values that override the file's metadata and what its tensors imply.
+      given: component name -> configuration (may be empty) of the components that the caller provides. The file need
+        not contain these; if it does, they are ignored.
 
     Raises:
-      WeightsError: a damaged or hostile file, no known family, or tensors that belong to no component.
+      WeightsError: the file is damaged or hostile, fits no known family, or has tensors that belong to no component.
     """
     path = Path(path)
     if path.is_dir():
-        raise bad(path, "is a folder, and a checkpoint of one file is wanted; from_pretrained opens folders")
+        raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
     tensors, given = read_checkpoint([path]).tensors, given or {}
-    name, lacks = judge(tensors, given)
+    name, lacks = identify(tensors, given)
     if name is None:
         raise bad(path, _no_family(lacks))
     family = FAMILIES[name]
@@ -104,7 +105,7 @@ def read_single_file(
     unet = networks["unet"].config if "unet" in networks else given["unet"]
     channels = unet.get("in_channels", min(family.pipelines))
     if type(channels) is not int or channels not in family.pipelines:
-        raise bad(path, f"a UNet with {brief(channels)} input channels; {name} files have {sorted(family.pipelines)}")
+        raise bad(path, f"the UNet has {brief(channels)} input channels; {name} files have {sorted(family.pipelines)}")
     prediction = prediction_type or _prediction_type(path, tensors, family)
     if prediction == "epsilon" and family.epsilon_sizes:
         for part, size in zip(("unet", "vae"), family.epsilon_sizes, strict=True):
@@ -118,17 +119,17 @@ def read_single_file(
 
 
 def _no_family(lacks: Mapping[str, list[str]]) -> str:
-    """What a file lacks for every family, the nearest first."""
+    """The error for a file that fits no family: what it lacks for each, the nearest first."""
     nearest = sorted(lacks, key=lambda name: len(lacks[name]))
     missing = "; ".join(f"for {name}: {', '.join(lacks[name])}" for name in nearest)
     return (
-        "not a whole Stable Diffusion checkpoint in the original layout; missing are "
-        f"{missing}. Components that a file lacks can be given to from_single_file, for example vae=(model, params)"
+        "not a complete Stable Diffusion checkpoint in the original layout; missing are "
+        f"{missing}. Missing components can be passed to from_single_file, for example vae=(model, params)"
     )
 
 
 def _prediction_type(path: Path, tensors: Tensors, family: Family) -> str:
-    """The family's, unless a marker says otherwise, or the training step of a ``.ckpt`` that it is a base model."""
+    """The family's, unless a marker tensor, or the training step of a ``.ckpt`` (SD 2 base), says otherwise."""
     if V_PREDICTION in tensors:
         return "v_prediction"
     if not family.epsilon_sizes or path.suffix == ".safetensors":
@@ -138,21 +139,21 @@ def _prediction_type(path: Path, tensors: Tensors, family: Family) -> str:
 
 
 def _with_ema(path: Path, tensors: Tensors) -> dict[str, np.ndarray]:
-    """The tensors with the UNet's averages, whose names have lost their dots, in the UNet's place."""
+    """The tensors with the UNet's weights replaced by their EMA, whose keys have no dots."""
     if not any(key.startswith(EMA) for key in tensors):
-        raise bad(path, "has no averaged weights (no key begins with 'model_ema.'); open it with ema=False")
+        raise bad(path, "has no EMA weights (no key begins with 'model_ema.'); open it with ema=False")
     result = dict(tensors)
     for key in tensors:
         if key.startswith(UNET):
             average = EMA + key.removeprefix("model.").replace(".", "")
             if average not in tensors:
-                raise bad(path, f"has averaged weights but not {average!r}")
+                raise bad(path, f"has EMA weights but not {average!r}")
             result[key] = tensors[average]
     return result
 
 
 def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Component name -> its tensors without their prefix; a key of none is an error unless it is a known buffer."""
+    """Component name -> its tensors without their prefix; keys that belong to none must be known buffers."""
     prefixes = {part: prefix for part, (prefix, _) in family.places.items()}
     groups: dict[str, dict[str, np.ndarray]] = {part: {} for part in prefixes}
     unknown = []
@@ -170,7 +171,7 @@ def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]
 
 
 def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family) -> Part:
-    """One component: its names translated, its configuration read off its tensors."""
+    """One component, with its keys renamed and its configuration inferred from its tensors."""
     table = family.places[part][1]
     if table == "openclip" and family.penultimate_text:
         group = _without_last_layer(group)
@@ -179,7 +180,7 @@ def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family
         config = _config(tensors, table, family)
     except (KeyError, ValueError, IndexError, StopIteration) as error:
         raise bad(
-            path, f"{part}: cannot read its configuration off its tensors; missing or misshapen: {error}"
+            path, f"{part}: cannot infer its configuration from its tensors; missing or misshapen: {error}"
         ) from error
     kind = config.get("_class_name") or config["architectures"][0]
     library = "transformers" if part in family.text else "diffusers"
@@ -187,14 +188,14 @@ def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family
 
 
 def _config(tensors: Tensors, table: str, family: Family) -> dict[str, Any]:
-    """``config.json`` of the network that a table is for."""
+    """``config.json`` of a table's network."""
     if table == "unet":
         return unet_config(tensors, family)
     return vae_config(tensors, family) if table == "vae" else text_config(tensors, table)
 
 
 def _without_last_layer(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stable Diffusion 2 reads the last layer but one; a whole encoder is cut there, a cut one has no projection."""
+    """Stable Diffusion 2 uses the penultimate layer: drop a full encoder's last layer; a cut one has no projection."""
     if "text_projection" not in group:
         return group
     layers = {key: int(found[2]) for key in group if (found := OPENCLIP_UNUSED.match(key)) and found[2]}

@@ -1,4 +1,4 @@
-"""Writing a pipeline's networks as one file in the layout of the original checkpoints."""
+"""Writing a pipeline's networks to a single file in the original layout."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def write_single_file(
     configs: Configs | None = None,
     schedulers: Configs | None = None,
 ) -> None:
-    """Write a pipeline's networks as one ``.safetensors`` file in the original layout.
+    """Write a pipeline's networks to one ``.safetensors`` file in the original layout.
 
     Args:
-      path: the file.
+      path: the file to write.
       networks: component name -> tensors under diffusers' names.
-      family: as :func:`diffuse_jax.layouts.family_for` gives it.
-      cast: array -> the dtype it is written in.
-      configs: component name -> ``config.json``; kept in the file's metadata, for what its tensors do not say.
-      schedulers: component name -> ``scheduler_config.json``, kept there too.
+      family: as returned by :func:`diffuse_jax.layouts.family_for`.
+      cast: array -> the dtype to write it in.
+      configs: component name -> ``config.json``, stored in the file's metadata for what tensors do not imply.
+      schedulers: component name -> ``scheduler_config.json``, stored there too.
 
     Raises:
-      WeightsError: a tensor that the layout has no name for.
+      WeightsError: the layout has no name for one of the tensors.
     """
     sources: dict[str, list[tuple[np.ndarray, str]]] = {}
     for part, tensors in networks.items():
@@ -50,14 +50,14 @@ def write_single_file(
 
 
 def _markers(family: str, schedulers: Configs | None) -> list[str]:
-    """The markers by which other programs know what the network predicts, where it is not what its family does."""
+    """The marker tensors that tell other programs what the network predicts, if it is not the family's default."""
     config = (schedulers or {}).get("scheduler", {})
     predicts_v = config.get("prediction_type") == "v_prediction" != FAMILIES[family].prediction_type
     return [V_PREDICTION] * predicts_v + [ZERO_SNR] * (config.get("rescale_betas_zero_snr") is True)
 
 
 def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:
-    """The tensor that some parts make up, in memory."""
+    """The tensor that the parts combine to, in memory."""
     for array, _ in parts:
         check_whole(array)
     return compact(combine(parts), dtype)

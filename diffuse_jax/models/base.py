@@ -181,7 +181,7 @@ class Model(nn.Module):
         try:
             model = cls(config=cls.config_class.from_json(data), dtype=dtype)
             if unknown := model.config.unknown():
-                logger.warning("%s: %s ignores settings that it does not know: %s", file, cls.__name__, brief(unknown))
+                logger.warning("%s: %s ignores unknown settings: %s", file, cls.__name__, brief(unknown))
             if not isinstance(source, Mapping):
                 model.shapes()  # so that impossible sizes are reported as an error of this file
             return model

@@ -117,7 +117,7 @@ class ControlNetModel(EncoderModel):
         ``control_model.`` before its names, alone or with the networks that it was trained with) or in diffusers'.
 
         Args:
-          path: the file; its configuration is read off its tensors.
+          path: the file; its configuration is inferred from its tensors.
           config: values of ``config.json`` that replace those, or the local folder that holds one: the number of heads
             is not in the tensors, and taken to be that of Stable Diffusion 1 (8), 2 and XL (one for 64 channels).
           dtype, param_dtype, mesh: as in :meth:`from_pretrained`.

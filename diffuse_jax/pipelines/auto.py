@@ -1,4 +1,4 @@
-"""One name for a task, whatever the architecture of the checkpoint."""
+"""Pipelines chosen by task, whatever the checkpoint's architecture."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from diffuse_jax import weights
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 
 NAME = re.compile("(StableDiffusion|StableDiffusionXL|LatentConsistencyModel)(ControlNet|)(Img2Img|Inpaint|)Pipeline")
-"""Classes in ``model_index.json`` that have a task: family, control and the task that the folder was saved for."""
+"""Class names in ``model_index.json``, split into family, ControlNet, and the task that the folder was saved for."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
-"""Families whose checkpoints another family's classes run."""
+"""Families whose checkpoints are run by the classes of another family."""
 
 
 class AutoPipeline:
-    """Base of the classes below, which differ in their task.
+    """Base of the classes below, one for each task.
 
-    A checkpoint or pipeline with a ControlNet, or one that is given ``controlnet=``, opens with the task's ControlNet
-    class; ``controlnet=None`` leaves the ControlNet out.
+    With a ControlNet in the checkpoint or pipeline, or with ``controlnet=``, the task's ControlNet class is used;
+    ``controlnet=None`` leaves the ControlNet out.
     """
 
     task: ClassVar[str]
-    """What the classes of a task have between family and ``Pipeline``."""
+    """The part of the class names between the family and ``Pipeline``."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> DiffusionPipeline:
-        """As :meth:`DiffusionPipeline.from_pretrained`, with the class chosen by the checkpoint's architecture.
+        """Like :meth:`DiffusionPipeline.from_pretrained`, with the class chosen by the checkpoint's architecture.
 
         Raises:
-          WeightsError: there is no such checkpoint, or its architecture has no such task.
+          WeightsError: the checkpoint does not exist, or its architecture does not support the task.
         """
         hub = ("revision", "local_files_only", "token", "cache_dir", "variant")
         folder = weights.resolve(source, **{k: v for k, v in options.items() if k in hub})
@@ -40,16 +40,16 @@ class AutoPipeline:
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """The task's pipeline with the components of another one: the same buffers, no copy.
+        """The task's pipeline with the components of another pipeline; parameters are shared, not copied.
 
         Raises:
-          WeightsError: the architecture has no such task.
+          WeightsError: the architecture does not support the task.
         """
         return cls.pipeline_for(type(pipe).__name__, "this pipeline", components).from_pipe(pipe, **components)
 
     @classmethod
     def pipeline_for(cls, name: str, source: Any, given: Mapping[str, Any]) -> type[DiffusionPipeline]:
-        """The class for this task, for the architecture that a class name stands for, with or without a ControlNet."""
+        """The class for this task and the architecture of the class ``name``, with or without a ControlNet."""
         found = NAME.fullmatch(name)
         if found is None:
             known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
@@ -62,18 +62,18 @@ class AutoPipeline:
 
 
 class AutoPipelineForText2Image(AutoPipeline):
-    """Opens any checkpoint that makes images from text, also one that was saved for another task."""
+    """Opens any text-to-image checkpoint, including one that was saved for another task."""
 
     task = ""
 
 
 class AutoPipelineForImage2Image(AutoPipeline):
-    """Opens any checkpoint for image to image."""
+    """Opens any text-to-image checkpoint for image to image."""
 
     task = "Img2Img"
 
 
 class AutoPipelineForInpainting(AutoPipeline):
-    """Opens any checkpoint for inpainting."""
+    """Opens any text-to-image checkpoint for inpainting."""
 
     task = "Inpaint"

@@ -1,7 +1,7 @@
-"""The catalogue of components: what a class name in ``model_index.json`` means here, and what we write for a component.
+"""The catalogue of components: maps class names in ``model_index.json`` to our classes, and back when saving.
 
-Networks, schedulers and pipelines are in it as soon as their class is defined, those of users too; other components
-are added by :func:`register`. Opening, saving, converting, comparing and training all ask here.
+Networks, schedulers and pipelines, including those of users, are registered when their class is defined; other
+components with :func:`register`. Opening, saving, conversion, parity checks and training all use this catalogue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from diffuse_jax.weights import Component, WeightsError
 from diffuse_jax.weights.files import require_folder
 
 LISTS = {"MultiControlNetModel": "ControlNetModel"}
-"""Classes of PyTorch diffusers that stand for a list of networks, in the folders ``name``, ``name_1`` ..."""
+"""Classes of PyTorch diffusers that are lists of networks, stored in the folders ``name``, ``name_1`` ... -> class of
+the members."""
 
 NOT_LOADED: Mapping[str, str | None] = {
     "safety_checker": "images are not checked; pass safety_checker=None to confirm",
@@ -26,7 +27,7 @@ NOT_LOADED: Mapping[str, str | None] = {
     "image_encoder": "image prompts are not available",
     "watermark": None,
 }
-"""Components of published folders that this library has no class for, and what their absence means for the user."""
+"""Components of published folders that are not loaded -> what that means for the user (None: nothing)."""
 
 _REGISTERED: dict[tuple[str, str], type] = {}
 
@@ -34,35 +35,36 @@ Class = TypeVar("Class", bound=type)
 
 
 def register(cls: Class) -> Class:
-    """Add a class of components that are neither networks nor schedulers, for example a tokenizer of your own.
+    """Register a component class that is neither a network nor a scheduler, for example a custom tokenizer.
 
-    It needs ``from_pretrained(folder)`` and ``save_pretrained(folder)``. May be used as a decorator.
+    The class needs ``from_pretrained(folder)`` and ``save_pretrained(folder)``. Can be used as a decorator.
 
     Raises:
-      TypeError: one of them is missing.
+      TypeError: one of these methods is missing.
     """
     if missing := [name for name in ("from_pretrained", "save_pretrained") if not hasattr(cls, name)]:
-        raise TypeError(f"{cls.__name__} has no {' and no '.join(missing)}, so its folders cannot be opened and saved")
+        raise TypeError(f"{cls.__name__} has no {' and no '.join(missing)}, so it can be neither opened nor saved")
     _REGISTERED[cls.__module__, cls.__name__] = cls
     return cls
 
 
 def network(entry: Component) -> type[Model] | None:
-    """The network's class that an entry names, of a list that of its members; None if it names no known network."""
+    """The network class that an entry names (for a list, the class of its members); None if it is not a known
+    network."""
     name = LISTS.get(entry.class_name, entry.class_name)
     return network_class(entry.library, name)
 
 
 def is_network(entry: Component) -> bool:
-    """Whether an entry is a network, or a list of networks, of a known class."""
+    """Whether an entry names a known network class, or a list of such networks."""
     return network(entry) is not None
 
 
 def check(name: str, entry: Component) -> None:
-    """Refuse a component of an unknown class before anything is read.
+    """Check that the class of a component is known, before anything is read.
 
     Raises:
-      WeightsError: it says what is known, and what to do about a class of the user's.
+      WeightsError: it is not; the message lists the known classes and says how to register a custom one.
     """
     folder, kind = entry.folder, entry.class_name
     if name in NOT_LOADED or is_network(entry) or kind in TOKENIZERS or (entry.library, kind) in _REGISTERED:
@@ -72,8 +74,8 @@ def check(name: str, entry: Component) -> None:
         return
     known = ", ".join((*network_names(), *TOKENIZERS))
     raise WeightsError(
-        f"{folder.parent}/model_index.json: component {name!r} is a {kind!r} of {entry.library!r}; known: {known}, "
-        "schedulers. If the class is yours, import the module that defines it first"
+        f"{folder.parent}/model_index.json: component {name!r} is a {kind!r} of {entry.library!r}; known classes: "
+        f"{known}, schedulers. For a custom class, import the module that defines it first"
     )
 
 
@@ -86,7 +88,8 @@ def is_scheduler(class_name: str) -> bool:
 
 
 def open_scheduler(entry: Component) -> type[Scheduler]:
-    """The class that the index names, which counts, as in diffusers, where the scheduler's own file names another.
+    """The scheduler class that the index names. As in diffusers, it takes precedence over the class that the
+    scheduler's own config names.
 
     Raises:
       WeightsError: there is no such scheduler.
@@ -101,8 +104,8 @@ def open_scheduler(entry: Component) -> type[Scheduler]:
 
 
 def open_other(entry: Component) -> Any:
-    """A component that is no network, from its folder: a scheduler, a tokenizer, a registered class."""
-    require_folder(entry.folder)  # what opens tokenizers and schedulers would look for its name on the Hub
+    """Open a component that is not a network from its folder: a scheduler, a tokenizer or a registered class."""
+    require_folder(entry.folder)  # a missing folder would otherwise be looked up on the Hub
     if (entry.library, entry.class_name) in _REGISTERED:
         return _REGISTERED[entry.library, entry.class_name].from_pretrained(entry.folder)  # type: ignore[attr-defined]
     if entry.class_name in TOKENIZERS:
@@ -111,7 +114,7 @@ def open_other(entry: Component) -> Any:
 
 
 def folders(name: str, entry: Component) -> Iterator[Component]:
-    """The entries of a component: itself, or one for each member of a list."""
+    """The entries of a component: the entry itself, and for a list one per further member."""
     yield entry
     if entry.class_name in LISTS:
         count = 1
@@ -120,8 +123,8 @@ def folders(name: str, entry: Component) -> Iterator[Component]:
             count += 1
 
 
-def left_over(folder: Path, parts: Mapping[str, Any]) -> list[Path]:
-    """Folders ``name_1``, ``name_2`` ... of a longer list of networks than the one that is saved there now."""
+def stale_folders(folder: Path, parts: Mapping[str, Any]) -> list[Path]:
+    """Folders ``name_1``, ``name_2`` ... that remain from an earlier save of a longer list of networks."""
     found = []
     for name, part in parts.items():
         members = part if isinstance(part, tuple | list) else (part,)
@@ -134,10 +137,10 @@ def left_over(folder: Path, parts: Mapping[str, Any]) -> list[Path]:
 
 
 def library_and_class(part: Any) -> tuple[str | None, str | None]:
-    """What ``model_index.json`` says of a component.
+    """The library and class name of a component in ``model_index.json``.
 
     Raises:
-      ValueError: a list of networks that PyTorch diffusers has no name for.
+      ValueError: PyTorch diffusers has no class for this list of networks.
     """
     if part is None:
         return None, None
@@ -145,7 +148,9 @@ def library_and_class(part: Any) -> tuple[str | None, str | None]:
         lists = {member: name for name, member in LISTS.items()}
         (kind, *others) = {type(member).__name__ for member in part}
         if others or kind not in lists:
-            raise ValueError(f"a list of {', '.join((kind, *others))} cannot be saved; known are {', '.join(lists)}")
+            raise ValueError(
+                f"a list of {', '.join((kind, *others))} cannot be saved; known lists are of {', '.join(lists)}"
+            )
         return "diffusers", lists[kind]
     if isinstance(part, Model):
         return part.library(), type(part).__name__
@@ -153,5 +158,5 @@ def library_and_class(part: Any) -> tuple[str | None, str | None]:
         module = type(part).__module__
         return ("diffusers" if module.startswith("diffuse_jax.") else module), type(part).__name__
     module = type(part).__module__
-    own = (module, type(part).__name__) in _REGISTERED
-    return (module if own else "transformers"), type(part).__name__
+    registered = (module, type(part).__name__) in _REGISTERED
+    return (module if registered else "transformers"), type(part).__name__

@@ -1,7 +1,7 @@
-"""When two methods are the same, so that one compiled program serves both: stricter than Python's ``==``.
+"""When two methods can share a compiled program: a comparison that is stricter than Python's ``==``.
 
-To Python 1, True and 1.0 are equal, as are 0.0 and -0.0, a NaN equals nothing, and a dataclass compares its fields
-only. A program has every one of these compiled in.
+In Python, 1, True and 1.0 are equal, and so are 0.0 and -0.0; NaN is not equal to itself, and dataclasses compare only
+their fields. All of these values are compiled into a program.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ FLAX_MODULE: type = Model.__mro__[1]
 
 
 def identity(value: Any) -> Hashable:
-    """What a method, a part or a value in it is compared by: equal for two of them only if they compute the same.
+    """The comparison key of a method, a part or a value in it; two keys are equal only if both compute the same.
 
-    Dataclasses are compared by class and fields (without those that are declared ``compare=False``), numbers by type
-    and bits, tuples and frozen sets by what is in them, anything else as Python does.
+    Dataclasses are compared by class and fields (except fields with ``compare=False``), numbers by type and bits,
+    tuples and frozen sets by their elements, and everything else with Python's ``==``.
 
     Raises:
-      TypeError: it cannot be compared: it is not frozen, or keeps something outside of its fields.
+      TypeError: the value cannot be compared, because it is not frozen or has attributes besides its fields.
     """
     kind: Any = type(value)
     if isinstance(value, float | complex | np.generic):
@@ -48,7 +48,7 @@ def identity(value: Any) -> Hashable:
     if not parameters.eq:
         return kind, value
     if extra := vars(value).keys() - _known(kind) if hasattr(value, "__dict__") else ():
-        raise TypeError(f"{', '.join(sorted(extra))} is kept outside of its fields")
+        raise TypeError(f"{', '.join(sorted(extra))} is stored outside its fields")
     return kind, tuple([identity(getattr(value, name)) for name in _compared(kind)])
 
 
@@ -59,10 +59,10 @@ def _compared(kind: type) -> tuple[str, ...]:
 
 @functools.cache
 def _known(kind: type) -> frozenset[str]:
-    """Attributes of an instance that say nothing beyond its fields: these, what is computed of them, Flax's own."""
+    """Attributes that hold no information beyond the fields: the fields, cached properties and Flax's internal ones."""
     computed = {name for name, _ in inspect.getmembers_static(kind, lambda x: isinstance(x, functools.cached_property))}
-    own = vars(Model(Config())) if issubclass(kind, FLAX_MODULE) else ()
-    return frozenset({f.name for f in dataclasses.fields(kind)} | computed | {*own})
+    internal = vars(Model(Config())) if issubclass(kind, FLAX_MODULE) else ()
+    return frozenset({f.name for f in dataclasses.fields(kind)} | computed | {*internal})
 
 
 SETTINGS = (
@@ -79,17 +79,17 @@ SETTINGS = (
     "jax_threefry_partitionable",
     "jax_use_shardy_partitioner",
 )
-"""Settings of JAX that change what a function compiles to, or whether it does; no release need have all of them."""
+"""JAX settings that affect what a function compiles to, or whether it compiles; not every release has all of them."""
 
 
 class Context(NamedTuple):
-    """What is active around a call and is compiled into a program.
+    """The context of a call that is compiled into a program.
 
     Attributes:
-      settings: values of :data:`SETTINGS`.
-      platform: the one that kernels are chosen for.
-      mesh: the one of ``jax.set_mesh``.
-      changes: of layers; see :func:`~diffuse_jax.models.intercept.layer_changes`.
+      settings: the values of :data:`SETTINGS`.
+      platform: the platform that kernels are chosen for.
+      mesh: the mesh set by ``jax.set_mesh``.
+      changes: changes to layers; see :func:`~diffuse_jax.models.intercept.layer_changes`.
     """
 
     settings: tuple[Any, ...]
@@ -99,6 +99,6 @@ class Context(NamedTuple):
 
     @classmethod
     def now(cls) -> Context:
-        """The context of this thread."""
+        """The current context of this thread."""
         settings = tuple([getattr(jax.config, name, None) for name in SETTINGS])
         return cls(settings, current_platform(), jax.sharding.get_abstract_mesh(), layer_changes())

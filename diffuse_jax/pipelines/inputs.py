@@ -1,4 +1,4 @@
-"""From what a user gives to arrays: prompts to token ids, images to pixels, one value or a list to one per image."""
+"""Convert user input to arrays: prompts to token ids, images to pixels, a single value or a list to one per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.adapters.tokens import spelled
+from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.method import Rows
@@ -20,7 +20,11 @@ Prompt = str | Sequence[str]
 
 
 def as_list(value: Prompt, name: str) -> list[str]:
-    """A prompt or a list of prompts as a list; anything else is a ``TypeError``."""
+    """A prompt or a list of prompts as a list.
+
+    Raises:
+      TypeError: it is neither.
+    """
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
@@ -28,7 +32,11 @@ def as_list(value: Prompt, name: str) -> list[str]:
 
 
 def number_of_prompts(prompt: Prompt | None, embeds: Any, images_per_prompt: int) -> int:
-    """How many prompts there are; they come as text or encoded, not as both."""
+    """The number of prompts, which are given either as text or as embeddings.
+
+    Raises:
+      ValueError: both or neither were given, or ``images_per_prompt`` is not positive.
+    """
     if (prompt is None) == (embeds is None):
         raise ValueError("give either prompt or prompt_embeds")
     if images_per_prompt < 1:
@@ -37,77 +45,91 @@ def number_of_prompts(prompt: Prompt | None, embeds: Any, images_per_prompt: int
 
 
 def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:
-    """A second prompt (negative, or for another encoder) for each of ``prompts``; one string serves them all."""
+    """Further prompts (negative, or for another encoder), one for each of ``prompts``; a single string is used for all.
+
+    Raises:
+      ValueError, TypeError: their number is wrong, or they are not text.
+    """
     values = as_list("" if value is None else value, name)
     if len(values) not in (1, prompts):
-        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts; give one, or one for each prompt")
+        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts; give one, or one per prompt")
     return values * (prompts if len(values) == 1 else 1)
 
 
 def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.ndarray:
-    """A number, or one per image, as float32 ``[images]``."""
+    """A number, or one per image, as float32 ``[images]``.
+
+    Raises:
+      ValueError: their number is wrong, or one is not finite.
+    """
     array = np.asarray(value, np.float32)
     if array.shape not in ((), (images,)):
-        raise ValueError(f"{name} has {array.size} entries for {images} images; give one number, or one for each")
+        raise ValueError(f"{name} has {array.size} entries for {images} images; give one number, or one per image")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {value!r}")
     return np.broadcast_to(array, (images,))
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:
-    """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that names the rest.
+    """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that shows what was
+    cut.
 
     Args:
       tokenizer: a transformers tokenizer.
-      max_length: the encoder's number of positions; the tokenizer's own limit counts too.
+      prompts: one text per image.
+      max_length: the encoder's number of positions; ``L`` is the smaller of this and the tokenizer's own limit.
       vocabulary: the encoder's number of token embeddings.
 
-    A new word of several embeddings (textual inversion) is spelled out as all of them.
+    A word with several embeddings (textual inversion) is expanded to all its tokens.
 
     Raises:
-      ValueError: the encoder has no embedding for an id; the tokenizer is another model's.
+      ValueError: the encoder has no embedding for an id, because the tokenizer belongs to another model.
     """
-    prompts = [spelled(prompt, tokenizer) for prompt in prompts]
+    prompts = [expand_words(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
     for ids in unpadded_ids(tokenizer, prompts):
         if len(ids) > length:
             rest = tokenizer.decode(ids[length - 1 : -1])
             warn(f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}")
     padded = padded_ids(tokenizer, prompts, length)
-    if padded.max() >= vocabulary:  # which is not an error in JAX
+    if padded.max() >= vocabulary:  # an index out of range is not an error in JAX
         raise ValueError(
-            f"the tokenizer gives id {padded.max()} and the text encoder has {vocabulary} embeddings: "
-            "the tokenizer is another model's, or has words that the encoder was not taught"
+            f"the tokenizer produces id {padded.max()}, but the text encoder has only {vocabulary} embeddings: "
+            "the tokenizer belongs to another model, or has words that the encoder does not"
         )
     return padded
 
 
 def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:
-    """Where the tokens of :func:`tokenize` are no padding, bool ``[B,L]``."""
+    """Attention mask of :func:`tokenize`, bool ``[B,L]``: true for tokens, false for padding."""
     length = min(max_length, int(tokenizer.model_max_length))
-    return padded_mask(tokenizer, [spelled(prompt, tokenizer) for prompt in prompts], length)
+    return padded_mask(tokenizer, [expand_words(prompt, tokenizer) for prompt in prompts], length)
 
 
 def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(seeds, indices)``, both uint32 ``[images]``: image ``i`` draws from ``fold_in(key(seeds[i]), indices[i])``.
+    """``(seeds, indices)``, both uint32 ``[images]``: image ``i`` uses the key ``fold_in(key(seeds[i]), indices[i])``.
 
-    One seed serves all images, which then differ by their index. A list has one seed per image and every index is 0, so
-    an image is the same alone and in a list. Without a seed the operating system chooses one.
+    A single seed is used for all images, which then differ in their index. A list has one seed per image and every
+    index is 0, so an image is the same alone and in a list. Without a seed, a random one from the operating system is
+    used.
+
+    Raises:
+      ValueError: the number of seeds is wrong, or a seed is not an integer from 0 to 2**32 - 1.
     """
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
     given = _plain(seed)
-    alike = not isinstance(given, list)
-    values = [given] * images if alike else [_plain(value) for value in given]
+    shared = not isinstance(given, list)
+    values = [given] * images if shared else [_plain(value) for value in given]
     if len(values) != images:
-        raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one for each image")
+        raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one per image")
     if any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
-        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}; a key of JAX goes to key=")
-    return np.array(values, np.uint32), np.arange(images, dtype=np.uint32) * np.uint32(alike)
+        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}; pass a JAX key as key=")
+    return np.array(values, np.uint32), np.arange(images, dtype=np.uint32) * np.uint32(shared)
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of Python, NumPy or JAX as Python's; what holds several as a list."""
+    """A Python, NumPy or JAX scalar as a Python scalar, anything iterable as a list."""
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         return value
     if hasattr(value, "tolist"):
@@ -121,17 +143,17 @@ def noise_rows(
     latent_shape: tuple[int, ...],
     mesh: Any = None,
 ) -> tuple[Rows, list[int] | None]:
-    """The rows that noise comes from, and the seed of each image.
+    """The rows that determine the noise, and the seed of each image.
 
     Args:
-      images: how many.
-      options: ``seed``, ``key`` and ``latents`` (standard normal noise to use) of a call.
-      latent_shape: of one sample.
-      mesh: where the run takes place.
+      images: number of images.
+      options: ``seed``, ``key`` and ``latents`` (the standard normal noise to use) of the call.
+      latent_shape: shape of one sample.
+      mesh: the mesh of the run.
 
     Raises:
-      ValueError: the shape of ``latents`` does not fit, both ``seed`` and ``key`` were given, or neither although the
-        processes of the mesh would draw different ones.
+      ValueError: ``latents`` has the wrong shape, both ``seed`` and ``key`` were given, or neither although the mesh
+        spans several processes, which would choose different seeds.
     """
     seed, key, latents = (options.get(name) for name in ("seed", "key", "latents"))
     if seed is None and key is None and spans_processes(mesh):
@@ -153,75 +175,77 @@ def noise_rows(
 # Images
 
 ImageInput = Any
-"""A ``PIL.Image``, an array ``[H,W,C]`` or ``[B,H,W,C]`` (uint8, or floating point in [0, 1]), or a list of these."""
+"""A ``PIL.Image``, an array ``[H,W,C]`` or ``[B,H,W,C]`` (uint8, or floating-point in [0, 1]), or a list of these."""
 
 
 def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1) -> np.ndarray:
     """RGB images as float32 ``[N,H,W,3]`` in [0, 1].
 
     Args:
-      images: see :data:`ImageInput`; PIL images are converted as :func:`diffuse_jax.images.rgb` says, and resized with
-        Lanczos.
-      size: (height, width) to have; None takes the first image's, rounded down to the ``multiple``.
-      name: of the argument.
-      multiple: what height and width must be divisible by.
+      images: see :data:`ImageInput`; PIL images are converted with :func:`diffuse_jax.images.rgb`, and resized with a
+        Lanczos filter.
+      size: the target (height, width); None means that of the first image, rounded down to ``multiple``.
+      name: name of the argument, for error messages.
+      multiple: height and width must be divisible by this.
 
     Raises:
-      TypeError: something is no image.
-      ValueError: an array has another shape than (height, width, 3) or values outside [0, 1], or a PIL image has values
-        of unknown range.
+      TypeError: an element is not an image.
+      ValueError: an array does not have the shape (height, width, 3) or has values outside [0, 1], or a PIL image has
+        values of unknown range.
     """
-    found = listed(images, name)
+    found = image_list(images, name)
     size = image_size(images, name, multiple) if size is None else size
     return np.stack([_pixels(image, size, "RGB", name) for image in found])
 
 
 def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
-    """Masks as float32 ``[N,H,W,1]``: 1 where a value is at least one half (paint there), 0 elsewhere.
+    """Masks as float32 ``[N,H,W,1]``: 1 where a value is at least one half (the region to repaint), 0 elsewhere.
 
-    Beside what :func:`pixels` takes, a mask may be an array of bools, or of the integers 0 and 1.
+    Masks are given like the images of :func:`pixels`, or as arrays of bools or of the integers 0 and 1.
 
     Raises:
-      ValueError, TypeError: as :func:`pixels`; or a PIL image holds 0 and 1 where white is 255.
+      ValueError, TypeError: as for :func:`pixels`, or a PIL mask has the values 0 and 1, where white would be 255.
     """
-    grey = np.stack([_pixels(_unlabelled(mask, name), size, "L", name) for mask in listed(masks, name)])
-    return (grey >= 0.5).astype(np.float32)
+    gray = np.stack([_pixels(_binary_as_float(mask, name), size, "L", name) for mask in image_list(masks, name)])
+    return (gray >= 0.5).astype(np.float32)
 
 
-def _unlabelled(mask: Any, name: str) -> Any:
-    """A mask whose values are classes (False and True, 0 and 1) as one whose values are shades."""
+def _binary_as_float(mask: Any, name: str) -> Any:
+    """A binary mask (False and True, or the integers 0 and 1) as float32 in [0, 1]; other masks unchanged."""
     if isinstance(mask, Image.Image):
         if mask.mode == "L" and mask.getextrema()[1] == 1:
-            raise ValueError(f"{name} has values from 0 to 1 where white is 255, so it is black; multiply it by 255")
+            raise ValueError(
+                f"{name} has values from 0 to 1, where white is 255, so it would be black; multiply it by 255"
+            )
         return mask
     array = np.asarray(mask)
-    classes = array.dtype == bool or (np.issubdtype(array.dtype, np.integer) and np.isin(array, (0, 1)).all())
-    return array.astype(np.float32) if classes else array
+    binary = array.dtype == bool or (np.issubdtype(array.dtype, np.integer) and np.isin(array, (0, 1)).all())
+    return array.astype(np.float32) if binary else array
 
 
-def listed(images: ImageInput, name: str) -> list[Any]:
+def image_list(images: ImageInput, name: str) -> list[Any]:
     """One image, several, or a batch, as a list of ``PIL.Image`` and of arrays ``[H,W,C]`` or ``[H,W]``.
 
     Raises:
-      TypeError: there is none, or something else.
+      TypeError: there is no image, or something that is not an image.
     """
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
-        return [image for item in images for image in listed(item, name)]
+        return [image for item in images for image in image_list(item, name)]
     if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4):
         return list(np.asarray(images)) if images.ndim == 4 else [np.asarray(images)]
-    given = f"an array of {images.ndim} axes" if hasattr(images, "ndim") else type(images).__name__
+    given = f"an array with {images.ndim} axes" if hasattr(images, "ndim") else type(images).__name__
     raise TypeError(f"{name} must be a PIL image, an array [H,W,3] or [B,H,W,3], or a list of them, got {given}")
 
 
 def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
-    """Height and width of the first image, rounded down to a multiple.
+    """Height and width of the first image in pixels, rounded down to a multiple of ``multiple``.
 
     Raises:
-      ValueError: it is smaller than that.
+      ValueError: a side is smaller than ``multiple``.
     """
-    first = listed(images, name)[0]
+    first = image_list(images, name)[0]
     height, width = upright_size(first) if isinstance(first, Image.Image) else first.shape[:2]
     if height < multiple or width < multiple:
         raise ValueError(f"{name} is {height}x{width}; it must be at least {multiple}x{multiple} pixels")
@@ -242,35 +266,36 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
     channels = 3 if mode == "RGB" else 1
     if array.shape != (height, width, channels):
         raise ValueError(
-            f"{name} must be {height}x{width} with {channels} channels (channel-last), got an array {array.shape}; "
-            "resize it first, or give a PIL image"
+            f"{name} must be {height}x{width} with {channels} channels (channel-last), got an array of shape "
+            f"{array.shape}; resize it first, or pass a PIL image"
         )
     if array.dtype == np.uint8:
         if array.max(initial=0) == 1:
             warn(
-                f"{name} as uint8 has values from 0 to 1 where white is 255, so it is black; multiply it by 255, or "
-                "give floating point in [0, 1]"
+                f"{name} as uint8 has values from 0 to 1, where white is 255, so it is almost black; multiply it by "
+                "255, or pass floating-point values in [0, 1]"
             )
         return array.astype(np.float32) / 255
     if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
         raise ValueError(
-            f"{name} as an array must be uint8, or floating point in [0, 1]; got {array.dtype} from "
+            f"{name} as an array must be uint8, or floating-point in [0, 1]; got {array.dtype} from "
             f"{array.min()} to {array.max()}"
         )
     return array.astype(np.float32)
 
 
 def per_prompt(array: np.ndarray, images: int, copies: int, name: str) -> np.ndarray:
-    """One image for all, one for each prompt, or one for each of the ``images`` of a request, as one row per image.
+    """One row per image, from a single row for all, one per prompt, or one for each of the request's ``images``.
 
     Raises:
-      ValueError: there are as many as neither.
+      ValueError: the number of rows is none of these.
     """
     prompts = images // copies
     if len(array) == images:
         return array
     if len(array) not in (1, prompts):
         raise ValueError(
-            f"{name} has {len(array)} images for {prompts} prompts with {copies} images each; give one, or one for each"
+            f"{name} has {len(array)} images for {prompts} prompts with {copies} images each; give one, or one "
+            "per prompt"
         )
     return np.repeat(array, copies if len(array) == prompts else images, axis=0)

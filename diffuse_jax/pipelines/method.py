@@ -1,8 +1,9 @@
-"""A method: the parts that a run is composed of, and the pure function that executes it.
+"""A method: the parts that make up a sampling run, and the pure function that executes it.
 
-A *part* is a frozen dataclass: networks and choices, no arrays. All data of a request, and all that parts compute
-before the loop, are *rows*: a dict of arrays with one row per image. Rows and the sampler's plan are arguments of the
-compiled program, so another prompt, image, strength, scale, sampler or number of steps never compiles again.
+A *part* is a frozen dataclass that holds networks and settings, but no arrays. The data of a request, and everything
+that parts compute before the loop, are *rows*: a dict of arrays with one row per image. Rows and the sampler's plan are
+arguments of the compiled program, so changing the prompt, image, strength, scale, sampler or number of steps does not
+recompile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.schedulers.plan import Plan, State
 
 Rows = dict[str, Any]
-"""Name -> array ``[B, ...]`` (or a tree of them), one row per image."""
+"""Name -> array ``[B, ...]`` or a tree of such arrays, with one row per image."""
 
 
 class Kept:
@@ -46,13 +47,13 @@ class Kept:
 
 
 class Step(NamedTuple):
-    """Where a run is.
+    """The position in a run.
 
     Attributes:
       i: the index of the evaluation.
-      t: its timestep, what the network sees.
+      t: the timestep that the network gets.
       plan: the sampler's whole plan.
-      kept: what parts keep between evaluations; a part that uses it says so in :attr:`Part.keeps`.
+      kept: values that parts keep between evaluations; a part that writes them says so in :attr:`Part.keeps`.
     """
 
     i: Any
@@ -63,12 +64,12 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A network, and the name under which the pipeline keeps its parameters.
+    """A network, and the component name under which the pipeline stores its parameters.
 
     Attributes:
       name: the component's name, for example ``"unet"`` or ``"prior_text_encoder"``.
       model: the network.
-      index: its place, where the component is a list of networks (several ControlNets).
+      index: its position, if the component is a list of networks (several ControlNets).
     """
 
     name: str
@@ -87,11 +88,11 @@ class Net:
 
 
 class Part:
-    """Base of all parts. A subclass is a frozen dataclass whose fields are networks, other parts and settings.
+    """Base class of all parts. A subclass is a frozen dataclass whose fields are networks, other parts and settings.
 
-    ``reads`` names the rows that the part cannot do without (``"a|b"``: one of the two), ``adds`` those that
-    :meth:`prepare` adds; a method is checked against its rows before anything compiles. ``keeps`` says whether the part
-    writes to ``step.kept``.
+    ``reads`` names the rows that the part requires (``"a|b"`` means either of the two), ``adds`` those that
+    :meth:`prepare` adds. A method is checked against the rows before anything is compiled. ``keeps`` says whether the
+    part keeps values in ``step.kept``.
     """
 
     @property
@@ -107,12 +108,13 @@ class Part:
         return ()
 
     def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
-        """The rows with what this part computes once, before the loop; by default, its inner parts do so in turn.
+        """Return the rows with what this part computes once, before the loop. By default, each inner part prepares in
+        turn.
 
         Args:
           params: component name -> tree of parameters.
-          rows: what there is so far; not to be changed, return another dict.
-          keys: ``[B]`` typed keys, one per image; draw from them with :func:`draw`.
+          rows: the rows so far. Do not modify them; return a new dict.
+          keys: ``[B]`` typed keys, one per image; sample noise from them with :func:`draw`.
         """
         for part in inner_parts(self):
             rows = part.prepare(params, rows, keys)
@@ -121,7 +123,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PlainStep(Part):
-    """Advance by one evaluation: call the network, let the sampler make its step."""
+    """Advance by one evaluation: call the network, then take the sampler's step."""
 
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
         """The next state.
@@ -129,9 +131,9 @@ class PlainStep(Part):
         Args:
           denoiser: ``(params, rows, x, step) -> output``.
           params, rows: as in :meth:`Part.prepare`.
-          state: the sample and what the sampler remembers.
-          step: where the run is.
-          keys: ``[B]``, the same in every step; the plan folds the index in.
+          state: the sample and the sampler's memory of earlier outputs.
+          step: the position in the run.
+          keys: ``[B]``, the same at every step; the plan folds in the step index.
         """
         output = denoiser(params, rows, step.plan.model_input(state, step.i), step)
         return step.plan.step(state, step.i, output.astype(jnp.float32), keys)
@@ -142,13 +144,13 @@ PLAIN_STEP = PlainStep()
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a run is composed of; exchange parts with ``dataclasses.replace``.
+    """The parts that make up a run; swap them with ``dataclasses.replace``.
 
     Attributes:
       denoiser: ``(params, rows, x, step) -> output``: a network, or a wrapper around a denoiser (guidance, control).
-      start: ``(plan, rows) -> State``: from noise, from an image ...
-      decode: ``(params, rows, sample) -> {name: array}``: what the caller gets, one row per image.
-      latent_shape: of one sample, of any rank.
+      start: ``(plan, rows) -> State``: the initial state, from noise or from an image.
+      decode: ``(params, rows, sample) -> {name: array}``: the results, one row per image.
+      latent_shape: shape of one sample, of any rank.
       conditions: parts that only prepare rows, in order: text encoders, image encoders, masks.
       advance: ``(denoiser, params, rows, state, step, keys) -> State``: one evaluation.
     """
@@ -162,16 +164,16 @@ class Method:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order in which they prepare."""
+        """All parts, in the order in which they prepare rows."""
         return (*self.conditions, self.start, self.denoiser, self.advance, self.decode)
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Names of the components whose parameters the method reads; only these go to the device."""
+        """Names of the components whose parameters the method reads; only these are put on the device."""
         return tuple(dict.fromkeys(net.name for part in self.parts for net in networks_of(part)))
 
     def prepare(self, params: Params, rows: Rows) -> Rows:
-        """The rows with ``noise`` (unless given), ``keys`` for the steps, and what each part adds."""
+        """Return the rows with ``noise`` (unless given), ``keys`` for the steps, and what each part adds."""
         keys = image_keys(rows)
         k_init, k_loop = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         rows = rows | {"keys": k_loop}
@@ -188,7 +190,7 @@ def inner_parts(part: Any) -> Iterator[Part]:
 
 
 def networks_of(part: Any) -> Iterator[Net]:
-    """Every network of a part and of the parts inside it."""
+    """All networks of a part and of the parts inside it."""
     for value in _field_values(part):
         if isinstance(value, Net):
             yield value
@@ -197,7 +199,7 @@ def networks_of(part: Any) -> Iterator[Net]:
 
 
 def all_parts(part: Part) -> Iterator[Part]:
-    """All parts inside a part, then itself."""
+    """All parts nested inside a part, then the part itself."""
     for inner in inner_parts(part):
         yield from all_parts(inner)
     yield part
@@ -209,23 +211,24 @@ def _field_values(part: Any) -> Iterator[Any]:
         yield from value if isinstance(value, tuple) else (value,)
 
 
-ALWAYS = ("noise", "keys")
-"""Rows that :meth:`Method.prepare` adds itself."""
+PREPARED = ("noise", "keys")
+"""Rows that :meth:`Method.prepare` adds for every method."""
 
 
 def check_rows(method: Method, rows: Rows) -> None:
-    """Refuse a method whose parts read rows that neither the request has nor a part adds.
+    """Check that every row that a part of the method reads is in the request or added by an earlier part.
 
     Raises:
-      ValueError: it names the part, the row and what there is.
-      TypeError: something in the method is not a part.
+      ValueError: a row is missing (the message names the part, the row and the available rows), or rows differ in their
+        number of images.
+      TypeError: something in the method is not a part, or cannot be compared with other parts.
     """
     for part in method.parts:
         if not (isinstance(part, Part) and dataclasses.is_dataclass(part)):
-            raise TypeError(f"{part!r} is no part: a part is a frozen dataclass that inherits from Part")
+            raise TypeError(f"{part!r} is not a part; a part is a frozen dataclass that inherits from Part")
         _check_comparable(part)
     _check_lengths(rows)
-    known = {*rows, *ALWAYS}
+    known = {*rows, *PREPARED}
     for part in (inner for outer in method.parts for inner in all_parts(outer)):
         if missing := [name for name in part.reads if not known & {*name.split("|")}]:
             wanted = ", ".join(" or ".join(map(repr, name.split("|"))) for name in missing)
@@ -234,12 +237,12 @@ def check_rows(method: Method, rows: Rows) -> None:
 
 
 def _check_lengths(rows: Rows) -> None:
-    """Refuse rows with different numbers of images."""
+    """Check that all rows have the same number of images."""
     leaves = jax.tree_util.tree_leaves_with_path(rows)
     lengths = {jax.tree_util.keystr(path): jnp.shape(leaf)[:1] for path, leaf in leaves}
     if len(set(lengths.values())) > 1 or () in lengths.values():
         shown = ", ".join(f"{name} {length[0] if length else 'none'}" for name, length in lengths.items())
-        raise ValueError(f"every row must have one entry for each image; the rows have {shown}")
+        raise ValueError(f"every row must have one entry per image; the rows have {shown}")
 
 
 def _check_comparable(part: Part) -> None:
@@ -248,39 +251,40 @@ def _check_comparable(part: Part) -> None:
     except TypeError as error:
         raise TypeError(
             f"{type(part).__name__} cannot be compared with other parts ({error}): declare it with "
-            "@dataclass(frozen=True), keep settings in fields, and arrays in rows"
+            "@dataclass(frozen=True), and put settings in fields and arrays in rows"
         ) from None
 
 
-# Randomness: every image has a key of its own
+# Randomness: each image has its own key
 
 
 def image_keys(rows: Rows) -> jax.Array:
-    """The key of each image, ``[B]``: ``rows["key"]``, or from ``seed`` and ``index``, both uint32 ``[B]``."""
+    """The key of each image, ``[B]``: ``rows["key"]`` if given, else from ``seed`` and ``index``, both uint32
+    ``[B]``."""
     if "key" in rows:
         return rows["key"]
     return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(rows["seed"], rows["index"])
 
 
 def draw(keys: jax.Array, purpose: str, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise ``[B, *shape]`` for a part; another ``purpose`` gives independent noise.
+    """Standard normal noise ``[B, *shape]`` for a part; different purposes give independent noise.
 
     Args:
-      keys: ``[B]``, as :meth:`Part.prepare` gets them.
-      purpose: any text, for example ``"posterior"``.
-      shape: of one image's noise.
+      keys: ``[B]``, as passed to :meth:`Part.prepare`.
+      purpose: any string, for example ``"posterior"``.
+      shape: shape of the noise for one image.
     """
     return normal(keys_for(keys, purpose), shape)
 
 
 def keys_for(keys: jax.Array, purpose: str) -> jax.Array:
-    """``[B]`` keys derived from ``keys`` for one purpose."""
-    number = zlib.crc32(purpose.encode()) | 1 << 31  # far from the small numbers that splitting a key uses
+    """Keys ``[B]`` derived from ``keys`` for one purpose."""
+    number = zlib.crc32(purpose.encode()) | 1 << 31  # far from the small integers that splitting a key uses
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal float32 ``[B, *shape]``, each image from its own key."""
+    """Standard normal noise ``[B, *shape]`` in float32, each image from its own key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
@@ -288,24 +292,24 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluations: int | None = None) -> dict[str, Any]:
-    """The whole run as a pure function of arrays: what a pipeline compiles, and what you may ``jit``, ``vmap``,
-    differentiate or shard.
+    """The whole sampling run as a pure function of arrays: the function that a pipeline compiles, and that you can
+    ``jit``, ``vmap``, differentiate or shard.
 
     Args:
       method: the parts; static (hashable).
       params: component name -> tree of parameters.
       rows: the request, one row per image; see :meth:`DiffusionPipeline.request
         <diffuse_jax.pipelines.DiffusionPipeline.request>`.
-      plan: of the sampler.
-      evaluations: the number of network evaluations, if it is to be part of the program: the run can then be
-        differentiated (by rows, parameters and noise), and each evaluation is computed again in the backward pass
-        instead of being kept. It must be the plan's. None leaves the number to the plan, as data.
+      plan: the sampler's plan.
+      evaluations: the number of network evaluations as a static value, equal to the plan's. The run can then be
+        differentiated with respect to rows, parameters and noise; each evaluation is recomputed in the backward pass
+        instead of being stored. If None, the number is taken from the plan at run time.
 
     Returns:
-      What ``method.decode`` gives, for example ``{"images": [B,H,W,3]}``.
+      What ``method.decode`` returns, for example ``{"images": [B,H,W,3]}``.
 
     Raises:
-      ValueError: the rows do not fit the method, or ``evaluations`` is not the plan's number.
+      ValueError: the rows do not fit the method, or ``evaluations`` differs from the plan's number.
     """
     check_rows(method, rows)
     rows, state = begin(method, params, rows, plan)
@@ -320,13 +324,17 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
 
 
 def check_evaluations(plan: Plan, evaluations: int) -> None:
-    """Refuse a number that is not the plan's; where the plan is traced its number is not known, and not checked."""
+    """Check that the number of evaluations is the plan's; a traced plan does not know its number and is not checked.
+
+    Raises:
+      ValueError: the numbers differ.
+    """
     if not isinstance(plan.num_evaluations, jax.core.Tracer) and int(plan.num_evaluations) != evaluations:
         raise ValueError(f"the plan has {int(plan.num_evaluations)} evaluations, got evaluations={evaluations}")
 
 
 def begin(method: Method, params: Params, rows: Rows, plan: Plan) -> tuple[Rows, State]:
-    """The first part of a run: the prepared rows and the first state."""
+    """The beginning of a run: the prepared rows and the initial state."""
     rows = method.prepare(params, rows)
     state = method.start(plan, rows)
     if any(part.keeps for outer in method.parts for part in all_parts(outer)):
@@ -336,7 +344,7 @@ def begin(method: Method, params: Params, rows: Rows, plan: Plan) -> tuple[Rows,
 
 
 def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State, i: Any) -> State:
-    """One evaluation; ``rows`` are prepared."""
+    """One evaluation, from prepared rows."""
     kept = Kept(state.kept)
     step = Step(i, plan.timestep(i), plan, kept)
     state = method.advance(method.denoiser, params, rows, state, step, rows["keys"])
@@ -344,9 +352,9 @@ def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State
 
 
 def finish(method: Method, params: Params, rows: Rows, state: State) -> dict[str, Any]:
-    """The last part: what the caller gets."""
+    """The end of a run: the decoded results."""
     return method.decode(params, rows, state.sample)
 
 
 Replace = Callable[[Method], Method]
-"""What a call takes as ``method=``: the pipeline's method -> the one to run."""
+"""The type of the ``method=`` argument of a call: a function from the pipeline's method to the one to run."""

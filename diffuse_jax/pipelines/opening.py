@@ -1,4 +1,4 @@
-"""From folders and files to components and parameters, and back; nothing here knows what a pipeline does."""
+"""Open and save the components and parameters of a folder, whatever the pipeline."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Parts = dict[str, Any]
 
 
 def refuse_family(target: Any, index: weights.PipelineIndex, given: Collection[str], source: Any) -> None:
-    """Refuse a checkpoint that is conditioned by text encoders which a pipeline of another family would not use.
+    """Refuse to open a checkpoint with a pipeline of another family, which would ignore some of its text encoders.
 
     Raises:
-      TypeError: naming the class to open it with.
+      TypeError: the checkpoint has unused text encoders; the message says which class to open it with.
     """
     encoders = getattr(target.family, "encoders", None)
     entries = [name for name in index.components if name.startswith("text_encoder") and name not in given]
     if encoders is not None and (unused := [name for name in entries if name not in encoders]):
         raise TypeError(
             f"{source} is a {index.class_name} with {', '.join(unused)}, which {target.__name__} does not use; open it "
-            "with DiffusionPipeline or AutoPipelineForText2Image, which choose the class"
+            "with DiffusionPipeline or AutoPipelineForText2Image, which choose the right class"
         )
 
 
@@ -48,11 +48,11 @@ def open_components(
     mesh: Mesh | None,
     variant: str | None,
 ) -> tuple[Parts, dict[str, Params]]:
-    """The components of a folder and the parameters of its networks, with those that the caller gave.
+    """The components of a folder and the parameters of its networks, with those that the caller passed in their place.
 
     Raises:
-      WeightsError: an unknown class, or weights that do not fit; every class is checked before anything is read.
-      TypeError: a given component is of the wrong kind.
+      WeightsError: a class is unknown, or weights do not fit. All classes are checked before anything is read.
+      TypeError: a component that the caller passed is of the wrong kind.
     """
     wanted = {name: entry for name, entry in index.components.items() if name not in given}
     for name, entry in wanted.items():
@@ -61,7 +61,7 @@ def open_components(
     folders = [entry.folder for name in read for entry in catalogue.folders(name, wanted[name])]
     with unchanged(*folders, *{folder.parent / weights.index.FILE for folder in folders}):
         parts, params = _open(wanted, mesh, dtype, variant)
-    return with_given(dict.fromkeys(index.absent) | parts, params, given)
+    return with_overrides(dict.fromkeys(index.absent) | parts, params, given)
 
 
 def _open(
@@ -76,7 +76,7 @@ def _open(
                 warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}")
         elif catalogue.is_network(entry):
             opened = [_open_network(e, dtype, mesh, variant) for e in catalogue.folders(name, entry)]
-            parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _columns(opened)
+            parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _unzip(opened)
         else:
             parts[name] = catalogue.open_other(entry)
     return parts, params
@@ -99,34 +99,36 @@ def _open_network(entry: Component, dtype: DTypeLike, mesh: Mesh | None, variant
     return model, params
 
 
-def _columns(pairs: list[tuple[Model, Params]]) -> Any:
-    """Pairs of a network and its parameters as a tuple of networks and a tuple of parameters."""
+def _unzip(pairs: list[tuple[Model, Params]]) -> Any:
+    """A list of ``(network, parameters)`` as a tuple of networks and a tuple of parameters."""
     return tuple(zip(*pairs, strict=True))
 
 
-def with_given(
+def with_overrides(
     parts: Mapping[str, Any], params: Mapping[str, Params], given: Mapping[str, Any]
 ) -> tuple[Parts, dict[str, Params]]:
-    """Components and parameters with those that the caller gave.
+    """Components and parameters, with those in ``given`` replaced.
 
-    A network comes as ``(model, params)``, a list of networks as a list of such pairs.
+    A network is given as ``(model, params)``, a list of networks as a list of such pairs.
 
     Raises:
-      TypeError: a network came without parameters, or what came is not of this library.
+      TypeError: a network was given without parameters, or a scheduler is not one of this library.
     """
     parts, params = dict(parts), dict(params)
     for name, part in given.items():
         if is_pair(part):
             parts[name], params[name] = part
         elif isinstance(part, list | tuple) and part and all(map(is_pair, part)):
-            parts[name], params[name] = _columns(list(part))
+            parts[name], params[name] = _unzip(list(part))
         elif isinstance(part, list | tuple) or (isinstance(part, Model) and name not in params):
             raise TypeError(
-                f"{name}: give a network as (model, params), as its from_pretrained returns it; several as a list of "
+                f"{name}: pass a network as (model, params), as its from_pretrained returns it; several as a list of "
                 "such pairs"
             )
         elif name == "scheduler" and not isinstance(part, Scheduler):
-            raise TypeError(f"scheduler must be one of diffuse_jax, got {type(part).__module__}.{type(part).__name__}")
+            raise TypeError(
+                f"scheduler must be a diffuse_jax scheduler, got {type(part).__module__}.{type(part).__name__}"
+            )
         else:
             parts[name] = part
             if part is None:
@@ -135,7 +137,7 @@ def with_given(
 
 
 def is_pair(part: Any) -> bool:
-    """Whether a component came as ``(network, parameters)``: anything that can be applied, and a mapping."""
+    """Whether a component is a pair ``(network, parameters)``: an object with ``apply``, and a mapping."""
     return isinstance(part, tuple) and len(part) == 2 and hasattr(part[0], "apply") and isinstance(part[1], Mapping)
 
 
@@ -147,25 +149,25 @@ def save_components(
     variant: str | None,
     dtype: DTypeLike | None,
 ) -> dict[str, tuple[str | None, str | None]]:
-    """Write every component into its folder, those of a list into ``name``, ``name_1`` ...; what an older save left of
-    a longer list is removed, because it would be opened as part of this one.
+    """Write each component to its folder, and the members of a list to ``name``, ``name_1`` ... Folders that remain
+    from an earlier save of a longer list are deleted, because they would be opened as members of this one.
 
     Returns:
       The entries of ``model_index.json``.
 
     Raises:
-      ValueError: a component that a folder cannot hold.
+      ValueError: a component cannot be saved in a folder.
     """
     entries = {name: catalogue.library_and_class(part) for name, part in parts.items()}
     for name, part in parts.items():
         if isinstance(part, Model):
             part.save_pretrained(folder / name, params[name], variant=variant, dtype=dtype)
         elif isinstance(part, tuple | list):
-            for k, (model, own) in enumerate(zip(part, params[name], strict=True)):
-                model.save_pretrained(folder / (f"{name}_{k}" if k else name), own, variant=variant, dtype=dtype)
+            for k, (model, tree) in enumerate(zip(part, params[name], strict=True)):
+                model.save_pretrained(folder / (f"{name}_{k}" if k else name), tree, variant=variant, dtype=dtype)
         elif part is not None:
             with naming(folder / name):
                 part.save_pretrained(folder / name)
-    for left_over in catalogue.left_over(folder, parts):
-        shutil.rmtree(left_over)
+    for stale in catalogue.stale_folders(folder, parts):
+        shutil.rmtree(stale)
     return entries

@@ -1,4 +1,4 @@
-"""The arguments that calls share, by name."""
+"""The arguments that the calls of several pipelines share, as typed dictionaries."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from diffuse_jax.pipelines.running import Modifier, StepCallback
 
 
 class RunOptions(TypedDict, total=False):
-    """Arguments of every call that decide how a request is run, not what it is.
+    """Arguments of every call that control how a request is run. With any of them, the run goes step by step.
 
     Attributes:
-      callback_on_step_end: called after each evaluation as ``callback(pipe, i, timestep, {"latents": ...})``; the
-        program is then run step by step.
-      progress_bar: show one; likewise.
-      return_trajectory: return the sample before each evaluation and after the last one as ``out.trajectory``;
-        likewise.
+      callback_on_step_end: called after each evaluation as ``callback(pipe, i, timestep, {"latents": ...})``.
+      progress_bar: show a progress bar.
+      return_trajectory: return the sample before each evaluation and after the last one as ``out.trajectory``.
     """
 
     callback_on_step_end: StepCallback | None
@@ -34,15 +32,16 @@ class CallOptions(RunOptions, total=False):
     """Arguments of every call.
 
     Attributes:
-      num_inference_steps: the pipeline's default if neither ``timesteps`` nor ``sigmas`` say otherwise.
-      timesteps, sigmas: the sampler's grid itself, descending.
-      eta: noise of DDIM, 0 to 1 (other samplers refuse it).
-      seed: an int from 0 to 2**32 - 1, or a list with one per image; chosen by the system if None.
+      num_inference_steps: number of denoising steps; the pipeline's default unless ``timesteps`` or ``sigmas`` is
+        given.
+      timesteps, sigmas: an explicit grid for the sampler, descending.
+      eta: noise of DDIM, from 0 to 1 (an error with other samplers).
+      seed: an int from 0 to 2**32 - 1, or a list with one per image; random if None.
       key: a typed ``jax.random`` key instead of a seed.
-      latents: ``[B, ...]`` standard normal noise to use instead of drawing it.
+      latents: ``[B, ...]`` standard normal noise to start from, instead of sampling it.
       output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
-      method: a function from the pipeline's method to the one to run, for parts of your own.
-      rows: further rows for these parts: name -> array with one entry per image.
+      method: a function from the pipeline's method to the one to run, for custom parts.
+      rows: additional rows for such parts: name -> array with one entry per image.
       modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`: other guidance, FreeU, windows ...
     """
 
@@ -60,14 +59,14 @@ class CallOptions(RunOptions, total=False):
 
 
 class TextOptions(CallOptions, total=False):
-    """Arguments of every call with prompts, beside the first prompt itself.
+    """Arguments of every call with prompts, besides the prompt itself.
 
     Attributes:
       negative_prompt: one, or one per prompt; empty if None.
       prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` hidden states instead of prompts.
-      num_images_per_prompt: 1 by default; those of one prompt follow each other.
-      guidance_rescale: 0 (default) to 1, one or one per image; see Lin et al. 2024, section 3.4.
-      clip_skip: take the hidden states this many layers before the last one.
+      num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
+      guidance_rescale: from 0 (default) to 1, one value or one per image; see Lin et al. 2024, section 3.4.
+      clip_skip: use the text encoder's hidden states from this many layers before the last one.
       batch_size: maximum number of images per device call; all at once if None.
     """
 
@@ -81,12 +80,12 @@ class TextOptions(CallOptions, total=False):
 
 
 class ControlOptions(TypedDict, total=False):
-    """Arguments of every call with ControlNets, beside the control images; each is one number, or one per ControlNet.
+    """Arguments of every call with ControlNets, besides the control images; each is one number, or one per ControlNet.
 
     Attributes:
-      controlnet_conditioning_scale: strength; the class says its default.
-      control_guidance_start, control_guidance_end: share of the steps before and after which a ControlNet does not act,
-        0 and 1 by default.
+      controlnet_conditioning_scale: strength; the default depends on the class.
+      control_guidance_start, control_guidance_end: the fraction of the steps at which a ControlNet starts and stops
+        acting, 0 and 1 by default.
     """
 
     controlnet_conditioning_scale: float | Sequence[float]
@@ -95,20 +94,20 @@ class ControlOptions(TypedDict, total=False):
 
 
 class GuidanceOptions(TypedDict, total=False):
-    """Where a class leaves it to the one that it extends.
+    """The guidance argument, for classes that pass it on to the class they extend.
 
     Attributes:
-      guidance_scale: of classifier-free guidance, one or one per image; the class says its default.
+      guidance_scale: scale of classifier-free guidance, one value or one per image; the default depends on the class.
     """
 
     guidance_scale: float | Sequence[float]
 
 
 class StrengthOptions(TypedDict, total=False):
-    """Likewise.
+    """The strength argument, for classes that pass it on to the class they extend.
 
     Attributes:
-      strength: in (0, 1], how much of the image is replaced; the class says its default.
+      strength: in (0, 1], how much the image is changed; the default depends on the class.
     """
 
     strength: float
@@ -147,22 +146,23 @@ Size = tuple[int, int]
 
 
 class XLOptions(TextOptions, total=False):
-    """Arguments of every call of the SDXL family, beside the first two prompts.
+    """Arguments of every call of the SDXL family, besides the prompts for the two encoders.
 
     Attributes:
-      negative_prompt: if None, the unconditional embeddings are all zeros where the checkpoint says so
-        (``force_zeros_for_empty_prompt``), and those of the empty prompt otherwise.
-      negative_prompt_2: for the second encoder; the first one's if None.
-      pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[prompts,P]``, together with ``prompt_embeds`` and
+      negative_prompt: if None, the unconditional embeddings are zeros if the checkpoint says so
+        (``force_zeros_for_empty_prompt``), else those of the empty prompt.
+      negative_prompt_2: negative prompt for the second encoder; ``negative_prompt`` if None.
+      pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[prompts,P]``, required with ``prompt_embeds`` and
         ``negative_prompt_embeds``.
-      original_size, target_size: (height, width) in pixels, those of the image if None (micro-conditioning).
-      crops_coords_top_left: (top, left) in pixels, (0, 0) by default.
-      negative_original_size, negative_crops_coords_top_left, negative_target_size: of the unconditional branch. In
-        text to image they are those of the conditional one unless both sizes are given. From an image, each size is
-        unless it is given, and so is the crop, except for checkpoints with an aesthetic score.
-      aesthetic_score, negative_aesthetic_score: 6.0 and 2.5, for checkpoints that take them (the refiner).
-      denoising_end: share in (0, 1) of the schedule after which to stop and leave the rest to another model (the
-        refiner); hand over with ``output_type="latent"``.
+      original_size, target_size: micro-conditioning, (height, width) in pixels; the image size if None.
+      crops_coords_top_left: micro-conditioning, (top, left) in pixels; (0, 0) by default.
+      negative_original_size, negative_crops_coords_top_left, negative_target_size: micro-conditioning of the
+        unconditional branch. In text to image, the conditional branch's values are used unless both negative sizes are
+        given. In image to image and inpainting, each size defaults to the conditional branch's; so does the crop,
+        except for checkpoints with an aesthetic score, where it defaults to (0, 0).
+      aesthetic_score, negative_aesthetic_score: 6.0 and 2.5 by default, for checkpoints that use them (the refiner).
+      denoising_end: fraction in (0, 1) of the schedule at which to stop and leave the rest to another model (the
+        refiner); pass the result on with ``output_type="latent"``.
     """
 
     negative_prompt_2: str | Sequence[str] | None
@@ -183,22 +183,22 @@ class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
     """:class:`XLOptions` and :class:`InpaintOptions`."""
 
 
-def apart(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that a ``TypedDict`` names, and the others."""
+def split_options(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split options into those that the ``TypedDict`` ``kind`` names, and the others."""
     names = kind.__annotations__
     return {k: v for k, v in options.items() if k in names}, {k: v for k, v in options.items() if k not in names}
 
 
 def check_names(owner: type, given: Mapping[str, Any], known: type) -> None:
-    """Refuse an argument that no call of a pipeline has.
+    """Check that a pipeline's calls have all the given arguments.
 
     Args:
       owner: the pipeline's class.
       given: the arguments that its ``compose`` does not name.
-      known: a ``TypedDict`` of those that there are.
+      known: a ``TypedDict`` of the valid ones.
 
     Raises:
-      TypeError: it is named, with those that exist.
+      TypeError: an argument is unknown; the message names it and lists the valid ones.
     """
     if unknown := sorted(set(given) - set(known.__annotations__)):
         names = ", ".join(sorted(argument_names(owner)))
@@ -206,8 +206,8 @@ def check_names(owner: type, given: Mapping[str, Any], known: type) -> None:
 
 
 def argument_names(owner: type) -> set[str]:
-    """Every argument of a pipeline's calls: those that its ``compose`` names, and those of the ``TypedDict`` that it
-    unpacks; where it passes on whatever it gets, those of the class that it extends."""
+    """All arguments of a pipeline's calls: those that its ``compose`` names, and those of the ``TypedDict`` that it
+    unpacks. If it passes on untyped options, those of the class that it extends are included."""
     found: set[str] = set()
     for compose in (vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)):
         _, *parameters = inspect.signature(compose).parameters.values()  # without self

@@ -1,4 +1,4 @@
-"""A pipeline: an immutable set of components, parameters and options, with what all pipelines can do."""
+"""The base class of pipelines: immutable components, parameters and options, and the methods all pipelines share."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.modifiers import modified
-from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_given
+from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_overrides
 from diffuse_jax.pipelines.options import RunOptions
-from diffuse_jax.pipelines.placement import moved, taken_off
+from diffuse_jax.pipelines.placement import params_to_default_device, params_to_mesh
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
-from diffuse_jax.pipelines.settings import corrected, report
+from diffuse_jax.pipelines.settings import corrected, log_ignored
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
@@ -35,30 +35,30 @@ from diffuse_jax.sharding import automatic, check_data_axis
 from diffuse_jax.weights import WeightsError
 
 PIPELINES = Registry("pipeline")
-"""Pipelines by the name in ``model_index.json``; a class is in it as soon as it is defined."""
+"""Pipeline classes by their name in ``model_index.json``; a class is registered when it is defined."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionPipeline:
-    """What every pipeline is: components by name, their parameters, and options of the folder.
+    """Base class of all pipelines: components by name, their parameters, and the options of the folder.
 
-    Open one with :meth:`from_pretrained`, which chooses the class that the folder names. Pipelines never change;
-    :meth:`replace` gives another one that shares everything else. A subclass defines :meth:`compose`.
+    Open one with :meth:`from_pretrained`, which chooses the class that the folder names. Pipelines are immutable;
+    :meth:`replace` returns a new one that shares everything that was not replaced. A subclass defines :meth:`compose`.
 
     Attributes:
       components: name -> network, tuple of networks, scheduler, tokenizer or None.
       params: name -> tree of ``jax.Array`` for the networks (a tuple of trees for a tuple of networks).
       options: the other values of ``model_index.json``.
-      mesh: where to run, with an axis ``data`` (images) and, if networks are to be cut, ``fsdp`` and ``tensor``;
-        parameters that lie elsewhere are moved there. None is where the parameters lie; ``replace(mesh=None)`` takes
-        them to JAX's default device.
-      vae_tiling: edge in latents of the tiles that images are decoded in, or None for one piece.
-      vae_slicing: decode one image after another, in the memory of one.
-      programs: the compiled programs, shared by all pipelines unless given.
+      mesh: the device mesh to run on, with an axis ``data`` (images) and, to shard the networks, ``fsdp`` and
+        ``tensor``; parameters on other devices are moved to it. If None, runs take place where the parameters are;
+        ``replace(mesh=None)`` moves them to JAX's default device.
+      vae_tiling: edge length in latent pixels of the tiles in which images are decoded; None decodes without tiling.
+      vae_slicing: decode one image at a time, which needs the memory of only one.
+      programs: the compiled programs; by default those of the process, which all pipelines share.
     """
 
     components: Mapping[str, Any]
-    params: Mapping[str, Params] = dataclasses.field(repr=False)  # thousands of lines of arrays
+    params: Mapping[str, Params] = dataclasses.field(repr=False)  # its repr has thousands of lines
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
     vae_tiling: int | None = None
@@ -66,52 +66,55 @@ class DiffusionPipeline:
     programs: Programs = dataclasses.field(default=PROGRAMS, repr=False, compare=False)
 
     required: ClassVar[tuple[str, ...]] = ()
-    """Components without which the pipeline cannot work."""
+    """Names of the components that the pipeline requires."""
 
     settings: ClassVar[Mapping[str, str]] = {}
-    """Values of ``model_index.json`` beside the components -> what they do here."""
+    """Known settings in ``model_index.json`` besides the components -> their effect in this library."""
 
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
-    """What samplers get when a folder is opened, as :mod:`diffuse_jax.pipelines.settings` says."""
+    """Settings that override the sampler's when a folder is opened; see :mod:`diffuse_jax.pipelines.settings`."""
 
     family: ClassVar[Any] = None
-    """How its checkpoints are conditioned; see :mod:`diffuse_jax.pipelines.family`."""
+    """How checkpoints of this class are conditioned; see :mod:`diffuse_jax.pipelines.family`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         PIPELINES.register(cls)
         generated = cls.__call__ is DiffusionPipeline.__call__ or hasattr(cls.__call__, "__wrapped__")
         if "compose" in vars(cls) and generated:
-            cls.__call__ = documented(cls.compose)  # type: ignore[method-assign]
+            cls.__call__ = call_from_compose(cls.compose)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         missing = [name for name in self.required if self.components.get(name) is None]
         if missing:
             have = [name for name, part in self.components.items() if part is not None]
-            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; given are {', '.join(have)}")
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}; it was given {', '.join(have)}")
         if isinstance(self.vae_tiling, bool) or (self.vae_tiling is not None and self.vae_tiling < 1):
-            raise ValueError(f"vae_tiling is the edge of a tile in latents, for example 64, got {self.vae_tiling!r}")
+            raise ValueError(
+                f"vae_tiling must be the edge length of a tile in latent pixels, for example 64, got "
+                f"{self.vae_tiling!r}"
+            )
         check_data_axis(self.mesh)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
-        object.__setattr__(self, "params", moved(self.params, self.mesh))
+        object.__setattr__(self, "params", params_to_mesh(self.params, self.mesh))
 
     @property
     def scheduler(self) -> Scheduler:
-        """The sampler's configuration; exchange it by ``pipe.replace(scheduler=...)``."""
+        """The scheduler; change it with ``pipe.replace(scheduler=...)``."""
         return self.components["scheduler"]
 
     # Calls
 
     def compose(self, *args: Any, **options: Any) -> Request:
-        """The request of a call: its method, rows and plan, checked. Every pipeline defines this with arguments of its
-        own; they are those of calling it.
+        """Check the arguments of a call and turn them into a request: its method, rows and plan. Each pipeline class
+        defines this method; calling the pipeline takes the same arguments.
         """
         raise TypeError(f"{type(self).__name__} does not define compose, so it cannot be called")
 
     def __call__(self, *args: Any, **options: Any) -> Output:
-        """Run the request that :meth:`compose` makes of these arguments; :class:`RunOptions
-        <diffuse_jax.pipelines.options.RunOptions>` decide how."""
+        """Run the request that :meth:`compose` builds from these arguments; :class:`RunOptions
+        <diffuse_jax.pipelines.options.RunOptions>` control how it is run."""
         running = {name: options.pop(name) for name in self._run_options() if name in options}
         return run(self, self.request(*args, **options), **running)
 
@@ -123,21 +126,22 @@ class DiffusionPipeline:
         modifiers: Modifier | Sequence[Modifier] = (),
         **options: Any,
     ) -> Request:
-        """What a call with these arguments would run: ``sample(r.method, pipe.params, r.rows, r.plan)`` is the same as
-        a pure function.
+        """The request ``r`` that a call with these arguments would run. ``sample(r.method, pipe.params, r.rows,
+        r.plan)`` runs it as a pure function.
 
         Args:
-          *args: of :meth:`compose`.
-          **options: likewise.
+          *args, **options: the arguments of :meth:`compose`.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
-          rows: further rows for parts of your own, name -> array with one entry per image.
+          rows: additional rows for custom parts: name -> array with one entry per image.
           modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.
 
         Raises:
-          ValueError, TypeError: an argument is impossible, or the rows do not fit the method.
+          ValueError, TypeError: an argument is invalid, or the rows do not fit the method.
         """
         if wrong := sorted(self._run_options() & {*options}):
-            raise TypeError(f"{', '.join(wrong)} say how a request is run; give them to the call, or to pipelines.run")
+            raise TypeError(
+                f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
+            )
         request = modified(self.compose(*args, **options), self, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
@@ -146,11 +150,12 @@ class DiffusionPipeline:
         return request
 
     def _run_options(self) -> set[str]:
-        """The arguments of a call that are not of :meth:`compose`."""
+        """Names of the arguments of a call that :meth:`compose` does not take."""
         return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(self.compose).parameters}
 
     def compile(self, *args: Any, batch_size: int | None = None, **options: Any) -> Self:
-        """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
+        """Compile the program that a call with these arguments would run, without running it. Of arrays, only the
+        shapes matter. Returns self."""
         if not args and "prompt" in inspect.signature(self.compose).parameters and "prompt_embeds" not in options:
             options.setdefault("prompt", "")
         compile_request(self, self.request(*args, **options), batch_size)
@@ -172,20 +177,21 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         **components: Any,
     ) -> Self:
-        """Open a pipeline from a folder in diffusers layout.
+        """Open a pipeline from a folder in the diffusers layout.
 
         Args:
           source: a local folder, a Hub id, or ``"diffuse-jax/emoji"``, the model that ships with the package.
-          dtype: what networks compute in and parameters are cast to while they are read.
-          mesh: the devices to run on (see :func:`diffuse_jax.sharding.make_mesh`); each reads only its part.
-          variant: for example ``"fp16"``: read only weight files of that variant.
-          revision, local_files_only, token, cache_dir: for the Hub.
-          **components: use these instead of the folder's: ``scheduler=...``, ``safety_checker=None``; a network is
-            given as ``(model, params)``, several ControlNets as a list of such pairs.
+          dtype: the dtype that networks compute in and that parameters are cast to as they are read.
+          mesh: the devices to run on (see :func:`diffuse_jax.sharding.make_mesh`); each reads only its shard.
+          variant: variant of the weight files to read, for example ``"fp16"``.
+          revision, local_files_only, token, cache_dir: options for the Hub.
+          **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
+            network as ``(model, params)``, several ControlNets as a list of such pairs.
 
         Raises:
-          WeightsError: no such folder or model, an unknown class, or weights that do not fit. Nothing is half-loaded.
-          TypeError: a component that the pipeline does not have, or a checkpoint of another family.
+          WeightsError: the folder or model does not exist, a class is unknown, or weights do not fit. Nothing is
+            partially loaded.
+          TypeError: the pipeline has no such component, or the checkpoint belongs to another family.
 
         Example::
 
@@ -214,7 +220,7 @@ class DiffusionPipeline:
         refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
-        report(target, index.options, source)
+        log_ignored(target, index.options, source)
         return cast(Self, target(corrected(target, parts), params, index.options, mesh))
 
     @classmethod
@@ -235,16 +241,16 @@ class DiffusionPipeline:
         """Open a pipeline from one ``.safetensors`` or ``.ckpt`` file in the original layout (SD 1.x, 2.x, XL).
 
         Args:
-          path: the file; its architecture is read off its tensors.
+          path: the file; its architecture is inferred from its tensors.
           dtype, mesh, components: as in :meth:`from_pretrained`.
-          tokenizer: a folder or Hub id with CLIP's tokenizer, which such files do not hold; its usual place on the Hub
-            if None.
-          prediction_type: "epsilon" or "v_prediction", where the file's family does not say (SD 2.x).
-          revision, local_files_only, token, cache_dir: for the tokenizer on the Hub.
+          tokenizer: a folder or Hub id with CLIP's tokenizer, which such files do not contain; by default OpenAI's
+            repository on the Hub.
+          prediction_type: "epsilon" or "v_prediction", if the file does not determine it (SD 2.x).
+          revision, local_files_only, token, cache_dir: options for the tokenizer on the Hub.
 
         Raises:
-          WeightsError: a damaged or unknown file, tensors that do not fit, or no tokenizer.
-          TypeError: the file is another pipeline's.
+          WeightsError: the file is damaged or of an unknown kind, its tensors do not fit, or no tokenizer was found.
+          TypeError: the file is for another pipeline class.
         """
         refuse_habits(components)
         check_data_axis(mesh)
@@ -262,26 +268,27 @@ class DiffusionPipeline:
         )
         target = pipeline_class(found.class_name, path)
         if not issubclass(target, cls):
-            raise TypeError(f"{path} holds a {target.__name__}, not a {cls.__name__}")
+            raise TypeError(f"{path} contains a {target.__name__}, not a {cls.__name__}")
         return target(corrected(target, found.parts), found.params, found.options, mesh)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:
-        """Another task with the components of ``pipe``: the same buffers, no copy.
+        """A pipeline for another task with the components of ``pipe``; parameters are shared, not copied.
 
         Args:
-          pipe: any pipeline that has what this one needs.
-          **components: those it lacks, or others, as in :meth:`from_pretrained`: ``controlnet=(model, params)``.
+          pipe: any pipeline with the components that this class requires.
+          **components: missing components or replacements, as in :meth:`from_pretrained`:
+            ``controlnet=(model, params)``.
 
         Raises:
           ValueError: a component is missing.
         """
-        parts, params = with_given(pipe.components, pipe.params, components)
+        parts, params = with_overrides(pipe.components, pipe.params, components)
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(DiffusionPipeline)}
         return cls(**fields | {"components": corrected(cls, parts), "params": params})
 
     def replace(self, **changes: Any) -> Self:
-        """A pipeline with other components (``scheduler=...``; a network as ``(model, params)``) or other settings.
+        """A pipeline with components (``scheduler=...``; a network as ``(model, params)``) or settings replaced.
 
         Raises:
           TypeError: the pipeline has no such component.
@@ -293,18 +300,19 @@ class DiffusionPipeline:
         if unknown:
             names = ", ".join(sorted(self.components))
             raise TypeError(f"{type(self).__name__} has no component {unknown[0]!r}; it has {names}")
-        off = self.mesh is not None and settings.get("mesh", self.mesh) is None
-        parts, params = with_given(self.components, taken_off(self.params) if off else self.params, given)
+        leaves_mesh = self.mesh is not None and settings.get("mesh", self.mesh) is None
+        params = params_to_default_device(self.params) if leaves_mesh else self.params
+        parts, params = with_overrides(self.components, params, given)
         return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
 
     def offload(self, *names: str) -> Self:
-        """A pipeline whose named components (all networks if none is named) keep their parameters in host memory.
+        """A pipeline whose named networks (all if none is named) have their parameters in host memory.
 
-        They are on the device only while a run that reads them is under way: several stages that do not fit together
-        take turns.
+        The parameters are on the device only during a run that reads them, so stages that do not fit into device memory
+        together can take turns.
 
         Raises:
-          TypeError: the pipeline has no parameters of that name.
+          TypeError: the pipeline has no network of that name.
         """
         names = names or tuple(self.params)
         if unknown := sorted(set(names) - set(self.params)):
@@ -315,12 +323,12 @@ class DiffusionPipeline:
     def save_pretrained(
         self, folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = None
     ) -> Path:
-        """Write the folder that PyTorch diffusers opens: safetensors with PyTorch names, ``model_index.json`` last.
+        """Write a folder that PyTorch diffusers can open: safetensors with PyTorch names, ``model_index.json`` last.
 
         Args:
-          folder: made if need be; files are written under temporary names and renamed.
-          variant: marks the weight files, for example ``"fp16"``.
-          dtype: what floating-point tensors are cast to; None keeps them.
+          folder: created if needed; files are written under temporary names and then renamed.
+          variant: variant in the names of the weight files, for example ``"fp16"``.
+          dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,60 +339,64 @@ class DiffusionPipeline:
     # Adapters
 
     def load_lora_weights(self, source: str | Path, *, scale: float = 1.0) -> Self:
-        """A pipeline whose networks have low-rank pairs merged into them (LoRA); this one stays as it is.
+        """A pipeline with LoRA weights merged into its networks; this pipeline is unchanged.
 
-        Compiled programs are shared. Several files may be loaded one after another; the opposite scale takes one out.
+        Compiled programs are shared. Several files can be loaded one after another; loading one again with the negated
+        scale removes it.
 
         Args:
           source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers (``.bin`` too), or its
             folder.
-          scale: how strongly it acts; 0 changes nothing.
+          scale: strength of the LoRA; 0 has no effect.
 
         Raises:
-          WeightsError: no such file, or it was made for other networks.
+          WeightsError: the file does not exist, or does not fit the pipeline's networks.
         """
         return self.replace(**adapting.with_lora(self, source, scale))
 
     def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
-        """A pipeline that knows one more word (textual inversion, one text encoder); this one stays as it is.
+        """A pipeline with one more word in its vocabulary (textual inversion); this pipeline is unchanged.
 
         Args:
-          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one.
-          token: the placeholder token; the file's own if None.
+          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one of these.
+          token: the placeholder token; the one in the file if None.
 
         Raises:
-          WeightsError: no such file, or not the embeddings of one word.
-          ValueError: the word is known already, the embeddings have another width, or there are two text encoders.
+          WeightsError: the file does not exist, or does not contain the embeddings of exactly one word.
+          ValueError: the word is already known, the embeddings do not have the encoder's width, or the pipeline has two
+            text encoders.
         """
         return self.replace(**adapting.with_word(self, source, token))
 
     # Programs
 
     def save_compiled(self, folder: str | Path) -> list[Path]:
-        """Keep this process's compiled programs in ``folder``; :meth:`load_compiled` finds them in the next process."""
+        """Save the programs compiled in this process to ``folder``, for :meth:`load_compiled` in another process."""
         return self.programs.save(folder)
 
     def load_compiled(self, folder: str | Path) -> Self:
-        """Look for compiled programs in ``folder`` (trusted: they are executable code) before compiling; returns self.
+        """Look for saved programs in ``folder`` before compiling. They are executable code, so the folder must be
+        trusted.
 
-        A program is used only if shapes, mesh, versions and the library's own code are those it was compiled for;
-        otherwise the call compiles as usual.
+        A program is used only if shapes, mesh, versions and the library's source match those that it was compiled for;
+        otherwise the call compiles as usual. Returns self.
 
         Raises:
-          PermissionError: others may write to the folder.
+          PermissionError: other users can write to the folder.
         """
         self.programs.load(folder)
         return self
 
     def signature_of(self, params: Mapping[str, Params]) -> Any:
-        """:func:`~diffuse_jax.pipelines.programs.signature_of` of parameters that a run reads; those of the pipeline's
-        own trees are described once, because there are thousands of arrays."""
+        """The :func:`~diffuse_jax.pipelines.programs.signature_of` of the parameters that a run reads. It is cached for
+        the pipeline's own trees, because they have thousands of arrays."""
         for name in params:
             if name not in self._signatures and params[name] is self.params[name]:
                 self._signatures[name] = signature_of(params[name])
-        known = lambda name, own: own is self.params[name]
+        cached = lambda name, tree: tree is self.params[name]
         return tuple(
-            (name, self._signatures[name] if known(name, own) else signature_of(own)) for name, own in params.items()
+            (name, self._signatures[name] if cached(name, tree) else signature_of(tree))
+            for name, tree in params.items()
         )
 
     @functools.cached_property
@@ -392,8 +404,8 @@ class DiffusionPipeline:
         return {}
 
 
-def documented(compose: Callable[..., Request]) -> Callable[..., Output]:
-    """The ``__call__`` of a pipeline, with the signature and the documentation of its ``compose``."""
+def call_from_compose(compose: Callable[..., Request]) -> Callable[..., Output]:
+    """The ``__call__`` of a pipeline, with the signature and docstring of its ``compose``."""
 
     @functools.wraps(compose)
     def call(self: DiffusionPipeline, *args: Any, **options: Any) -> Output:
@@ -404,10 +416,10 @@ def documented(compose: Callable[..., Request]) -> Callable[..., Output]:
 
 
 def pipeline_class(name: str, named_in: str | Path) -> type[DiffusionPipeline]:
-    """The class that an index or a single file names.
+    """The pipeline class that an index or a single file names.
 
     Raises:
-      WeightsError: no class of this name has been defined, or two modules define it.
+      WeightsError: no class of this name has been defined, or two modules define one.
     """
     try:
         return PIPELINES.find(name)

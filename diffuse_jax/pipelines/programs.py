@@ -1,9 +1,10 @@
-"""Compiled programs: each compiled once in a process, and kept on disk for the next one if the user wants.
+"""Compiled programs: each is compiled once per process, and can be saved to disk for later processes.
 
 A program is a pure function ``fn(method, *arguments)`` with a static, hashable ``method``. Compiling is explicit, so it
-can be counted, done ahead of time and saved. In memory a program is found by the function, the method, the mesh, the
-shapes, the placement of the arguments and what is active around the call (settings of JAX, changes of layers): two
-closures of one factory, or two classes of one name, are two programs. See :mod:`~diffuse_jax.pipelines.identity`.
+can be counted, done ahead of time and saved. The key in memory consists of the function, the method, the mesh, the
+shapes and placement of the arguments, and the context of the call (JAX settings, layer changes). Two closures from the
+same factory, or two classes of the same name, are therefore two programs; see
+:mod:`~diffuse_jax.pipelines.identity`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from jax.sharding import Mesh, PartitionSpec
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.identity import Context, identity
-from diffuse_jax.pipelines.saved_programs import Key, NotDescribable, placement
+from diffuse_jax.pipelines.saved_programs import Key, UnstableReprError, placement
 from diffuse_jax.sharding import automatic_shardings
 
 
 class Programs:
-    """Executables in memory and (once :meth:`save` or :meth:`load` named it) in a folder.
+    """Compiled executables in memory and, with :meth:`save` and :meth:`load`, in a folder.
 
     Attributes:
-      compilations: how many programs this object has compiled; saved ones that were loaded do not count.
+      compilations: how many programs this object has compiled, not counting those loaded from a folder.
     """
 
     def __init__(self) -> None:
@@ -44,22 +45,22 @@ class Programs:
         args: Any,
         signature: Any = None,
     ) -> Any:
-        """The executable of ``fn(method, *args)``; call it with arguments of the same shapes.
+        """The executable of ``fn(method, *args)``, to be called with arguments of the same shapes.
 
         Args:
-          fn: a function.
+          fn: the function.
           method: its static argument.
-          mesh: run ``fn`` on each device's part of the ``data`` axis; None runs it where the arguments are.
+          mesh: run ``fn`` on each device's shard of the ``data`` axis; None runs it where the arguments are.
           specs: with a mesh, one ``PartitionSpec`` per argument (a prefix of its tree).
           args: the arguments, as arrays or as ``jax.ShapeDtypeStruct``.
-          signature: of the arguments, where the caller has it; see :func:`signature_of`.
+          signature: the signature of the arguments, if the caller already has it; see :func:`signature_of`.
 
         Raises:
-          TypeError: the method cannot be compared with others.
+          TypeError: the method cannot be compared with other methods.
         """
         signature = signature_of(args) if signature is None else signature
         key = Key(fn, method, mesh, specs, signature, Context.now())
-        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for debugging: nothing is compiled or kept
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # for debugging: nothing is compiled or cached
             return _bound(key)
         name = key._replace(method=identity(method))
         if name not in self._programs:
@@ -67,12 +68,12 @@ class Programs:
         return self._programs[name]
 
     def _saved(self, key: Key, args: Any) -> Any:
-        """The program from a folder, or None."""
+        """The saved program, or None if no folder has it."""
         if not self._folders:
             return None
         try:
             name = saved_programs.file_name(key, args)
-        except NotDescribable:
+        except UnstableReprError:
             return None
         files = [folder / name for folder in self._folders]
         found = next((file for file in files if file.exists()), None)
@@ -82,7 +83,7 @@ class Programs:
         shapes = jax.tree.map(_shape_of, args)
         build = lambda: jax.jit(_bound(key)).lower(*shapes).compile()
         self.compilations += 1
-        if self._folders:  # it will be saved: compile what can be saved
+        if self._folders:  # it may be saved later, so compile an executable that can be serialized
             with saved_programs.without_compilation_cache():
                 program = build()
             self._to_save.append((key, shapes, lambda: program))
@@ -92,17 +93,17 @@ class Programs:
         return program
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write every program that this object compiled; returns the new files.
+        """Write every program that this object has compiled, and return the new files.
 
-        A program whose method holds a closure, a lambda or a third-party network is left out with a warning: nothing
-        that stays the same in the next process tells it from another.
+        A program whose method contains a closure, a lambda or a third-party network is skipped with a warning: it has
+        no description that is stable across processes.
         """
-        folder = saved_programs.trusted(Path(folder), make=True)
+        folder = saved_programs.require_trusted(Path(folder), make=True)
         files = []
         for key, shapes, build in self._to_save:
             try:
                 file = folder / saved_programs.file_name(key, shapes)
-            except NotDescribable as error:
+            except UnstableReprError as error:
                 warn(f"a program was not saved: {error}")
                 continue
             if not file.exists():
@@ -111,22 +112,23 @@ class Programs:
         return files
 
     def load(self, folder: Path | str) -> None:
-        """Look in ``folder`` before compiling. Only name a folder that you trust: a program is executable code.
+        """Look for saved programs in ``folder`` before compiling. They are executable code, so the folder must be
+        trusted.
 
         Raises:
-          PermissionError: others may write to the folder.
+          PermissionError: other users can write to the folder.
         """
-        self._folders.append(saved_programs.trusted(Path(folder)))
+        self._folders.append(saved_programs.require_trusted(Path(folder)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        return self  # executables are shared: they hold no data of a pipeline
+        return self  # executables are shared: they contain no pipeline data
 
     def __reduce__(self) -> Any:
-        return _programs_of_process, ()  # executables stay in their process
+        return _programs_of_process, ()  # executables cannot leave their process
 
 
 def signature_of(args: Any) -> Any:
-    """What a program depends on of its arguments: their tree, shapes, dtypes and placement."""
+    """The properties of arguments that a program depends on: tree structure, shapes, dtypes and placement."""
     leaves, tree = jax.tree.flatten(args)
     return tree, tuple([(x.shape, x.dtype, placement(x)) for x in leaves])
 
@@ -137,10 +139,10 @@ def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _bound(key: Key) -> Callable[..., Any]:
-    """The function with its method, on each part of the ``data`` axis if there is a mesh.
+    """The function with its method bound, mapped over the shards of the ``data`` axis if there is a mesh.
 
-    Inside, a device sees its own images only, so no kernel needs to know of the mesh; other axes of the mesh
-    (``fsdp``, ``tensor``) are left to the compiler, which follows the placement of the parameters.
+    Inside, each device sees only its own images, so no kernel needs to know about the mesh. The other axes (``fsdp``,
+    ``tensor``) are left to the compiler, which follows the placement of the parameters.
     """
     fn, method, mesh, specs = key.fn, key.method, key.mesh, key.specs
 
@@ -155,7 +157,7 @@ def _bound(key: Key) -> Callable[..., Any]:
 
 
 PROGRAMS = Programs()
-"""The programs of this process; pipelines share them, so two pipelines of one architecture compile once."""
+"""The programs of this process, shared by all pipelines: two pipelines of the same architecture compile only once."""
 
 
 def _programs_of_process() -> Programs:

@@ -1,4 +1,4 @@
-"""From a request to its results: pad to a few sizes, place on the mesh, run one program or step by step, trim."""
+"""Run a request: pad to one of a few batch sizes, place on the mesh, run as one program or step by step, trim."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from diffuse_jax.pipelines import method as verbs
+from diffuse_jax.pipelines import method as methods
 from diffuse_jax.pipelines.method import Method, Params, Rows
-from diffuse_jax.pipelines.placement import ROWS, WHOLE, place, place_whole, placed_params
+from diffuse_jax.pipelines.placement import REPLICATED, ROWS, params_on_devices, place_plan, place_rows
 from diffuse_jax.pipelines.programs import signature_of
 from diffuse_jax.schedulers.plan import Plan
 from diffuse_jax.sharding import readable
 
 StepCallback = Callable[[Any, int, float, dict[str, jax.Array]], dict[str, jax.Array] | None]
-"""``callback(pipe, step, timestep, {"latents": [B, ...]})``; what it returns under "latents" replaces them.
-``B`` is the number of images of the device call: all of them, or up to ``batch_size``."""
+"""``callback(pipe, step, timestep, {"latents": [B, ...]})``. If it returns a dict with "latents", they replace the
+latents. ``B`` is the number of images in the device call: all of them, or at most ``batch_size``."""
 
 
 class Request(NamedTuple):
-    """What a call asks for, checked and ready to run; ``diffuse_jax.sample(r.method, pipe.params, r.rows, r.plan)``
-    is the same run as a pure function.
+    """A checked call, ready to run. As a pure function, the run of a request ``r`` is
+    ``diffuse_jax.sample(r.method, pipe.params, r.rows, r.plan)``.
 
     Attributes:
-      method: the parts.
-      rows: the data, one row per image, on the host.
-      plan: of the sampler.
+      method: the parts that make up the run.
+      rows: the data, one row per image, in host memory.
+      plan: the sampler's plan.
       output_type: the form in which images are returned: "pil", "np" or "latent".
-      seeds: the seed of each image; None where the caller gave ``key``.
-      copies: images per prompt.
+      seeds: the seed of each image; None if the caller gave ``key``.
+      copies: number of images per prompt.
     """
 
     method: Method
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
     @property
     def images(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(jax.tree.leaves(self.rows)[0])
 
 
@@ -56,13 +56,13 @@ Modifier = Callable[[Request, Any], Request]
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a call gives. Results are attributes by name: ``out.images``, and what else the method's decoder returns.
+    """The output of a call. Results are attributes: ``out.images``, and whatever else the method's decoder returns.
 
     Attributes:
-      results: name -> result. ``images`` is, by ``output_type``, a list of ``PIL.Image`` ("pil"), float32
+      results: name -> result. Depending on ``output_type``, ``images`` is a list of ``PIL.Image`` ("pil"), float32
         ``[B,H,W,3]`` in [0, 1] ("np"), or a ``jax.Array`` of latents ``[B,h,w,c]`` ("latent"). Other results are
         ``jax.Array`` with one row per image; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
-      seeds: the seed of each image; None where the caller gave ``key``.
+      seeds: the seed of each image; None if the caller gave ``key``.
     """
 
     results: dict[str, Any]
@@ -86,62 +86,63 @@ def run(
     progress_bar: bool = False,
     return_trajectory: bool = False,
 ) -> Output:
-    """Run a request on a pipeline's networks: as one program, or with the host between the steps where it is needed.
+    """Run a request with a pipeline's networks: as one program, or step by step if the host must act between steps.
 
-    Only the parameters that the method reads go to the program; those that lie on the host (see
-    :meth:`DiffusionPipeline.offload <diffuse_jax.pipelines.DiffusionPipeline.offload>`) are on the device for as long
-    as the run takes.
+    Only the parameters that the method reads are passed to the program. Offloaded ones (see
+    :meth:`DiffusionPipeline.offload <diffuse_jax.pipelines.DiffusionPipeline.offload>`) are on the device only during
+    the run.
 
     Args:
       pipe: the pipeline.
-      request: what to run.
+      request: the request.
       batch_size: maximum number of images per device call; all at once if None.
-      callback_on_step_end: called after each evaluation; it sees the request's images, no padding.
-      progress_bar: show one.
+      callback_on_step_end: called after each evaluation with the latents of the images, without padding.
+      progress_bar: show a progress bar.
       return_trajectory: return the sample before each evaluation and after the last one as ``trajectory``.
 
     Raises:
-      ValueError: the rows do not fit the method, or ``batch_size`` is not positive; nothing has been compiled.
+      ValueError: the rows do not fit the method, or ``batch_size`` is not positive. Nothing has been compiled.
     """
-    verbs.check_rows(request.method, request.rows)
-    params, results = placed_params(pipe, request.method.networks), []
+    methods.check_rows(request.method, request.rows)
+    params, results = params_on_devices(pipe, request.method.networks), []
     by_steps = callback_on_step_end is not None or progress_bar or return_trajectory
     for images, chunk in chunks(pipe, request.rows, request.images, batch_size):
-        rows, plan = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
+        rows, plan = place_rows(pipe.mesh, chunk), place_plan(pipe.mesh, request.plan)
         if by_steps:
-            callback = None if callback_on_step_end is None else _on_images(callback_on_step_end, pipe, images)
+            callback = None if callback_on_step_end is None else _without_padding(callback_on_step_end, pipe, images)
             found = _run_by_steps(pipe, request.method, params, rows, plan, callback, progress_bar, return_trajectory)
         else:
-            program = _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, (rows, plan))
+            program = _program(pipe, methods.sample, request.method, (ROWS, REPLICATED), params, (rows, plan))
             found = program(params, rows, plan)
         results.append(found)
-    return Output(converted(results, request.images, request.output_type), request.seeds)
+    return Output(to_output_type(results, request.images, request.output_type), request.seeds)
 
 
 def compile_request(pipe: Any, request: Request, batch_size: int | None = None) -> None:
     """Compile the program of a request without running it."""
-    verbs.check_rows(request.method, request.rows)
-    params = placed_params(pipe, request.method.networks)
+    methods.check_rows(request.method, request.rows)
+    params = params_on_devices(pipe, request.method.networks)
     for _, chunk in chunks(pipe, request.rows, request.images, batch_size):
-        arguments = place(pipe.mesh, chunk), place_whole(pipe.mesh, request.plan)
-        _program(pipe, verbs.sample, request.method, (ROWS, WHOLE), params, arguments)
+        arguments = place_rows(pipe.mesh, chunk), place_plan(pipe.mesh, request.plan)
+        _program(pipe, methods.sample, request.method, (ROWS, REPLICATED), params, arguments)
 
 
 def apply(pipe: Any, fn: Callable[..., Any], part: Any, rows: Rows) -> Any:
-    """``fn(part, params, rows)`` as a compiled program of its own, for work outside of a run: encoding prompts.
+    """Compile and run ``fn(part, params, rows)`` as a separate program, for work outside a run such as encoding
+    prompts.
 
     Args:
       pipe: the pipeline.
-      fn: a module-level function that returns a tree with one row per image.
-      part: with the networks it reads.
-      rows: the data.
+      fn: a module-level function that returns a tree of arrays with one row per image.
+      part: the part, which determines the parameters that are passed.
+      rows: the data, one row per image.
     """
-    names = tuple(dict.fromkeys(net.name for net in verbs.networks_of(part)))
-    params, count, results = placed_params(pipe, names), len(jax.tree.leaves(rows)[0]), []
+    names = tuple(dict.fromkeys(net.name for net in methods.networks_of(part)))
+    params, count, results = params_on_devices(pipe, names), len(jax.tree.leaves(rows)[0]), []
     for _, chunk in chunks(pipe, rows, count, None):
-        arguments = (place(pipe.mesh, chunk),)
+        arguments = (place_rows(pipe.mesh, chunk),)
         results.append(_program(pipe, fn, part, (ROWS,), params, arguments)(params, *arguments))
-    return joined(results, count)
+    return concatenated(results, count)
 
 
 def _run_by_steps(
@@ -154,34 +155,36 @@ def _run_by_steps(
     bar: bool,
     return_trajectory: bool,
 ) -> dict[str, Any]:
-    """The same computation as the one program, with the host between the steps."""
+    """The same computation as the single program, with control returning to the host after each step."""
     from tqdm.auto import tqdm
 
-    begin = _program(pipe, verbs.begin, method, (ROWS, WHOLE), params, (rows, plan))
+    begin = _program(pipe, methods.begin, method, (ROWS, REPLICATED), params, (rows, plan))
     rows, state = begin(params, rows, plan)
     trajectory = [state.sample]
     step_args = lambda i: (rows, plan, state, np.int32(i))
-    advance = _program(pipe, verbs.advance, method, (ROWS, WHOLE, ROWS, WHOLE), params, step_args(0))
+    advance = _program(pipe, methods.advance, method, (ROWS, REPLICATED, ROWS, REPLICATED), params, step_args(0))
     for i in tqdm(range(int(plan.num_evaluations)), disable=not bar):
         state = advance(params, *step_args(i))
         if callback is not None:
             state = state._replace(sample=callback(i, float(plan.timesteps[i]), state.sample))
         trajectory += [state.sample] if return_trajectory else []
-    finish = _program(pipe, verbs.finish, method, (ROWS, ROWS), params, (rows, state))
+    finish = _program(pipe, methods.finish, method, (ROWS, ROWS), params, (rows, state))
     results = finish(params, rows, state)
     return results | {"trajectory": jnp.stack(trajectory, 1)} if return_trajectory else results
 
 
-def _on_images(callback: StepCallback, pipe: Any, images: int) -> Callable[[int, float, jax.Array], jax.Array]:
-    """``(i, timestep, sample) -> the sample to go on with``: the caller's function sees no rows of padding."""
+def _without_padding(callback: StepCallback, pipe: Any, images: int) -> Callable[[int, float, jax.Array], jax.Array]:
+    """The user's callback as ``(i, timestep, sample) -> sample to continue with``; it does not see the padding rows."""
 
     def on_step_end(i: int, timestep: float, sample: jax.Array) -> jax.Array:
-        own = sample if len(sample) == images else sample[:images]
-        latents = (callback(pipe, i, timestep, {"latents": own}) or {}).get("latents")
-        if latents is None or latents is own:
+        unpadded = sample if len(sample) == images else sample[:images]
+        latents = (callback(pipe, i, timestep, {"latents": unpadded}) or {}).get("latents")
+        if latents is None or latents is unpadded:
             return sample
-        if np.shape(latents) != own.shape:
-            raise ValueError(f"callback_on_step_end returned latents {np.shape(latents)}, expected {own.shape}")
+        if np.shape(latents) != unpadded.shape:
+            raise ValueError(
+                f"callback_on_step_end returned latents of shape {np.shape(latents)}, expected {unpadded.shape}"
+            )
         return jax.device_put(_pad(jnp.asarray(latents, sample.dtype), len(sample)), sample.sharding)
 
     return on_step_end
@@ -191,15 +194,15 @@ def _program(
     pipe: Any, fn: Any, method: Any, specs: tuple[PartitionSpec, ...], params: Params, args: tuple[Any, ...]
 ) -> Any:
     signature = pipe.signature_of(params), signature_of(args)
-    return pipe.programs.get(fn, method, pipe.mesh, (WHOLE, *specs), (params, *args), signature)
+    return pipe.programs.get(fn, method, pipe.mesh, (REPLICATED, *specs), (params, *args), signature)
 
 
 # Batches
 
 
 def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterator[tuple[int, Rows]]:
-    """The rows in pieces of at most ``batch_size`` images, each padded to a size that is used again, and how many
-    images each has."""
+    """Split rows into chunks of at most ``batch_size`` images, each padded to the same size; yields ``(number of images
+    without padding, padded rows)``."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -210,30 +213,30 @@ def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterato
 
 
 def padded_size(images: int, devices: int) -> int:
-    """The smallest ``devices * 2**k`` that holds ``images``: few sizes, so few compilations."""
+    """The smallest ``devices * 2**k`` that is at least ``images``: few sizes mean few compilations."""
     return devices * (1 << max(0, -(-images // devices) - 1).bit_length())
 
 
 def _pad(array: Any, size: int) -> Any:
-    """Repeat the last row up to ``size`` rows; what they give is thrown away."""
+    """Pad to ``size`` rows by repeating the last row; the results of the padding are discarded."""
     return array if len(array) == size else array[np.minimum(np.arange(size), len(array) - 1)]
 
 
 # Results
 
 
-def joined(results: Sequence[Any], count: int) -> Any:
-    """The results of all chunks in one tree of arrays, without the padding."""
+def concatenated(results: Sequence[Any], count: int) -> Any:
+    """The concatenated results of all chunks, without padding."""
     whole = results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
     return jax.tree.map(lambda array: array if len(array) == count else array[:count], whole)
 
 
-def converted(results: Sequence[dict[str, Any]], count: int, output_type: str) -> dict[str, Any]:
-    """Results by name, trimmed; images in the form that was asked for."""
+def to_output_type(results: Sequence[dict[str, Any]], count: int, output_type: str) -> dict[str, Any]:
+    """Results by name, without padding; images in the requested form."""
     if output_type == "latent":
-        return joined(results, count)
+        return concatenated(results, count)
     images = [found["images"] for found in results if "images" in found]
-    rest = joined([{k: v for k, v in found.items() if k != "images"} for found in results], count)
+    rest = concatenated([{k: v for k, v in found.items() if k != "images"} for found in results], count)
     if not images:
         return rest
     array = np.concatenate([np.asarray(readable(part)) for part in images])[:count]

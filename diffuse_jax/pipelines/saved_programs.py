@@ -1,7 +1,7 @@
-"""Compiled programs on disk: how files are named, written and read.
+"""Compiled programs on disk: file names, writing and reading.
 
-The name is a hash of everything that a program depends on, so a program is found only if all of that matches. A file
-holds executable code: it is read only if it is complete and nobody else can write to its folder.
+A file's name is a hash of everything that the program depends on, so a program is found only if all of it matches. A
+file contains executable code: it is read only if it is complete and no other user can write to its folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DIGEST = hashlib.sha256().digest_size
 
 
 class Key(NamedTuple):
-    """What a program is compiled for; compared directly in memory, and as text in a file's name."""
+    """What a program is compiled for. Programs in memory are compared by the key itself, files by a hash of its
+    text."""
 
     fn: Callable[..., Any]
     method: Any
@@ -50,12 +51,12 @@ class Key(NamedTuple):
 
 
 def placement(array: Any) -> Any:
-    """The sharding that a program is compiled for; None for what may be moved: NumPy arrays, and uncommitted ones."""
+    """The sharding that a program is compiled for; None for NumPy arrays and uncommitted arrays, which JAX may move."""
     return getattr(array, "sharding", None) if getattr(array, "committed", True) else None
 
 
 def devices_of(args: Any, mesh: Mesh | None) -> list[jax.Device]:
-    """Where a program runs: on the mesh, else where an argument has been put, else on JAX's default device."""
+    """The devices of a program: those of the mesh, else of a committed argument, else JAX's default device."""
     if mesh is not None:
         return list(mesh.devices.flat)
     placed = (sharding for sharding in map(placement, jax.tree.leaves(args)) if sharding is not None)
@@ -63,15 +64,15 @@ def devices_of(args: Any, mesh: Mesh | None) -> list[jax.Device]:
     return sorted(next(placed, default).device_set, key=lambda device: device.id)
 
 
-class NotDescribable(ValueError):
-    """A method contains something that cannot be described the same way in another process."""
+class UnstableReprError(ValueError):
+    """A method contains a value without a string representation that is stable across processes."""
 
 
 def file_name(key: Key, args: Any) -> str:
     """The file name of a program.
 
     Raises:
-      NotDescribable: the method holds a closure, or an object of an unknown kind.
+      UnstableReprError: the method contains a closure, or an object of an unknown kind.
     """
     leaves, tree = jax.tree.flatten(args)
     mesh = key.mesh
@@ -79,42 +80,42 @@ def file_name(key: Key, args: Any) -> str:
     facts = (
         (diffuse_jax.__version__, jax.__version__, jaxlib.__version__, platform.machine(), _source_state()),
         (devices[0].platform, devices[0].device_kind, len(jax.devices()), os.environ.get("XLA_FLAGS", "")),
-        (repr(key.context.settings), key.context.platform, str(key.context.mesh), described(key.context.changes)),
-        (described(key.fn), described(key.method)),
+        (repr(key.context.settings), key.context.platform, str(key.context.mesh), stable_repr(key.context.changes)),
+        (stable_repr(key.fn), stable_repr(key.method)),
         None if mesh is None else (mesh.shape_tuple, [d.id for d in mesh.devices.flat]),
         (str(tree), [(x.shape, str(x.dtype), str(placement(x))) for x in leaves]),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:40] + SUFFIX
 
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
+PRIMITIVES = (type(None), bool, int, float, complex, str, bytes, np.dtype, np.generic)
 
 
-def described(value: Any) -> str:
-    """A string that is the same in every process, and differs whenever the program may.
+def stable_repr(value: Any) -> str:
+    """A string that is the same in every process, and different if the program could be.
 
     Raises:
-      NotDescribable: it is a closure, a lambda, or an object that only its address identifies.
+      UnstableReprError: the value is a closure, a lambda, or an object identified only by its address.
     """
-    if isinstance(value, PLAIN):
+    if isinstance(value, PRIMITIVES):
         return repr(value)
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(described, value))})"
+        return f"({', '.join(map(stable_repr, value))})"
     if isinstance(value, types.FunctionType | type):
         return _source_of(value)
     if dataclasses.is_dataclass(value):
         fields = ", ".join(
-            f"{f.name}={described(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
+            f"{f.name}={stable_repr(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.compare
         )
         return f"{_source_of(type(value))}({fields})"
-    raise NotDescribable(f"{value!r} cannot be described the same way in another process")
+    raise UnstableReprError(f"{value!r} has no representation that is the same in every process")
 
 
 def _source_of(value: Any) -> str:
-    """Module and name of a class or function; for user code also a hash of its source, which may change."""
+    """Module and name of a class or function, with a hash of the source for user code, which may change."""
     name = f"{value.__module__}.{value.__qualname__}"
     if "<lambda>" in name or "<locals>" in name:
-        raise NotDescribable(f"{name} is a closure; define it at the top of a module")
+        raise UnstableReprError(f"{name} is a closure; define it at module level")
     if value.__module__.partition(".")[0] in ("diffuse_jax", "builtins", "jax", "flax", "numpy", "ml_dtypes"):
         return name
     return f"{name}#{_user_sources(value)}"
@@ -124,7 +125,7 @@ def _user_sources(value: Any) -> str:
     """A hash of the user's source files (not this package or installed ones) that a class or function depends on.
 
     Raises:
-      NotDescribable: it is not defined in a file.
+      UnstableReprError: it is not defined in a file.
     """
     owners = value.__mro__ if isinstance(value, type) else (value,)
     new, found = {owner.__module__ for owner in owners}, dict[str, str]()
@@ -132,7 +133,7 @@ def _user_sources(value: Any) -> str:
         module = sys.modules.get(name := new.pop())
         file = getattr(module, "__file__", None)
         if module is None or (file is None and name not in sys.builtin_module_names):
-            raise NotDescribable(f"{value.__qualname__} has no source file, so a change to it would go unnoticed")
+            raise UnstableReprError(f"{value.__qualname__} has no source file, so changes to it could not be detected")
         if file is None or name in found or _is_installed(name, file):
             continue
         found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -143,13 +144,14 @@ def _user_sources(value: Any) -> str:
 
 
 def _is_installed(name: str, file: str) -> bool:
-    """Whether a module belongs to this package, to Python or to an installed package: their sources are not hashed."""
+    """Whether a module belongs to this package, to Python or to an installed package, whose sources are not hashed."""
     installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
     return name.partition(".")[0] == "diffuse_jax" or file.startswith(installed)
 
 
 def _source_state() -> str:
-    """A hash of the names, sizes and times of the package's files, so an edited checkout reuses no stale programs."""
+    """A hash of names, sizes and modification times of this package's files, so an edited checkout never reuses stale
+    programs."""
     global _SOURCE_STATE
     if _SOURCE_STATE is None:
         root = Path(__file__).resolve().parents[1]
@@ -161,11 +163,11 @@ def _source_state() -> str:
 _SOURCE_STATE: str | None = None
 
 
-def trusted(folder: Path, *, make: bool = False) -> Path:
-    """The folder, if only its owner (this user or root) can write to it.
+def require_trusted(folder: Path, *, make: bool = False) -> Path:
+    """Return the folder after checking that only its owner (this user or root) can write to it.
 
     Raises:
-      PermissionError: others can, so a program from there could be anybody's code.
+      PermissionError: other users can write to it, so a program in it could be anybody's code.
     """
     if make:
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -174,9 +176,10 @@ def trusted(folder: Path, *, make: bool = False) -> Path:
     found = folder.stat()
     others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if others or found.st_uid not in (0, os.getuid()):
-        why = "others may write to it" if others else f"it belongs to user {found.st_uid}"
+        why = "other users can write to it" if others else f"it belongs to user {found.st_uid}"
         raise PermissionError(
-            f"{folder}: {why}, and compiled programs are code; use a folder of your own (chmod go-w {folder})"
+            f"{folder}: {why}, and compiled programs are executable code; use a folder that only you can write "
+            f"to (chmod go-w {folder})"
         )
     return folder
 
@@ -191,31 +194,31 @@ def write(file: Path, build: Callable[[], Any]) -> None:
 
 
 def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
-    """A saved program, or None (with a warning) if it is damaged or this machine cannot load it.
+    """A saved program, or None (with a warning) if it is damaged or cannot be loaded on this machine.
 
     Raises:
-      PermissionError: others can write to the file or its folder.
+      PermissionError: other users can write to the file or its folder.
     """
-    trusted(trusted(file.parent) / file.name)
+    require_trusted(require_trusted(file.parent) / file.name)
     devices = devices_of(args, mesh)
     try:
         data = file.read_bytes()
         digest, body = data[len(MAGIC) : len(MAGIC) + DIGEST], data[len(MAGIC) + DIGEST :]
         if not data.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
-            raise ValueError("it is damaged or from another version")
+            raise ValueError("the file is damaged or from another version")
         payload, out_tree = pickle.loads(body)  # code, like the program itself: hence the trusted folder
         in_tree = jax.tree.structure((args, {}))
         return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
     except Exception as error:
-        warn(f"{file} could not be loaded and is compiled again: {error}")
+        warn(f"{file} could not be loaded, so the program is compiled again: {error}")
         return None
 
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile without JAX's compilation cache. On CPU, an executable loaded from that cache runs but cannot be
-    serialized again: its copy fails with "function not found"."""
-    config: Any = jax.config  # only some releases declare its options
+    """Disable JAX's compilation cache. On CPU, an executable loaded from that cache runs but cannot be serialized
+    again: loading the copy fails with "function not found"."""
+    config: Any = jax.config  # not all releases declare its options
     before = config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

@@ -1,5 +1,5 @@
-"""Settings at the level of a pipeline: those in ``model_index.json``, and those that diffusers corrects when it opens
-old folders."""
+"""Pipeline-level settings: those in ``model_index.json``, and those that diffusers corrects when it opens old
+folders."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from diffuse_jax.messages import brief
 logger = logging.getLogger(__name__)
 
 
-def report(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
-    """Log which values of ``model_index.json`` have no effect although the user may expect one.
+def log_ignored(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
+    """Log settings of ``model_index.json`` that have no effect although the user may expect one.
 
     Args:
-      kind: the pipeline's class; its ``settings`` are the known ones.
-      options: the values.
-      source: the folder's name in messages.
+      kind: the pipeline's class, whose ``settings`` are known.
+      options: the settings of the folder.
+      source: the folder, for messages.
     """
     unknown = {k: v for k, v in options.items() if k not in kind.settings and not k.startswith("_")}
     if unknown:
-        logger.warning("%s: %s ignores settings that it does not know: %s", source, kind.__name__, brief(unknown))
+        logger.warning("%s: %s ignores unknown settings: %s", source, kind.__name__, brief(unknown))
     if options.get("add_watermarker"):
         logger.warning("%s: images are not watermarked, although add_watermarker is true", source)
 
 
 def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The components, with settings of old checkpoints corrected as diffusers does.
+    """The components, with the settings of old checkpoints corrected as in diffusers.
 
     Args:
-      kind: the pipeline's class. Its ``sampler_settings`` override those of a sampler that has them; if it has any, a
-        UNet saved before diffusers 0.9.0 with a ``sample_size`` below 64 gets 64.
+      kind: the pipeline's class. Its ``sampler_settings`` override the scheduler's, if the scheduler has such fields.
+        If there are any, a UNet saved before diffusers 0.9.0 with a ``sample_size`` below 64 gets 64.
       parts: the components; they are not modified.
     """
     parts = dict(parts)
     scheduler: Any
     unet: Any
     scheduler, unet = parts.get("scheduler"), parts.get("unet")
-    stated = {} if scheduler is None else scheduler.to_json()
-    changes = {k: v for k, v in kind.sampler_settings.items() if k in stated and k not in scheduler.ignored}
-    if changes := {k: v for k, v in changes.items() if stated[k] != v}:
-        logger.info("%s: the sampler of an old folder gets %s, as in diffusers", kind.__name__, changes)
+    config = {} if scheduler is None else scheduler.to_json()
+    changes = {k: v for k, v in kind.sampler_settings.items() if k in config and k not in scheduler.ignored}
+    if changes := {k: v for k, v in changes.items() if config[k] != v}:
+        logger.info("%s: the scheduler of an old folder gets %s, as in diffusers", kind.__name__, changes)
         parts["scheduler"] = scheduler.replace(**changes)
     size = getattr(getattr(unet, "config", None), "sample_size", None)
     if kind.sampler_settings and isinstance(size, int) and size < 64 and _before_0_9(unet.config.extra):
@@ -54,6 +54,6 @@ def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _before_0_9(extra: Any) -> bool:
-    """Whether a config was saved by a release of diffusers before 0.9.0."""
+    """Whether a config was saved by diffusers before 0.9.0."""
     found = re.match(r"0\.(\d+)", str(dict(extra).get("_diffusers_version", "")))
     return found is not None and int(found[1]) < 9

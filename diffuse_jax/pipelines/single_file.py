@@ -15,7 +15,7 @@ from diffuse_jax.errors import parsing
 from diffuse_jax.models import Model, Params
 from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
-from diffuse_jax.pipelines.opening import Parts, is_pair, with_given
+from diffuse_jax.pipelines.opening import Parts, is_pair, with_overrides
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
@@ -66,7 +66,7 @@ def open_single_file(
     for name in wanted:
         shardings = None if mesh is None else param_shardings(shapes[name], automatic(mesh))
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
-    return Contents(file.class_name, *with_given(parts, params, given), file.options)
+    return Contents(file.class_name, *with_overrides(parts, params, given), file.options)
 
 
 def is_model(part: Any) -> bool:

@@ -44,5 +44,5 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
-        return text_to_image(self, asked, output_size(self, height, width))
+        arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
+        return text_to_image(self, arguments, output_size(self, height, width))

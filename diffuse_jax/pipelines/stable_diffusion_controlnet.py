@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, apart
+from diffuse_jax.pipelines.options import ControlOptions, ControlTextOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import control_size, controlled
@@ -40,7 +40,7 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         height, width = control_size(self, image, "image", height, width)
         request = super().compose(prompt, height=height, width=width, **others)
         return controlled(request, self, image, control, scale=1.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlImageOptions, ControlOptions, apart
+from diffuse_jax.pipelines.options import ControlImageOptions, ControlOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
@@ -39,5 +39,5 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         return controlled(super().compose(prompt, image, **others), self, control_image, control, scale=0.8)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlInpaintOptions, ControlOptions, apart
+from diffuse_jax.pipelines.options import ControlInpaintOptions, ControlOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
@@ -41,6 +41,6 @@ class StableDiffusionControlNetInpaintPipeline(StableDiffusionInpaintPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         request = super().compose(prompt, image, mask_image, **others)
         return controlled(request, self, control_image, control, scale=0.5)

@@ -37,6 +37,6 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
-        request = text_to_image(self, asked, input_size(self, image, "image"), strength=strength)
+        arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
+        request = text_to_image(self, arguments, input_size(self, image, "image"), strength=strength)
         return from_image(request, self, image)

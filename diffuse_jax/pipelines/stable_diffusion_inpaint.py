@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, apart
+from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import inpainting
@@ -41,6 +41,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        inpaint, others = apart(options, InpaintOptions)
-        asked = {"prompt": prompt, "guidance_scale": guidance_scale, **others}
-        return inpainting(self, image, mask_image, strength, inpaint, asked)
+        inpaint, others = split_options(options, InpaintOptions)
+        arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **others}
+        return inpainting(self, image, mask_image, strength, inpaint, arguments)

@@ -20,7 +20,7 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
     settings: ClassVar[Mapping[str, str]] = {
         "force_zeros_for_empty_prompt": "honoured",
         "requires_aesthetics_score": "honoured",
-        "add_watermarker": "images are not watermarked; true is reported on the log",
+        "add_watermarker": "images are not watermarked; true is logged",
     }
     family = STABLE_DIFFUSION_XL
 
@@ -46,5 +46,5 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
-        return text_to_image(self, asked, output_size(self, height, width))
+        arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
+        return text_to_image(self, arguments, output_size(self, height, width))

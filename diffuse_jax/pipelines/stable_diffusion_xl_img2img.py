@@ -45,10 +45,10 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
+        arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
         size = input_size(self, image, "image")
         if denoising_start is not None:
-            request = text_to_image(self, asked, size, denoising_start=denoising_start)
+            request = text_to_image(self, arguments, size, denoising_start=denoising_start)
             return from_latents(request, self, image)
-        request = text_to_image(self, asked, size, strength=strength)
+        request = text_to_image(self, arguments, size, strength=strength)
         return from_image(request, self, image)

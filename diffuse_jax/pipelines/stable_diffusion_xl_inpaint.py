@@ -7,7 +7,7 @@ from typing import Unpack
 
 from diffuse_jax.pipelines.families import STABLE_DIFFUSION_XL_FROM_IMAGE
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, apart
+from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from diffuse_jax.pipelines.tasks import inpainting
@@ -43,6 +43,6 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        inpaint, others = apart(options, InpaintOptions)
-        asked = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **others}
-        return inpainting(self, image, mask_image, strength, inpaint, asked)
+        inpaint, others = split_options(options, InpaintOptions)
+        arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **others}
+        return inpainting(self, image, mask_image, strength, inpaint, arguments)

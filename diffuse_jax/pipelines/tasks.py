@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines.family import output_size, text_to_image
-from diffuse_jax.pipelines.inputs import ImageInput, image_size, listed, mask_pixels, per_prompt, pixels
+from diffuse_jax.pipelines.inputs import ImageInput, image_list, image_size, mask_pixels, per_prompt, pixels
 from diffuse_jax.pipelines.method import Net, Rows
 from diffuse_jax.pipelines.parts.control import Beside, Controlled
 from diffuse_jax.pipelines.parts.decode import autoencoder
@@ -39,7 +39,7 @@ def inpainting(
     mask: ImageInput,
     strength: float,
     options: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> Request:
     """Repaint ``image`` where ``mask`` is white, and keep the rest.
 
@@ -51,13 +51,13 @@ def inpainting(
       image, mask: one, or one per prompt.
       strength: in (0, 1].
       options: the arguments of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
-      asked: the other arguments of the call.
+      arguments: the remaining arguments of the call.
 
     Raises:
       ValueError: the UNet has input channels for something else.
     """
     size = output_size(pipe, options.get("height"), options.get("width"))
-    request = text_to_image(pipe, asked, size, strength=strength)
+    request = text_to_image(pipe, arguments, size, strength=strength)
     unet, vae = pipe.components["unet"].config, vae_of(pipe)
     latents = vae.config.latent_channels
     rows = image_rows(request, pipe, image, "image")
@@ -127,7 +127,9 @@ def images_by_net(images: Any, nets: int) -> list[Any]:
     nested = any(isinstance(row, list | tuple) for row in rows)
     lists = [row if isinstance(row, list | tuple) else [row] for row in rows] if nested else [rows]
     if wrong := next((len(row) for row in lists if len(row) != nets), 0):
-        raise ValueError(f"there are {nets} ControlNets and {wrong} control images; give a list with one for each")
+        raise ValueError(
+            f"there are {nets} ControlNets and {wrong} control images; give a list with one per ControlNet"
+        )
     return [[row[k] for row in lists] for k in range(nets)] if nested else list(rows)
 
 
@@ -208,7 +210,7 @@ def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
     vae = vae_of(pipe)
     if is_latents(image, vae):
         return image.shape[1] * vae.config.scale, image.shape[2] * vae.config.scale
-    return image_size(listed(image, name)[0], name, vae.config.scale)
+    return image_size(image_list(image, name)[0], name, vae.config.scale)
 
 
 def one_per_net(value: float | Sequence[float], nets: int, name: str) -> list[float]:
@@ -219,7 +221,9 @@ def one_per_net(value: float | Sequence[float], nets: int, name: str) -> list[fl
     """
     values = [float(v) for v in np.ravel(value)]
     if len(values) not in (1, nets) or (np.ndim(value) and len(values) != nets):
-        raise ValueError(f"{name} has {len(values)} entries for {nets} ControlNets; give one number, or one for each")
+        raise ValueError(
+            f"{name} has {len(values)} entries for {nets} ControlNets; give one number, or one per ControlNet"
+        )
     return values * (nets if len(values) == 1 else 1)
 
 

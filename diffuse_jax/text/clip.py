@@ -39,15 +39,15 @@ ABOUT_OTHERS = (
     *("tie_word_embeddings", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16", "use_cache"),
     *("vision_config", "vision_config_dict"),
 )
-"""Keys that every configuration of transformers has, or has had."""
+"""Keys that transformers writes, or once wrote, to every config."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(Config):
     """``config.json`` of a CLIP text encoder, as transformers writes it (or its ``text_config`` part).
 
-    ``eos_token_id`` 2 marks files from before the id was corrected: there the text ends at the largest id. With
-    ``use_attention_mask``, pipelines of Stable Diffusion 1.x and 2.x hide the padding from the encoder.
+    An ``eos_token_id`` of 2 marks files from before the id was corrected; there, the text ends at the largest id. With
+    ``use_attention_mask``, pipelines of Stable Diffusion 1.x and 2.x mask the padding.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {**NOT_QUANTIZED, "pruned_heads": {}}
@@ -80,11 +80,14 @@ class CLIPTextConfig(Config):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"CLIP text: hidden_act={self.hidden_act!r}; expected one of {sorted(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"CLIP text: hidden_size {self.hidden_size} over {self.num_attention_heads} heads")
+            raise ValueError(
+                f"CLIP text: hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        if isinstance(data.get("text_config"), Mapping):  # a whole CLIP's file: take the text side
+        if isinstance(data.get("text_config"), Mapping):  # the config of a whole CLIP model: use its text part
             top = {"projection_dim": data["projection_dim"]} if "projection_dim" in data else {}
             data = {**data["text_config"], **top}
         if data.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
@@ -93,7 +96,7 @@ class CLIPTextConfig(Config):
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder gives; ``hidden_states`` are the embeddings, then each layer's output, before the last norm."""
+    """The encoder's outputs; ``hidden_states`` are the embeddings and each layer's output, before the final norm."""
 
     last_hidden_state: jax.Array  # [B,L,D], after the final norm
     pooled_output: jax.Array  # [B,D], the final state at the end-of-text token
@@ -101,14 +104,19 @@ class CLIPTextOutput(NamedTuple):
     text_embeds: jax.Array | None  # [B,projection_dim]; None without a projection
 
     def skipped(self, clip_skip: int) -> jax.Array:
-        """The states before the last ``clip_skip`` layers, ``[B,L,D]``, not normalised."""
+        """The hidden states before the last ``clip_skip`` layers, ``[B,L,D]``, without the final norm.
+
+        Raises:
+          ValueError: ``clip_skip`` is out of range.
+        """
         if not 0 <= clip_skip < len(self.hidden_states):
-            raise ValueError(f"clip_skip must be 0 to {len(self.hidden_states) - 1}, got {clip_skip}")
+            raise ValueError(f"clip_skip must be from 0 to {len(self.hidden_states) - 1}, got {clip_skip}")
         return self.hidden_states[-1 - clip_skip]
 
 
 class CLIPTextModel(Model):
-    """A causal transformer over token ids; without a projection of the pooled state (SD 1.x, 2.x, SDXL's first)."""
+    """A causal transformer over token ids, without projection of the pooled state (SD 1.x, 2.x, SDXL's first
+    encoder)."""
 
     config: CLIPTextConfig = CLIPTextConfig()
     config_class: ClassVar[type[Config]] = CLIPTextConfig
@@ -129,12 +137,12 @@ class CLIPTextModel(Model):
         """Encode ``input_ids`` ``[B,L]`` int32, ``L <= max_position_embeddings``.
 
         Args:
-          input_ids: token ids; ids outside the vocabulary are not checked (they cannot be while compiling).
-          attention_mask: ``[B,L]``, true where a token may be attended to; Stable Diffusion gives one only if the
-            configuration says ``use_attention_mask``.
+          input_ids: token ids. They are not checked against the vocabulary, since that is impossible under ``jit``.
+          attention_mask: ``[B,L]``, true where a token may be attended to; Stable Diffusion passes one only if the
+            config has ``use_attention_mask``.
 
         Raises:
-          ValueError: the sequence is longer than the table of positions.
+          ValueError: the sequence is longer than the position embedding table.
         """
         if input_ids.ndim != 2 or input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -146,23 +154,24 @@ class CLIPTextModel(Model):
         return CLIPTextOutput(last, pooled, states, self.text_projection(pooled) if self.has_projection else None)
 
     def final_norm(self, states: jax.Array) -> jax.Array:
-        """The encoder's last layer norm, for states taken by ``clip_skip`` in SD 1.x and 2.x."""
+        """The encoder's final layer norm, for hidden states selected by ``clip_skip`` in SD 1.x and 2.x."""
         return self.text_model.final_layer_norm(states)
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """The same with ``text_embeds``, the projected pooled state (SDXL's second encoder, the refiner's only one)."""
+    """A :class:`CLIPTextModel` with ``text_embeds``, the projected pooled state (SDXL's second encoder, the
+    refiner's)."""
 
     has_projection: ClassVar[bool] = True
 
 
 def end_of_text(input_ids: jax.Array, eos_token_id: int) -> jax.Array:
-    """Position of the first end-of-text token, ``[B,L] -> [B]``; by the old rule (id 2) that of the largest id."""
+    """Position of the first end-of-text token, ``[B,L] -> [B]``; with the old id 2, the position of the largest id."""
     return jnp.argmax(input_ids if eos_token_id == 2 else input_ids == eos_token_id, axis=-1)
 
 
 class Part(nn.Module):
-    """Base of the encoder's parts: a config and two dtypes."""
+    """Base of the encoder's modules: a config and two dtypes."""
 
     config: CLIPTextConfig
     dtype: DTypeLike = jnp.float32
@@ -190,7 +199,7 @@ class TextTransformer(Part):
 
 
 class TextEmbeddings(Part):
-    """Token plus position: ``[B,L] -> [B,L,D]``."""
+    """Token plus position embeddings: ``[B,L] -> [B,L,D]``."""
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -201,7 +210,7 @@ class TextEmbeddings(Part):
 
 
 class TextLayers(Part):
-    """All layers; returns their input and every output."""
+    """All layers; returns their input and the output of each."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -212,17 +221,17 @@ class TextLayers(Part):
 
 
 class TextLayer(Part):
-    """Causal self-attention and a two-layer perceptron, each after a norm and with a residual."""
+    """Causal self-attention and an MLP, each with a pre-norm and a residual connection."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         c = self.config
         x = x + CausalAttention(c, **self.dtypes, name="self_attn")(self.norm("layer_norm1")(x), mask)
-        return x + Perceptron(c, **self.dtypes, name="mlp")(self.norm("layer_norm2")(x))
+        return x + MLP(c, **self.dtypes, name="mlp")(self.norm("layer_norm2")(x))
 
 
 class CausalAttention(Part):
-    """Each token attends to itself and to those before it."""
+    """Self-attention in which each token attends to itself and the tokens before it."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -235,7 +244,7 @@ class CausalAttention(Part):
         return Dense(D, **self.dtypes, name="out_proj")(h.reshape(B, L, D))
 
 
-class Perceptron(Part):
+class MLP(Part):
     """``fc2(act(fc1(x)))``."""
 
     @nn.compact

@@ -7,11 +7,11 @@ from typing import Any
 from diffuse_jax.text.clip import CLIPTextConfig
 
 OLD_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
-"""Ids as the published files have them, from before they were corrected; see :class:`CLIPTextConfig`."""
+"""The ids in the published files, from before they were corrected; see :class:`CLIPTextConfig`."""
 
 #: 123,060,480; SD 1.x and SDXL's first encoder
 CLIP_L = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12, **OLD_IDS)
-#: 340,387,840; SD 2.x: 23 of the original's 24 layers, since it reads the last but one
+#: 340,387,840; SD 2.x: 23 of the original's 24 layers, since it uses the penultimate one
 OPENCLIP_H = CLIPTextConfig(
     hidden_size=1024,
     intermediate_size=4096,

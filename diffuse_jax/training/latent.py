@@ -190,7 +190,7 @@ def finish(
 
 def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
     """Ids int32 ``[length]``, cut and padded; new words of several rows are spelled out."""
-    return padded_ids(tokenizer, [tokens.spelled(text, tokenizer)], length)[0]
+    return padded_ids(tokenizer, [tokens.expand_words(text, tokenizer)], length)[0]
 
 
 def sizes_of(true: bool, example: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reading, writing and renaming checkpoints. Knows files, names and trees of shapes, and no architecture."""
+"""Reading, writing and renaming checkpoints: files, names and trees of shapes, independent of any architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copying a strided view of a file into memory of its own, in a new order of axes and a new dtype."""
+"""Copying a strided view of a file to memory, with a new axis order and a new dtype."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import numpy as np
 from diffuse_jax.errors import bad
 
 ALIGNMENT = 64
-"""JAX on CPU takes over a NumPy buffer without copying it if it starts at a multiple of this many bytes."""
+"""JAX on CPU adopts a NumPy buffer without copying it if its address is a multiple of this many bytes."""
 
 LARGE = 1 << 21
-"""Buffers of at least this many bytes are mapped, with ordinary pages: NumPy's own ask for huge pages, and on a machine
-whose memory is full of file pages the kernel spends twice as long making room for those as on everything else here."""
+"""Buffers of at least this many bytes are mapped with ordinary pages. NumPy's allocator asks for huge pages, and if
+memory is full of cached file pages, the kernel spends more time freeing room for those than all other work here
+takes."""
 
 BLOCK = 64
-"""Columns of the result that are filled at a time when axes move; their sources then stay in the processor's cache."""
+"""Number of columns that are filled at a time when axes are permuted, so that their sources stay in the CPU cache."""
 
 
 class Pages(mmap.mmap):
-    """The pages of a mapped file, which know what the file is called."""
+    """A mapped file that knows its path."""
 
     path: Path
 
 
 def compact(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A C-ordered, aligned copy of an array in ``dtype``; one pass, no intermediate array.
+    """A C-ordered, aligned copy of an array in ``dtype``, in one pass and without an intermediate array.
 
     Raises:
-      WeightsError: the view is of a mapped file that has become shorter.
+      WeightsError: the view is of a mapped file that has been truncated.
     """
     check_whole(view)
     out = empty(view.shape, dtype)
@@ -45,7 +46,7 @@ def compact(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array that JAX can adopt."""
+    """An uninitialised array that JAX can adopt without copying."""
     size = math.prod(shape) * dtype.itemsize
     if size >= LARGE and hasattr(mmap, "MAP_PRIVATE"):
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -56,7 +57,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def forget(view: np.ndarray) -> None:
-    """Give the pages of a mapped file that a view covers back to the system; using the view again reads them again."""
+    """Release the pages of a mapped file that a view covers; using the view again reads them again."""
     whole, pages = _mapped(view)
     if pages is None or not hasattr(mmap, "MADV_DONTNEED") or view.nbytes < mmap.PAGESIZE:
         return
@@ -66,22 +67,22 @@ def forget(view: np.ndarray) -> None:
 
 
 def check_whole(view: np.ndarray) -> None:
-    """Refuse a view of a mapped file that has become shorter: reading what is not there any more ends the process.
+    """Check that the mapped file of a view has not been truncated, because reading beyond its end kills the process.
 
     Raises:
-      WeightsError: naming the file.
+      WeightsError: it has; the message names the file.
     """
     _, pages = _mapped(view)
     if pages is not None and pages.size() < len(pages):
         raise bad(
             pages.path,
-            f"has become shorter while it was being read ({pages.size()} of {len(pages)} bytes); is another process "
+            f"became shorter while it was being read ({pages.size()} of {len(pages)} bytes); is another process "
             "writing it?",
         )
 
 
 def _mapped(view: np.ndarray) -> tuple[np.ndarray, Pages | None]:
-    """The array that a view is of, and the pages of its file, if it is mapped."""
+    """The base array of a view, and its mapped file if there is one."""
     whole = view
     while isinstance(whole.base, np.ndarray):
         whole = whole.base

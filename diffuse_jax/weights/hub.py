@@ -15,14 +15,14 @@ from diffuse_jax.weights.load import READERS
 from diffuse_jax.writing import atomic_file
 
 SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
-"""Ids that open from the installed package, without a network."""
+"""Ids of models that open from the installed package, without network access."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 PRECISIONS = ("fp16", "bf16", "fp32")
-"""Names that stand for a variant of the weights, and were branches of repositories once."""
+"""Names of variants of the weights; some older repositories have branches of these names instead."""
 
 SMALL = {".json", ".txt", ".model"}
-"""Endings of configurations and tokenizers; these are always downloaded."""
+"""Suffixes of configurations and tokenizers, which are always downloaded."""
 
 
 def resolve(
@@ -36,39 +36,39 @@ def resolve(
     cache_dir: str | Path | None = None,
     skip: Iterable[str] = (),
 ) -> Path:
-    """The local folder that holds a model, downloading what is needed and nothing else.
+    """The local folder of a model; downloads the files that are needed and no others.
 
     Args:
       source: a local folder, an id of a shipped model (``diffuse-jax/emoji``) or a Hub id (``owner/name``).
       subfolder: a component's folder inside the model.
       variant: which weight files to download, for example ``"fp16"``.
-      revision: branch, tag or commit on the Hub; meaningless for local folders.
-      local_files_only: use only what the cache already has.
+      revision: branch, tag or commit on the Hub; ignored for local folders.
+      local_files_only: use only files that are already in the cache.
       token: a Hub token, or True for the one that ``hf auth login`` stored.
       cache_dir: the Hub cache to use instead of the default.
-      skip: folders of a pipeline that need not be downloaded.
+      skip: folders of a pipeline that are not downloaded.
 
     Raises:
-      WeightsError: there is no such folder or repository, access is refused, or the download failed; the text says what
-        to do.
+      WeightsError: there is no such folder or repository, access is denied, or the download failed; the message says
+        what to do.
     """
     if subfolder is not None and not is_plain_path(subfolder):
         raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
     folder = SHIPPED.get(str(source), Path(source).expanduser())
     if folder.is_dir() and revision in PRECISIONS:
         raise WeightsError(
-            f"{source}: a local folder has no revisions; give variant={revision!r} (--variant {revision})"
+            f"{source}: a local folder has no revisions; pass variant={revision!r} (--variant {revision})"
         )
     if not folder.is_dir():
         if folder.is_file():
             raise WeightsError(
-                f"{source}: is a file, and a model's folder is wanted; from_single_file opens checkpoints of one file, "
-                "and `diffuse-jax convert` makes folders of them"
+                f"{source}: is a file, but a model folder is needed; open single-file checkpoints with "
+                "from_single_file, or convert them to folders with `diffuse-jax convert`"
             )
         if folder.suffix in READERS:
             raise WeightsError(f"{source}: no such file")
         if not HUB_ID.fullmatch(str(source)):
-            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_near(folder)}")
+            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))
         folder = _download(str(source), keep, variant, revision, local_files_only, token, cache_dir)
     folder = folder / (subfolder or "")
@@ -78,7 +78,7 @@ def resolve(
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a path may be joined to a folder without leaving it."""
+    """Whether joining a path to a folder cannot lead out of the folder."""
     return all(map(is_plain_name, PurePosixPath(path).parts))
 
 
@@ -91,7 +91,7 @@ def _download(
     token: str | bool | None,
     cache_dir: str | Path | None,
 ) -> Path:
-    """The snapshot folder in the Hub cache, filled with the files that are needed."""
+    """The snapshot folder in the Hub cache, with the needed files downloaded."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -99,18 +99,18 @@ def _download(
     options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            # No patterns: the cache holds what an earlier call needed, and a snapshot without the rest is whole enough.
+            # No patterns: the cache has the files that an earlier call needed; others may be missing.
             return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=[], **options))
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         wanted = needed_files(names, keep, variant)
-        # All files are of the commit that the revision is now; a branch may move while they are downloaded.
+        # All files come from the commit that the revision is now; a branch may move during the download.
         options["revision"] = info.sha
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))
         shards = [name for index in wanted if ".index." in index for name in _shards_of(folder, index)]
         if shards:
             huggingface_hub.snapshot_download(repo, allow_patterns=shards, **options)
-        _remember(folder, revision or "main")
+        _record_revision(folder, revision or "main")
         return folder
     except errors.GatedRepoError as error:
         raise WeightsError(
@@ -118,15 +118,15 @@ def _download(
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
-            f"{where}: no such folder here and no such model on the Hub, or it needs a token{_near(Path(repo))}"
+            f"{where}: no such folder here and no such model on the Hub, or it needs a token{_hint(Path(repo))}"
         ) from error
     except errors.RevisionNotFoundError as error:
-        hint = f"; for weights of that precision give variant={revision!r} (--variant {revision})"
+        hint = f"; for weights of that precision, pass variant={revision!r} (--variant {revision})"
         raise WeightsError(f"{where}: the Hub has no such revision{hint * (revision in PRECISIONS)}") from error
     except errors.LocalEntryNotFoundError as error:
         hint = "; local_files_only or HF_HUB_OFFLINE forbids downloading it" if local_files_only else ""
         raise WeightsError(
-            f"{where}: not in the local cache and not reachable{hint}, and there is no such folder{_near(Path(repo))} "
+            f"{where}: not in the local cache and not reachable{hint}, and there is no such folder{_hint(Path(repo))} "
             f"({error})"
         ) from error
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
@@ -135,16 +135,16 @@ def _download(
         ) from error
 
 
-def _remember(snapshot: Path, revision: str) -> None:
-    """Note in the cache which commit a branch or tag is, as the Hub's own library does: it is asked when offline."""
+def _record_revision(snapshot: Path, revision: str) -> None:
+    """Record in the cache which commit a branch or tag is, for offline use, as huggingface_hub does."""
     if revision != snapshot.name and is_plain_path(revision):
         file = snapshot.parents[1] / "refs" / revision
         with atomic_file(file) as reference:
             reference.write(snapshot.name.encode())
 
 
-def _near(path: Path) -> str:
-    """What is where a folder is not, in words; nothing for what looks like no path."""
+def _hint(path: Path) -> str:
+    """The part of an error message that says what is there instead of a folder; empty if the source is not a path."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either" if path.is_absolute() or path.parts[:1] == ("..",) else ""
     names = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -154,12 +154,13 @@ def _near(path: Path) -> str:
 
 
 def _wanted(subfolder: str | None, skip: frozenset[str], folder: str) -> bool:
-    """Whether a folder of a repository is to be downloaded; a subfolder is all that is needed if it is asked for."""
+    """Whether to download a folder of a repository: only the subfolder if one is given, else all that are not
+    skipped."""
     return folder == subfolder if subfolder else "/" not in folder and folder not in skip
 
 
 def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | None) -> list[str]:
-    """Of a repository's files, those that loading it opens: configurations, tokenizers, one weight file per folder."""
+    """The files of a repository that loading needs: configurations, tokenizers, and one weight file per folder."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, base = name.rpartition("/")
@@ -171,8 +172,8 @@ def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | N
         chosen = [file for file in files if Path(file).suffix in SMALL and ".index." not in file]
         missing = [stem for stem in STEMS if variant is None and not any(weights) and variants(files, stem)]
         if folder and missing:
-            raise WeightsError(f"{folder} has no weights but those of a variant{advice(variants(files, missing[0]))}")
-        # Files at the top of a pipeline's repository are other forms of the same weights.
+            raise WeightsError(f"{folder} has only weights of a variant{advice(variants(files, missing[0]))}")
+        # Weight files at the top of a pipeline's repository are the same weights in another layout.
         if folder or "model_index.json" not in files:
             chosen += [file for file in weights if file]
         wanted += [f"{folder}/{file}" if folder else file for file in chosen]
@@ -180,7 +181,7 @@ def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | N
 
 
 def _shards_of(folder: Path, index: str) -> list[str]:
-    """The files that an index of the snapshot names, as paths of the repository."""
+    """The shards that an index in the snapshot names, as paths in the repository."""
     parent = PurePosixPath(index).parent
     names = read_json(folder / index).get("weight_map", {}).values()
     return [str(parent / name) for name in sorted(set(names))]

@@ -1,4 +1,4 @@
-"""``model_index.json``: which component of a pipeline lies in which folder, checked before anything is opened."""
+"""``model_index.json``: the components of a pipeline and their folders, checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineIndex:
-    """What a pipeline's folder says about itself.
+    """The contents of ``model_index.json``.
 
     Attributes:
-      class_name: the pipeline's class, without the ``Flax`` that old Flax folders put in front.
-      components: name -> component; entries that the index leaves empty (``[null, null]``) are absent.
-      absent: names of the empty entries, such as a safety checker that was taken out.
+      class_name: the pipeline's class, without the ``Flax`` prefix of old Flax folders.
+      components: name -> component, without the empty entries (``[null, null]``).
+      absent: names of the empty entries, such as a safety checker that was removed.
       options: all other values (``requires_safety_checker``, ``force_zeros_for_empty_prompt`` ...).
     """
 
@@ -44,7 +44,7 @@ def read_index(folder: Path | str) -> PipelineIndex:
     """Read and check ``model_index.json`` of a local folder.
 
     Raises:
-      WeightsError: the file is missing or malformed, or a component's name would leave the folder.
+      WeightsError: the file is missing or malformed, or a component's name would lead out of the folder.
     """
     folder = Path(folder)
     file = folder / FILE
@@ -65,7 +65,7 @@ def read_index(folder: Path | str) -> PipelineIndex:
 
 
 def _is_component(value: Any) -> bool:
-    """Components are pairs of a library and a class, or pairs of nulls."""
+    """Whether a value is a component: a pair of library and class, or of nulls."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)
 
 
@@ -89,8 +89,11 @@ def write_index(
     Args:
       folder: the pipeline's folder.
       class_name: the pipeline's class in diffusers.
-      components: name -> (library, class), with ``(None, None)`` for one that is left out.
+      components: name -> (library, class), or ``(None, None)`` for an absent component.
       options: further values.
+
+    Raises:
+      WeightsError: a component's name is not a plain folder name.
     """
     file = Path(folder) / FILE
     for name in components:

@@ -1,4 +1,4 @@
-"""From files to a tree of arrays: match every name and shape first, then read tensor by tensor onto the devices."""
+"""Loading files into a tree of arrays: match all names and shapes first, then read tensor by tensor to the devices."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by the names that the files use; each is a view of its file, read when it is used.
+    """Tensors under their names in the files; each is a view of its file that is read when it is used.
 
     Attributes:
-      tensors: name -> array. In a Flax file the names are paths joined with ``/`` and the axes are Flax's.
-      files: name -> the file that holds it.
-      flax: whether names and axes are those of Flax.
+      tensors: name -> array. In a Flax file, names are paths joined with ``/`` and axes are in Flax order.
+      files: name -> the file that contains it.
+      flax: whether names and axis order are those of Flax.
     """
 
     tensors: dict[str, np.ndarray]
@@ -52,14 +52,14 @@ def read_checkpoint(files: Iterable[Path]) -> Checkpoint:
     """Open files (the shards of one network, or one file) without reading their tensors.
 
     Raises:
-      WeightsError: an ending no reader knows, a damaged or hostile file, or one name in two files.
+      WeightsError: a file has an unknown suffix or is damaged or hostile, or two files contain the same name.
     """
     tensors: dict[str, np.ndarray] = {}
     origin: dict[str, Path] = {}
     flax = False
     for file in files:
         if file.suffix not in READERS:
-            raise bad(file, f"unknown kind of file {file.suffix!r}; known are {', '.join(READERS)}")
+            raise bad(file, f"unknown file type {file.suffix!r}; expected one of {', '.join(READERS)}")
         flax = file.suffix == ".msgpack"
         for name, array in READERS[file.suffix](file).items():
             if name in tensors:
@@ -78,23 +78,23 @@ def load_params(
     shardings: Any = None,
     names: naming.Renames = (),
 ) -> dict[str, Any]:
-    """Read a component's folder into a tree of arrays.
+    """Load the weights in a component's folder as a tree of arrays.
 
     Args:
       folder: a local folder with ``{stem}.safetensors`` (or shards, ``.bin``, ``.msgpack``).
       shapes: the network's tree of shapes (``Model.shapes()``); every leaf needs exactly one tensor of its shape.
       stem: ``diffusion_pytorch_model``, or ``model`` for transformers' networks.
       variant: for example ``"fp16"``; only files of that variant are used.
-      dtype: what floating-point tensors are cast to while they are read; None keeps each file's own.
-      shardings: a ``jax.sharding.Sharding`` for all leaves or a tree of them; each device then reads only its part.
-      names: renames from the tree's PyTorch names to the file's, for names that the rule does not give.
+      dtype: cast floating-point tensors to this dtype as they are read; None leaves them unchanged.
+      shardings: a ``jax.sharding.Sharding`` for all leaves or a tree of them; each device then reads only its shard.
+      names: renames from the tree's PyTorch names to the file's, for names that do not follow the rule.
 
     Returns:
       The tree of ``jax.Array``.
 
     Raises:
-      WeightsError: a damaged or hostile file, or a missing, left-over, duplicated or misshapen tensor. Nothing is put
-        on a device before every name and shape has been checked.
+      WeightsError: a file is damaged or hostile, or a tensor is missing, unexpected, duplicated or misshapen. Nothing
+        is put on a device before all names and shapes have been checked.
     """
     folder = Path(folder)
     checkpoint = read_checkpoint(weight_files(folder, stem, variant))
@@ -104,13 +104,16 @@ def load_params(
 def match(
     checkpoint: Checkpoint, shapes: Mapping[str, Any], *, label: str, names: naming.Renames = ()
 ) -> dict[naming.Path, np.ndarray]:
-    """Pair every leaf of the tree with its tensor, as a view with the leaf's axes.
+    """Pair every leaf of the tree with its tensor, as a view with the leaf's axis order.
 
     Args:
-      label: what errors call the checkpoint, for example its folder.
+      checkpoint: the tensors of the files.
+      shapes: the network's tree of shapes.
+      label: what error messages call the checkpoint, for example its folder.
+      names: as in :func:`load_params`.
 
     Raises:
-      WeightsError: names and shapes do not fit one to one; the text counts and shows examples of both sides.
+      WeightsError: names and shapes do not match one to one; the message has counts and examples of both sides.
     """
     tree = naming.flatten(shapes)
     wanted = {"/".join(path): path for path in tree} if checkpoint.flax else naming.torch_keys(tree, names)
@@ -125,14 +128,14 @@ def match(
             raise bad(
                 checkpoint.files[found[key]],
                 f"{found[key]!r} has shape {list(array.shape)}, which gives {list(view.shape)}; "
-                f"{'/'.join(path)} needs {list(tree[path].shape)}. Is the config of another model?",
+                f"{'/'.join(path)} needs {list(tree[path].shape)}. Does the config belong to another model?",
             )
         views[path] = view
     return views
 
 
 def _by_wanted_name(checkpoint: Checkpoint, wanted: Mapping[str, Any], aliases: naming.Renames) -> dict[str, str]:
-    """Wanted name (or unknown name as it is) -> the file's name; position buffers are dropped."""
+    """Name in the tree (or an unknown name unchanged) -> name in the file; position buffers are dropped."""
     found: dict[str, str] = {}
     for name in checkpoint.tensors:
         alias = naming.rename(name, aliases)
@@ -146,21 +149,26 @@ def _by_wanted_name(checkpoint: Checkpoint, wanted: Mapping[str, Any], aliases: 
 
 
 def _check_names(label: str, wanted: Mapping[str, naming.Path], found: Mapping[str, str]) -> None:
-    """Refuse missing and left-over tensors, with counts and examples."""
+    """Raise if tensors are missing or unexpected, with counts and examples."""
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
     if not missing and not unexpected:
         return
     examples = [f"{key!r} for {'/'.join(wanted[key])}" for key in missing[:3]]
-    examples += [f"{key!r} fits nothing" for key in unexpected[:3]]
+    examples += [f"{key!r} matches nothing" for key in unexpected[:3]]
     raise WeightsError(f"{label}: {len(missing)} missing, {len(unexpected)} unexpected, e.g. {'; '.join(examples)}")
 
 
 def check_params(params: Mapping[str, Any], shapes: Mapping[str, Any], *, label: str) -> None:
-    """Refuse a tree of arrays whose names or shapes are not those of a network.
+    """Check that a tree of arrays has the names and shapes of a network.
+
+    Args:
+      params: the tree of arrays.
+      shapes: the network's tree of shapes.
+      label: what the error message begins with.
 
     Raises:
-      WeightsError: with counts and examples, beginning with ``label``.
+      WeightsError: it does not; the message has counts and examples.
     """
     have, want = naming.flatten(params), naming.flatten(shapes)
     keys = {"/".join(path): path for path in want}
@@ -168,17 +176,17 @@ def check_params(params: Mapping[str, Any], shapes: Mapping[str, Any], *, label:
     for path, leaf in have.items():
         if leaf.shape != want[path].shape:
             raise WeightsError(
-                f"{label}: {'/'.join(path)} has shape {list(leaf.shape)}, needs {list(want[path].shape)}"
+                f"{label}: {'/'.join(path)} has shape {list(leaf.shape)}, expected {list(want[path].shape)}"
             )
 
 
 def place(
     views: Mapping[naming.Path, np.ndarray], *, dtype: DTypeLike | None = None, shardings: Any = None
 ) -> dict[str, Any]:
-    """Copy views of files onto devices, a few at a time, so that the host never holds more than it must.
+    """Copy views of files to devices, a few at a time, to use little host memory.
 
     Args:
-      views: path -> array with the leaf's axes.
+      views: path -> array with the leaf's axis order.
       dtype, shardings: as in :func:`load_params`.
     """
     where = _sharding_of(views, shardings)
@@ -193,7 +201,7 @@ def place(
         forget(view)
         return array
 
-    # Large tensors first: the last worker is then not left alone with one of them.
+    # Large tensors first, so that the last worker is not left with one of them.
     order = sorted(views, key=lambda path: -views[path].size)
     with ThreadPoolExecutor(WORKERS) as pool:
         arrays = dict(zip(order, pool.map(put, order), strict=True))
@@ -201,7 +209,7 @@ def place(
 
 
 def _sharding_of(views: Mapping[naming.Path, Any], shardings: Any) -> dict[naming.Path, Any]:
-    """Path -> sharding, from one sharding for all or a tree of them."""
+    """Path -> sharding, from a single sharding or a tree of them."""
     if not isinstance(shardings, Mapping):
         return dict.fromkeys(views, shardings)
     flat = naming.flatten(shardings)

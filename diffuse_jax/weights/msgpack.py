@@ -1,8 +1,8 @@
-"""Reading and writing the ``.msgpack`` files of Flax, one tensor at a time.
+"""Reading and writing Flax ``.msgpack`` files, one tensor at a time.
 
-Flax stores a nested map whose leaves are extension type 1: a packed ``(shape, dtype name, bytes)``. Arrays over a
-gibibyte are split: ``{"__msgpack_chunked_array__": true, "shape": {"0": n, ...}, "chunks": {"0": part, ...}}``.
-The walk below skips over the bytes instead of copying them, so tensors are views of the mapped file.
+Flax stores a nested map whose leaves are extension type 1: a packed ``(shape, dtype name, bytes)``. Arrays over 1 GiB
+are split: ``{"__msgpack_chunked_array__": true, "shape": {"0": n, ...}, "chunks": {"0": part, ...}}``. The parser below
+skips the bytes instead of copying them, so tensors are views of the mapped file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffuse_jax.writing import atomic_file
 BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 CHUNK = 1 << 30
 MAX_ITEMS = 500_000
-"""Values of a file, with those inside them; an array takes about eight."""
+"""Maximum number of values in a file, including nested ones; an array takes about eight."""
 
 CHUNKED = "__msgpack_chunked_array__"
 
@@ -43,22 +43,23 @@ LENGTHS = {
     )
     for tag, form in enumerate(forms, first)
 }
-"""Type byte -> kind of value and the form of the length that follows."""
+"""Type byte -> kind of value and the struct format of the length that follows."""
 
 
 def read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """Every array of a Flax file as a view of the mapped file, under its path joined with ``/``.
+    """All arrays of a Flax file as views of the mapped file, by their path joined with ``/``.
 
     Raises:
-      WeightsError: truncated or damaged, or something other than nested maps of arrays; the text names file and key.
+      WeightsError: the file is truncated or damaged, or contains anything but nested maps of arrays; the message names
+        the file and the key.
     """
-    walk = _Walk(path, map_file(path))
+    parser = _Parser(path, map_file(path))
     with parsing(path):
-        tree = walk.value(0)
+        tree = parser.value(0)
     if not isinstance(tree, dict):
         raise bad(path, "is not a Flax file: its outermost value is not a map")
-    if walk.at != len(walk.data):
-        raise bad(path, f"{len(walk.data) - walk.at} bytes follow the last tensor")
+    if parser.at != len(parser.data):
+        raise bad(path, f"{len(parser.data) - parser.at} bytes follow the last tensor")
     return dict(_named(path, tree, ""))
 
 
@@ -76,7 +77,7 @@ def _named(path: Path, tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[s
 
 
 def _join(path: Path, name: str, value: dict[str, Any]) -> np.ndarray:
-    """A chunked array in one piece; the only case in which reading copies."""
+    """Concatenate the chunks of an array; the only case in which reading copies."""
     try:
         shape = tuple(value["shape"][str(i)] for i in range(len(value["shape"])))
         chunks = [value["chunks"][str(i)] for i in range(len(value["chunks"]))]
@@ -91,8 +92,8 @@ def _join(path: Path, name: str, value: dict[str, Any]) -> np.ndarray:
         raise bad(path, f"{name!r} is a chunked array whose chunks do not fit together ({error})") from error
 
 
-class _Walk:
-    """A position in the bytes of a file."""
+class _Parser:
+    """A parser at a position in the bytes of a file."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path, self.data, self.at, self.values = path, data, 0, 0
@@ -107,9 +108,9 @@ class _Walk:
         return struct.unpack(form, self.take(struct.calcsize(form)).tobytes())[0]
 
     def value(self, depth: int) -> Any:
-        """The value at the position: dict, list, str, number, uint8 array (bytes) or array (extension 1)."""
+        """Parse the value at the position: dict, list, str, number, uint8 array (bytes) or array (extension 1)."""
         if depth > MAX_DEPTH:
-            raise bad(self.path, f"values nested more than {MAX_DEPTH} deep")
+            raise bad(self.path, f"values nested more than {MAX_DEPTH} levels deep")
         self.values += 1
         if self.values > MAX_ITEMS:
             raise bad(self.path, f"more than {MAX_ITEMS} values")
@@ -153,7 +154,8 @@ class _Walk:
             key = self.value(depth + 1)
             if not isinstance(key, str) or key in found:
                 raise bad(
-                    self.path, f"a map names {brief(key)} twice" if isinstance(key, str) else "a map key is not a text"
+                    self.path,
+                    f"a map names {brief(key)} twice" if isinstance(key, str) else "a map key is not a string",
                 )
             found[key] = self.value(depth + 1)
         return found
@@ -175,12 +177,12 @@ class _Walk:
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise bad(self.path, f"an array before byte {self.at} does not fit its shape or dtype ({error})") from error
         if self.at != end:
-            raise bad(self.path, f"an array before byte {self.at} does not fit its announced size")
+            raise bad(self.path, f"an array before byte {self.at} does not have its declared size")
         return array
 
 
 def raw_text(raw: np.ndarray) -> str:
-    """Bytes as a text; Flax writes dtype names either way."""
+    """Bytes as a string; Flax writes dtype names either way."""
     return raw.tobytes().decode()
 
 
@@ -189,12 +191,12 @@ def write_msgpack(
     specs: Mapping[tuple[str, ...], tuple[np.dtype, tuple[int, ...]]],
     read: Callable[[tuple[str, ...]], np.ndarray],
 ) -> None:
-    """Write a Flax file atomically, holding one tensor at a time.
+    """Write a Flax file atomically, with one tensor in memory at a time.
 
     Args:
-      path: the file.
-      specs: path of the tree -> (dtype, shape).
-      read: path -> array of that dtype and shape.
+      path: the file to write.
+      specs: path in the tree -> (dtype, shape).
+      read: path in the tree -> array of that dtype and shape.
     """
     tree = unflatten({name: name for name in specs})
 
@@ -213,7 +215,7 @@ def write_msgpack(
 
 
 def _head(fixed: int, limit: int, tag8: int | None, tag16: int, size: int) -> bytes:
-    """Type byte and length, in the shortest of msgpack's forms (some types lack the 8-bit one)."""
+    """Type byte and length in the shortest of msgpack's forms; some types lack the 8-bit one."""
     if size <= limit:
         return bytes([fixed | size])
     if tag8 is not None and size < 1 << 8:
@@ -231,7 +233,7 @@ def _packed_number(n: int) -> bytes:
 
 
 def _packed_array(array: np.ndarray) -> Iterator[Any]:
-    """Type 1 of Flax, or its chunked form for arrays over a gibibyte."""
+    """Flax's extension type 1, or its chunked form for arrays over 1 GiB."""
     if array.nbytes <= CHUNK:
         shape = _head(0x90, 0x0F, None, 0xDC, array.ndim) + b"".join(map(_packed_number, array.shape))
         inner = b"\x93" + shape + _packed_text(array.dtype.name) + struct.pack(">BI", 0xC6, array.nbytes)

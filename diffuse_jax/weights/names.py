@@ -1,8 +1,8 @@
-"""Parameter names and axis orders: Flax tree <-> PyTorch checkpoint, as data that runs in both directions.
+"""Parameter names and axis orders: Flax tree <-> PyTorch checkpoint, as tables that work in both directions.
 
 The tree of shapes is the source of truth. The path ``down_blocks_0/attentions_1/to_out_0/kernel`` *is* the checkpoint's
-``down_blocks.0.attentions.1.to_out.0.weight``: list indices are joined with ``_``, and the last word says which axes
-move. Going from the tree to PyTorch is a rule; going back is the same table read the other way, so nothing can be lost.
+``down_blocks.0.attentions.1.to_out.0.weight``: list indices are joined with ``_``, and the last word decides how axes
+are permuted. From the tree to PyTorch is a rule; the way back is the same table inverted, so nothing can be lost.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Renames = Sequence[tuple[str, str]]
 """``(regular expression, replacement)`` pairs, applied one after another."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-"""Last word of a path -> last word of the PyTorch key; any other word stays."""
+"""Last word of a path -> last word of the PyTorch key; other words are the same in both."""
 
 AXES: dict[int, tuple[int, ...]] = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 """Rank of a PyTorch ``weight`` -> its axes in a Flax ``kernel``'s order: [out, in, *window] -> [*window, in, out]."""
 
 NOT_INDEXED = {"linear_1", "linear_2"}
-"""Words that end in a digit in PyTorch too, so the digit is no list index."""
+"""Words that end in a digit in PyTorch too, where the digit is not a list index."""
 
 IGNORED = re.compile(r"(^|\.)position_ids$")
-"""Keys of buffers that hold no parameter; they may be in a file and are not read."""
+"""Keys of buffers, which are not parameters; they may be in a file and are ignored."""
 
 ALIASES: Renames = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
@@ -36,7 +36,7 @@ ALIASES: Renames = (
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
     (r"^(embeddings|encoder\.layers|final_layer_norm)\.", r"text_model.\1."),
 )
-"""PyTorch keys as other releases wrote them -> as they are written now (VAE attention before 2023; transformers 5)."""
+"""PyTorch keys of other releases -> current ones (VAE attention before 2023; transformers 5)."""
 
 FLAX_ALIASES: Renames = (
     (r"/layers/(\d+)/", r"/layers_\1/"),
@@ -45,7 +45,7 @@ FLAX_ALIASES: Renames = (
     (r"(attentions_\d+)/value/", r"\1/to_v/"),
     (r"(attentions_\d+)/proj_attn/", r"\1/to_out_0/"),
 )
-"""Paths in old ``.msgpack`` files -> ours."""
+"""Paths in old ``.msgpack`` files -> paths in our trees."""
 
 FLAX_OLD: Renames = (
     (r"/layers_(\d+)/", r"/layers/\1/"),
@@ -54,7 +54,7 @@ FLAX_OLD: Renames = (
     (r"(attentions_\d+)/to_v/", r"\1/value/"),
     (r"(attentions_\d+)/to_out_0/", r"\1/proj_attn/"),
 )
-"""The inverse of :data:`FLAX_ALIASES`, for files that old Flax releases shall open."""
+"""The inverse of :data:`FLAX_ALIASES`, for files that old Flax releases must be able to open."""
 
 
 def rename(name: str, table: Renames) -> str:
@@ -90,7 +90,11 @@ def torch_key(path: Path, renames: Renames = ()) -> str:
 
 
 def torch_keys(paths: Iterable[Path], renames: Renames = ()) -> dict[str, Path]:
-    """``{PyTorch key: path}`` for a tree; two paths with one key are a mistake in the tree or the table."""
+    """``{PyTorch key: path}`` for a tree.
+
+    Raises:
+      ValueError: two paths have the same key, which is a mistake in the tree or the table.
+    """
     table: dict[str, Path] = {}
     for path in paths:
         key = torch_key(path, renames)
@@ -101,7 +105,7 @@ def torch_keys(paths: Iterable[Path], renames: Renames = ()) -> dict[str, Path]:
 
 
 def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    """A view of a PyTorch tensor with its axes in the order of the tree."""
+    """A view of a PyTorch tensor with its axes in Flax order."""
     return array.transpose(AXES[array.ndim]) if path[-1] == "kernel" and array.ndim in AXES else array
 
 

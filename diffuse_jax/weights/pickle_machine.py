@@ -1,8 +1,8 @@
 """A pickle interpreter that can only build plain containers and descriptions of tensors.
 
-Python's own unpickler calls whatever a file names. This one walks the opcodes (``pickletools`` splits them) and knows a
-closed table of globals, none of which is ever called: each stands for a constructor written here. Anything else in a
-file is refused with its name.
+Python's unpickler calls whatever a file names. This one interprets the opcodes (split by ``pickletools``) with a closed
+table of globals, none of which is ever called: each stands for a constructor defined here. Anything else is refused,
+and the error names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffuse_jax.limits import MAX_ELEMENTS, MAX_RANK
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A run of numbers that tensors share: its key in the file, its dtype and how many elements it has."""
+    """A block of numbers that tensors can share: its key in the file, its dtype and its number of elements."""
 
     key: str
     dtype: np.dtype
@@ -32,7 +32,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as a strided window of a storage; offset and strides count elements."""
+    """A tensor as a strided view of a storage; offset and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -42,12 +42,12 @@ class TensorSpec:
 
 
 class Container(dict):
-    """A dict that PyTorch made as an ``OrderedDict``; attributes that a file sets on it are dropped."""
+    """A dict that PyTorch saved as an ``OrderedDict``; attributes that a file sets on it are dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A global that a file may mention."""
+    """The name of a global in a pickle."""
 
     module: str
     name: str
@@ -86,29 +86,29 @@ STORAGES = {
 
 
 def _tensor(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> TensorSpec:
-    """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``; gradients and hooks are of no interest."""
-    return _window(storage, offset, shape, strides, getattr(storage, "dtype", None))
+    """``torch._utils._rebuild_tensor`` and ``_rebuild_tensor_v2``; gradients and hooks are ignored."""
+    return _tensor_spec(storage, offset, shape, strides, getattr(storage, "dtype", None))
 
 
 def _tensor_v3(storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> TensorSpec:
-    """``_rebuild_tensor_v3``: an untyped storage with the dtype as the third further argument."""
-    return _window(storage, offset, shape, strides, rest[2])
+    """``_rebuild_tensor_v3``: an untyped storage, with the dtype as third of the further arguments."""
+    return _tensor_spec(storage, offset, shape, strides, rest[2])
 
 
-def _window(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorSpec:
-    """A tensor, unless its parts are of the wrong kind, or it would reach outside its storage or be larger than it."""
+def _tensor_spec(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> TensorSpec:
+    """A tensor, after checking the types of its parts and that it is neither outside nor larger than its storage."""
     if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
-        raise TypeError("a tensor whose storage or dtype is not what it should be")
+        raise TypeError("a tensor with an invalid storage or dtype")
     numbers = (offset, *shape[:MAX_RANK], *strides[:MAX_RANK])
     if not len(shape) == len(strides) <= MAX_RANK or not all(
         type(n) is int and 0 <= n <= MAX_ELEMENTS for n in numbers
     ):
-        raise TypeError("a tensor whose offset, shape or strides are not what they should be")
+        raise TypeError("a tensor with an invalid offset, shape or strides")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     room = storage.size * storage.dtype.itemsize
     if 0 not in shape and (last + 1) * dtype.itemsize > room:
         raise TypeError(f"a tensor of shape {list(shape)} that reaches outside its storage of {storage.size} elements")
-    # Strides of zero make a window of any size out of one element.
+    # With zero strides, a single element can be a view of any size.
     if math.prod(shape) * dtype.itemsize > room or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
         raise TypeError(f"a tensor of shape {list(shape)} that is larger than its storage of {storage.size} elements")
     return TensorSpec(storage, offset, tuple(shape), tuple(strides), dtype)
@@ -133,9 +133,9 @@ def _size(*sizes: Any) -> tuple[int, ...]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or an item of a set; hashing a tuple of tuples could take for ever."""
+    """A key of a dict or an item of a set; hashing nested tuples could take forever."""
     if not isinstance(value, KEYS):
-        raise TypeError(f"a key that is a {type(value).__name__}")
+        raise TypeError(f"a key of type {type(value).__name__}")
     return value
 
 
@@ -147,7 +147,7 @@ CALLS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     Name("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
 }
-"""Globals that a file may call, and what is done instead."""
+"""Globals that a file may call -> the function that is called instead."""
 
 VALUES: dict[Name, Any] = (
     {Name("torch", name): np.dtype(kind) for name, kind in TORCH_DTYPES.items()}
@@ -166,14 +166,14 @@ LITERALS = {
 KEYS = (str, int, float, bytes, type(None))
 
 MAX_STEPS = 2_000_000
-"""Instructions of one pickle; a tensor takes about forty."""
+"""Maximum number of instructions in a pickle; a tensor takes about forty."""
 
 MAX_REPEATED = 1_000_000
-"""Items that calls copy out of containers which a pickle uses more than once."""
+"""Maximum number of items that calls copy from containers, which a pickle can use repeatedly."""
 
 
 class Machine:
-    """One pass over one pickle; ``persistent`` turns a persistent id into a value."""
+    """Interprets one pickle; ``persistent`` turns a persistent id into a value."""
 
     def __init__(self, persistent: Callable[[Any], Any]) -> None:
         self.stack: list[Any] = []
@@ -183,7 +183,7 @@ class Machine:
         self.persistent = persistent
 
     def run(self, data: IO[bytes]) -> Any:
-        """The object that the pickle at the stream's position describes; the stream ends up behind it."""
+        """Build the object of the pickle at the stream's position, and leave the stream at the pickle's end."""
         for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -246,7 +246,7 @@ class Machine:
         self.stack.append(CALLS[function](*arguments))
 
     def _op_build(self) -> None:
-        self.stack.pop()  # attributes, such as the versions that a state_dict remembers
+        self.stack.pop()  # attributes, such as the versions stored in a state_dict
         if not isinstance(self.stack[-1], Container):
             raise TypeError(f"attributes set on {type(self.stack[-1]).__name__}")
 
@@ -307,7 +307,7 @@ def interpret(path: Path, data: IO[bytes], persistent: Callable[[Any], Any]) -> 
     """The object of the pickle at the stream's position.
 
     Raises:
-      WeightsError: the pickle is damaged, or asks for anything but tensors and plain containers (named in the text).
+      WeightsError: the pickle is damaged, or asks for anything but tensors and plain containers; the message names it.
     """
     with parsing(path):
         try:

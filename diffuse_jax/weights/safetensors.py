@@ -1,9 +1,9 @@
 """Reading and writing ``.safetensors`` without holding a file in memory.
 
-Format: 8 bytes little-endian header length, a JSON header ``{name: {dtype, shape, data_offsets: [begin, end]}}`` with
-an optional ``__metadata__`` of strings, then the tensors one after another, C order, little-endian. The ``safetensors``
-package hands out copies and refuses several dtypes for NumPy; here a tensor is a view of the mapped file, so nothing is
-read before it is used, and a slice reads only its pages.
+The format: the header length as 8 little-endian bytes, a JSON header ``{name: {dtype, shape, data_offsets: [begin,
+end]}}`` with an optional ``__metadata__`` of strings, then the tensors in sequence, in C order and little-endian. The
+``safetensors`` package returns copies and does not support several dtypes in NumPy. Here a tensor is a view of the
+mapped file, so nothing is read before it is used, and a slice reads only its pages.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ MAX_TENSORS = 200_000
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file as a read-only view of the mapped file.
+    """All tensors of a file as read-only views of the mapped file.
 
     Raises:
-      WeightsError: the file is truncated, or its header is not what the format demands (sizes that lie, overlaps,
-        holes, names given twice, unknown dtypes); the text names the file and the tensor.
+      WeightsError: the file is truncated, or its header violates the format (wrong sizes, overlaps, holes, duplicate
+        names, unknown dtypes); the message names the file and the tensor.
     """
     header, start, data = _header(path)
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise bad(path, f"header names {len(header)} tensors; the most are {MAX_TENSORS}")
+        raise bad(path, f"header names {len(header)} tensors; the maximum is {MAX_TENSORS}")
     entries = {name: _entry(path, name, entry) for name, entry in header.items()}
     tensors, expected_begin = {}, 0
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -75,15 +75,19 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The ``__metadata__`` of a file (empty if it has none)."""
+    """The ``__metadata__`` of a file; empty if it has none.
+
+    Raises:
+      WeightsError: the file is damaged, or the metadata is not an object of strings.
+    """
     metadata = _header(path)[0].get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise bad(path, "its __metadata__ is not a JSON object of texts")
+        raise bad(path, "its __metadata__ is not a JSON object of strings")
     return metadata
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, np.ndarray]:
-    """The parsed header, the byte at which the tensors start, and the mapped file."""
+    """The parsed header, the offset of the tensors, and the mapped file."""
     data = map_file(path)
     if len(data) < 8:
         raise bad(path, f"truncated: {len(data)} bytes cannot hold a safetensors header")
@@ -97,19 +101,23 @@ def _header(path: Path) -> tuple[dict[str, Any], int, np.ndarray]:
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """A checked header entry as (dtype, shape, begin, end)."""
+    """Check a header entry and return (dtype, shape, begin, end)."""
     check_name(path, name)
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise bad(path, f"header entry of {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise bad(path, f"{name!r} has dtype {brief(kind)}; known are {', '.join(DTYPES)}")
+        raise bad(path, f"{name!r} has dtype {brief(kind)}; expected one of {', '.join(DTYPES)}")
     if not all(type(n) is int and 0 <= n <= MAX_ELEMENTS for n in (begin, end)):
-        raise bad(path, f"{name!r} has offsets {brief([begin, end])}; these must be natural numbers within the file")
+        raise bad(
+            path, f"{name!r} has offsets {brief([begin, end])}; these must be non-negative integers within the file"
+        )
     size = count_elements(path, repr(name), shape) * DTYPES[kind].itemsize
     if end - begin != size:
-        raise bad(path, f"{name!r}: shape {list(shape)} of {kind} needs {size} bytes, its offsets give {end - begin}")
+        raise bad(
+            path, f"{name!r}: shape {list(shape)} of {kind} needs {size} bytes, but its offsets span {end - begin}"
+        )
     return DTYPES[kind], shape, begin, end
 
 
@@ -119,22 +127,22 @@ def write_safetensors(
     arrays: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file under a temporary name, then rename it, holding one tensor at a time.
+    """Write a file under a temporary name and then rename it, with one tensor in memory at a time.
 
     Args:
-      path: the file to write; an old one stays whole until the new one is complete.
+      path: the file to write; an existing one stays intact until the new one is complete.
       specs: name -> (dtype, shape), in the order of ``arrays``.
-      arrays: the tensors, taken one by one (a generator may read or cast each when it is asked for it).
-      metadata: texts to keep beside ``format: pt``, which PyTorch's libraries want to see.
+      arrays: the tensors, consumed one by one, so a generator can read or cast them on demand.
+      metadata: strings to store besides ``format: pt``, which PyTorch's libraries expect.
 
     Raises:
-      WeightsError: a dtype that the format has no name for.
+      WeightsError: the format does not support a dtype.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for name, (dtype, shape) in specs.items():
         if dtype not in NAMES:
-            raise bad(path, f"{name!r} has dtype {dtype}, which safetensors cannot hold")
+            raise bad(path, f"{name!r} has dtype {dtype}, which safetensors does not support")
         end = begin + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
@@ -145,6 +153,6 @@ def write_safetensors(
         for (name, (dtype, shape)), array in zip(specs.items(), arrays, strict=True):
             if array.dtype != dtype or array.shape != shape:
                 raise bad(
-                    path, f"{name!r} was announced as {dtype}{list(shape)} and came as {array.dtype}{list(array.shape)}"
+                    path, f"{name!r} was declared as {dtype}{list(shape)} but is {array.dtype}{list(array.shape)}"
                 )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""From a tree of arrays to files that PyTorch diffusers and transformers open unchanged."""
+"""Writing a tree of arrays to files that PyTorch diffusers and transformers open as they are."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def save_params(
 ) -> list[Path]:
     """Write a tree of arrays as safetensors with PyTorch's names and axes.
 
-    Each file is complete before it takes its name, and an index is written after the shards it names, so an interrupted
-    save leaves an older one usable. Files of an older save that the new one replaces are removed at the end.
+    Each file is complete before it gets its name, and an index is written after its shards, so an interrupted save
+    leaves an earlier one usable. Files of an earlier save that the new one replaces are removed at the end.
 
     Args:
-      folder: is made if needed.
+      folder: created if needed.
       params: the tree of parameters.
       stem: ``diffusion_pytorch_model``, or ``model`` for transformers' networks.
-      variant: ``"fp16"`` writes ``{stem}.fp16.safetensors``; it names the file only, ``dtype`` does the cast.
-      dtype: what floating-point tensors are cast to; None keeps theirs.
-      max_shard_size: bytes, or a text such as ``"2GB"``; larger networks become several files and an index.
+      variant: ``"fp16"`` writes ``{stem}.fp16.safetensors``. It affects only the name; ``dtype`` casts.
+      dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
+      max_shard_size: in bytes, or a string such as ``"2GB"``; larger networks are split into several files with an
+        index.
       names: as in :func:`diffuse_jax.weights.load_params`.
 
     Returns:
-      The files written; the index, if there is one, last.
+      The files written, the index last if there is one.
     """
     flat = naming.flatten(params)
     leaves = {key: (path, flat[path]) for key, path in naming.torch_keys(flat, names).items()}
@@ -54,7 +55,7 @@ def save_params(
 
 
 def _spec(path: naming.Path, leaf: Any, dtype: DTypeLike | None) -> tuple[np.dtype, tuple[int, ...]]:
-    """Dtype and PyTorch shape of a leaf, without touching its values."""
+    """Dtype and PyTorch shape of a leaf, without reading its values."""
     shape = naming.to_torch(path, np.broadcast_to(np.zeros((), bool), leaf.shape)).shape
     return _cast(leaf.dtype, dtype), shape
 
@@ -64,7 +65,7 @@ def _cast(have: Any, want: DTypeLike | None) -> np.dtype:
 
 
 def _host(path: naming.Path, leaf: Any, dtype: DTypeLike | None) -> np.ndarray:
-    """One tensor in PyTorch's axes on the host."""
+    """One tensor with PyTorch's axis order, in host memory."""
     return compact(naming.to_torch(path, np.asarray(jax.device_get(leaf))), _cast(leaf.dtype, dtype))
 
 
@@ -79,8 +80,13 @@ def save_tensors(
     """Write named tensors as one safetensors file, or as shards with an index.
 
     Args:
+      folder: created if needed.
       specs: name -> (dtype, shape), in the order of writing.
-      read: name -> array of that dtype and shape; called once for each, so only one is in memory at a time.
+      read: name -> array of that dtype and shape; called once per name, so only one array is in memory at a time.
+      stem, variant, max_shard_size: as in :func:`save_params`.
+
+    Returns:
+      The files written, the index last if there is one.
     """
     folder = Path(folder)
     dot = f".{variant}" if variant else ""
@@ -109,7 +115,7 @@ def _bytes(spec: tuple[np.dtype, tuple[int, ...]]) -> int:
 
 
 def _split(specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most ``limit`` bytes (a larger tensor is alone in its group)."""
+    """Names in order, in groups of at most ``limit`` bytes; a larger tensor gets a group of its own."""
     groups: list[list[str]] = [[]]
     size = 0
     for key, spec in specs.items():
@@ -122,19 +128,25 @@ def _split(specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], limit: int) ->
 
 
 def parse_size(size: int | str) -> int:
-    """``"2GB"`` -> 2000000000; whole numbers are bytes."""
+    """``"2GB"`` -> 2000000000; an int is a number of bytes.
+
+    Raises:
+      ValueError: it is not a size.
+    """
     if isinstance(size, int):
         return size
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE)
     if not found:
-        raise ValueError(f"max_shard_size must be a number of bytes or a text such as '2GB' or '512MiB', got {size!r}")
+        raise ValueError(
+            f"max_shard_size must be a number of bytes or a string such as '2GB' or '512MiB', got {size!r}"
+        )
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _remove_replaced(folder: Path, stem: str, dot: str, keep: set[str]) -> None:
+def _remove_replaced(folder: Path, stem: str, dot: str, written: set[str]) -> None:
     """Remove the single file, shards and index of an earlier save of the same stem and variant."""
     index = f"{stem}.safetensors.index{dot}.json"
     weights = re.compile(rf"{re.escape(stem + dot)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
     for path in folder.iterdir():
-        if path.name not in keep and (path.name == index or weights.fullmatch(path.name)):
+        if path.name not in written and (path.name == index or weights.fullmatch(path.name)):
             path.unlink()

@@ -19,10 +19,10 @@ def test_a_new_word_of_several_rows_is_spelled_out_and_has_the_last_ids() -> Non
     old = tiny.tokenizer()
     new = tokens.with_words(old, "<cat>", 3)
     assert new("x <cat> y")["input_ids"] != old("x <cat> y")["input_ids"]
-    assert tokens.spelled("x <cat> y", new) == "x <cat> <cat>_1 <cat>_2 y"
-    ids = new(tokens.spelled("<cat>", new), add_special_tokens=False)["input_ids"]
+    assert tokens.expand_words("x <cat> y", new) == "x <cat> <cat>_1 <cat>_2 y"
+    ids = new(tokens.expand_words("<cat>", new), add_special_tokens=False)["input_ids"]
     assert ids == [len(old), len(old) + 1, len(old) + 2]
-    assert tokens.spelled("x <cat> y", old) == "x <cat> y", "the tokenizer given is not changed"
+    assert tokens.expand_words("x <cat> y", old) == "x <cat> y", "the tokenizer given is not changed"
     assert tokens.token_id(old, "a") == old("a", add_special_tokens=False)["input_ids"][0]
 
 
@@ -45,13 +45,13 @@ def test_of_words_that_begin_alike_the_longest_is_meant(order: tuple[str, str], 
     tokenizer = tiny.tokenizer()
     for word in order:
         tokenizer = tokens.with_words(tokenizer, word, {"mystyle": 2, "mystylev2": 3}[word])
-    ids = tokenizer(tokens.spelled(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(tokens.expand_words(prompt, tokenizer), add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == wanted
 
 
 def test_the_name_of_the_last_row_does_not_go_on_into_what_follows() -> None:
     tokenizer = tokens.with_words(tiny.tokenizer(), "<a>", 2)
-    assert tokens.spelled("<a>0 <a>, <a>", tokenizer) == "<a> <a>_1 0 <a> <a>_1, <a> <a>_1"
+    assert tokens.expand_words("<a>0 <a>, <a>", tokenizer) == "<a> <a>_1 0 <a> <a>_1, <a> <a>_1"
 
 
 def test_a_tokenizer_that_cannot_say_where_words_are() -> None:
@@ -59,13 +59,13 @@ def test_a_tokenizer_that_cannot_say_where_words_are() -> None:
         def get_added_vocab(self) -> dict[str, int]:
             return {"mystyle": 0, "mystyle_1": 1, "mystylev2": 2, "mystylev2_1": 3}
 
-    assert tokens.spelled("a mystylev2 mystyle", Own()) == "a mystylev2 mystylev2_1 mystyle mystyle_1"
-    assert tokens.spelled("mystyle mystyle_1", Own()) == "mystyle mystyle_1"
+    assert tokens.expand_words("a mystylev2 mystyle", Own()) == "a mystylev2 mystylev2_1 mystyle mystyle_1"
+    assert tokens.expand_words("mystyle mystyle_1", Own()) == "mystyle mystyle_1"
 
 
 def test_words_that_cannot_be_are_refused() -> None:
     old = tiny.tokenizer()
-    with pytest.raises(ValueError, match="knows '<cat>' already"):
+    with pytest.raises(ValueError, match="already knows '<cat>'"):
         tokens.with_words(tokens.with_words(old, "<cat>", 1), "<cat>", 1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         tokens.with_words(old, "<cat>", 0)
@@ -123,7 +123,7 @@ def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.r
     word = pipe.load_textual_inversion(tmp_path)
     plain = pipe("a", **options).images
     np.testing.assert_allclose(word("<same>", **options).images, plain, atol=1e-5)
-    with pytest.raises(ValueError, match="knows '<same>' already"):
+    with pytest.raises(ValueError, match="already knows '<same>'"):
         word.load_textual_inversion(tmp_path)
 
     pairs = lora.init(pipe.components["unet"].shapes(), 2, jax.random.key(0))
@@ -140,7 +140,7 @@ def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.r
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3_000_000, 1), "has 3000000 rows; no prompt holds more than 1000"),
+        ((3_000_000, 1), "has 3000000 rows; the maximum is 1000"),
         ((0, 16), "shape .0, 16."),
         ((2, 0), "shape"),
     ],

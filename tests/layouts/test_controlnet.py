@@ -76,9 +76,9 @@ def test_names_are_those_of_the_original():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model.diffusion_model.out.0.weight"], "holds no ControlNet: there is neither 'input_hint_block.0.weight'"),
-        (["input_hint_block.0.weight"], "cannot read a ControlNet's configuration off its tensors"),
-        (["controlnet_cond_embedding.conv_in.weight"], "cannot read a ControlNet's configuration off its tensors"),
+        (["model.diffusion_model.out.0.weight"], "contains no ControlNet: it has neither 'input_hint_block.0.weight'"),
+        (["input_hint_block.0.weight"], "cannot infer the ControlNet's configuration from its tensors"),
+        (["controlnet_cond_embedding.conv_in.weight"], "cannot infer the ControlNet's configuration from its tensors"),
     ],
 )
 def test_files_without_a_whole_controlnet_are_refused(names: list[str], message: str, tmp_path: Path):
@@ -90,5 +90,5 @@ def test_files_without_a_whole_controlnet_are_refused(names: list[str], message:
 def test_a_folder_is_no_file(tmp_path: Path):
     with pytest.raises(WeightsError, match="is a folder.*from_pretrained opens folders"):
         ControlNetModel.from_single_file(tmp_path)
-    with pytest.raises(TypeError, match="there is no torch_dtype= here: give dtype="):
+    with pytest.raises(TypeError, match="there is no torch_dtype= here: pass dtype="):
         ControlNetModel.from_single_file(tmp_path, torch_dtype="float16")

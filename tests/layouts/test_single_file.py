@@ -123,7 +123,7 @@ def test_averaged_weights(tmp_path: Path, rng: np.random.Generator) -> None:
     path = save(tmp_path, stored | averages)
     plain, averaged = (read_single_file(path, ema=ema).networks["unet"].checkpoint.tensors for ema in (False, True))
     assert all(same_bits(averaged[key], plain[key] + 1) for key in plain)
-    with pytest.raises(WeightsError, match="has no averaged weights"):
+    with pytest.raises(WeightsError, match="has no EMA weights"):
         read_single_file(save(tmp_path, dict(stored)), ema=True)
 
 
@@ -167,7 +167,7 @@ def test_inpainting_is_told_by_its_channels(tmp_path: Path, rng: np.random.Gener
     for channels, kind in ((9, "StableDiffusionInpaintPipeline"), (8, "StableDiffusionInstructPix2PixPipeline")):
         file = read_single_file(save(tmp_path, stored | {key: np.zeros((32, channels, 3, 3), np.float32)}))
         assert (file.class_name, file.networks["unet"].config["in_channels"]) == (kind, channels)
-    with pytest.raises(WeightsError, match="a UNet with 6 input channels"):
+    with pytest.raises(WeightsError, match="the UNet has 6 input channels"):
         read_single_file(save(tmp_path, stored | {key: np.zeros((32, 6, 3, 3), np.float32)}))
 
 
@@ -209,11 +209,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half a UNet": (
         {"model.diffusion_model.input_blocks.1": None},
-        "unet: cannot read its configuration off its tensors",
+        "unet: cannot infer its configuration from its tensors",
     ),
     "no embeddings": (
         {"cond_stage_model.transformer.text_model.embeddings": None},
-        "text_encoder: cannot read its configuration",
+        "text_encoder: cannot infer its configuration",
     ),
 }
 
@@ -241,7 +241,7 @@ def test_text_encoders_without_their_first_level_are_read(tmp_path: Path, rng: n
 
 
 def test_a_folder_is_no_single_file(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="is a folder, and a checkpoint of one file is wanted"):
+    with pytest.raises(WeightsError, match="is a folder, but a single-file checkpoint is needed"):
         read_single_file(tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.ra
     with pytest.raises(WeightsError) as error:
         match(part.checkpoint, FAMILIES["v1"]["unet"].shapes(), label="unet")
     assert str(error.value) == (
-        "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' fits nothing"
+        "unet: 1 missing, 1 unexpected, e.g. 'conv_out.bias' for conv_out/bias; 'out.3.bias' matches nothing"
     )
 
 
@@ -264,7 +264,7 @@ def test_the_error_says_what_is_missing_for_every_family(tmp_path: Path) -> None
         assert f"for {name}: unet (model.diffusion_model.*), vae (first_stage_model.*), text_encoder" in str(
             error.value
         )
-    assert "can be given to from_single_file, for example vae=(model, params)" in str(error.value)
+    assert "can be passed to from_single_file, for example vae=(model, params)" in str(error.value)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -160,7 +160,7 @@ def test_what_is_not_supported_is_refused_by_name(cls: type[Config], data: dict[
 
 def test_settings_of_a_later_release_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     known = {"_diffusers_version": "0.42.1", "mid_block_only_cross_attention": True, "dropout": 0.1}
-    for data, told in (({}, ""), ({"better_attention": True}, "ignores settings that it does not know: {'better_att")):
+    for data, told in (({}, ""), ({"better_attention": True}, "ignores unknown settings: {'better_att")):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             UNet2DConditionModel.from_config(known | data)

@@ -26,8 +26,8 @@ def test_a_mask_may_be_classes_or_shades(dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.fromarray(WHITE.astype(np.uint8)), "mask_image has values from 0 to 1 where white is 255"),
-        (WHITE * 255, "must be uint8, or floating point in .0, 1.; got int64 from 0 to 255"),
+        (Image.fromarray(WHITE.astype(np.uint8)), "mask_image has values from 0 to 1, where white is 255"),
+        (WHITE * 255, "must be uint8, or floating-point in .0, 1.; got int64 from 0 to 255"),
         (WHITE * 2.0, "got float64 from 0.0 to 2.0"),
         (np.zeros((0, 3), np.uint8), "must be 2x3 with 1 channels"),
     ],
@@ -40,7 +40,7 @@ def test_a_mask_of_unknown_range_is_refused(mask: Any, message: str) -> None:
 
 def test_an_image_of_zeros_and_ones_is_black_with_a_warning() -> None:
     edges = np.repeat(WHITE[..., None], 3, -1)
-    with pytest.warns(UserWarning, match="control image as uint8 has values from 0 to 1 where white is 255"):
+    with pytest.warns(UserWarning, match="control image as uint8 has values from 0 to 1, where white is 255"):
         assert pixels(edges.astype(np.uint8), SIZE, "control image").max() == np.float32(1 / 255)
     np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
     assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"

@@ -127,7 +127,7 @@ def test_rows_of_different_lengths_are_refused() -> None:
     pipe = two_stages()
     request = pipe.stage("prior_net", 0, (4,))
     for amount in (np.zeros(3), np.float32(1.0)):
-        with pytest.raises(ValueError, match=r"every row must have one entry for each image.*'amount'\] (3|none)"):
+        with pytest.raises(ValueError, match=r"every row must have one entry per image.*'amount'\] (3|none)"):
             run(pipe, request._replace(rows={"amount": amount, **request.rows}))
     assert pipe.programs.compilations == 0
 
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_said_before_anything_compiles(pipe: DiffusionPipel
     count = pipe.programs.compilations
     for method, message in [
         (with_interval, "Interval needs 'until'; the request has .*guidance_scale"),
-        (lambda m: dataclasses.replace(m, denoiser=lambda *a: 0), "is no part"),
+        (lambda m: dataclasses.replace(m, denoiser=lambda *a: 0), "is not a part"),
         (lambda m: dataclasses.replace(m, start=Listed([1])), "Listed cannot be compared .*arrays in rows"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -329,13 +329,13 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path):
     open_folder.mkdir()
     open_folder.chmod(0o777)
     for use in (pipe.save_compiled, pipe.load_compiled):
-        with pytest.raises(PermissionError, match="open: others may write to it.*chmod go-w"):
+        with pytest.raises(PermissionError, match="open: other users can write to it.*chmod go-w"):
             use(open_folder)
     folder = tmp_path / "own"
     files = pipe.save_compiled(folder)
     files[0].chmod(0o666)
     again = two_stages().load_compiled(folder)
-    with pytest.raises(PermissionError, match="others may write to it"):
+    with pytest.raises(PermissionError, match="other users can write to it"):
         again()
 
 
@@ -347,7 +347,7 @@ def test_a_damaged_file_is_compiled_again(tmp_path: Path, rng: np.random.Generat
         data[int(rng.integers(100, len(data)))] ^= 1
         file.write_bytes(data)
     again = two_stages().load_compiled(tmp_path)
-    with pytest.warns(UserWarning, match="compiled again: it is damaged"):
+    with pytest.warns(UserWarning, match="compiled again: the file is damaged"):
         np.testing.assert_array_equal(again().embedding, wanted)
     assert again.programs.compilations == 2
 
@@ -362,7 +362,7 @@ def test_nothing_of_a_program_is_unpacked_before_its_checksum_is_right(tmp_path:
     file = tmp_path / "a.jaxprogram"
     for data in (*damaged, *(whole[:size] for size in range(0, len(whole), 7)), whole + b"0"):
         file.write_bytes(data)
-        with pytest.warns(UserWarning, match=r"a\.jaxprogram could not be loaded .* it is damaged"):
+        with pytest.warns(UserWarning, match=r"a\.jaxprogram could not be loaded.* the file is damaged"):
             assert saved_programs.read(file, (), None) is None
     assert unpacked == []
     file.write_bytes(whole)
@@ -443,4 +443,9 @@ def test_a_wrapper_prepares_what_is_inside_it():
     )
     method.prepare({}, {"seed": np.zeros(1, np.uint32), "index": np.zeros(1, np.uint32)})
     assert order == ["first", "outer", "inner"]
-    assert [type(p).__name__ for p in verbs.all_parts(method.denoiser)] == ["Noted", "Noted", "Linear", "ClassifierFree"]
+    assert [type(p).__name__ for p in verbs.all_parts(method.denoiser)] == [
+        "Noted",
+        "Noted",
+        "Linear",
+        "ClassifierFree",
+    ]

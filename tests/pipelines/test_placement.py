@@ -75,5 +75,5 @@ def test_a_callback_sees_the_images_of_the_request(pipe: StableDiffusionPipeline
     changed = pipe(["a"] * 3, **request, callback_on_step_end=blank).images
     assert np.abs(changed - watched).mean() > 0.01
     wrong = lambda pipe, i, t, values: {"latents": jnp.zeros((4, 8, 8, 4))}
-    with pytest.raises(ValueError, match=r"returned latents \(4, 8, 8, 4\), expected \(3, 8, 8, 4\)"):
+    with pytest.raises(ValueError, match=r"returned latents of shape \(4, 8, 8, 4\), expected \(3, 8, 8, 4\)"):
         pipe(["a"] * 3, **request, callback_on_step_end=wrong)

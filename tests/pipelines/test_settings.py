@@ -8,7 +8,7 @@ import pytest
 
 from diffuse_jax.models import UNet2DConfig, UNet2DModel
 from diffuse_jax.pipelines import StableDiffusionXLPipeline
-from diffuse_jax.pipelines.settings import corrected, report
+from diffuse_jax.pipelines.settings import corrected, log_ignored
 from diffuse_jax.schedulers import DDIMScheduler
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModel
 from diffuse_jax.training.networks import warn_of_dropout
@@ -20,12 +20,12 @@ from tests.pipelines import tiny
     [
         ({"_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": True, "add_watermarker": None}, ""),
         ({"add_watermarker": True}, "images are not watermarked, although add_watermarker is true"),
-        ({"sharpen": 2}, "StableDiffusionXLPipeline ignores settings that it does not know: {'sharpen': 2}"),
+        ({"sharpen": 2}, "StableDiffusionXLPipeline ignores unknown settings: {'sharpen': 2}"),
     ],
 )
 def test_values_of_the_index(options: dict[str, object], told: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        report(StableDiffusionXLPipeline, options, "folder")
+        log_ignored(StableDiffusionXLPipeline, options, "folder")
     assert told in caplog.text
     assert bool(told) == bool(caplog.text)
 

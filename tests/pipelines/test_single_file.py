@@ -60,7 +60,7 @@ def test_components_may_be_given(vocabulary: Path, tmp_path: Path, rng):
     assert isinstance(pipe.components["unet"], UNet2DConditionModel)
     assert pipe.params["unet"] is params
     assert isinstance(pipe.scheduler, schedulers.EulerDiscreteScheduler)
-    with pytest.raises(TypeError, match="holds a StableDiffusionPipeline, not a StableDiffusionXLPipeline"):
+    with pytest.raises(TypeError, match="contains a StableDiffusionPipeline, not a StableDiffusionXLPipeline"):
         StableDiffusionXLPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=vocabulary)
 
 

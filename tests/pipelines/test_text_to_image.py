@@ -207,7 +207,9 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
     assert tiled.shape == (1, 16, 16, 3)
     assert np.abs(tiled[0] - whole[0]).mean() < 20  # each tile has its own norms, so alike but not equal
     for edge in (True, 0):
-        with pytest.raises(ValueError, match=f"vae_tiling is the edge of a tile in latents, .* got {edge}"):
+        with pytest.raises(
+            ValueError, match=f"vae_tiling must be the edge length of a tile in latent pixels, .* got {edge}"
+        ):
             pipe.replace(vae_tiling=edge)
 
 
@@ -252,7 +254,7 @@ def test_impossible_requests_are_refused_before_anything_is_compiled(pipe, reque
     [
         ({"negative_prompt": 3}, "negative_prompt must be a string"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 1 prompts"),
-        ({"negative_prompt_embeds": np.zeros((1, 16))}, r"negative_prompt_embeds must be numbers \[1, L, 16\]"),
+        ({"negative_prompt_embeds": np.zeros((1, 16))}, r"negative_prompt_embeds must be floating-point \[1, L, 16\]"),
         ({"negative_prompt_embeds": np.zeros((1, 16, 8))}, r"got float64 \[1, 16, 8\]"),
         ({"negative_prompt": "a", "negative_prompt_embeds": np.zeros((1, 16, 16))}, "not both"),
         ({"guidance_rescale": [0.5, 0.5]}, "guidance_rescale has 2 entries"),
@@ -300,9 +302,9 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
 def test_components_of_another_kind_are_refused(pipe: StableDiffusionPipeline, tmp_path: Path):
     folder, (vae, params) = pipe.save_pretrained(tmp_path), (pipe.components["vae"], pipe.params["vae"])
     for wrong in (vae, (params, vae)):
-        with pytest.raises(TypeError, match=r"vae: give a network as \(model, params\)"):
+        with pytest.raises(TypeError, match=r"vae: pass a network as \(model, params\)"):
             DiffusionPipeline.from_pretrained(folder, vae=wrong)
-    with pytest.raises(TypeError, match=r"scheduler must be one of diffuse_jax, got builtins\.str"):
+    with pytest.raises(TypeError, match=r"scheduler must be a diffuse_jax scheduler, got builtins\.str"):
         pipe.replace(scheduler="euler")
     assert pipe.replace(vae=vae.clone(dtype=jnp.bfloat16)).params["vae"] is params  # computes in another dtype
 
@@ -311,7 +313,7 @@ def test_a_tokenizer_of_another_model_is_refused(pipe: StableDiffusionPipeline):
     """JAX takes an id without an embedding as another one's and says nothing."""
     more = tokens.with_words(pipe.components["tokenizer"], "<thing>", 1)
     pictures(pipe.replace(tokenizer=more), "no such word", num_inference_steps=1)
-    with pytest.raises(ValueError, match="the tokenizer gives id 190 and the text encoder has 190 embeddings"):
+    with pytest.raises(ValueError, match="the tokenizer produces id 190, but the text encoder has only 190 embeddings"):
         pipe.replace(tokenizer=more)("a <thing>")
 
 

@@ -57,7 +57,7 @@ def test_skipping_counts_layers_from_the_end(encode: Any) -> None:
     assert output.skipped(0) is output.hidden_states[3]
     assert output.skipped(2) is output.hidden_states[1]
     assert output.skipped(3) is output.hidden_states[0]
-    with pytest.raises(ValueError, match="clip_skip must be 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="clip_skip must be from 0 to 3, got 4"):
         output.skipped(4)
 
 

@@ -47,7 +47,7 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     """transformers opens it, as a tokenizer that turns every prompt into the same ids."""
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     for options in ({}, {"pad_token": "!"}):
-        with pytest.raises(WeightsError, match=r"no vocabulary there; expected vocab\.json and merges\.txt"):
+        with pytest.raises(WeightsError, match=r"no vocabulary; expected vocab\.json and merges\.txt"):
             clip_tokenizer(tmp_path, **options)
 
 
@@ -56,7 +56,7 @@ def test_a_damaged_vocabulary_is_named(vocab: str, merges: str | None, tmp_path:
     (tmp_path / "vocab.json").write_text(vocab)
     if merges is not None:
         (tmp_path / "merges.txt").write_text(merges)
-    with pytest.raises(WeightsError, match=f"{tmp_path}: no tokenizer of CLIP can be read there"):
+    with pytest.raises(WeightsError, match=f"{tmp_path}: cannot read a CLIP tokenizer"):
         clip_tokenizer(tmp_path)
 
 

@@ -219,7 +219,7 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
          "--train_data_dir is missing"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "dataset_name": "x"},
          "--dataset_name has no use here; the pictures are those of --train_data_dir"),
-        ("textual_inversion.py", {"placeholder_token": "a", "initializer_token": "b"}, "knows 'a' already"),
+        ("textual_inversion.py", {"placeholder_token": "a", "initializer_token": "b"}, "already knows 'a'"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "two"}, "single token"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "caption_column": "text"},
          "every caption must hold {}"),

@@ -81,7 +81,7 @@ def test_local_folders_and_names_that_are_neither(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no folder 'unet'"):
         resolve(tmp_path, subfolder="unet")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(WeightsError, match="is a file, and a model's folder is wanted; from_single_file opens"):
+    with pytest.raises(WeightsError, match="is a file, but a model folder is needed; open single-file checkpoints"):
         resolve(tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match="model.ckpt: no such file"):
         resolve("model.ckpt")
@@ -103,7 +103,7 @@ def test_a_mistyped_path_is_answered_as_a_path(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_precision_is_a_variant_and_not_a_revision(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"has no revisions; give variant='fp16' \(--variant fp16\)"):
+    with pytest.raises(WeightsError, match=r"has no revisions; pass variant='fp16' \(--variant fp16\)"):
         resolve(tmp_path, revision="fp16")
     assert resolve(tmp_path, revision="main") == tmp_path
 
@@ -112,7 +112,9 @@ def test_files_of_one_precision_alone_name_it(tmp_path: Path, pipeline: dict[str
     files = [name for name in pipeline if name != "vae/diffusion_pytorch_model.safetensors"]
     files.remove("vae/diffusion_pytorch_model.bin")
     keep = lambda folder: folder in ("", "vae")
-    with pytest.raises(WeightsError, match=r"vae has no weights but .* give variant='fp16' \(--variant fp16\)"):
+    with pytest.raises(
+        WeightsError, match=r"vae has only weights of a variant.* pass variant='fp16' \(--variant fp16\)"
+    ):
         needed_files(files, keep, None)
     assert "vae/diffusion_pytorch_model.fp16.safetensors" in needed_files(files, keep, "fp16")
     for name in (
@@ -121,11 +123,11 @@ def test_files_of_one_precision_alone_name_it(tmp_path: Path, pipeline: dict[str
         "pytorch_model.bin.index.fp16.json",
     ):
         (tmp_path / name).mkdir(parents=True)  # only its name counts
-        with pytest.raises(WeightsError, match=r"for those of variant 'fp16' give variant='fp16' \(--variant fp16\)"):
+        with pytest.raises(WeightsError, match=r"for variant 'fp16', pass variant='fp16' \(--variant fp16\)"):
             weight_files(tmp_path, "model")
         (tmp_path / name).rmdir()
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(WeightsError, match="no weights of variant 'fp16'.*those without a variant are there"):
+    with pytest.raises(WeightsError, match="no weights of variant 'fp16'.*weights without a variant are there"):
         weight_files(tmp_path, "model", "fp16")
 
 

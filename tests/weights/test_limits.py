@@ -30,23 +30,23 @@ def dictionary(key: bytes, value: bytes = b"N") -> bytes:
 
 
 PICKLES = {
-    "a tuple of 2**60 leaves as a key": (dictionary(DOUBLINGS), "a key that is a tuple"),
-    "as keys, many at once": (b"\x80\x02}(" + DOUBLINGS + b"Nu.", "a key that is a tuple"),
-    "as a key of the older DICT": (b"\x80\x02(" + DOUBLINGS + b"Nd.", "a key that is a tuple"),
+    "a tuple of 2**60 leaves as a key": (dictionary(DOUBLINGS), "a key of type tuple"),
+    "as keys, many at once": (b"\x80\x02}(" + DOUBLINGS + b"Nu.", "a key of type tuple"),
+    "as a key of the older DICT": (b"\x80\x02(" + DOUBLINGS + b"Nd.", "a key of type tuple"),
     "as a key of an OrderedDict": (
         b"\x80\x02" + ORDERED + b"](" + DOUBLINGS + b"N\x86e\x85R.",
-        "a key that is a tuple",
+        "a key of type tuple",
     ),
-    "as an item of a set": (b"\x80\x04\x8f(" + DOUBLINGS + b"\x90.", "a key that is a tuple"),
+    "as an item of a set": (b"\x80\x04\x8f(" + DOUBLINGS + b"\x90.", "a key of type tuple"),
     "as the name of a global": (b"\x80\x04" + DOUBLINGS + DOUBLINGS + b"\x93.", "a global whose name is not text"),
-    "as a reference": (b"\x80\x02" + DOUBLINGS + b"Q.", "which is no storage"),
+    "as a reference": (b"\x80\x02" + DOUBLINGS + b"Q.", "which is not a storage"),
     "as the key of a storage": (
         mapping(w=tensor(storage("0", 24).replace(text("0"), DOUBLINGS), 0, (2,), (1,))),
         "the key of a storage is ((",
     ),
     "as a shape": (
         mapping(w=REBUILD + b"(" + storage("0", 24) + b"K\0" + DOUBLINGS * 2 + b"tR"),
-        "shape or strides are not what they should be",
+        "invalid offset, shape or strides",
     ),
     "hundreds of thousands of marks": (
         b"\x80\x02" + b"(" * 400_000 + b"t" * 400_000 + name("os", "system") + b".",
@@ -63,16 +63,16 @@ PICKLES = {
         mapping(w=tensor(storage("0", 24), 0, (0, *[1 << 30] * 3), (0, 0, 0, 0))),
         "larger than its storage",
     ),
-    "a tensor of a thousand axes": (mapping(w=tensor(storage("0", 24), 0, (1,) * 1000, (1,) * 1000)), "not what they"),
+    "a tensor of a thousand axes": (mapping(w=tensor(storage("0", 24), 0, (1,) * 1000, (1,) * 1000)), "invalid offset"),
     "one storage under many names": (
         b"\x80\x02" + TENSOR + b"q\x000}(" + b"".join(text(str(i)) + b"h\0" for i in range(2000)) + b"u.",
-        "together more than 8 times as large as the file",
+        "together more than 8 times the size of the file",
     ),
     "names of a megabyte": (dictionary(text("k" * 1_000_000), b"}" + text("w") + TENSOR + b"s"), "1000000 characters"),
     "text that is not UTF-8": (b"\x80\x02X\x02\0\0\0\xff\xfe.", "UnicodeDecodeError"),
     "an integer of 5,000 digits": (b"\x80\x02I" + b"1" * 5000 + b"\n.", "damaged"),
     "a huge size": (mapping(w=tensor(storage("0", 24).replace(number(24), b"\x8a\xff" + b"\x7f" * 255), 0, (2,), (1,))),
-                    "has the size an integer of 2039 bits"),
+                    "has size an integer of 2039 bits"),
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_a_long_byteorder_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("archive/data.pkl", mapping(w=TENSOR))
         archive.writestr("archive/byteorder", b"l" * 1000)
-    with pytest.raises(WeightsError, match=r"a\.bin: member 'archive/byteorder' has 1000 bytes; the most are 16"):
+    with pytest.raises(WeightsError, match=r"a\.bin: member 'archive/byteorder' has 1000 bytes; the maximum is 16"):
         read_checkpoint([tmp_path / "a.bin"])
 
 
@@ -142,11 +142,11 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "the directory is longer than any": (
         lambda path: patched(path, b"PK\x05\x06", 12, struct.pack("<I", 1 << 24)),
-        "its list of members has more than",
+        "its directory has more than",
     ),
     "a damaged pickle": (
         lambda path: patched(path, b"\x80\x02}(", 5, b"\x03"),
-        "'archive/data.pkl' has another checksum",
+        "'archive/data.pkl' has a wrong checksum",
     ),
 }
 
@@ -165,7 +165,7 @@ def test_an_archive_whose_records_disagree(case: str, tmp_path: Path) -> None:
 
 def test_a_storage_longer_than_its_tensors_say(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.bin", mapping(w=TENSOR), {"0": NUMBERS.tobytes() + b"\0" * 4})
-    with pytest.raises(WeightsError, match="storage '0' has 100 bytes and should have 24 elements"):
+    with pytest.raises(WeightsError, match="storage '0' has 100 bytes, expected 24 elements"):
         read_checkpoint([path])
 
 
@@ -173,7 +173,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.bin", mapping(w=TENSOR), {"0": NUMBERS.tobytes()})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("archive/data/0", NUMBERS[::-1].tobytes())
-    with pytest.raises(WeightsError, match="two members of one name"):
+    with pytest.raises(WeightsError, match="two members of the same name"):
         read_checkpoint([path])
 
 
@@ -185,7 +185,7 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a few huge sizes": (
         lambda: json.dumps({"a": ENTRY | {"shape": [10**4000] * 20}}).encode(),
-        "'a' has shape .an integer of 13288 bits.* needs more memory than there can be",
+        "'a' has shape .an integer of 13288 bits.* is too large",
     ),
     "huge offsets": (
         lambda: json.dumps({"a": ENTRY | {"data_offsets": [0, 10**4000]}}).encode(),
@@ -193,7 +193,7 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "nothing of a huge shape": (
         lambda: json.dumps({"a": ENTRY | {"shape": [0, 1 << 62], "data_offsets": [0, 0]}}).encode(),
-        "'a' has shape .*more memory",
+        "'a' has shape .*too large",
     ),
     "an integer of 5,000 digits": (
         lambda: b'{"a": ' + json.dumps(ENTRY).encode().replace(b"[2]", b"[" + b"1" * 5000 + b"]") + b"}",
@@ -232,7 +232,7 @@ MSGPACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a huge shape": (
         lambda: b"\x81\xa1a\xc7\x1e\x01\x93\x92" + (b"\xcf" + b"\xff" * 8) * 2 + b"\xa7float32\xc4\x00",
-        "needs more memory than there can be",
+        "is too large",
     ),
 }
 

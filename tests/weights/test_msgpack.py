@@ -70,13 +70,13 @@ def extension(shape: object, name: object, data: bytes, code: int = 1) -> bytes:
 
 DAMAGED = {
     "shape larger than its bytes": (extension((3,), "float32", b"\0" * 8), "does not fit its shape"),
-    "negative shape": (extension((-1,), "float32", b"\0" * 8), "shape [-1]; sizes must be natural numbers"),
+    "negative shape": (extension((-1,), "float32", b"\0" * 8), "shape [-1]; sizes must be non-negative integers"),
     "unknown dtype": (extension((2,), "object", b"\0" * 8), "does not fit its shape or dtype"),
     "no array": (msgpack.packb({"w": msgpack.ExtType(1, msgpack.packb(3))}), "does not fit"),
     "other extension": (extension((2,), "float32", b"\0" * 8, code=5), "extension type 5"),
     "a number for an array": (msgpack.packb({"block": {"w": 3}}), "'block/w' is a int"),
     "not a map": (msgpack.packb([1, 2]), "not a Flax file"),
-    "numbers as names": (msgpack.packb({1: {}}), "a map key is not a text"),
+    "numbers as names": (msgpack.packb({1: {}}), "a map key is not a string"),
     "twice": (b"\x82\xa1a\x80\xa1a\x80", "names 'a' twice"),
     "more behind it": (msgpack.packb({}) + b"\0", "1 bytes follow"),
     "undefined byte": (b"\xc1", "0xc1"),

@@ -93,7 +93,7 @@ def test_missing_and_left_over_tensors_are_named_on_both_sides() -> None:
     with pytest.raises(WeightsError) as error:
         match(checkpoint(conv1__bias=BIAS, other=BIAS), SHAPES, label="unet")
     assert str(error.value) == (
-        "unet: 1 missing, 1 unexpected, e.g. 'conv1.weight' for conv1/kernel; 'other' fits nothing"
+        "unet: 1 missing, 1 unexpected, e.g. 'conv1.weight' for conv1/kernel; 'other' matches nothing"
     )
 
 

@@ -51,14 +51,14 @@ def test_tensors_are_views_of_the_file_that_cannot_be_written(tmp_path: Path) ->
 
 FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 LIES = {
-    "shape larger than its bytes": ({"a": FLOATS | {"shape": [3]}}, 8, "'a'.*needs 12 bytes, its offsets give 8"),
+    "shape larger than its bytes": ({"a": FLOATS | {"shape": [3]}}, 8, "'a'.*needs 12 bytes, but its offsets span 8"),
     "beyond the end": ({"a": FLOATS | {"shape": [4], "data_offsets": [0, 16]}}, 8, "truncated: 'a' ends at byte"),
     "overlap": ({"a": FLOATS, "b": FLOATS | {"data_offsets": [4, 12]}}, 12, "'b' begins at byte 4.*expected 8"),
     "hole": ({"a": FLOATS, "b": FLOATS | {"data_offsets": [12, 20]}}, 20, "'b' begins at byte 12.*expected 8"),
     "bytes of nobody": ({"a": FLOATS}, 9, "1 bytes after the last tensor"),
-    "negative": ({"a": FLOATS | {"shape": [-2], "data_offsets": [0, -8]}}, 8, "'a'.*natural numbers"),
-    "sizes that are no numbers": ({"a": FLOATS | {"shape": [True, 2]}}, 8, "'a'.*natural numbers"),
-    "overflowing product": ({"a": FLOATS | {"shape": [2**32, 2**32]}}, 8, "'a'.*needs"),
+    "negative": ({"a": FLOATS | {"shape": [-2], "data_offsets": [0, -8]}}, 8, "'a'.*non-negative integers"),
+    "sizes that are no numbers": ({"a": FLOATS | {"shape": [True, 2]}}, 8, "'a'.*non-negative integers"),
+    "overflowing product": ({"a": FLOATS | {"shape": [2**32, 2**32]}}, 8, "'a'.*too large"),
     "unknown dtype": ({"a": FLOATS | {"dtype": "F31"}}, 8, "'a' has dtype 'F31'"),
     "unhashable dtype": ({"a": FLOATS | {"dtype": ["F32"]}}, 8, "'a' has dtype"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "'a' lacks"),
@@ -66,7 +66,7 @@ LIES = {
     "not an object": ([1, 2], 8, "not a JSON object"),
     "not JSON": (b"{a: 1}", 8, "not JSON"),
     "not text": (b"\xff\xfe", 8, "not JSON"),
-    "nested without end": (b"[" * 100_000, 8, "not JSON"),
+    "nested without end": (b"[" * 100_000, 8, "nested more than"),
     "twice": (b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": 1}', 8, "names 'a' twice"),
 }
 
@@ -100,7 +100,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
 def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"model{suffix}"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3438167534\n")
-    with pytest.raises(WeightsError, match="is a pointer of Git LFS"):
+    with pytest.raises(WeightsError, match="is a Git LFS pointer"):
         read_checkpoint([file])
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 def test_the_writer_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"'z' has dtype complex64"):
         write(tmp_path / "a.safetensors", {"z": np.zeros(2, np.complex64)})
-    with pytest.raises(WeightsError, match=r"'a' was announced as float32\[3\] and came as float32\[2\]"):
+    with pytest.raises(WeightsError, match=r"'a' was declared as float32\[3\] but is float32\[2\]"):
         write_safetensors(tmp_path / "a.safetensors", {"a": (np.dtype("float32"), (3,))}, [np.zeros(2, np.float32)])
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""What the families with CLIP text encoders and a UNet over latents share."""
+"""The common code of the families with CLIP text encoders and a latent-space UNet."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from diffuse_jax.pipelines.parts.text import EncodeText
 from diffuse_jax.pipelines.running import apply
 
 NEGATIVE, POSITIVE = "negative_", ""
-"""What the arguments of the two branches begin with."""
+"""The branches of guidance, as prefixes of the arguments' names."""
 
 
 def no_conditioning(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-    """The text is all."""
+    """No conditioning besides the text."""
     return {}
 
 
@@ -34,21 +34,21 @@ class ClipFamily:
     """A family with one or several CLIP text encoders.
 
     Attributes:
-      encoders: text encoder -> its tokenizer, in the order in which hidden states are joined.
-      encode: how their outputs become the UNet's inputs.
-      embeds: row -> the argument with which a caller gives it (without ``negative_``).
-      conditioning: ``(pipe, call, branches) -> rows`` beside the text.
-      zeroed: ``(pipe, call)`` -> whether the unconditional embeddings are zeros; None if they never are.
-      masked: hide the padding from encoders whose configuration says ``use_attention_mask``.
-      options: the arguments of its calls.
-      plan_options: those that go to the sampler's plan.
+      encoders: text encoder -> its tokenizer, in the order in which hidden states are concatenated.
+      encode: the part that turns the encoders' outputs into the UNet's inputs.
+      embeds: row -> the argument for it (without ``negative_``) if the caller passes embeddings.
+      conditioning: ``(pipe, call, branches) -> rows`` for conditioning besides the text.
+      zero_negative: ``(pipe, call)`` -> whether the unconditional embeddings are zeros; None if they never are.
+      masked: mask the padding for encoders with ``use_attention_mask`` in their config.
+      options: a ``TypedDict`` of the arguments of its calls.
+      plan_options: the names of those that are passed on to the sampler's plan.
     """
 
     encoders: dict[str, str]
     encode: type[EncodeText]
     embeds: dict[str, str]
     conditioning: Callable[[Any, Call, tuple[str, ...]], Rows] = no_conditioning
-    zeroed: Callable[[Any, Call], bool] | None = None
+    zero_negative: Callable[[Any, Call], bool] | None = None
     masked: bool = False
     options: type = TextOptions
     plan_options: tuple[str, ...] = ()
@@ -57,66 +57,68 @@ class ClipFamily:
         """Token ids (or prompt embeddings), guidance and micro-conditioning, one row per image.
 
         Raises:
-          ValueError, TypeError: an argument is impossible or contradicts another one.
+          ValueError, TypeError: an argument is invalid or contradicts another one.
         """
-        branches = (NEGATIVE, POSITIVE) if guides(pipe, call.get("guidance_scale")) else (POSITIVE,)
+        branches = (NEGATIVE, POSITIVE) if uses_guidance(pipe, call.get("guidance_scale")) else (POSITIVE,)
         rows = self.text_rows(pipe, call, branches) | self.conditioning(pipe, call, branches)
-        rows = {name: repeated(value, call.copies) for name, value in rows.items()}
+        rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
         for name, default in (("guidance_scale", 1.0), ("guidance_rescale", 0.0)):
             rows[name] = one_per_image(call.get(name, default), call.images, name)
-        if len(branches) > 1:  # up to 1 there is no guidance, for an image in a batch as for one alone
+        if len(branches) > 1:  # 1 or less turns guidance off, in a batch too
             rows["guidance_scale"] = np.maximum(rows["guidance_scale"], 1.0)
         return rows
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-        """``ids`` by encoder; or, where the caller gives embeddings for a branch, the embeddings of all of them."""
-        embeds = {branch: self.given_embeds(pipe, call, branch) for branch in (NEGATIVE, POSITIVE)}  # used or not
+        """``ids`` by encoder; or, if the caller passed embeddings for any branch, the embeddings of all branches."""
+        # The arguments of both branches are checked, even if only one branch is used.
+        embeds = {branch: self.given_embeds(pipe, call, branch) for branch in (NEGATIVE, POSITIVE)}
         prompts = {branch: self.prompts(call, branch) for branch in (NEGATIVE, POSITIVE)}
         embeds = {branch: embeds[branch] for branch in branches}
         texts = {branch: self.tokens(pipe, prompts[branch]) for branch in branches}
         if not any(embeds.values()):
             first = texts[branches[0]]
             found = {
-                row: {name: joined([texts[b][row][name] for b in branches]) for name in first[row]} for row in first
+                row: {name: stack_branches([texts[b][row][name] for b in branches]) for name in first[row]}
+                for row in first
             }
-            return found | self.keep_rows(pipe, call, branches)
+            return found | self.mask_rows(pipe, call, branches)
         lengths = [embeds[b]["states"] if embeds[b] else next(iter(texts[b]["ids"].values())) for b in branches]
         check_lengths([array.shape[1] for array in lengths])
         part = self.text_part(pipe, call.get("clip_skip"))
         for branch in branches:
-            own = part if branch == POSITIVE else dataclasses.replace(part, clip_skip=None)
+            encode = part if branch == POSITIVE else dataclasses.replace(part, clip_skip=None)
             given = bool(embeds[branch])
-            embeds[branch] = embeds[branch] or apply(pipe, encode_ids, own, texts[branch])
-            if branch == NEGATIVE and not given and self.zeroed is not None and self.zeroed(pipe, call):
+            embeds[branch] = embeds[branch] or apply(pipe, encode_ids, encode, texts[branch])
+            if branch == NEGATIVE and not given and self.zero_negative is not None and self.zero_negative(pipe, call):
                 embeds[branch] = {name: np.zeros_like(value) for name, value in embeds[branch].items()}
         names = embeds[branches[0]]
-        return {name: joined([np.asarray(embeds[b][name]) for b in branches]) for name in names}
+        return {name: stack_branches([np.asarray(embeds[b][name]) for b in branches]) for name in names}
 
-    def keep_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-        """``keep``: 0 for the branches whose embeddings are replaced by zeros."""
-        if self.zeroed is None or len(branches) == 1:
+    def mask_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
+        """``embeds_mask``: 0 for branches whose prompt embeddings are replaced by zeros, 1 for the others."""
+        if self.zero_negative is None or len(branches) == 1:
             return {}
-        keep = [float(branch == POSITIVE or not self.zeroed(pipe, call)) for branch in branches]
-        return {"keep": joined([np.full(call.prompts, value, np.float32) for value in keep])}
+        mask = [float(branch == POSITIVE or not self.zero_negative(pipe, call)) for branch in branches]
+        return {"embeds_mask": stack_branches([np.full(call.prompts, value, np.float32) for value in mask])}
 
     def prompts(self, call: Call, branch: str) -> dict[str, list[str]]:
-        """Each encoder's prompts of a branch, one for each of the call's; the first encoder's where it has no others.
+        """Encoder -> the prompts of a branch. An encoder without separate prompts gets those of the first encoder.
 
         Raises:
-          ValueError, TypeError: there are more or fewer, or they are no text.
+          ValueError, TypeError: the number of prompts is not the call's, or they are not text.
         """
         found: dict[str, list[str]] = {}
         for encoder, name in zip(self.encoders, self.prompt_names(branch), strict=True):
-            alone = call.get(name) is None and found
-            found[encoder] = found[next(iter(found))] if alone else one_per_prompt(call.get(name), call.prompts, name)
+            shared = call.get(name) is None and found
+            found[encoder] = found[next(iter(found))] if shared else one_per_prompt(call.get(name), call.prompts, name)
         return found
 
     def prompt_names(self, branch: str) -> list[str]:
-        """The arguments with a branch's prompts, in the order of the encoders."""
+        """The names of the arguments with the prompts of a branch, in the order of the encoders."""
         return [f"{branch}prompt", *(f"{branch}prompt_{k}" for k in range(2, len(self.encoders) + 1))]
 
     def tokens(self, pipe: Any, prompts: Mapping[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
-        """``ids [prompts,L]`` of prompts for each encoder of the checkpoint, ``attention_mask`` for some."""
+        """``ids``, and ``attention_mask`` if needed: encoder -> ``[prompts,L]``, for the encoders of the checkpoint."""
         ids, mask = {}, {}
         for encoder, tokenizer in self.encoders.items():
             if (network := pipe.components.get(encoder)) is not None:
@@ -127,10 +129,10 @@ class ClipFamily:
         return {"ids": ids, "attention_mask": mask} if mask else {"ids": ids}
 
     def given_embeds(self, pipe: Any, call: Call, branch: str) -> dict[str, np.ndarray]:
-        """The embeddings of a branch that the caller gave, by row; nothing where the caller gave none.
+        """The embeddings that the caller passed for a branch, by row; empty if there are none.
 
         Raises:
-          ValueError: there is text as well, one of several is missing, or a shape is wrong.
+          ValueError: prompts were passed too, one of several embeddings is missing, or a shape or dtype is wrong.
         """
         names = {row: f"{branch}{argument}" for row, argument in self.embeds.items()}
         given = {row: np.asarray(call.get(name)) for row, name in names.items() if call.get(name) is not None}
@@ -142,18 +144,20 @@ class ClipFamily:
         if missing := [name for row, name in names.items() if row not in given]:
             raise ValueError(f"give {', '.join(names.values())} together; {', '.join(missing)} is missing")
         for row, array in given.items():
-            axes, width = (3, embeds_width(pipe)) if row == "states" else (2, None)
+            axes, width = (3, prompt_embeds_width(pipe)) if row == "states" else (2, None)
             fits = array.ndim == axes and len(array) == call.prompts and width in (None, array.shape[-1])
             if not (fits and jnp.issubdtype(array.dtype, jnp.floating)):
                 shape = f"{call.prompts}, L, {width or 'D'}" if row == "states" else f"{call.prompts}, D"
-                raise ValueError(f"{names[row]} must be numbers [{shape}], got {array.dtype} {list(array.shape)}")
+                raise ValueError(
+                    f"{names[row]} must be floating-point [{shape}], got {array.dtype} {list(array.shape)}"
+                )
         return given
 
     def text_part(self, pipe: Any, clip_skip: int | None = None) -> EncodeText:
-        """The part that encodes prompts.
+        """The part that encodes the prompts.
 
         Raises:
-          ValueError: ``clip_skip`` lies outside the encoder's layers.
+          ValueError: ``clip_skip`` is negative, or not less than the number of layers.
         """
         found = {name: pipe.components.get(name) for name in self.encoders}
         nets = tuple(Net(name, network) for name, network in found.items() if network is not None)
@@ -163,10 +167,10 @@ class ClipFamily:
         return self.encode(nets, clip_skip)
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
-        """Prompts through the encoders, the UNet with classifier-free guidance if there are two branches, the decoder.
+        """Text encoders, the UNet (with classifier-free guidance if the scale is above 1), and the decoder.
 
         Raises:
-          ValueError: an unknown ``output_type``, or ``clip_skip`` outside the encoder's layers.
+          ValueError: ``output_type`` is unknown, or ``clip_skip`` out of range.
         """
         text = self.text_part(pipe, call.get("clip_skip"))
         unet = UNet(Net("unet", pipe.components["unet"]))
@@ -175,48 +179,48 @@ class ClipFamily:
         decode = Raw() if output == "latent" else ToImages(vae, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
         return Method(
             conditions=(text,) if "ids" in rows else (),
-            denoiser=ClassifierFree(unet) if guides(pipe, call.get("guidance_scale")) else unet,
+            denoiser=ClassifierFree(unet) if uses_guidance(pipe, call.get("guidance_scale")) else unet,
             start=FromNoise(),
             decode=decode,
             latent_shape=(call.size[0] // scale, call.size[1] // scale, vae.config.latent_channels),
         )
 
 
-def embeds_width(pipe: Any) -> int | None:
-    """How wide the UNet's prompt embeddings are; None if its blocks do not agree."""
+def prompt_embeds_width(pipe: Any) -> int | None:
+    """The width of the prompt embeddings that the UNet takes; None if it differs between blocks."""
     width = pipe.components["unet"].config.cross_attention_dim
     return width if isinstance(width, int) else None
 
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
-    """Prompt embeddings as a program of its own."""
+    """Encode token ids as prompt embeddings, outside a run."""
     return part.encode(params, tokens["ids"], mask=tokens.get("attention_mask", {}))
 
 
-def guides(pipe: Any, guidance_scale: Any) -> bool:
-    """Whether classifier-free guidance runs: a scale above 1, and a network that does not take it as an input."""
+def uses_guidance(pipe: Any, guidance_scale: Any) -> bool:
+    """Whether to use classifier-free guidance: if a scale is above 1 and the network does not take it as an input."""
     return pipe.components["unet"].config.time_cond_proj_dim is None and bool(np.any(np.asarray(guidance_scale) > 1))
 
 
-def joined(branches: list[np.ndarray]) -> np.ndarray | Branches:
-    """The values of all branches as one row; of a single branch, its value."""
+def stack_branches(branches: list[np.ndarray]) -> np.ndarray | Branches:
+    """The values of all branches as one row; the value itself if there is a single branch."""
     return branches[0] if len(branches) == 1 else Branches(np.stack(branches, 1))
 
 
-def repeated(value: Any, copies: int) -> Any:
-    """Rows of prompts as rows of images."""
+def repeat_rows(value: Any, copies: int) -> Any:
+    """Repeat rows of prompts ``copies`` times each, as rows of images."""
     if isinstance(value, dict):
-        return {name: repeated(inner, copies) for name, inner in value.items()}
+        return {name: repeat_rows(inner, copies) for name, inner in value.items()}
     if isinstance(value, Branches):
         return Branches(np.repeat(value.values, copies, axis=0))
     return np.repeat(value, copies, axis=0)
 
 
 def check_lengths(tokens: list[int]) -> None:
-    """Refuse branches with different numbers of tokens.
+    """Check that both branches have the same number of tokens.
 
     Raises:
-      ValueError: it says both numbers.
+      ValueError: they do not.
     """
     if len(set(tokens)) > 1:
         raise ValueError(

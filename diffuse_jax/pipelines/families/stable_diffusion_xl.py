@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, ClipFamily, joined
+from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, ClipFamily, stack_branches
 from diffuse_jax.pipelines.family import Call
 from diffuse_jax.pipelines.method import Params, Rows
 from diffuse_jax.pipelines.options import XLOptions
@@ -20,8 +20,8 @@ SIZES = ("original_size", "crops_coords_top_left", "target_size")
 
 
 class PenultimateStates(EncodeText):
-    """The hidden states before the last layer (or ``clip_skip`` layers earlier), not normalised, concatenated over the
-    encoders; the pooled embeddings are the last encoder's."""
+    """The hidden states before the last layer (or ``clip_skip`` layers earlier), without the final norm, concatenated
+    over the encoders; the pooled embeddings are the last encoder's."""
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ Sizes = tuple[Any, Any, Any]
 
 
 def negative_from_text(call: Call, positive: Sizes, scored: bool) -> Sizes:
-    """Of the unconditional branch in text to image: its own sizes if both are given, else the other branch's."""
+    """Sizes of the unconditional branch in text to image: its own if both are given, else the conditional branch's."""
     if not {"negative_original_size", "negative_target_size"} <= call.options.keys():
         return positive
     crop = call.get("negative_crops_coords_top_left", (0, 0))
@@ -45,8 +45,8 @@ def negative_from_text(call: Call, positive: Sizes, scored: bool) -> Sizes:
 
 
 def negative_from_image(call: Call, positive: Sizes, scored: bool) -> Sizes:
-    """The same in image to image and inpainting, where each size stands for itself, and only checkpoints with a score
-    have a crop of their own."""
+    """Sizes of the unconditional branch in image to image and inpainting: each defaults to the conditional branch's;
+    the crop is separate only for checkpoints with an aesthetic score."""
     original, crop, target = positive
     crop = call.get("negative_crops_coords_top_left", (0, 0)) if scored else crop
     return call.get("negative_original_size", original), crop, call.get("negative_target_size", target)
@@ -57,7 +57,7 @@ class MicroConditioning:
     """``time_ids``: the sizes and crop of each branch, or (for the refiner) original size, crop and aesthetic score.
 
     Attributes:
-      negative: what the unconditional branch gets.
+      negative: ``(call, positive sizes, scored)`` -> the sizes of the unconditional branch.
     """
 
     negative: Callable[[Call, Sizes, bool], Sizes]
@@ -66,7 +66,7 @@ class MicroConditioning:
         """The rows.
 
         Raises:
-          ValueError: a size is not a pair, or a score no number.
+          ValueError: a size is not a pair of numbers, or a score is not a number.
         """
         for name in (prefix + size for prefix in (NEGATIVE, POSITIVE) for size in SIZES):
             if not are_numbers(call.get(name, (0, 0)), (2,)):
@@ -84,15 +84,17 @@ class MicroConditioning:
         sizes[NEGATIVE] = self.negative(call, sizes[POSITIVE], scored)
         last = lambda branch: (scores[branch],) if scored else sizes[branch][2]
         ids = {branch: [*sizes[branch][0], *sizes[branch][1], *last(branch)] for branch in branches}
-        return {"time_ids": joined([np.tile(np.array(ids[b], np.float32), (call.prompts, 1)) for b in branches])}
+        return {
+            "time_ids": stack_branches([np.tile(np.array(ids[b], np.float32), (call.prompts, 1)) for b in branches])
+        }
 
 
 def are_numbers(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a value is finite numbers of this shape."""
+    """Whether a value is a finite number, or an array of finite numbers, of this shape."""
     return np.shape(value) == shape and np.asarray(value).dtype.kind in "iuf" and bool(np.isfinite(value).all())
 
 
-def zeroed(pipe: Any, call: Call) -> bool:
+def zero_negative(pipe: Any, call: Call) -> bool:
     """Whether the unconditional prompt embeddings are zeros."""
     return call.get("negative_prompt") is None and bool(pipe.options.get("force_zeros_for_empty_prompt", True))
 
@@ -102,7 +104,7 @@ STABLE_DIFFUSION_XL = ClipFamily(
     encode=PenultimateStates,
     embeds={"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"},
     conditioning=MicroConditioning(negative_from_text),
-    zeroed=zeroed,
+    zero_negative=zero_negative,
     options=XLOptions,
     plan_options=("denoising_end",),
 )
@@ -110,4 +112,4 @@ STABLE_DIFFUSION_XL = ClipFamily(
 STABLE_DIFFUSION_XL_FROM_IMAGE = dataclasses.replace(
     STABLE_DIFFUSION_XL, conditioning=MicroConditioning(negative_from_image)
 )
-"""For tasks that begin with an image."""
+"""SDXL for tasks that start from an image."""

@@ -16,11 +16,12 @@ from diffuse_jax.pipelines.parts.guidance import count_branches, is_branches, pe
 
 @dataclasses.dataclass(frozen=True)
 class EncodeText(Part):
-    """Base of the families' text encoders; a subclass says in :meth:`states` what the UNet takes of their outputs.
+    """Base of the families' text encoding; in :meth:`states`, a subclass turns the encoders' outputs into the UNet's
+    inputs.
 
-    Reads ``ids``, a dict from encoder to token ids ``[B,L]``; adds ``states [B,L,D]`` and what else :meth:`states`
-    gives. With ``attention_mask``, a dict from encoder to bool ``[B,L]``, tokens are hidden where it is false. With
-    ``keep``, 1 or 0 for each prompt, embeddings are replaced by zeros where it is 0.
+    Reads ``ids``, a dict from encoder to token ids ``[B,L]``; adds ``states [B,L,D]`` and whatever else :meth:`states`
+    returns. ``attention_mask``, a dict from encoder to bool ``[B,L]``, masks tokens where it is false. ``embeds_mask``,
+    1 or 0 per prompt, replaces prompt embeddings by zeros where it is 0.
 
     Attributes:
       nets: the encoders.
@@ -45,9 +46,9 @@ class EncodeText(Part):
         count = count_branches(ids)
         flat = lambda tokens: {name: stacked(value) for name, value in tokens.items()}
         encoded = self.encode(params, flat(ids), count, flat(rows.get("attention_mask", {})))
-        if "keep" in rows:
-            keep = stacked(rows["keep"])
-            encoded = {name: x * per_image(keep, x).astype(x.dtype) for name, x in encoded.items()}
+        if "embeds_mask" in rows:
+            mask = stacked(rows["embeds_mask"])
+            encoded = {name: x * per_image(mask, x).astype(x.dtype) for name, x in encoded.items()}
         branched = any(is_branches(value) for value in ids.values())
         return rows | ({name: unstacked(x, count) for name, x in encoded.items()} if branched else encoded)
 
@@ -61,10 +62,10 @@ class EncodeText(Part):
         """Prompt embeddings of token ids ``[B,L]`` by encoder; with ``count`` branches, of ``[count B,L]``.
 
         Args:
-          params: of the networks.
+          params: parameters of the networks.
           ids: encoder -> token ids.
-          count: of branches.
-          mask: encoder -> bool of the shape of the ids, false where a token is hidden; encoders without one see all.
+          count: number of guidance branches.
+          mask: encoder -> bool of the shape of the ids, false where a token is masked; encoders without one see all.
         """
         outputs = [
             net.apply(params, ids[net.name], *([mask[net.name]] if net.name in mask else [])) for net in self.nets
@@ -77,5 +78,5 @@ class EncodeText(Part):
         return {name: jnp.concatenate([x[: first(x)], skipped[name][first(x) :]]) for name, x in plain.items()}
 
     def states(self, params: Params, outputs: list[Any], clip_skip: int | None) -> dict[str, jax.Array]:
-        """What the UNet takes: ``states [B,L,D]``, and ``pooled [B,P]`` where it has a place for them."""
+        """The UNet's inputs: ``states [B,L,D]``, and ``pooled [B,P]`` if it takes pooled embeddings."""
         raise NotImplementedError
