@@ -60,6 +60,7 @@ TO_CALL = (
     "num_images_per_prompt",
     "batch_size",
     "seed",
+    "noise",
     "progress_bar",
 )
 
@@ -137,7 +138,7 @@ def open_pipeline(args: argparse.Namespace) -> Any:
 def made_of(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The settings of each image, to be kept with it."""
     copies = args.num_images_per_prompt or 1
-    names = ("guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
+    names = ("noise", "guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
     shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
     if args.lora:
         shared["lora"] = {str(source): scale for source, scale in args.lora}
@@ -333,6 +334,7 @@ def add_generate(commands: Any) -> None:
     add("--num-images-per-prompt", type=positive(int), metavar="N", help="pictures for each prompt")
     add("--batch-size", type=positive(int), metavar="N", help="most pictures at once (default: all)")
     add("--seed", type=int, nargs="+", metavar="N", help="one seed, or one per picture (default: random, and reported)")
+    add("--noise", choices=("torch", "cuda"), help="draw what PyTorch draws for the seed, on the CPU or on a GPU")
     add("--height", type=positive(int), metavar="PIXELS", help="height of the pictures")
     add("--width", type=positive(int), metavar="PIXELS", help="width of the pictures")
     add(

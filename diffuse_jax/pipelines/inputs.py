@@ -12,6 +12,7 @@ from PIL import Image
 from diffuse_jax.adapters.tokens import spelled
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.messages import warn
+from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
 from diffuse_jax.text.tokenizer import padded_ids, padded_mask, unpadded_ids
@@ -88,8 +89,9 @@ def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.nd
     return padded_mask(tokenizer, [spelled(prompt, tokenizer) for prompt in prompts], length)
 
 
-def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(seeds, indices)``, both uint32 ``[images]``: image ``i`` draws from ``fold_in(key(seeds[i]), indices[i])``.
+def image_seeds(seed: int | Sequence[int] | None, images: int, limit: int = 2**32) -> tuple[np.ndarray, np.ndarray]:
+    """``(seeds, indices)``, uint64 and uint32 ``[images]``: image ``i`` draws from ``fold_in(key(seeds[i]),
+    indices[i])``, and seeds are below ``limit``.
 
     One seed serves all images, which then differ by their index. A list has one seed per image and every index is 0, so
     an image is the same alone and in a list. Without a seed the operating system chooses one.
@@ -101,9 +103,9 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarr
     values = [given] * images if alike else [_plain(value) for value in given]
     if len(values) != images:
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one for each image")
-    if any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
-        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}; a key of JAX goes to key=")
-    return np.array(values, np.uint32), np.arange(images, dtype=np.uint32) * np.uint32(alike)
+    if any(not isinstance(v, int) or not 0 <= v < limit for v in values):
+        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {seed!r}; a key of JAX goes to key=")
+    return np.array(values, np.uint64), np.arange(images, dtype=np.uint32) * np.uint32(alike)
 
 
 def _plain(value: Any) -> Any:
@@ -125,15 +127,20 @@ def noise_rows(
 
     Args:
       images: how many.
-      options: ``seed``, ``key`` and ``latents`` (standard normal noise to use) of a call.
+      options: ``seed``, ``key``, ``noise`` and ``latents`` (standard normal noise to use) of a call.
       latent_shape: of one sample.
       mesh: where the run takes place.
 
     Raises:
       ValueError: the shape of ``latents`` does not fit, both ``seed`` and ``key`` were given, or neither although the
-        processes of the mesh would draw different ones.
+        processes of the mesh would draw different ones, or there is no such ``noise``.
     """
-    seed, key, latents = (options.get(name) for name in ("seed", "key", "latents"))
+    seed, key, latents, kind = (options.get(name) for name in ("seed", "key", "latents", "noise"))
+    if kind is not None and (not isinstance(kind, str) or kind not in STREAMS):
+        given, known = repr(kind) if isinstance(kind, str) else type(kind).__name__, ", ".join(map(repr, STREAMS))
+        raise ValueError(f"noise must be one of {known}, got {given}; an array goes to latents=")
+    if kind is not None and key is not None:
+        raise ValueError(f'noise="{kind}" takes a seed, not a key of JAX')
     if seed is None and key is None and spans_processes(mesh):
         raise ValueError("the mesh spans several processes; give them the same seed (or key), for example seed=0")
     if seed is not None and key is not None:
@@ -146,8 +153,8 @@ def noise_rows(
     if key is not None:
         each = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(images, dtype=np.uint32))
         return rows | {"key": each}, None
-    seeds, indices = image_seeds(seed, images)
-    return rows | {"seed": seeds, "index": indices}, [int(s) for s in seeds]
+    seeds, indices = image_seeds(seed, images, 2**32 if kind is None else 2**64)
+    return rows | {"seed": seeds.astype(np.uint32), "index": indices}, [int(s) for s in seeds]
 
 
 # Images

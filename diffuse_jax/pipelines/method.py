@@ -86,7 +86,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PlainStep(Part):
-    """Advance by one evaluation: call the network, let the sampler make its step."""
+    """Advance by one evaluation: call the network, let the sampler make its step.
+
+    Takes the sampler's noise from ``step_noise [B,evaluations or more, ...]`` where the request has such a row.
+    """
 
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
         """The next state.
@@ -99,7 +102,9 @@ class PlainStep(Part):
           keys: ``[B]``, the same in every step; the plan folds the index in.
         """
         output = denoiser(params, rows, step.plan.model_input(state, step.i), step)
-        return step.plan.step(state, step.i, output.astype(jnp.float32), keys)
+        noise = rows.get(noise_row("step"))
+        given = None if noise is None else jax.lax.dynamic_index_in_dim(noise, step.i, 1, keepdims=False)
+        return step.plan.step(state, step.i, output.astype(jnp.float32), keys, noise=given)
 
 
 PLAIN_STEP = PlainStep()
@@ -236,6 +241,11 @@ def draw(keys: jax.Array, purpose: str, shape: tuple[int, ...]) -> jax.Array:
       shape: of one image's noise.
     """
     return normal(keys_for(keys, purpose), shape)
+
+
+def noise_row(purpose: str) -> str:
+    """The name of the row with noise for a purpose, where a request brings it: ``masked_image_noise``."""
+    return f"{purpose.replace(' ', '_')}_noise"
 
 
 def keys_for(keys: jax.Array, purpose: str) -> jax.Array:

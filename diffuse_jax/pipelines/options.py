@@ -39,6 +39,8 @@ class CallOptions(RunOptions, total=False):
       eta: noise of DDIM, 0 to 1 (other samplers refuse it).
       seed: an int from 0 to 2**32 - 1, or a list with one per image; chosen by the system if None.
       key: a typed ``jax.random`` key instead of a seed.
+      noise: draw what PyTorch diffusers draws for the seed (then one up to 2**64 - 1): "torch" with a generator on the
+        CPU, "cuda" with one on a GPU. A list of seeds stands for a list of generators, one seed for one generator.
       latents: ``[B, ...]`` standard normal noise to use instead of drawing it.
       output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
       method: a function from the pipeline's method to the one to run, for parts of your own.
@@ -51,6 +53,7 @@ class CallOptions(RunOptions, total=False):
     eta: float | None
     seed: int | Sequence[int] | None
     key: jax.Array | None
+    noise: str | None
     latents: Any
     output_type: str
     method: Replace | None
