@@ -163,7 +163,9 @@ ImageInput = Any
 """A ``PIL.Image``, an array ``[H,W,C]`` or ``[B,H,W,C]`` (uint8, or floating point in [0, 1]), or a list of these."""
 
 
-def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1) -> np.ndarray:
+def pixels(
+    images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1, holes: bool = False
+) -> np.ndarray:
     """RGB images as float32 ``[N,H,W,3]`` in [0, 1].
 
     Args:
@@ -172,6 +174,7 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
       size: (height, width) to have; None takes the first image's, rounded down to the ``multiple``.
       name: of the argument.
       multiple: what height and width must be divisible by.
+      holes: an array may have pixels of -1 too (:func:`~diffuse_jax.control_images.inpaint_condition`).
 
     Raises:
       TypeError: something is no image.
@@ -180,7 +183,7 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
     """
     found = listed(images, name)
     size = image_size(images, name, multiple) if size is None else size
-    return np.stack([_pixels(image, size, "RGB", name) for image in found])
+    return np.stack([_pixels(image, size, "RGB", name, holes) for image in found])
 
 
 def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
@@ -235,8 +238,8 @@ def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
     return height // multiple * multiple, width // multiple * multiple
 
 
-def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarray:
-    """One image as float32 ``[H,W,C]`` in [0, 1]."""
+def _pixels(image: Any, size: tuple[int, int], mode: str, name: str, holes: bool = False) -> np.ndarray:
+    """One image as float32 ``[H,W,C]`` in [0, 1], with ``holes`` also -1."""
     height, width = size
     if isinstance(image, Image.Image):
         image = upright(image) if image.mode in ("RGB", "L") else rgb(image, name)
@@ -259,7 +262,8 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
                 "give floating point in [0, 1]"
             )
         return array.astype(np.float32) / 255
-    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+    shades = array[array != -1] if holes else array
+    if not np.issubdtype(array.dtype, np.floating) or not np.all((shades >= 0) & (shades <= 1)):
         raise ValueError(
             f"{name} as an array must be uint8, or floating point in [0, 1]; got {array.dtype} from "
             f"{array.min()} to {array.max()}"
