@@ -1,13 +1,17 @@
 """Bring images and masks to the size of a request, with the numbers of PyTorch diffusers' ``VaeImageProcessor``: resize
-modes, the region around a mask (its ``padding_mask_crop``), blurred masks, and a repainted region put back."""
+modes, the region around a mask (its ``padding_mask_crop``), blurred masks, a repainted region put back, and masks for
+attention."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
+
+from diffuse_jax.messages import warn
 
 RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -173,3 +177,46 @@ def overlay(image: Image.Image, mask: Image.Image, original: Image.Image, region
     mixed = repainted.convert("RGBA")
     mixed.alpha_composite(known.convert("RGBA"))
     return mixed.convert("RGB")
+
+
+# Masks for attention
+
+
+def mask_for_queries(masks: Any, queries: int) -> NDArray[np.float32]:
+    """Masks of images as weights of the queries of an attention layer, as IP-Adapters take them.
+
+    Args:
+      masks: ``[N,H,W]`` or ``[N,H,W,1]``, from 0 to 1.
+      queries: of the layer, one for each pixel of its features, row after row.
+
+    Returns:
+      float32 ``[N,queries]``, by PyTorch's bicubic interpolation. Where the features have other proportions than the
+      mask, a warning says so, and the weights are cut or end in zeros.
+
+    Raises:
+      ValueError: the masks have another shape, or there are no queries.
+    """
+    array = np.asarray(masks, np.float32)
+    array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+    if array.ndim != 3 or 0 in array.shape or queries < 1:
+        raise ValueError(f"masks must be [N,H,W] or [N,H,W,1] and queries at least 1, got {array.shape} and {queries}")
+    rows = max(int(math.sqrt(queries / (array.shape[2] / array.shape[1]))), 1)
+    rows += queries % rows != 0
+    columns = queries // rows
+    if rows * columns != queries:
+        warn(f"{queries} queries have other proportions than the masks of {array.shape[1]}x{array.shape[2]} pixels")
+    across, down = _bicubic(array.shape[2], columns), _bicubic(array.shape[1], rows)
+    small = (down @ array @ across.T).reshape(len(array), -1)[:, :queries]
+    return np.pad(small, ((0, 0), (0, queries - small.shape[1])))
+
+
+def _bicubic(given: int, wanted: int) -> NDArray[np.float32]:
+    """Weights ``[wanted,given]`` of cubic convolution (Keys 1981) with PyTorch's a = -0.75; edges are repeated."""
+    place = (np.arange(wanted) + 0.5) * given / wanted - 0.5
+    weights = np.zeros((wanted, given))
+    for offset in (-1, 0, 1, 2):
+        pixel = np.floor(place) + offset
+        x = np.abs(place - pixel)
+        near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+        np.add.at(weights, (np.arange(wanted), np.clip(pixel, 0, given - 1).astype(int)), np.where(x <= 1, near, far))
+    return weights.astype(np.float32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffuse_jax import fitting, utils
+from diffuse_jax.pipelines.inputs import mask_pixels
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -93,3 +94,28 @@ def test_a_grid() -> None:
     for options in ({"rows": 2, "cols": 3}, {"rows": 6, "cols": 1, "resize": 5}):
         ours = utils.make_image_grid(found, **options)
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs(found, **options)))
+
+
+def test_masks_for_adapters_are_black_or_white() -> None:
+    masks = [picture(40, 64, "L"), blank(40, 64, (3, 3, 30, 30))]
+    wanted = diffusers.image_processor.IPAdapterMaskProcessor().preprocess(masks, height=32, width=48)
+    ours = mask_pixels(masks, (32, 48), "mask")
+    np.testing.assert_array_equal(ours, wanted.numpy().transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "queries"),
+    [(64, 64, 64), (64, 48, 12), (40, 72, 45), (9, 5, 180), (32, 32, 50), (1, 1, 7), (30, 20, 7), (16, 500, 3)],
+)
+@pytest.mark.filterwarnings("ignore:.*proportions", "ignore:.*aspect ratio")
+def test_masks_for_queries(height: int, width: int, queries: int) -> None:
+    masks = np.random.default_rng(0).random((2, height, width)).astype(np.float32)
+    downsample = diffusers.image_processor.IPAdapterMaskProcessor.downsample
+    try:
+        wanted = downsample(torch.tensor(masks), 2, queries, 1)[..., 0].numpy()
+    except ZeroDivisionError:  # so few queries that they have no row
+        wanted = None
+    ours = fitting.mask_for_queries(masks[..., None], queries)
+    assert ours.shape == (2, queries)
+    if wanted is not None:
+        np.testing.assert_allclose(ours, wanted, atol=2e-6)
