@@ -14,10 +14,12 @@ if TYPE_CHECKING:  # what editors and type checkers see; at run time __getattr__
     from diffuse_jax.pipelines import *  # noqa: F403
     from diffuse_jax.schedulers import *  # noqa: F403
     from diffuse_jax.text import *  # noqa: F403
+    from diffuse_jax.utils import load_image, make_image_grid  # noqa: F401
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "diffuse_jax.utils": ("load_image", "make_image_grid"),
     "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "ControlNetModel", "UNet2DConditionModel", "UNet2DModel"),
     "diffuse_jax.pipelines": (
         "AutoPipelineForImage2Image",

@@ -50,6 +50,7 @@ LARGEST = 2**31 - 1
 COUNT = Number(int, "a whole number of at least 1 and less than 2^31", lambda n: 1 <= n <= LARGEST)
 NATURAL = Number(int, "a whole number of at least 0 and less than 2^31", lambda n: 0 <= n <= LARGEST)
 SEED = Number(int, "a whole number of at least 0 and less than 2^32", lambda n: 0 <= n < 2**32)
+TORCH_SEED = Number(int, "a whole number of at least 0 and less than 2^64", lambda n: 0 <= n < 2**64)
 DEVICES = Number(int, "a whole number of at least 1, or -1 for all that remain", lambda n: n == -1 or 1 <= n <= LARGEST)
 POSITIVE = Number(float, "a finite number above 0", lambda x: x > 0)
 NONNEGATIVE = Number(float, "a finite number of at least 0", lambda x: x >= 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffuse_jax
-from diffuse_jax.bounds import COUNT, FINITE, SEED, SHARE, number
+from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
@@ -65,6 +65,7 @@ TO_CALL = (
     "num_images_per_prompt",
     "batch_size",
     "seed",
+    "noise",
     "progress_bar",
 )
 
@@ -139,7 +140,7 @@ def open_pipeline(args: argparse.Namespace) -> Any:
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The settings to store with each image."""
     copies = args.num_images_per_prompt or 1
-    names = ("guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
+    names = ("noise", "guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
     shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
     if args.lora:
         shared["lora"] = {str(source): scale for source, scale in args.lora}
@@ -340,7 +341,8 @@ def add_generate(commands: Any) -> None:
     add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
     add("--batch-size", type=number(COUNT), metavar="N", help="maximum number of images at once (default: all)")
     about = "one seed, or one per image (default: random, and reported)"
-    add("--seed", type=number(SEED), nargs="+", metavar="N", help=about)
+    add("--seed", type=number(TORCH_SEED), nargs="+", metavar="N", help=about)
+    add("--noise", choices=("torch", "cuda"), help="draw the noise that PyTorch draws for the seed, on CPU or GPU")
     add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")

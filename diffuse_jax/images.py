@@ -1,6 +1,6 @@
 """Turn an image or an image file into upright RGB pixels, for training and for sampling.
 
-``docs/training-data.md`` has the table of what is converted and what is refused.
+``docs/images.md`` has the table of what is converted and what is refused.
 """
 
 from __future__ import annotations

@@ -112,13 +112,17 @@ A1111_NAMES = {
     "size": "Size",
     "model": "Model",
     "clip_skip": "Clip skip",
+    "rng": "RNG",
 }
 """Our setting -> its name in the web UI, in the web UI's order."""
+
+A1111_RNG = {"torch": "CPU", "cuda": "NV"}
+"""Our ``noise`` -> what the web UI calls this source of noise."""
 
 
 def a1111_parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
     """Settings in the format of AUTOMATIC1111's web UI: prompt, negative prompt, then ``Name: value`` pairs."""
-    values = {"size": f"{size[0]}x{size[1]}", **settings}
+    values = {"size": f"{size[0]}x{size[1]}", "rng": A1111_RNG.get(settings.get("noise", "")), **settings}
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

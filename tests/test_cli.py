@@ -201,7 +201,7 @@ def test_generate_draws_what_the_pipeline_draws(
 def test_an_image_knows_what_made_it(tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
     words = ["--prompt", "a cat", "--prompt", "ein Hündchen", "--negative-prompt", "blurry", "--seed", 3, 4]
-    words += ["--num-inference-steps", 2, "--scheduler", "ddim", "--guidance-scale", 2.5]
+    words += ["--num-inference-steps", 2, "--scheduler", "ddim", "--guidance-scale", 2.5, "--noise", "cuda"]
     assert run("generate", "--model", tmp_path / "model", *words, "--output", tmp_path / "out") == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text("utf-8").splitlines()]
     assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
@@ -221,6 +221,8 @@ def test_an_image_knows_what_made_it(tmp_path: Path) -> None:
         .splitlines()[2]
         .startswith("Steps: 2, Sampler: DDIMScheduler, CFG scale: 2.5, Seed: 4, Size: 16x16")
     )
+    assert settings["noise"] == "cuda"
+    assert info["parameters"].endswith("RNG: NV")
 
 
 def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_path: Path, capsys: Any) -> None:

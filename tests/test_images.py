@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import io
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from diffuse_jax import images
+import diffuse_jax
+from diffuse_jax import images, utils
 from diffuse_jax.pipelines import inputs
 from diffuse_jax.training.data.transform import Record, decode, picture_size
 
@@ -56,6 +60,107 @@ def test_what_is_converted_is_the_same_in_training_and_sampling(name: str) -> No
     np.testing.assert_array_equal(np.asarray(decode(Record(content, ("",), name))), wanted)
     with Image.open(io.BytesIO(content)) as image:
         np.testing.assert_array_equal(inputs.pixels(image, None, "image")[0], np.float32(wanted) / 255)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_load_image_converts_the_same_from_everywhere(name: str, tmp_path: Path, server: Server) -> None:
+    content, wanted = CONVERTED[name]
+    file = tmp_path / "an image"
+    file.write_bytes(content)
+    server.content = content
+    with Image.open(file) as opened:
+        for source in (content, bytearray(content), file, str(file), opened, server.url):
+            found = diffuse_jax.load_image(source)
+            assert found.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(found), wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_load_image_takes_arrays(dtype: Any, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (4, 5, 3), np.uint8)
+    given = pixels.astype(dtype) if dtype == np.uint8 else (pixels / 255).astype(dtype)
+    np.testing.assert_array_equal(np.asarray(utils.load_image(given)), pixels)
+    for grey in (given[..., 0], given[..., :1]):
+        np.testing.assert_array_equal(np.asarray(utils.load_image(grey)), np.repeat(pixels[..., :1], 3, -1))
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (b"no image", ValueError, "the image is not a readable image"),
+        ("missing.png", FileNotFoundError, "missing.png"),
+        ("ftp://host/a.png", ValueError, "ftp://host/a.png is no http or https URL"),
+        ("file:///etc/passwd", ValueError, "is no http or https URL"),
+        (np.zeros((2, 4, 4, 3), np.uint8), ValueError, r"\[H,W,3\], .* got \(2, 4, 4, 3\)"),
+        (np.zeros((4, 4, 4), np.uint8), ValueError, r"got \(4, 4, 4\)"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"got \(0, 4\)"),
+        (np.full((4, 4), 2.0), ValueError, "got float64 from 2.0 to 2.0"),
+        (np.full((4, 4), np.nan), ValueError, "got float64 from nan to nan"),
+        (np.ones((4, 4), np.int64), ValueError, "got int64 from 1 to 1"),
+        (Image.new("F", (2, 2)), ValueError, "the image has floating-point values"),
+        ([Image.new("RGB", (2, 2))], TypeError, "got list"),
+        (None, TypeError, "got NoneType"),
+    ],
+)
+def test_load_image_refuses(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        utils.load_image(source)
+
+
+class Server:
+    """A web server on this machine; ``content`` is what it answers, a status if it is a number."""
+
+    content: bytes | int = 404
+
+    def __init__(self) -> None:
+        owner = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = owner.content if isinstance(owner.content, bytes) else b""
+                self.send_response(200 if isinstance(owner.content, bytes) else owner.content)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/a.png?size=1"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = Server()
+    thread = threading.Thread(target=found.http.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.http.shutdown()
+    found.http.server_close()
+
+
+def test_a_server_without_the_image_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.content = 404
+    with pytest.raises(OSError, match=r"http://127.*a\.png\?size=1 cannot be read: HTTP Error 404"):
+        utils.load_image(server.url)
+    server.content = b"<html>"
+    with pytest.raises(ValueError, match=r"http://127.* is not a readable image"):
+        utils.load_image(server.url)
+    monkeypatch.setattr(utils, "LARGEST_DOWNLOAD", 5)
+    with pytest.raises(ValueError, match="is larger than"):
+        utils.load_image(server.url)
+    with pytest.raises(OSError, match="cannot be read"):
+        utils.load_image("http://127.0.0.1:9/a.png")
+
+
+def test_a_grid_of_wrong_numbers_or_sizes_is_refused() -> None:
+    small, large = Image.new("RGB", (2, 3)), Image.new("RGB", (4, 3))
+    assert diffuse_jax.make_image_grid([small] * 6, 2, 3).size == (6, 6)
+    with pytest.raises(ValueError, match="a grid of 2x3 takes 6 images, got 5"):
+        utils.make_image_grid([small] * 5, 2, 3)
+    with pytest.raises(ValueError, match="must have one size, got 2x3, 4x3"):
+        utils.make_image_grid([small, large], 1, 2)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

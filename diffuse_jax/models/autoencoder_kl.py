@@ -93,6 +93,10 @@ class Posterior(NamedTuple):
             )
         draw = lambda key, shape: jax.random.normal(key, shape, dtype)
         noise = jax.vmap(lambda k: draw(k, shape[1:]))(key) if key.ndim else draw(key, shape)
+        return self.at(noise)
+
+    def at(self, noise: jax.Array) -> jax.Array:
+        """``mean + std * noise`` for given standard normal ``noise [B,h,w,c]``."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> jax.Array:

@@ -12,6 +12,7 @@ from PIL import Image
 from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.messages import warn
+from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
 from diffuse_jax.text.tokenizer import padded_ids, padded_mask, unpadded_ids
@@ -106,8 +107,9 @@ def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.nd
     return padded_mask(tokenizer, [expand_words(prompt, tokenizer) for prompt in prompts], length)
 
 
-def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(seeds, indices)``, both uint32 ``[images]``: image ``i`` uses the key ``fold_in(key(seeds[i]), indices[i])``.
+def image_seeds(seed: int | Sequence[int] | None, images: int, limit: int = 2**32) -> tuple[np.ndarray, np.ndarray]:
+    """``(seeds, indices)``, uint64 and uint32 ``[images]``: image ``i`` uses the key ``fold_in(key(seeds[i]),
+    indices[i])``; seeds are below ``limit``.
 
     A single seed is used for all images, which then differ in their index. A list has one seed per image and every
     index is 0, so an image is the same alone and in a list. Without a seed, a random one from the operating system is
@@ -123,9 +125,9 @@ def image_seeds(seed: int | Sequence[int] | None, images: int) -> tuple[np.ndarr
     values = [given] * images if shared else [_plain(value) for value in given]
     if len(values) != images:
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one per image")
-    if any(not isinstance(v, int) or not 0 <= v < 2**32 for v in values):
-        raise ValueError(f"a seed must be an integer from 0 to 4294967295, got {seed!r}; pass a JAX key as key=")
-    return np.array(values, np.uint32), np.arange(images, dtype=np.uint32) * np.uint32(shared)
+    if any(not isinstance(v, int) or not 0 <= v < limit for v in values):
+        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {seed!r}; pass a JAX key as key=")
+    return np.array(values, np.uint64), np.arange(images, dtype=np.uint32) * np.uint32(shared)
 
 
 def _plain(value: Any) -> Any:
@@ -147,15 +149,20 @@ def noise_rows(
 
     Args:
       images: number of images.
-      options: ``seed``, ``key`` and ``latents`` (the standard normal noise to use) of the call.
+      options: ``seed``, ``key``, ``noise`` and ``latents`` (the standard normal noise to use) of the call.
       latent_shape: shape of one sample.
       mesh: the mesh of the run.
 
     Raises:
       ValueError: ``latents`` has the wrong shape, both ``seed`` and ``key`` were given, or neither although the mesh
-        spans several processes, which would choose different seeds.
+        spans several processes, which would choose different seeds; or there is no such ``noise``.
     """
-    seed, key, latents = (options.get(name) for name in ("seed", "key", "latents"))
+    seed, key, latents, kind = (options.get(name) for name in ("seed", "key", "latents", "noise"))
+    if kind is not None and (not isinstance(kind, str) or kind not in STREAMS):
+        given, known = repr(kind) if isinstance(kind, str) else type(kind).__name__, ", ".join(map(repr, STREAMS))
+        raise ValueError(f"noise must be one of {known}, got {given}; an array goes to latents=")
+    if kind is not None and key is not None:
+        raise ValueError(f'noise="{kind}" takes a seed, not a key of JAX')
     if seed is None and key is None and spans_processes(mesh):
         raise ValueError("the mesh spans several processes; give them the same seed (or key), for example seed=0")
     if seed is not None and key is not None:
@@ -168,8 +175,8 @@ def noise_rows(
     if key is not None:
         each = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(images, dtype=np.uint32))
         return rows | {"key": each}, None
-    seeds, indices = image_seeds(seed, images)
-    return rows | {"seed": seeds, "index": indices}, [int(s) for s in seeds]
+    seeds, indices = image_seeds(seed, images, 2**32 if kind is None else 2**64)
+    return rows | {"seed": seeds.astype(np.uint32), "index": indices}, [int(s) for s in seeds]
 
 
 # Images
@@ -178,7 +185,9 @@ ImageInput = Any
 """A ``PIL.Image``, an array ``[H,W,C]`` or ``[B,H,W,C]`` (uint8, or floating-point in [0, 1]), or a list of these."""
 
 
-def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1) -> np.ndarray:
+def pixels(
+    images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1, holes: bool = False
+) -> np.ndarray:
     """RGB images as float32 ``[N,H,W,3]`` in [0, 1].
 
     Args:
@@ -187,6 +196,7 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
       size: the target (height, width); None means that of the first image, rounded down to ``multiple``.
       name: name of the argument, for error messages.
       multiple: height and width must be divisible by this.
+      holes: arrays may also have pixels of -1 (:func:`~diffuse_jax.control_images.inpaint_condition`).
 
     Raises:
       TypeError: an element is not an image.
@@ -195,7 +205,7 @@ def pixels(images: ImageInput, size: tuple[int, int] | None, name: str, *, multi
     """
     found = image_list(images, name)
     size = image_size(images, name, multiple) if size is None else size
-    return np.stack([_pixels(image, size, "RGB", name) for image in found])
+    return np.stack([_pixels(image, size, "RGB", name, holes) for image in found])
 
 
 def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
@@ -252,8 +262,8 @@ def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
     return height // multiple * multiple, width // multiple * multiple
 
 
-def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarray:
-    """One image as float32 ``[H,W,C]`` in [0, 1]."""
+def _pixels(image: Any, size: tuple[int, int], mode: str, name: str, holes: bool = False) -> np.ndarray:
+    """One image as float32 ``[H,W,C]`` in [0, 1], with ``holes`` also -1."""
     height, width = size
     if isinstance(image, Image.Image):
         image = upright(image) if image.mode in ("RGB", "L") else rgb(image, name)
@@ -276,7 +286,8 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str) -> np.ndarr
                 "255, or pass floating-point values in [0, 1]"
             )
         return array.astype(np.float32) / 255
-    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+    shades = array[array != -1] if holes else array
+    if not np.issubdtype(array.dtype, np.floating) or not np.all((shades >= 0) & (shades <= 1)):
         raise ValueError(
             f"{name} as an array must be uint8, or floating-point in [0, 1]; got {array.dtype} from "
             f"{array.min()} to {array.max()}"

@@ -123,7 +123,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PlainStep(Part):
-    """Advance by one evaluation: call the network, then take the sampler's step."""
+    """Advance by one evaluation: call the network, then take the sampler's step.
+
+    If the request has a row ``step_noise [B,N, ...]`` (``N`` at least the number of evaluations), the sampler's noise is
+    taken from it.
+    """
 
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
         """The next state.
@@ -136,7 +140,9 @@ class PlainStep(Part):
           keys: ``[B]``, the same at every step; the plan folds in the step index.
         """
         output = denoiser(params, rows, step.plan.model_input(state, step.i), step)
-        return step.plan.step(state, step.i, output.astype(jnp.float32), keys)
+        noise = rows.get(noise_row("step"))
+        given = None if noise is None else jax.lax.dynamic_index_in_dim(noise, step.i, 1, keepdims=False)
+        return step.plan.step(state, step.i, output.astype(jnp.float32), keys, noise=given)
 
 
 PLAIN_STEP = PlainStep()
@@ -275,6 +281,11 @@ def draw(keys: jax.Array, purpose: str, shape: tuple[int, ...]) -> jax.Array:
       shape: shape of the noise for one image.
     """
     return normal(keys_for(keys, purpose), shape)
+
+
+def noise_row(purpose: str) -> str:
+    """The name of the row with noise for a purpose, where a request brings it: ``masked_image_noise``."""
+    return f"{purpose.replace(' ', '_')}_noise"
 
 
 def keys_for(keys: jax.Array, purpose: str) -> jax.Array:

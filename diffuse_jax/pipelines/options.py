@@ -38,6 +38,9 @@ class CallOptions(RunOptions, total=False):
       eta: noise of DDIM, from 0 to 1 (an error with other samplers).
       seed: an int from 0 to 2**32 - 1, or a list with one per image; random if None.
       key: a typed ``jax.random`` key instead of a seed.
+      noise: "torch" or "cuda" uses the noise that PyTorch diffusers draws for the seed (which may then be up to
+        2**64 - 1), with a generator on the CPU or on a GPU. A list of seeds corresponds to a list of generators, a
+        single seed to one generator for the batch.
       latents: ``[B, ...]`` standard normal noise to start from, instead of sampling it.
       output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
       method: a function from the pipeline's method to the one to run, for custom parts.
@@ -51,6 +54,7 @@ class CallOptions(RunOptions, total=False):
     eta: float | None
     seed: int | Sequence[int] | None
     key: jax.Array | None
+    noise: str | None
     latents: Any
     output_type: str
     method: Replace | None

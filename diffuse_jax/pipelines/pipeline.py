@@ -29,6 +29,7 @@ from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
 from diffuse_jax.pipelines.settings import corrected, log_ignored
 from diffuse_jax.pipelines.single_file import open_single_file
+from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, check_data_axis
@@ -146,6 +147,7 @@ class DiffusionPipeline:
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
+        request = with_noise(request, self.scheduler, options)
         check_rows(request.method, request.rows)
         return request
 

@@ -103,7 +103,8 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
     size = request_size(request, vae_of(pipe))
     each = images_by_net(images, len(nets)) if several else [images]
     control = tuple(
-        per_prompt(pixels(x, size, "control image"), request.images, request.copies, "control image") for x in each
+        per_prompt(pixels(x, size, "control image", holes=True), request.images, request.copies, "control image")
+        for x in each
     )
     defaults = {"controlnet_conditioning_scale": scale, "control_guidance_start": 0.0, "control_guidance_end": 1.0}
     scales, starts, ends = (one_per_net(options.get(k, v), len(nets), k) for k, v in defaults.items())

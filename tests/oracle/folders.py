@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -56,6 +58,20 @@ UNET_XL = UNET | {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 32 + 6 * 8,
 }
+
+
+def images(count: int, edge: int) -> list[Image.Image]:
+    """Blurred colours, different in each image."""
+    rng = np.random.default_rng(7)
+    small = [Image.fromarray(rng.integers(0, 255, (5, 5, 3), np.uint8)) for _ in range(count)]
+    return [image.resize((edge, edge), Image.Resampling.BICUBIC) for image in small]
+
+
+def masks(edge: int) -> list[Image.Image]:
+    """Two masks, of a rectangle inside and of the right half."""
+    blank = np.zeros((2, edge, edge), np.uint8)
+    blank[0, 6:25, 9:20] = blank[1, :, edge // 2 :] = 255
+    return [Image.fromarray(mask) for mask in blank]
 
 
 def tokenizer(**options: Any) -> Any:

@@ -32,16 +32,12 @@ SHORT = {"num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": ["b
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    rng = np.random.default_rng(7)
-    small = [Image.fromarray(rng.integers(0, 255, (5, 5, 3), np.uint8)) for _ in range(4)]
-    return [image.resize((EDGE, EDGE), Image.Resampling.BICUBIC) for image in small]
+    return folders.images(4, EDGE)
 
 
 @pytest.fixture(scope="module")
 def masks() -> list[Image.Image]:
-    blank = np.zeros((2, EDGE, EDGE), np.uint8)
-    blank[0, 6:25, 9:20] = blank[1, :, 16:] = 255
-    return [Image.fromarray(mask) for mask in blank]
+    return folders.masks(EDGE)
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])

@@ -7,10 +7,12 @@ import dataclasses
 import jax
 
 from diffuse_jax.models.autoencoder_kl import scale_latents
-from diffuse_jax.pipelines.method import Net, Params, Part, Rows, keys_for
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows, keys_for, noise_row
 
 
-def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, purpose: str) -> jax.Array:
+def encode_image(
+    vae: Net, params: Params, images: jax.Array, keys: jax.Array, purpose: str, rows: Rows | None = None
+) -> jax.Array:
     """Encode images ``[B,H,W,3]`` in [-1, 1] as scaled latents ``[B,h,w,c]`` float32, sampled from the posterior.
 
     Args:
@@ -19,9 +21,12 @@ def encode_image(vae: Net, params: Params, images: jax.Array, keys: jax.Array, p
       images: the images.
       keys: random keys ``[B]``, one per image.
       purpose: distinguishes this noise from that of other encoded images; see :func:`~diffuse_jax.pipelines.draw`.
+      rows: of the request; the noise for this purpose is taken from them where they have it.
     """
     posterior = vae.apply(params, images, method="encode")
-    return scale_latents(posterior.sample(keys_for(keys, purpose)), vae.config)
+    given = (rows or {}).get(noise_row(purpose))
+    latents = posterior.sample(keys_for(keys, purpose)) if given is None else posterior.at(given)
+    return scale_latents(latents, vae.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,4 +65,4 @@ class EncodeMaskedImage(Part):
         if "masked_image_latents" in rows:
             return rows
         masked = rows["image"] * (rows["mask"] < 0.5)
-        return rows | {"masked_image_latents": encode_image(self.vae, params, masked, keys, "masked image")}
+        return rows | {"masked_image_latents": encode_image(self.vae, params, masked, keys, "masked image", rows)}

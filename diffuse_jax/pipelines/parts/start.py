@@ -46,7 +46,7 @@ class FromImage(Part):
     def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
         if "image_latents" in rows:
             return rows
-        return rows | {"image_latents": encode_image(self.vae, params, rows["image"], keys, "image")}
+        return rows | {"image_latents": encode_image(self.vae, params, rows["image"], keys, "image", rows)}
 
     def __call__(self, plan: Plan, rows: Rows) -> State:
         state = plan.init(rows["noise"], rows["image_latents"])
