@@ -6,6 +6,10 @@ from diffuse_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.latent_consistency import (
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+)
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
 from diffuse_jax.pipelines.running import Output, Request, run
@@ -15,9 +19,15 @@ from diffuse_jax.pipelines.stable_diffusion_controlnet_img2img import StableDiff
 from diffuse_jax.pipelines.stable_diffusion_controlnet_inpaint import StableDiffusionControlNetInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from diffuse_jax.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
+from diffuse_jax.pipelines.stable_diffusion_upscale import StableDiffusionUpscalePipeline
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_controlnet import StableDiffusionXLControlNetPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_img2img import StableDiffusionXLControlNetImg2ImgPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_inpaint import StableDiffusionXLControlNetInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
 from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
 
 __all__ = [
@@ -28,6 +38,8 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
     "Method",
     "Net",
     "Output",
@@ -39,9 +51,15 @@ __all__ = [
     "StableDiffusionControlNetPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
     "StableDiffusionXLPipeline",
     "Step",
     "draw",

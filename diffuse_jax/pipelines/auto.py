@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipelin
 NAME = re.compile("(StableDiffusion|StableDiffusionXL|LatentConsistencyModel)(ControlNet|)(Img2Img|Inpaint|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, and the task that the folder was saved for."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
-"""Families whose checkpoints are run by the classes of another family."""
+"""Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
 
 
 class AutoPipeline:
@@ -56,9 +56,8 @@ class AutoPipeline:
             raise weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")
         family, control, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
-        return pipeline_class(
-            f"{SHARED.get(family, family)}{'ControlNet' if has_control else ''}{cls.task}Pipeline", source
-        )
+        rest = f"{'ControlNet' if has_control else ''}{cls.task}Pipeline"
+        return pipeline_class((family if family + rest in PIPELINES else SHARED.get(family, family)) + rest, source)
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -90,11 +90,14 @@ class ControlOptions(TypedDict, total=False):
       controlnet_conditioning_scale: strength; the default depends on the class.
       control_guidance_start, control_guidance_end: the fraction of the steps at which a ControlNet starts and stops
         acting, 0 and 1 by default.
+      guess_mode: apply the ControlNets to the conditional branch alone, and more weakly at finer levels; works without
+        a prompt. Always on for ControlNets that pool their outputs (shuffle).
     """
 
     controlnet_conditioning_scale: float | Sequence[float]
     control_guidance_start: float | Sequence[float]
     control_guidance_end: float | Sequence[float]
+    guess_mode: bool
 
 
 class GuidanceOptions(TypedDict, total=False):
@@ -185,6 +188,14 @@ class XLOptions(TextOptions, total=False):
 
 class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
     """:class:`XLOptions` and :class:`InpaintOptions`."""
+
+
+class XLControlTextOptions(XLOptions, ControlOptions, GuidanceOptions, total=False):
+    """:class:`XLOptions` and :class:`ControlOptions`."""
+
+
+class XLControlInpaintOptions(XLInpaintOptions, ControlOptions, StrengthOptions, total=False):
+    """:class:`XLInpaintOptions` and :class:`ControlOptions`."""
 
 
 def split_options(options: Mapping[str, Any], kind: type) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import PlainStep, Rows, all_parts, noise_row
+from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
 
-PURPOSES = ("image", "noise", "masked image")
+PURPOSES = ("low res image", "image", "noise", "masked image")
 """What diffusers draws before the loop, in its order; "noise" is the start, the others are for encoded images."""
 
 EACH_USED = (
@@ -64,7 +65,8 @@ def with_noise(request: Request, scheduler: Any, options: Mapping[str, Any]) -> 
         )
     steps = step_draws(request, scheduler, kind)
     count, first = (1, request.images) if together else (request.images, 1)
-    draws = [(first, shape[-1], *shape[:-1])] * (len(purposes) + len(steps))
+    shapes = [rows["low_res_image"].shape[1:] if name == "low res image" else shape for name in purposes]
+    draws = [(first, one[-1], *one[:-1]) for one in (*shapes, *[shape] * len(steps))]
     each = zip(*[STREAMS[kind](seed, *draws) for seed in seeds[:count]], strict=True)
     arrays = [np.ascontiguousarray(np.moveaxis(np.concatenate(images), 1, -1)) for images in each]
     found: Rows = dict(zip(map(row_name, purposes), arrays, strict=False))
@@ -81,8 +83,10 @@ def drawn_before(request: Request) -> list[str]:
     rows, kept = request.rows, unread(request)
     pure = bool(np.all(rows.get("pure_noise", False)))
     # Inpainting from pure noise encodes the image only if the known part is to be restored.
+    encoded = any(isinstance(part, FromImage) for part in all_parts(request.method.start))
     drawn = {
-        "image": "image" in rows and (not pure or bool(kept)),
+        "low res image": "low_res_image" in rows,
+        "image": "image" in rows and encoded and (not pure or bool(kept)),
         "noise": "noise" not in rows and "latents" not in rows,
         "masked image": "image" in rows and "mask" in rows and "masked_image_latents" not in rows,
     }

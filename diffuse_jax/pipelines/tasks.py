@@ -114,6 +114,9 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
         "control_images": control,
         "control_scale": np.tile(np.array(scales, np.float32), (request.images, 1)),
         "control_window": np.tile(np.array(windows, np.int32), (request.images, 1, 1)),
+        "guess_mode": np.full(
+            request.images, bool(options.get("guess_mode")) or models[0].config.global_pool_conditions
+        ),
     }
     return changed(request, rows, denoiser=below_guidance(request.method.denoiser, lambda d: Controlled(d, nets)))
 

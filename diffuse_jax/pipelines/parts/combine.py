@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ class PerpNeg(Linear):
     of the negative prompt's. Three branches: the empty prompt, the negative prompt, the prompt. Reads
     ``perp_weight [B]``, the weight of the negative prompt."""
 
+    unconditional: ClassVar[int] = 2
+
     @property
     def reads(self) -> tuple[str, ...]:
         return ("perp_weight",)
@@ -91,6 +94,23 @@ class Regions(Linear):
 
     def __call__(self, rows: Rows, step: Step, output: jax.Array) -> jax.Array:
         return super().__call__(rows, step, jnp.stack([output[0], self.positive(rows, output)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoScales(Linear):
+    """A scale for the prompt and one for the image (Brooks et al. 2023, arXiv 2211.09800, equation 3). Branches: neither,
+    the image alone, both. Reads ``image_guidance_scale [B]``."""
+
+    unconditional: ClassVar[int] = 2
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image_guidance_scale",)
+
+    def __call__(self, rows: Rows, step: Step, output: jax.Array) -> jax.Array:
+        neither, image, both = output
+        along_image = per_image(rows["image_guidance_scale"], both) * (image - neither)
+        return neither + along_image + per_image(guidance_scale(rows, step), both) * (both - image)
 
 
 def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:

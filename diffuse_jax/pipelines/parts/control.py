@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
 from diffuse_jax.pipelines.parts.guidance import per_image
@@ -34,7 +35,8 @@ class Controlled(Part):
     """A denoiser with ControlNets (Zhang et al. 2023): their outputs are added inside its UNet.
 
     Reads, for each of the ``nets``: ``control_images``, a tuple of ``[B,H,W,C]`` in [0, 1]; ``control_scale [B,n]``,
-    the strength of each; ``control_window`` int32 ``[B,n,2]``, the first evaluation at which each acts and the first
+    the strength of each; ``guess_mode`` bool ``[B]``, whether they act on the conditional branch alone, and less on
+    finer levels; ``control_window`` int32 ``[B,n,2]``, the first evaluation at which each acts and the first
     at which it no longer does. None of these values is compiled in.
     """
 
@@ -43,7 +45,7 @@ class Controlled(Part):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return "control_images", "control_scale", "control_window"
+        return "control_images", "control_scale", "control_window", "guess_mode"
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -64,6 +66,24 @@ class Controlled(Part):
             output = net.apply(
                 params, x, step.t, rows["states"], features=rows["control_features"][k], **conditions(net, rows)
             )
-            weighted = jax.tree.map(lambda y, s=scale[:, k]: y * per_image(s, y).astype(y.dtype), tuple(output))
+            tensors = jax.tree.leaves(output)
+            scales = strengths(rows, scale[:, k], len(tensors), levels=not net.config.global_pool_conditions)
+            weighted = [y * per_image(s, y).astype(y.dtype) for y, s in zip(tensors, scales, strict=True)]
+            weighted = jax.tree.unflatten(jax.tree.structure(tuple(output)), weighted)
             residuals = weighted if residuals is None else jax.tree.map(jnp.add, residuals, weighted)
         return self.inner(params, rows | {"residuals": residuals}, x, step)
+
+
+def strengths(rows: Rows, scale: jax.Array, count: int, *, levels: bool) -> list[jax.Array]:
+    """The factor ``[B]`` of each of a ControlNet's ``count`` residuals, the finest first.
+
+    Args:
+      rows: with ``guess_mode``, and ``conditional`` if there is guidance.
+      scale: ``[B]``, of the whole network.
+      count: of residuals.
+      levels: in guess mode, weaken finer levels, down to a tenth.
+    """
+    guess = rows["guess_mode"]
+    scale = jnp.where(guess & ~rows.get("conditional", True), 0.0, scale)
+    factors = np.logspace(-1, 0, count, dtype=np.float32) if levels else np.ones(count, np.float32)
+    return [scale * jnp.where(guess, factor, 1.0) for factor in factors]

@@ -6,7 +6,7 @@ Rows that differ between the branches of guidance are :class:`Branches`; all oth
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,9 @@ def count_branches(rows: Any) -> int:
     return counts.pop() if counts else 1
 
 
-def branches(inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step, *, copies: int = 0) -> jax.Array:
+def branches(
+    inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step, *, copies: int = 0, unconditional: int = 1
+) -> jax.Array:
     """The predictions of all branches from one evaluation on the stacked batch, float32 ``[K, B, ...]``.
 
     Args:
@@ -61,13 +63,16 @@ def branches(inner: Any, params: Params, rows: Rows, x: jax.Array, step: Step, *
       x: ``[B, ...]``, the same for all branches.
       copies: further copies of the last branch, whose predictions follow the others. The denoiser finds in the row
         ``perturbation [K B]`` which copy an image belongs to, from 1 on, and 0 for the branches themselves.
+      unconditional: number of leading branches that are not conditional; the denoiser finds in the row
+        ``conditional``, bool ``[K B]``, which images belong to the others.
     """
     count = count_branches(rows)
     repeat = lambda value: stacked(_extended(value, copies)) if is_branches(value) else _repeated(value, count + copies)
     rows = jax.tree.map(repeat, without_keys(rows), is_leaf=is_branches)
+    of_images = lambda by_branch: jnp.repeat(jnp.array(by_branch), len(x))
+    rows["conditional"] = of_images([k >= min(unconditional, count - 1) for k in range(count + copies)])
     if copies:
-        which = [0] * count + [*range(1, copies + 1)]
-        rows["perturbation"] = jnp.repeat(jnp.array(which, jnp.int32), len(x))
+        rows["perturbation"] = of_images([0] * count + [*range(1, copies + 1)])
     output = inner(params, rows, repeat(x), step)
     return output.astype(jnp.float32).reshape(count + copies, -1, *output.shape[1:])
 
@@ -98,6 +103,9 @@ class Linear(Part):
 
     Other ways to combine the branches are in :mod:`~diffuse_jax.pipelines.parts.combine`.
     """
+
+    unconditional: ClassVar[int] = 1
+    """The number of leading branches that are not conditional."""
 
     def __call__(self, rows: Rows, step: Step, output: jax.Array) -> jax.Array:
         """The guided prediction ``[B, ...]`` of the branches' ``output [K, B, ...]``."""
@@ -142,10 +150,15 @@ class ClassifierFree(Part):
         return "guidance_scale", "guidance_rescale"
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
-        return self.guided(rows, x, step, branches(self.inner, params, rows, x, step, copies=len(self.perturbed)))
+        return self.guided(rows, x, step, self.predictions(params, rows, x, step))
+
+    def predictions(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        """Those of all branches and perturbed copies, ``[K, B, ...]``."""
+        unconditional = self.combine.unconditional
+        return branches(self.inner, params, rows, x, step, copies=len(self.perturbed), unconditional=unconditional)
 
     def guided(self, rows: Rows, x: jax.Array, step: Step, output: jax.Array) -> jax.Array:
-        """The guided prediction ``[B, ...]`` from those of all branches and perturbed copies, ``[K, B, ...]``."""
+        """The guided prediction ``[B, ...]`` from :meth:`predictions`."""
         count, channels = len(output) - len(self.perturbed), x.shape[-1]
         predictions, degraded = output[:count, ..., :channels], output[count:, ..., :channels]
         positive = self.combine.positive(rows, predictions)

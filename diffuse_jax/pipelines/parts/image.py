@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from diffuse_jax.models.autoencoder_kl import scale_latents
-from diffuse_jax.pipelines.method import Net, Params, Part, Rows, keys_for, noise_row
+from diffuse_jax.pipelines.method import Net, Params, Part, Rows, draw, keys_for, noise_row
+from diffuse_jax.pipelines.parts.guidance import Branches, count_branches
+from diffuse_jax.schedulers.noising import noised
 
 
 def encode_image(
@@ -27,6 +30,60 @@ def encode_image(
     given = (rows or {}).get(noise_row(purpose))
     latents = posterior.sample(keys_for(keys, purpose)) if given is None else posterior.at(given)
     return scale_latents(latents, vae.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCondition(Part):
+    """``image_condition [B,h,w,c]``: the encoded image as a UNet's further input (InstructPix2Pix), without noise.
+
+    Reads ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it is already encoded. With guidance it is zero in the
+    first branch.
+
+    Attributes:
+      vae: the autoencoder.
+      scaled: multiply the latents by the autoencoder's scaling factor.
+    """
+
+    vae: Net
+    scaled: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image|image_latents",)
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("image_condition",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        latents = rows.get("image_latents")
+        if latents is None:
+            latents = self.vae.apply(params, rows["image"], method="encode").mode().astype(jnp.float32)
+            latents = scale_latents(latents, self.vae.config) if self.scaled else latents
+        count = count_branches(rows)
+        if count > 1:
+            latents = Branches(jnp.stack([jnp.zeros_like(latents), *[latents] * (count - 1)], 1))
+        return rows | {"image_condition": latents}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedImage(Part):
+    """``noised_image [B,h,w,3]``: ``low_res_image`` noised to its level ``low_res_level [B,2]`` (alpha, sigma), as an
+    upscaler takes it."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "low_res_image", "low_res_level"
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("noised_image",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        image = rows["low_res_image"]
+        given = rows.get(noise_row("low res image"))
+        noise = draw(keys, "low res image", image.shape[1:]) if given is None else given
+        return rows | {"noised_image": noised(rows["low_res_level"], image, noise)}
 
 
 @dataclasses.dataclass(frozen=True)

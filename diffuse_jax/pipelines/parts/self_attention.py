@@ -11,7 +11,7 @@ import numpy as np
 
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.pipelines.method import Params, Part, Rows, Step
-from diffuse_jax.pipelines.parts.guidance import ClassifierFree, branches, is_branches, per_image, without_keys
+from diffuse_jax.pipelines.parts.guidance import ClassifierFree, is_branches, per_image, without_keys
 from diffuse_jax.schedulers.plan import State
 
 LAYER = ("mid_block", "attentions_0", "transformer_blocks_0", "attn1", "attend")
@@ -60,7 +60,7 @@ class SelfAttention(Part):
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
         network, plan, channels = self.guidance.inner, step.plan, x.shape[-1]
-        output = branches(network, params, rows, x, step, copies=len(self.guidance.perturbed))
+        output = self.guidance.predictions(params, rows, x, step)
         mask = self._mask(step.kept.take("attended")[: len(x)], x.shape[1:3])
         input_scale, (alpha, _) = plan.input_scale[step.i], plan.levels[step.i]
         clean = plan.predict_x0(State(x / input_scale, ()), step.i, output[0])
