@@ -125,8 +125,8 @@ class Part:
 class PlainStep(Part):
     """Advance by one evaluation: call the network, then take the sampler's step.
 
-    If the request has a row ``step_noise [B,N, ...]`` (``N`` at least the number of evaluations), the sampler's noise is
-    taken from it.
+    If the request has a row ``step_noise [B,N, ...]``, with ``N`` at least the number of evaluations, the sampler's
+    noise is taken from it.
     """
 
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:

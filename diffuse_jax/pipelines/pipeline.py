@@ -131,7 +131,8 @@ class DiffusionPipeline:
         r.plan)`` runs it as a pure function.
 
         Args:
-          *args, **options: the arguments of :meth:`compose`.
+          *args: positional arguments of :meth:`compose`.
+          **options: keyword arguments of :meth:`compose`.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: additional rows for custom parts: name -> array with one entry per image.
           modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.

@@ -61,5 +61,5 @@ def test_classes_of_one_name_are_not_taken_for_each_other(define: Any) -> None:
     define("MyPipeline", "two")
     with pytest.raises(WeightsError, match="'MyPipeline' is defined in one and in two, .*rename one"):
         pipeline_class("MyPipeline", "model_index.json")
-    with pytest.raises(ValueError, match="one.DDIMPipeline has the name of diffuse_jax.*give the class another name"):
+    with pytest.raises(ValueError, match="one.DDIMPipeline has the same name as .*give the class another name"):
         define("DDIMPipeline", "one")
