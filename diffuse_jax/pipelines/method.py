@@ -125,6 +125,10 @@ class Method:
     conditions: tuple[Any, ...] = ()
     advance: Any = PLAIN_STEP
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "latent_shape", tuple(map(int, self.latent_shape)))  # a list would be unhashable
+        object.__setattr__(self, "conditions", tuple(self.conditions))
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """In the order in which they prepare."""
@@ -170,8 +174,16 @@ def all_parts(part: Part) -> Iterator[Part]:
 
 def _field_values(part: Any) -> Iterator[Any]:
     for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        yield from value if isinstance(value, tuple) else (value,)
+        yield from _flat(getattr(part, field.name))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What is in a tuple and in the tuples inside it; of anything else, itself."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 ALWAYS = ("noise", "keys")
@@ -183,8 +195,10 @@ def check_rows(method: Method, rows: Rows) -> None:
 
     Raises:
       ValueError: it names the part, the row and what there is.
-      TypeError: something in the method is not a part.
+      TypeError: it is no method, or something in it is not a part.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method (change one with dataclasses.replace), got {type(method).__name__}")
     for part in method.parts:
         if not (isinstance(part, Part) and dataclasses.is_dataclass(part)):
             raise TypeError(f"{part!r} is no part: a part is a frozen dataclass that inherits from Part")
@@ -293,7 +307,12 @@ def check_evaluations(plan: Plan, evaluations: int) -> None:
 def begin(method: Method, params: Params, rows: Rows, plan: Plan) -> tuple[Rows, State]:
     """The first part of a run: the prepared rows and the first state."""
     rows = method.prepare(params, rows)
-    return rows, method.start(plan, rows)
+    state = method.start(plan, rows)
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{type(method.start).__name__} must return a State, as plan.init(noise) does, got {type(state).__name__}"
+        )
+    return rows, state
 
 
 def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State, i: Any) -> State:
@@ -303,8 +322,21 @@ def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State
 
 
 def finish(method: Method, params: Params, rows: Rows, state: State) -> dict[str, Any]:
-    """The last part: what the caller gets."""
-    return method.decode(params, rows, state.sample)
+    """The last part: what the caller gets.
+
+    Raises:
+      TypeError: the decoder returns no dict.
+      ValueError: a result does not have one row per image.
+    """
+    results, images = method.decode(params, rows, state.sample), len(rows["keys"])
+    name = type(method.decode).__name__
+    if not isinstance(results, dict):
+        raise TypeError(f"{name} must return a dict from name to result, got {type(results).__name__}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(results):
+        if jnp.shape(leaf)[:1] != (images,):
+            shape = f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}"
+            raise ValueError(f"{name} must return one row per image; for {images} images it returned {shape}")
+    return results
 
 
 Replace = Callable[[Method], Method]

@@ -132,6 +132,8 @@ class DiffusionPipeline:
         if wrong := sorted(self._run_options() & {*options}):
             raise TypeError(f"{', '.join(wrong)} say how a request is run; give them to the call, or to pipelines.run")
         request = self.compose(*args, **options)
+        if not isinstance(request, Request):
+            raise TypeError(f"{type(self).__name__}.compose must return a Request, got {type(request).__name__}")
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
@@ -142,8 +144,9 @@ class DiffusionPipeline:
         """The arguments of a call that are not of :meth:`compose`."""
         return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(self.compose).parameters}
 
-    def compile(self, *args: Any, batch_size: int | None = None, **options: Any) -> Self:
+    def compile(self, *args: Any, **options: Any) -> Self:
         """Compile the program that a call with these arguments would run; only their shapes matter. Returns self."""
+        batch_size = options.pop("batch_size", None) if "batch_size" in self._run_options() else None
         if not args and "prompt" in inspect.signature(self.compose).parameters and "prompt_embeds" not in options:
             options.setdefault("prompt", "")
         compile_request(self, self.request(*args, **options), batch_size)
