@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from diffuse_jax.models.base import Params as Params
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.schedulers.plan import Plan, State
+from diffuse_jax.sharding import on_automatic_axes
 
 Rows = dict[str, Any]
 """Name -> array ``[B, ...]`` (or a tree of them), one row per image."""
@@ -287,15 +288,20 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
       ValueError: the rows do not fit the method, or ``evaluations`` is not the plan's number.
     """
     check_rows(method, rows)
-    rows, state = begin(method, params, rows, plan)
-    if evaluations is None:
-        loop = lambda i, state: advance(method, params, rows, plan, state, i)
-        state = jax.lax.fori_loop(0, plan.num_evaluations, loop, state)
-    else:
+    if evaluations is not None:
         check_evaluations(plan, evaluations)
-        one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
-        state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
-    return finish(method, params, rows, state)
+
+    def run(params: Params, rows: Rows, plan: Plan) -> dict[str, Any]:
+        rows, state = begin(method, params, rows, plan)
+        if evaluations is None:
+            loop = lambda i, state: advance(method, params, rows, plan, state, i)
+            state = jax.lax.fori_loop(0, plan.num_evaluations, loop, state)
+        else:
+            one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
+            state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
+        return finish(method, params, rows, state)
+
+    return on_automatic_axes(run, (params, rows, plan), batch=rows)  # parts need not say how they are sharded
 
 
 def check_evaluations(plan: Plan, evaluations: int) -> None:

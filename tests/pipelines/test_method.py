@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model
@@ -479,6 +480,18 @@ def test_sample_is_the_run_behind_the_call_and_can_be_compiled_and_mapped(pipe: 
     mapped = jax.jit(jax.vmap(one))(jax.tree.map(lambda *x: np.stack(x), *plans))
     for k, plan in enumerate(plans):
         np.testing.assert_allclose(mapped[k], jax.jit(one)(plan), atol=2e-4)
+
+
+def test_sample_runs_on_the_explicit_axes_of_its_arguments(pipe: DiffusionPipeline):
+    request = pipe.request(["a", "b"], **REQUEST)
+    mesh = jax.make_mesh((2,), ("data",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    by_image, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    rows = jax.device_put(request.rows, by_image)
+    params, plan = jax.device_put(({name: pipe.params[name] for name in request.method.networks}, request.plan), whole)
+    images = jax.jit(sample, static_argnums=0)(request.method, params, rows, plan)["images"]
+    assert images.sharding.is_equivalent_to(by_image, images.ndim)
+    np.testing.assert_allclose(images, pipe(["a", "b"], **REQUEST).images, atol=2e-5)
 
 
 def test_a_run_of_a_fixed_number_of_steps_is_differentiable(pipe: DiffusionPipeline, rng: np.random.Generator):
