@@ -52,7 +52,7 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class OpenedCheckpoint:
     """Everything that is converted.
 
     Attributes:
@@ -167,7 +167,7 @@ def open_source(
     variant: str | None = None,
     prediction_type: str | None = None,
     tokenizer: str | Path | None = None,
-) -> Source:
+) -> OpenedCheckpoint:
     """Find, open and check a checkpoint in any layout; tensors stay in their files until they are used."""
     if Path(src).is_file():
         return _open_single_file(Path(src), prediction_type, tokenizer)
@@ -175,7 +175,7 @@ def open_source(
     if not (folder / "model_index.json").is_file():
         config = weights.read_json(folder / "config.json")
         kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-        return Source("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
+        return OpenedCheckpoint("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
     index = weights.read_index(folder)
     networks, folders = {}, {}
     for name, entry in index.components.items():
@@ -191,7 +191,7 @@ def open_source(
             )
     lists = {name: entry for name, entry in index.components.items() if entry.class_name in catalogue.LISTS}
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
-    return Source(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
+    return OpenedCheckpoint(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -215,12 +215,14 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
     return found
 
 
-def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> Source:
+def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> OpenedCheckpoint:
     """A pipeline from a single file, which contains no tokenizers."""
     file = layouts.read_single_file(path, prediction_type=prediction_type)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
     networks = _networks(file, path)
-    return Source(file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options)
+    return OpenedCheckpoint(
+        file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options
+    )
 
 
 def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
@@ -243,7 +245,7 @@ def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
     return jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
 
 
-def _write_diffusers(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_diffusers(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         tensors = _torch_tensors(network)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
@@ -258,7 +260,7 @@ def _architectures(network: Network, prefix: str = "") -> dict[str, Any]:
     return {"architectures": [prefix + type(network.model).__name__]} if network.model.model_type else {}
 
 
-def _write_flax(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_flax(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
         old = {_old_flax(path): array for path, array in network.views.items()}
         specs = {path: (_dtype(array, dtype), array.shape) for path, array in old.items()}
@@ -273,7 +275,7 @@ def _old_flax(path: names.Path) -> names.Path:
     return tuple(names.rename("/".join(path), names.FLAX_OLD).split("/"))
 
 
-def _write_single_file(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
     if not source.class_name:
         raise WeightsError("a single-file checkpoint needs the whole pipeline; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
@@ -304,7 +306,7 @@ def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) 
     return array
 
 
-def _write_rest(source: Source, dst: Path, prefix: str) -> None:
+def _write_rest(source: OpenedCheckpoint, dst: Path, prefix: str) -> None:
     """Write a pipeline's tokenizers, schedulers and index."""
     if not source.class_name:
         return
@@ -331,7 +333,7 @@ def _write_rest(source: Source, dst: Path, prefix: str) -> None:
     weights.write_index(dst, prefix + source.class_name, entries, source.options)
 
 
-def _verify(source: Source, written: Path, to: str, dtype: DTypeLike | None) -> None:
+def _verify(source: OpenedCheckpoint, written: Path, to: str, dtype: DTypeLike | None) -> None:
     """Read the result back and compare every tensor with its source, bit for bit."""
     if to == "single-file":
         again = _networks(layouts.read_single_file(written), written)

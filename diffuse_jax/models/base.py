@@ -58,6 +58,12 @@ class Model(nn.Module):
         if not cls.__module__.startswith("flax."):
             _REGISTRY[cls.library(), cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):  # "float32" and jnp.float32 are the same network, and one program
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
+        super().__post_init__()
+
     @classmethod
     def library(cls) -> str:
         """The library that ``model_index.json`` names: diffusers or transformers, or the module of a user's class."""

@@ -85,7 +85,7 @@ def upscaling(pipe: Any, image: ImageInput, noise_level: int, arguments: Mapping
     scale = vae_of(pipe).config.scale
     request = text_to_image(pipe, default_steps(arguments, 75), (low[0] * scale, low[1] * scale))
     array = pixels(image, low, "image") * 2 - 1
-    level = pipe.components["low_res_scheduler"].level(np.asarray(noise_level))
+    level = pipe.components["low_res_scheduler"].train_levels()[noise_level]
     rows = {
         "low_res_image": per_prompt(array, request.images, request.copies, "image"),
         "low_res_level": np.tile(np.asarray(level, np.float32), (request.images, 1)),
@@ -105,6 +105,6 @@ def check_channels(pipe: Any, more: int, what: str) -> None:
     latents, takes = vae_of(pipe).config.latent_channels, pipe.components["unet"].config.in_channels
     if takes != latents + more:
         raise ValueError(
-            f"the UNet has {takes} input channels; {type(pipe).__name__} needs {latents + more}: the latents' {latents} "
-            f"and {more} of {what}"
+            f"the UNet has {takes} input channels; {type(pipe).__name__} needs {latents + more}: {latents} of the "
+            f"latents and {more} of {what}"
         )

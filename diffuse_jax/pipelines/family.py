@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
@@ -133,13 +134,23 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
 
 
 def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
-    """The rows that the caller passed, as arrays.
+    """The rows that the caller passed, as arrays, or as trees of them (dicts, ``Branches``).
 
     Raises:
-      ValueError: a row does not have one entry per image.
+      ValueError: a row does not have one entry per image, or holds no numbers.
     """
-    found = {name: np.asarray(value) for name, value in (rows or {}).items()}
-    for name, value in found.items():
+    is_array = lambda value: isinstance(value, list | tuple)
+    found = {name: jax.tree.map(_as_array, value, is_leaf=is_array) for name, value in (rows or {}).items()}
+    for path, value in jax.tree_util.tree_leaves_with_path(found):
+        name = f"rows{jax.tree_util.keystr(path)}"
         if value.ndim == 0 or len(value) != images:
-            raise ValueError(f"rows[{name!r}] must have one entry for each of {images} images, got {value.shape}")
+            raise ValueError(f"{name} must have one entry for each of {images} images, got {value.shape}")
+        if isinstance(value, np.ndarray) and value.dtype.kind in "OUSMm":
+            raise ValueError(f"{name} must be numbers, got {value!r}")
     return found
+
+
+def _as_array(value: Any) -> Any:
+    """An array on the host; keys of JAX cannot be there."""
+    is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return value if is_key else np.asarray(value)

@@ -173,10 +173,22 @@ def noise_rows(
         if rows["noise"].shape != (images, *latent_shape):
             raise ValueError(f"latents must be {(images, *latent_shape)} (channel-last), got {rows['noise'].shape}")
     if key is not None:
+        check_key(key)
         each = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(images, dtype=np.uint32))
         return rows | {"key": each}, None
     seeds, indices = image_seeds(seed, images, 2**32 if kind is None else 2**64)
     return rows | {"seed": seeds.astype(np.uint32), "index": indices}, [int(s) for s in seeds]
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not a single typed key.
+
+    Raises:
+      TypeError: it says how to make one.
+    """
+    if not isinstance(key, jax.Array) or not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        given = f"{key.dtype} {key.shape}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+        raise TypeError(f"key must be one typed key, as jax.random.key(0) makes it, got {given}")
 
 
 # Images

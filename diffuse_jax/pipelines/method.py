@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from diffuse_jax.models.base import Params as Params
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.schedulers.plan import Plan, State
+from diffuse_jax.sharding import on_automatic_axes
 
 Rows = dict[str, Any]
 """Name -> array ``[B, ...]`` or a tree of such arrays, with one row per image."""
@@ -125,8 +126,8 @@ class Part:
 class PlainStep(Part):
     """Advance by one evaluation: call the network, then take the sampler's step.
 
-    If the request has a row ``step_noise [B,N, ...]``, with ``N`` at least the number of evaluations, the noise is taken
-    from it.
+    If the request has a row ``step_noise [B,N, ...]``, with ``N`` at least the number of evaluations, the sampler's
+    noise is taken from it.
     """
 
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
@@ -167,6 +168,10 @@ class Method:
     latent_shape: tuple[int, ...]
     conditions: tuple[Any, ...] = ()
     advance: Any = PLAIN_STEP
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "latent_shape", tuple(map(int, self.latent_shape)))  # a list would be unhashable
+        object.__setattr__(self, "conditions", tuple(self.conditions))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -213,8 +218,16 @@ def all_parts(part: Part) -> Iterator[Part]:
 
 def _field_values(part: Any) -> Iterator[Any]:
     for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        yield from value if isinstance(value, tuple) else (value,)
+        yield from _flat(getattr(part, field.name))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What is in a tuple and in the tuples inside it; of anything else, itself."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 PREPARED = ("noise", "keys")
@@ -227,8 +240,10 @@ def check_rows(method: Method, rows: Rows) -> None:
     Raises:
       ValueError: a row is missing (the message names the part, the row and the available rows), or rows differ in their
         number of images.
-      TypeError: something in the method is not a part, or cannot be compared with other parts.
+      TypeError: it is not a method, or something in it is not a part or cannot be compared with other parts.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method (change one with dataclasses.replace), got {type(method).__name__}")
     for part in method.parts:
         if not (isinstance(part, Part) and dataclasses.is_dataclass(part)):
             raise TypeError(f"{part!r} is not a part; a part is a frozen dataclass that inherits from Part")
@@ -323,15 +338,20 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
       ValueError: the rows do not fit the method, or ``evaluations`` differs from the plan's number.
     """
     check_rows(method, rows)
-    rows, state = begin(method, params, rows, plan)
-    if evaluations is None:
-        loop = lambda i, state: advance(method, params, rows, plan, state, i)
-        state = jax.lax.fori_loop(0, plan.num_evaluations, loop, state)
-    else:
+    if evaluations is not None:
         check_evaluations(plan, evaluations)
-        one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
-        state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
-    return finish(method, params, rows, state)
+
+    def run(params: Params, rows: Rows, plan: Plan) -> dict[str, Any]:
+        rows, state = begin(method, params, rows, plan)
+        if evaluations is None:
+            loop = lambda i, state: advance(method, params, rows, plan, state, i)
+            state = jax.lax.fori_loop(0, plan.num_evaluations, loop, state)
+        else:
+            one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
+            state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
+        return finish(method, params, rows, state)
+
+    return on_automatic_axes(run, (params, rows, plan), batch=rows)  # parts need not say how they are sharded
 
 
 def check_evaluations(plan: Plan, evaluations: int) -> None:
@@ -348,6 +368,10 @@ def begin(method: Method, params: Params, rows: Rows, plan: Plan) -> tuple[Rows,
     """The beginning of a run: the prepared rows and the initial state."""
     rows = method.prepare(params, rows)
     state = method.start(plan, rows)
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{type(method.start).__name__} must return a State, as plan.init(noise) does, got {type(state).__name__}"
+        )
     if any(part.keeps for outer in method.parts for part in all_parts(outer)):
         kept = jax.eval_shape(lambda s: advance(method, params, rows, plan, s, jnp.int32(0)).kept, state)
         state = state._replace(kept=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept))
@@ -363,8 +387,21 @@ def advance(method: Method, params: Params, rows: Rows, plan: Plan, state: State
 
 
 def finish(method: Method, params: Params, rows: Rows, state: State) -> dict[str, Any]:
-    """The end of a run: the decoded results."""
-    return method.decode(params, rows, state.sample)
+    """The end of a run: the decoded results.
+
+    Raises:
+      TypeError: the decoder does not return a dict.
+      ValueError: a result does not have one row per image.
+    """
+    results, images = method.decode(params, rows, state.sample), len(rows["keys"])
+    name = type(method.decode).__name__
+    if not isinstance(results, dict):
+        raise TypeError(f"{name} must return a dict from name to result, got {type(results).__name__}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(results):
+        if jnp.shape(leaf)[:1] != (images,):
+            shape = f"{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}"
+            raise ValueError(f"{name} must return one row per image; for {images} images it returned {shape}")
+    return results
 
 
 Replace = Callable[[Method], Method]

@@ -131,7 +131,8 @@ class DiffusionPipeline:
         r.plan)`` runs it as a pure function.
 
         Args:
-          *args, **options: the arguments of :meth:`compose`.
+          *args: positional arguments of :meth:`compose`.
+          **options: keyword arguments of :meth:`compose`.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: additional rows for custom parts: name -> array with one entry per image.
           modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.
@@ -143,7 +144,10 @@ class DiffusionPipeline:
             raise TypeError(
                 f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
             )
-        request = modified(self.compose(*args, **options), self, modifiers)
+        composed = self.compose(*args, **options)
+        if not isinstance(composed, Request):
+            raise TypeError(f"{type(self).__name__}.compose must return a Request, got {type(composed).__name__}")
+        request = modified(composed, self, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
@@ -155,9 +159,10 @@ class DiffusionPipeline:
         """Names of the arguments of a call that :meth:`compose` does not take."""
         return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(self.compose).parameters}
 
-    def compile(self, *args: Any, batch_size: int | None = None, **options: Any) -> Self:
+    def compile(self, *args: Any, **options: Any) -> Self:
         """Compile the program that a call with these arguments would run, without running it. Of arrays, only the
         shapes matter. Returns self."""
+        batch_size = options.pop("batch_size", None) if "batch_size" in self._run_options() else None
         if not args and "prompt" in inspect.signature(self.compose).parameters and "prompt_embeds" not in options:
             options.setdefault("prompt", "")
         compile_request(self, self.request(*args, **options), batch_size)

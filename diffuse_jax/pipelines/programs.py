@@ -9,6 +9,7 @@ same factory, or two classes of the same name, are therefore two programs; see
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Programs:
         self._programs: dict[Key, Any] = {}
         self._to_save: list[tuple[Key, Any, Callable[[], Any]]] = []
         self._folders: list[Path] = []
+        self._lock = threading.RLock()
 
     def get(
         self,
@@ -64,7 +66,9 @@ class Programs:
             return _bound(key)
         name = key._replace(method=identity(method))
         if name not in self._programs:
-            self._programs[name] = self._saved(key, args) or self._compile(key, args)
+            with self._lock:  # threads that ask for one program wait for the first of them to compile it
+                if name not in self._programs:
+                    self._programs[name] = self._saved(key, args) or self._compile(key, args)
         return self._programs[name]
 
     def _saved(self, key: Key, args: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pickle
@@ -116,9 +117,19 @@ def _source_of(value: Any) -> str:
     name = f"{value.__module__}.{value.__qualname__}"
     if "<lambda>" in name or "<locals>" in name:
         raise UnstableReprError(f"{name} is a closure; define it at module level")
+    if _named(value.__module__, value.__qualname__) is not value:
+        raise UnstableReprError(f"{value!r} is not the object that {name} names, so the name does not identify it")
     if value.__module__.partition(".")[0] in ("diffuse_jax", "builtins", "jax", "flax", "numpy", "ml_dtypes"):
         return name
     return f"{name}#{_user_sources(value)}"
+
+
+def _named(module: str, name: str) -> Any:
+    """What is found in a module under a (dotted) name, or None; as pickle looks for it."""
+    try:
+        return functools.reduce(getattr, name.split("."), sys.modules[module])
+    except (AttributeError, KeyError):
+        return None
 
 
 def _user_sources(value: Any) -> str:

@@ -28,8 +28,8 @@ class StableDiffusionUpscalePipeline(StableDiffusionPipeline):
         guidance_scale: float | Sequence[float] = 9.0,
         **options: Unpack[TextOptions],
     ) -> Request:
-        """Generate the large images, in 75 steps by default. Arguments shared with :class:`StableDiffusionPipeline` have
-        the same meaning.
+        """Generate the large images, in 75 steps by default. Arguments shared with :class:`StableDiffusionPipeline`
+        have the same meaning.
 
         Args:
           prompt: what the image shows, or a list; or give ``prompt_embeds``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, XLControlTextOptions, apart
+from diffuse_jax.pipelines.options import ControlOptions, XLControlTextOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
 from diffuse_jax.pipelines.tasks import control_size, controlled
@@ -16,7 +16,7 @@ class StableDiffusionXLControlNetPipeline(StableDiffusionXLPipeline):
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionXLPipeline.required, "controlnet")
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         prompt_2: Prompt | None = None,
@@ -39,7 +39,7 @@ class StableDiffusionXLControlNetPipeline(StableDiffusionXLPipeline):
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         height, width = control_size(self, image, "image", height, width)
         request = super().compose(prompt, prompt_2, height=height, width=width, **others)
         return controlled(request, self, image, control, scale=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, XLControlTextOptions, apart
+from diffuse_jax.pipelines.options import ControlOptions, XLControlTextOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet import StableDiffusionXLControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
@@ -27,7 +27,8 @@ class StableDiffusionXLControlNetImg2ImgPipeline(StableDiffusionXLImg2ImgPipelin
         strength: float = 0.8,
         **options: Unpack[XLControlTextOptions],
     ) -> Request:
-        """Generate images of the size of ``image``. Arguments shared with :class:`StableDiffusionXLImg2ImgPipeline` have the same meaning.
+        """Generate images of the size of ``image``. Arguments shared with
+        :class:`StableDiffusionXLImg2ImgPipeline` have the same meaning.
 
         Args:
           prompt, prompt_2: for the two text encoders.
@@ -41,6 +42,6 @@ class StableDiffusionXLControlNetImg2ImgPipeline(StableDiffusionXLImg2ImgPipelin
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         request = super().compose(prompt, prompt_2, image, strength=strength, **others)
         return controlled(request, self, control_image, control, scale=0.8)

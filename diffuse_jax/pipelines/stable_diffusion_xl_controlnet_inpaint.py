@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, XLControlInpaintOptions, apart
+from diffuse_jax.pipelines.options import ControlOptions, XLControlInpaintOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet import StableDiffusionXLControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
@@ -29,7 +29,8 @@ class StableDiffusionXLControlNetInpaintPipeline(StableDiffusionXLInpaintPipelin
         guidance_scale: float | Sequence[float] = 5.0,
         **options: Unpack[XLControlInpaintOptions],
     ) -> Request:
-        """Repaint the white part of ``mask_image``. Arguments shared with :class:`StableDiffusionXLInpaintPipeline` have the same meaning.
+        """Repaint the white part of ``mask_image``. Arguments shared with
+        :class:`StableDiffusionXLInpaintPipeline` have the same meaning.
 
         Args:
           prompt, prompt_2: for the two text encoders.
@@ -38,13 +39,13 @@ class StableDiffusionXLControlNetInpaintPipeline(StableDiffusionXLInpaintPipelin
             ControlNet, or one such list per prompt.
           guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is
-            1 by default),
-            :class:`~diffuse_jax.pipelines.options.InpaintOptions` and :class:`~diffuse_jax.pipelines.options.XLOptions`.
+            1 by default), :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
+            :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        control, others = apart(options, ControlOptions)
+        control, others = split_options(options, ControlOptions)
         arguments = {"guidance_scale": guidance_scale, **others}
         request = super().compose(prompt, prompt_2, image, mask_image, **arguments)
         return controlled(request, self, control_image, control, scale=1.0)

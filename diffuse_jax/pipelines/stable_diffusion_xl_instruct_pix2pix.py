@@ -22,7 +22,7 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLPipeline):
         "is_cosxl_edit": "honoured",
     }
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         prompt_2: Prompt | None = None,
@@ -34,8 +34,8 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLPipeline):
         image_guidance_scale: float | Sequence[float] = 1.5,
         **options: Unpack[XLOptions],
     ) -> Request:
-        """Generate edited images, in 100 steps by default. Arguments shared with :class:`StableDiffusionXLPipeline` have
-        the same meaning.
+        """Generate edited images, in 100 steps by default. Arguments shared with :class:`StableDiffusionXLPipeline`
+        have the same meaning.
 
         Args:
           prompt, prompt_2: the instruction, for the two text encoders.

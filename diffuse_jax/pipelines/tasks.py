@@ -110,13 +110,12 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
     scales, starts, ends = (one_per_net(options.get(k, v), len(nets), k) for k, v in defaults.items())
     evaluations = int(request.plan.num_evaluations)
     windows = [window(s, e, evaluations) for s, e in zip(starts, ends, strict=True)]
+    guess = bool(options.get("guess_mode")) or models[0].config.global_pool_conditions
     rows = {
         "control_images": control,
         "control_scale": np.tile(np.array(scales, np.float32), (request.images, 1)),
         "control_window": np.tile(np.array(windows, np.int32), (request.images, 1, 1)),
-        "guess_mode": np.full(
-            request.images, bool(options.get("guess_mode")) or models[0].config.global_pool_conditions
-        ),
+        "guess_mode": np.full(request.images, guess),
     }
     return changed(request, rows, denoiser=below_guidance(request.method.denoiser, lambda d: Controlled(d, nets)))
 

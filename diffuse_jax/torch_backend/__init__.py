@@ -1,6 +1,6 @@
-"""The pipelines of this library on PyTorch, and comparisons of both sides: the only part that imports torch.
+"""This library's pipelines on PyTorch, and comparisons of both sides; the only part that imports torch.
 
-A public name is imported when it is first used, so that the command line can offer ``parity`` where torch is missing.
+Public names are imported on first use, so the command line can offer ``parity`` even if torch is not installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
     """Import ``name`` from its module on first use and remember it.
 
     Raises:
-      ImportError: PyTorch or diffusers is not installed; it names the extra that has both.
+      ImportError: PyTorch or diffusers is not installed; the message names the extra to install.
     """
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -36,7 +36,11 @@ def __getattr__(name: str) -> Any:
 
 
 def load(module: str) -> Any:
-    """A module of this package, or an ImportError that says what to install."""
+    """Import a module of this package.
+
+    Raises:
+      ImportError: PyTorch or diffusers is not installed; the message names the extra to install.
+    """
     try:
         return importlib.import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A PyTorch module in the place of a network: our compiled methods call it, and never know."""
+"""A PyTorch module with the interface of our networks, which our compiled methods can call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffuse_jax.torch_backend.twins import CALLS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Recorded:
-    """One application of a network: its method and what it was given, as NumPy arrays."""
+class RecordedCall:
+    """One call of a network: its method and its arguments as NumPy arrays."""
 
     method: str
     args: tuple[Any, ...]
@@ -26,60 +26,60 @@ class Recorded:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchNetwork:
-    """PyTorch's module behind the interface of one of our networks; every instance is a network of its own.
+    """A PyTorch module with the interface of one of our networks. Instances are compared by identity.
 
     Attributes:
-      model: our network, for its configuration and the shapes of its outputs; its parameters are not used.
-      module: PyTorch's.
-      calls: where every application is recorded, if anybody asks for it.
+      model: our network, used for its configuration and output shapes; its parameters are not used.
+      module: the PyTorch module.
+      calls: the list to record calls in; None records nothing.
     """
 
     model: Model
     module: Any
-    calls: list[Recorded] | None = None
+    calls: list[RecordedCall] | None = None
 
     @property
     def config(self) -> Any:
-        """Our configuration."""
+        """The configuration of our network."""
         return self.model.config
 
     @property
     def dtype(self) -> Any:
-        """What it computes in."""
+        """The dtype that it computes in."""
         return self.model.dtype
 
     def shapes(self) -> dict[str, Any]:
-        """It has no parameters that JAX could read."""
+        """Empty, because its parameters are not JAX arrays."""
         return {}
 
     def recording(self) -> TorchNetwork:
-        """The same module, with a record of its applications."""
+        """The same module, recording its calls."""
         return dataclasses.replace(self, calls=[])
 
     def apply(self, variables: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """As ``model.apply``, computed by PyTorch when the program runs.
+        """Like ``model.apply``, but computed by PyTorch when the program runs.
 
         Raises:
-          ValueError: it is not known how PyTorch's module is called.
+          ValueError: :mod:`~diffuse_jax.torch_backend.twins` has no entry for the class and method.
         """
         if (type(self.model).__name__, method) not in CALLS:
             raise ValueError(
-                f"{type(self.model).__name__}.{method} has no twin on PyTorch yet (torch_backend/twins.py)"
+                f"{type(self.model).__name__}.{method} has no PyTorch counterpart yet (torch_backend/twins.py)"
             )
         apply = lambda params, a, k: self.model.apply({"params": params}, *a, method=method, **k)
         shapes = jax.eval_shape(apply, self.model.shapes(), args, kwargs)
         return jax.pure_callback(functools.partial(self._run, method, shapes), shapes, args, kwargs)
 
     def _run(self, method: str, shapes: Any, args: Any, kwargs: Any) -> Any:
-        """What the callback does, on the host."""
+        """The host callback."""
         args, kwargs = jax.tree.map(np.asarray, (args, kwargs))
         if self.calls is not None:
-            self.calls.append(Recorded(method, args, kwargs))
+            self.calls.append(RecordedCall(method, args, kwargs))
         outputs = self.run(method, args, kwargs)
         return jax.tree.map(lambda x, shape: to_numpy(x).astype(shape.dtype), outputs, shapes)
 
     def run(self, method: str, args: Any, kwargs: Any) -> Any:
-        """The module's outputs as tensors, for arguments that are NumPy arrays."""
+        """Call the module with NumPy arguments; returns its outputs as tensors."""
         device = next(self.module.parameters()).device
         tensors = jax.tree.map(lambda x: to_torch(x, device), (args, kwargs))
         with exact():

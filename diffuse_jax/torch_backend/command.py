@@ -1,4 +1,4 @@
-"""The command ``diffuse-jax parity``: flags, what is printed, what is written. Importing it imports nothing heavy."""
+"""The command ``diffuse-jax parity``: its flags, output and report. Importing it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,72 +18,79 @@ PROMPTS = ("a red apple, noto style", "grinning face, twemoji style")
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
 TO_CALL = ("guidance_scale", "height", "width", "strength")
 IMAGES = {
-    "image": "for pipelines that take an image (default: one is made up)",
-    "mask_image": "likewise for a mask",
-    "control_image": "likewise for a ControlNet, in the order of the ControlNets",
+    "image": "image, for pipelines that take one (default: a synthetic image)",
+    "mask_image": "mask, for inpainting (default: a synthetic mask)",
+    "control_image": "control image, in the order of the ControlNets (default: synthetic images)",
 }
-"""Arguments that are files -> what they are for."""
+"""Arguments that are image files -> their help."""
 
 DESCRIPTION = """\
 Opens the checkpoint here and in PyTorch and compares configurations, parameters, every network on the prompts, the
 latents after every step and the pixels. JAX uses its default device, PyTorch the one of --device.
 
-exit status: 0 everything is within the tolerance; 1 it is not, or a side cannot be opened; 2 wrong usage"""
+exit status: 0 if everything is within the tolerances, 1 if not or if a side cannot be opened, 2 for wrong usage"""
 
 
-class NotTheSame(RuntimeError):
-    """The two sides differ by more than the tolerance."""
+class ParityError(RuntimeError):
+    """The two sides differ by more than the tolerances."""
 
 
 def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
-    """The arguments of the command.
+    """Add the arguments of the command.
 
     Args:
-      parser: of the command.
-      dtypes: what networks can compute in.
+      parser: the parser of the command.
+      dtypes: the dtypes that networks can compute in.
     """
     parser.description = DESCRIPTION
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder in diffusers layout or Hub id, e.g. diffuse-jax/emoji")
-    add("--reference", metavar="SOURCE", help="what PyTorch reads instead, e.g. what MODEL was converted from")
+    add(
+        "--reference",
+        metavar="SOURCE",
+        help="checkpoint that PyTorch reads instead, e.g. the one that MODEL was converted from",
+    )
     for flag, whose in (("--", "MODEL"), ("--reference-", "the reference")):
         add(f"{flag}variant", metavar="NAME", help=f"variant of {whose}'s weight files, e.g. fp16")
         add(f"{flag}revision", metavar="NAME", help=f"branch, tag or commit of {whose} on the Hub")
-    add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda where there is one)")
-    add("--dtype", choices=dtypes, default="float32", help="what networks compute in (default: %(default)s)")
-    add("--scheduler", metavar="NAME", help="sampler in place of the model's own, e.g. EulerDiscrete or ddim")
-    add("--pipeline", metavar="CLASS", help="what to run with the model, e.g. StableDiffusionInpaintPipeline")
+    add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda if available)")
+    add("--dtype", choices=dtypes, default="float32", help="dtype that networks compute in (default: %(default)s)")
+    add("--scheduler", metavar="NAME", help="scheduler to use instead of the model's, e.g. EulerDiscrete or ddim")
+    add("--pipeline", metavar="CLASS", help="pipeline class to run, e.g. StableDiffusionInpaintPipeline")
     for name, what in IMAGES.items():
-        add(f"--{name.replace('_', '-')}", type=Path, action="append", metavar="FILE", help=f"{what}; several: repeat")
-    add("--strength", type=number(SHARE), metavar="X", help="for pipelines that start from an image")
-    add("--prompt", action="append", metavar="TEXT", help="repeat for several (default: two of the shipped model)")
-    add("--num-inference-steps", type=number(COUNT), default=10, metavar="N", help="(default: %(default)s)")
-    add("--guidance-scale", type=number(FINITE), metavar="X", help="weight of the prompt; 1 or less turns guidance off")
-    add("--seed", type=number(SEED), default=0, metavar="N", help="(default: %(default)s)")
-    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the pictures")
-    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the pictures")
-    add("--component", nargs="+", metavar="NAME", default=[], help="compare these networks only, e.g. unet vae")
-    add("--bisect", action="store_true", help="name the first layer where a network parts from PyTorch's")
+        about = f"{what}; repeat for several"
+        add(f"--{name.replace('_', '-')}", type=Path, action="append", metavar="FILE", help=about)
+    add("--strength", type=number(SHARE), metavar="X", help="strength, for pipelines that start from an image")
+    about = "prompt; repeat for several (default: two for the shipped model)"
+    add("--prompt", action="append", metavar="TEXT", help=about)
+    about = "denoising steps (default: %(default)s)"
+    add("--num-inference-steps", type=number(COUNT), default=10, metavar="N", help=about)
+    add("--guidance-scale", type=number(FINITE), metavar="X", help="strength of the guidance; 1 or less turns it off")
+    add("--seed", type=number(SEED), default=0, metavar="N", help="seed (default: %(default)s)")
+    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
+    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
+    add("--component", nargs="+", metavar="NAME", default=[], help="compare only these networks, e.g. unet vae")
+    add("--bisect", action="store_true", help="find the first layer where a network diverges from PyTorch's")
     add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
     training_command.add_flags(parser)
 
 
 def run(args: argparse.Namespace, scheduler: Any = None) -> None:
-    """Compare, print and write.
+    """Compare, print the results and write the report.
 
     Args:
-      args: of :func:`add_flags`.
+      args: the parsed flags of :func:`add_flags`.
       scheduler: the class that ``--scheduler`` names.
 
     Raises:
-      NotTheSame: something is outside the tolerance; all of it has been printed and written.
-      ImportError: PyTorch or diffusers is missing; the text names the extra.
+      ParityError: something differs or is outside the tolerances; everything has been printed and written.
+      ImportError: PyTorch or diffusers is not installed; the message names the extra.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks may share one GPU
     training_command.check_flags(args)
     if args.training:
         if different := training_command.run(args):
-            raise NotTheSame(different)
+            raise ParityError(different)
         return
     parity = load("parity")
     request = request_of(parity, args)
@@ -94,7 +101,7 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
     if args.report is not None:
         write(args.report, args, request, sides, result)
     if not result.ok:
-        raise NotTheSame(verdict(result, args.dtype))
+        raise ParityError(verdict(result, args.dtype))
     print(f"the same: {len(result.rows)} comparisons within the tolerances of {args.dtype}, parameters bit for bit")
 
 
@@ -117,20 +124,20 @@ def opened(path: Path) -> Any:
 
 
 def show(result: Result) -> None:
-    """The table, what differs, and where networks part, on stdout."""
-    from diffuse_jax.torch_backend.differences import listed
+    """Print the table, the differences, and where networks diverge."""
+    from diffuse_jax.torch_backend.differences import summary_lines
     from diffuse_jax.torch_backend.report import table
 
     if result.rows:
         print(table(result.rows))
-    for line in listed(result.differences):
+    for line in summary_lines(result.differences):
         print(line)
     for first in result.first:
         print(f"first diverges in {first['call']}: {first['message']}")
 
 
 def verdict(result: Result, dtype: str) -> str:
-    """Why it is not the same, in one line."""
+    """A line that says why the sides are not the same."""
     outside = [row for row in result.rows if not row.ok]
     parts = []
     if outside:
@@ -147,8 +154,8 @@ def verdict(result: Result, dtype: str) -> str:
 
 
 def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides, result: Result) -> None:
-    """``parity.json`` and, where pictures were made, ``parity.png``."""
-    from diffuse_jax.torch_backend.picture import amplification, save_picture
+    """Write ``parity.json`` and, if there are images, ``parity.png``."""
+    from diffuse_jax.torch_backend.comparison_image import amplification, save_image
     from diffuse_jax.torch_backend.report import write_report
 
     files = {name: [*map(str, getattr(args, name))] for name in IMAGES if name in request.options}
@@ -167,12 +174,12 @@ def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides
     }
     if result.images is not None:
         context["amplification"] = amplification(*result.images)
-        print(save_picture(folder / "parity.png", *result.images))
+        print(save_image(folder / "parity.png", *result.images))
     print(write_report(folder / "parity.json", result.rows, **context))
 
 
 def devices(sides: Sides) -> dict[str, str]:
-    """What each side ran on."""
+    """The devices that each side ran on."""
     import jax
     import torch
 

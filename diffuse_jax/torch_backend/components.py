@@ -1,4 +1,4 @@
-"""Each network on its own, on both sides, with the inputs that a run of the pipeline gives it."""
+"""Comparing each network separately on both sides, with the inputs that it gets in a run of the pipeline."""
 
 from __future__ import annotations
 
@@ -10,59 +10,60 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines.parts.decode import autoencoder
-from diffuse_jax.torch_backend.adapter import Recorded, TorchNetwork
+from diffuse_jax.torch_backend.adapter import RecordedCall, TorchNetwork
 from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.torch_backend.trace import Trace
 
 Outputs = dict[str, np.ndarray]
-"""What a network gave, by name; the name is empty where there is only one."""
+"""A network's outputs by name; the name is empty if there is only one output."""
 
 
 class Call(NamedTuple):
-    """One application of a network.
+    """One call of a network.
 
     Attributes:
-      component: its name in the pipeline.
-      label: what is special about this call, for example ``timestep 981``.
-      made: method and arguments, the same for both sides.
+      component: the network's name in the pipeline.
+      label: what distinguishes this call, for example ``timestep 981``.
+      recorded: method and arguments, the same for both sides.
     """
 
     component: str
     label: str
-    made: Recorded
+    recorded: RecordedCall
 
     def row(self, output: str) -> str:
-        """The name of the row for one of the outputs."""
-        method = "" if self.made.method == "__call__" else self.made.method
+        """The name of the table row for one of the outputs."""
+        method = "" if self.recorded.method == "__call__" else self.recorded.method
         return " ".join(word for word in (self.component, method, self.label, output) if word)
 
 
 def calls_of(trace: Trace) -> Iterator[Call]:
-    """What a run asked of each network: of each method the first, a middle and the last application."""
-    for component, made in trace.calls.items():
-        for method in dict.fromkeys(call.method for call in made):
-            own = [call for call in made if call.method == method]
-            for i in sorted({0, len(own) // 2, len(own) - 1}):
-                yield Call(component, label(own[i]), own[i])
+    """The first, a middle and the last call of each network and method in a run."""
+    for component, recorded in trace.calls.items():
+        for method in dict.fromkeys(call.method for call in recorded):
+            calls = [call for call in recorded if call.method == method]
+            for i in sorted({0, len(calls) // 2, len(calls) - 1}):
+                yield Call(component, label(calls[i]), calls[i])
     yield from unused_encoders(trace)
 
 
 def unused_encoders(trace: Trace) -> Iterator[Call]:
-    """The images of the run for an autoencoder that only decoded: its other half is a part of the checkpoint too."""
-    for component, made in trace.calls.items():
-        methods = {call.method for call in made}
+    """A call that encodes the run's images, for an autoencoder that only decoded, so that its encoder is compared
+    too."""
+    for component, recorded in trace.calls.items():
+        methods = {call.method for call in recorded}
         if "decode" in methods and "encode" not in methods:
-            yield Call(component, "", Recorded("encode", (2 * trace.images - 1,), {}))
+            yield Call(component, "", RecordedCall("encode", (2 * trace.images - 1,), {}))
 
 
-def label(call: Recorded) -> str:
-    """What tells an application from others of the same method: the timestep, if it has one."""
+def label(call: RecordedCall) -> str:
+    """What distinguishes a call from others of the same method: the timestep, if it has one."""
     second = call.args[1] if len(call.args) > 1 else None
     return f"timestep {float(second):g}" if second is not None and np.ndim(second) == 0 else ""
 
 
 def named(outputs: Any) -> dict[str, Any]:
-    """Outputs by name: the fields of a named tuple, those that are sequences as ``field i``."""
+    """Outputs by name: the fields of a named tuple, with the items of sequences as ``field i``."""
     if not hasattr(outputs, "_asdict"):
         return {"": outputs}
     found: dict[str, Any] = {}
@@ -77,19 +78,19 @@ def named(outputs: Any) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnames=("method", "model"))
 def apply(params: Any, args: Any, kwargs: Any, *, method: str, model: Any) -> Any:
-    """Our network's outputs, compiled once for each network and shape."""
+    """Our network's outputs, compiled once per network and shape."""
     return model.apply({"params": params}, *args, method=method, **kwargs)
 
 
 def run_ours(call: Call, model: Any, params: Any) -> Outputs:
     """Our outputs as float32, with matrix products in full precision."""
-    made = call.made
+    recorded = call.recorded
     with jax.default_matmul_precision("highest"):
-        outputs = apply(params, made.args, made.kwargs, method=made.method, model=autoencoder(model))
+        outputs = apply(params, recorded.args, recorded.kwargs, method=recorded.method, model=autoencoder(model))
     return {name: np.asarray(value, np.float32) for name, value in named(outputs).items()}
 
 
 def run_theirs(call: Call, network: TorchNetwork) -> Outputs:
     """PyTorch's outputs as float32."""
-    outputs = network.run(call.made.method, call.made.args, call.made.kwargs)
+    outputs = network.run(call.recorded.method, call.recorded.args, call.recorded.kwargs)
     return {name: to_numpy(value) for name, value in named(outputs).items()}

@@ -1,4 +1,4 @@
-"""What can be compared without running anything: configurations, parameters, token ids."""
+"""Comparisons that need no run: configurations, parameters and token ids."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from diffuse_jax.torch_backend.layers import our_name
 from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.weights import names
 
-NOT_OF_THE_NETWORK = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
-"""Keys of configurations that say how a file was written."""
+FILE_KEYS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
+"""Config keys that describe the file, not the network."""
 
 
 class Difference(NamedTuple):
-    """Something that is not the same.
+    """A difference between the two sides.
 
     Attributes:
-      component: name in the pipeline.
+      component: the component's name in the pipeline.
       what: "config", "parameter", "shape" or "tokens".
-      name: the key of the configuration, or PyTorch's name of the parameter.
-      detail: both values, or how far they are apart.
+      name: the config key, or PyTorch's name of the parameter.
+      detail: both values, or how much they differ.
     """
 
     component: str
@@ -37,28 +37,28 @@ class Difference(NamedTuple):
 
 Differences = Iterator[Difference]
 
-MOST = 10
-"""Of differences of a component and kind that are shown; a cast checkpoint has a thousand."""
+MAX_SHOWN = 10
+"""Maximum number of differences that are shown per component and kind; a cast checkpoint has a thousand."""
 
 
-def listed(found: Sequence[Difference]) -> list[str]:
-    """Differences as lines for the screen: the first of each component and kind, and how many more."""
+def summary_lines(found: Sequence[Difference]) -> list[str]:
+    """Differences as lines for the screen: the first ones of each component and kind, and the number of others."""
     lines = []
     for component, what in dict.fromkeys((difference.component, difference.what) for difference in found):
         group = [difference for difference in found if (difference.component, difference.what) == (component, what)]
-        lines += [f"differs: {difference}" for difference in group[:MOST]]
-        if len(group) > MOST:
-            lines.append(f"differs: {component} {what}, {len(group) - MOST} more, which --report writes down")
+        lines += [f"differs: {difference}" for difference in group[:MAX_SHOWN]]
+        if len(group) > MAX_SHOWN:
+            lines.append(f"differs: {component} {what}, {len(group) - MAX_SHOWN} more, listed in the --report")
     return lines
 
 
 def of_networks(components: Mapping[str, Any], params: Mapping[str, Any], modules: Mapping[str, Any]) -> Differences:
-    """Networks that one side lacks; configurations and parameters that differ of those that both have.
+    """Networks that only one side has, and differing configurations and parameters of the others.
 
     Args:
-      components: ours, by name.
-      params: the parameters of those that are networks, by name.
-      modules: PyTorch's networks, by name.
+      components: our components by name.
+      params: the parameters of our networks by name.
+      modules: PyTorch's networks by name.
     """
     for name in sorted(params.keys() ^ modules.keys()):
         yield Difference(name, "shape", "of the network", "only here" if name in params else "only in PyTorch")
@@ -70,14 +70,14 @@ def of_networks(components: Mapping[str, Any], params: Mapping[str, Any], module
 
 
 def of_configs(component: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Differences:
-    """Values of two JSON objects that differ, of the keys that both have."""
-    for key in sorted(ours.keys() & theirs.keys() - NOT_OF_THE_NETWORK):
+    """Differing values of the keys that two JSON objects share."""
+    for key in sorted(ours.keys() & theirs.keys() - FILE_KEYS):
         if not key.startswith("_") and not same_value(ours[key], theirs[key]):
             yield Difference(component, "config", key, f"{ours[key]!r} here, {theirs[key]!r} in PyTorch")
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two values mean the same: one value for all levels of a network equals a list of it."""
+    """Whether two config values are equivalent: a single value for all levels of a network equals a list of it."""
     a, b = (list(x) if isinstance(x, tuple | list) else x for x in (a, b))
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_value, a, b))
@@ -87,7 +87,7 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def of_parameters(component: str, params: Any, module: Any) -> Differences:
-    """Parameters that differ in name, shape or in any value; both sides were read in the same dtype."""
+    """Parameters that differ in name, shape or any value; both sides were read in the same dtype."""
     ours = names.torch_keys(flat := names.flatten(params))
     theirs = {key if key in ours else our_name(key): value for key, value in module.state_dict().items()}
     theirs = {key: value for key, value in theirs.items() if not names.IGNORED.search(key)}
@@ -99,11 +99,11 @@ def of_parameters(component: str, params: Any, module: Any) -> Differences:
         if a.shape != b.shape:
             yield Difference(component, "shape", key, f"{list(a.shape)} here, {list(b.shape)} in PyTorch")
         elif not np.array_equal(a, b, equal_nan=True):
-            yield Difference(component, "parameter", key, described(a, b))
+            yield Difference(component, "parameter", key, describe_difference(a, b))
 
 
-def described(a: np.ndarray, b: np.ndarray) -> str:
-    """How two arrays of one shape differ."""
+def describe_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """A description of how two arrays of the same shape differ."""
     count = f"{int((a != b).sum())} of {a.size} values differ, by up to {np.abs(a - b).max():.3g}"
     if a.ndim == 2 and a.shape[0] == a.shape[1] and np.array_equal(a.T, b):
         return f"transposed ({count})"
@@ -113,7 +113,7 @@ def described(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def of_tokens(component: str, ours: np.ndarray, theirs: np.ndarray) -> Differences:
-    """Token ids that the two sides' tokenizers give for the same prompts."""
+    """Differences between the token ids of the two sides for the same prompts."""
     if ours.shape != theirs.shape:
         yield Difference(component, "tokens", "", f"length {ours.shape[1]} here, {theirs.shape[1]} in PyTorch")
     elif not np.array_equal(ours, theirs):

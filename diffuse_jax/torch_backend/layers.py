@@ -1,6 +1,6 @@
-"""Where two networks part: every layer's input and output on both sides, in the order of execution.
+"""Finding where two networks diverge: each layer's input and output on both sides, in order of execution.
 
-Layers are paired by name, because our tree of parameters uses PyTorch's names.
+Layers are matched by name, because our parameter trees use PyTorch's names.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.weights import names
 
-NOT_ALIKE = re.compile(
-    r"text_model(\.encoder)?"  # ours also gives the states of all layers
-    r"|(en|de)coder\.mid_block\.attentions\.0"  # theirs adds the residual inside
+NOT_COMPARABLE = re.compile(
+    r"text_model(\.encoder)?"  # ours also returns the hidden states of all layers
+    r"|(en|de)coder\.mid_block\.attentions\.0"  # theirs includes the residual
 )
-"""Layers of one name that return different things."""
+"""Layers with the same name but different outputs, which are not compared."""
 
 
 class LayerErrors(NamedTuple):
-    """One layer: how far its inputs and its outputs are apart; no input where only one side has it as a tensor."""
+    """Comparison of a layer's inputs and outputs; the input is None if the sides do not take the same tensor."""
 
     name: str
     input: Comparison | None
@@ -38,16 +38,19 @@ class LayerErrors(NamedTuple):
 
 
 def compare_layers(call: Call, model: Any, params: Any, network: TorchNetwork, tolerance: float) -> list[LayerErrors]:
-    """Every layer that both sides have, in PyTorch's order of execution; a layer comes after the layers inside it."""
+    """Compare all layers that both sides have, in PyTorch's order of execution; a layer follows the layers inside
+    it."""
     with jax.default_matmul_precision("highest"):
-        ours = jax.device_get(record(params, call.made.args, call.made.kwargs, method=call.made.method, model=model))
+        ours = jax.device_get(
+            record(params, call.recorded.args, call.recorded.kwargs, method=call.recorded.method, model=model)
+        )
     found: dict[str, LayerErrors] = {}
 
     def hook(name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         if name in ours and name not in found:
             given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
             before, after = ours[name]
-            # Inputs that are not the same tensor by meaning (ids, a mask) have other shapes and are left out.
+            # Inputs that do not correspond (ids, a mask) have different shapes and are left out.
             source = (
                 None if given is None or given.numel() != before.size else errors(name, layer, before, given, tolerance)
             )
@@ -58,7 +61,7 @@ def compare_layers(call: Call, model: Any, params: Any, network: TorchNetwork, t
         for name, layer in network.module.named_modules()
     ]
     try:
-        network.run(call.made.method, call.made.args, call.made.kwargs)
+        network.run(call.recorded.method, call.recorded.args, call.recorded.kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -67,31 +70,31 @@ def compare_layers(call: Call, model: Any, params: Any, network: TorchNetwork, t
 
 @functools.partial(jax.jit, static_argnames=("method", "model"))
 def record(params: Any, args: Any, kwargs: Any, *, method: str, model: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """PyTorch's name of each of our layers -> its input and its output."""
+    """PyTorch's name of each of our layers -> its input and output."""
     with recorded_layers() as layers:
         model.apply({"params": params}, *args, method=method, **kwargs)
     found: dict[str, tuple[jax.Array, jax.Array]] = {}
     for layer in layers:
         name = names.torch_key((*layer.path, "")).removesuffix(".")
-        if name and not NOT_ALIKE.fullmatch(name):
+        if name and not NOT_COMPARABLE.fullmatch(name):
             found.setdefault(name, (layer.input, layer.output))
     return found
 
 
 def our_name(name: str) -> str:
-    """A module's name as checkpoints have it; transformers 5 has an encoder's parts one level up in memory."""
+    """A module's name in checkpoints; in transformers 5, an encoder's modules are one level higher in memory."""
     return names.rename(f"{name}.", names.ALIASES).removesuffix(".")
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """What a module returned, of several tensors the first."""
+    """The first tensor of a module's output."""
     while not isinstance(output, torch.Tensor):
         output = output[0]
     return output
 
 
 def errors(name: str, layer: Any, ours: np.ndarray, theirs: torch.Tensor, tolerance: float) -> Comparison:
-    """Both as ``[..., C]``: PyTorch has channels second in feature maps and around group norms."""
+    """Compare two tensors as ``[..., C]``; in PyTorch, channels are second in feature maps and around group norms."""
     if theirs.ndim == 4 or isinstance(layer, torch.nn.GroupNorm):
         theirs = theirs.movedim(1, -1)
     if theirs.numel() != ours.size:
@@ -100,9 +103,10 @@ def errors(name: str, layer: Any, ours: np.ndarray, theirs: torch.Tensor, tolera
 
 
 def first_difference(layers: Sequence[LayerErrors]) -> dict[str, Any] | None:
-    """The first layer whose outputs part, what is known about its surroundings, and a sentence; None if none part.
+    """The first layer whose output differs, with its context and a message; None if all agree.
 
-    Returns ``{"layer", "relative_error", "tolerance", "input_agrees", "inside", "last_that_agrees", "message"}``.
+    Returns:
+      ``{"layer", "relative_error", "tolerance", "input_agrees", "inside", "last_that_agrees", "message"}``.
     """
     at = next((i for i, layer in enumerate(layers) if not layer.output.ok), None)
     if at is None:
@@ -114,12 +118,10 @@ def first_difference(layers: Sequence[LayerErrors]) -> dict[str, Any] | None:
     agrees = first.input is None or first.input.ok
     message = f"{first.name}: relative error {first.output.relative_error:.2e}, tolerance {first.output.tolerance:g}"
     if agrees:
-        message += "; what goes into it agrees, so look at its parameters and settings"
+        message += "; its input agrees, so look at its parameters and settings"
     else:
         assert first.input is not None
-        message += (
-            f"; what goes into it differs already ({first.input.relative_error:.2e}), so look at what is computed"
-        )
+        message += f"; its input already differs ({first.input.relative_error:.2e}), so look at what is computed"
         message += f" between {agreed or 'the inputs'} and it" + (f", inside {inside}" if inside else "")
     return {
         "layer": first.name,

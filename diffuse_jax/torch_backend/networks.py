@@ -1,4 +1,4 @@
-"""PyTorch's networks from a checkpoint, read by diffusers and transformers, and the border between both frameworks."""
+"""PyTorch's networks, opened with diffusers and transformers, and conversions between the two frameworks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def torch_class(kind: type[Model]) -> Any:
-    """PyTorch's network of the same name as ours.
+    """The PyTorch class with the same name as our network class.
 
     Raises:
       WeightsError: neither diffusers nor transformers has one.
     """
     found = getattr({"diffusers": diffusers, "transformers": transformers}.get(kind.library()), kind.__name__, None)
     if found is None:
-        raise WeightsError(f"{kind.__name__} of {kind.library()} has no twin on PyTorch")
+        raise WeightsError(f"{kind.__name__} of {kind.library()} has no PyTorch counterpart")
     return found
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``: "cpu" or "cuda"; CUDA where there is one, if None.
+    """The device ``name``, "cpu" or "cuda"; if None, CUDA if available.
 
     Raises:
       ValueError: PyTorch has no such device here.
@@ -46,10 +46,10 @@ def choose_device(name: str | None) -> torch.device:
 def open_network(
     kind: type[Model], folder: Path, dtype: str, device: torch.device, variant: str | None = None
 ) -> torch.nn.Module:
-    """A network in evaluation mode, read by PyTorch's own loader.
+    """A network in evaluation mode, opened with PyTorch's own loader.
 
     Raises:
-      WeightsError: there are no weights that PyTorch reads, or their names and shapes do not fit the configuration.
+      WeightsError: PyTorch finds no weights, or their names and shapes do not fit the configuration.
     """
     cls = torch_class(kind)
     options = {"torch_dtype" if cls.__module__.startswith("diffusers") else "dtype": DTYPES[dtype], "variant": variant}
@@ -70,12 +70,12 @@ def open_network(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and notes on loading; what matters of them becomes an error."""
+    """Suppress the libraries' progress bars and loading messages; the relevant ones are raised as errors."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     levels = [library.get_verbosity() for library in libraries]
     bars = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in libraries:
-        library.set_verbosity(logging.CRITICAL)  # diffusers calls it an error that a .bin has no safetensors beside it
+        library.set_verbosity(logging.CRITICAL)  # diffusers logs an error if a .bin has no safetensors beside it
         library.disable_progress_bar()
     try:
         yield
@@ -88,7 +88,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Without gradients, and float32 is float32: no TF32, and sums of half precision are kept in float32."""
+    """Disable gradients, TF32 and reductions in half precision, so that float32 is float32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     flags = (
         (matmul, "allow_tf32"),
@@ -108,7 +108,7 @@ def exact() -> Iterator[None]:
 
 
 def to_torch(array: Any, device: torch.device) -> torch.Tensor:
-    """An array of any framework as a tensor of its own memory; bfloat16 becomes float32, which holds it exactly."""
+    """A copy of an array as a tensor; bfloat16 becomes float32, which represents it exactly."""
     host = np.asarray(array)
     host = host if host.dtype.kind in "iub" else host.astype(np.float32)
     return torch.tensor(host, device=device)

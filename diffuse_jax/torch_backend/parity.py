@@ -1,4 +1,4 @@
-"""Is it the same? One checkpoint on both sides: parameters, networks, latents after every step, pixels."""
+"""Parity of a checkpoint on both sides: parameters, networks, the latents after each step, and pixels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffuse_jax.pipelines.parts.decode import autoencoder
 from diffuse_jax.pipelines.parts.guidance import is_branches
 from diffuse_jax.torch_backend import differences, pipeline
 from diffuse_jax.torch_backend.components import Call, calls_of, run_ours, run_theirs
+from diffuse_jax.torch_backend.default_images import default_images
 from diffuse_jax.torch_backend.differences import Difference
 from diffuse_jax.torch_backend.layers import compare_layers, first_difference
-from diffuse_jax.torch_backend.made_up import made_up
 from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.torch_backend.tolerances import TOLERANCES, Tolerance
 from diffuse_jax.torch_backend.trace import Trace, networks, parameters, run_traced
@@ -32,13 +32,13 @@ class Sides(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is run.
+    """What to run and compare.
 
     Attributes:
-      prompts: what to draw.
+      prompts: the prompts.
       options: further arguments of the pipeline's call: steps, guidance, seed, size.
-      components: networks to look at; with some named, the latents and pixels are not compared. All if empty.
-      bisect: look for the first layer where networks part.
+      components: the networks to compare; if any are named, latents and pixels are not compared. All if empty.
+      bisect: find the first layer where a network diverges.
     """
 
     prompts: Sequence[str]
@@ -47,22 +47,22 @@ class Request:
     bisect: bool = False
 
     def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """The keyword arguments of the pipeline's call; images that it needs and nobody gave are made up."""
+        """The keyword arguments of the pipeline's call, with default images for those that are missing."""
         takes = inspect.signature(pipe.compose).parameters
         prompts = {"prompt": list(self.prompts)} if "prompt" in takes else {"batch_size": len(self.prompts)}
-        made = {name: value for name, value in made_up(pipe).items() if name in takes and name not in self.options}
-        return prompts | made | self.options
+        missing = {k: image for k, image in default_images(pipe).items() if k in takes and k not in self.options}
+        return prompts | missing | self.options
 
 
 @dataclasses.dataclass
 class Result:
-    """What was found.
+    """The results of a comparison.
 
     Attributes:
-      rows: every comparison of arrays.
-      differences: parameters, configurations and token ids that are not the same.
-      first: of each network that parts, the first layer (:func:`layers.first_difference`).
-      images: pictures of both sides, float32 ``[B,H,W,3]`` in [0, 1]; None where they were not asked for.
+      rows: all comparisons of arrays.
+      differences: parameters, configurations and token ids that differ.
+      first: the first differing layer (:func:`layers.first_difference`) of each network that diverges.
+      images: the images of both sides, float32 ``[B,H,W,3]`` in [0, 1]; None if they were not compared.
     """
 
     rows: list[Comparison] = dataclasses.field(default_factory=list)
@@ -72,7 +72,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Nothing differs: every row is within its tolerance, parameters, configurations and tokens are equal."""
+        """Whether all rows are within their tolerances, and parameters, configurations and token ids are equal."""
         return not self.differences and all(row.ok for row in self.rows)
 
 
@@ -92,22 +92,22 @@ def open_sides(
     """Open a checkpoint here and in PyTorch.
 
     Args:
-      model: folder, Hub id, or ``diffuse-jax/emoji``.
-      reference: what PyTorch reads instead, for example what ``model`` was converted from.
+      model: a folder, a Hub id, or ``diffuse-jax/emoji``.
+      reference: the checkpoint that PyTorch reads instead, for example the one that ``model`` was converted from.
       dtype, device: see :func:`pipeline.from_pretrained`; JAX uses its default device.
-      scheduler: a scheduler class that both sides use in place of their own.
-      pipeline_name: the class of the pipeline that is run, for example "StableDiffusionInpaintPipeline"; if None, the
+      scheduler: a scheduler class for both sides to use instead of the folder's.
+      pipeline_name: name of the pipeline class to run, for example "StableDiffusionInpaintPipeline"; if None, the
         folder's.
-      variant, revision: of ``model``.
-      reference_variant, reference_revision: of ``reference``.
+      variant, revision: variant and revision of ``model``.
+      reference_variant, reference_revision: variant and revision of ``reference``.
 
     Raises:
       WeightsError: one side cannot open it.
-      ValueError: there is no such device, no such pipeline, or it lacks a component.
+      ValueError: the device or pipeline does not exist, or the pipeline lacks a component.
     """
     if pipeline_name is not None and pipeline_name not in PIPELINES:
         raise ValueError(f"no pipeline is called {pipeline_name!r}; known: {', '.join(PIPELINES)}")
-    shared: dict[str, Any] = {"dtype": dtype, "safety_checker": None}  # these pictures are for comparison alone
+    shared: dict[str, Any] = {"dtype": dtype, "safety_checker": None}  # the images are only compared
     theirs = pipeline.from_pretrained(
         reference or model,
         **shared,
@@ -124,7 +124,7 @@ def open_sides(
 
 
 def check(sides: Sides, request: Request) -> Result:
-    """Compare everything; the run stops early only where the networks are not of the same shape."""
+    """Compare everything. Networks of different shapes are reported without running them."""
     result = Result(differences=list(static_differences(sides, request.components)))
     if any(found.what == "shape" for found in result.differences):
         return result
@@ -140,7 +140,7 @@ def check(sides: Sides, request: Request) -> Result:
 
 
 def wanted(components: Sequence[str], name: str) -> bool:
-    """Whether a network is to be looked at."""
+    """Whether to compare a network."""
     return not components or name in components
 
 
@@ -149,7 +149,7 @@ def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Diff
     have = networks(sides.ours)
     if missing := [name for name in components if name not in have]:
         raise ValueError(f"{type(sides.ours).__name__} has no network {', '.join(missing)}; it has {', '.join(have)}")
-    ours = {name: own for name, own in parameters(sides.ours).items() if wanted(components, name)}
+    ours = {name: tree for name, tree in parameters(sides.ours).items() if wanted(components, name)}
     theirs = {name: twin.module for name, twin in networks(sides.theirs).items() if wanted(components, name)}
     yield from differences.of_networks(have, ours, theirs)
     if not components:
@@ -162,31 +162,32 @@ def static_differences(sides: Sides, components: Sequence[str]) -> Iterator[Diff
 
 
 def token_differences(ours: Trace, theirs: Trace) -> Iterator[Difference]:
-    """Token ids of the prompts that differ; of both branches of guidance, the conditional one last."""
+    """Differences in the prompts' token ids."""
     for name, ids in ours.rows.get("ids", {}).items():
         yield from differences.of_tokens(name, *(by_prompt(x) for x in (ids, theirs.rows["ids"][name])))
 
 
 def by_prompt(ids: Any) -> np.ndarray:
-    """Token ids of the prompts ``[B,L]``, without those of the negative ones."""
+    """Token ids of the prompts ``[B,L]``, without the negative prompts."""
     return np.asarray(ids.values[:, -1] if is_branches(ids) else ids)
 
 
 def check_networks(sides: Sides, trace: Trace, request: Request, tolerance: Tolerance, result: Result) -> None:
-    """Each network with the same inputs on both sides; with ``bisect``, its layers where it parts."""
-    parted: set[str] = set()
+    """Compare each network with the same inputs on both sides; with ``bisect``, also the layers of those that
+    diverge."""
+    diverged: set[str] = set()
     for call in calls_of(trace):
         if not wanted(request.components, call.component):
             continue
         rows = list(network_rows(sides, call, tolerance.network))
         result.rows += rows
-        if request.bisect and call.component not in parted and not all(row.ok for row in rows):
-            parted.add(call.component)
+        if request.bisect and call.component not in diverged and not all(row.ok for row in rows):
+            diverged.add(call.component)
             result.first += first_layer(sides, call, tolerance.network)
 
 
 def network_rows(sides: Sides, call: Call, tolerance: float) -> Iterator[Comparison]:
-    """One row for each output of a network."""
+    """Compare the outputs of a network; one row for each."""
     name = call.component
     ours = run_ours(call, networks(sides.ours)[name], parameters(sides.ours)[name])
     theirs = run_theirs(call, networks(sides.theirs)[name])
@@ -195,7 +196,7 @@ def network_rows(sides: Sides, call: Call, tolerance: float) -> Iterator[Compari
 
 
 def first_layer(sides: Sides, call: Call, tolerance: float) -> list[dict[str, Any]]:
-    """The first layer of a call that parts; none where all of them agree."""
+    """The first layer of a call whose output differs; empty if all agree."""
     name = call.component
     model, params = autoencoder(networks(sides.ours)[name]), parameters(sides.ours)[name]
     found = first_difference(compare_layers(call, model, params, networks(sides.theirs)[name], tolerance))
@@ -203,7 +204,7 @@ def first_layer(sides: Sides, call: Call, tolerance: float) -> list[dict[str, An
 
 
 def trajectory_rows(ours: Trace, theirs: Trace, tolerance: Tolerance) -> Iterator[Comparison]:
-    """Latents before the run and after every step, each side on its own trajectory, and the pictures."""
+    """Compare the initial latents, those after each step (each side on its own trajectory), and the images."""
     start = tolerance.network if theirs.encoded else tolerance.noise
     for i, (a, b) in enumerate(zip(ours.samples.swapaxes(0, 1), theirs.samples.swapaxes(0, 1), strict=True)):
         name = f"latents after step {i}" if i else "latents at the start"

@@ -1,7 +1,7 @@
-"""This library's pipelines on PyTorch: our methods unchanged, with PyTorch's modules in the place of the networks.
+"""This library's pipelines on PyTorch: our methods unchanged, with PyTorch's modules instead of our networks.
 
-Prompts, seeds, noise, guidance and the sampler are ours on both sides, so the two differ in nothing but the networks,
-and a new pipeline is compared the day it exists.
+Prompts, seeds, noise, guidance and the sampler are ours on both sides, so the two differ only in the networks, and new
+pipelines can be compared without further code.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def from_pretrained(
 ) -> DiffusionPipeline:
     """Open a pipeline whose networks are PyTorch's, read by diffusers and transformers.
 
-    It is called like ours and gives images from the same seeds; its components are
-    :class:`~diffuse_jax.torch_backend.adapter.TorchNetwork`. Noise is JAX's. In float32 there is no TF32.
+    It is called like our pipelines and uses the same noise for the same seeds; its networks are
+    :class:`~diffuse_jax.torch_backend.adapter.TorchNetwork`. TF32 is off.
 
     Args:
       source: a folder in diffusers layout with safetensors or ``.bin`` files, a Hub id, or ``"diffuse-jax/emoji"``.
       dtype: "float32", "bfloat16" or "float16".
-      device: "cpu" or "cuda"; CUDA where there is one, if None.
-      variant, revision: as for ours.
-      **components: ``scheduler=...``, ``tokenizer=...`` instead of the folder's.
+      device: "cpu" or "cuda"; if None, CUDA if available.
+      variant, revision: as for our pipelines.
+      **components: components to use instead of the folder's: ``scheduler=...``, ``tokenizer=...``.
 
     Raises:
-      WeightsError: no such model, a pipeline or network without a twin, or PyTorch cannot open it.
+      WeightsError: the model does not exist, a network has no PyTorch counterpart, or PyTorch cannot open it.
       ValueError: there is no such device.
 
     Example::
@@ -60,13 +60,14 @@ def from_pretrained(
             kind = catalogue.network(member)
             assert kind is not None
             model = kind.from_config(member.folder, dtype=jnp.dtype(dtype))
-            members.append((in_place_of(model, open_network(kind, member.folder, dtype, where, variant)), {}))
+            members.append((wrap_module(model, open_network(kind, member.folder, dtype, where, variant)), {}))
         networks[name] = members if entry.class_name in catalogue.LISTS else members[0]
     pipe = DiffusionPipeline.from_pretrained(folder, **networks, **components)
     return pipe.replace(programs=Programs())
 
 
-def in_place_of(model: Model, module: Any) -> TorchNetwork:
-    """PyTorch's module for our network; one that was read in another dtype also computes in it (SDXL's autoencoder)."""
+def wrap_module(model: Model, module: Any) -> TorchNetwork:
+    """The PyTorch module with our network's interface. If the module has another dtype, it computes in that (SDXL's
+    autoencoder)."""
     dtype = jnp.dtype(str(next(module.parameters()).dtype).removeprefix("torch."))
     return TorchNetwork(model if model.dtype == dtype else model.clone(dtype=dtype), module)

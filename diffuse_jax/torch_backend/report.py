@@ -1,4 +1,4 @@
-"""How far two arrays are apart, as rows of a table and as JSON."""
+"""The differences between two arrays, as rows of a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from diffuse_jax.weights import write_json
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One row: what was compared, how far the two sides are apart, and how far they may be.
+    """One row: what was compared, how much the two sides differ, and how much they may.
 
     Attributes:
       name: what was compared, for example ``unet, timestep 981``.
-      shape: of the array.
-      max_error, mean_error: largest and mean absolute difference; infinite where one side is not finite.
+      shape: shape of the arrays.
+      max_error, mean_error: maximum and mean absolute difference; infinite if one side is not finite.
       relative_error: Euclidean norm of the difference over that of the reference; see :func:`compare`.
-      tolerance: largest relative error that is accepted.
+      tolerance: maximum relative error that is accepted.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Comparison:
 
 
 def compare(name: str, ours: Any, theirs: Any, tolerance: float, floor: float = 0.0) -> Comparison:
-    """The row of two arrays (or numbers), computed in float64; ``theirs`` is the reference.
+    """Compare two arrays (or numbers) in float64; ``theirs`` is the reference.
 
     Args:
       name: what is compared.
-      ours, theirs: of one shape.
-      tolerance: largest relative error that is accepted.
-      floor: the difference is divided by this where the reference's norm is smaller: for what is rounding alone.
+      ours, theirs: two arrays of the same shape.
+      tolerance: maximum relative error that is accepted.
+      floor: minimum for the norm that the difference is divided by, for arrays that consist of rounding errors.
 
     Raises:
       ValueError: the shapes differ.
@@ -84,11 +84,11 @@ def table(rows: Iterable[Comparison]) -> str:
 
 
 def write_report(path: Path, rows: Iterable[Comparison], **context: Any) -> Path:
-    """Write ``{**context, "ok": ..., "rows": [...]}`` as JSON, whole or not at all; returns ``path``.
+    """Write ``{**context, "ok": ..., "rows": [...]}`` as JSON, atomically, and return ``path``.
 
     Args:
-      path: the file.
-      rows: every comparison that was made.
+      path: the file to write.
+      rows: all comparisons.
       **context: what was compared: model, device, dtype, versions.
     """
     rows = list(rows)

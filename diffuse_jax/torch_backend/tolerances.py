@@ -1,4 +1,4 @@
-"""How far the two sides may be apart, by dtype; ``docs/parity.md`` says where the numbers come from."""
+"""How much the two sides may differ, by dtype; ``docs/parity.md`` says where the numbers come from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Tolerance(NamedTuple):
-    """Largest relative errors (Euclidean norm of the difference over that of the reference).
+    """Maximum relative errors (Euclidean norm of the difference over that of the reference).
 
     Attributes:
-      noise: of the latents that a run starts from, which JAX makes in float32 for both.
-      network: of what one network, or one layer of it, gives for equal inputs; and of the latents that a run starts
-        from where they hold an encoded image.
-      latents: of latents after a step, each side on its own trajectory.
-      pixels: of the pictures at the end.
+      noise: for the initial latents, which JAX computes in float32 for both sides.
+      network: for the outputs of one network or layer with equal inputs, and for initial latents that contain an
+        encoded image.
+      latents: for the latents after a step, each side on its own trajectory.
+      pixels: for the final images.
     """
 
     noise: float
@@ -23,7 +23,7 @@ class Tolerance(NamedTuple):
 
 
 def scaled(network: float) -> Tolerance:
-    """Guidance and the steps of a run amplify what the networks differ by; decoding damps it again."""
+    """Tolerances for a network error: guidance and sampling steps amplify it, decoding dampens it again."""
     return Tolerance(noise=1e-6, network=network, latents=4 * network, pixels=2 * network)
 
 

@@ -1,4 +1,4 @@
-"""A run with everything that goes in and comes out between its steps, the same for both sides."""
+"""Tracing a run: its inputs, the latents between steps and its results, on either side."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline, run
 from diffuse_jax.pipelines.method import networks_of
-from diffuse_jax.torch_backend.adapter import Recorded, TorchNetwork
+from diffuse_jax.torch_backend.adapter import RecordedCall, TorchNetwork
 
 
 class Trace(NamedTuple):
-    """What a run was and gave.
+    """The inputs and results of a run.
 
     Attributes:
       rows: the request's data.
-      encoded: whether the first sample holds what a network gave, such as an encoded image.
-      timesteps: of each evaluation.
-      samples: ``[images, evaluations + 1, ...]``: before each step and after the last one.
+      encoded: whether the first sample depends on a network, for example an encoded image.
+      timesteps: the timestep of each evaluation.
+      samples: ``[images, evaluations + 1, ...]``: the latents before each step and after the last one.
       images: float32 ``[images,H,W,C]`` in [0, 1].
-      calls: component (``name`` or ``name.1`` in a list) -> its applications, of PyTorch's networks.
+      calls: component (``name``, or ``name.1`` in a list) -> the recorded calls of its network, for PyTorch's side.
     """
 
     rows: dict[str, Any]
@@ -29,11 +29,11 @@ class Trace(NamedTuple):
     timesteps: np.ndarray
     samples: np.ndarray
     images: np.ndarray
-    calls: dict[str, list[Recorded]]
+    calls: dict[str, list[RecordedCall]]
 
 
 def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
-    """Run a pipeline step by step and remember everything; matrix products in full precision."""
+    """Run a pipeline step by step and record everything, with matrix products in full precision."""
     pipe = recording(pipe)
     with jax.default_matmul_precision("highest"):
         request = pipe.request(*args, output_type="np", **call)
@@ -51,7 +51,7 @@ def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
 
 
 def recording(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline with PyTorch's networks, if it has any, replaced by such that remember what they are given."""
+    """The pipeline with its PyTorch networks, if any, replaced by networks that record their calls."""
     new: dict[str, Any] = {}
     for name, part in pipe.components.items():
         if isinstance(part, TorchNetwork):
@@ -62,7 +62,7 @@ def recording(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Every network of a pipeline by name; the members of a list are ``name.0``, ``name.1`` ..."""
+    """All networks of a pipeline by name; the members of a list are ``name.0``, ``name.1`` ..."""
     found: dict[str, Any] = {}
     for name in pipe.params:
         part = pipe.components[name]
@@ -73,6 +73,6 @@ def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
 def parameters(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The trees of parameters under the names of :func:`networks`."""
     found: dict[str, Any] = {}
-    for name, own in pipe.params.items():
-        found |= {f"{name}.{k}": tree for k, tree in enumerate(own)} if isinstance(own, tuple) else {name: own}
+    for name, trees in pipe.params.items():
+        found |= {f"{name}.{k}": tree for k, tree in enumerate(trees)} if isinstance(trees, tuple) else {name: trees}
     return found

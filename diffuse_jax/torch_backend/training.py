@@ -1,6 +1,6 @@
-"""One training step of this library, as a parity check sees it: every value, gradient and change, by PyTorch's names.
+"""One training step of this library for parity checks: all values, gradients and updates, by PyTorch's names.
 
-The loss and the update are the trainers' own (:mod:`diffuse_jax.training`). The same step on PyTorch is
+The loss and the optimizer step are those of the trainers (:mod:`diffuse_jax.training`). The same step on PyTorch is
 :mod:`diffuse_jax.torch_backend.training_torch`; :mod:`diffuse_jax.torch_backend.training_report` compares the two.
 """
 
@@ -37,18 +37,18 @@ from diffuse_jax.training.state import Loss, Metrics, init_state, make_step
 from diffuse_jax.weights.names import flatten, to_torch, torch_key
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
-"""Of the one update of AdamW, on both sides; everything else is the default of PyTorch's AdamW."""
+"""Settings of the AdamW step on both sides; all others are the defaults of PyTorch's AdamW."""
 
 
 class Update(NamedTuple):
-    """What one step computed, as NumPy arrays.
+    """The results of one training step, as NumPy arrays.
 
     Attributes:
-      values: in the order of computing: ``text states [B,L,D]``, ``pooled text [B,P]`` (SDXL), ``noised latents`` and
-        ``prediction [B,h,w,c]``, the scalars ``mse``, ``prior_loss`` (with prior preservation), ``loss`` and
-        ``grad_norm`` (before clipping).
-      gradients: of the loss by each trained parameter, under PyTorch's name and in its shape, before clipping.
-      changes: what the update added to each parameter; likewise.
+      values: in order of computation: ``prompt embeddings [B,L,D]``, ``pooled embeddings [B,P]`` (SDXL), ``noised
+        latents`` and ``prediction [B,h,w,c]``, the scalars ``mse``, ``prior_loss`` (with prior preservation), ``loss``
+        and ``grad_norm`` (before clipping).
+      gradients: the gradient of the loss for each trained parameter, with PyTorch's name and shape, before clipping.
+      changes: the change of each parameter in the step, with PyTorch's name and shape.
     """
 
     values: dict[str, np.ndarray]
@@ -57,12 +57,12 @@ class Update(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What is trained, and how it combines with what is not.
+    """The trained parameters, and how they combine with the frozen ones.
 
     Attributes:
       trainable, frozen: parameters by component.
       combine: see :data:`~diffuse_jax.training.latent.Combine`.
-      named: such a tree as ``trainable`` -> its arrays by PyTorch's name, in PyTorch's shape.
+      named: maps a tree like ``trainable`` to arrays with PyTorch's names and shapes.
     """
 
     trainable: Params
@@ -74,14 +74,14 @@ class Trained(NamedTuple):
 def full(pipe: DiffusionPipeline, names: Sequence[str]) -> Trained:
     """Full fine-tuning of the named networks, whose parameters are float32."""
     trainable = {name: pipe.params[name] for name in names}
-    frozen = {name: own for name, own in pipe.params.items() if name not in trainable}
+    frozen = {name: tree for name, tree in pipe.params.items() if name not in trainable}
     return Trained(trainable, frozen, whole(networks(pipe)), named_parameters)
 
 
 def low_rank(pipe: DiffusionPipeline, names: Sequence[str], rank: int, seed: int) -> Trained:
-    """LoRA of the named networks; both halves of every pair are random, and bfloat16 holds them exactly.
+    """LoRA for the named networks; both matrices of each pair are random values that bfloat16 represents exactly.
 
-    A training starts with ``up`` at zero, where ``down`` has no gradient that could be compared.
+    In real training, ``up`` starts at zero, so ``down`` would have no gradient to compare.
     """
     rng = np.random.default_rng(seed)
     fresh = {name: lora.init(pipe.components[name].shapes(), rank, jax.random.key(seed)) for name in names}
@@ -108,22 +108,22 @@ def named_pairs(pairs: Mapping[str, Params]) -> dict[str, np.ndarray]:
 
 
 def batch_of(pipe: DiffusionPipeline, examples: Sequence[Example]) -> Batch:
-    """The arrays of captioned pictures of one size, each ``[B,...]``, as a trainer's data workers make them."""
-    told = functools.partial(sizes_of, True) if "text_encoder_2" in pipe.components else None
-    rows = [finish(tokenizers_of(pipe), told, None, None, example) for example in examples]
+    """The batch of captioned images of one size, arrays ``[B,...]``, as a trainer's data workers compute it."""
+    micro_conditioning = functools.partial(sizes_of, True) if "text_encoder_2" in pipe.components else None
+    rows = [finish(tokenizers_of(pipe), micro_conditioning, None, None, example) for example in examples]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def draws(objective: Objective, seed: int, shape: Sequence[int]) -> tuple[np.ndarray, Draw]:
-    """The random numbers of the first step: noise of the latents' distribution, then those of the loss.
+def step_noise(objective: Objective, seed: int, shape: Sequence[int]) -> tuple[np.ndarray, Draw]:
+    """The random numbers of the first step: the noise of the latents' posterior, and those of the loss.
 
     The keys are those of :func:`~diffuse_jax.training.state.make_step` and
     :func:`~diffuse_jax.training.latent.denoising_loss`.
 
     Args:
-      objective: of the loss.
-      seed: of the step.
-      shape: of the latents, ``[B,h,w,c]``.
+      objective: the loss.
+      seed: seed of the step.
+      shape: shape of the latents, ``[B,h,w,c]``.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
     k_latent, k_draw = jax.random.split(key)
@@ -135,26 +135,26 @@ def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, ba
     """One step of a text-to-image trainer.
 
     Args:
-      pipe: the networks.
-      trained: what is trained.
+      pipe: the pipeline with the networks.
+      trained: the trained parameters.
       objective: the loss.
       batch: see :func:`batch_of`.
-      seed: of the step's random numbers.
+      seed: seed of the step's random numbers.
     """
-    return step_of(recorded(pipe.family, trained.combine, objective), trained, batch, seed)
+    return step_of(recording_loss(pipe.family, trained.combine, objective), trained, batch, seed)
 
 
 def step_of(loss: Loss, trained: Trained, batch: Mapping[str, Any], seed: int = 0) -> Update:
-    """One clipped update of AdamW by the library's own compiled step.
+    """One AdamW step with gradient clipping, by the library's compiled training step.
 
     Args:
-      loss: of the step; its metrics become values of the result.
-      trained: what is trained.
+      loss: the loss; its metrics become values of the result.
+      trained: the trained parameters.
       batch: arrays ``[B,...]``.
-      seed: of the step's random numbers.
+      seed: seed of the step's random numbers.
     """
-    own = make_optimizer("adamw", lambda _: LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, weight_decay=WEIGHT_DECAY)
-    optimizer = optax.chain(remembering(), own)
+    adamw = make_optimizer("adamw", lambda _: LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, weight_decay=WEIGHT_DECAY)
+    optimizer = optax.chain(record_gradients(), adamw)
     state = init_state(trained.trainable, optimizer, use_ema=False)
     step = make_step(loss, optimizer, seed)
     state, metrics = step(state, trained.frozen, jax.tree.map(lambda x: x[None], dict(batch)))
@@ -163,31 +163,31 @@ def step_of(loss: Loss, trained: Trained, batch: Mapping[str, Any], seed: int = 
     return Update(values, trained.named(state.opt_state[0]), trained.named(changes))
 
 
-def remembering() -> optax.GradientTransformation:
-    """Passes gradients on as they are; its state is the last one."""
+def record_gradients() -> optax.GradientTransformation:
+    """Passes gradients on unchanged; its state is the last gradient."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, state, params=None: (gradients, gradients),
     )
 
 
-class Recorded(NamedTuple):
-    """A UNet that keeps what it was asked and what it answered; stands where a model is applied."""
+class RecordingUNet(NamedTuple):
+    """A UNet that records its inputs and outputs; it can be applied wherever a model can."""
 
     model: Any
     seen: dict[str, jax.Array]
 
     def apply(self, variables: Mapping[str, Any], x: jax.Array, t: jax.Array, states: jax.Array, added: Any) -> Any:
-        """As ``model.apply``."""
+        """Like ``model.apply``."""
         prediction = self.model.apply(variables, x, t, states, added)
-        self.seen.update({"text states": states, "noised latents": x, "prediction": prediction})
+        self.seen.update({"prompt embeddings": states, "noised latents": x, "prediction": prediction})
         if added is not None:
-            self.seen["pooled text"] = added["text_embeds"]
+            self.seen["pooled embeddings"] = added["text_embeds"]
         return prediction
 
 
-def recorded(family: ClipFamily, combine: Combine, objective: Objective) -> Loss:
-    """:func:`~diffuse_jax.training.latent.denoising_loss`, with what the UNet saw among its metrics."""
+def recording_loss(family: ClipFamily, combine: Combine, objective: Objective) -> Loss:
+    """:func:`~diffuse_jax.training.latent.denoising_loss`, with the UNet's inputs and outputs as further metrics."""
 
     def loss(
         trainable: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array
@@ -196,7 +196,7 @@ def recorded(family: ClipFamily, combine: Combine, objective: Objective) -> Loss
 
         def watched(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
             models, params = combine(frozen, trainable)
-            return {**models, "unet": Recorded(models["unet"], seen)}, params
+            return {**models, "unet": RecordingUNet(models["unet"], seen)}, params
 
         value, metrics = denoising_loss(family, watched, objective, trainable, frozen, batch, key)
         return value, metrics | seen

@@ -1,4 +1,4 @@
-"""``diffuse-jax parity --training``: flags, what is printed, what is written. Importing it imports nothing heavy."""
+"""``diffuse-jax parity --training``: its flags, output and report. Importing it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -21,55 +21,58 @@ OF_SAMPLING = ("scheduler", "guidance_scale", "height", "width", "component", "b
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The arguments that are for training steps alone.
+    """Add the arguments that apply only to training steps.
 
     Args:
-      parser: of the command.
+      parser: the parser of the command.
     """
     add = parser.add_argument_group("training steps").add_argument
-    add("--training", action="store_true", help="compare one training step instead: loss, gradients, AdamW's update")
-    add("--method", choices=METHODS, help="train whole networks, or low-rank pairs (default: full)")
+    add("--training", action="store_true", help="compare one training step instead: loss, gradients, AdamW update")
+    add("--method", choices=METHODS, help="train full networks or LoRA (default: full)")
     add("--train-text-encoder", action="store_true", default=None, help="train the text encoders too")
     add("--snr-gamma", type=number(POSITIVE), metavar="X", help="Min-SNR weighting of the loss")
-    add("--batch-size", type=number(COUNT), metavar="N", help="pictures in the step (default: 2)")
-    add("--resolution", type=number(COUNT), metavar="PIXELS", help="their width and height (default: the model's)")
-    add("--train-data-dir", type=Path, metavar="DIR", help="image folder with captions (default: the model's VAE makes "
-        "pictures from noise, --prompt their captions)")  # fmt: skip
+    add("--batch-size", type=number(COUNT), metavar="N", help="images in the step (default: 2)")
+    about = "width and height of the images (default: the model's)"
+    add("--resolution", type=number(COUNT), metavar="PIXELS", help=about)
+    about = (
+        "image folder with captions (default: images decoded from noise by the model's VAE, captioned with --prompt)"
+    )
+    add("--train-data-dir", type=Path, metavar="DIR", help=about)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that do not go together.
+    """Check that the flags are compatible.
 
     Raises:
-      ValueError: naming them.
+      ValueError: they are not; the message names them.
     """
     wrong, text = (OF_SAMPLING, "leave out --training") if args.training else (OF_TRAINING, "add --training")
     given = [f"--{name.replace('_', '-')}" for name in wrong if getattr(args, name) not in (None, False, [])]
     if given:
         kind = "sampling" if args.training else "training steps"
-        raise ValueError(f"{', '.join(given)}: for comparisons of {kind}; {text}, or leave it out")
+        raise ValueError(f"{', '.join(given)}: only for comparisons of {kind}; {text}, or leave it out")
     if args.train_data_dir is not None and args.prompt:
-        raise ValueError("--prompt: captions come from --train-data-dir; leave out one of both")
+        raise ValueError("--prompt: captions come from --train-data-dir; leave out one of the two")
     for name in ("variant", "revision"):
         value = getattr(args, f"reference_{name}")
         if value is not None and args.reference is None:
-            raise ValueError(f"--reference-{name} {value}: there is no --reference; of MODEL it is --{name}")
+            raise ValueError(f"--reference-{name} {value}: there is no --reference; for MODEL use --{name}")
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Which files of MODEL and of the reference are read."""
+    """The Hub options of MODEL and of the reference."""
     names = ("variant", "revision", "reference_variant", "reference_revision")
     return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Compare, print and write.
+    """Compare, print the results and write the report.
 
     Returns:
       None if both steps are the same, else what differs.
 
     Raises:
-      ImportError: PyTorch, diffusers or (for LoRA) peft is missing.
+      ImportError: PyTorch, diffusers or (for LoRA) peft is not installed.
       WeightsError, ValueError, FileNotFoundError: see :func:`training_parity.compare_training`.
     """
     parity = load("training_parity")
@@ -89,20 +92,20 @@ def run(args: argparse.Namespace) -> str | None:
 
 
 def show(compared: Compared) -> str:
-    """Print the table; returns what it means."""
-    from diffuse_jax.torch_backend.differences import listed
+    """Print the table and differences, and return the verdict."""
+    from diffuse_jax.torch_backend.differences import summary_lines
     from diffuse_jax.torch_backend.report import table
     from diffuse_jax.torch_backend.training_report import shown, verdict
 
     if compared.rows:
         print(table(shown(compared)))
-    for line in listed(compared.differences):
+    for line in summary_lines(compared.differences):
         print(line)
     return verdict(compared)
 
 
 def write(folder: Path, args: argparse.Namespace, request: Any, compared: Compared) -> None:
-    """``training.json``: every row."""
+    """Write ``training.json`` with all rows."""
     import jax
 
     from diffuse_jax.torch_backend.networks import choose_device
@@ -123,7 +126,7 @@ def write(folder: Path, args: argparse.Namespace, request: Any, compared: Compar
 
 
 def installed(name: str) -> bool:
-    """Whether a distribution is there: peft is only needed for LoRA."""
+    """Whether a distribution is installed; peft is only needed for LoRA."""
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

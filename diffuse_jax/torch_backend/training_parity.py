@@ -43,24 +43,24 @@ NOISE_SCHEDULE = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-"""What training uses of a scheduler's configuration; the rest is the sampler's."""
+"""The scheduler settings that training uses; the others are only for sampling."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    """What is trained, and on what.
+    """What to train, and the data.
 
     Attributes:
-      method: "full", or "lora" for random low-rank pairs beside all projections of attention.
-      train_text_encoder: train the text encoders too, not the UNet alone.
+      method: "full", or "lora" for random LoRA pairs on all attention projections.
+      train_text_encoder: train the text encoders as well as the UNet.
       snr_gamma: Min-SNR weighting; None for none.
-      batch_size: pictures in the step.
-      resolution: their width and height in pixels; the model's own if None.
-      seed: of noise, timesteps and, where they are made, of pictures.
-      dtype: what networks compute in, "float32" or "bfloat16"; trained parameters are float32.
-      train_data_dir: an image folder with captions in ``metadata.jsonl``, whose first pictures are taken; None: the
-        model's own autoencoder makes pictures from noise.
-      captions: of pictures that are made, in turn; one is empty, as guidance needs it.
+      batch_size: number of images in the step.
+      resolution: width and height of the images in pixels; the model's default if None.
+      seed: seed of noise, timesteps and synthetic images.
+      dtype: the dtype that networks compute in, "float32" or "bfloat16"; trained parameters are float32.
+      train_data_dir: an image folder with captions in ``metadata.jsonl``, of which the first images are used; if None,
+        the model's autoencoder decodes synthetic images from noise.
+      captions: captions of synthetic images, used cyclically; one is empty, as in training for guidance.
     """
 
     method: str = "full"
@@ -93,23 +93,23 @@ def compare_training(
     reference_variant: str | None = None,
     reference_revision: str | None = None,
 ) -> Compared:
-    """One training step here and on PyTorch from the same weights, pictures, captions, noise and timesteps.
+    """Compare one training step here and on PyTorch with the same weights, images, captions, noise and timesteps.
 
-    The PyTorch side is done, and its memory free, before ours begins: together they need what our step needs, plus the
-    parameters three times.
+    The PyTorch side finishes and frees its memory before ours starts, so the total memory is that of our step plus
+    three copies of the parameters.
 
     Args:
       source: Stable Diffusion 1.x, 2.x or XL: a folder in diffusers layout or a Hub id.
-      request: what is trained, and on what.
-      reference: what PyTorch opens instead of ``source``.
-      device: of PyTorch, "cpu" or "cuda"; CUDA where there is one, if None.
-      variant, revision: of ``source``.
-      reference_variant, reference_revision: of ``reference``.
+      request: what to train, and the data.
+      reference: the checkpoint that PyTorch opens instead of ``source``.
+      device: PyTorch's device, "cpu" or "cuda"; if None, CUDA if available.
+      variant, revision: variant and revision of ``source``.
+      reference_variant, reference_revision: variant and revision of ``reference``.
 
     Raises:
       WeightsError: one side cannot open its model.
-      ValueError: the request does not fit the model, or both models have other parameters.
-      FileNotFoundError: ``train_data_dir`` has no pictures with captions.
+      ValueError: the request does not fit the model, or the two models have different parameters.
+      FileNotFoundError: ``train_data_dir`` has no images with captions.
     """
     pipe = open_for(source, request, variant=variant, revision=revision)
     names = trained_networks(pipe, request)
@@ -130,12 +130,12 @@ def compare_training(
     wanted = reference_step(theirs, trained, objective, batch, request)
     del theirs
     with jax.default_matmul_precision("highest"):
-        made = our_step(pipe, trained, objective, batch, request.seed)
-    return compare_updates(made, wanted, TOLERANCES[request.dtype])._replace(differences=found)
+        ours = our_step(pipe, trained, objective, batch, request.seed)
+    return compare_updates(ours, wanted, TOLERANCES[request.dtype])._replace(differences=found)
 
 
 def differences_of(pipe: DiffusionPipeline, theirs: Any) -> Iterator[Difference]:
-    """Configurations and parameters that are not the same before the step."""
+    """Configurations and parameters that differ before the step."""
     modules = {name: part for name, part in theirs.components.items() if hasattr(part, "state_dict")}
     yield from differences.of_networks(pipe.components, pipe.params, modules)
     ours, config = pipe.scheduler.to_json(), dict(theirs.scheduler.config)
@@ -143,7 +143,7 @@ def differences_of(pipe: DiffusionPipeline, theirs: Any) -> Iterator[Difference]
 
 
 def reference_step(pipe: Any, trained: Trained, objective: Objective, batch: Batch, request: TrainingRequest) -> Update:
-    """The step of PyTorch's pipeline."""
+    """The training step of PyTorch's pipeline."""
     if request.method == "full":
         parameters = full_parameters(pipe, list(trained.trainable))
     else:
@@ -154,7 +154,7 @@ def reference_step(pipe: Any, trained: Trained, objective: Objective, batch: Bat
 
 
 def open_for(source: str | Path, request: TrainingRequest, **hub: Any) -> DiffusionPipeline:
-    """Our pipeline as a trainer opens it: what is trained whole is float32, the rest what networks compute in."""
+    """Our pipeline as a trainer opens it: fully trained networks in float32, the others in the compute dtype."""
     encoders = ENCODER_NAMES if request.train_text_encoder else ()
     whole = ("unet", *encoders) if request.method == "full" else ()
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -162,46 +162,47 @@ def open_for(source: str | Path, request: TrainingRequest, **hub: Any) -> Diffus
 
 
 def trained_networks(pipe: DiffusionPipeline, request: TrainingRequest) -> list[str]:
-    """The UNet, and the text encoders if they are asked for."""
+    """The names of the trained networks: the UNet and, if requested, the text encoders."""
     encoders = [name for name in ENCODER_NAMES if name in pipe.params]
     return ["unet", *encoders] if request.train_text_encoder else ["unet"]
 
 
 def examples_for(pipe: DiffusionPipeline, request: TrainingRequest) -> list[Example]:
-    """The captioned pictures of the step.
+    """The captioned images of the step.
 
     Raises:
-      ValueError: the resolution does not fit the networks, or the folder has too few pictures.
-      FileNotFoundError: the folder has no pictures with captions.
+      ValueError: the resolution does not fit the networks, or the folder has too few images.
+      FileNotFoundError: the folder has no images with captions.
     """
     size, count = resolution_for(pipe, request), request.batch_size
     if request.train_data_dir is None:
         whole = (size, size)
-        pictures = made_pictures(pipe, count, size, request.seed)
+        images = synthetic_images(pipe, count, size, request.seed)
         captions = [request.captions[i % len(request.captions)] for i in range(count)]
-        return [Example(x, captions[i], whole, (0, 0), whole, i, 0, f"picture {i}") for i, x in enumerate(pictures)]
+        return [Example(x, captions[i], whole, (0, 0), whole, i, 0, f"image {i}") for i, x in enumerate(images)]
     source, transform = FolderSource(request.train_data_dir), Transform(size)
     if len(source) < count:
-        raise ValueError(f"{request.train_data_dir} has {len(source)} pictures, batch_size asks for {count}")
+        raise ValueError(f"{request.train_data_dir} has only {len(source)} images for batch_size={count}")
     return [transform.fixed(source[i], i) for i in range(count)]
 
 
 def resolution_for(pipe: DiffusionPipeline, request: TrainingRequest) -> int:
-    """Width and height of the pictures in pixels.
+    """Width and height of the images in pixels.
 
     Raises:
-      ValueError: it is no multiple of what the networks halve it by.
+      ValueError: it is not a multiple of the networks' total downsampling factor.
     """
     unet, scale = pipe.components["unet"].config, pipe.components["vae"].config.scale
-    own = unet.sample_size if isinstance(unet.sample_size, int) else min(unet.sample_size)
-    size, multiple = request.resolution or own * scale, scale * 2 ** (len(unet.block_out_channels) - 1)
+    default = unet.sample_size if isinstance(unet.sample_size, int) else min(unet.sample_size)
+    size, multiple = request.resolution or default * scale, scale * 2 ** (len(unet.block_out_channels) - 1)
     if size < 1 or size % multiple:
         raise ValueError(f"resolution must be a multiple of {multiple} for this model, got {size}")
     return size
 
 
-def made_pictures(pipe: DiffusionPipeline, count: int, size: int, seed: int) -> np.ndarray:
-    """What the autoencoder makes of noise, uint8 ``[count,size,size,3]``: its colours and textures, without things."""
+def synthetic_images(pipe: DiffusionPipeline, count: int, size: int, seed: int) -> np.ndarray:
+    """Images that the autoencoder decodes from noise, uint8 ``[count,size,size,3]``: colours and textures, no
+    objects."""
     vae = Net("vae", pipe.components["vae"])
     side = size // vae.config.scale
     shape = (count, side, side, vae.config.latent_channels)

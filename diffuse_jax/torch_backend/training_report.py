@@ -1,4 +1,4 @@
-"""Two training steps side by side: rows of a table, in the order of computing, and what the first difference means."""
+"""Comparing two training steps: table rows in order of computation, and the meaning of the first difference."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from diffuse_jax.torch_backend.differences import Difference
 from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.torch_backend.training import Update
 
-SETTLED = 10
-"""A number takes part in the comparison of changes if its gradient is so many times larger than the accepted error of
-its parameter's gradient: AdamW's first step hardly depends on a gradient's size but on its sign."""
+MIN_GRADIENT = 10
+"""An element's change is compared only if its gradient is at least this many times the accepted error of its
+parameter's gradient, because AdamW's first step depends mostly on the sign of the gradient, not on its magnitude."""
 
 
 class Tolerance(NamedTuple):
-    """Largest relative errors that are accepted.
+    """Maximum relative errors that are accepted.
 
     Attributes:
-      values: of what the forward pass computes.
-      gradients: of each parameter's gradient. What is smaller than the share ``quiet`` of the usual gradient (root mean
-        square of all) is mostly rounding, so its error is told relative to that share: biases of keys in attention,
-        for example, have no gradient but rounding.
-      changes: of each parameter's change.
+      values: for values of the forward pass.
+      gradients: for each parameter's gradient.
+      quiet: gradients smaller than this fraction of the root mean square of all gradients are mostly rounding, so their
+        error is relative to that fraction. Key biases in attention, for example, have no gradient besides rounding.
+      changes: for each parameter's change.
     """
 
     values: float
@@ -38,18 +38,19 @@ TOLERANCES = {
     "float32": Tolerance(values=1e-4, gradients=1e-3, quiet=1e-3, changes=1e-2),
     "bfloat16": Tolerance(values=0.05, gradients=0.3, quiet=0.03, changes=0.1),
 }
-"""By what the networks compute in; ``docs/parity.md`` says where the numbers come from."""
+"""Tolerances by compute dtype; ``docs/parity.md`` says where the numbers come from."""
 
 
 class Compared(NamedTuple):
-    """What was found, in the order of computing.
+    """The results of a comparison, in order of computation.
 
     Attributes:
-      values: rows of text states, noised latents, prediction, errors and loss.
-      gradients: in the order in which PyTorch's backward pass finishes them, then those that it does not compute.
-      norm: of all gradients.
-      changes: what the update added to each parameter.
-      differences: configurations and parameters that were not the same before the step.
+      values: rows for prompt embeddings, noised latents, prediction, errors and loss.
+      gradients: rows in the order in which PyTorch's backward pass finishes gradients, then those that it does not
+        compute.
+      norm: the row for the global gradient norm.
+      changes: rows for the change of each parameter.
+      differences: configurations and parameters that differed before the step.
     """
 
     values: list[Comparison]
@@ -65,15 +66,15 @@ class Compared(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Nothing differs before the step, and every row is within its tolerance."""
+        """Whether nothing differs before the step and all rows are within their tolerances."""
         return not self.differences and all(row.ok for row in self.rows)
 
 
 def compare_updates(ours: Update, theirs: Update, tolerance: Tolerance) -> Compared:
-    """Everything that two steps computed; ``theirs`` is PyTorch's.
+    """Compare the results of two training steps; ``theirs`` is PyTorch's.
 
-    A parameter that PyTorch gives no gradient (the last layer of an encoder whose last but one is used) must have a
-    gradient of zeros here. Its change is not compared: PyTorch's AdamW then leaves it alone, ours decays it.
+    A parameter without a gradient in PyTorch (the last layer of an encoder whose penultimate layer is used) must have a
+    zero gradient here. Its change is not compared, because PyTorch's AdamW then skips it and ours applies weight decay.
 
     Raises:
       ValueError: PyTorch trains a parameter that is not trained here.
@@ -90,30 +91,30 @@ def compare_updates(ours: Update, theirs: Update, tolerance: Tolerance) -> Compa
     changes = []
     for name, g in theirs.gradients.items():
         accepted = tolerance.gradients * max(float(np.linalg.norm(g)), floor[name]) / math.sqrt(g.size)
-        settled = np.abs(g) > SETTLED * accepted
-        pair = ours.changes[name][settled], theirs.changes[name][settled]
+        reliable = np.abs(g) > MIN_GRADIENT * accepted
+        pair = ours.changes[name][reliable], theirs.changes[name][reliable]
         changes.append(compare(f"change {name}", *pair, tolerance.changes))
-    *values, norm = values  # the norm is worked out after all gradients
+    *values, norm = values  # the norm is computed after all gradients
     return Compared(values, gradients, [norm], changes)
 
 
 MEANING = {
-    "text states": "the text encoder's forward pass: `diffuse-jax parity MODEL --component text_encoder --bisect`",
-    "pooled text": "the second text encoder's output: `diffuse-jax parity MODEL --component text_encoder_2 --bisect`",
+    "prompt embeddings": "text encoder's forward pass: `diffuse-jax parity MODEL --component text_encoder --bisect`",
+    "pooled embeddings": "second text encoder's output: `diffuse-jax parity MODEL --component text_encoder_2 --bisect`",
     "noised latents": "the autoencoder's encoder, its scaling_factor, or the noise schedule (betas)",
     "prediction": "the UNet's forward pass: `diffuse-jax parity MODEL --component unet --bisect`",
-    "mse": "predictions agree but not what they are compared with: prediction_type, or the noise schedule (betas)",
-    "prior_loss": "the pictures' errors agree but not those of the class: prior_loss_weight, or which are which",
-    "loss": "the squared errors agree but not how they are weighed: snr_gamma, snr_weighting or prior_loss_weight",
-    "gradient": "the loss agrees, so this is a fault in the backward pass of that layer or of the one after it",
-    "grad_norm": "each gradient agrees but their norm does not: the sum over parameters",
-    "change": "gradients agree but not the update: clipping or AdamW",
+    "mse": "predictions agree but their targets do not: prediction_type, or the noise schedule (betas)",
+    "prior_loss": "the instance errors agree but the class errors do not: prior_loss_weight, or which images are which",
+    "loss": "the squared errors agree but their weights do not: snr_gamma, snr_weighting or prior_loss_weight",
+    "gradient": "the loss agrees, so the fault is in the backward pass of this layer or of the next one",
+    "grad_norm": "all gradients agree but their norm does not: the sum over parameters",
+    "change": "gradients agree but the update does not: clipping or AdamW",
 }
-"""First word or whole name of the first row that differs -> what that means."""
+"""Name, or first word of the name, of the first differing row -> what that means."""
 
 
 def verdict(compared: Compared) -> str:
-    """In words: the same, or what differs first and what that means."""
+    """A text that says that the steps are the same, or what differs first and what that means."""
     if compared.differences:
         first, *more = map(str, compared.differences)
         return f"DIFFERENT before the step: {first}" + (f" (and {len(more)} more)" if more else "")
@@ -122,11 +123,13 @@ def verdict(compared: Compared) -> str:
         return f"the same: {len(compared.rows)} rows within tolerance"
     first = bad[0].name
     meaning = MEANING.get(first) or MEANING[first.split()[0]]
-    return f"DIFFERENT: {len(bad)} of {len(compared.rows)} rows, in the order of computing first {first}:\n{meaning}"
+    return (
+        f"DIFFERENT: {len(bad)} of {len(compared.rows)} rows, in order of computation the first is {first}:\n{meaning}"
+    )
 
 
 def shown(compared: Compared, worst: int = 5) -> list[Comparison]:
-    """The rows for a table: all values; of gradients and changes the one that differs first, and the worst."""
+    """The rows to show in a table: all values, and of gradients and changes the first differing and the worst ones."""
     rows = list(compared.values)
     for group in (compared.gradients, compared.norm, compared.changes):
         chosen = sorted(group, key=lambda row: -row.relative_error)[:worst]
@@ -136,6 +139,6 @@ def shown(compared: Compared, worst: int = 5) -> list[Comparison]:
 
 
 def root_mean_square(arrays: Iterable[np.ndarray]) -> float:
-    """Of all numbers of some arrays."""
+    """The root mean square of all elements of several arrays."""
     parts = [(float(np.vdot(a, a)), a.size) for a in arrays]
     return math.sqrt(sum(square for square, _ in parts) / sum(size for _, size in parts))

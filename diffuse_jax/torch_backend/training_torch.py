@@ -1,7 +1,7 @@
-"""One training step of a Stable Diffusion on PyTorch: modules of diffusers and transformers, LoRA by peft.
+"""One training step of Stable Diffusion on PyTorch, with modules of diffusers and transformers and LoRA by peft.
 
-It is written as users of PyTorch write it, from the definitions of the loss (Ho et al. 2020, eq. 14; Hang et al. 2023,
-section 3.4; Ruiz et al. 2023, eq. 2), and takes its random numbers from our side.
+It is written as PyTorch users would write it, from the definitions of the loss (Ho et al. 2020, eq. 14; Hang et al.
+2023, section 3.4; Ruiz et al. 2023, eq. 2), and takes its random numbers from our side.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from diffuse_jax.torch_backend.networks import (
     to_numpy,
     to_torch,
 )
-from diffuse_jax.torch_backend.training import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Update, draws
+from diffuse_jax.torch_backend.training import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Update, step_noise
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.latent import family_of
 from diffuse_jax.training.objective import Draw, Objective
 from diffuse_jax.weights.names import ALIASES, rename
 
 ADAPTER = "parity"
-"""What peft calls the pairs that are compared."""
+"""The name of the compared LoRA adapter in peft."""
 
 Parameters = dict[str, Any]
-"""Trained parameters by component and checkpoint name, ``unet.conv_in.weight``."""
+"""Trained parameters by component and checkpoint name: ``unet.conv_in.weight``."""
 
 
-class Made(NamedTuple):
-    """The loss of a batch, with a graph, and what it was made from (:attr:`Update.values`)."""
+class LossAndValues(NamedTuple):
+    """The loss of a batch, with its graph, and the intermediate values (:attr:`Update.values`)."""
 
     loss: Any
     values: dict[str, Any]
@@ -60,19 +60,19 @@ def open_reference(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """A pipeline of PyTorch diffusers for training; parameters have the dtypes that ours have.
+    """A pipeline of PyTorch diffusers for training, with parameters of the same dtypes as ours.
 
     Args:
       source: a folder in diffusers layout or a Hub id.
-      trainable: components whose parameters are float32; those of the others have ``dtype``, and the autoencoder of a
-        checkpoint that asks for it stays in float32.
+      trainable: components with float32 parameters; the others have ``dtype``, except for an autoencoder with
+        ``force_upcast``, which stays in float32.
       dtype: "float32" or "bfloat16".
-      device: "cpu" or "cuda"; CUDA where there is one, if None.
-      variant, revision: as for ours.
+      device: "cpu" or "cuda"; if None, CUDA if available.
+      variant, revision: as for our pipeline.
 
     Raises:
-      WeightsError: PyTorch cannot open one of its networks.
-      ValueError: there is no such device, or the model is no Stable Diffusion.
+      WeightsError: PyTorch cannot open one of the networks.
+      ValueError: the device does not exist, or the model is not a Stable Diffusion model.
     """
     folder, where = weights.resolve(source, variant=variant, revision=revision), choose_device(device)
     index = weights.read_index(folder)
@@ -82,27 +82,29 @@ def open_reference(
         for name, entry in index.components.items():
             if (kind := catalogue.network(entry)) is not None:
                 module = open_network(kind, entry.folder, "float32", where, variant)
-                kept = name in trainable or getattr(module.config, "force_upcast", False)
-                parts[name] = module if kept else module.to(DTYPES[dtype])
+                in_float32 = name in trainable or getattr(module.config, "force_upcast", False)
+                parts[name] = module if in_float32 else module.to(DTYPES[dtype])
         return getattr(diffusers, index.class_name).from_pretrained(folder, **parts)
 
 
 def full_parameters(pipe: Any, names: Sequence[str]) -> Parameters:
-    """All parameters of the named networks, which are trained from now on."""
+    """All parameters of the named networks, with gradients enabled."""
     modules = {name: getattr(pipe, name).requires_grad_(True) for name in names}
-    return {f"{name}.{spelled(key)}": p for name, module in modules.items() for key, p in module.named_parameters()}
+    return {
+        f"{name}.{checkpoint_name(key)}": p for name, module in modules.items() for key, p in module.named_parameters()
+    }
 
 
-def spelled(key: str) -> str:
-    """A module's own name of a parameter -> the name in checkpoints; releases of transformers differ in it."""
+def checkpoint_name(key: str) -> str:
+    """A parameter's name in its module -> its name in checkpoints; they differ in some releases of transformers."""
     return rename(key, ALIASES)
 
 
 def low_rank_parameters(pipe: Any, pairs: Mapping[str, Params]) -> Parameters:
-    """Our pairs as a trained adapter of the pipeline, through the file that PyTorch's users open.
+    """Our LoRA pairs as a trainable adapter of the pipeline, loaded from a file in PyTorch's format.
 
     Raises:
-      ImportError: peft is missing.
+      ImportError: peft is not installed.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
         pipe.load_lora_weights(save_lora(Path(folder), pairs).parent, adapter_name=ADAPTER)
@@ -112,22 +114,22 @@ def low_rank_parameters(pipe: Any, pairs: Mapping[str, Params]) -> Parameters:
             p.requires_grad_("lora_" in key)
             if "lora_" in key:
                 p.data = p.data.float()
-                found[f"{name}.{spelled(key).replace(f'.{ADAPTER}.', '.')}"] = p
+                found[f"{name}.{checkpoint_name(key).replace(f'.{ADAPTER}.', '.')}"] = p
     return found
 
 
-def torch_step(parameters: Parameters, make: Callable[[], Made]) -> Update:
-    """One clipped update of AdamW; gradients come in the order in which the backward pass finishes them.
+def torch_step(parameters: Parameters, compute: Callable[[], LossAndValues]) -> Update:
+    """One AdamW step with gradient clipping; gradients are in the order in which the backward pass finishes them.
 
     Args:
-      parameters: what is trained; nothing else gets a gradient that counts.
-      make: computes the loss. Parameters that it does not use are left out of the result.
+      parameters: the trained parameters; gradients of others are ignored.
+      compute: computes the loss. Parameters that it does not use are left out of the result.
     """
     finished: dict[str, None] = {}
     hooks = [p.register_post_accumulate_grad_hook(lambda _, k=k: finished.setdefault(k)) for k, p in parameters.items()]
     with exact(), torch.enable_grad():
-        made = make()
-        made.loss.backward()
+        computed = compute()
+        computed.loss.backward()
     for hook in hooks:
         hook.remove()
     trained = {name: parameters[name] for name in finished}
@@ -135,25 +137,29 @@ def torch_step(parameters: Parameters, make: Callable[[], Made]) -> Update:
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
     before = {name: host(p) for name, p in trained.items()}
     torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY).step()
-    values = {name: host(value) for name, value in (made.values | {"loss": made.loss, "grad_norm": norm}).items()}
+    values = {
+        name: host(value) for name, value in (computed.values | {"loss": computed.loss, "grad_norm": norm}).items()
+    }
     return Update(values, gradients, {name: host(p) - before[name] for name, p in trained.items()})
 
 
 def host(x: Any) -> np.ndarray:
-    """A copy as an array that later updates leave alone."""
+    """A copy as a NumPy array, which later updates do not change."""
     return np.array(to_numpy(x))
 
 
-def text_to_image_loss(pipe: Any, objective: Objective, batch: Batch, seed: int, dtype: str = "float32") -> Made:
-    """The loss of a batch of pictures and captions with our noise and timesteps.
+def text_to_image_loss(
+    pipe: Any, objective: Objective, batch: Batch, seed: int, dtype: str = "float32"
+) -> LossAndValues:
+    """The loss of a batch of images and captions, with our noise and timesteps.
 
     Args:
-      pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its own scheduler says what is predicted.
-      objective: weights of the loss, see :func:`loss_at`.
+      pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its scheduler determines the prediction type.
+      objective: loss weighting, see :func:`loss_at`.
       batch: as for our step.
-      seed: of the random numbers.
-      dtype: bfloat16 computes in that under ``torch.autocast``, with float32 parameters. The autoencoder of a
-        checkpoint that asks for it stays in float32.
+      seed: seed of the noise and timesteps.
+      dtype: with bfloat16, ``torch.autocast`` computes in it, with float32 parameters. An autoencoder with
+        ``force_upcast`` stays in float32.
     """
     device = pipe.unet.device
     half = lambda wanted=True: torch.autocast(device.type, torch.bfloat16, enabled=wanted and dtype == "bfloat16")
@@ -161,10 +167,10 @@ def text_to_image_loss(pipe: Any, objective: Objective, batch: Batch, seed: int,
     with torch.no_grad(), half(not pipe.vae.config.force_upcast):
         posterior = pipe.vae.encode(pixels).latent_dist
     mean, std = channels_last(posterior.mean).float(), channels_last(posterior.std).float()
-    noise, drawn = draws(objective, seed, tuple(mean.shape))
+    noise, drawn = step_noise(objective, seed, tuple(mean.shape))
     x0 = scale_latents(mean + std * to_torch(noise, device), pipe.vae.config)
     with half():
-        text = text_states(pipe, batch, device)
+        text = encode_prompts(pipe, batch, device)
     added = None
     if text.pooled is not None:
         added = {"text_embeds": text.pooled, "time_ids": to_torch(batch["time_ids"], device)}
@@ -174,9 +180,9 @@ def text_to_image_loss(pipe: Any, objective: Objective, batch: Batch, seed: int,
             return channels_last(pipe.unet(channels_first(x), t, text.states, added_cond_kwargs=added).sample)
 
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    made = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
-    named = {"text states": text.states, "pooled text": text.pooled}
-    return Made(made.loss, {name: x for name, x in named.items() if x is not None} | made.values)
+    computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
+    named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
+    return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
 
 
 class Text(NamedTuple):
@@ -186,8 +192,8 @@ class Text(NamedTuple):
     pooled: torch.Tensor | None = None
 
 
-def text_states(pipe: Any, batch: Batch, device: Any) -> Text:
-    """The captions as the UNet takes them: SDXL has the hidden states before the last layer of both encoders."""
+def encode_prompts(pipe: Any, batch: Batch, device: Any) -> Text:
+    """The captions' prompt embeddings; for SDXL, the hidden states before the last layer of both encoders."""
     names = [name for name in ("text_encoder", "text_encoder_2") if name in batch]
     ids = [to_torch(batch[name], device).long() for name in names]
     outputs = [getattr(pipe, name)(x, output_hidden_states=True) for name, x in zip(names, ids, strict=True)]
@@ -197,7 +203,7 @@ def text_states(pipe: Any, batch: Batch, device: Any) -> Text:
 
 
 def scale_latents(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    """Latents ``[B,h,w,c]`` as the UNet takes them (the twin of ``models.autoencoder_kl.scale_latents``)."""
+    """Scaled latents ``[B,h,w,c]`` (the PyTorch counterpart of ``models.autoencoder_kl.scale_latents``)."""
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
         return (latents - latents.new_tensor(mean)) * config.scaling_factor / latents.new_tensor(std)
@@ -211,13 +217,13 @@ def loss_at(
     drawn: Draw,
     predict: Callable[[Any, Any], Any],
     prior: np.ndarray | None = None,
-) -> Made:
-    """The loss of clean samples at drawn timesteps.
+) -> LossAndValues:
+    """The loss of clean samples at sampled timesteps.
 
     Args:
-      scheduler: of PyTorch diffusers; decides what is predicted.
-      objective: for ``snr_gamma``, ``snr_weighting`` and ``prior_loss_weight``; its scheduler is not looked at.
-      x0: ``[B,h,w,c]`` float32.
+      scheduler: a scheduler of PyTorch diffusers; determines the prediction type.
+      objective: for ``snr_gamma``, ``snr_weighting`` and ``prior_loss_weight``; its scheduler is not used.
+      x0: clean samples ``[B,h,w,c]`` float32.
       drawn: noise and timesteps.
       predict: ``(x, t) -> prediction``, both of the shape of ``x0``.
       prior: bool ``[B]``, see :func:`diffuse_jax.training.objective.errors`.
@@ -229,16 +235,17 @@ def loss_at(
     wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0}[kind]
     squares = (prediction - wanted).square().mean((1, 2, 3))
     error = squares * sample_weights(scheduler, objective, t)
-    own = torch.ones_like(t, dtype=torch.bool) if prior is None else ~to_torch(prior, x0.device)
-    loss, values = error[own].mean(), {"noised latents": x, "prediction": prediction, "mse": squares[own].mean()}
+    instance = torch.ones_like(t, dtype=torch.bool) if prior is None else ~to_torch(prior, x0.device)
+    loss = error[instance].mean()
+    values = {"noised latents": x, "prediction": prediction, "mse": squares[instance].mean()}
     if prior is not None:
-        values["prior_loss"] = error[~own].mean()
+        values["prior_loss"] = error[~instance].mean()
         loss = loss + objective.prior_loss_weight * values["prior_loss"]
-    return Made(loss, values)
+    return LossAndValues(loss, values)
 
 
 def sample_weights(scheduler: Any, objective: Objective, t: Any) -> Any:
-    """What the squared error of each sample is multiplied by, ``[B]``."""
+    """The loss weight of each sample, ``[B]``."""
     alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0).to(t.device)[t]  # 1 - alpha_bar cancels in float32
     snr = alpha_bar / (1 - alpha_bar)
     weight = snr if objective.snr_weighting else torch.ones_like(snr)

@@ -1,6 +1,6 @@
-"""How PyTorch's networks are called with our arguments: one entry for each class and method, arrays channel-last.
+"""Calling PyTorch's networks with our arguments and channel-last arrays: one entry for each class and method.
 
-A new network needs its line here, and every pipeline that uses it then runs on PyTorch.
+A new network needs an entry here; then every pipeline that uses it runs on PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffuse_jax.torch_backend.networks import channels_first, channels_last
 
 
 def text(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> CLIPTextOutput:
-    """A CLIP text encoder."""
+    """Call a CLIP text encoder."""
     with watched(getattr(module, "text_projection", None)) as seen:
         out = module(input_ids.long(), attention_mask=attention_mask, output_hidden_states=True)
     pooled = seen[0] if seen else out.pooler_output
@@ -27,7 +27,7 @@ def text(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> CL
 
 @contextlib.contextmanager
 def watched(layer: Any) -> Iterator[list[torch.Tensor]]:
-    """What a layer is given inside the block; transformers does not return the pooled state before its projection."""
+    """Record a layer's inputs in this context; transformers does not return the pooled state before its projection."""
     seen: list[torch.Tensor] = []
     if layer is None:
         yield seen
@@ -40,7 +40,7 @@ def watched(layer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def final_norm(module: Any, states: torch.Tensor) -> torch.Tensor:
-    """A CLIP text encoder's last layer norm; releases of transformers differ in where it lies."""
+    """Apply a CLIP text encoder's final layer norm, which is in different places in different transformers releases."""
     return getattr(module, "text_model", module).final_layer_norm(states.to(module.dtype))
 
 
@@ -55,7 +55,7 @@ def unet(
     down_block_additional_residuals: Any = None,
     mid_block_additional_residual: Any = None,
 ) -> torch.Tensor:
-    """A text-conditioned UNet."""
+    """Call a text-conditioned UNet."""
     cast = lambda x: None if x is None else x.to(module.dtype)
     image = lambda x: None if x is None else channels_first(cast(x))
     down = down_block_additional_residuals
@@ -73,12 +73,12 @@ def unet(
 
 
 def added(module: Any, given: Any) -> Any:
-    """SDXL's further conditioning."""
+    """SDXL's micro-conditioning and pooled prompt embeddings, in the module's dtype."""
     return None if given is None else given | {"text_embeds": given["text_embeds"].to(module.dtype)}
 
 
 def pixel_unet(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: Any = None) -> torch.Tensor:
-    """A UNet without text."""
+    """Call a UNet without text conditioning."""
     return channels_last(module(channels_first(sample.to(module.dtype)), timesteps, class_labels).sample)
 
 
@@ -93,7 +93,7 @@ def control(
     timestep_cond: Any = None,
     features: Any = None,
 ) -> ControlNetOutput:
-    """A ControlNet, with images or with what :func:`embed` made of them."""
+    """Call a ControlNet with control images, or with the features that :func:`embed` computed from them."""
     cast = lambda x: None if x is None else x.to(module.dtype)
     embedding = module.controlnet_cond_embedding
     if features is not None:
@@ -101,7 +101,7 @@ def control(
     try:
         given = channels_first(cast(controlnet_cond if features is None else features))
         if features is not None and swaps_colours(module):
-            given = given.flip(1)  # the module turns them round, the features are turned already
+            given = given.flip(1)  # the module reverses the channels, but the features were computed from reversed ones
         out = module(
             channels_first(cast(sample)),
             timesteps,
@@ -118,24 +118,24 @@ def control(
 
 
 def embed(module: Any, images: torch.Tensor) -> torch.Tensor:
-    """A ControlNet's features of control images."""
+    """Compute a ControlNet's features of control images."""
     given = channels_first(images.to(module.dtype))
     return channels_last(module.controlnet_cond_embedding(given.flip(1) if swaps_colours(module) else given))
 
 
 def swaps_colours(module: Any) -> bool:
-    """Whether a ControlNet takes blue first."""
+    """Whether a ControlNet takes images in BGR order."""
     return module.config.controlnet_conditioning_channel_order == "bgr"
 
 
 def encode(module: Any, images: torch.Tensor) -> Posterior:
-    """An autoencoder's posterior."""
+    """Encode images; returns the posterior."""
     found = module.encode(channels_first(images.to(module.dtype))).latent_dist
     return Posterior(channels_last(found.mean).float(), channels_last(found.logvar).float())
 
 
 def decode(module: Any, latents: torch.Tensor) -> torch.Tensor:
-    """An autoencoder's images."""
+    """Decode latents to images."""
     return channels_last(module.decode(channels_first(latents.to(module.dtype))).sample)
 
 
@@ -151,4 +151,4 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("AutoencoderKL", "encode"): encode,
     ("AutoencoderKL", "decode"): decode,
 }
-"""``(class, method)`` -> the same call of PyTorch's module."""
+"""``(class, method)`` -> the corresponding call of PyTorch's module."""

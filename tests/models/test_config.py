@@ -149,7 +149,7 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (UNet2DConfig, {"down_block_types": ["AttnUpBlock2D"] * 4}, "'AttnUpBlock2D' in down_block_types"),
         (UNet2DConfig, {"block_out_channels": [224, 448, 672, 900]}, "900 channels .* attention_head_dim=8"),
         (CLIPTextConfig, {"hidden_act": "tanh"}, "hidden_act='tanh'"),
-        (CLIPTextConfig, {"hidden_size": 100}, "hidden_size 100 over 8 heads"),
+        (CLIPTextConfig, {"hidden_size": 100}, "hidden_size 100 is not divisible by num_attention_heads 8"),
         (CLIPTextConfig, {"model_type": "t5"}, "model_type='t5'"),
     ],
 )

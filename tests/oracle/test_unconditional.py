@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffuse_jax.pipelines.programs import Programs
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = twins.torch, twins.diffusers
@@ -47,6 +48,13 @@ def test_ddpm_draws_its_own_noise_for_every_picture(tmp_path: Path) -> None:
     np.testing.assert_allclose(together[1], alone[0], atol=1e-4)
     assert np.abs(together[0] - together[1]).mean() > 0.01
     assert pipe(num_inference_steps=2, seed=0).images[0].size == (8, 8)
+
+
+def test_compiling_ahead_takes_the_number_of_images(tmp_path: Path) -> None:
+    save(tmp_path, diffusers.DDPMPipeline)
+    pipe = DDPMPipeline.from_pretrained(tmp_path).replace(programs=Programs())
+    pipe.compile(batch_size=2, num_inference_steps=10)(batch_size=2, num_inference_steps=3, seed=0)
+    assert pipe.programs.compilations == 1
 
 
 def test_classes_change_the_picture_and_are_checked(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import pytest
 from flax import linen as nn
 
 from diffuse_jax.kernels import current_platform, target_platform
+from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.intercept import changed_layers
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.pipelines.saved_programs import described
 from diffuse_jax.sharding import make_mesh
 
 
@@ -52,6 +54,15 @@ def test_a_nan_is_one_program() -> None:
     for _ in range(2):
         programs.get(times, Scale(float("nan")), None, (), (np.float32(1),))
     assert programs.compilations == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", jnp.dtype("bfloat16")])
+def test_a_dtype_is_the_same_by_any_name(dtype: Any) -> None:
+    """Otherwise a network made in Python and the same one from a folder would not share programs."""
+    network = AutoencoderKL(AutoencoderKLConfig(), dtype=dtype)
+    opened = AutoencoderKL.from_config(AutoencoderKLConfig().to_json(), dtype="bfloat16")
+    assert identity(network) == identity(opened)
+    assert described(network) == described(opened)
 
 
 def test_the_sign_of_zero_is_compiled_in() -> None:

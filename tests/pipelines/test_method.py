@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffuse_jax.config import Config
 from diffuse_jax.models import Model
@@ -32,6 +35,7 @@ from diffuse_jax.pipelines import (
     saved_programs,
 )
 from diffuse_jax.pipelines import method as verbs
+from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.parts import Branches, ClassifierFree, FromNoise, Raw, branches
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.schedulers import DDIMScheduler, EulerDiscreteScheduler
@@ -244,12 +248,84 @@ def test_what_does_not_fit_is_said_before_anything_compiles(pipe: DiffusionPipel
         (with_interval, "Interval needs 'until'; the request has .*guidance_scale"),
         (lambda m: dataclasses.replace(m, denoiser=lambda *a: 0), "is not a part"),
         (lambda m: dataclasses.replace(m, start=Listed([1])), "Listed cannot be compared .*arrays in rows"),
+        (lambda m: None, "must be a Method .*got NoneType"),
+        (lambda m: m.denoiser, "must be a Method .*got ClassifierFree"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             pipe("a", method=method, **REQUEST)
-    with pytest.raises(ValueError, match=r"rows\['until'\] must have one entry for each of 1 images, got \(2,\)"):
-        pipe("a", method=with_interval, rows={"until": [1, 2]}, **REQUEST)
+    for value, problem in [([1, 2], r"one entry for each of 1 images, got \(2,\)"), (["a"], "be numbers")]:
+        with pytest.raises(ValueError, match=rf"rows\['until'\] must (have )?{problem}"):
+            pipe("a", method=with_interval, rows={"until": value}, **REQUEST)
+    for key in (jax.random.PRNGKey(0), jax.random.split(jax.random.key(0)), 3):
+        with pytest.raises(TypeError, match="key must be one typed key, as jax.random.key"):
+            pipe("a", num_inference_steps=3, key=key)
     assert pipe.programs.compilations == count
+
+
+def test_what_parts_return_is_checked_where_they_return_it(rng: np.random.Generator):
+    pipe = two_stages()
+    request = pipe.stage("prior_net", 0, (4,))
+    for part, error in [
+        ({"start": Returns("noise")}, "Returns must return a State, as plan.init"),
+        ({"decode": Returns()}, "Returns must return a dict"),
+        (
+            {"decode": Summed()},
+            r"Summed must return one row per image; for 2 images it returned \['sum'\] of shape \(\)",
+        ),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=error):
+            run(pipe, request._replace(method=dataclasses.replace(request.method, **part)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns(Part):
+    """A start that returns a row, a decoder that returns the sample."""
+
+    row: str = ""
+
+    def __call__(self, *given: Any) -> Any:
+        return given[-1][self.row] if self.row else given[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summed(Part):
+    def __call__(self, params: Any, rows: Any, sample: jax.Array) -> Any:
+        return {"sum": sample.sum()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Part):
+    """Denoisers by name, of which one is used."""
+
+    members: tuple[tuple[str, Any], ...]
+
+    def __call__(self, params: Any, rows: Any, x: jax.Array, step: Any) -> jax.Array:
+        return dict(self.members)["main"](params, rows, x, step)
+
+
+def test_networks_are_found_in_tuples_of_tuples():
+    pipe = two_stages()
+    request = pipe.stage("prior_net", 0, [4])  # type: ignore[arg-type]  # as users write it
+    method = dataclasses.replace(request.method, denoiser=Named((("main", request.method.denoiser),)))
+    assert method.networks == ("prior_net",)
+    nested = run(pipe, request._replace(method=method))
+    np.testing.assert_array_equal(nested.embedding, run(pipe, request).embedding)
+
+
+def test_given_rows_may_be_trees_and_keys():
+    keys = jax.random.split(jax.random.key(0), 2)
+    rows = given_rows({"a": {"b": [1, 2], "keys": keys}, "c": Branches(np.zeros((2, 3, 4)))}, 2)
+    assert jax.tree.map(np.shape, rows) == {"a": {"b": (2,), "keys": (2,)}, "c": Branches((2, 3, 4))}
+    with pytest.raises(ValueError, match=r"rows\['a'\]\['b'\] must have one entry for each of 3 images, got \(2,\)"):
+        given_rows(rows, 3)
+
+
+def test_one_program_is_compiled_once_for_all_threads():
+    pipe = two_stages()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda seed: run(pipe, pipe.stage("prior_net", seed, (4,))), range(4)))
+    assert pipe.programs.compilations == 1
+    assert len({out.norm[0].item() for out in results}) == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +368,24 @@ def test_two_classes_of_one_name_and_two_closures_are_two_programs(pipe: Diffusi
     images(Calls(closures[0]), fresh)
     with pytest.warns(UserWarning, match=r"a program was not saved: .*<lambda> is a closure"):
         assert fresh.save_compiled(tmp_path) == []
+
+
+def plain(x: Any) -> Any:
+    return x
+
+
+def times(factor: float) -> Callable[[Any], Any]:
+    """A closure that says that it is another function, as decorators do."""
+    return functools.wraps(plain)(lambda x: factor * x)
+
+
+def test_what_only_claims_a_name_is_not_saved_under_it():
+    assert saved_programs.stable_repr(Calls(plain)) != saved_programs.stable_repr(Calls(draw))
+    made = dataclasses.make_dataclass("Calls", [], bases=(Part,), frozen=True)
+    made.__module__ = __name__
+    for part in (Calls(times(2.0)), Calls(functools.wraps(jnp.ndim)(lambda x: x)), made()):
+        with pytest.raises(saved_programs.UnstableReprError, match="the name does not identify it"):
+            saved_programs.stable_repr(part)
 
 
 # Programs in files
@@ -386,6 +480,18 @@ def test_sample_is_the_run_behind_the_call_and_can_be_compiled_and_mapped(pipe: 
     mapped = jax.jit(jax.vmap(one))(jax.tree.map(lambda *x: np.stack(x), *plans))
     for k, plan in enumerate(plans):
         np.testing.assert_allclose(mapped[k], jax.jit(one)(plan), atol=2e-4)
+
+
+def test_sample_runs_on_the_explicit_axes_of_its_arguments(pipe: DiffusionPipeline):
+    request = pipe.request(["a", "b"], **REQUEST)
+    mesh = jax.make_mesh((2,), ("data",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    by_image, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    rows = jax.device_put(request.rows, by_image)
+    params, plan = jax.device_put(({name: pipe.params[name] for name in request.method.networks}, request.plan), whole)
+    images = jax.jit(sample, static_argnums=0)(request.method, params, rows, plan)["images"]
+    assert images.sharding.is_equivalent_to(by_image, images.ndim)
+    np.testing.assert_allclose(images, pipe(["a", "b"], **REQUEST).images, atol=2e-5)
 
 
 def test_a_run_of_a_fixed_number_of_steps_is_differentiable(pipe: DiffusionPipeline, rng: np.random.Generator):

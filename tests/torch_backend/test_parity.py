@@ -21,9 +21,9 @@ from tests.torch_backend import faults
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 
-from diffuse_jax.torch_backend import parity, picture  # noqa: E402
+from diffuse_jax.torch_backend import comparison_image, parity  # noqa: E402
 from diffuse_jax.torch_backend.networks import choose_device, open_network  # noqa: E402
-from diffuse_jax.torch_backend.pipeline import in_place_of  # noqa: E402
+from diffuse_jax.torch_backend.pipeline import wrap_module  # noqa: E402
 from diffuse_jax.torch_backend.tolerances import TOLERANCES  # noqa: E402
 
 EMOJI = faults.SHIPPED
@@ -44,7 +44,7 @@ def faulty(sides: parity.Sides, folder: Path, component: str, edit: faults.Edit)
     bad = faults.copied(EMOJI / component, folder / component, "", edit)
     kind = type(sides.ours.components[component])
     module = open_network(kind, bad, "float32", choose_device("cpu"))
-    twin = in_place_of(kind.from_config(bad), module)
+    twin = wrap_module(kind.from_config(bad), module)
     return sides._replace(theirs=sides.theirs.replace(**{component: (twin, {})}))
 
 
@@ -237,7 +237,7 @@ def test_the_command_passes_the_shipped_model_and_writes_a_report(
     assert (data["device"], data["dtype"]) == ("cpu", "float32")
     assert all(row["tolerance"] >= row["relative_error"] for row in data["rows"])
     with Image.open(tmp_path / "parity.png") as sheet:
-        assert sheet.width == 3 * 128 + 2 * picture.GAP
+        assert sheet.width == 3 * 128 + 2 * comparison_image.GAP
 
 
 def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_the_reference_may_have_files_of_a_variant_alone(tmp_path: Path, capsys:
     assert cli.main(words) == 1
     assert "original/text_encoder: PyTorch can" in capsys.readouterr().err
     assert cli.main(["parity", "diffuse-jax/emoji", "--reference-variant", "fp16"]) == 1
-    assert "there is no --reference; of MODEL it is --variant" in capsys.readouterr().err
+    assert "there is no --reference; for MODEL use --variant" in capsys.readouterr().err
 
 
 def test_networks_of_other_shapes_are_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,7 +297,7 @@ def test_a_cast_conversion_is_told_in_a_few_lines(tmp_path: Path, capsys: pytest
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs: ")]
     differences = json.loads((tmp_path / "report" / "parity.json").read_text())["differences"]
     assert len(lines) == 11
-    assert lines[-1] == f"differs: vae parameter, {len(differences) - 10} more, which --report writes down"
+    assert lines[-1] == f"differs: vae parameter, {len(differences) - 10} more, listed in the --report"
 
 
 def test_weights_that_do_not_fit_their_configuration_are_named(
@@ -331,8 +331,8 @@ def test_tolerances_grow_with_the_rounding_of_the_dtype() -> None:
 
 def test_the_factor_of_the_difference_is_stated() -> None:
     zeros = np.zeros((1, 4, 4, 3))
-    assert picture.amplification(zeros, zeros) == 1
-    assert picture.amplification(zeros, zeros + 0.03) == 20
-    assert picture.amplification(zeros, zeros + 3e-7) == 10**6
-    sheet = np.asarray(picture.side_by_side(zeros, zeros + 0.03))
-    assert sheet[picture.HEADER + 1, -1].tolist() == [153] * 3  # 0.03 times 20 of 255
+    assert comparison_image.amplification(zeros, zeros) == 1
+    assert comparison_image.amplification(zeros, zeros + 0.03) == 20
+    assert comparison_image.amplification(zeros, zeros + 3e-7) == 10**6
+    sheet = np.asarray(comparison_image.side_by_side(zeros, zeros + 0.03))
+    assert sheet[comparison_image.HEADER + 1, -1].tolist() == [153] * 3  # 0.03 times 20 of 255

@@ -69,7 +69,7 @@ def first_different(compared: Compared) -> str:
 def test_a_good_step_is_the_same(ours: Ours) -> None:
     compared = ours.against()
     assert compared.ok, verdict(compared)
-    assert [row.name for row in compared.values] == ["text states", "noised latents", "prediction", "mse", "loss"]
+    assert [row.name for row in compared.values] == ["prompt embeddings", "noised latents", "prediction", "mse", "loss"]
     assert compared.gradients[0].name == "gradient unet.conv_out.weight", "the order is that of the backward pass"
     assert max(row.relative_error for row in compared.gradients) < 1e-5, "far below the tolerance, or it means nothing"
     assert verdict(compared).startswith("the same: ")
@@ -192,7 +192,7 @@ def test_pictures_and_captions_may_be_given(sd: Path, tmp_path: Path, rng: np.ra
     examples = parity.examples_for(pipe, request)
     assert [example.caption for example in examples] == ["a cat", "x"]
     assert training.batch_of(pipe, examples)["pixel_values"].shape == (2, SIZE, SIZE, 3)
-    with pytest.raises(ValueError, match="has 2 pictures, batch_size asks for 3"):
+    with pytest.raises(ValueError, match="has only 2 images for batch_size=3"):
         parity.examples_for(pipe, dataclasses.replace(request, batch_size=3))
 
 
@@ -206,11 +206,11 @@ def test_pictures_are_made_where_none_are_given(sd: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch-size", "4"], "--batch-size: for comparisons of training steps; add --training"),
-        (["--training", "--bisect", "--width", "64"], "--width, --bisect: for comparisons of sampling"),
+        (["--batch-size", "4"], "--batch-size: only for comparisons of training steps; add --training"),
+        (["--training", "--bisect", "--width", "64"], "--width, --bisect: only for comparisons of sampling"),
         (["--training", "--dtype", "float16"], "float32 or bfloat16, got float16"),
         (["--training", "--resolution", "12"], "resolution must be a multiple of 16"),
-        (["--training", "--train-data-dir", "x", "--prompt", "a"], "leave out one of both"),
+        (["--training", "--train-data-dir", "x", "--prompt", "a"], "leave out one of the two"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

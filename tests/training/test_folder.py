@@ -73,7 +73,7 @@ def test_an_impossible_folder_is_refused_before_anything_is_loaded(below: str, t
     file = tmp_path / "file"
     file.write_text("not a folder")
     run = RunSettings(output_dir=file / below)
-    with pytest.raises(NotADirectoryError, match="cannot be a folder: it, or a part of its path, is a file"):
+    with pytest.raises(NotADirectoryError, match="cannot be a folder: it, or part of its path, is a file"):
         check_output(run)
 
 

@@ -21,9 +21,15 @@ Number = float | Sequence[float]
 
 
 def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifier]) -> Request:
-    """The request after all modifiers, in order."""
+    """The request after all modifiers, in order.
+
+    Raises:
+      TypeError: one of them returned something else.
+    """
     for modifier in [modifiers] if callable(modifiers) else modifiers:
         request = modifier(request, pipe)
+        if not isinstance(request, Request):
+            raise TypeError(f"{modifier!r} must return a Request, got {type(request).__name__}")
     return request
 
 

@@ -98,8 +98,8 @@ class Regions(Linear):
 
 @dataclasses.dataclass(frozen=True)
 class TwoScales(Linear):
-    """A scale for the prompt and one for the image (Brooks et al. 2023, arXiv 2211.09800, equation 3). Branches: neither,
-    the image alone, both. Reads ``image_guidance_scale [B]``."""
+    """A scale for the prompt and one for the image (Brooks et al. 2023, arXiv 2211.09800, equation 3). Branches:
+    neither, the image alone, both. Reads ``image_guidance_scale [B]``."""
 
     unconditional: ClassVar[int] = 2
 

@@ -1,4 +1,4 @@
-"""One picture of a comparison: ours, PyTorch's, and how they differ, made visible."""
+"""An image of a comparison: our images, PyTorch's, and their amplified differences."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from PIL import Image, ImageDraw
 from diffuse_jax.writing import atomic_file
 
 HEADER, GAP, SMALLEST = 14, 4, 128
-"""Pixels: height of the caption, space between pictures, and the width up to which they are enlarged."""
+"""In pixels: height of the caption, gap between images, and the width up to which they are enlarged."""
 
 
 FACTORS = (10**6, *(digit * 10**power for power in range(5, -1, -1) for digit in (5, 2, 1)))
 
 
 def amplification(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """The largest of 1, 2, 5, 10, ... that leaves every difference of two pictures in [0, 1] at most 1."""
+    """The largest of 1, 2, 5, 10, ... by which all differences of images in [0, 1] can be multiplied without exceeding
+    1."""
     largest = float(np.abs(ours - theirs).max(initial=0.0))
     return next((factor for factor in FACTORS if largest * factor <= 1), 1) if largest else 1
 
 
 def side_by_side(ours: np.ndarray, theirs: np.ndarray) -> Image.Image:
-    """A row for each picture: ours, PyTorch's and the absolute difference times a factor, which the caption states.
+    """A row for each image: ours, PyTorch's and the absolute difference, amplified by the factor in the caption.
 
     Args:
       ours, theirs: float ``[B,H,W,3]`` in [0, 1].
@@ -39,18 +40,18 @@ def side_by_side(ours: np.ndarray, theirs: np.ndarray) -> Image.Image:
     height, width = height * zoom, width * zoom
     sheet = Image.new("RGB", (3 * (width + GAP) - GAP, HEADER + images * (height + GAP) - GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(columns.items()):
+    for column, (caption, column_images) in enumerate(columns.items()):
         left = column * (width + GAP)
         draw.text((left + 2, 1), caption, fill="black")
-        for row, pixels in enumerate(pictures):
+        for row, pixels in enumerate(column_images):
             tile = Image.fromarray(np.round(pixels * 255).astype(np.uint8))
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (left, HEADER + row * (height + GAP)))
     return sheet
 
 
-def save_picture(path: Path, ours: np.ndarray, theirs: np.ndarray) -> Path:
-    """Write the picture as PNG, whole or not at all."""
+def save_image(path: Path, ours: np.ndarray, theirs: np.ndarray) -> Path:
+    """Write the image of :func:`side_by_side` as PNG, atomically."""
     with atomic_file(path) as file:
         side_by_side(ours, theirs).save(file, format="PNG")
     return path

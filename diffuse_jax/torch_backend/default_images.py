@@ -1,5 +1,4 @@
-"""Images for the arguments of a pipeline that takes some, where a comparison was given none: smooth, and the same
-everywhere."""
+"""Default images for comparisons of pipelines that take images: smooth and deterministic."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ import numpy as np
 from diffuse_jax.pipelines import DiffusionPipeline
 
 
-def made_up(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """``image``, ``mask_image`` and ``control_image`` of the size that the checkpoint makes; several control images for
-    several ControlNets. Nothing for a pipeline without an autoencoder."""
+def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """``image``, ``mask_image`` and ``control_image`` in the checkpoint's default size, with one control image per
+    ControlNet; empty for a pipeline without an autoencoder."""
     if pipe.components.get("vae") is None:
         return {}
     size = pipe.components["unet"].config.sample_size
@@ -39,6 +38,6 @@ def waves(height: int, width: int, kind: int) -> np.ndarray:
 
 
 def disc(height: int, width: int) -> np.ndarray:
-    """A mask, 1 inside a disc in the middle: float32 ``[height,width]``."""
+    """A mask that is 1 inside a disc in the middle, float32 ``[height,width]``."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     return (x**2 + y**2 < 0.4).astype(np.float32)

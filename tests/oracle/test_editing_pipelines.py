@@ -1,0 +1,195 @@
+"""ControlNets with SDXL and in guess mode, InstructPix2Pix, the upscaler and latent consistency models, against PyTorch
+diffusers with its own noise: the same folder, arguments and seeds give the same images.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffuse_jax import pipelines
+from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.programs import Programs
+
+folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
+torch, diffusers = folders.torch, folders.diffusers
+
+TOLERANCE = 0.02  # of 255, mean over all pixels
+SEEDS, EDGE = [3, 4], 32
+SHORT = {"prompt": ["a cat", "two dogs!"], "num_inference_steps": 4, "guidance_scale": 5.0}
+NEGATIVE = {"negative_prompt": ["bad", ""]}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return folders.images(4, EDGE)
+
+
+def unet_changed(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
+    """The folder with another UNet."""
+    torch.manual_seed(0)
+    folders.lively(diffusers.UNet2DConditionModel(**config | changes)).save_pretrained(folder / "unet")
+    return folder
+
+
+def opened(name: str, folder: Path, **parts: Any) -> tuple[DiffusionPipeline, Any]:
+    """A pipeline's class here and in PyTorch."""
+    twin = getattr(diffusers, name).from_pretrained(folder, safety_checker=None, **parts)
+    twin.set_progress_bar_config(disable=True)
+    return getattr(pipelines, name).from_pretrained(folder).replace(programs=Programs()), twin
+
+
+def compare(pipe: Any, twin: Any, **request: Any) -> None:
+    """Both sides of a request agree, with PyTorch's noise."""
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    with torch.no_grad():
+        wanted = twin(generator=generators, output_type="np", **request).images
+    ours = pipe(seed=SEEDS, noise="torch", output_type="np", **request).images
+    assert wanted.std() > 0.05, "an image without content proves nothing"
+    assert ours.shape == wanted.shape
+    assert 255 * np.abs(ours - wanted).mean() < TOLERANCE
+
+
+# ControlNets
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one net", "two nets"])
+def sdxl_controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    plain = folders.stable_diffusion_xl(tmp_path_factory.mktemp("xl") / "plain")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(plain / "unet")
+    nets = []
+    for seed in range(request.param):
+        torch.manual_seed(seed)
+        net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+        net = folders.lively(net)
+        with torch.no_grad():
+            for layer in (
+                *net.controlnet_down_blocks,
+                net.controlnet_mid_block,
+                net.controlnet_cond_embedding.conv_out,
+            ):
+                layer.weight.mul_(8)
+        nets.append(net)
+    folder = plain.with_name("model")
+    pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
+        plain, controlnet=nets if request.param > 1 else nets[0]
+    )
+    pipe.save_pretrained(folder)
+    return request.param, folder
+
+
+def of_nets(nets: int, *values: Any) -> Any:
+    return list(values[:nets]) if nets > 1 else values[0]
+
+
+def test_controlnet_with_sdxl(sdxl_controlled: tuple[int, Path], images: list[Any]) -> None:
+    nets, folder = sdxl_controlled
+    pipe, twin = opened("StableDiffusionXLControlNetPipeline", folder)
+    request = SHORT | NEGATIVE | {"image": images[2:] if nets > 1 else images[:2], "height": EDGE, "width": EDGE}
+    compare(pipe, twin, **request)
+    scales = {
+        "controlnet_conditioning_scale": of_nets(nets, 0.4, 1.5),
+        "control_guidance_end": of_nets(nets, 0.5, 0.75),
+    }
+    compare(pipe, twin, **request | scales | {"num_inference_steps": 6})
+    compare(pipe, twin, **request | {"guess_mode": True})
+    assert pipe.programs.compilations == 1, "scales, windows and guess mode are data"
+
+
+def test_controlnet_with_sdxl_from_images(sdxl_controlled: tuple[int, Path], images: list[Any]) -> None:
+    nets, folder = sdxl_controlled
+    request = SHORT | NEGATIVE | {"image": images[:2], "control_image": images[2:] if nets > 1 else images[1:3]}
+    pipe, twin = opened("StableDiffusionXLControlNetImg2ImgPipeline", folder)
+    compare(pipe, twin, **request | {"strength": 0.6, "num_inference_steps": 5})
+    pipe, twin = opened("StableDiffusionXLControlNetInpaintPipeline", folder)
+    masked = request | {"mask_image": folders.masks(EDGE), "height": EDGE, "width": EDGE}
+    compare(pipe, twin, **masked | {"num_inference_steps": 5})
+
+
+def test_guess_mode(tmp_path: Path, images: list[Any]) -> None:
+    folder = folders.controlled(tmp_path / "model", 1)
+    pipe, twin = opened("StableDiffusionControlNetPipeline", folder)
+    request = SHORT | NEGATIVE | {"image": images[:2], "guess_mode": True}
+    compare(pipe, twin, **request)
+    compare(pipe, twin, **request | {"guidance_scale": 1.0})
+
+
+# Editing
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "cosxl"])
+def test_instruct_pix2pix(family: str, tmp_path: Path, images: list[Any]) -> None:
+    xl = family != "sd1"
+    folder = (folders.stable_diffusion_xl if xl else folders.stable_diffusion)(tmp_path / "model")
+    unet_changed(folder, folders.UNET_XL if xl else folders.UNET, in_channels=8)
+    name = f"StableDiffusion{'XL' if xl else ''}InstructPix2PixPipeline"
+    if family == "cosxl":
+        diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pretrained(folder, is_cosxl_edit=True).save_pretrained(
+            folder
+        )
+    pipe, twin = opened(name, folder)
+    request = SHORT | NEGATIVE | {"image": images[:2]} | ({"height": EDGE, "width": EDGE} if xl else {})
+    compare(pipe, twin, **request)
+    compare(pipe, twin, **request | {"guidance_scale": 3.0, "image_guidance_scale": 2.5, "num_inference_steps": 6})
+    assert pipe.programs.compilations == 1, "both scales are data"
+    if not xl:
+        compare(pipe, twin, **request | {"image_guidance_scale": 0.5})
+        with pytest.raises(ValueError, match="give image: a PIL image"):
+            pipe(**request | {"image": None})
+        plain = pipelines.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+            folders.stable_diffusion(tmp_path / "plain")
+        )
+        with pytest.raises(ValueError, match="4 input channels; StableDiffusionInstructPix2PixPipeline needs 8"):
+            plain(**request)
+
+
+def test_upscaler(tmp_path: Path) -> None:
+    """A small image of odd proportions; the sampler and the noise's schedule are two components."""
+    folder = folders.stable_diffusion(tmp_path / "plain")
+    changes = {"in_channels": 7, "num_class_embeds": 50, "only_cross_attention": (True, False)}
+    unet_changed(folder, folders.UNET, **changes)
+    parts = {
+        name: kind.from_pretrained(folder / name)
+        for name, kind in {
+            "vae": diffusers.AutoencoderKL,
+            "unet": diffusers.UNet2DConditionModel,
+            "text_encoder": folders.transformers.CLIPTextModel,
+            "tokenizer": folders.transformers.CLIPTokenizer,
+        }.items()
+    }
+    low = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    scheduler = diffusers.DDIMScheduler(**folders.SD_SCHEDULER)
+    made = diffusers.StableDiffusionUpscalePipeline(
+        **parts, low_res_scheduler=low, scheduler=scheduler, max_noise_level=40
+    )
+    made.save_pretrained(tmp_path / "model")
+    pipe, twin = opened("StableDiffusionUpscalePipeline", tmp_path / "model")
+    small = [image.resize((20, 12)) for image in folders.images(2, EDGE)]
+    request = SHORT | NEGATIVE | {"image": small}
+    compare(pipe, twin, **request)
+    compare(pipe, twin, **request | {"noise_level": 35, "num_inference_steps": 6})
+    assert pipe.programs.compilations == 1, "the level is data"
+    with pytest.raises(ValueError, match="noise_level must be an integer from 0 to 40, got 41"):
+        pipe(**request | {"noise_level": 41})
+
+
+def test_latent_consistency(tmp_path: Path, images: list[Any]) -> None:
+    folder = folders.stable_diffusion(tmp_path / "plain")
+    unet_changed(folder, folders.UNET, time_cond_proj_dim=16)
+    scheduler = diffusers.LCMScheduler.from_config(diffusers.PNDMScheduler.from_pretrained(folder / "scheduler").config)
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler, safety_checker=None)
+    diffusers.LatentConsistencyModelPipeline(**plain.components).save_pretrained(tmp_path / "model")
+    pipe, twin = opened("LatentConsistencyModelPipeline", tmp_path / "model")
+    request = {"prompt": SHORT["prompt"], "height": EDGE, "width": EDGE}
+    compare(pipe, twin, **request)
+    compare(pipe, twin, **request | {"guidance_scale": 3.0, "num_inference_steps": 2, "original_inference_steps": 20})
+    with pytest.raises(TypeError, match="takes no negative_prompt: its guidance is distilled"):
+        pipe(**request, negative_prompt="bad")
+    shutil.copytree(tmp_path / "model", tmp_path / "again")
+    pipe, twin = opened("LatentConsistencyModelImg2ImgPipeline", tmp_path / "again")
+    compare(pipe, twin, prompt=SHORT["prompt"], image=images[:2], strength=0.7)
