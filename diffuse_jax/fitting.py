@@ -148,6 +148,41 @@ def _grown(start: int, end: int, length: float, limit: int) -> tuple[int, int]:
     return max(start, 0), min(end - min(start, 0), limit)
 
 
+def extend(
+    image: Image.Image, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, overlap: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """A larger canvas with the image on it, and the mask of what is new, for outpainting.
+
+    Args:
+      image: a PIL image.
+      left, top, right, bottom: pixels to add on each side; filled with the image's outermost pixels.
+      overlap: repaint so many pixels of the image too, along the sides that are extended.
+
+    Returns:
+      ``(canvas, mask)``: an RGB image, and an L image that is white where to paint.
+
+    Raises:
+      ValueError: a number is negative, nothing is added, or the overlap leaves nothing of the image.
+    """
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    if min(*sides.values(), overlap) < 0 or not any(sides.values()):
+        shown = ", ".join(f"{name}={value}" for name, value in {**sides, "overlap": overlap}.items())
+        raise ValueError(f"give at least one side to extend, and no negative numbers, got {shown}")
+    kept = [
+        overlap if left else 0,
+        overlap if top else 0,
+        image.width - (overlap if right else 0),
+        image.height - (overlap if bottom else 0),
+    ]
+    if kept[0] >= kept[2] or kept[1] >= kept[3]:
+        raise ValueError(f"an overlap of {overlap} leaves nothing of an image of {image.width}x{image.height}")
+    pixels = np.asarray(image.convert("RGB"))
+    canvas = np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    mask = np.full(canvas.shape[:2], 255, np.uint8)
+    mask[top + kept[1] : top + kept[3], left + kept[0] : left + kept[2]] = 0
+    return Image.fromarray(canvas), Image.fromarray(mask)
+
+
 def overlay(image: Image.Image, mask: Image.Image, original: Image.Image, region: Box | None = None) -> Image.Image:
     """The repainted image where the mask is white, the original elsewhere, and a mixture where the mask is grey.
 

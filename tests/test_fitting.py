@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.fitting import blur_mask, crop_region, mask_for_queries, overlay, resize
+from diffuse_jax.fitting import blur_mask, crop_region, extend, mask_for_queries, overlay, resize
 
 SMALL, LARGE = Image.new("L", (4, 3), 255), Image.new("RGB", (8, 6))
 BLACK = Image.new("L", (4, 3))
@@ -41,3 +41,27 @@ def test_what_is_impossible_is_refused(call: Callable[[], Any], message: str) ->
 def test_other_proportions_of_features_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="50 queries have other proportions than the masks of 8x8 pixels"):
         mask_for_queries(np.ones((1, 8, 8)), 50)
+
+
+def test_a_canvas_is_extended_and_masked_where_it_is_new() -> None:
+    image = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    canvas, mask = extend(image, left=2, bottom=3, overlap=1)
+    assert canvas.size == mask.size == (8, 7)
+    known = np.asarray(mask) == 0
+    assert known.sum() == 5 * 3, "one column and one row of the image are repainted"
+    np.testing.assert_array_equal(np.asarray(canvas)[:4, 2:], np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(canvas)[0, :2], [np.asarray(image)[0, 0]] * 2)
+    assert known[:3, 3:].all()
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        ({}, "at least one side"),
+        ({"left": -1}, "no negative"),
+        ({"left": 1, "overlap": 6}, "leaves nothing of an image of 6x4"),
+    ],
+)
+def test_a_canvas_that_cannot_be(sides: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extend(Image.new("RGB", (6, 4)), **sides)

@@ -228,8 +228,12 @@ def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarr
     Raises:
       ValueError, TypeError: as for :func:`pixels`, or a PIL mask has the values 0 and 1, where white would be 255.
     """
-    gray = np.stack([_pixels(_binary_as_float(mask, name), size, "L", name) for mask in image_list(masks, name)])
-    return (gray >= 0.5).astype(np.float32)
+    return (mask_shades(masks, size, name) >= 0.5).astype(np.float32)
+
+
+def mask_shades(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
+    """Masks as float32 ``[N,H,W,1]`` from 0 to 1, as they are given; errors as of :func:`mask_pixels`."""
+    return np.stack([_pixels(_binary_as_float(mask, name), size, "L", name) for mask in image_list(masks, name)])
 
 
 def _binary_as_float(mask: Any, name: str) -> Any:

@@ -134,11 +134,17 @@ class InpaintOptions(TypedDict, total=False):
     Attributes:
       masked_image_latents: ``[B,h,w,c]``, the masked image already encoded (inpainting checkpoints only).
       height, width: in pixels; the checkpoint's if None. PIL images are resized to it.
+      padding_mask_crop: repaint only the region around the white part of the mask, with this many pixels around it, at
+        the full size of the request, and put the result back into the image. Takes one PIL image and mask of the same
+        size; for ``output_type="pil"``.
+      keep_unmasked: return the pixels of ``image`` unchanged where the mask is black, and mixed where it is gray.
     """
 
     masked_image_latents: Any
     height: int | None
     width: int | None
+    padding_mask_crop: int | None
+    keep_unmasked: bool
 
 
 class InpaintTextOptions(TextOptions, InpaintOptions, total=False):

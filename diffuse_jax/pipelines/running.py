@@ -35,6 +35,8 @@ class Request(NamedTuple):
       output_type: the form in which images are returned: "pil", "np" or "latent".
       seeds: the seed of each image; None if the caller gave ``key``.
       copies: number of images per prompt.
+      finish: ``images -> images``, what the host does to the images at the end (a list of PIL images, or an array
+        ``[B,H,W,3]``); None if nothing.
     """
 
     method: Method
@@ -43,6 +45,7 @@ class Request(NamedTuple):
     output_type: str = "pil"
     seeds: list[int] | None = None
     copies: int = 1
+    finish: Callable[[Any], Any] | None = None
 
     @property
     def images(self) -> int:
@@ -115,7 +118,10 @@ def run(
             program = _program(pipe, methods.sample, request.method, (ROWS, REPLICATED), params, (rows, plan))
             found = program(params, rows, plan)
         results.append(found)
-    return Output(to_output_type(results, request.images, request.output_type), request.seeds)
+    found = to_output_type(results, request.images, request.output_type)
+    if request.finish is not None:
+        found["images"] = request.finish(found["images"])
+    return Output(found, request.seeds)
 
 
 def compile_request(pipe: Any, request: Request, batch_size: int | None = None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
+from diffuse_jax.pipelines.inpainting import inpainting
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, InpaintTextOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
-from diffuse_jax.pipelines.tasks import inpainting
 
 
 class StableDiffusionInpaintPipeline(StableDiffusionPipeline):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from diffuse_jax.pipelines.families import STABLE_DIFFUSION_XL_FROM_IMAGE
+from diffuse_jax.pipelines.inpainting import inpainting
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import InpaintOptions, XLInpaintOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
-from diffuse_jax.pipelines.tasks import inpainting
 
 
 class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):

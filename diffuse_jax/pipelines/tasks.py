@@ -9,15 +9,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffuse_jax.pipelines.family import output_size, text_to_image
-from diffuse_jax.pipelines.inputs import ImageInput, image_list, image_size, mask_pixels, per_prompt, pixels
+from diffuse_jax.pipelines.family import output_size
+from diffuse_jax.pipelines.inputs import (
+    ImageInput,
+    image_list,
+    image_size,
+    per_prompt,
+    pixels,
+)
 from diffuse_jax.pipelines.method import Net, Rows
-from diffuse_jax.pipelines.parts.control import Beside, Controlled
+from diffuse_jax.pipelines.parts.control import Controlled
 from diffuse_jax.pipelines.parts.decode import autoencoder
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
-from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
-from diffuse_jax.pipelines.parts.step import KeepKnown
+from diffuse_jax.pipelines.pasting import Region, cut_control_images
 from diffuse_jax.pipelines.running import Request
 
 
@@ -31,55 +36,6 @@ def from_image(request: Request, pipe: Any, image: ImageInput) -> Request:
     """
     rows = image_rows(request, pipe, image, "image")
     return changed(request, rows, start=FromImage(vae_of(pipe)))
-
-
-def inpainting(
-    pipe: Any,
-    image: ImageInput,
-    mask: ImageInput,
-    strength: float,
-    options: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-) -> Request:
-    """Repaint ``image`` where ``mask`` is white, and keep the rest.
-
-    A UNet with input channels for the mask and the masked image gets both; with any other, the known region is restored
-    after each step. With a ``strength`` of 1 the run starts from pure noise.
-
-    Args:
-      pipe: the pipeline.
-      image, mask: one, or one per prompt.
-      strength: in (0, 1].
-      options: the arguments of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
-      arguments: the remaining arguments of the call.
-
-    Raises:
-      ValueError: the UNet has input channels for something else.
-    """
-    size = output_size(pipe, options.get("height"), options.get("width"))
-    request = text_to_image(pipe, arguments, size, strength=strength)
-    unet, vae = pipe.components["unet"].config, vae_of(pipe)
-    latents = vae.config.latent_channels
-    rows = image_rows(request, pipe, image, "image")
-    rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images, request.copies, "mask_image")
-    rows["pure_noise"] = np.full(request.images, strength == 1)
-    method, conditions = request.method, (*request.method.conditions, LatentMask(vae.config.scale))
-    if unet.in_channels == latents:
-        advance = KeepKnown(method.advance)
-        return changed(request, rows, start=FromImage(vae), conditions=conditions, advance=advance)
-    if unet.in_channels != 2 * latents + 1:
-        raise ValueError(
-            f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} "
-            "(latents, mask and masked image)"
-        )
-    if (given := options.get("masked_image_latents")) is not None:
-        rows["masked_image_latents"] = latent_rows(given, request, "masked_image_latents")
-    elif "image" not in rows:
-        raise ValueError("an image given as latents cannot be masked; give masked_image_latents too")
-    beside = lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
-    denoiser = below_guidance(method.denoiser, beside)
-    conditions = (*conditions, EncodeMaskedImage(vae))
-    return changed(request, rows, start=FromImage(vae), conditions=conditions, denoiser=denoiser)
 
 
 def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping[str, Any], *, scale: float) -> Request:
@@ -102,6 +58,8 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
     nets = tuple(Net("controlnet", model, k if several else None) for k, model in enumerate(models))
     size = request_size(request, vae_of(pipe))
     each = images_by_net(images, len(nets)) if several else [images]
+    if isinstance(request.finish, Region):
+        each = [cut_control_images(request.finish, x, size) for x in each]
     control = tuple(
         per_prompt(pixels(x, size, "control image", holes=True), request.images, request.copies, "control image")
         for x in each

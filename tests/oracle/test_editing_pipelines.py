@@ -193,3 +193,63 @@ def test_latent_consistency(tmp_path: Path, images: list[Any]) -> None:
     shutil.copytree(tmp_path / "model", tmp_path / "again")
     pipe, twin = opened("LatentConsistencyModelImg2ImgPipeline", tmp_path / "again")
     compare(pipe, twin, prompt=SHORT["prompt"], image=images[:2], strength=0.7)
+
+
+# Inpainting a region, and putting the original back
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "StableDiffusionControlNetInpaintPipeline"])
+def test_inpainting_a_region(name: str, tmp_path: Path) -> None:
+    """The region around the mask is repainted at full size; the rest stays, to the bit."""
+    control = "ControlNet" in name
+    make = (lambda path: folders.controlled(path, 1)) if control else folders.stable_diffusion
+    pipe, twin = opened(name, make(tmp_path / "model"))
+    image = folders.images(1, 64)[0]
+    mask = Image.new("L", image.size)
+    mask.paste(255, (10, 20, 22, 30))
+    request = {"prompt": "a cat", "image": image, "mask_image": mask, "padding_mask_crop": 4, "num_inference_steps": 4}
+    request |= {"height": EDGE, "width": EDGE} | ({"control_image": image} if control else {})
+    with torch.no_grad():
+        wanted = twin(generator=[torch.Generator().manual_seed(3)], **request).images[0]
+    found = pipe(seed=[3], noise="torch", **request).images[0]
+    assert found.size == wanted.size == image.size
+    difference = np.abs(np.asarray(found, int) - np.asarray(wanted, int))
+    assert difference.mean() < 0.05
+    assert difference.max() <= 2
+    black = np.asarray(mask) == 0
+    np.testing.assert_array_equal(np.asarray(found)[black], np.asarray(image)[black])
+    if not control:
+        with pytest.raises(ValueError, match="one PIL image and one PIL mask of the same size, got 64x64 and 32x32"):
+            pipe(**request | {"mask_image": mask.resize((32, 32))})
+        with pytest.raises(ValueError, match='it needs output_type="pil", got'):
+            pipe(**request | {"output_type": "np"})
+    else:
+        with pytest.raises(ValueError, match="control images must be PIL images of 64x64, as image is; got 32x32"):
+            pipe(**request | {"control_image": image.resize((32, 32))})
+
+
+@pytest.mark.parametrize("output", ["pil", "np"])
+def test_unmasked_pixels_are_those_of_the_image(output: str, tmp_path: Path, images: list[Any]) -> None:
+    pipe = pipelines.StableDiffusionInpaintPipeline.from_pretrained(folders.stable_diffusion(tmp_path / "model"))
+    hard, soft = folders.masks(EDGE)[0], np.linspace(0, 1, EDGE * EDGE, dtype=np.float32).reshape(EDGE, EDGE)
+    request = {
+        "prompt": ["a", "b"],
+        "image": images[:2],
+        "num_inference_steps": 2,
+        "seed": [1, 2],
+        "output_type": output,
+    }
+    request |= {"height": EDGE, "width": EDGE, "num_images_per_prompt": 1}
+    for mask in (hard, soft):
+        plain = pipe(mask_image=mask, **request).images
+        kept = pipe(mask_image=mask, keep_unmasked=True, **request).images
+        shades = np.asarray(hard) / 255 if mask is hard else soft
+        for image, painted, found in zip(images, plain, kept, strict=False):
+            original = np.asarray(image) if output == "pil" else np.asarray(image, np.float32) / 255
+            painted, found = np.asarray(painted), np.asarray(found)
+            np.testing.assert_array_equal(found[shades == 0], original[shades == 0])
+            np.testing.assert_array_equal(found[shades == 1], painted[shades == 1])
+            mixture = shades[..., None] * painted + (1 - shades[..., None]) * original
+            np.testing.assert_allclose(found, mixture, atol=0.51 if output == "pil" else 1e-6)
+    with pytest.raises(ValueError, match="keep_unmasked needs an image of pixels"):
+        pipe(mask_image=hard, keep_unmasked=True, **request | {"output_type": "latent"})

@@ -1,0 +1,90 @@
+"""Inpainting as a request: with a checkpoint made for it or any other, of the whole image or of a region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffuse_jax.pipelines.family import output_size, text_to_image
+from diffuse_jax.pipelines.inputs import ImageInput, mask_pixels, mask_shades, per_prompt, pixels
+from diffuse_jax.pipelines.parts.control import Beside
+from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
+from diffuse_jax.pipelines.parts.start import FromImage
+from diffuse_jax.pipelines.parts.step import KeepKnown
+from diffuse_jax.pipelines.pasting import PasteBack, region
+from diffuse_jax.pipelines.running import Request
+from diffuse_jax.pipelines.tasks import below_guidance, changed, image_rows, latent_rows, vae_of
+
+
+def inpainting(
+    pipe: Any,
+    image: ImageInput,
+    mask: ImageInput,
+    strength: float,
+    options: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Request:
+    """Repaint ``image`` where ``mask`` is white, and keep the rest.
+
+    A UNet with input channels for the mask and the masked image gets both; with any other, the known region is restored
+    after each step. With a ``strength`` of 1 the run starts from pure noise.
+
+    Args:
+      pipe: the pipeline.
+      image, mask: one, or one per prompt.
+      strength: in (0, 1].
+      options: the arguments of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
+      arguments: the remaining arguments of the call.
+
+    Raises:
+      ValueError: the UNet has input channels for something else.
+    """
+    size = output_size(pipe, options.get("height"), options.get("width"))
+    pad, output_type = options.get("padding_mask_crop"), arguments.get("output_type", "pil")
+    cut = None if pad is None else region(image, mask, size, pad, output_type)
+    if cut is not None:
+        image, mask = cut.cut(cut.image, size), cut.cut(mask, size)
+    request = text_to_image(pipe, arguments, size, strength=strength)._replace(finish=cut)
+    if options.get("keep_unmasked") and cut is None:
+        request = request._replace(finish=pasting_back(request, image, mask, size))
+    unet, vae = pipe.components["unet"].config, vae_of(pipe)
+    latents = vae.config.latent_channels
+    rows = image_rows(request, pipe, image, "image")
+    rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images, request.copies, "mask_image")
+    rows["pure_noise"] = np.full(request.images, strength == 1)
+    method, conditions = request.method, (*request.method.conditions, LatentMask(vae.config.scale))
+    if unet.in_channels == latents:
+        advance = KeepKnown(method.advance)
+        return changed(request, rows, start=FromImage(vae), conditions=conditions, advance=advance)
+    if unet.in_channels != 2 * latents + 1:
+        raise ValueError(
+            f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} "
+            "(latents, mask and masked image)"
+        )
+    if (given := options.get("masked_image_latents")) is not None:
+        rows["masked_image_latents"] = latent_rows(given, request, "masked_image_latents")
+    elif "image" not in rows:
+        raise ValueError("an image given as latents cannot be masked; give masked_image_latents too")
+    beside = lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
+    denoiser = below_guidance(method.denoiser, beside)
+    conditions = (*conditions, EncodeMaskedImage(vae))
+    return changed(request, rows, start=FromImage(vae), conditions=conditions, denoiser=denoiser)
+
+
+def pasting_back(request: Request, image: ImageInput, mask: ImageInput, size: tuple[int, int]) -> PasteBack:
+    """What puts the original back at the end.
+
+    Raises:
+      ValueError: there are no pixels to put back, or none to put them into.
+    """
+    latents = isinstance(image, np.ndarray | jax.Array) and image.ndim == 4 and image.shape[-1] != 3
+    if latents or request.output_type == "latent":
+        raise ValueError('keep_unmasked needs an image of pixels and output_type="pil" or "np", not latents')
+    each = lambda array, name: per_prompt(array, request.images, request.copies, name)
+    originals = each(pixels(image, size, "image"), "image")
+    shades = each(mask_shades(mask, size, "mask_image"), "mask_image")
+    rows = np.arange(request.images)
+    return PasteBack(originals[rows % len(originals)], shades[rows % len(shades)])
