@@ -16,6 +16,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.models import (
     ADMUNet,
     AutoencoderKL,
+    CLIPVisionModel,
     ControlNetModel,
     Model,
     UNet2DConditionConfig,
@@ -30,7 +31,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

@@ -3,6 +3,13 @@
 from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.clip_vision import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    CLIPVisionOutput,
+    StableDiffusionSafetyChecker,
+)
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
@@ -14,11 +21,16 @@ __all__ = [
     "ADMUNetConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "CLIPVisionConfig",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
+    "CLIPVisionOutput",
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",
     "Model",
     "Params",
+    "StableDiffusionSafetyChecker",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",

@@ -1,4 +1,4 @@
-"""Configurations of the published UNets, ControlNets and autoencoders as data, each by its differences from another.
+"""Configurations of the published networks except text encoders as data, each by its differences from another.
 
 ``UNet2DConditionModel(SDXL_UNET).shapes()`` is the full-size parameter tree, without a file and without memory. The
 number in a comment is the parameter count; the tests compare names, shapes and counts with the PyTorch classes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
@@ -127,4 +128,22 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
     scaling_factor=0.08333,
+)
+
+#: 303,966,208 with its projection; image variations, the safety checker
+CLIP_L_VISION = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+    projection_dim=768,
+)
+#: 632,076,800 with its projection; IP-Adapter, unCLIP of SD 2.1
+OPENCLIP_H_VISION = CLIP_L_VISION.replace(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, hidden_act="gelu", projection_dim=1024
+)
+#: 1,844,907,264 with its projection; IP-Adapter of SDXL
+OPENCLIP_BIGG_VISION = OPENCLIP_H_VISION.replace(
+    hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, projection_dim=1280
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import results
 
-from diffuse_jax import models, pipelines, schedulers
+from diffuse_jax import models, pipelines, processors, schedulers
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
@@ -20,6 +20,8 @@ CONFIGS: dict[str, type[Config]] = {
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,
     "CLIPTextModel": CLIPTextConfig,
+    "CLIPVisionModel": models.CLIPVisionConfig,
+    "CLIPImageProcessor": processors.CLIPImageProcessor,
 }
 
 

@@ -14,9 +14,12 @@ from jax.extend.core import jaxprs_in_params
 from diffuse_jax.models import (
     AutoencoderKL,
     AutoencoderKLConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     ControlNetConfig,
     ControlNetModel,
     Model,
+    StableDiffusionSafetyChecker,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
@@ -48,6 +51,9 @@ VAE = AutoencoderKLConfig(
     norm_num_groups=4,
 )
 TEXT = CLIPTextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+VISION = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+)
 CONDITIONED = UNET.replace(
     addition_embed_type="text_time",
     addition_time_embed_dim=8,
@@ -65,6 +71,7 @@ NETWORKS = {
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "autoencoder": (AutoencoderKL, VAE),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
+    "vision encoder": (CLIPVisionModelWithProjection, VISION),
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -93,6 +100,18 @@ def test_no_value_is_promoted(name: str, dtype: Any) -> None:
         program, outputs = jax.make_jaxpr(forward, return_shape=True)(shapes, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(dtype)}
     assert jnp.dtype(jnp.float64) not in set(dtypes_inside(program.jaxpr))
+
+
+def test_the_safety_checker_compares_in_float32() -> None:
+    model = StableDiffusionSafetyChecker(VISION, dtype=jnp.bfloat16)
+    forward = lambda params, x: model.apply({"params": params}, x)
+    shapes = parameter_shapes(model, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        program, flags = jax.make_jaxpr(forward, return_shape=True)(shapes, *model.example_inputs().values())
+    assert flags.dtype == jnp.bool_
+    assert jnp.dtype(jnp.float64) not in set(dtypes_inside(program.jaxpr))
+    compared = [e for e in program.jaxpr.eqns if e.primitive.name in ("gt", "dot_general")][-3:]
+    assert {v.aval.dtype for e in compared for v in e.invars} == {jnp.dtype(jnp.float32)}
 
 
 def test_posterior_is_float32_whatever_the_network_computes_in() -> None:

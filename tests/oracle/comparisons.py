@@ -182,3 +182,26 @@ def compare_text(twin: Twin, ids: np.ndarray, mask: np.ndarray | None = None) ->
     else:
         pairs["pooled_output"] = (ours.pooled_output, theirs.pooler_output)
     return {name: difference(*pair) for name, pair in pairs.items()}
+
+
+def vision_inputs(config: Any, rng: np.random.Generator) -> np.ndarray:
+    """Three normalised images of the size that a vision encoder takes."""
+    return rng.standard_normal((3, config.image_size, config.image_size, config.num_channels)).astype(np.float32)
+
+
+def compare_vision(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference."""
+    module, model, params = twin
+    images = vision_inputs(model.config, rng)
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images), output_hidden_states=True)
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    pairs = {"last_hidden_state": (ours.last_hidden_state, theirs.last_hidden_state)}
+    for i, states in enumerate(ours.hidden_states):
+        pairs[f"hidden_states[{i}]"] = (states, theirs.hidden_states[i])
+    if model.has_projection:
+        pairs["image_embeds"] = (ours.image_embeds, theirs.image_embeds)
+    else:
+        pairs["pooler_output"] = (ours.pooler_output, theirs.pooler_output)
+    return {name: difference(*pair) for name, pair in pairs.items()}

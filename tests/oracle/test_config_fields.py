@@ -11,6 +11,7 @@ import pytest
 from diffuse_jax import models, pipelines, schedulers
 from diffuse_jax.models.base import Model
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.processors import CLIPImageProcessor
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
 from tests.schedulers.samplers import EVERY
@@ -54,6 +55,18 @@ def test_text_encoders() -> None:
     assert theirs <= ours, "a new setting"
     read_by_pipelines = {"use_attention_mask"}
     assert fields(CLIPTextConfig) - theirs == read_by_pipelines
+
+
+def test_vision_encoders() -> None:
+    theirs, config = {*transformers.CLIPVisionConfig().to_dict()}, models.CLIPVisionConfig
+    assert theirs <= fields(config) | {*config.fixed, *config.harmless}, "a new setting"
+    assert fields(config) <= theirs
+
+
+def test_image_processors() -> None:
+    theirs = {*transformers.CLIPImageProcessor().to_dict()}
+    assert theirs <= fields(CLIPImageProcessor) | {*CLIPImageProcessor.harmless}, "a new setting"
+    assert fields(CLIPImageProcessor) <= theirs
 
 
 @pytest.mark.parametrize("name", EVERY)

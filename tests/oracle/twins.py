@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diffuse_jax import models
 from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -230,6 +231,22 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "OpenCLIP bigG, corrected ids": ("CLIPTextModelWithProjection", TEXT | {"eos_token_id": 97, "bos_token_id": 96}),
 }
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 24,
+}
+VISIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLIP-L": ("CLIPVisionModelWithProjection", VISION),
+    "OpenCLIP": ("CLIPVisionModelWithProjection", VISION | {"hidden_act": "gelu", "layer_norm_eps": 1e-3}),
+    "no projection": ("CLIPVisionModel", VISION),
+    "a rest of the edge, one channel": ("CLIPVisionModel", VISION | {"image_size": 30, "num_channels": 1}),
+}
+
 Twin = tuple[Any, Any, Any]
 
 
@@ -272,3 +289,15 @@ def text_twin(name: str, folder: Path) -> Twin:
     kind, config = TEXTS[name]
     ours = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[kind]
     return twin(getattr(transformers, kind)(transformers.CLIPTextConfig(**config)), ours, folder)
+
+
+def vision_twin(name: str, folder: Path) -> Twin:
+    kind, config = VISIONS[name]
+    return twin(getattr(transformers, kind)(transformers.CLIPVisionConfig(**config)), getattr(models, kind), folder)
+
+
+def safety_checker_twin(folder: Path) -> Twin:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    config = transformers.CLIPConfig(vision_config=VISION, projection_dim=24)
+    return twin(StableDiffusionSafetyChecker(config), models.StableDiffusionSafetyChecker, folder)
