@@ -56,6 +56,8 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
         ),
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
+        ("tiny autoencoder", twins.TINIES, twins.tiny_twin, comparisons.compare_tiny),
+        ("asymmetric autoencoder", twins.ASYMMETRICS, twins.asymmetric_twin, comparisons.compare_asymmetric),
         (
             "text encoder",
             twins.TEXTS,

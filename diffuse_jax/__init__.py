@@ -20,7 +20,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "diffuse_jax.models": (
         "ADMUNet",
+        "AsymmetricAutoencoderKL",
         "AutoencoderKL",
+        "AutoencoderTiny",
         "CLIPVisionModel",
         "CLIPVisionModelWithProjection",
         "ControlNetModel",

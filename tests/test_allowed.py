@@ -15,7 +15,9 @@ from diffuse_jax.allowed import Layers, Levels, Range, Rule, Signed, rule_of, ru
 from diffuse_jax.config import Config
 from diffuse_jax.models import (
     ADMUNet,
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     CLIPVisionModel,
     ControlNetModel,
     Model,
@@ -31,6 +33,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
+    *(AsymmetricAutoencoderKL, AutoencoderTiny),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {

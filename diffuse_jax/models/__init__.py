@@ -1,7 +1,9 @@
 """Networks as Flax Linen modules: pure functions of a parameter dict, channel-last."""
 
 from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
+from diffuse_jax.models.autoencoder_asymmetric import AsymmetricAutoencoderKL, AsymmetricAutoencoderKLConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from diffuse_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.clip_vision import (
     CLIPVisionConfig,
@@ -19,8 +21,12 @@ from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DCo
 __all__ = [
     "ADMUNet",
     "ADMUNetConfig",
+    "AsymmetricAutoencoderKL",
+    "AsymmetricAutoencoderKLConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
     "CLIPVisionConfig",
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",

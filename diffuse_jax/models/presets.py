@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffuse_jax.models.autoencoder_asymmetric import AsymmetricAutoencoderKLConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.autoencoder_tiny import AutoencoderTinyConfig
 from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
@@ -129,6 +131,22 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     up_block_types=("UpDecoderBlock2D",) * 3,
     scaling_factor=0.08333,
 )
+
+TINY_VAE = AutoencoderTinyConfig()  #: 2,445,063; latents of 1.x and 2.x, or of XL
+TINY_FLUX2_VAE = AutoencoderTinyConfig(latent_channels=32, use_midblock_gn=True)  #: 2,687,939; latents of FLUX.2
+#: 194,300,519; the decoder is 1.5 times as wide
+ASYMMETRIC_VAE = AsymmetricAutoencoderKLConfig(
+    sample_size=256,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    down_block_out_channels=(128, 256, 512, 512),
+    up_block_out_channels=(192, 384, 768, 768),
+    layers_per_down_block=2,
+    layers_per_up_block=3,
+)
+ASYMMETRIC_X2_VAE = ASYMMETRIC_VAE.replace(
+    up_block_out_channels=(256, 512, 1024, 1024), layers_per_up_block=5
+)  #: 406,130,151
 
 #: 303,966,208 with its projection; image variations, the safety checker
 CLIP_L_VISION = CLIPVisionConfig(

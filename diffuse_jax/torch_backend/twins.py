@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffuse_jax.models.autoencoder_kl import Posterior
+from diffuse_jax.models.autoencoder_tiny import Encoded
 from diffuse_jax.models.clip_vision import CLIPVisionOutput
 from diffuse_jax.models.controlnet import ControlNetOutput
 from diffuse_jax.text.clip import CLIPTextOutput
@@ -150,9 +151,20 @@ def encode(module: Any, images: torch.Tensor) -> Posterior:
     return Posterior(channels_last(found.mean).float(), channels_last(found.logvar).float())
 
 
+def encode_tiny(module: Any, images: torch.Tensor) -> Encoded:
+    """A tiny autoencoder's latents."""
+    return Encoded(channels_last(module.encode(channels_first(images.to(module.dtype))).latents).float())
+
+
 def decode(module: Any, latents: torch.Tensor) -> torch.Tensor:
     """An autoencoder's images."""
     return channels_last(module.decode(channels_first(latents.to(module.dtype))).sample)
+
+
+def decode_masked(module: Any, latents: torch.Tensor, image: Any = None, mask: Any = None) -> torch.Tensor:
+    """The images of an autoencoder whose decoder sees the image outside the mask."""
+    given = (None if x is None else channels_first(x.to(module.dtype)) for x in (image, mask))
+    return channels_last(module.decode(channels_first(latents.to(module.dtype)), None, *given).sample)
 
 
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -169,5 +181,9 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("ControlNetModel", "embed"): embed,
     ("AutoencoderKL", "encode"): encode,
     ("AutoencoderKL", "decode"): decode,
+    ("AutoencoderTiny", "encode"): encode_tiny,
+    ("AutoencoderTiny", "decode"): decode,
+    ("AsymmetricAutoencoderKL", "encode"): encode,
+    ("AsymmetricAutoencoderKL", "decode"): decode_masked,
 }
 """``(class, method)`` -> the same call of PyTorch's module."""

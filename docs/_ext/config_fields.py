@@ -19,6 +19,8 @@ CONFIGS: dict[str, type[Config]] = {
     "ControlNetModel": models.ControlNetConfig,
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,
+    "AutoencoderTiny": models.AutoencoderTinyConfig,
+    "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "CLIPImageProcessor": processors.CLIPImageProcessor,

@@ -12,8 +12,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from diffuse_jax.models import (
+    AsymmetricAutoencoderKL,
+    AsymmetricAutoencoderKLConfig,
     AutoencoderKL,
     AutoencoderKLConfig,
+    AutoencoderTiny,
+    AutoencoderTinyConfig,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     ControlNetConfig,
@@ -51,6 +55,19 @@ VAE = AutoencoderKLConfig(
     norm_num_groups=4,
 )
 TEXT = CLIPTextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TINY = AutoencoderTinyConfig(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)
+ASYMMETRIC = AsymmetricAutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    down_block_out_channels=(8, 8),
+    up_block_out_channels=(8, 16),
+    norm_num_groups=4,
+)
 VISION = CLIPVisionConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
 )
@@ -70,6 +87,9 @@ NETWORKS = {
     "controlnet": (ControlNetModel, CONTROLNET),
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "autoencoder": (AutoencoderKL, VAE),
+    "tiny autoencoder": (AutoencoderTiny, TINY),
+    "tiny autoencoder with norms": (AutoencoderTiny, TINY.replace(use_midblock_gn=True, upsample_fn="bilinear")),
+    "asymmetric autoencoder": (AsymmetricAutoencoderKL, ASYMMETRIC),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
     "vision encoder": (CLIPVisionModelWithProjection, VISION),
 }

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from diffuse_jax.models import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     CLIPVisionModelWithProjection,
     ControlNetModel,
     StableDiffusionSafetyChecker,
@@ -60,6 +62,10 @@ TEXTS = {
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
+TINIES = {
+    "TINY_VAE": 2_445_063
+}  # diffusers has no class for TINY_FLUX2_VAE: test_autoencoder_tiny reads its real weights
+ASYMMETRICS = {"ASYMMETRIC_VAE": 194_300_519, "ASYMMETRIC_X2_VAE": 406_130_151}
 VISIONS = {
     "CLIP_L_VISION": 303_966_208,
     "OPENCLIP_H_VISION": 632_076_800,
@@ -102,6 +108,10 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
+    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS)):
+        for name, count in table.items():
+            config = getattr(presets, name)
+            yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
     for name, count in VISIONS.items():
         config = getattr(presets, name)
         theirs = transformers.CLIPVisionConfig(**config.to_json())
@@ -133,7 +143,8 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def test_every_preset_is_checked() -> None:
     in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE", "_VISION"))}
-    assert in_modules == UNETS.keys() | CONTROLNETS.keys() | PIXEL_UNETS.keys() | VAES.keys() | VISIONS.keys()
+    tables = (UNETS, CONTROLNETS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VISIONS)
+    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

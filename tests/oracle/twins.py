@@ -212,6 +212,48 @@ VAES: dict[str, dict[str, Any]] = {
     "no attention": VAE | {"mid_block_add_attention": False, "act_fn": "gelu"},
 }
 
+TINY = {
+    "encoder_block_out_channels": (8, 8, 8),
+    "decoder_block_out_channels": (16, 16, 16),
+    "num_encoder_blocks": (1, 2, 1),
+    "num_decoder_blocks": (2, 1, 1),
+}
+TINIES: dict[str, dict[str, Any]] = {
+    "TAESD": TINY,
+    "FLUX.1": TINY | {"latent_channels": 16, "scaling_factor": 0.5, "shift_factor": 0.2},
+    "one factor of four": TINY
+    | {"upsampling_scaling_factor": 4, "decoder_block_out_channels": (8, 8), "num_decoder_blocks": (0, 1)},
+    "other settings": TINY
+    | {"act_fn": "silu", "upsample_fn": "bilinear", "latent_magnitude": 2, "latent_shift": 0.4, "in_channels": 3},
+}
+ASYMMETRIC = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "down_block_out_channels": (8, 16, 16),
+    "up_block_out_channels": (8, 16, 32),
+    "layers_per_up_block": 2,
+    "norm_num_groups": 4,
+}
+ASYMMETRICS: dict[str, dict[str, Any]] = {
+    "widths double": ASYMMETRIC,
+    "four levels": ASYMMETRIC
+    | {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_out_channels": (4, 8, 8, 16),
+        "up_block_out_channels": (8, 16, 32, 32),
+    },
+    "one level": ASYMMETRIC
+    | {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "down_block_out_channels": (8,),
+        "up_block_out_channels": (16,),
+        "scaling_factor": 0.5,
+        "act_fn": "gelu",
+    },
+}
+
 TEXT = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -283,6 +325,14 @@ def pixel_unet_twin(name: str, folder: Path) -> Twin:
 
 def vae_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.AutoencoderKL(**VAES[name]), AutoencoderKL, folder)
+
+
+def tiny_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.AutoencoderTiny(**TINIES[name]), models.AutoencoderTiny, folder)
+
+
+def asymmetric_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.AsymmetricAutoencoderKL(**ASYMMETRICS[name]), models.AsymmetricAutoencoderKL, folder)
 
 
 def text_twin(name: str, folder: Path) -> Twin:
