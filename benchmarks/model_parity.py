@@ -64,6 +64,7 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             twins.text_twin,
             lambda t, r: comparisons.compare_text(t, comparisons.token_ids(t[1].config, r)),
         ),
+        ("depth estimator", twins.DEPTHS, twins.depth_twin, comparisons.compare_depth),
         ("vision encoder", twins.VISIONS, twins.vision_twin, comparisons.compare_vision),
     ]
     for kind, names, build, compare in kinds:

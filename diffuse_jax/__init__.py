@@ -26,6 +26,7 @@ _PUBLIC = {
         "CLIPVisionModel",
         "CLIPVisionModelWithProjection",
         "ControlNetModel",
+        "DPTForDepthEstimation",
         "StableDiffusionSafetyChecker",
         "UNet2DConditionModel",
         "UNet2DModel",

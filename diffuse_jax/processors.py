@@ -174,6 +174,46 @@ class CLIPImageProcessor(ImageProcessor):
     image_std: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPTImageProcessor(ImageProcessor):
+    """The image processor of depth estimators; there is no crop, so sizes come from resizing alone.
+
+    Attributes:
+      keep_aspect_ratio: the edge that needs the smaller change decides how both are scaled.
+      ensure_multiple_of: what both edges are rounded to.
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {"do_pad": False}
+    harmless: ClassVar[Mapping[str, str]] = {
+        **ImageProcessor.harmless,
+        **dict.fromkeys(("pad_size", "size_divisor"), "of do_pad"),
+        "do_reduce_labels": "for training segmentation",
+    }
+    square: ClassVar[bool] = True
+
+    size: Size = (384, 384)
+    do_center_crop: bool = False
+    keep_aspect_ratio: bool = False
+    ensure_multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.size, int) or self.do_center_crop:
+            raise ValueError(
+                f"DPTImageProcessor: size must be a height and a width, without a crop, got size={self.size}, "
+                f"do_center_crop={self.do_center_crop}"
+            )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        assert isinstance(self.size, tuple)
+        rows, columns = self.size[0] / height, self.size[1] / width
+        if self.keep_aspect_ratio:
+            rows = columns = columns if abs(1 - columns) < abs(1 - rows) else rows
+        step = self.ensure_multiple_of
+        edge = lambda scaled: max(round(scaled / step), 1) * step
+        return edge(rows * height), edge(columns * width)
+
+
 def pixels(image: Pixels) -> np.ndarray:
     """An image as uint8 ``[H,W,3]``.
 

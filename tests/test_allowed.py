@@ -20,6 +20,7 @@ from diffuse_jax.models import (
     AutoencoderTiny,
     CLIPVisionModel,
     ControlNetModel,
+    DPTForDepthEstimation,
     Model,
     UNet2DConditionConfig,
     UNet2DConditionModel,
@@ -33,7 +34,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(AsymmetricAutoencoderKL, AutoencoderTiny),
+    *(AsymmetricAutoencoderKL, AutoencoderTiny, DPTForDepthEstimation),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {

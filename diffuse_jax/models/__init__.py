@@ -13,6 +13,7 @@ from diffuse_jax.models.clip_vision import (
     StableDiffusionSafetyChecker,
 )
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
+from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -34,6 +35,8 @@ __all__ = [
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",
+    "DPTConfig",
+    "DPTForDepthEstimation",
     "Model",
     "Params",
     "StableDiffusionSafetyChecker",

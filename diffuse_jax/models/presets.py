@@ -11,8 +11,10 @@ from typing import Any
 from diffuse_jax.models.autoencoder_asymmetric import AsymmetricAutoencoderKLConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.models.autoencoder_tiny import AutoencoderTinyConfig
+from diffuse_jax.models.bit import BitConfig
 from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
+from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -164,4 +166,21 @@ OPENCLIP_H_VISION = CLIP_L_VISION.replace(
 #: 1,844,907,264 with its projection; IP-Adapter of SDXL
 OPENCLIP_BIGG_VISION = OPENCLIP_H_VISION.replace(
     hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, projection_dim=1280
+)
+
+#: 122,377,985; Stable Diffusion 2's depth model, dpt-hybrid-midas
+HYBRID_DEPTH = DPTConfig(
+    is_hybrid=True,
+    backbone_config=BitConfig.from_json(DEFAULT_BACKBONE),
+    reassemble_factors=(1, 1, 1, 0.5),
+    neck_hidden_sizes=(256, 512, 768, 768),
+)
+#: 343,030,465; dpt-large
+LARGE_DEPTH = DPTConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    backbone_out_indices=(5, 11, 17, 23),
+    neck_hidden_sizes=(256, 512, 1024, 1024),
 )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from diffuse_jax import models, schedulers, text  # noqa: F401  (their classes are registered when they are defined)
 from diffuse_jax.models.base import Model, network_class, network_names
-from diffuse_jax.processors import CLIPImageProcessor
+from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor, ImageProcessor
 from diffuse_jax.schedulers import Scheduler, scheduler_class
 from diffuse_jax.text.tokenizer import TOKENIZERS, open_tokenizer
 from diffuse_jax.weights import Component, WeightsError
@@ -29,8 +29,11 @@ NOT_LOADED: Mapping[str, str | None] = {
 }
 """Components of published folders that this library has no class for, and what their absence means for the user."""
 
-PROCESSORS = {"CLIPImageProcessor": CLIPImageProcessor, "CLIPFeatureExtractor": CLIPImageProcessor}
-"""Classes of transformers that prepare images -> ours; the second is the older name."""
+PROCESSORS: Mapping[str, type[ImageProcessor]] = {
+    **dict.fromkeys(("CLIPImageProcessor", "CLIPFeatureExtractor"), CLIPImageProcessor),
+    **dict.fromkeys(("DPTImageProcessor", "DPTFeatureExtractor"), DPTImageProcessor),
+}
+"""Classes of transformers that prepare images -> ours; older files have the second name of each."""
 
 _REGISTERED: dict[tuple[str, str], type] = {}
 

@@ -42,6 +42,11 @@ def safety(module: Any, clip_input: torch.Tensor) -> torch.Tensor:
     return torch.tensor(flagged)
 
 
+def depth(module: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """A depth estimator."""
+    return module(channels_first(pixel_values.to(module.dtype))).predicted_depth
+
+
 @contextlib.contextmanager
 def watched(layer: Any) -> Iterator[list[torch.Tensor]]:
     """What a layer is given inside the block; transformers does not return the pooled state before its projection."""
@@ -174,6 +179,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModelWithProjection", "final_norm"): final_norm,
     ("CLIPVisionModel", "__call__"): vision,
     ("CLIPVisionModelWithProjection", "__call__"): vision,
+    ("DPTForDepthEstimation", "__call__"): depth,
     ("StableDiffusionSafetyChecker", "__call__"): safety,
     ("UNet2DConditionModel", "__call__"): unet,
     ("UNet2DModel", "__call__"): pixel_unet,

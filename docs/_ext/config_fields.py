@@ -23,6 +23,8 @@ CONFIGS: dict[str, type[Config]] = {
     "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
+    "DPTForDepthEstimation": models.DPTConfig,
+    "DPTImageProcessor": processors.DPTImageProcessor,
     "CLIPImageProcessor": processors.CLIPImageProcessor,
 }
 

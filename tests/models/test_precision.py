@@ -22,11 +22,15 @@ from diffuse_jax.models import (
     CLIPVisionModelWithProjection,
     ControlNetConfig,
     ControlNetModel,
+    DPTConfig,
+    DPTForDepthEstimation,
     Model,
     StableDiffusionSafetyChecker,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from diffuse_jax.models.bit import BitConfig
+from diffuse_jax.models.dpt import DEFAULT_BACKBONE
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModelWithProjection
 from tests.models.filling import random_params
 
@@ -71,6 +75,23 @@ ASYMMETRIC = AsymmetricAutoencoderKLConfig(
 VISION = CLIPVisionConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
 )
+DEPTH = DPTConfig(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    image_size=64,
+    backbone_out_indices=(0, 1, 2, 3),
+    neck_hidden_sizes=(16, 32, 8, 8),
+    fusion_hidden_size=8,
+)
+HYBRID = DEPTH.replace(
+    is_hybrid=True,
+    reassemble_factors=(1, 1, 1, 0.5),
+    backbone_config=BitConfig.from_json(
+        DEFAULT_BACKBONE | {"depths": [1, 1, 1], "hidden_sizes": [16, 32, 32], "embedding_size": 8, "num_groups": 4}
+    ),
+)
 CONDITIONED = UNET.replace(
     addition_embed_type="text_time",
     addition_time_embed_dim=8,
@@ -91,6 +112,8 @@ NETWORKS = {
     "tiny autoencoder with norms": (AutoencoderTiny, TINY.replace(use_midblock_gn=True, upsample_fn="bilinear")),
     "asymmetric autoencoder": (AsymmetricAutoencoderKL, ASYMMETRIC),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
+    "depth estimator": (DPTForDepthEstimation, DEPTH),
+    "hybrid depth estimator": (DPTForDepthEstimation, HYBRID),
     "vision encoder": (CLIPVisionModelWithProjection, VISION),
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

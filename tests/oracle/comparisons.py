@@ -248,3 +248,14 @@ def compare_vision(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     else:
         pairs["pooler_output"] = (ours.pooler_output, theirs.pooler_output)
     return {name: difference(*pair) for name, pair in pairs.items()}
+
+
+def compare_depth(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """The depth -> difference."""
+    module, model, params = twin
+    images = vision_inputs(model.config, rng)
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images)).predicted_depth
+    assert (theirs > 0).float().mean() > 0.3, "the last rectifier leaves little to compare"
+    return {"depth": difference(ours, theirs)}

@@ -10,8 +10,9 @@ import pytest
 
 from diffuse_jax import models, pipelines, schedulers
 from diffuse_jax.models.base import Model
+from diffuse_jax.models.bit import BitConfig
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
-from diffuse_jax.processors import CLIPImageProcessor
+from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor, ImageProcessor
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
 from tests.schedulers.samplers import EVERY
@@ -71,10 +72,19 @@ def test_vision_encoders() -> None:
     assert fields(config) <= theirs
 
 
-def test_image_processors() -> None:
-    theirs = {*transformers.CLIPImageProcessor().to_dict()}
-    assert theirs <= fields(CLIPImageProcessor) | {*CLIPImageProcessor.harmless}, "a new setting"
-    assert fields(CLIPImageProcessor) <= theirs
+def test_depth_estimators() -> None:
+    for theirs, config in ((transformers.DPTConfig(), models.DPTConfig), (transformers.BitConfig(), BitConfig)):
+        keys = {*theirs.to_dict()}
+        assert keys <= fields(config) | {*config.fixed, *config.harmless}, "a new setting"
+        assert fields(config) <= keys
+
+
+@pytest.mark.parametrize("processor", [CLIPImageProcessor, DPTImageProcessor])
+def test_image_processors(processor: type[ImageProcessor]) -> None:
+    theirs = {*getattr(transformers, processor.__name__)().to_dict()}
+    assert theirs <= fields(processor) | {*processor.fixed, *processor.harmless}, "a new setting"
+    crop = {"do_center_crop", "crop_size", "do_convert_rgb"} if processor is DPTImageProcessor else set()
+    assert fields(processor) <= theirs | crop
 
 
 @pytest.mark.parametrize("name", EVERY)

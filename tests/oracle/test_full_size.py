@@ -16,6 +16,7 @@ from diffuse_jax.models import (
     AutoencoderTiny,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    DPTForDepthEstimation,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
     UNet2DModel,
@@ -71,6 +72,7 @@ VISIONS = {
     "OPENCLIP_H_VISION": 632_076_800,
     "OPENCLIP_BIGG_VISION": 1_844_907_264,
 }
+DEPTHS = {"HYBRID_DEPTH": 122_377_985, "LARGE_DEPTH": 343_030_465}
 SAFETY_CHECKER = 303_981_588
 
 
@@ -121,6 +123,10 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
             partial(transformers.CLIPVisionModelWithProjection, theirs),
             count,
         )
+    for name, count in DEPTHS.items():
+        model = DPTForDepthEstimation(getattr(presets, name))
+        theirs = transformers.DPTConfig(**model.config.to_json())
+        yield name, model, partial(transformers.DPTForDepthEstimation, theirs), count
     checker = StableDiffusionSafetyChecker(presets.CLIP_L_VISION)
     theirs = transformers.CLIPConfig(**{k: v for k, v in checker.config_json().items() if k != "architectures"})
     yield "safety checker", checker, partial(torch_class(StableDiffusionSafetyChecker), theirs), SAFETY_CHECKER
@@ -142,8 +148,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE", "_VISION"))}
-    tables = (UNETS, CONTROLNETS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VISIONS)
+    in_modules = {
+        name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE", "_VISION", "_DEPTH"))
+    }
+    tables = (UNETS, CONTROLNETS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VISIONS, DEPTHS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()

@@ -289,6 +289,51 @@ VISIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "a rest of the edge, one channel": ("CLIPVisionModel", VISION | {"image_size": 30, "num_channels": 1}),
 }
 
+DEPTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+    "backbone_out_indices": [0, 1, 3, 4],
+    "neck_hidden_sizes": [8, 16, 16, 24],
+    "fusion_hidden_size": 16,
+}
+BACKBONE = {
+    "model_type": "bit",
+    "global_padding": "same",
+    "layer_type": "bottleneck",
+    "embedding_dynamic_padding": True,
+    "depths": [1, 2, 1],
+    "hidden_sizes": [16, 32, 64],
+    "embedding_size": 8,
+    "num_groups": 4,
+    "out_features": ["stage1", "stage2", "stage3"],
+}
+HYBRID = DEPTH | {
+    "is_hybrid": True,
+    "image_size": 64,
+    "patch_size": 16,
+    "neck_hidden_sizes": [16, 32, 24, 24],
+    "reassemble_factors": [1, 1, 1, 0.5],
+    "backbone_featmap_shape": [1, 64, 4, 4],
+    "backbone_config": BACKBONE,
+}
+DEPTHS: dict[str, dict[str, Any]] = {
+    "large": DEPTH,
+    "hybrid": HYBRID,
+    "a wide hybrid": HYBRID
+    | {
+        "neck_hidden_sizes": [32, 64, 24, 24],
+        "backbone_featmap_shape": [1, 128, 4, 4],
+        "backbone_config": BACKBONE | {"width_factor": 2, "hidden_act": "gelu", "num_groups": 2},
+    },
+    "add": DEPTH | {"readout_type": "add", "qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-3},
+    "ignore": DEPTH | {"readout_type": "ignore", "use_bias_in_fusion_residual": False, "head_in_index": 2},
+    "a projection": DEPTH | {"add_projection": True, "fusion_hidden_size": 256, "num_hidden_layers": 5},
+}
+
 Twin = tuple[Any, Any, Any]
 
 
@@ -351,3 +396,8 @@ def safety_checker_twin(folder: Path) -> Twin:
 
     config = transformers.CLIPConfig(vision_config=VISION, projection_dim=24)
     return twin(StableDiffusionSafetyChecker(config), models.StableDiffusionSafetyChecker, folder)
+
+
+def depth_twin(name: str, folder: Path) -> Twin:
+    config = transformers.DPTConfig(**DEPTHS[name])
+    return twin(transformers.DPTForDepthEstimation(config), models.DPTForDepthEstimation, folder)
