@@ -56,12 +56,16 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
         ),
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
+        ("tiny autoencoder", twins.TINIES, twins.tiny_twin, comparisons.compare_tiny),
+        ("asymmetric autoencoder", twins.ASYMMETRICS, twins.asymmetric_twin, comparisons.compare_asymmetric),
         (
             "text encoder",
             twins.TEXTS,
             twins.text_twin,
             lambda t, r: comparisons.compare_text(t, comparisons.token_ids(t[1].config, r)),
         ),
+        ("depth estimator", twins.DEPTHS, twins.depth_twin, comparisons.compare_depth),
+        ("vision encoder", twins.VISIONS, twins.vision_twin, comparisons.compare_vision),
     ]
     for kind, names, build, compare in kinds:
         for name in names:

@@ -20,7 +20,19 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "diffuse_jax.utils": ("load_image", "make_image_grid"),
-    "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "ControlNetModel", "UNet2DConditionModel", "UNet2DModel"),
+    "diffuse_jax.models": (
+        "ADMUNet",
+        "AsymmetricAutoencoderKL",
+        "AutoencoderKL",
+        "AutoencoderTiny",
+        "CLIPVisionModel",
+        "CLIPVisionModelWithProjection",
+        "ControlNetModel",
+        "DPTForDepthEstimation",
+        "StableDiffusionSafetyChecker",
+        "UNet2DConditionModel",
+        "UNet2DModel",
+    ),
     "diffuse_jax.pipelines": (
         "AutoPipelineForImage2Image",
         "AutoPipelineForInpainting",

@@ -124,6 +124,8 @@ def rule_of(hint: Any) -> Rule:
     arguments = typing.get_args(hint)
     if hint in PLAIN:
         return PLAIN[hint]
+    if dataclasses.is_dataclass(hint):  # a configuration inside another checks itself
+        return Rule(anything=True)
     if typing.get_origin(hint) is Annotated:
         return functools.reduce(_marked, arguments[1:], rule_of(arguments[0]))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

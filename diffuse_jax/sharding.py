@@ -25,8 +25,10 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(to_[qkv]|[qkv]_proj)/kernel$", ("embed", "heads")),
     (r"(to_out_0|out_proj)/kernel$", ("heads", "embed")),
-    (r"(net_0/proj|fc1)/kernel$", ("embed", "mlp")),
-    (r"(net_2|fc2)/kernel$", ("mlp", "embed")),
+    (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
+    (r"attention/output/dense/kernel$", ("heads", "embed")),
+    (r"(net_0/proj|fc1|intermediate/dense)/kernel$", ("embed", "mlp")),
+    (r"(net_2|fc2|output/dense)/kernel$", ("mlp", "embed")),
     (r"(token|position)_embedding/embedding$", (None, "embed")),
 )
 """``(regular expression for the path, logical axes)``; without a match, ``BY_RANK`` applies."""

@@ -15,8 +15,12 @@ from diffuse_jax.allowed import Layers, Levels, Range, Rule, Signed, rule_of, ru
 from diffuse_jax.config import Config
 from diffuse_jax.models import (
     ADMUNet,
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
+    CLIPVisionModel,
     ControlNetModel,
+    DPTForDepthEstimation,
     Model,
     UNet2DConditionConfig,
     UNet2DConditionModel,
@@ -30,7 +34,8 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    *(AsymmetricAutoencoderKL, AutoencoderTiny, DPTForDepthEstimation),
+    *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

@@ -41,6 +41,7 @@ LEVELS = {
     "sharding": 1,
     "weights": 1,
     "layouts": 1,
+    "processors": 2,
     "models": 2,
     "text": 2,
     "schedulers": 2,

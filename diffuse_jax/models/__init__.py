@@ -1,9 +1,19 @@
 """Networks as Flax Linen modules: pure functions of a parameter dict, channel-last."""
 
 from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
+from diffuse_jax.models.autoencoder_asymmetric import AsymmetricAutoencoderKL, AsymmetricAutoencoderKLConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from diffuse_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.clip_vision import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    CLIPVisionOutput,
+    StableDiffusionSafetyChecker,
+)
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
+from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -12,13 +22,24 @@ from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DCo
 __all__ = [
     "ADMUNet",
     "ADMUNetConfig",
+    "AsymmetricAutoencoderKL",
+    "AsymmetricAutoencoderKLConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderTiny",
+    "AutoencoderTinyConfig",
+    "CLIPVisionConfig",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
+    "CLIPVisionOutput",
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",
+    "DPTConfig",
+    "DPTForDepthEstimation",
     "Model",
     "Params",
+    "StableDiffusionSafetyChecker",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Layers, Length, Levels, Signed
 from diffuse_jax.config import NOT_QUANTIZED, Config
-from diffuse_jax.models.attention import SpatialAttention
+from diffuse_jax.models.autoencoder_layers import Decoder, Encoder
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
-from diffuse_jax.models.remat import check_policy, remat_block, remat_level
-from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
-
-EPS = 1e-6
+from diffuse_jax.models.layers import ACTIVATIONS, Conv
+from diffuse_jax.models.remat import check_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,25 @@ class AutoencoderKLConfig(Config):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+class LatentConfig(Protocol):
+    """What every autoencoder's configuration says of its images and latents, so that pipelines can use any of them."""
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def latent_channels(self) -> int: ...
+    @property
+    def scale(self) -> int: ...
+    @property
+    def scaling_factor(self) -> float: ...
+    @property
+    def shift_factor(self) -> float | None: ...
+    @property
+    def latents_mean(self) -> tuple[float, ...] | None: ...
+    @property
+    def latents_std(self) -> tuple[float, ...] | None: ...
+
+
 class Posterior(NamedTuple):
     """A diagonal Gaussian over latents, ``mean`` and ``logvar`` both ``[B,h,w,c]``."""
 
@@ -109,6 +123,12 @@ class Posterior(NamedTuple):
         return 0.5 * terms.sum((1, 2, 3))
 
 
+def posterior(moments: jax.Array) -> Posterior:
+    """The posterior whose mean and log variance are the halves of ``moments [B,h,w,2c]``, in float32."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+
 class AutoencoderKL(Model):
     """Maps images ``[B,H,W,3]`` in [-1, 1] to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
 
@@ -140,13 +160,11 @@ class AutoencoderKL(Model):
         moments = self.encoder(jnp.asarray(images, self.dtype))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+        return posterior(moments)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """``latents [B,h,w,c]`` (not scaled) -> images ``[B,H,W,3]``, about [-1, 1], in ``dtype``."""
-        if latents.ndim != 4 or latents.shape[-1] != self.config.latent_channels:
-            raise ValueError(f"latents must be [B,h,w,{self.config.latent_channels}], got {latents.shape}")
+        check_latents(latents, self.config)
         x = jnp.asarray(latents, self.dtype)
         if self.config.use_post_quant_conv:
             x = self.post_quant_conv(x)
@@ -157,7 +175,7 @@ class AutoencoderKL(Model):
         return self.decode(self.encode(images).mode())
 
 
-def check_images(images: jax.Array, config: AutoencoderKLConfig) -> None:
+def check_images(images: jax.Array, config: LatentConfig) -> None:
     """Raise ``ValueError`` unless ``images`` is ``[B,H,W,C]`` with edges that are multiples of ``config.scale``."""
     if images.ndim != 4 or images.shape[-1] != config.in_channels:
         raise ValueError(f"images must be [B,H,W,{config.in_channels}] (channel-last), got {images.shape}")
@@ -165,19 +183,25 @@ def check_images(images: jax.Array, config: AutoencoderKLConfig) -> None:
         raise ValueError(f"image height and width must be multiples of {config.scale}, got {images.shape[1:3]}")
 
 
-def scale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
+def check_latents(latents: jax.Array, config: LatentConfig) -> None:
+    """Raise ``ValueError`` unless ``latents`` is ``[B,h,w,latent_channels]``."""
+    if latents.ndim != 4 or latents.shape[-1] != config.latent_channels:
+        raise ValueError(f"latents must be [B,h,w,{config.latent_channels}], got {latents.shape}")
+
+
+def scale_latents(latents: jax.Array, config: LatentConfig) -> jax.Array:
     """The encoder's latents scaled to about unit variance, as the denoising network expects them."""
     mean, std = latent_statistics(config)
     return (latents - mean) * config.scaling_factor / std
 
 
-def unscale_latents(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
+def unscale_latents(latents: jax.Array, config: LatentConfig) -> jax.Array:
     """The inverse of :func:`scale_latents`: what :meth:`AutoencoderKL.decode` takes."""
     mean, std = latent_statistics(config)
     return latents * std / config.scaling_factor + mean
 
 
-def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array]:
+def latent_statistics(config: LatentConfig) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation per channel, ``[1,1,1,c]``; by default ``shift_factor`` (or zero) and one."""
     shape = (1, 1, 1, config.latent_channels)
     if config.latents_mean is not None and config.latents_std is not None:
@@ -185,103 +209,3 @@ def latent_statistics(config: AutoencoderKLConfig) -> tuple[jax.Array, jax.Array
     else:
         mean, std = (config.shift_factor or 0.0,) * config.latent_channels, (1.0,) * config.latent_channels
     return jnp.array(mean, jnp.float32).reshape(shape), jnp.array(std, jnp.float32).reshape(shape)
-
-
-class Stage(nn.Module):
-    """Base class of encoder, decoder and their levels: a config, two dtypes and a remat policy."""
-
-    config: AutoencoderKLConfig
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-
-    @property
-    def dtypes(self) -> Mapping[str, DTypeLike]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-    def resnet(self, channels: int, name: str) -> ResnetBlock:
-        c = self.config
-        block = remat_block(ResnetBlock, self.remat)
-        return block(channels, c.norm_num_groups, EPS, c.act_fn, **self.dtypes, name=name)
-
-    def finish(self, x: jax.Array, channels: int) -> jax.Array:
-        """The last layers; their activation is always SiLU, since ``act_fn`` is for the residual blocks only."""
-        x = GroupNorm(self.config.norm_num_groups, EPS, **self.dtypes, name="conv_norm_out")(x)
-        return Conv(channels, **self.dtypes, name="conv_out")(nn.silu(x))
-
-
-class Level(Stage):
-    """``layers`` residual blocks, then ``resample``: "down", "up" or None."""
-
-    channels: int = 0
-    layers: int = 1
-    resample: str | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(self.layers):
-            x = self.resnet(self.channels, f"resnets_{i}")(x)
-        if self.resample == "down":
-            return Downsample(self.channels, padding=0, **self.dtypes, name="downsamplers_0")(x)
-        if self.resample == "up":
-            return Upsample(self.channels, **self.dtypes, name="upsamplers_0")(x)
-        return x
-
-
-class Middle(Stage):
-    """Residual block, one-head attention over all pixels, residual block."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        C = x.shape[-1]
-        x = self.resnet(C, "resnets_0")(x)
-        if self.config.mid_block_add_attention:
-            attention = remat_block(SpatialAttention, self.remat)
-            x = x + attention(1, self.config.norm_num_groups, EPS, **self.dtypes, name="attentions_0")(x)
-        return self.resnet(C, "resnets_1")(x)
-
-
-class Encoder(Stage):
-    """Pixels to the posterior's mean and log variance, concatenated."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = Conv(c.block_out_channels[0], **self.dtypes, name="conv_in")(x)
-        for i, channels in enumerate(c.block_out_channels):
-            resample = "down" if i + 1 < len(c.block_out_channels) else None
-            level = remat_level(Level, self.remat)(
-                c,
-                channels=channels,
-                layers=c.layers_per_block,
-                resample=resample,
-                **self.dtypes,
-                remat=self.remat,
-                name=f"down_blocks_{i}",
-            )
-            x = level(x)
-        x = remat_level(Middle, self.remat)(c, **self.dtypes, remat=self.remat, name="mid_block")(x)
-        return self.finish(x, 2 * c.latent_channels)
-
-
-class Decoder(Stage):
-    """Latents to pixels; each level has one residual block more than the encoder's."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        x = Conv(c.block_out_channels[-1], **self.dtypes, name="conv_in")(x)
-        x = remat_level(Middle, self.remat)(c, **self.dtypes, remat=self.remat, name="mid_block")(x)
-        for i, channels in enumerate(c.block_out_channels[::-1]):
-            resample = "up" if i + 1 < len(c.block_out_channels) else None
-            level = remat_level(Level, self.remat)(
-                c,
-                channels=channels,
-                layers=c.layers_per_block + 1,
-                resample=resample,
-                **self.dtypes,
-                remat=self.remat,
-                name=f"up_blocks_{i}",
-            )
-            x = level(x)
-        return self.finish(x, c.out_channels)

@@ -50,13 +50,14 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """Two-dimensional convolution ``[B,H,W,C] -> [B,H',W',features]``; kernel ``[k,k,C,features]``.
 
-    ``padding`` is the number of zeros on each side, or ``((top, bottom), (left, right))``.
+    ``padding`` is the number of zeros on each side, ``((top, bottom), (left, right))``, or "SAME" (TensorFlow's).
     """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
-    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    padding: int | str | tuple[tuple[int, int], tuple[int, int]] = 1
+    use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -64,12 +65,16 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
-        p = self.padding
-        pads = ((p, p), (p, p)) if isinstance(p, int) else p
         kernel = gathered((*self.path, "kernel"), jnp.asarray(kernel, self.dtype))
-        y = conv2d(jnp.asarray(x, self.dtype), kernel, stride=self.stride, padding=pads)
+        y = conv2d(jnp.asarray(x, self.dtype), self.used(kernel), stride=self.stride, padding=self.padding)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
         return y + jnp.asarray(bias, self.dtype).reshape(1, 1, 1, -1)
+
+    def used(self, kernel: jax.Array) -> jax.Array:
+        """The kernel to convolve with, from that of the checkpoint."""
+        return kernel
 
 
 class GroupNorm(nn.Module):

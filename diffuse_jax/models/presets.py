@@ -1,4 +1,4 @@
-"""Configurations of the published UNets, ControlNets and autoencoders as data, each by its differences from another.
+"""Configurations of the published networks except text encoders as data, each by its differences from another.
 
 ``UNet2DConditionModel(SDXL_UNET).shapes()`` is the full-size parameter tree, without a file and without memory. The
 number in a comment is the parameter count; the tests compare names, shapes and counts with the PyTorch classes.
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffuse_jax.models.autoencoder_asymmetric import AsymmetricAutoencoderKLConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.autoencoder_tiny import AutoencoderTinyConfig
+from diffuse_jax.models.bit import BitConfig
+from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
+from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -127,4 +132,55 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
     scaling_factor=0.08333,
+)
+
+TINY_VAE = AutoencoderTinyConfig()  #: 2,445,063; latents of 1.x and 2.x, or of XL
+TINY_FLUX2_VAE = AutoencoderTinyConfig(latent_channels=32, use_midblock_gn=True)  #: 2,687,939; latents of FLUX.2
+#: 194,300,519; the decoder is 1.5 times as wide
+ASYMMETRIC_VAE = AsymmetricAutoencoderKLConfig(
+    sample_size=256,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    down_block_out_channels=(128, 256, 512, 512),
+    up_block_out_channels=(192, 384, 768, 768),
+    layers_per_down_block=2,
+    layers_per_up_block=3,
+)
+ASYMMETRIC_X2_VAE = ASYMMETRIC_VAE.replace(
+    up_block_out_channels=(256, 512, 1024, 1024), layers_per_up_block=5
+)  #: 406,130,151
+
+#: 303,966,208 with its projection; image variations, the safety checker
+CLIP_L_VISION = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+    projection_dim=768,
+)
+#: 632,076,800 with its projection; IP-Adapter, unCLIP of SD 2.1
+OPENCLIP_H_VISION = CLIP_L_VISION.replace(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, hidden_act="gelu", projection_dim=1024
+)
+#: 1,844,907,264 with its projection; IP-Adapter of SDXL
+OPENCLIP_BIGG_VISION = OPENCLIP_H_VISION.replace(
+    hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, projection_dim=1280
+)
+
+#: 122,377,985; Stable Diffusion 2's depth model, dpt-hybrid-midas
+HYBRID_DEPTH = DPTConfig(
+    is_hybrid=True,
+    backbone_config=BitConfig.from_json(DEFAULT_BACKBONE),
+    reassemble_factors=(1, 1, 1, 0.5),
+    neck_hidden_sizes=(256, 512, 768, 768),
+)
+#: 343,030,465; dpt-large
+LARGE_DEPTH = DPTConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    backbone_out_indices=(5, 11, 17, 23),
+    neck_hidden_sizes=(256, 512, 1024, 1024),
 )

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from diffuse_jax import models, schedulers, text  # noqa: F401  (their classes are registered when they are defined)
 from diffuse_jax.models.base import Model, network_class, network_names
+from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor, ImageProcessor
 from diffuse_jax.schedulers import Scheduler, scheduler_class
 from diffuse_jax.text.tokenizer import TOKENIZERS, open_tokenizer
 from diffuse_jax.weights import Component, WeightsError
@@ -28,6 +29,12 @@ NOT_LOADED: Mapping[str, str | None] = {
     "watermark": None,
 }
 """Components of published folders that are not loaded -> what that means for the user (None: nothing)."""
+
+PROCESSORS: Mapping[str, type[ImageProcessor]] = {
+    **dict.fromkeys(("CLIPImageProcessor", "CLIPFeatureExtractor"), CLIPImageProcessor),
+    **dict.fromkeys(("DPTImageProcessor", "DPTFeatureExtractor"), DPTImageProcessor),
+}
+"""Classes of transformers that prepare images -> ours; older files have the second name of each."""
 
 _REGISTERED: dict[tuple[str, str], type] = {}
 
@@ -67,12 +74,14 @@ def check(name: str, entry: Component) -> None:
       WeightsError: it is not; the message lists the known classes and says how to register a custom one.
     """
     folder, kind = entry.folder, entry.class_name
-    if name in NOT_LOADED or is_network(entry) or kind in TOKENIZERS or (entry.library, kind) in _REGISTERED:
+    if name in NOT_LOADED or is_network(entry) or (entry.library, kind) in _REGISTERED:
+        return
+    if kind in TOKENIZERS or kind in PROCESSORS:
         return
     if kind.endswith("Scheduler") or is_scheduler(kind):
         open_scheduler(entry)
         return
-    known = ", ".join((*network_names(), *TOKENIZERS))
+    known = ", ".join((*network_names(), *TOKENIZERS, *PROCESSORS))
     raise WeightsError(
         f"{folder.parent}/model_index.json: component {name!r} is a {kind!r} of {entry.library!r}; known classes: "
         f"{known}, schedulers. For a custom class, import the module that defines it first"
@@ -108,6 +117,8 @@ def open_other(entry: Component) -> Any:
     require_folder(entry.folder)  # a missing folder would otherwise be looked up on the Hub
     if (entry.library, entry.class_name) in _REGISTERED:
         return _REGISTERED[entry.library, entry.class_name].from_pretrained(entry.folder)  # type: ignore[attr-defined]
+    if entry.class_name in PROCESSORS:
+        return PROCESSORS[entry.class_name].from_pretrained(entry.folder)
     if entry.class_name in TOKENIZERS:
         return open_tokenizer(entry.class_name, entry.folder)
     return open_scheduler(entry).from_pretrained(entry.folder)

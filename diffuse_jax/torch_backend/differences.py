@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffuse_jax.torch_backend.layers import our_name
 from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.weights import names
 
@@ -89,7 +88,7 @@ def same_value(a: Any, b: Any) -> bool:
 def of_parameters(component: str, params: Any, module: Any) -> Differences:
     """Parameters that differ in name, shape or any value; both sides were read in the same dtype."""
     ours = names.torch_keys(flat := names.flatten(params))
-    theirs = {key if key in ours else our_name(key): value for key, value in module.state_dict().items()}
+    theirs = {names.known_name(key, ours): value for key, value in module.state_dict().items()}
     theirs = {key: value for key, value in theirs.items() if not names.IGNORED.search(key)}
     for key in sorted(ours.keys() ^ theirs.keys()):
         yield Difference(component, "shape", key, "only here" if key in ours else "only in PyTorch")

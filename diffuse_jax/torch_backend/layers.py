@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from diffuse_jax.torch_backend.report import Comparison, compare
 from diffuse_jax.weights import names
 
 NOT_COMPARABLE = re.compile(
-    r"text_model(\.encoder)?"  # ours also returns the hidden states of all layers
+    r"(vision_model\.)?(text|vision)_model(\.encoder)?"  # ours also returns the hidden states of all layers
     r"|(en|de)coder\.mid_block\.attentions\.0"  # theirs includes the residual
 )
 """Layers with the same name but different outputs, which are not compared."""
@@ -57,7 +57,7 @@ def compare_layers(call: Call, model: Any, params: Any, network: TorchNetwork, t
             found[name] = LayerErrors(name, source, errors(name, layer, after, first_tensor(output), tolerance))
 
     handles = [
-        layer.register_forward_hook(functools.partial(hook, our_name(name)), with_kwargs=True)
+        layer.register_forward_hook(functools.partial(hook, our_name(name, ours)), with_kwargs=True)
         for name, layer in network.module.named_modules()
     ]
     try:
@@ -81,9 +81,9 @@ def record(params: Any, args: Any, kwargs: Any, *, method: str, model: Any) -> d
     return found
 
 
-def our_name(name: str) -> str:
+def our_name(name: str, ours: Iterable[str]) -> str:
     """A module's name in checkpoints; in transformers 5, an encoder's modules are one level higher in memory."""
-    return names.rename(f"{name}.", names.ALIASES).removesuffix(".")
+    return names.known_name(f"{name}.", {f"{layer}." for layer in ours}).removesuffix(".")
 
 
 def first_tensor(output: Any) -> torch.Tensor:

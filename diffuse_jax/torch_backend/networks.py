@@ -16,6 +16,13 @@ import transformers
 from diffuse_jax.models import Model
 from diffuse_jax.weights import WeightsError
 
+LIBRARIES = {
+    "diffusers": diffusers,
+    "transformers": transformers,
+    "stable_diffusion": diffusers.pipelines.stable_diffusion.safety_checker,
+}
+"""What ``model_index.json`` calls a library -> the module that has its classes."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,7 +32,7 @@ def torch_class(kind: type[Model]) -> Any:
     Raises:
       WeightsError: neither diffusers nor transformers has one.
     """
-    found = getattr({"diffusers": diffusers, "transformers": transformers}.get(kind.library()), kind.__name__, None)
+    found = getattr(LIBRARIES.get(kind.library()), kind.__name__, None)
     if found is None:
         raise WeightsError(f"{kind.__name__} of {kind.library()} has no PyTorch counterpart")
     return found

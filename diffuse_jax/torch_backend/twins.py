@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from diffuse_jax.models.autoencoder_kl import Posterior
+from diffuse_jax.models.autoencoder_tiny import Encoded
+from diffuse_jax.models.clip_vision import CLIPVisionOutput
 from diffuse_jax.models.controlnet import ControlNetOutput
 from diffuse_jax.text.clip import CLIPTextOutput
 from diffuse_jax.torch_backend.networks import channels_first, channels_last
@@ -23,6 +25,26 @@ def text(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> CL
         out = module(input_ids.long(), attention_mask=attention_mask, output_hidden_states=True)
     pooled = seen[0] if seen else out.pooler_output
     return CLIPTextOutput(out.last_hidden_state, pooled, tuple(out.hidden_states), getattr(out, "text_embeds", None))
+
+
+def vision(module: Any, pixel_values: torch.Tensor) -> CLIPVisionOutput:
+    """A CLIP vision encoder."""
+    inner = getattr(module, "vision_model", module)
+    with watched(inner.post_layernorm) as seen:
+        out = module(channels_first(pixel_values.to(module.dtype)), output_hidden_states=True)
+    pooled = inner.post_layernorm(seen[0])
+    return CLIPVisionOutput(out.last_hidden_state, pooled, tuple(out.hidden_states), getattr(out, "image_embeds", None))
+
+
+def safety(module: Any, clip_input: torch.Tensor) -> torch.Tensor:
+    """The safety checker's verdicts; the images that it would blacken are not given to it."""
+    _, flagged = module(channels_first(clip_input.to(module.dtype)), [torch.zeros(1)] * len(clip_input))
+    return torch.tensor(flagged)
+
+
+def depth(module: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """A depth estimator."""
+    return module(channels_first(pixel_values.to(module.dtype))).predicted_depth
 
 
 @contextlib.contextmanager
@@ -134,9 +156,20 @@ def encode(module: Any, images: torch.Tensor) -> Posterior:
     return Posterior(channels_last(found.mean).float(), channels_last(found.logvar).float())
 
 
+def encode_tiny(module: Any, images: torch.Tensor) -> Encoded:
+    """A tiny autoencoder's latents."""
+    return Encoded(channels_last(module.encode(channels_first(images.to(module.dtype))).latents).float())
+
+
 def decode(module: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents to images."""
     return channels_last(module.decode(channels_first(latents.to(module.dtype))).sample)
+
+
+def decode_masked(module: Any, latents: torch.Tensor, image: Any = None, mask: Any = None) -> torch.Tensor:
+    """The images of an autoencoder whose decoder sees the image outside the mask."""
+    given = (None if x is None else channels_first(x.to(module.dtype)) for x in (image, mask))
+    return channels_last(module.decode(channels_first(latents.to(module.dtype)), None, *given).sample)
 
 
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -144,11 +177,19 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModel", "final_norm"): final_norm,
     ("CLIPTextModelWithProjection", "__call__"): text,
     ("CLIPTextModelWithProjection", "final_norm"): final_norm,
+    ("CLIPVisionModel", "__call__"): vision,
+    ("CLIPVisionModelWithProjection", "__call__"): vision,
+    ("DPTForDepthEstimation", "__call__"): depth,
+    ("StableDiffusionSafetyChecker", "__call__"): safety,
     ("UNet2DConditionModel", "__call__"): unet,
     ("UNet2DModel", "__call__"): pixel_unet,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
     ("AutoencoderKL", "encode"): encode,
     ("AutoencoderKL", "decode"): decode,
+    ("AutoencoderTiny", "encode"): encode_tiny,
+    ("AutoencoderTiny", "decode"): decode,
+    ("AsymmetricAutoencoderKL", "encode"): encode,
+    ("AsymmetricAutoencoderKL", "decode"): decode_masked,
 }
 """``(class, method)`` -> the corresponding call of PyTorch's module."""

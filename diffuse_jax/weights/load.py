@@ -117,8 +117,7 @@ def match(
     """
     tree = naming.flatten(shapes)
     wanted = {"/".join(path): path for path in tree} if checkpoint.flax else naming.torch_keys(tree, names)
-    aliases = naming.FLAX_ALIASES if checkpoint.flax else naming.ALIASES
-    found = _by_wanted_name(checkpoint, wanted, aliases)
+    found = _by_wanted_name(checkpoint, wanted)
     _check_names(label, wanted, found)
     views = {}
     for key, path in wanted.items():
@@ -134,12 +133,12 @@ def match(
     return views
 
 
-def _by_wanted_name(checkpoint: Checkpoint, wanted: Mapping[str, Any], aliases: naming.Renames) -> dict[str, str]:
+def _by_wanted_name(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> dict[str, str]:
     """Name in the tree (or an unknown name unchanged) -> name in the file; position buffers are dropped."""
+    tables = (naming.FLAX_ALIASES,) if checkpoint.flax else (naming.ALIASES, naming.VISION_ALIASES)
     found: dict[str, str] = {}
     for name in checkpoint.tensors:
-        alias = naming.rename(name, aliases)
-        target = name if name in wanted or alias not in wanted else alias
+        target = naming.known_name(name, wanted, tables)
         if target not in wanted and naming.IGNORED.search(name):
             continue
         if target in found:

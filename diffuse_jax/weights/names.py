@@ -8,7 +8,7 @@ are permuted. From the tree to PyTorch is a rule; the way back is the same table
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ ALIASES: Renames = (
 )
 """PyTorch keys of other releases -> current ones (VAE attention before 2023; transformers 5)."""
 
+VISION_ALIASES: Renames = (
+    (r"^(vision_model\.)?(?=(embeddings|encoder\.layers|pre_layrnorm|post_layernorm)\.)", r"\1vision_model."),
+)
+"""The same for vision encoders, some of whose keys transformers 5 writes like those of text encoders."""
+
 FLAX_ALIASES: Renames = (
     (r"/layers/(\d+)/", r"/layers_\1/"),
     (r"(attentions_\d+)/query/", r"\1/to_q/"),
@@ -62,6 +67,12 @@ def rename(name: str, table: Renames) -> str:
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def known_name(name: str, wanted: Container[str], tables: Sequence[Renames] = (ALIASES, VISION_ALIASES)) -> str:
+    """A checkpoint's name of a parameter as ``wanted`` has it; if no table of aliases helps, the name itself."""
+    candidates = (name, *(rename(name, table) for table in tables))
+    return next((candidate for candidate in candidates if candidate in wanted), name)
 
 
 def flatten(tree: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:

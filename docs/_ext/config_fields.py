@@ -9,7 +9,7 @@ from typing import Any
 
 import results
 
-from diffuse_jax import models, pipelines, schedulers
+from diffuse_jax import models, pipelines, processors, schedulers
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
@@ -19,7 +19,13 @@ CONFIGS: dict[str, type[Config]] = {
     "ControlNetModel": models.ControlNetConfig,
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,
+    "AutoencoderTiny": models.AutoencoderTinyConfig,
+    "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
     "CLIPTextModel": CLIPTextConfig,
+    "CLIPVisionModel": models.CLIPVisionConfig,
+    "DPTForDepthEstimation": models.DPTConfig,
+    "DPTImageProcessor": processors.DPTImageProcessor,
+    "CLIPImageProcessor": processors.CLIPImageProcessor,
 }
 
 

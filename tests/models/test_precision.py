@@ -12,14 +12,25 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from diffuse_jax.models import (
+    AsymmetricAutoencoderKL,
+    AsymmetricAutoencoderKLConfig,
     AutoencoderKL,
     AutoencoderKLConfig,
+    AutoencoderTiny,
+    AutoencoderTinyConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     ControlNetConfig,
     ControlNetModel,
+    DPTConfig,
+    DPTForDepthEstimation,
     Model,
+    StableDiffusionSafetyChecker,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
+from diffuse_jax.models.bit import BitConfig
+from diffuse_jax.models.dpt import DEFAULT_BACKBONE
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModelWithProjection
 from tests.models.filling import random_params
 
@@ -48,6 +59,39 @@ VAE = AutoencoderKLConfig(
     norm_num_groups=4,
 )
 TEXT = CLIPTextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+TINY = AutoencoderTinyConfig(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)
+ASYMMETRIC = AsymmetricAutoencoderKLConfig(
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    down_block_out_channels=(8, 8),
+    up_block_out_channels=(8, 16),
+    norm_num_groups=4,
+)
+VISION = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+)
+DEPTH = DPTConfig(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    image_size=64,
+    backbone_out_indices=(0, 1, 2, 3),
+    neck_hidden_sizes=(16, 32, 8, 8),
+    fusion_hidden_size=8,
+)
+HYBRID = DEPTH.replace(
+    is_hybrid=True,
+    reassemble_factors=(1, 1, 1, 0.5),
+    backbone_config=BitConfig.from_json(
+        DEFAULT_BACKBONE | {"depths": [1, 1, 1], "hidden_sizes": [16, 32, 32], "embedding_size": 8, "num_groups": 4}
+    ),
+)
 CONDITIONED = UNET.replace(
     addition_embed_type="text_time",
     addition_time_embed_dim=8,
@@ -64,7 +108,13 @@ NETWORKS = {
     "controlnet": (ControlNetModel, CONTROLNET),
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "autoencoder": (AutoencoderKL, VAE),
+    "tiny autoencoder": (AutoencoderTiny, TINY),
+    "tiny autoencoder with norms": (AutoencoderTiny, TINY.replace(use_midblock_gn=True, upsample_fn="bilinear")),
+    "asymmetric autoencoder": (AsymmetricAutoencoderKL, ASYMMETRIC),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
+    "depth estimator": (DPTForDepthEstimation, DEPTH),
+    "hybrid depth estimator": (DPTForDepthEstimation, HYBRID),
+    "vision encoder": (CLIPVisionModelWithProjection, VISION),
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -93,6 +143,18 @@ def test_no_value_is_promoted(name: str, dtype: Any) -> None:
         program, outputs = jax.make_jaxpr(forward, return_shape=True)(shapes, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(dtype)}
     assert jnp.dtype(jnp.float64) not in set(dtypes_inside(program.jaxpr))
+
+
+def test_the_safety_checker_compares_in_float32() -> None:
+    model = StableDiffusionSafetyChecker(VISION, dtype=jnp.bfloat16)
+    forward = lambda params, x: model.apply({"params": params}, x)
+    shapes = parameter_shapes(model, jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+        program, flags = jax.make_jaxpr(forward, return_shape=True)(shapes, *model.example_inputs().values())
+    assert flags.dtype == jnp.bool_
+    assert jnp.dtype(jnp.float64) not in set(dtypes_inside(program.jaxpr))
+    compared = [e for e in program.jaxpr.eqns if e.primitive.name in ("gt", "dot_general")][-3:]
+    assert {v.aval.dtype for e in compared for v in e.invars} == {jnp.dtype(jnp.float32)}
 
 
 def test_posterior_is_float32_whatever_the_network_computes_in() -> None:

@@ -147,6 +147,49 @@ def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     }
 
 
+def compare_tiny(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference. Latents are spread over the range that is squashed and rounded to bytes."""
+    module, model, params = twin
+    images = rng.uniform(-1, 1, (2, 24, 20, 3)).astype(np.float32)
+    latents = 3 * rng.standard_normal((2, 5, 6, model.config.latent_channels)).astype(np.float32)
+    encoded = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)
+    decoded = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        theirs = channel_last(module.encode(channel_first(images)).latents)
+        pixels = channel_last(module.decode(channel_first(latents)).sample)
+        unit = module.scale_latents(torch.tensor(latents))
+        back = module.unscale_latents(unit)
+    return {
+        "latents": difference(encoded.latents, theirs),
+        "image": difference(decoded, pixels),
+        "to unit": difference(model.to_unit(latents), unit),
+        "from unit": difference(model.from_unit(unit.numpy()), back),
+    }
+
+
+def compare_asymmetric(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference, with and without a mask."""
+    module, model, params = twin
+    scale = model.config.scale
+    images = rng.uniform(-1, 1, (2, 32, 24, 3)).astype(np.float32)
+    latents = rng.standard_normal((2, 32 // scale, 24 // scale, model.config.latent_channels)).astype(np.float32)
+    mask = (rng.uniform(0, 1, (2, 32, 24, 1)) < 0.5).astype(np.float32)
+    mask[1, :, :12] = 0.25  # a soft mask is allowed
+    posterior = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)
+    decode = jax.jit(lambda p, *given: model.apply({"params": p}, *given, method="decode"))
+    with torch.no_grad():
+        theirs = module.encode(channel_first(images)).latent_dist
+        given = [channel_first(x) for x in (latents, images, mask)]
+        masked = module.decode(given[0], None, *given[1:]).sample
+        plain = module.decode(given[0]).sample
+    return {
+        "mean": difference(posterior.mean, channel_last(theirs.mean)),
+        "logvar": difference(posterior.logvar, channel_last(theirs.logvar)),
+        "image": difference(decode(params, latents), channel_last(plain)),
+        "masked image": difference(decode(params, latents, images, mask), channel_last(masked)),
+    }
+
+
 def token_ids(config: Any, rng: np.random.Generator) -> np.ndarray:
     """Three texts of different lengths, padded with the end token; by the old rule the largest id ends the text."""
     end = 98 if config.eos_token_id == 2 else config.eos_token_id
@@ -182,3 +225,37 @@ def compare_text(twin: Twin, ids: np.ndarray, mask: np.ndarray | None = None) ->
     else:
         pairs["pooled_output"] = (ours.pooled_output, theirs.pooler_output)
     return {name: difference(*pair) for name, pair in pairs.items()}
+
+
+def vision_inputs(config: Any, rng: np.random.Generator) -> np.ndarray:
+    """Three normalised images of the size that a vision encoder takes."""
+    return rng.standard_normal((3, config.image_size, config.image_size, config.num_channels)).astype(np.float32)
+
+
+def compare_vision(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference."""
+    module, model, params = twin
+    images = vision_inputs(model.config, rng)
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images), output_hidden_states=True)
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    pairs = {"last_hidden_state": (ours.last_hidden_state, theirs.last_hidden_state)}
+    for i, states in enumerate(ours.hidden_states):
+        pairs[f"hidden_states[{i}]"] = (states, theirs.hidden_states[i])
+    if model.has_projection:
+        pairs["image_embeds"] = (ours.image_embeds, theirs.image_embeds)
+    else:
+        pairs["pooler_output"] = (ours.pooler_output, theirs.pooler_output)
+    return {name: difference(*pair) for name, pair in pairs.items()}
+
+
+def compare_depth(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """The depth -> difference."""
+    module, model, params = twin
+    images = vision_inputs(model.config, rng)
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images)).predicted_depth
+    assert (theirs > 0).float().mean() > 0.3, "the last rectifier leaves little to compare"
+    return {"depth": difference(ours, theirs)}

@@ -10,7 +10,9 @@ import pytest
 
 from diffuse_jax import models, pipelines, schedulers
 from diffuse_jax.models.base import Model
+from diffuse_jax.models.bit import BitConfig
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor, ImageProcessor
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
 from tests.schedulers.samplers import EVERY
@@ -18,7 +20,14 @@ from tests.schedulers.samplers import EVERY
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-NETWORKS = [models.UNet2DConditionModel, models.UNet2DModel, models.AutoencoderKL, models.ControlNetModel]
+NETWORKS: list[type[Model]] = [
+    models.UNet2DConditionModel,
+    models.UNet2DModel,
+    models.AutoencoderKL,
+    models.AutoencoderTiny,
+    models.AsymmetricAutoencoderKL,
+    models.ControlNetModel,
+]
 PIPELINES = [
     cls
     for name, cls in vars(pipelines).items()
@@ -42,9 +51,10 @@ def test_networks(network: type[Model]) -> None:
     theirs, config = parameters(getattr(diffusers, network.__name__)), network.config_class
     alias = {"attention_head_dim"}  # read as num_attention_heads
     assert theirs <= fields(config) | {*config.fixed, *config.harmless} | alias, "a new setting"
-    assert fields(config) <= theirs
+    assert fields(config) - {"use_midblock_gn"} <= theirs  # of weights that diffusers has no class for
     assert {*config.fixed} - {"quantization_config"} <= theirs, "only settings that exist are refused"
-    assert {*config.harmless} <= theirs
+    written = {"block_out_channels", "force_upcast"}  # into every file, whether or not the class takes them
+    assert {*config.harmless} <= theirs | written
     assert not {*config.fixed} & fields(config)
 
 
@@ -54,6 +64,27 @@ def test_text_encoders() -> None:
     assert theirs <= ours, "a new setting"
     read_by_pipelines = {"use_attention_mask"}
     assert fields(CLIPTextConfig) - theirs == read_by_pipelines
+
+
+def test_vision_encoders() -> None:
+    theirs, config = {*transformers.CLIPVisionConfig().to_dict()}, models.CLIPVisionConfig
+    assert theirs <= fields(config) | {*config.fixed, *config.harmless}, "a new setting"
+    assert fields(config) <= theirs
+
+
+def test_depth_estimators() -> None:
+    for theirs, config in ((transformers.DPTConfig(), models.DPTConfig), (transformers.BitConfig(), BitConfig)):
+        keys = {*theirs.to_dict()}
+        assert keys <= fields(config) | {*config.fixed, *config.harmless}, "a new setting"
+        assert fields(config) <= keys
+
+
+@pytest.mark.parametrize("processor", [CLIPImageProcessor, DPTImageProcessor])
+def test_image_processors(processor: type[ImageProcessor]) -> None:
+    theirs = {*getattr(transformers, processor.__name__)().to_dict()}
+    assert theirs <= fields(processor) | {*processor.fixed, *processor.harmless}, "a new setting"
+    crop = {"do_center_crop", "crop_size", "do_convert_rgb"} if processor is DPTImageProcessor else set()
+    assert fields(processor) <= theirs | crop
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel, presets
+from diffuse_jax.models import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPVisionModelWithProjection,
+    ControlNetModel,
+    DPTForDepthEstimation,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+    UNet2DModel,
+    presets,
+)
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
@@ -18,6 +29,8 @@ from diffuse_jax.weights import names
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+
+from diffuse_jax.torch_backend.networks import torch_class  # noqa: E402
 
 # Parameters of the published files; four bytes each is the size of a float32 file.
 UNETS = {
@@ -50,6 +63,17 @@ TEXTS = {
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
+TINIES = {
+    "TINY_VAE": 2_445_063
+}  # diffusers has no class for TINY_FLUX2_VAE: test_autoencoder_tiny reads its real weights
+ASYMMETRICS = {"ASYMMETRIC_VAE": 194_300_519, "ASYMMETRIC_X2_VAE": 406_130_151}
+VISIONS = {
+    "CLIP_L_VISION": 303_966_208,
+    "OPENCLIP_H_VISION": 632_076_800,
+    "OPENCLIP_BIGG_VISION": 1_844_907_264,
+}
+DEPTHS = {"HYBRID_DEPTH": 122_377_985, "LARGE_DEPTH": 343_030_465}
+SAFETY_CHECKER = 303_981_588
 
 
 def pytorch_shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -64,10 +88,7 @@ def pytorch_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 def module_shapes(module: Any, ours: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The same of the PyTorch module; transformers 5 has an encoder's parts one level up in memory, not in files."""
-    return {
-        (key if key in ours else names.rename(key, names.ALIASES)): tuple(value.shape)
-        for key, value in module.named_parameters()
-    }
+    return {names.known_name(key, ours): tuple(value.shape) for key, value in module.named_parameters()}
 
 
 def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
@@ -89,6 +110,26 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
+    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS)):
+        for name, count in table.items():
+            config = getattr(presets, name)
+            yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
+    for name, count in VISIONS.items():
+        config = getattr(presets, name)
+        theirs = transformers.CLIPVisionConfig(**config.to_json())
+        yield (
+            name,
+            CLIPVisionModelWithProjection(config),
+            partial(transformers.CLIPVisionModelWithProjection, theirs),
+            count,
+        )
+    for name, count in DEPTHS.items():
+        model = DPTForDepthEstimation(getattr(presets, name))
+        theirs = transformers.DPTConfig(**model.config.to_json())
+        yield name, model, partial(transformers.DPTForDepthEstimation, theirs), count
+    checker = StableDiffusionSafetyChecker(presets.CLIP_L_VISION)
+    theirs = transformers.CLIPConfig(**{k: v for k, v in checker.config_json().items() if k != "architectures"})
+    yield "safety checker", checker, partial(torch_class(StableDiffusionSafetyChecker), theirs), SAFETY_CHECKER
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -107,8 +148,11 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE"))}
-    assert in_modules == UNETS.keys() | CONTROLNETS.keys() | PIXEL_UNETS.keys() | VAES.keys()
+    in_modules = {
+        name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE", "_VISION", "_DEPTH"))
+    }
+    tables = (UNETS, CONTROLNETS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VISIONS, DEPTHS)
+    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

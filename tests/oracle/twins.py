@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diffuse_jax import models
 from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -211,6 +212,48 @@ VAES: dict[str, dict[str, Any]] = {
     "no attention": VAE | {"mid_block_add_attention": False, "act_fn": "gelu"},
 }
 
+TINY = {
+    "encoder_block_out_channels": (8, 8, 8),
+    "decoder_block_out_channels": (16, 16, 16),
+    "num_encoder_blocks": (1, 2, 1),
+    "num_decoder_blocks": (2, 1, 1),
+}
+TINIES: dict[str, dict[str, Any]] = {
+    "TAESD": TINY,
+    "FLUX.1": TINY | {"latent_channels": 16, "scaling_factor": 0.5, "shift_factor": 0.2},
+    "one factor of four": TINY
+    | {"upsampling_scaling_factor": 4, "decoder_block_out_channels": (8, 8), "num_decoder_blocks": (0, 1)},
+    "other settings": TINY
+    | {"act_fn": "silu", "upsample_fn": "bilinear", "latent_magnitude": 2, "latent_shift": 0.4, "in_channels": 3},
+}
+ASYMMETRIC = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "down_block_out_channels": (8, 16, 16),
+    "up_block_out_channels": (8, 16, 32),
+    "layers_per_up_block": 2,
+    "norm_num_groups": 4,
+}
+ASYMMETRICS: dict[str, dict[str, Any]] = {
+    "widths double": ASYMMETRIC,
+    "four levels": ASYMMETRIC
+    | {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "down_block_out_channels": (4, 8, 8, 16),
+        "up_block_out_channels": (8, 16, 32, 32),
+    },
+    "one level": ASYMMETRIC
+    | {
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+        "down_block_out_channels": (8,),
+        "up_block_out_channels": (16,),
+        "scaling_factor": 0.5,
+        "act_fn": "gelu",
+    },
+}
+
 TEXT = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -228,6 +271,67 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "OpenCLIP-H": ("CLIPTextModel", TEXT | {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6}),
     "OpenCLIP bigG": ("CLIPTextModelWithProjection", TEXT),
     "OpenCLIP bigG, corrected ids": ("CLIPTextModelWithProjection", TEXT | {"eos_token_id": 97, "bos_token_id": 96}),
+}
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 24,
+}
+VISIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLIP-L": ("CLIPVisionModelWithProjection", VISION),
+    "OpenCLIP": ("CLIPVisionModelWithProjection", VISION | {"hidden_act": "gelu", "layer_norm_eps": 1e-3}),
+    "no projection": ("CLIPVisionModel", VISION),
+    "a rest of the edge, one channel": ("CLIPVisionModel", VISION | {"image_size": 30, "num_channels": 1}),
+}
+
+DEPTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+    "backbone_out_indices": [0, 1, 3, 4],
+    "neck_hidden_sizes": [8, 16, 16, 24],
+    "fusion_hidden_size": 16,
+}
+BACKBONE = {
+    "model_type": "bit",
+    "global_padding": "same",
+    "layer_type": "bottleneck",
+    "embedding_dynamic_padding": True,
+    "depths": [1, 2, 1],
+    "hidden_sizes": [16, 32, 64],
+    "embedding_size": 8,
+    "num_groups": 4,
+    "out_features": ["stage1", "stage2", "stage3"],
+}
+HYBRID = DEPTH | {
+    "is_hybrid": True,
+    "image_size": 64,
+    "patch_size": 16,
+    "neck_hidden_sizes": [16, 32, 24, 24],
+    "reassemble_factors": [1, 1, 1, 0.5],
+    "backbone_featmap_shape": [1, 64, 4, 4],
+    "backbone_config": BACKBONE,
+}
+DEPTHS: dict[str, dict[str, Any]] = {
+    "large": DEPTH,
+    "hybrid": HYBRID,
+    "a wide hybrid": HYBRID
+    | {
+        "neck_hidden_sizes": [32, 64, 24, 24],
+        "backbone_featmap_shape": [1, 128, 4, 4],
+        "backbone_config": BACKBONE | {"width_factor": 2, "hidden_act": "gelu", "num_groups": 2},
+    },
+    "add": DEPTH | {"readout_type": "add", "qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-3},
+    "ignore": DEPTH | {"readout_type": "ignore", "use_bias_in_fusion_residual": False, "head_in_index": 2},
+    "a projection": DEPTH | {"add_projection": True, "fusion_hidden_size": 256, "num_hidden_layers": 5},
 }
 
 Twin = tuple[Any, Any, Any]
@@ -268,7 +372,32 @@ def vae_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.AutoencoderKL(**VAES[name]), AutoencoderKL, folder)
 
 
+def tiny_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.AutoencoderTiny(**TINIES[name]), models.AutoencoderTiny, folder)
+
+
+def asymmetric_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.AsymmetricAutoencoderKL(**ASYMMETRICS[name]), models.AsymmetricAutoencoderKL, folder)
+
+
 def text_twin(name: str, folder: Path) -> Twin:
     kind, config = TEXTS[name]
     ours = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[kind]
     return twin(getattr(transformers, kind)(transformers.CLIPTextConfig(**config)), ours, folder)
+
+
+def vision_twin(name: str, folder: Path) -> Twin:
+    kind, config = VISIONS[name]
+    return twin(getattr(transformers, kind)(transformers.CLIPVisionConfig(**config)), getattr(models, kind), folder)
+
+
+def safety_checker_twin(folder: Path) -> Twin:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    config = transformers.CLIPConfig(vision_config=VISION, projection_dim=24)
+    return twin(StableDiffusionSafetyChecker(config), models.StableDiffusionSafetyChecker, folder)
+
+
+def depth_twin(name: str, folder: Path) -> Twin:
+    config = transformers.DPTConfig(**DEPTHS[name])
+    return twin(transformers.DPTForDepthEstimation(config), models.DPTForDepthEstimation, folder)
