@@ -18,7 +18,14 @@ if TYPE_CHECKING:  # what editors and type checkers see; at run time __getattr__
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "diffuse_jax.models": ("ADMUNet", "AutoencoderKL", "ControlNetModel", "UNet2DConditionModel", "UNet2DModel"),
+    "diffuse_jax.models": (
+        "ADMUNet",
+        "AutoencoderKL",
+        "ControlNetModel",
+        "T2IAdapter",
+        "UNet2DConditionModel",
+        "UNet2DModel",
+    ),
     "diffuse_jax.pipelines": (
         "AutoPipelineForImage2Image",
         "AutoPipelineForInpainting",

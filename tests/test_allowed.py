@@ -18,6 +18,7 @@ from diffuse_jax.models import (
     AutoencoderKL,
     ControlNetModel,
     Model,
+    T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
@@ -30,7 +31,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

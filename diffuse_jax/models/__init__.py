@@ -5,6 +5,7 @@ from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.preconditioning import consistency_denoiser
+from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -19,10 +20,13 @@ __all__ = [
     "ControlNetOutput",
     "Model",
     "Params",
+    "T2IAdapter",
+    "T2IAdapterConfig",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "combined_features",
     "consistency_denoiser",
     "tiled_decode",
     "tiled_encode",

@@ -1,4 +1,4 @@
-"""Configurations of the published UNets, ControlNets and autoencoders as data, each by its differences from another.
+"""Configurations of the published UNets, ControlNets, adapters and autoencoders as data, each by how it differs.
 
 ``UNet2DConditionModel(SDXL_UNET).shapes()`` is the full-size parameter tree, without a file and without memory. The
 number in a comment is the parameter count; the tests compare names, shapes and counts with the PyTorch classes.
@@ -10,6 +10,7 @@ from typing import Any
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
+from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -88,6 +89,11 @@ SDXL_CONTROLNET = ControlNetConfig(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+
+SD15_T2I_ADAPTER = T2IAdapterConfig()  #: 77,369,280; canny edges, depth and more for 1.4 and 1.5
+#: 18,689,200; colours for 1.4
+SD15_COLOR_T2I_ADAPTER = T2IAdapterConfig(channels=(320, 640, 1280), num_res_blocks=4, adapter_type="light_adapter")
+SDXL_T2I_ADAPTER = SD15_T2I_ADAPTER.replace(downscale_factor=16, adapter_type="full_adapter_xl")  #: 79,028,160
 
 #: 35,746,307; DDPM on 32 pixels (CIFAR-10)
 DDPM_CIFAR10_UNET = UNet2DConfig(

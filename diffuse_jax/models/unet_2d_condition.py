@@ -14,7 +14,7 @@ from diffuse_jax.allowed import Range, Share
 from diffuse_jax.config import NO_DROPOUT, Config
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.remat import check_policy, remat_level
-from diffuse_jax.models.unet_blocks import UpBlock
+from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
 from diffuse_jax.models.unet_config import MIDDLES, EncoderConfig, Level
 from diffuse_jax.models.unet_encoder import EncoderModel
 
@@ -102,6 +102,7 @@ class UNet2DConditionModel(EncoderModel):
         *,
         down_block_additional_residuals: Sequence[jax.Array] | None = None,
         mid_block_additional_residual: jax.Array | None = None,
+        down_intrablock_additional_residuals: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """One evaluation of the network.
 
@@ -115,6 +116,8 @@ class UNet2DConditionModel(EncoderModel):
           down_block_additional_residuals: what a ControlNet adds to the skip connections, finest first: one array for
             each, of the same shape or ``[B,1,1,C]``.
           mid_block_additional_residual: the same for the output of the middle block.
+          down_intrablock_additional_residuals: what a T2I-Adapter adds inside the downward path, one array for each of
+            the first levels, finest first; one more is added to the output of the middle block.
 
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
@@ -133,7 +136,7 @@ class UNet2DConditionModel(EncoderModel):
 
         padding = (c.conv_in_kernel - 1) // 2
         x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=padding, **dtypes, name="conv_in")(x)
-        skips, x = self.encode(x, temb, context)
+        skips, x = self.encode(x, temb, context, down_intrablock_additional_residuals or ())
         if down_block_additional_residuals is not None:
             skips = add_residuals(skips, down_block_additional_residuals, "down_block_additional_residuals")
         if mid_block_additional_residual is not None:
@@ -151,19 +154,3 @@ class UNet2DConditionModel(EncoderModel):
         x = ACTIVATIONS[c.act_fn](x)
         padding = (c.conv_out_kernel - 1) // 2
         return Conv(c.out_channels, c.conv_out_kernel, padding=padding, **dtypes, name="conv_out")(x)
-
-
-def add_residuals(tensors: Sequence[jax.Array], residuals: Sequence[jax.Array], name: str) -> list[jax.Array]:
-    """Each ``[B,h,w,C]`` plus its residual, of the same shape or ``[B,1,1,C]``; dtypes do not change.
-
-    Raises:
-      ValueError: the number of residuals or a shape is wrong; the message calls the residuals ``name``.
-    """
-    if len(residuals) != len(tensors):
-        raise ValueError(f"{name} must be {len(tensors)} arrays for this network, got {len(residuals)}")
-    for i, (x, residual) in enumerate(zip(tensors, residuals)):
-        pooled = (x.shape[0], 1, 1, x.shape[-1])
-        if residual.shape not in (x.shape, pooled):
-            which = f"{name}[{i}]" if len(tensors) > 1 else name
-            raise ValueError(f"{which} must be {x.shape} (or pooled, {pooled}), got {residual.shape}")
-    return [x + jnp.asarray(residual, x.dtype) for x, residual in zip(tensors, residuals)]

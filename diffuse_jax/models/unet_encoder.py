@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
 from diffuse_jax.models.layers import Dense
 from diffuse_jax.models.remat import remat_level
-from diffuse_jax.models.unet_blocks import DownBlock, MidBlock
+from diffuse_jax.models.unet_blocks import DownBlock, MidBlock, add_residuals
 from diffuse_jax.models.unet_config import EncoderConfig
 
 
@@ -51,20 +51,35 @@ class EncoderModel(Model):
         if len(given) != 3 or (given[0], given[2]) != (sample.shape[0], width):
             raise ValueError(f"encoder_hidden_states must be [B,L,{width}] with B={sample.shape[0]}, got {given}")
 
-    def encode(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def encode(
+        self, x: jax.Array, temb: jax.Array, context: jax.Array, residuals: Sequence[jax.Array] = ()
+    ) -> tuple[list[jax.Array], jax.Array]:
         """From the output of ``conv_in`` to the skip connections, finest first, and the output of the middle block.
 
-        ``x [B,h,w,C]``, ``temb [B,time_embed_dim]``, ``context [B,L,cross_attention_dim]``.
+        ``x [B,h,w,C]``, ``temb [B,time_embed_dim]``, ``context [B,L,cross_attention_dim]``; ``residuals`` of an
+        adapter for the first levels, each with the shape of what it is added to (:class:`DownBlock`), then for the
+        middle block.
+
+        Raises:
+          ValueError: there are more residuals than levels and middle block, or one has another shape.
         """
         c = self.config
+        places = len(c.block_out_channels) + (c.mid_block_type is not None)
+        if len(residuals) > places:
+            raise ValueError(f"an adapter adds at most {places} arrays to this network, got {len(residuals)}")
+        own = [*residuals, *[None] * (places - len(residuals))]
         shared = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
         down_block, mid_block = (remat_level(level, self.remat) for level in (DownBlock, MidBlock))
         skips, levels = [x], c.down_levels()
         for i, level in enumerate(levels):
-            x, new = down_block(c, level, i + 1 < len(levels), **shared, name=f"down_blocks_{i}")(x, temb, context)
+            x, new = down_block(c, level, i + 1 < len(levels), **shared, name=f"down_blocks_{i}")(
+                x, temb, context, own[i]
+            )
             skips += new
         if c.mid_block_type is not None:
             x = mid_block(c, c.mid_level(), **shared, name="mid_block")(x, temb, context)
+            if own[-1] is not None:
+                (x,) = add_residuals([x], [own[-1]], "the adapter's residual of the middle block")
         return skips, x
 
     def embed_conditions(

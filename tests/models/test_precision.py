@@ -17,6 +17,8 @@ from diffuse_jax.models import (
     ControlNetConfig,
     ControlNetModel,
     Model,
+    T2IAdapter,
+    T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConditionModel,
 )
@@ -63,6 +65,8 @@ NETWORKS = {
     "unet with every condition": (UNet2DConditionModel, CONDITIONED),
     "controlnet": (ControlNetModel, CONTROLNET),
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
+    "T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), num_res_blocks=1)),
+    "light T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), adapter_type="light_adapter")),
     "autoencoder": (AutoencoderKL, VAE),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
 }

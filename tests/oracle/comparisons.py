@@ -129,6 +129,21 @@ def compare_controlnet(twin: Twin, inputs: Mapping[str, Any]) -> dict[str, float
     return {name: difference(*pair) for name, *pair in zip(names, ours, theirs)}
 
 
+def compare_t2i_adapter(twin: Twin, images: np.ndarray) -> dict[str, float]:
+    """Each stage's features -> difference."""
+    module, model, params = twin
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images))
+    return {f"stage {i}": difference(a, channel_last(b)) for i, (a, b) in enumerate(zip(ours, theirs, strict=True))}
+
+
+def control_images(config: Any, rng: np.random.Generator, size: tuple[int, int] = (2, 3)) -> np.ndarray:
+    """Two images in [0, 1] for an adapter, ``size`` positions of its coarsest features large."""
+    height, width = (n * config.total_downscale_factor for n in size)
+    return rng.uniform(0, 1, (2, height, width, config.in_channels)).astype(np.float32)
+
+
 def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     """Each output -> difference, for images and for latents of odd sizes."""
     module, model, params = twin

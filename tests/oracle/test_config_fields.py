@@ -18,7 +18,10 @@ from tests.schedulers.samplers import EVERY
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-NETWORKS = [models.UNet2DConditionModel, models.UNet2DModel, models.AutoencoderKL, models.ControlNetModel]
+NETWORKS = [
+    *(models.UNet2DConditionModel, models.UNet2DModel, models.AutoencoderKL, models.ControlNetModel),
+    models.T2IAdapter,
+]
 PIPELINES = [
     cls
     for name, cls in vars(pipelines).items()

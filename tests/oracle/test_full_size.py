@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel, presets
+from diffuse_jax.models import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel, presets
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
@@ -42,6 +42,11 @@ CONTROLNETS = {
     "SD15_SHUFFLE_CONTROLNET": 361_279_120,
     "SD21_CONTROLNET": 364_228_240,
     "SDXL_CONTROLNET": 1_251_014_160,
+}
+T2I_ADAPTERS = {
+    "SD15_T2I_ADAPTER": 77_369_280,
+    "SD15_COLOR_T2I_ADAPTER": 18_689_200,
+    "SDXL_T2I_ADAPTER": 79_028_160,
 }
 PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
@@ -83,6 +88,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in CONTROLNETS.items():
         config = getattr(presets, name)
         yield name, ControlNetModel(config), partial(diffusers.ControlNetModel.from_config, config.to_json()), count
+    for name, count in T2I_ADAPTERS.items():
+        config = getattr(presets, name)
+        yield name, T2IAdapter(config), partial(diffusers.T2IAdapter.from_config, config.to_json()), count
     for name, count in PIXEL_UNETS.items():
         config = getattr(presets, name)
         yield name, UNet2DModel(config), partial(diffusers.UNet2DModel.from_config, config.to_json()), count
@@ -107,8 +115,8 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE"))}
-    assert in_modules == UNETS.keys() | CONTROLNETS.keys() | PIXEL_UNETS.keys() | VAES.keys()
+    in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE"))}
+    assert in_modules == UNETS.keys() | CONTROLNETS.keys() | T2I_ADAPTERS.keys() | PIXEL_UNETS.keys() | VAES.keys()
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

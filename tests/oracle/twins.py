@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffuse_jax.models import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
 torch = pytest.importorskip("torch")
@@ -149,6 +149,14 @@ CONTROLNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+T2I_ADAPTERS: dict[str, dict[str, Any]] = {  # two levels of latents with eight pixels each, as the UNets above take
+    "full": {"channels": (16, 32), "num_res_blocks": 1},
+    "full, one channel": {"in_channels": 1, "channels": (16, 16, 32), "downscale_factor": 4},
+    "XL": {"channels": (16, 32, 32, 32), "downscale_factor": 16, "adapter_type": "full_adapter_xl"},
+    "light": {"channels": (16,), "num_res_blocks": 2, "adapter_type": "light_adapter"},
+    "light, three stages": {"channels": (8, 16), "downscale_factor": 2, "adapter_type": "light_adapter"},
+}
+
 PIXELS = {
     "block_out_channels": (16, 32),
     "layers_per_block": 1,
@@ -246,9 +254,9 @@ def randomise(module: Any, seed: int = 0) -> Any:
     return module.eval()
 
 
-def twin(module: Any, ours: type, folder: Path) -> Twin:
+def twin(module: Any, ours: type, folder: Path, seed: int = 0) -> Twin:
     """Save the PyTorch module and open the folder here."""
-    randomise(module).save_pretrained(folder)
+    randomise(module, seed).save_pretrained(folder)
     return (module, *ours.from_pretrained(folder))
 
 
@@ -258,6 +266,10 @@ def unet_twin(name: str, folder: Path) -> Twin:
 
 def controlnet_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.ControlNetModel(**CONTROLNETS[name]), ControlNetModel, folder)
+
+
+def t2i_adapter_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.T2IAdapter(**T2I_ADAPTERS[name]), T2IAdapter, folder)
 
 
 def pixel_unet_twin(name: str, folder: Path) -> Twin:
