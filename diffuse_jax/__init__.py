@@ -22,6 +22,7 @@ _PUBLIC = {
         "ADMUNet",
         "AutoencoderKL",
         "ControlNetModel",
+        "IPAdapter",
         "T2IAdapter",
         "UNet2DConditionModel",
         "UNet2DModel",

@@ -23,7 +23,7 @@ Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(to_[qkv]|[qkv]_proj)/kernel$", ("embed", "heads")),
+    (r"(to_[qkv]|to_[kv]_ip|[qkv]_proj)/kernel$", ("embed", "heads")),
     (r"(to_out_0|out_proj)/kernel$", ("heads", "embed")),
     (r"(net_0/proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(net_2|fc2)/kernel$", ("mlp", "embed")),

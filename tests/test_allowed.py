@@ -17,6 +17,7 @@ from diffuse_jax.models import (
     ADMUNet,
     AutoencoderKL,
     ControlNetModel,
+    IPAdapter,
     Model,
     T2IAdapter,
     UNet2DConditionConfig,
@@ -31,7 +32,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel),
+    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, IPAdapter, T2IAdapter, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

@@ -4,6 +4,8 @@ from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
+from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
+from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
@@ -18,6 +20,10 @@ __all__ = [
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",
+    "IPAdapter",
+    "IPAdapterConfig",
+    "ImagePrompt",
+    "ImageStates",
     "Model",
     "Params",
     "T2IAdapter",
@@ -28,6 +34,7 @@ __all__ = [
     "UNet2DModel",
     "combined_features",
     "consistency_denoiser",
+    "image_prompts",
     "tiled_decode",
     "tiled_encode",
 ]

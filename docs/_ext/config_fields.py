@@ -17,6 +17,7 @@ from diffuse_jax.text import CLIPTextConfig
 CONFIGS: dict[str, type[Config]] = {
     "UNet2DConditionModel": models.UNet2DConditionConfig,
     "ControlNetModel": models.ControlNetConfig,
+    "IPAdapter": models.IPAdapterConfig,
     "T2IAdapter": models.T2IAdapterConfig,
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,

@@ -16,6 +16,8 @@ from diffuse_jax.models import (
     AutoencoderKLConfig,
     ControlNetConfig,
     ControlNetModel,
+    IPAdapter,
+    IPAdapterConfig,
     Model,
     T2IAdapter,
     T2IAdapterConfig,
@@ -67,6 +69,8 @@ NETWORKS = {
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), num_res_blocks=1)),
     "light T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), adapter_type="light_adapter")),
+    "IP-Adapter": (IPAdapter, IPAdapterConfig(projection="face_resampler", layer_widths=(16, 32), depth=1)),
+    "IP-Adapter plus": (IPAdapter, IPAdapterConfig(projection="resampler", layer_widths=(16, 32), depth=1)),
     "autoencoder": (AutoencoderKL, VAE),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
 }
