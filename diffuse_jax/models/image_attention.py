@@ -44,7 +44,13 @@ class ImagePrompt(NamedTuple):
 
 
 def cross_attentions(config: UNet2DConditionConfig) -> dict[Path, int]:
-    """Path -> width of a UNet's cross-attentions, as IP-Adapters count them: downward, upward, middle."""
+    """Path -> width of a UNet's cross-attentions, as IP-Adapters count them: downward, upward, middle.
+
+    Raises:
+      ValueError: the UNet has K blocks, for which there are no IP-Adapters.
+    """
+    if config.has_k_blocks:
+        raise ValueError("there are no IP-Adapters for a UNet with K blocks, that of the x2 latent upscaler")
     down = [(f"down_blocks_{i}", level) for i, level in enumerate(config.down_levels())]
     up = [(f"up_blocks_{i}", level) for i, level in enumerate(config.up_levels())]
     middle = [] if config.mid_block_type is None else [("mid_block", config.mid_level())]

@@ -44,6 +44,28 @@ X4_UPSCALER_UNET = SD20_UNET.replace(
     num_class_embeds=1000,
 )
 
+#: 372,560,645; latents, low-resolution latents; pooled prompt and noise level as condition of the timestep
+X2_UPSCALER_UNET = UNet2DConditionConfig(
+    sample_size=128,
+    in_channels=8,
+    out_channels=5,
+    block_out_channels=(384, 384, 768, 768),
+    layers_per_block=4,
+    down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3,
+    up_block_types=("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",),
+    mid_block_type=None,
+    cross_attention_dim=768,
+    num_attention_heads=64,
+    act_fn="gelu",
+    norm_num_groups=None,
+    resnet_time_scale_shift="scale_shift",
+    time_embedding_type="fourier",
+    timestep_post_act="gelu",
+    time_cond_proj_dim=896,
+    conv_in_kernel=1,
+    conv_out_kernel=1,
+)
+
 #: 2,567,463,684
 SDXL_UNET = UNet2DConditionConfig(
     sample_size=128,

@@ -45,7 +45,7 @@ class Block(nn.Module):
         c = self.config
         return remat_block(ResnetBlock, self.remat)(
             self.level.channels,
-            c.norm_num_groups,
+            c.groups,
             c.norm_eps,
             c.act_fn,
             c.resnet_time_scale_shift,
@@ -60,7 +60,7 @@ class Block(nn.Module):
         return Transformer2D(
             self.level.heads,
             self.level.depth,
-            self.config.norm_num_groups,
+            self.config.groups,
             self.config.use_linear_projection,
             self.level.only_cross_attention,
             self.remat,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
+from diffuse_jax.models.embeddings import Embedding, FourierProjection, TimestepEmbedding, sinusoidal_embedding
 from diffuse_jax.models.layers import Dense
 from diffuse_jax.models.remat import remat_level
 from diffuse_jax.models.unet_blocks import DownBlock, MidBlock, add_residuals
@@ -24,7 +24,7 @@ class EncoderModel(Model):
 
     def example_inputs(self) -> dict[str, Any]:
         c = self.config
-        size = 2 ** (len(c.block_out_channels) - 1)
+        size = 2 ** (len(c.block_out_channels) - (not c.has_k_blocks))
         array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
         inputs: dict[str, Any] = {
             "sample": array(1, size, size, c.in_channels),
@@ -94,8 +94,10 @@ class EncoderModel(Model):
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
-        embed = TimestepEmbedding(c.time_embed_dim, c.act_fn, c.time_cond_proj_dim, **dtypes, name="time_embedding")
-        temb = embed(self.sinusoids(t, c.block_out_channels[0]), timestep_cond)
+        embed = TimestepEmbedding(
+            c.time_embed_dim, c.act_fn, c.time_cond_proj_dim, c.timestep_post_act, **dtypes, name="time_embedding"
+        )
+        temb = embed(self.waves(t), timestep_cond)
         if c.class_embed_type is not None or c.num_class_embeds is not None:
             if class_labels is None:
                 raise ValueError("this network needs class_labels (class_embed_type or num_class_embeds is set)")
@@ -134,6 +136,16 @@ class EncoderModel(Model):
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return TimestepEmbedding(c.time_embed_dim, **dtypes, name="add_embedding")(vector)
+
+    def waves(self, t: jax.Array) -> jax.Array:
+        """What is embedded of timesteps ``[B]``: sines and cosines at fixed frequencies, or at those of the file."""
+        c = self.config
+        if c.time_embedding_type == "positional":
+            return self.sinusoids(t, c.block_out_channels[0])
+        project = FourierProjection(
+            c.time_embed_dim // 2, c.flip_sin_to_cos, param_dtype=self.param_dtype, name="time_proj"
+        )
+        return project(t).astype(self.dtype)
 
     def sinusoids(self, t: jax.Array, dim: int) -> jax.Array:
         """Sinusoidal embedding of ``t [B]`` in the checkpoint's order, ``[B,dim]``."""

@@ -62,9 +62,23 @@ CONDITIONED = UNET.replace(
     center_input_sample=True,
     use_linear_projection=True,
 )
+K_BLOCKS = UNet2DConditionConfig(
+    block_out_channels=(32, 64, 64),
+    layers_per_block=1,
+    down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+    up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+    mid_block_type=None,
+    cross_attention_dim=24,
+    num_attention_heads=16,
+    norm_num_groups=None,
+    time_embedding_type="fourier",
+    timestep_post_act="gelu",
+    time_cond_proj_dim=8,
+)
 NETWORKS = {
     "unet": (UNet2DConditionModel, UNET),
     "unet with every condition": (UNet2DConditionModel, CONDITIONED),
+    "unet of K blocks": (UNet2DConditionModel, K_BLOCKS),
     "controlnet": (ControlNetModel, CONTROLNET),
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), num_res_blocks=1)),

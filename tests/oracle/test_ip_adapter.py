@@ -197,7 +197,7 @@ def test_masks_of_another_aspect_are_cut_and_filled_as_by_pytorch(
     rng: np.random.Generator, caplog: pytest.LogCaptureFixture
 ) -> None:
     downsample = diffusers.image_processor.IPAdapterMaskProcessor.downsample
-    for shape, count in [((8, 8), 64), ((16, 24), 24), ((9, 13), 12), ((8, 16), 60), ((5, 5), 24), ((3, 40), 40)]:
+    for shape, count in [((8, 8), 64), ((16, 24), 24), ((9, 13), 12), ((8, 16), 60), ((5, 5), 23), ((3, 40), 40)]:
         mask = rng.uniform(0, 1, (2, *shape)).astype(np.float32)
         theirs = downsample(torch.tensor(mask[:1]), 1, count, 1)[0, :, 0]
         np.testing.assert_allclose(resized_mask(jnp.asarray(mask), count)[0], theirs, atol=1e-5)
