@@ -63,6 +63,12 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
         ),
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
         (
+            "consistency decoder",
+            twins.CONSISTENCY_DECODERS,
+            twins.consistency_decoder_twin,
+            comparisons.compare_consistency_decoder,
+        ),
+        (
             "text encoder",
             twins.TEXTS,
             twins.text_twin,

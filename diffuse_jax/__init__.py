@@ -21,6 +21,7 @@ _PUBLIC = {
     "diffuse_jax.models": (
         "ADMUNet",
         "AutoencoderKL",
+        "ConsistencyDecoderVAE",
         "ControlNetModel",
         "IPAdapter",
         "T2IAdapter",

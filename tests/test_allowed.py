@@ -16,6 +16,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.models import (
     ADMUNet,
     AutoencoderKL,
+    ConsistencyDecoderVAE,
     ControlNetModel,
     IPAdapter,
     Model,
@@ -32,7 +33,17 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(ADMUNet, AutoencoderKL, CLIPTextModel, ControlNetModel, IPAdapter, T2IAdapter, UNet2DConditionModel, UNet2DModel),
+    *(
+        ADMUNet,
+        AutoencoderKL,
+        CLIPTextModel,
+        ConsistencyDecoderVAE,
+        ControlNetModel,
+        IPAdapter,
+        T2IAdapter,
+        UNet2DConditionModel,
+        UNet2DModel,
+    ),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

@@ -3,6 +3,7 @@
 from diffuse_jax.models.adm_unet import ADMUNet, ADMUNetConfig
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAE, ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
@@ -17,6 +18,8 @@ __all__ = [
     "ADMUNetConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "ConsistencyDecoderVAE",
+    "ConsistencyDecoderVAEConfig",
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",

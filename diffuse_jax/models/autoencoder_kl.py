@@ -76,6 +76,12 @@ class Posterior(NamedTuple):
     mean: jax.Array
     logvar: jax.Array
 
+    @classmethod
+    def of_moments(cls, moments: jax.Array) -> Posterior:
+        """From an encoder's output ``[B,h,w,2c]``, in float32."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
     def sample(self, key: jax.Array) -> jax.Array:
         """``mean + std * noise``.
 
@@ -136,8 +142,7 @@ class AutoencoderKL(Model):
         moments = self.encoder(jnp.asarray(images, self.dtype))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+        return Posterior.of_moments(moments)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """``latents [B,h,w,c]`` (not scaled) -> images ``[B,H,W,3]``, about [-1, 1], in ``dtype``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
+from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
@@ -156,3 +157,4 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     up_block_types=("UpDecoderBlock2D",) * 3,
     scaling_factor=0.08333,
 )
+CONSISTENCY_DECODER_VAE = ConsistencyDecoderVAEConfig()  #: 655,441,366; for the latents of 1.x

@@ -21,6 +21,7 @@ CONFIGS: dict[str, type[Config]] = {
     "T2IAdapter": models.T2IAdapterConfig,
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,
+    "ConsistencyDecoderVAE": models.ConsistencyDecoderVAEConfig,
     "CLIPTextModel": CLIPTextConfig,
 }
 

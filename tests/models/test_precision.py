@@ -14,6 +14,8 @@ from jax.extend.core import jaxprs_in_params
 from diffuse_jax.models import (
     AutoencoderKL,
     AutoencoderKLConfig,
+    ConsistencyDecoderVAE,
+    ConsistencyDecoderVAEConfig,
     ControlNetConfig,
     ControlNetModel,
     IPAdapter,
@@ -51,6 +53,16 @@ VAE = AutoencoderKLConfig(
     up_block_types=("UpDecoderBlock2D",) * 2,
     norm_num_groups=4,
 )
+CONSISTENCY_DECODER = ConsistencyDecoderVAEConfig(
+    encoder_block_out_channels=(8, 16),
+    encoder_down_block_types=("DownEncoderBlock2D",) * 2,
+    encoder_norm_num_groups=4,
+    decoder_block_out_channels=(8, 16),
+    decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+    decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
+    decoder_layers_per_block=1,
+    decoder_norm_num_groups=4,
+)
 TEXT = CLIPTextConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 CONDITIONED = UNET.replace(
     addition_embed_type="text_time",
@@ -86,6 +98,7 @@ NETWORKS = {
     "IP-Adapter": (IPAdapter, IPAdapterConfig(projection="face_resampler", layer_widths=(16, 32), depth=1)),
     "IP-Adapter plus": (IPAdapter, IPAdapterConfig(projection="resampler", layer_widths=(16, 32), depth=1)),
     "autoencoder": (AutoencoderKL, VAE),
+    "consistency decoder": (ConsistencyDecoderVAE, CONSISTENCY_DECODER),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
 }
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

@@ -162,6 +162,26 @@ def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     }
 
 
+def compare_consistency_decoder(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference; PyTorch is given the noise of both steps instead of drawing it."""
+    module, model, params = twin
+    images = rng.uniform(-1, 1, (2, 24, 20, 3)).astype(np.float32)
+    latents = (4 * rng.standard_normal((2, 4, 6, 4))).astype(np.float32)
+    noise = rng.standard_normal((2, 2, 4 * model.config.scale, 6 * model.config.scale, 3)).astype(np.float32)
+    posterior = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)
+    decode = jax.jit(lambda p, z, e: model.apply({"params": p}, z, noise=e, method="decode"))
+    drawn = iter(map(channel_first, noise))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for place in ("models.autoencoders.consistency_decoder_vae", "schedulers.scheduling_consistency_decoder"):
+            patch.setattr(f"diffusers.{place}.randn_tensor", lambda *_, **__: next(drawn))
+        theirs = module.encode(channel_first(images)).latent_dist
+        pixels = module.decode(channel_first(latents)).sample
+    return {
+        "mean": difference(posterior.mean, channel_last(theirs.mean)),
+        "image": difference(decode(params, latents, noise), channel_last(pixels)),
+    }
+
+
 def token_ids(config: Any, rng: np.random.Generator) -> np.ndarray:
     """Three texts of different lengths, padded with the end token; by the old rule the largest id ends the text."""
     end = 98 if config.eos_token_id == 2 else config.eos_token_id

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 NETWORKS = [
     *(models.UNet2DConditionModel, models.UNet2DModel, models.AutoencoderKL, models.ControlNetModel),
-    models.T2IAdapter,
+    *(models.T2IAdapter, models.ConsistencyDecoderVAE),
 ]
 PIPELINES = [
     cls

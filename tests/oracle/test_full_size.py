@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel, presets
+from diffuse_jax.models import (
+    AutoencoderKL,
+    ConsistencyDecoderVAE,
+    ControlNetModel,
+    T2IAdapter,
+    UNet2DConditionModel,
+    UNet2DModel,
+    presets,
+)
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
@@ -51,6 +59,7 @@ T2I_ADAPTERS = {
 }
 PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
+CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
 TEXTS = {
     "CLIP_L": (CLIPTextModel, 123_060_480),
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
@@ -98,6 +107,10 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
+    for name, count in CONSISTENCY_DECODERS.items():
+        config = getattr(presets, name)
+        build = partial(diffusers.ConsistencyDecoderVAE.from_config, config.to_json())
+        yield name, ConsistencyDecoderVAE(config), build, count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -117,7 +130,15 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def test_every_preset_is_checked() -> None:
     in_modules = {name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE"))}
-    assert in_modules == UNETS.keys() | CONTROLNETS.keys() | T2I_ADAPTERS.keys() | PIXEL_UNETS.keys() | VAES.keys()
+    assert (
+        in_modules
+        == UNETS.keys()
+        | CONTROLNETS.keys()
+        | T2I_ADAPTERS.keys()
+        | PIXEL_UNETS.keys()
+        | VAES.keys()
+        | CONSISTENCY_DECODERS.keys()
+    )
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel, UNet2DModel
+from diffuse_jax.models import (
+    AutoencoderKL,
+    ConsistencyDecoderVAE,
+    ControlNetModel,
+    T2IAdapter,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
 torch = pytest.importorskip("torch")
@@ -239,6 +246,7 @@ PIXEL_UNETS: dict[str, dict[str, Any]] = {
     },
     "other embeddings": PIXELS
     | {"class_embed_type": "timestep", "center_input_sample": True, "time_embedding_dim": 40, "act_fn": "gelu"},
+    "learned embeddings": PIXELS | {"time_embedding_type": "learned", "num_train_timesteps": 800},
     "no middle": PIXELS | {"mid_block_type": None},
 }
 
@@ -254,6 +262,33 @@ VAES: dict[str, dict[str, Any]] = {
     "SDXL": VAE | {"scaling_factor": 0.13025, "block_out_channels": (8, 16, 32)},
     "no quant convolutions": VAE | {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": 16},
     "no attention": VAE | {"mid_block_add_attention": False, "act_fn": "gelu"},
+}
+
+CONSISTENCY_DECODERS: dict[str, dict[str, Any]] = {
+    "as published": {
+        "encoder_block_out_channels": (8, 16),
+        "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+        "encoder_layers_per_block": 1,
+        "encoder_norm_num_groups": 4,
+        "decoder_block_out_channels": (8, 16, 16),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 3,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 3,
+        "decoder_layers_per_block": 1,
+        "decoder_norm_num_groups": 4,
+    },
+}
+CONSISTENCY_DECODERS["otherwise"] = CONSISTENCY_DECODERS["as published"] | {
+    "scaling_factor": 0.3,
+    "encoder_act_fn": "gelu",
+    "decoder_add_attention": True,
+    "decoder_block_out_channels": (8, 16),
+    "decoder_down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "decoder_up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "decoder_downsample_padding": 0,
+    "decoder_norm_eps": 1e-3,
+    "decoder_out_channels": 3,
+    "decoder_resnet_time_scale_shift": "default",
+    "decoder_time_embedding_type": "positional",
 }
 
 TEXT = {
@@ -315,6 +350,10 @@ def pixel_unet_twin(name: str, folder: Path) -> Twin:
 
 def vae_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.AutoencoderKL(**VAES[name]), AutoencoderKL, folder)
+
+
+def consistency_decoder_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.ConsistencyDecoderVAE(**CONSISTENCY_DECODERS[name]), ConsistencyDecoderVAE, folder)
 
 
 def text_twin(name: str, folder: Path) -> Twin:
