@@ -50,6 +50,12 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             lambda t, r: comparisons.compare_controlnet(t, comparisons.controlnet_inputs(t[1], r, (9, 13))),
         ),
         (
+            "T2I-Adapter",
+            twins.T2I_ADAPTERS,
+            twins.t2i_adapter_twin,
+            lambda t, r: comparisons.compare_t2i_adapter(t, comparisons.control_images(t[1].config, r)),
+        ),
+        (
             "UNet over pixels",
             twins.PIXEL_UNETS,
             twins.pixel_unet_twin,
@@ -58,6 +64,12 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
         ("tiny autoencoder", twins.TINIES, twins.tiny_twin, comparisons.compare_tiny),
         ("asymmetric autoencoder", twins.ASYMMETRICS, twins.asymmetric_twin, comparisons.compare_asymmetric),
+        (
+            "consistency decoder",
+            twins.CONSISTENCY_DECODERS,
+            twins.consistency_decoder_twin,
+            comparisons.compare_consistency_decoder,
+        ),
         (
             "text encoder",
             twins.TEXTS,

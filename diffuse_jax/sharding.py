@@ -23,7 +23,7 @@ Tree = TypeVar("Tree")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(to_[qkv]|[qkv]_proj)/kernel$", ("embed", "heads")),
+    (r"(to_[qkv]|to_[kv]_ip|[qkv]_proj)/kernel$", ("embed", "heads")),
     (r"(to_out_0|out_proj)/kernel$", ("heads", "embed")),
     (r"attention/(query|key|value)/kernel$", ("embed", "heads")),
     (r"attention/output/dense/kernel$", ("heads", "embed")),

@@ -19,9 +19,12 @@ from diffuse_jax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPVisionModel,
+    ConsistencyDecoderVAE,
     ControlNetModel,
     DPTForDepthEstimation,
+    IPAdapter,
     Model,
+    T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
@@ -34,7 +37,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
-    *(AsymmetricAutoencoderKL, AutoencoderTiny, DPTForDepthEstimation),
+    *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {

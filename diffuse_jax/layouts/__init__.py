@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from diffuse_jax.layouts.controlnet import read_controlnet
 from diffuse_jax.layouts.families import FAMILIES, family_for
+from diffuse_jax.layouts.ip_adapter import IPAdapterFile, read_ip_adapter
 from diffuse_jax.layouts.single_file import Part, SingleFile, read_single_file
 from diffuse_jax.layouts.single_file_writer import write_single_file
 
-__all__ = ["FAMILIES", "Part", "SingleFile", "family_for", "read_controlnet", "read_single_file", "write_single_file"]
+__all__ = [
+    "FAMILIES",
+    "IPAdapterFile",
+    "Part",
+    "SingleFile",
+    "family_for",
+    "read_controlnet",
+    "read_ip_adapter",
+    "read_single_file",
+    "write_single_file",
+]

@@ -12,9 +12,13 @@ from diffuse_jax.models.clip_vision import (
     CLIPVisionOutput,
     StableDiffusionSafetyChecker,
 )
+from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAE, ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
+from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
+from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.preconditioning import consistency_denoiser
+from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
@@ -32,19 +36,29 @@ __all__ = [
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",
     "CLIPVisionOutput",
+    "ConsistencyDecoderVAE",
+    "ConsistencyDecoderVAEConfig",
     "ControlNetConfig",
     "ControlNetModel",
     "ControlNetOutput",
     "DPTConfig",
     "DPTForDepthEstimation",
+    "IPAdapter",
+    "IPAdapterConfig",
+    "ImagePrompt",
+    "ImageStates",
     "Model",
     "Params",
     "StableDiffusionSafetyChecker",
+    "T2IAdapter",
+    "T2IAdapterConfig",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "combined_features",
     "consistency_denoiser",
+    "image_prompts",
     "tiled_decode",
     "tiled_encode",
 ]

@@ -13,10 +13,14 @@ from diffuse_jax.models.remat import remat_block
 
 
 class Attention(nn.Module):
-    """Multi-head attention from ``x`` to ``context``, or to itself if that is None (Vaswani et al. 2017, 3.2)."""
+    """Multi-head attention from ``x`` to ``context``, or to itself if that is None (Vaswani et al. 2017, 3.2).
+
+    ``context_norm``: a layer norm of the context comes first.
+    """
 
     heads: int
     qkv_bias: bool = False
+    context_norm: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -27,6 +31,8 @@ class Attention(nn.Module):
         if D % self.heads:
             raise ValueError(f"width {D} cannot be split into {self.heads} attention heads")
         context = x if context is None else context
+        if self.context_norm:
+            context = LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm_cross")(context)
         dense = lambda source, bias, name: Dense(
             D, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )(source)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Layers, Levels
 from diffuse_jax.config import NOT_QUANTIZED, Config
-from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig, Posterior, check_images, check_latents, posterior
+from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig, Posterior, check_images, check_latents
 from diffuse_jax.models.autoencoder_layers import Decoder, Encoder
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import Conv
@@ -112,7 +112,7 @@ class AsymmetricAutoencoderKL(Model):
     def encode(self, images: jax.Array) -> Posterior:
         """``images [B,H,W,3]`` in [-1, 1] -> posterior over latents, float32. ``H``, ``W``: multiples of ``scale``."""
         check_images(images, self.config)
-        return posterior(self.quant_conv(self.encoder(jnp.asarray(images, self.dtype))))
+        return Posterior.of_moments(self.quant_conv(self.encoder(jnp.asarray(images, self.dtype))))
 
     def decode(self, latents: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
         """Latents -> images ``[B,H,W,3]``, about [-1, 1], in ``dtype``.

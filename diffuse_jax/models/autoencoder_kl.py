@@ -90,6 +90,12 @@ class Posterior(NamedTuple):
     mean: jax.Array
     logvar: jax.Array
 
+    @classmethod
+    def of_moments(cls, moments: jax.Array) -> Posterior:
+        """From an encoder's output ``[B,h,w,2c]``, in float32."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
     def sample(self, key: jax.Array) -> jax.Array:
         """``mean + std * noise``.
 
@@ -123,12 +129,6 @@ class Posterior(NamedTuple):
         return 0.5 * terms.sum((1, 2, 3))
 
 
-def posterior(moments: jax.Array) -> Posterior:
-    """The posterior whose mean and log variance are the halves of ``moments [B,h,w,2c]``, in float32."""
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
-
-
 class AutoencoderKL(Model):
     """Maps images ``[B,H,W,3]`` in [-1, 1] to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
 
@@ -160,7 +160,7 @@ class AutoencoderKL(Model):
         moments = self.encoder(jnp.asarray(images, self.dtype))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        return posterior(moments)
+        return Posterior.of_moments(moments)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """``latents [B,h,w,c]`` (not scaled) -> images ``[B,H,W,3]``, about [-1, 1], in ``dtype``."""

@@ -19,11 +19,11 @@ from diffuse_jax.habits import refuse_habits
 from diffuse_jax.layouts import read_controlnet
 from diffuse_jax.models.base import Params, floating_type
 from diffuse_jax.models.layers import Conv
+from diffuse_jax.models.one_file import open_part
 from diffuse_jax.models.remat import check_policy
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
 from diffuse_jax.models.unet_config import MIDDLES, EncoderConfig
 from diffuse_jax.models.unet_encoder import EncoderModel
-from diffuse_jax.sharding import param_shardings
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
 
@@ -129,20 +129,14 @@ class ControlNetModel(EncoderModel):
         refuse_habits(unknown)
         if unknown:
             raise TypeError(f"from_single_file has no argument {', '.join(sorted(unknown))}")
-        dtype = floating_type(dtype)
-        part = read_controlnet(path)
-        if config is not None and not isinstance(config, Mapping):
-            config = weights.read_json(pathlib.Path(config) / "config.json")
-        try:
-            model = cls.from_config(part.config | dict(config or {}), dtype=dtype)
-            shapes = model.shapes()
-        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise weights.WeightsError(f"{path}: its tensors fit no valid ControlNet ({error})") from error
-        views = weights.match(part.checkpoint, shapes, label=str(path))
-        return model, weights.place(
-            views,
-            dtype=floating_type(dtype if param_dtype is None else param_dtype),
-            shardings=None if mesh is None else param_shardings(shapes, mesh),
+        return open_part(
+            cls,
+            read_controlnet(path),
+            path,
+            config=config,
+            dtype=floating_type(dtype),
+            param_dtype=param_dtype,
+            mesh=mesh,
         )
 
     def setup(self) -> None:

@@ -32,12 +32,36 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
 
 
+class FourierProjection(nn.Module):
+    """Sines and cosines of ``t [B]`` at random frequencies, which are never trained (Song et al. 2021, C.2).
+
+    The result, ``[B, 2 * half]``, is in float32.
+    """
+
+    half: int
+    flip_sin_to_cos: bool = True
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.normal(1.0), (self.half,), self.param_dtype)
+        frequencies = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
+        # In this order: large angles are as inexact as those that the network was trained with.
+        angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None, :] * 2 * math.pi
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        return jnp.concatenate([cos, sin] if self.flip_sin_to_cos else [sin, cos], axis=-1)
+
+
 class TimestepEmbedding(nn.Module):
-    """Two dense layers with an activation between, ``[B,D] -> [B,dim]``; first adds a projection of ``condition``."""
+    """Two dense layers with an activation between, ``[B,D] -> [B,dim]``; first adds a projection of ``condition``.
+
+    ``post_act`` is the name of one more activation at the end.
+    """
 
     dim: int
     act_fn: str = "silu"
     cond_dim: int | None = None
+    post_act: str | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -49,7 +73,8 @@ class TimestepEmbedding(nn.Module):
             condition = jnp.zeros((x.shape[0], self.cond_dim), x.dtype) if condition is None else condition
             x = x + project(condition)
         x = Dense(self.dim, **dtypes, name="linear_1")(x)
-        return Dense(self.dim, **dtypes, name="linear_2")(ACTIVATIONS[self.act_fn](x))
+        x = Dense(self.dim, **dtypes, name="linear_2")(ACTIVATIONS[self.act_fn](x))
+        return x if self.post_act is None else ACTIVATIONS[self.post_act](x)
 
 
 class Embedding(nn.Module):

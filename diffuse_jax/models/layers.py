@@ -77,6 +77,21 @@ class Conv(nn.Module):
         return kernel
 
 
+def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Array]:
+    """``x [B,...,C]`` less the mean of its group, ``[B,N,groups,C/groups]`` in float32, and what to multiply it with,
+    ``[B,1,groups,1]``, for unit variance.
+
+    Raises:
+      ValueError: the channels cannot be split into so many groups.
+    """
+    *lead, channels = x.shape
+    if channels % groups:
+        raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
+    grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, groups, channels // groups)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    return centred, jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + eps)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over the last axis (Wu & He 2018), ``[B,...,C]``; statistics and affine in float32."""
 
@@ -87,17 +102,13 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        *lead, channels = x.shape
-        if channels % self.groups:
-            raise ValueError(f"{channels} channels cannot be split into {self.groups} groups of equal size")
+        channels = x.shape[-1]
+        centred, inverse = normalised(x, self.groups, self.eps)
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.param_dtype)
-        grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, self.groups, channels // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(grouped - mean).mean((1, 3), keepdims=True) + self.eps)
         affine = (1, 1, self.groups, channels // self.groups)
         slope = inverse * jnp.asarray(scale, jnp.float32).reshape(affine)
-        y = (grouped - mean) * slope + jnp.asarray(bias, jnp.float32).reshape(affine)
+        y = centred * slope + jnp.asarray(bias, jnp.float32).reshape(affine)
         return y.reshape(x.shape).astype(self.dtype)
 
 

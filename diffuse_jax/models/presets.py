@@ -13,8 +13,10 @@ from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.models.autoencoder_tiny import AutoencoderTinyConfig
 from diffuse_jax.models.bit import BitConfig
 from diffuse_jax.models.clip_vision import CLIPVisionConfig
+from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
+from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -46,6 +48,28 @@ X4_UPSCALER_UNET = SD20_UNET.replace(
     only_cross_attention=(True, True, True, False),
     num_attention_heads=8,
     num_class_embeds=1000,
+)
+
+#: 372,560,645; latents, low-resolution latents; pooled prompt and noise level as condition of the timestep
+X2_UPSCALER_UNET = UNet2DConditionConfig(
+    sample_size=128,
+    in_channels=8,
+    out_channels=5,
+    block_out_channels=(384, 384, 768, 768),
+    layers_per_block=4,
+    down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3,
+    up_block_types=("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",),
+    mid_block_type=None,
+    cross_attention_dim=768,
+    num_attention_heads=64,
+    act_fn="gelu",
+    norm_num_groups=None,
+    resnet_time_scale_shift="scale_shift",
+    time_embedding_type="fourier",
+    timestep_post_act="gelu",
+    time_cond_proj_dim=896,
+    conv_in_kernel=1,
+    conv_out_kernel=1,
 )
 
 #: 2,567,463,684
@@ -93,6 +117,11 @@ SDXL_CONTROLNET = ControlNetConfig(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+
+SD15_T2I_ADAPTER = T2IAdapterConfig()  #: 77,369,280; canny edges, depth and more for 1.4 and 1.5
+#: 18,689,200; colours for 1.4
+SD15_COLOR_T2I_ADAPTER = T2IAdapterConfig(channels=(320, 640, 1280), num_res_blocks=4, adapter_type="light_adapter")
+SDXL_T2I_ADAPTER = SD15_T2I_ADAPTER.replace(downscale_factor=16, adapter_type="full_adapter_xl")  #: 79,028,160
 
 #: 35,746,307; DDPM on 32 pixels (CIFAR-10)
 DDPM_CIFAR10_UNET = UNet2DConfig(
@@ -184,3 +213,4 @@ LARGE_DEPTH = DPTConfig(
     backbone_out_indices=(5, 11, 17, 23),
     neck_hidden_sizes=(256, 512, 1024, 1024),
 )
+CONSISTENCY_DECODER_VAE = ConsistencyDecoderVAEConfig()  #: 655,441,366; for the latents of 1.x

@@ -35,6 +35,7 @@ KINDS = {
 class UNet2DConfig(Config):
     """``config.json`` of a ``UNet2DModel``.
 
+    ``time_embedding_type="learned"`` has a table of embeddings for ``num_train_timesteps`` integer timesteps.
     ``attention_head_dim`` is the width of a head; None means a single head. ``attn_norm_num_groups`` is for the middle
     block's attention: None means ``norm_num_groups``, or with ``scale_shift`` no norm.
     """
@@ -43,17 +44,16 @@ class UNet2DConfig(Config):
     fixed: ClassVar[Mapping[str, Any]] = {
         **NOT_QUANTIZED,
         "mid_block_scale_factor": 1,
-        "time_embedding_type": "positional",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": NO_DROPOUT,
-        "num_train_timesteps": "of time_embedding_type='learned', which is refused",
     }
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
     out_channels: int = 3
     center_input_sample: bool = False
+    time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
     freq_shift: Signed = 0
     flip_sin_to_cos: bool = True
@@ -81,6 +81,7 @@ class UNet2DConfig(Config):
         super().__post_init__()
         choices = {
             "mid_block_type": (None, "UNetMidBlock2D"),
+            "time_embedding_type": ("positional", "learned"),
             "downsample_type": ("conv", "resnet"),
             "upsample_type": ("conv", "resnet"),
             "resnet_time_scale_shift": ("default", "scale_shift"),
@@ -90,6 +91,11 @@ class UNet2DConfig(Config):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"UNet2DModel: {name}={getattr(self, name)!r}; expected one of {allowed}")
+        learned = self.time_embedding_type == "learned"
+        if learned and (self.num_train_timesteps is None or self.class_embed_type == "timestep"):
+            raise ValueError(
+                "UNet2DModel: time_embedding_type='learned' needs num_train_timesteps, no class_embed_type='timestep'"
+            )
         for name, direction in (("down_block_types", "Down"), ("up_block_types", "Up")):
             kinds, known = getattr(self, name), sorted(kind for kind in KINDS if direction in kind)
             unknown = sorted(set(kinds) - set(known))
@@ -203,7 +209,12 @@ class UNet2DModel(Model):
             t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
         ).astype(self.dtype)
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
-        temb = TimestepEmbedding(c.time_embed_dim, **dtypes, name="time_embedding")(sinusoids(t))
+        if c.time_embedding_type == "learned":
+            table = Embedding(c.num_train_timesteps or 0, c.block_out_channels[0], **dtypes, name="time_proj")
+            features = table(t.astype(jnp.int32))
+        else:
+            features = sinusoids(t)
+        temb = TimestepEmbedding(c.time_embed_dim, **dtypes, name="time_embedding")(features)
         match c.class_embed_type:
             case None if labels is not None:
                 table = Embedding(c.num_class_embeds or 0, c.time_embed_dim, **dtypes, name="class_embedding")

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from diffuse_jax.allowed import Range, Share
 from diffuse_jax.config import NO_DROPOUT, Config
+from diffuse_jax.models import k_blocks
+from diffuse_jax.models.k_blocks import GROUP, KLevel
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.remat import check_policy, remat_level
-from diffuse_jax.models.unet_blocks import UpBlock
-from diffuse_jax.models.unet_config import MIDDLES, EncoderConfig, Level
+from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
+from diffuse_jax.models.unet_config import HAS_ATTENTION, MIDDLES, EncoderConfig, Level
 from diffuse_jax.models.unet_encoder import EncoderModel
 
 
@@ -33,9 +35,7 @@ class UNet2DConditionConfig(EncoderConfig):
         "dual_cross_attention": False,
         "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0,
-        "time_embedding_type": "positional",
         "time_embedding_act_fn": None,
-        "timestep_post_act": None,
         "attention_type": "default",
         "cross_attention_norm": None,
     }
@@ -49,6 +49,8 @@ class UNet2DConditionConfig(EncoderConfig):
         "mid_block_type": (None, *MIDDLES),
         "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
         "act_fn": tuple(ACTIVATIONS),
+        "time_embedding_type": ("positional", "fourier"),
+        "timestep_post_act": (None, *ACTIVATIONS),
     }
 
     sample_size: int | tuple[int, int] | None = None
@@ -57,7 +59,9 @@ class UNet2DConditionConfig(EncoderConfig):
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     dropout: Share = 0.0
     reverse_transformer_layers_per_block: tuple[Annotated[int, Range(1, 64)], ...] | None = None
+    time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
+    timestep_post_act: str | None = None
     time_cond_proj_dim: int | None = None
     conv_in_kernel: Annotated[int, Range(1, 31)] = 3
     conv_out_kernel: Annotated[int, Range(1, 31)] = 3
@@ -66,6 +70,40 @@ class UNet2DConditionConfig(EncoderConfig):
     def _check(self) -> None:
         super()._check()
         self.check_blocks("up_block_types", "Up")
+        name = self.class_name
+        if self.time_embedding_type == "fourier" and (self.class_embed_type == "timestep" or self.time_embed_dim % 2):
+            raise ValueError(f"{name}: time_embedding_type='fourier' needs an even width and other class_embed_type")
+        if len({kind[0] == "K" for kind in (*self.down_block_types, *self.up_block_types)}) > 1:
+            raise ValueError(f"{name}: blocks of k-diffusion (K...) do not go together with others")
+        if self.has_k_blocks:
+            self._check_k_blocks()
+
+    def _check_k_blocks(self) -> None:
+        """The combinations for which PyTorch diffusers has consistent shapes."""
+        channels, heads = self.block_out_channels, self.per_level("num_attention_heads")
+        own = self.time_embed_dim * (1 + self.class_embeddings_concat)
+        coarse = (len(channels) > 1, self.mid_block_type is None, channels[-2:] == (own, own))
+        attends = (
+            self.down_block_types[-1] == "KCrossAttnDownBlock2D" and self.up_block_types[0] == "KCrossAttnUpBlock2D"
+        )
+        again = own in channels[:-2] or (own == channels[0] and HAS_ATTENTION[self.up_block_types[-1]])
+        if not all(coarse) or not attends or again:
+            raise ValueError(
+                f"{self.class_name}: K blocks need two levels or more, attention at the coarsest, no mid_block_type, "
+                f"and only the two coarsest levels as wide as the embedding of the timestep ({own}), got {channels}"
+            )
+        if any(c % GROUP for c in channels) or any(c % dim for c in channels for dim in heads):
+            raise ValueError(
+                f"{self.class_name}: block_out_channels of K blocks must be multiples of {GROUP} and of "
+                f"attention_head_dim {heads}, got {channels}"
+            )
+
+    def k_levels(self) -> tuple[tuple[KLevel, ...], tuple[KLevel, ...]]:
+        """Downward and upward path of a UNet with K blocks; ``attention_head_dim`` is the width of their heads."""
+        sizes = (self.block_out_channels, self.per_level("layers_per_block"), self.per_level("num_attention_heads"))
+        attends = lambda kinds: tuple(HAS_ATTENTION[kind] for kind in kinds)
+        down = k_blocks.down_levels(*sizes, attends(self.down_block_types))
+        return tuple(down), tuple(k_blocks.up_levels(*sizes, attends(self.up_block_types)))
 
     def up_levels(self) -> list[Level]:
         """The levels of the upward path, coarsest first; each has one residual block more than in the downward path."""
@@ -74,16 +112,20 @@ class UNet2DConditionConfig(EncoderConfig):
         levels = self._levels(self.up_block_types[::-1], depths)[::-1]
         return [level._replace(layers=level.layers + 1) for level in levels]
 
+    may_have_k_blocks: ClassVar[bool] = True
+
     @property
     def time_embed_dim(self) -> int:
-        return self.time_embedding_dim or super().time_embed_dim
+        ratio = 2 if self.time_embedding_type == "fourier" else 4
+        return self.time_embedding_dim or ratio * self.block_out_channels[0]
 
 
 class UNet2DConditionModel(EncoderModel):
     """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and prompt embeddings.
 
     Covers SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants (more input channels),
-    the x4 upscaler (class labels, ``only_cross_attention``) and LCM (``timestep_cond``). Dropout is never applied:
+    the x4 upscaler (class labels, ``only_cross_attention``), the x2 latent upscaler (blocks of k-diffusion) and LCM
+    (``timestep_cond``). Dropout is never applied:
     ``config.dropout`` is only kept to be saved again.
     """
 
@@ -102,6 +144,7 @@ class UNet2DConditionModel(EncoderModel):
         *,
         down_block_additional_residuals: Sequence[jax.Array] | None = None,
         mid_block_additional_residual: jax.Array | None = None,
+        down_intrablock_additional_residuals: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """One evaluation of the network.
 
@@ -115,6 +158,8 @@ class UNet2DConditionModel(EncoderModel):
           down_block_additional_residuals: what a ControlNet adds to the skip connections, finest first: one array for
             each, of the same shape or ``[B,1,1,C]``.
           mid_block_additional_residual: the same for the output of the middle block.
+          down_intrablock_additional_residuals: what a T2I-Adapter adds inside the downward path, one array for each of
+            the first levels, finest first; one more is added to the output of the middle block.
 
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
@@ -133,7 +178,40 @@ class UNet2DConditionModel(EncoderModel):
 
         padding = (c.conv_in_kernel - 1) // 2
         x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=padding, **dtypes, name="conv_in")(x)
-        skips, x = self.encode(x, temb, context)
+        residuals = (
+            down_block_additional_residuals,
+            mid_block_additional_residual,
+            down_intrablock_additional_residuals,
+        )
+        if not c.has_k_blocks:
+            x = self.levels(x, temb, context, *residuals)
+        elif any(each is not None for each in residuals):
+            raise ValueError("a UNet of K blocks has no places for the residuals of a ControlNet or T2I-Adapter")
+        else:
+            down, up = c.k_levels()
+            levels = k_blocks.KLevels(c.norm_eps, c.act_fn, **dtypes, down=down, up=up, remat=self.remat, name=None)
+            nn.share_scope(self, levels)
+            x = levels(x, temb, context)
+
+        if c.norm_num_groups is not None:
+            x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
+            x = ACTIVATIONS[c.act_fn](x)
+        padding = (c.conv_out_kernel - 1) // 2
+        return Conv(c.out_channels, c.conv_out_kernel, padding=padding, **dtypes, name="conv_out")(x)
+
+    def levels(
+        self,
+        x: jax.Array,
+        temb: jax.Array,
+        context: jax.Array,
+        down_block_additional_residuals: Sequence[jax.Array] | None,
+        mid_block_additional_residual: jax.Array | None,
+        down_intrablock_additional_residuals: Sequence[jax.Array] | None,
+    ) -> jax.Array:
+        """From the output of ``conv_in`` to that of the upward path, both ``[B,h,w,C]``."""
+        c = self.config
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        skips, x = self.encode(x, temb, context, down_intrablock_additional_residuals or ())
         if down_block_additional_residuals is not None:
             skips = add_residuals(skips, down_block_additional_residuals, "down_block_additional_residuals")
         if mid_block_additional_residual is not None:
@@ -146,24 +224,4 @@ class UNet2DConditionModel(EncoderModel):
             size = None if i + 1 == len(up) else skips[-1].shape[1:3]
             block = up_block(c, level, **dtypes, remat=self.remat, name=f"up_blocks_{i}")
             x = block(x, taken, temb, context, size)
-
-        x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)
-        x = ACTIVATIONS[c.act_fn](x)
-        padding = (c.conv_out_kernel - 1) // 2
-        return Conv(c.out_channels, c.conv_out_kernel, padding=padding, **dtypes, name="conv_out")(x)
-
-
-def add_residuals(tensors: Sequence[jax.Array], residuals: Sequence[jax.Array], name: str) -> list[jax.Array]:
-    """Each ``[B,h,w,C]`` plus its residual, of the same shape or ``[B,1,1,C]``; dtypes do not change.
-
-    Raises:
-      ValueError: the number of residuals or a shape is wrong; the message calls the residuals ``name``.
-    """
-    if len(residuals) != len(tensors):
-        raise ValueError(f"{name} must be {len(tensors)} arrays for this network, got {len(residuals)}")
-    for i, (x, residual) in enumerate(zip(tensors, residuals)):
-        pooled = (x.shape[0], 1, 1, x.shape[-1])
-        if residual.shape not in (x.shape, pooled):
-            which = f"{name}[{i}]" if len(tensors) > 1 else name
-            raise ValueError(f"{which} must be {x.shape} (or pooled, {pooled}), got {residual.shape}")
-    return [x + jnp.asarray(residual, x.dtype) for x, residual in zip(tensors, residuals)]
+        return x

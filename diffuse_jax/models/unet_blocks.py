@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,22 @@ from diffuse_jax.models.attention import Transformer2D
 from diffuse_jax.models.remat import remat_block
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 from diffuse_jax.models.unet_config import EncoderConfig, Level
+
+
+def add_residuals(tensors: Sequence[jax.Array], residuals: Sequence[jax.Array], name: str) -> list[jax.Array]:
+    """Each ``[B,h,w,C]`` plus its residual, of the same shape or ``[B,1,1,C]``; dtypes do not change.
+
+    Raises:
+      ValueError: the number of residuals or a shape is wrong; the message calls the residuals ``name``.
+    """
+    if len(residuals) != len(tensors):
+        raise ValueError(f"{name} must be {len(tensors)} arrays for this network, got {len(residuals)}")
+    for i, (x, residual) in enumerate(zip(tensors, residuals)):
+        pooled = (x.shape[0], 1, 1, x.shape[-1])
+        if residual.shape not in (x.shape, pooled):
+            which = f"{name}[{i}]" if len(tensors) > 1 else name
+            raise ValueError(f"{which} must be {x.shape} (or pooled, {pooled}), got {residual.shape}")
+    return [x + jnp.asarray(residual, x.dtype) for x, residual in zip(tensors, residuals)]
 
 
 class Block(nn.Module):
@@ -27,7 +45,7 @@ class Block(nn.Module):
         c = self.config
         return remat_block(ResnetBlock, self.remat)(
             self.level.channels,
-            c.norm_num_groups,
+            c.groups,
             c.norm_eps,
             c.act_fn,
             c.resnet_time_scale_shift,
@@ -42,7 +60,7 @@ class Block(nn.Module):
         return Transformer2D(
             self.level.heads,
             self.level.depth,
-            self.config.norm_num_groups,
+            self.config.groups,
             self.config.use_linear_projection,
             self.level.only_cross_attention,
             self.remat,
@@ -53,14 +71,22 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """One level of the downward path; returns its output and its skip connections."""
+    """One level of the downward path; returns its output and its skip connections.
+
+    ``residual``, of an adapter, is added before the downsampling in a level with attention and after it in one without,
+    as published adapters were trained; the skip connection from there has it too.
+    """
 
     @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(
+        self, x: jax.Array, temb: jax.Array, context: jax.Array, residual: jax.Array | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i in range(self.level.layers):
             x = self.attend(i, self.resnet(i, x, temb), context)
             skips.append(x)
+        if self.level.depth:
+            skips[-1] = x = self.added(x, residual)
         if self.downsample:
             x = Downsample(
                 self.level.channels,
@@ -70,7 +96,12 @@ class DownBlock(Block):
                 name="downsamplers_0",
             )(x)
             skips.append(x)
+        if not self.level.depth:
+            skips[-1] = x = self.added(x, residual)
         return x, skips
+
+    def added(self, x: jax.Array, residual: jax.Array | None) -> jax.Array:
+        return x if residual is None else add_residuals([x], [residual], f"the adapter's residual of {self.name}")[0]
 
 
 class MidBlock(Block):

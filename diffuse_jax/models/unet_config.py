@@ -16,6 +16,10 @@ HAS_ATTENTION = {
     "CrossAttnDownBlock2D": True,
     "CrossAttnUpBlock2D": True,
     "UNetMidBlock2DCrossAttn": True,
+    "KDownBlock2D": False,
+    "KUpBlock2D": False,
+    "KCrossAttnDownBlock2D": True,
+    "KCrossAttnUpBlock2D": True,
 }
 
 MIDDLES = tuple(kind for kind in HAS_ATTENTION if "Mid" in kind)
@@ -65,7 +69,7 @@ class EncoderConfig(Config):
     layers_per_block: Layers | tuple[Layers, ...] = 2
     downsample_padding: Index = 1
     act_fn: str = "silu"
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
     norm_eps: Share = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: Layers | tuple[Layers | tuple[Layers, ...], ...] = 1
@@ -105,11 +109,15 @@ class EncoderConfig(Config):
             raise ValueError(f"{network}: addition_embed_type='text_time' needs {sizes[0]} and {sizes[1]}")
         self.check_blocks("down_block_types", "Down")
         self.down_levels()
+        if self.norm_num_groups is None and not self.has_k_blocks:
+            raise ValueError(f"{network}: norm_num_groups must be a whole number, got null; only K blocks go without")
 
     def check_blocks(self, name: str, direction: str) -> None:
         """Raise ``ValueError`` unless the field ``name`` has one known kind of block ("Down" or "Up") per level."""
         kinds, levels = getattr(self, name), len(self.block_out_channels)
-        known = sorted(kind for kind in HAS_ATTENTION if direction in kind)
+        known = sorted(
+            kind for kind in HAS_ATTENTION if direction in kind and (self.may_have_k_blocks or kind[0] != "K")
+        )
         unknown = sorted(set(kinds) - set(known))
         if unknown:
             raise ValueError(f"{self.class_name}: unknown block type {unknown[0]!r} in {name}; known: {known}")
@@ -158,6 +166,28 @@ class EncoderConfig(Config):
     def time_embed_dim(self) -> int:
         """Width of the embedding of timestep, classes and other non-spatial conditioning."""
         return 4 * self.block_out_channels[0]
+
+    may_have_k_blocks: ClassVar[bool] = False
+
+    @property
+    def has_k_blocks(self) -> bool:
+        """Whether the levels are those of k-diffusion, :mod:`diffuse_jax.models.k_blocks`."""
+        return "K" in {kind[0] for kind in self.down_block_types}
+
+    @property
+    def groups(self) -> int:
+        """``norm_num_groups`` of blocks that need it."""
+        return self.norm_num_groups or 0
+
+    @property
+    def time_embedding_type(self) -> str:
+        """ "positional", or in UNets "fourier"."""
+        return "positional"
+
+    @property
+    def timestep_post_act(self) -> str | None:
+        """Activation after the embedding of the timestep; in UNets only."""
+        return None
 
     @property
     def time_cond_proj_dim(self) -> int | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.embeddings import Embedding, TimestepEmbedding, sinusoidal_embedding
+from diffuse_jax.models.embeddings import Embedding, FourierProjection, TimestepEmbedding, sinusoidal_embedding
 from diffuse_jax.models.layers import Dense
 from diffuse_jax.models.remat import remat_level
-from diffuse_jax.models.unet_blocks import DownBlock, MidBlock
+from diffuse_jax.models.unet_blocks import DownBlock, MidBlock, add_residuals
 from diffuse_jax.models.unet_config import EncoderConfig
 
 
@@ -24,7 +24,7 @@ class EncoderModel(Model):
 
     def example_inputs(self) -> dict[str, Any]:
         c = self.config
-        size = 2 ** (len(c.block_out_channels) - 1)
+        size = 2 ** (len(c.block_out_channels) - (not c.has_k_blocks))
         array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
         inputs: dict[str, Any] = {
             "sample": array(1, size, size, c.in_channels),
@@ -51,20 +51,35 @@ class EncoderModel(Model):
         if len(given) != 3 or (given[0], given[2]) != (sample.shape[0], width):
             raise ValueError(f"encoder_hidden_states must be [B,L,{width}] with B={sample.shape[0]}, got {given}")
 
-    def encode(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def encode(
+        self, x: jax.Array, temb: jax.Array, context: jax.Array, residuals: Sequence[jax.Array] = ()
+    ) -> tuple[list[jax.Array], jax.Array]:
         """From the output of ``conv_in`` to the skip connections, finest first, and the output of the middle block.
 
-        ``x [B,h,w,C]``, ``temb [B,time_embed_dim]``, ``context [B,L,cross_attention_dim]``.
+        ``x [B,h,w,C]``, ``temb [B,time_embed_dim]``, ``context [B,L,cross_attention_dim]``; ``residuals`` of an
+        adapter for the first levels, each with the shape of what it is added to (:class:`DownBlock`), then for the
+        middle block.
+
+        Raises:
+          ValueError: there are more residuals than levels and middle block, or one has another shape.
         """
         c = self.config
+        places = len(c.block_out_channels) + (c.mid_block_type is not None)
+        if len(residuals) > places:
+            raise ValueError(f"an adapter adds at most {places} arrays to this network, got {len(residuals)}")
+        own = [*residuals, *[None] * (places - len(residuals))]
         shared = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
         down_block, mid_block = (remat_level(level, self.remat) for level in (DownBlock, MidBlock))
         skips, levels = [x], c.down_levels()
         for i, level in enumerate(levels):
-            x, new = down_block(c, level, i + 1 < len(levels), **shared, name=f"down_blocks_{i}")(x, temb, context)
+            x, new = down_block(c, level, i + 1 < len(levels), **shared, name=f"down_blocks_{i}")(
+                x, temb, context, own[i]
+            )
             skips += new
         if c.mid_block_type is not None:
             x = mid_block(c, c.mid_level(), **shared, name="mid_block")(x, temb, context)
+            if own[-1] is not None:
+                (x,) = add_residuals([x], [own[-1]], "the adapter's residual of the middle block")
         return skips, x
 
     def embed_conditions(
@@ -79,8 +94,10 @@ class EncoderModel(Model):
         c = self.config
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         t = jnp.broadcast_to(jnp.asarray(timesteps), (batch,))
-        embed = TimestepEmbedding(c.time_embed_dim, c.act_fn, c.time_cond_proj_dim, **dtypes, name="time_embedding")
-        temb = embed(self.sinusoids(t, c.block_out_channels[0]), timestep_cond)
+        embed = TimestepEmbedding(
+            c.time_embed_dim, c.act_fn, c.time_cond_proj_dim, c.timestep_post_act, **dtypes, name="time_embedding"
+        )
+        temb = embed(self.waves(t), timestep_cond)
         if c.class_embed_type is not None or c.num_class_embeds is not None:
             if class_labels is None:
                 raise ValueError("this network needs class_labels (class_embed_type or num_class_embeds is set)")
@@ -119,6 +136,16 @@ class EncoderModel(Model):
             )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return TimestepEmbedding(c.time_embed_dim, **dtypes, name="add_embedding")(vector)
+
+    def waves(self, t: jax.Array) -> jax.Array:
+        """What is embedded of timesteps ``[B]``: sines and cosines at fixed frequencies, or at those of the file."""
+        c = self.config
+        if c.time_embedding_type == "positional":
+            return self.sinusoids(t, c.block_out_channels[0])
+        project = FourierProjection(
+            c.time_embed_dim // 2, c.flip_sin_to_cos, param_dtype=self.param_dtype, name="time_proj"
+        )
+        return project(t).astype(self.dtype)
 
     def sinusoids(self, t: jax.Array, dim: int) -> jax.Array:
         """Sinusoidal embedding of ``t [B]`` in the checkpoint's order, ``[B,dim]``."""

@@ -18,7 +18,7 @@ from diffuse_jax.text.tokenizer import TOKENIZERS, open_tokenizer
 from diffuse_jax.weights import Component, WeightsError
 from diffuse_jax.weights.files import require_folder
 
-LISTS = {"MultiControlNetModel": "ControlNetModel"}
+LISTS = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}
 """Classes of PyTorch diffusers that are lists of networks, stored in the folders ``name``, ``name_1`` ... -> class of
 the members."""
 
@@ -129,9 +129,16 @@ def folders(name: str, entry: Component) -> Iterator[Component]:
     yield entry
     if entry.class_name in LISTS:
         count = 1
-        while (folder := entry.folder.with_name(f"{name}_{count}")).is_dir():
-            yield Component(entry.library, entry.class_name, folder)
+        last = entry.folder
+        while found := [path for path in _next_in_list(entry.folder, last, name, count) if path.is_dir()]:
+            last = found[0]
+            yield Component(entry.library, entry.class_name, last)
             count += 1
+
+
+def _next_in_list(first: Path, last: Path, name: str, count: int) -> tuple[Path, Path]:
+    """Where the member ``count`` of a list may be; diffusers saves the third T2I-Adapter as ``adapter_1_2``."""
+    return first.with_name(f"{name}_{count}"), last.with_name(f"{last.name}_{count}")
 
 
 def stale_folders(folder: Path, parts: Mapping[str, Any]) -> list[Path]:

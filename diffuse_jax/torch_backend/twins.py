@@ -76,11 +76,12 @@ def unet(
     timestep_cond: Any = None,
     down_block_additional_residuals: Any = None,
     mid_block_additional_residual: Any = None,
+    down_intrablock_additional_residuals: Any = None,
 ) -> torch.Tensor:
     """Call a text-conditioned UNet."""
     cast = lambda x: None if x is None else x.to(module.dtype)
     image = lambda x: None if x is None else channels_first(cast(x))
-    down = down_block_additional_residuals
+    down, inside = down_block_additional_residuals, down_intrablock_additional_residuals
     out = module(
         image(sample),
         timesteps,
@@ -90,6 +91,7 @@ def unet(
         added_cond_kwargs=added(module, added_cond_kwargs),
         down_block_additional_residuals=None if down is None else tuple(map(image, down)),
         mid_block_additional_residual=image(mid_block_additional_residual),
+        down_intrablock_additional_residuals=None if inside is None else list(map(image, inside)),
     )
     return channels_last(out.sample)
 
@@ -145,6 +147,11 @@ def embed(module: Any, images: torch.Tensor) -> torch.Tensor:
     return channels_last(module.controlnet_cond_embedding(given.flip(1) if swaps_colours(module) else given))
 
 
+def adapter(module: Any, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A T2I-Adapter's features of control images."""
+    return tuple(map(channels_last, module(channels_first(images.to(module.dtype)))))
+
+
 def swaps_colours(module: Any) -> bool:
     """Whether a ControlNet takes images in BGR order."""
     return module.config.controlnet_conditioning_channel_order == "bgr"
@@ -185,6 +192,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("UNet2DModel", "__call__"): pixel_unet,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
+    ("T2IAdapter", "__call__"): adapter,
     ("AutoencoderKL", "encode"): encode,
     ("AutoencoderKL", "decode"): decode,
     ("AutoencoderTiny", "encode"): encode_tiny,

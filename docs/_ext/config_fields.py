@@ -17,10 +17,13 @@ from diffuse_jax.text import CLIPTextConfig
 CONFIGS: dict[str, type[Config]] = {
     "UNet2DConditionModel": models.UNet2DConditionConfig,
     "ControlNetModel": models.ControlNetConfig,
+    "IPAdapter": models.IPAdapterConfig,
+    "T2IAdapter": models.T2IAdapterConfig,
     "UNet2DModel": models.UNet2DConfig,
     "AutoencoderKL": models.AutoencoderKLConfig,
     "AutoencoderTiny": models.AutoencoderTinyConfig,
     "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
+    "ConsistencyDecoderVAE": models.ConsistencyDecoderVAEConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "DPTForDepthEstimation": models.DPTConfig,

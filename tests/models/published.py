@@ -111,6 +111,28 @@ UNETS: dict[str, dict[str, Any]] = {
         "sample_size": 128,
         "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
     },
+    "X2_UPSCALER_UNET": OLD
+    | NEW
+    | {
+        "_diffusers_version": "0.14.0.dev0",
+        "act_fn": "gelu",
+        "attention_head_dim": 64,
+        "block_out_channels": [384, 384, 768, 768],
+        "conv_in_kernel": 1,
+        "conv_out_kernel": 1,
+        "down_block_types": ["KDownBlock2D"] + ["KCrossAttnDownBlock2D"] * 3,
+        "in_channels": 8,
+        "layers_per_block": 4,
+        "mid_block_type": None,
+        "norm_num_groups": None,
+        "out_channels": 5,
+        "resnet_time_scale_shift": "scale_shift",
+        "sample_size": 128,
+        "time_cond_proj_dim": 896,
+        "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu",
+        "up_block_types": ["KCrossAttnUpBlock2D"] * 3 + ["KUpBlock2D"],
+    },
     "SDXL_UNET": SDXL,
     "SDXL_REFINER_UNET": SDXL
     | {

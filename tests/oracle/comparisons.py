@@ -129,6 +129,21 @@ def compare_controlnet(twin: Twin, inputs: Mapping[str, Any]) -> dict[str, float
     return {name: difference(*pair) for name, *pair in zip(names, ours, theirs)}
 
 
+def compare_t2i_adapter(twin: Twin, images: np.ndarray) -> dict[str, float]:
+    """Each stage's features -> difference."""
+    module, model, params = twin
+    ours = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    with torch.no_grad():
+        theirs = module(channel_first(images))
+    return {f"stage {i}": difference(a, channel_last(b)) for i, (a, b) in enumerate(zip(ours, theirs, strict=True))}
+
+
+def control_images(config: Any, rng: np.random.Generator, size: tuple[int, int] = (2, 3)) -> np.ndarray:
+    """Two images in [0, 1] for an adapter, ``size`` positions of its coarsest features large."""
+    height, width = (n * config.total_downscale_factor for n in size)
+    return rng.uniform(0, 1, (2, height, width, config.in_channels)).astype(np.float32)
+
+
 def compare_vae(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     """Each output -> difference, for images and for latents of odd sizes."""
     module, model, params = twin
@@ -187,6 +202,26 @@ def compare_asymmetric(twin: Twin, rng: np.random.Generator) -> dict[str, float]
         "logvar": difference(posterior.logvar, channel_last(theirs.logvar)),
         "image": difference(decode(params, latents), channel_last(plain)),
         "masked image": difference(decode(params, latents, images, mask), channel_last(masked)),
+    }
+
+
+def compare_consistency_decoder(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Each output -> difference; PyTorch is given the noise of both steps instead of drawing it."""
+    module, model, params = twin
+    images = rng.uniform(-1, 1, (2, 24, 20, 3)).astype(np.float32)
+    latents = (4 * rng.standard_normal((2, 4, 6, 4))).astype(np.float32)
+    noise = rng.standard_normal((2, 2, 4 * model.config.scale, 6 * model.config.scale, 3)).astype(np.float32)
+    posterior = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)
+    decode = jax.jit(lambda p, z, e: model.apply({"params": p}, z, noise=e, method="decode"))
+    drawn = iter(map(channel_first, noise))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for place in ("models.autoencoders.consistency_decoder_vae", "schedulers.scheduling_consistency_decoder"):
+            patch.setattr(f"diffusers.{place}.randn_tensor", lambda *_, **__: next(drawn))
+        theirs = module.encode(channel_first(images)).latent_dist
+        pixels = module.decode(channel_first(latents)).sample
+    return {
+        "mean": difference(posterior.mean, channel_last(theirs.mean)),
+        "image": difference(decode(params, latents, noise), channel_last(pixels)),
     }
 
 

@@ -26,7 +26,9 @@ NETWORKS: list[type[Model]] = [
     models.AutoencoderKL,
     models.AutoencoderTiny,
     models.AsymmetricAutoencoderKL,
+    models.ConsistencyDecoderVAE,
     models.ControlNetModel,
+    models.T2IAdapter,
 ]
 PIPELINES = [
     cls

@@ -15,9 +15,11 @@ from diffuse_jax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPVisionModelWithProjection,
+    ConsistencyDecoderVAE,
     ControlNetModel,
     DPTForDepthEstimation,
     StableDiffusionSafetyChecker,
+    T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
     presets,
@@ -44,6 +46,7 @@ UNETS = {
     "SD20_DEPTH_UNET": 865_913_604,
     "SD21_UNCLIP_UNET": 870_173_124,
     "X4_UPSCALER_UNET": 473_398_020,
+    "X2_UPSCALER_UNET": 372_560_645,
     "SDXL_UNET": 2_567_463_684,
     "SDXL_INPAINT_UNET": 2_567_478_084,
     "SDXL_PIX2PIX_UNET": 2_567_475_204,
@@ -56,8 +59,14 @@ CONTROLNETS = {
     "SD21_CONTROLNET": 364_228_240,
     "SDXL_CONTROLNET": 1_251_014_160,
 }
+T2I_ADAPTERS = {
+    "SD15_T2I_ADAPTER": 77_369_280,
+    "SD15_COLOR_T2I_ADAPTER": 18_689_200,
+    "SDXL_T2I_ADAPTER": 79_028_160,
+}
 PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
+CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
 TEXTS = {
     "CLIP_L": (CLIPTextModel, 123_060_480),
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
@@ -104,6 +113,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in CONTROLNETS.items():
         config = getattr(presets, name)
         yield name, ControlNetModel(config), partial(diffusers.ControlNetModel.from_config, config.to_json()), count
+    for name, count in T2I_ADAPTERS.items():
+        config = getattr(presets, name)
+        yield name, T2IAdapter(config), partial(diffusers.T2IAdapter.from_config, config.to_json()), count
     for name, count in PIXEL_UNETS.items():
         config = getattr(presets, name)
         yield name, UNet2DModel(config), partial(diffusers.UNet2DModel.from_config, config.to_json()), count
@@ -130,6 +142,10 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     checker = StableDiffusionSafetyChecker(presets.CLIP_L_VISION)
     theirs = transformers.CLIPConfig(**{k: v for k, v in checker.config_json().items() if k != "architectures"})
     yield "safety checker", checker, partial(torch_class(StableDiffusionSafetyChecker), theirs), SAFETY_CHECKER
+    for name, count in CONSISTENCY_DECODERS.items():
+        config = getattr(presets, name)
+        build = partial(diffusers.ConsistencyDecoderVAE.from_config, config.to_json())
+        yield name, ConsistencyDecoderVAE(config), build, count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -148,11 +164,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    in_modules = {
-        name for name in vars(presets) if name.endswith(("_UNET", "_CONTROLNET", "_VAE", "_VISION", "_DEPTH"))
-    }
-    tables = (UNETS, CONTROLNETS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VISIONS, DEPTHS)
-    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "_VISION", "_DEPTH")
+    in_modules = {name for name in vars(presets) if name.endswith(ends)}
+    tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, CONSISTENCY_DECODERS)
+    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in (*tables, VISIONS, DEPTHS) for name in table}
     config = type(text_presets.CLIP_L)
     assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
 

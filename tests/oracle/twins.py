@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from diffuse_jax import models
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffuse_jax.models import (
+    AutoencoderKL,
+    ConsistencyDecoderVAE,
+    ControlNetModel,
+    T2IAdapter,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 
 torch = pytest.importorskip("torch")
@@ -77,6 +84,43 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "x4 upscaler, cross-attention only": SMALL
     | {"in_channels": 7, "only_cross_attention": True, "num_class_embeds": 10},
+    "x2 upscaler": {
+        "act_fn": "gelu",
+        "attention_head_dim": 8,
+        "norm_num_groups": None,
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": (2, 3, 1, 2),
+        "time_cond_proj_dim": 12,
+        "conv_in_kernel": 1,
+        "conv_out_kernel": 1,
+        "cross_attention_dim": 24,
+        "down_block_types": ("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",),
+        "mid_block_type": None,
+        "in_channels": 8,
+        "out_channels": 5,
+        "resnet_time_scale_shift": "scale_shift",
+        "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu",
+        "sample_size": (16, 24),
+    },
+    "K blocks, otherwise": {
+        "act_fn": "silu",
+        "attention_head_dim": (16, 8, 32),
+        "norm_num_groups": 8,
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": (1, 1, 2),
+        "time_embedding_dim": 64,
+        "cross_attention_dim": 24,
+        "down_block_types": ("KCrossAttnDownBlock2D", "KDownBlock2D", "KCrossAttnDownBlock2D"),
+        "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D", "KCrossAttnUpBlock2D"),
+        "mid_block_type": None,
+        "norm_eps": 1e-3,
+        "flip_sin_to_cos": False,
+        "time_embedding_type": "fourier",
+        "sample_size": 8,
+    },
+    "Fourier": SMALL | {"time_embedding_type": "fourier", "timestep_post_act": "silu"},
     "LCM": SMALL | {"time_cond_proj_dim": 8},
     "UnCLIP": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
     "odd sizes, 9 x 13": SMALL
@@ -150,6 +194,14 @@ CONTROLNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+T2I_ADAPTERS: dict[str, dict[str, Any]] = {  # two levels of latents with eight pixels each, as the UNets above take
+    "full": {"channels": (16, 32), "num_res_blocks": 1},
+    "full, one channel": {"in_channels": 1, "channels": (16, 16, 32), "downscale_factor": 4},
+    "XL": {"channels": (16, 32, 32, 32), "downscale_factor": 16, "adapter_type": "full_adapter_xl"},
+    "light": {"channels": (16,), "num_res_blocks": 2, "adapter_type": "light_adapter"},
+    "light, three stages": {"channels": (8, 16), "downscale_factor": 2, "adapter_type": "light_adapter"},
+}
+
 PIXELS = {
     "block_out_channels": (16, 32),
     "layers_per_block": 1,
@@ -195,6 +247,7 @@ PIXEL_UNETS: dict[str, dict[str, Any]] = {
     },
     "other embeddings": PIXELS
     | {"class_embed_type": "timestep", "center_input_sample": True, "time_embedding_dim": 40, "act_fn": "gelu"},
+    "learned embeddings": PIXELS | {"time_embedding_type": "learned", "num_train_timesteps": 800},
     "no middle": PIXELS | {"mid_block_type": None},
 }
 
@@ -252,6 +305,32 @@ ASYMMETRICS: dict[str, dict[str, Any]] = {
         "scaling_factor": 0.5,
         "act_fn": "gelu",
     },
+}
+CONSISTENCY_DECODERS: dict[str, dict[str, Any]] = {
+    "as published": {
+        "encoder_block_out_channels": (8, 16),
+        "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+        "encoder_layers_per_block": 1,
+        "encoder_norm_num_groups": 4,
+        "decoder_block_out_channels": (8, 16, 16),
+        "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 3,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 3,
+        "decoder_layers_per_block": 1,
+        "decoder_norm_num_groups": 4,
+    },
+}
+CONSISTENCY_DECODERS["otherwise"] = CONSISTENCY_DECODERS["as published"] | {
+    "scaling_factor": 0.3,
+    "encoder_act_fn": "gelu",
+    "decoder_add_attention": True,
+    "decoder_block_out_channels": (8, 16),
+    "decoder_down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "decoder_up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "decoder_downsample_padding": 0,
+    "decoder_norm_eps": 1e-3,
+    "decoder_out_channels": 3,
+    "decoder_resnet_time_scale_shift": "default",
+    "decoder_time_embedding_type": "positional",
 }
 
 TEXT = {
@@ -350,9 +429,9 @@ def randomise(module: Any, seed: int = 0) -> Any:
     return module.eval()
 
 
-def twin(module: Any, ours: type, folder: Path) -> Twin:
+def twin(module: Any, ours: type, folder: Path, seed: int = 0) -> Twin:
     """Save the PyTorch module and open the folder here."""
-    randomise(module).save_pretrained(folder)
+    randomise(module, seed).save_pretrained(folder)
     return (module, *ours.from_pretrained(folder))
 
 
@@ -362,6 +441,10 @@ def unet_twin(name: str, folder: Path) -> Twin:
 
 def controlnet_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.ControlNetModel(**CONTROLNETS[name]), ControlNetModel, folder)
+
+
+def t2i_adapter_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.T2IAdapter(**T2I_ADAPTERS[name]), T2IAdapter, folder)
 
 
 def pixel_unet_twin(name: str, folder: Path) -> Twin:
@@ -378,6 +461,10 @@ def tiny_twin(name: str, folder: Path) -> Twin:
 
 def asymmetric_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.AsymmetricAutoencoderKL(**ASYMMETRICS[name]), models.AsymmetricAutoencoderKL, folder)
+
+
+def consistency_decoder_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.ConsistencyDecoderVAE(**CONSISTENCY_DECODERS[name]), ConsistencyDecoderVAE, folder)
 
 
 def text_twin(name: str, folder: Path) -> Twin:
