@@ -8,15 +8,23 @@ from typing import Any
 import jax.numpy as jnp
 
 from diffuse_jax.adapters import tokens
-from diffuse_jax.adapters.lora import merge
-from diffuse_jax.adapters.lora_file import load_lora
+from diffuse_jax.adapters.lora_file import read_adapter
+from diffuse_jax.adapters.merging import merged
+from diffuse_jax.models import Model, Params
 
 
-def with_lora(pipe: Any, source: str | Path, scale: float) -> dict[str, Any]:
+def with_lora(pipe: Any, source: str | Path, scale: float, **options: Any) -> dict[str, Any]:
     """The networks that a LoRA file targets, with its weights merged; see ``DiffusionPipeline.load_lora_weights``."""
-    names = [name for name in pipe.params if name == "unet" or name.startswith("text_encoder")]
-    pairs = load_lora(source, {name: pipe.components[name].shapes() for name in names})
-    return {name: (pipe.components[name], merge(pipe.params[name], pair, scale)) for name, pair in pairs.items()}
+    adapter = read_adapter(source, adaptable(pipe), **options)
+    return {
+        name: (pipe.components[name], merged(pipe.params[name], changes, scale)) for name, changes in adapter.items()
+    }
+
+
+def adaptable(pipe: Any) -> dict[str, Params]:
+    """The shapes of the networks of a pipeline that adapters can change: UNet, text encoders, a single ControlNet."""
+    names = [name for name in pipe.params if name in ("unet", "controlnet") or name.startswith("text_encoder")]
+    return {name: pipe.components[name].shapes() for name in names if isinstance(pipe.components[name], Model)}
 
 
 def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any]:

@@ -338,21 +338,25 @@ class DiffusionPipeline:
 
     # Adapters
 
-    def load_lora_weights(self, source: str | Path, *, scale: float = 1.0) -> Self:
+    def load_lora_weights(
+        self, source: str | Path, *, scale: float = 1.0, weight_name: str | None = None, strict: bool = True
+    ) -> Self:
         """A pipeline with LoRA weights merged into its networks; this pipeline is unchanged.
 
         Compiled programs are shared. Several files can be loaded one after another; loading one again with the negated
         scale removes it.
 
         Args:
-          source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers (``.bin`` too), or its
-            folder.
+          source: a LoRA, LoHa, LoKr or DoRA file of diffusers, PEFT, kohya's scripts or other trainers
+            (``.safetensors``, ``.bin``, ``.pt``), or its folder.
           scale: strength of the LoRA; 0 has no effect.
+          weight_name: the file in the folder, if there are several.
+          strict: refuse files with keys that belong to no layer; otherwise these are left out with one warning.
 
         Raises:
           WeightsError: the file does not exist, or does not fit the pipeline's networks.
         """
-        return self.replace(**adapting.with_lora(self, source, scale))
+        return self.replace(**adapting.with_lora(self, source, scale, weight_name=weight_name, strict=strict))
 
     def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
         """A pipeline with one more word in its vocabulary (textual inversion); this pipeline is unchanged.
