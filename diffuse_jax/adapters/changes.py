@@ -73,9 +73,9 @@ class Change:
         return self.kind == "LoRA" and not self.needs_weight
 
     @property
-    def rank(self) -> int:
-        """The inner dimension; 1 for factors without one."""
-        return rank_of(self.parts)
+    def pair_rank(self) -> int:
+        """The inner dimension of :meth:`pair`, which a core may have changed."""
+        return self.parts["up"].shape[1]
 
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         """``down [r, in, *window]`` and ``up [out, r]`` in float32, the factor in ``up``."""
