@@ -73,6 +73,11 @@ class Change:
         return self.kind == "LoRA" and not self.needs_weight
 
     @property
+    def rank(self) -> int:
+        """What ``alpha`` is divided by; 0 for factors without an inner dimension."""
+        return rank_of(self.parts)
+
+    @property
     def pair_rank(self) -> int:
         """The inner dimension of :meth:`pair`, which a core may have changed."""
         return self.parts["up"].shape[1]

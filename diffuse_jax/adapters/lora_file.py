@@ -15,6 +15,7 @@ import numpy as np
 
 from diffuse_jax.adapters.changes import Change, problem, rank_of
 from diffuse_jax.adapters.lora import PAIR, pairs_of
+from diffuse_jax.adapters.lora_writer import write_adapter
 from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.layouts.lora import pair_factor, read_settings
 from diffuse_jax.layouts.lora_names import (
@@ -31,8 +32,7 @@ from diffuse_jax.messages import brief, warn
 from diffuse_jax.models.base import Params
 from diffuse_jax.weights.load import read_checkpoint
 from diffuse_jax.weights.names import Path as LayerPath
-from diffuse_jax.weights.names import flatten, from_torch, to_torch, torch_key, unflatten
-from diffuse_jax.weights.safetensors import write_safetensors
+from diffuse_jax.weights.names import flatten, from_torch, to_torch, unflatten
 from diffuse_jax.weights.torch_file import read_torch_object
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -186,17 +186,27 @@ def _hint(tensors: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
     return f" This LoRA is for {made}" + (f"; the pipeline is {have}." if have else ".")
 
 
-def save_lora(folder: str | Path, pairs: Mapping[str, Params]) -> Path:
-    """Write the pairs of a pipeline's networks, ``{"unet": ..., "text_encoder": ...}``, in the PyTorch format."""
-    tensors: dict[str, np.ndarray] = {}
-    for network, tree in pairs.items():
-        kind = "lora" if network == "unet" else "lora_linear_layer"
-        for path, pair in pairs_of(tree).items():
-            stem = f"{network}.{torch_key((*path, 'kernel')).removesuffix('.weight')}.{kind}"
-            for half in PAIR:
-                tensors[f"{stem}.{half}.weight"] = np.asarray(jax.device_get(pair[half])).T
-    file = Path(folder) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    ordered = dict(sorted(tensors.items()))
-    write_safetensors(file, {k: (v.dtype, v.shape) for k, v in ordered.items()}, iter(ordered.values()))
-    return file
+def save_lora(folder: str | Path, pairs: Mapping[str, Params], *, to: str = "diffusers") -> Path:
+    """Write the pairs of a pipeline's networks, ``{"unet": ..., "text_encoder": ...}``, as :data:`FILE` in a folder.
+
+    Args:
+      folder: created if needed.
+      pairs: network -> tree of pairs; those of convolutions have ``down [k,k,in,r]``.
+      to: the layout, ``"diffusers"``, ``"peft"`` or ``"kohya"``.
+
+    Returns:
+      The file.
+    """
+    adapter = {network: changes_of(tree) for network, tree in pairs.items()}
+    return write_adapter(Path(folder) / FILE, adapter, to, two_encoders="text_encoder_2" in pairs)
+
+
+def changes_of(pairs: Params) -> dict[LayerPath, Change]:
+    """The changes that a tree of pairs makes."""
+    found = {}
+    for path, pair in pairs_of(pairs).items():
+        down, up = (np.asarray(jax.device_get(pair[half])) for half in PAIR)
+        window = (1,) * (down.ndim - 2)
+        parts = {"down": to_torch(("kernel",), down), "up": up.T.reshape(*up.T.shape, *window)}
+        found[path] = Change(parts, (up.shape[1], *parts["down"].shape[1:]))
+    return found

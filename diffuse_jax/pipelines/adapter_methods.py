@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from diffuse_jax.adapters.lora_file import read_adapter
+from diffuse_jax.adapters.lora_file import FILE, read_adapter
+from diffuse_jax.adapters.lora_writer import write_adapter
 from diffuse_jax.adapters.named import Adapters, Weight, checked
 from diffuse_jax.pipelines import adapting
 
@@ -131,6 +132,26 @@ class AdapterMethods:
           ValueError: nothing is fused.
         """
         return adapting.unfused(self)
+
+    def save_lora_weights(self, folder: str | Path, adapter_name: str | None = None, *, to: str = "diffusers") -> Path:
+        """Write a live adapter as ``pytorch_lora_weights.safetensors``, without its weight, and return the file.
+
+        Args:
+          folder: created if needed.
+          adapter_name: which adapter; may be None if there is only one.
+          to: the layout, ``"diffusers"``, ``"peft"`` or ``"kohya"``.
+
+        Raises:
+          ValueError: there is no such adapter, or the layout is unknown.
+          WeightsError: the layout cannot hold an adapter of this kind.
+        """
+        names = [*self.adapters.named] if adapter_name is None else [adapter_name]
+        self.adapters.check(names)
+        if len(names) != 1:
+            have = f"there are {', '.join(names)}" if names else "there is none"
+            raise ValueError(f"adapter_name must say which live adapter to save; {have}")
+        two = "text_encoder_2" in self.params
+        return write_adapter(Path(folder) / FILE, self.adapters.named[names[0]], to, two_encoders=two)
 
     def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
         """A pipeline with one more word in its vocabulary (textual inversion).
