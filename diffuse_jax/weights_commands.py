@@ -15,14 +15,14 @@ METHODS = ("weighted", "add-difference")
 
 def convert_lora(args: argparse.Namespace) -> None:
     """Convert a LoRA file and print the path of the result."""
-    from diffuse_jax.adapters.conversion import convert_lora as convert
+    from diffuse_jax.lora_conversion import convert_lora as convert
 
     print(convert(args.src, args.dst, args.to, model=args.model, dtype=args.dtype))
 
 
 def extract_lora(args: argparse.Namespace) -> None:
     """Extract a LoRA from two checkpoints and print its path."""
-    from diffuse_jax.adapters.conversion import extract_lora as extract
+    from diffuse_jax.lora_conversion import extract_lora as extract
 
     rank = 16 if args.rank is None and args.energy is None else args.rank
     print(extract(args.base, args.tuned, args.dst, rank=rank, energy=args.energy, to=args.to, dtype=args.dtype))

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffuse_jax import DiffusionPipeline
-from diffuse_jax.adapters.conversion import convert_lora, extract_lora
 from diffuse_jax.adapters.lora_file import read_adapter
 from diffuse_jax.cli import main
+from diffuse_jax.lora_conversion import convert_lora, extract_lora
 from diffuse_jax.merging import merge
 from diffuse_jax.weights import WeightsError
 from tests.adapters.test_layouts import KERNELS, PIPE, SHAPES, differences, lora, same, write
