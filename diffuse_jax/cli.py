@@ -1,4 +1,4 @@
-"""The ``diffuse-jax`` command: ``generate``, ``convert``, ``parity`` and ``env``.
+"""The ``diffuse-jax`` command: ``generate``, ``convert``, ``parity``, ``env``, and those of :mod:`weights_commands`.
 
 Results go to stdout or to files, messages to stderr, and the exit status is 0 only on success. Building the parser
 imports nothing heavy, so ``--help`` answers at once.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffuse_jax
+from diffuse_jax import weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
 from diffuse_jax.output import save_images, writable
@@ -292,6 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate(commands)
     add_convert(commands)
+    weights_commands.add_commands(commands, add_command, DTYPES)
     add_parity(commands)
     add_command(commands, "env", env, "show versions, devices, cache folder and optional packages", "diffuse-jax env")
     return parser

@@ -116,7 +116,7 @@ def convert(
     dst = Path(dst)
     if to == "single-file" and dst.suffix != ".safetensors":
         raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
-    _refuse_existing(dst, to)
+    refuse_existing(dst, to)
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
         raise ValueError("tokenizer= is only for converting a single file to a folder; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
@@ -125,37 +125,37 @@ def convert(
             f"{src} holds no tokenizer, so {dst} will not have one, but pipelines need it; pass tokenizer= "
             f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
         )
-    with _finished(dst, to) as partial, unchanged(*_places(Path(src))):
+    with finished(dst, to) as partial, unchanged(*places(Path(src))):
         source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
     return dst
 
 
-def _places(src: Path) -> list[Path]:
+def places(src: Path) -> list[Path]:
     """A source's file, or its folder and its components' folders; none for a Hub id, whose files do not change."""
     below = [path for path in src.iterdir() if path.is_dir()] if src.is_dir() else []
     return [src, *below] if src.exists() else []
 
 
 @contextmanager
-def _finished(dst: Path, to: str) -> Iterator[Path]:
+def finished(dst: Path, to: str) -> Iterator[Path]:
     """A path in a temporary folder beside ``dst``; if the block succeeds, what it wrote there is renamed to ``dst``.
 
     Raises:
       FileExistsError: another process is writing ``dst``, or has written it in the meantime.
     """
     with only_writer(dst) as folder:
-        _refuse_existing(dst, to)  # another process may have finished in the meantime
+        refuse_existing(dst, to)  # another process may have finished in the meantime
         partial = folder / dst.name
         yield partial
-        _refuse_existing(dst, to)
+        refuse_existing(dst, to)
         if dst.is_dir():
             dst.rmdir()
         partial.rename(dst)
 
 
-def _refuse_existing(dst: Path, to: str) -> None:
+def refuse_existing(dst: Path, to: str) -> None:
     """Refuse to overwrite ``dst``; an empty folder is accepted if a folder will replace it."""
     if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
         raise FileExistsError(f"{dst} exists; remove it or choose another path")
@@ -247,15 +247,15 @@ def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
 
 def _write_diffusers(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
-        tensors = _torch_tensors(network)
+        tensors = torch_tensors(network)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
         save_tensors(dst / name, specs, functools.partial(_read, tensors, dtype), network.model.weights_name)
         head = {"_class_name": type(network.model).__name__} if "_class_name" in network.config else {}
-        weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
-    _write_rest(source, dst, "")
+        weights.write_json(dst / name / "config.json", network.config | architectures(network) | head)
+    write_rest(source, dst, "")
 
 
-def _architectures(network: Network, prefix: str = "") -> dict[str, Any]:
+def architectures(network: Network, prefix: str = "") -> dict[str, Any]:
     """The class name in transformers' form; networks of diffusers have ``_class_name`` instead."""
     return {"architectures": [prefix + type(network.model).__name__]} if network.model.model_type else {}
 
@@ -267,8 +267,8 @@ def _write_flax(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) ->
         _, stem = STEMS[network.model.weights_name]
         write_msgpack(dst / name / f"{stem}.msgpack", specs, functools.partial(_read, old, dtype))
         head = {"_class_name": f"Flax{type(network.model).__name__}"} if "_class_name" in network.config else {}
-        weights.write_json(dst / name / "config.json", network.config | _architectures(network) | head)
-    _write_rest(source, dst, "Flax")
+        weights.write_json(dst / name / "config.json", network.config | architectures(network) | head)
+    write_rest(source, dst, "Flax")
 
 
 def _old_flax(path: names.Path) -> names.Path:
@@ -280,7 +280,7 @@ def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | N
         raise WeightsError("a single-file checkpoint needs the whole pipeline; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
     family = layouts.family_for(configs)
-    tensors = {name: _torch_tensors(network) for name, network in source.networks.items()}
+    tensors = {name: torch_tensors(network) for name, network in source.networks.items()}
     schedulers = source.schedulers | {
         name: weights.read_json(entry.folder / SCHEDULER)
         for name, entry in source.folders.items()
@@ -294,7 +294,7 @@ def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | N
 WRITERS = {"diffusers": _write_diffusers, "flax-msgpack": _write_flax, "single-file": _write_single_file}
 
 
-def _torch_tensors(network: Network) -> dict[str, np.ndarray]:
+def torch_tensors(network: Network) -> dict[str, np.ndarray]:
     """A network's tensors with PyTorch's names and axis order, as views."""
     return {key: names.to_torch(path, network.views[path]) for key, path in names.torch_keys(network.views).items()}
 
@@ -306,7 +306,7 @@ def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) 
     return array
 
 
-def _write_rest(source: OpenedCheckpoint, dst: Path, prefix: str) -> None:
+def write_rest(source: OpenedCheckpoint, dst: Path, prefix: str) -> None:
     """Write a pipeline's tokenizers, schedulers and index."""
     if not source.class_name:
         return
@@ -346,11 +346,11 @@ def _verify(source: OpenedCheckpoint, written: Path, to: str, dtype: DTypeLike |
         raise WeightsError(f"{written}: holds {', '.join(again)} instead of {', '.join(source.networks)}")
     for name, network in source.networks.items():
         for path in network.views:
-            if not _same_bits(_read(network.views, dtype, path), _read(again[name].views, None, path)):
+            if not same_bits(_read(network.views, dtype, path), _read(again[name].views, None, path)):
                 raise WeightsError(f"{written}: {name}/{'/'.join(path)} differs from its source after writing")
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are equal in dtype, shape and every bit (so a NaN equals itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False

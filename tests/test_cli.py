@@ -23,7 +23,7 @@ import diffuse_jax
 from diffuse_jax import cli, output
 from tests.pipelines import tiny
 
-COMMANDS = ("generate", "convert", "parity", "env")
+COMMANDS = ("generate", "convert", "convert-lora", "extract-lora", "merge", "parity", "env")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -50,6 +50,9 @@ LEVELS = {
     "training": 5,
     "torch_backend": 6,
     "convert": 6,
+    "merging": 6,
+    "lora_conversion": 6,
+    "weights_commands": 6,
     "cli": 7,
     "__main__": 8,
 }

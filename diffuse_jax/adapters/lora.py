@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.adapters.targets import TARGETS
+from diffuse_jax.kernels import conv2d
 from diffuse_jax.models.base import Model, Params
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.sharding import to_current_mesh
@@ -85,30 +86,65 @@ def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
 
 def pairs_of(pairs: Params) -> dict[Path, dict[str, jax.Array]]:
     """Path of each layer -> its pair."""
-    found: dict[Path, dict[str, jax.Array]] = {}
-    for path, leaf in flatten(pairs).items():
-        found.setdefault(path[:-1], {})[path[-1]] = leaf
+    found = parts_of(pairs)
     for path, pair in found.items():
         if set(pair) != set(PAIR):
             raise ValueError(f"LoRA for {'/'.join(path)} must have down and up, got {sorted(pair)}")
     return found
 
 
+def parts_of(tree: Params) -> dict[Path, dict[str, jax.Array]]:
+    """Path of each layer -> its arrays by name."""
+    found: dict[Path, dict[str, jax.Array]] = {}
+    for path, leaf in flatten(tree).items():
+        found.setdefault(path[:-1], {})[path[-1]] = leaf
+    return found
+
+
 @contextlib.contextmanager
-def live(pairs: Params, scale: float = 1.0) -> Iterator[None]:
-    """Networks applied in this context use the pairs, which are ordinary inputs, so gradients flow to them."""
-    table = pairs_of(pairs)
+def live(tree: Params, scale: Any = 1.0) -> Iterator[None]:
+    """Networks applied in this context use the pairs, which are ordinary inputs, so gradients flow to them.
+
+    Args:
+      tree: ``{..., "to_q": {"down", "up"}}``, for convolutions with ``down [k,k,in,r]``; a layer may have ``whole``, of
+        its kernel's shape, instead or as well.
+      scale: strength; a number, or ``[B]`` for each image. Layers whose batch is ``B`` times a number of guidance
+        branches get it for each branch.
+    """
+    table = parts_of(tree)
 
     def add(call: Call) -> Any:
         y = call.output()
         if call.path not in table:
             return y
-        down, up = (jnp.asarray(to_current_mesh(table[call.path][name]), y.dtype) for name in PAIR)
+        parts = {name: jnp.asarray(to_current_mesh(leaf), y.dtype) for name, leaf in table[call.path].items()}
         (x,) = call.inputs
-        return y + scale * ((jnp.asarray(x, y.dtype) @ down) @ up)
+        x = jnp.asarray(x, y.dtype)
+        strength = _strength(scale, y)
+        if "down" in parts:
+            y = y + strength * (_through(x, parts["down"], call.module) @ parts["up"])
+        if "whole" in parts:
+            y = y + strength * _through(x, parts["whole"], call.module)
+        return y
 
     with changed_layers(add):
         yield
+
+
+def _through(x: jax.Array, kernel: jax.Array, layer: Any) -> jax.Array:
+    """``x`` through a kernel in place of the layer's own."""
+    if kernel.ndim == 2:
+        return x @ kernel
+    p = layer.padding
+    return conv2d(x, kernel, stride=layer.stride, padding=((p, p), (p, p)) if isinstance(p, int) else p)
+
+
+def _strength(scale: Any, y: jax.Array) -> Any:
+    """A strength that multiplies ``y``: a number, or ``[B]`` repeated for each branch of ``y [K B, ...]``."""
+    if not getattr(scale, "ndim", 0):
+        return scale if isinstance(scale, float) else jnp.asarray(scale, y.dtype)
+    repeated = jnp.tile(scale, max(1, len(y) // len(scale))).astype(y.dtype)
+    return repeated.reshape(-1, *(1,) * (y.ndim - 1))
 
 
 class Adapted(NamedTuple):

@@ -20,7 +20,7 @@ import jax
 
 
 class Call(NamedTuple):
-    """One call of a layer or a block of layers: its path, its inputs, and the function that computes it.
+    """One call of a layer or a block of layers: its path, its inputs, the function that computes it, and its module.
 
     The path is that of the layer's parameters; the whole network is a block too, with an empty path.
     """
@@ -29,6 +29,7 @@ class Call(NamedTuple):
     inputs: tuple[Any, ...]
     named: Mapping[str, Any]
     function: Callable[..., Any]
+    module: Any = None
 
     @property
     def name(self) -> str:
@@ -76,7 +77,7 @@ class _Interceptor:
     def __call__(self, function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
             return function(*args, **kwargs)
-        return self.change(Call(context.module.path, args, kwargs, function))
+        return self.change(Call(context.module.path, args, kwargs, function, context.module))
 
 
 def layer_changes() -> tuple[Any, ...]:

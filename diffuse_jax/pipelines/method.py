@@ -82,6 +82,11 @@ class Net:
         """The network's configuration."""
         return self.model.config
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names among the parameters that it needs."""
+        return (self.name,)
+
     def apply(self, params: Params, *args: Any, **options: Any) -> Any:
         """``model.apply`` with this network's parameters, taken from ``params`` by name."""
         tree = params[self.name] if self.index is None else params[self.name][self.index]
@@ -181,7 +186,7 @@ class Method:
     @property
     def networks(self) -> tuple[str, ...]:
         """Names of the components whose parameters the method reads; only these are put on the device."""
-        return tuple(dict.fromkeys(net.name for part in self.parts for net in networks_of(part)))
+        return tuple(dict.fromkeys(name for part in self.parts for net in networks_of(part) for name in net.reads))
 
     def prepare(self, params: Params, rows: Rows) -> Rows:
         """Return the rows with ``noise`` (unless given), ``keys`` for the steps, and what each part adds."""

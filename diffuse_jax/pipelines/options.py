@@ -46,6 +46,7 @@ class CallOptions(RunOptions, total=False):
       method: a function from the pipeline's method to the one to run, for custom parts.
       rows: additional rows for such parts: name -> array with one entry per image.
       modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`: other guidance, FreeU, windows ...
+      lora_scale: strength of all live adapters, one number or one per image; 1 if None.
     """
 
     num_inference_steps: int | None
@@ -60,6 +61,7 @@ class CallOptions(RunOptions, total=False):
     method: Replace | None
     rows: Mapping[str, Any] | None
     modifiers: Modifier | Sequence[Modifier]
+    lora_scale: float | Sequence[float] | None
 
 
 class TextOptions(CallOptions, total=False):

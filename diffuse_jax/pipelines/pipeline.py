@@ -15,9 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
+from diffuse_jax.adapters.named import Adapters
 from diffuse_jax.habits import refuse_habits
+from diffuse_jax.messages import warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
+from diffuse_jax.pipelines.adapter_methods import AdapterMethods
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
@@ -40,7 +43,7 @@ PIPELINES = Registry("pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionPipeline:
+class DiffusionPipeline(AdapterMethods):
     """Base class of all pipelines: components by name, their parameters, and the options of the folder.
 
     Open one with :meth:`from_pretrained`, which chooses the class that the folder names. Pipelines are immutable;
@@ -55,6 +58,7 @@ class DiffusionPipeline:
         ``replace(mesh=None)`` moves them to JAX's default device.
       vae_tiling: edge length in latent pixels of the tiles in which images are decoded; None decodes without tiling.
       vae_slicing: decode one image at a time, which needs the memory of only one.
+      adapters: the live adapters; see :meth:`load_lora_weights`.
       programs: the compiled programs; by default those of the process, which all pipelines share.
     """
 
@@ -64,6 +68,7 @@ class DiffusionPipeline:
     mesh: Mesh | None = None
     vae_tiling: int | None = None
     vae_slicing: bool = False
+    adapters: Adapters = dataclasses.field(default=Adapters(), repr=False, compare=False)
     programs: Programs = dataclasses.field(default=PROGRAMS, repr=False, compare=False)
 
     required: ClassVar[tuple[str, ...]] = ()
@@ -125,6 +130,7 @@ class DiffusionPipeline:
         method: Replace | None = None,
         rows: Mapping[str, Any] | None = None,
         modifiers: Modifier | Sequence[Modifier] = (),
+        lora_scale: float | Sequence[float] | None = None,
         **options: Any,
     ) -> Request:
         """The request ``r`` that a call with these arguments would run. ``sample(r.method, pipe.params, r.rows,
@@ -136,6 +142,7 @@ class DiffusionPipeline:
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: additional rows for custom parts: name -> array with one entry per image.
           modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.
+          lora_scale: strength of all live adapters, one number or one per image; 1 if None.
 
         Raises:
           ValueError, TypeError: an argument is invalid, or the rows do not fit the method.
@@ -144,10 +151,11 @@ class DiffusionPipeline:
             raise TypeError(
                 f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
             )
-        composed = self.compose(*args, **options)
+        pipe = self if lora_scale is None else adapting.at_scale(self, lora_scale)
+        composed = pipe.compose(*args, **options)
         if not isinstance(composed, Request):
             raise TypeError(f"{type(self).__name__}.compose must return a Request, got {type(composed).__name__}")
-        request = modified(composed, self, modifiers)
+        request = adapting.with_live(pipe, modified(composed, pipe, modifiers))
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
@@ -292,7 +300,8 @@ class DiffusionPipeline:
         """
         parts, params = with_overrides(pipe.components, pipe.params, components)
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(DiffusionPipeline)}
-        return cls(**fields | {"components": corrected(cls, parts), "params": params})
+        made = cls(**fields | {"components": corrected(cls, parts), "params": params})
+        return cast(Self, adapting.refreshed(made, pipe.params))
 
     def replace(self, **changes: Any) -> Self:
         """A pipeline with components (``scheduler=...``; a network as ``(model, params)``) or settings replaced.
@@ -310,7 +319,8 @@ class DiffusionPipeline:
         leaves_mesh = self.mesh is not None and settings.get("mesh", self.mesh) is None
         params = params_to_default_device(self.params) if leaves_mesh else self.params
         parts, params = with_overrides(self.components, params, given)
-        return dataclasses.replace(self, **{"components": parts, "params": params} | settings)
+        new = dataclasses.replace(self, **{"components": parts, "params": params} | settings)
+        return cast(Self, adapting.refreshed(new, self.params)) if given else new
 
     def offload(self, *names: str) -> Self:
         """A pipeline whose named networks (all if none is named) have their parameters in host memory.
@@ -337,43 +347,14 @@ class DiffusionPipeline:
           variant: variant in the names of the weight files, for example ``"fp16"``.
           dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
+        if self.adapters.live():
+            names = ", ".join(name for name, _ in self.adapters.live())
+            warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         entries = save_components(folder, self.components, self.params, variant=variant, dtype=dtype)
         weights.write_index(folder, type(self).__name__, entries, self.options)
         return folder
-
-    # Adapters
-
-    def load_lora_weights(self, source: str | Path, *, scale: float = 1.0) -> Self:
-        """A pipeline with LoRA weights merged into its networks; this pipeline is unchanged.
-
-        Compiled programs are shared. Several files can be loaded one after another; loading one again with the negated
-        scale removes it.
-
-        Args:
-          source: ``pytorch_lora_weights.safetensors`` of this library or of PyTorch diffusers (``.bin`` too), or its
-            folder.
-          scale: strength of the LoRA; 0 has no effect.
-
-        Raises:
-          WeightsError: the file does not exist, or does not fit the pipeline's networks.
-        """
-        return self.replace(**adapting.with_lora(self, source, scale))
-
-    def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
-        """A pipeline with one more word in its vocabulary (textual inversion); this pipeline is unchanged.
-
-        Args:
-          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one of these.
-          token: the placeholder token; the one in the file if None.
-
-        Raises:
-          WeightsError: the file does not exist, or does not contain the embeddings of exactly one word.
-          ValueError: the word is already known, the embeddings do not have the encoder's width, or the pipeline has two
-            text encoders.
-        """
-        return self.replace(**adapting.with_word(self, source, token))
 
     # Programs
 
@@ -398,9 +379,9 @@ class DiffusionPipeline:
         """The :func:`~diffuse_jax.pipelines.programs.signature_of` of the parameters that a run reads. It is cached for
         the pipeline's own trees, because they have thousands of arrays."""
         for name in params:
-            if name not in self._signatures and params[name] is self.params[name]:
+            if name not in self._signatures and params[name] is self.params.get(name):
                 self._signatures[name] = signature_of(params[name])
-        cached = lambda name, tree: tree is self.params[name]
+        cached = lambda name, tree: tree is self.params.get(name)
         return tuple(
             (name, self._signatures[name] if cached(name, tree) else signature_of(tree))
             for name, tree in params.items()

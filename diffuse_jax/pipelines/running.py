@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from diffuse_jax.pipelines import method as methods
+from diffuse_jax.pipelines.adapting import live_part
 from diffuse_jax.pipelines.method import Method, Params, Rows
 from diffuse_jax.pipelines.placement import REPLICATED, ROWS, params_on_devices, place_plan, place_rows
 from diffuse_jax.pipelines.programs import signature_of
@@ -143,8 +144,9 @@ def apply(pipe: Any, fn: Callable[..., Any], part: Any, rows: Rows) -> Any:
       part: the part, which determines the parameters that are passed.
       rows: the data, one row per image.
     """
-    names = tuple(dict.fromkeys(net.name for net in methods.networks_of(part)))
-    params, count, results = params_on_devices(pipe, names), len(jax.tree.leaves(rows)[0]), []
+    part, extra = live_part(pipe, part)
+    names = tuple(dict.fromkeys(name for net in methods.networks_of(part) for name in net.reads))
+    params, count, results = params_on_devices(pipe, names) | extra, len(jax.tree.leaves(rows)[0]), []
     for _, chunk in chunks(pipe, rows, count, None):
         arguments = (place_rows(pipe.mesh, chunk),)
         results.append(_program(pipe, fn, part, (ROWS,), params, arguments)(params, *arguments))
