@@ -126,8 +126,8 @@ class PerpNeg:
     def __call__(self, request: Request, pipe: Any) -> Request:
         require_guidance(request, self)
         rows = with_branches(request, pipe, [""], first=True)
-        if "keep" in rows:
-            rows["keep"].values[:, 0] = not pipe.family.zeroed(pipe, Call({}, 1, 1, (0, 0)))
+        if "embeds_mask" in rows:
+            rows["embeds_mask"].values[:, 0] = not pipe.family.zero_negative(pipe, Call({}, 1, 1, (0, 0)))
         rows["perp_weight"] = one_per_image(self.weight, request.images, "PerpNeg")
         return combined(more_negatives(request, 2), rows, combine.PerpNeg())
 
