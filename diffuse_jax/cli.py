@@ -63,6 +63,8 @@ TO_CALL = (
     "guidance_scale",
     "guidance_rescale",
     "clip_skip",
+    "prompt_syntax",
+    "long_prompts",
     "num_images_per_prompt",
     "batch_size",
     "seed",
@@ -142,7 +144,8 @@ def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) ->
     """The settings to store with each image."""
     copies = args.num_images_per_prompt or 1
     names = ("noise", "guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
-    shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
+    prompting = ("prompt_syntax", "long_prompts")
+    shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, (*names, *prompting))}
     if args.lora:
         shared["lora"] = {str(source): scale for source, scale in args.lora}
     negatives = args.negative_prompt or [""]
@@ -340,6 +343,10 @@ def add_generate(commands: Any) -> None:
         help="0 to 1; reduces the overexposure of strong guidance",
     )
     add("--clip-skip", type=number(COUNT), metavar="N", help="skip the last N layers of the text encoder")
+    about = "read weights in prompts: (word:1.2) and BREAK of a1111, word++ and .blend() of compel (default: none)"
+    add("--prompt-syntax", choices=("a1111", "compel"), help=about)
+    about = "encode prompts of any length, in chunks, instead of cutting what does not fit"
+    add("--long-prompts", action="store_true", default=None, help=about)
     add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
     add("--batch-size", type=number(COUNT), metavar="N", help="maximum number of images at once (default: all)")
     about = "one seed, or one per image (default: random, and reported)"

@@ -138,12 +138,14 @@ def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> N
     flags = ["--num-inference-steps", 3, "--guidance-scale", 2.5, "--height", 64, "--width", 32, "--dtype", "bfloat16"]
     flags += ["--num-images-per-prompt", 2, "--negative-prompt", "blurry", "--variant", "fp16", "--revision", "main"]
     flags += ["--guidance-rescale", 0.7, "--clip-skip", 1, "--batch-size", 2, "--progress-bar"]
+    flags += ["--prompt-syntax", "a1111", "--long-prompts"]
     prompts = ["--prompt", "a cat", "--prompt", "a dog"]
     assert run("generate", *prompts, *flags, "--seed", 1, 2, 3, 4, "--model", "some/where", "--output", tmp_path) == 0
     assert pipeline.source == "some/where"
     assert pipeline.options == {"dtype": "bfloat16", "variant": "fp16", "revision": "main"}
     call = {"num_inference_steps": 3, "guidance_scale": 2.5, "height": 64, "width": 32, "num_images_per_prompt": 2}
     call |= {"guidance_rescale": 0.7, "clip_skip": 1, "batch_size": 2, "progress_bar": True, "seed": [1, 2, 3, 4]}
+    call |= {"prompt_syntax": "a1111", "long_prompts": True}
     assert pipeline.calls == [{**call, "prompt": ["a cat", "a dog"], "negative_prompt": "blurry"}]
     assert len(list(tmp_path.glob("*.png"))) == 4
 

@@ -142,14 +142,38 @@ def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
     return path
 
 
-def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.ndarray]:
-    """Read a word and its rows ``[n,D]`` float32 from a ``.safetensors``, ``.bin`` or ``.pt`` file, or from its folder.
+ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""The tensors of a file for SDXL -> the component that each is for."""
 
-    Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param``, ``name``) are supported.
+UNNAMED = {*ENCODERS, "emb_params"}
+"""Names of tensors that are not the word; the file has the word's name instead, as in AUTOMATIC1111."""
+
+
+def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.ndarray]:
+    """Read a word and its rows ``[n,D]`` float32 for one text encoder; see :func:`load_word`.
+
+    Raises:
+      WeightsError: the file does not exist, or does not hold the embeddings of one word for one encoder.
+    """
+    word, rows = load_word(source, token)
+    if len(rows) != 1:
+        raise bad(Path(source), f"holds embeddings for {len(rows)} text encoders ({', '.join(rows)}); expected one")
+    return word, next(iter(rows.values()))
+
+
+def load_word(source: str | Path, token: str | None = None) -> tuple[str, dict[str, np.ndarray]]:
+    """Read a word from a ``.safetensors``, ``.bin`` or ``.pt`` file, or from its folder.
+
+    Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param`` and ``name``, or ``emb_params``)
+    have rows for one text encoder, those for SDXL (``clip_l`` and ``clip_g``) for two. If a file has no name for the
+    word, it is the file's own, without its ending.
 
     Args:
       source: the file, or the folder with ``learned_embeds.safetensors`` or ``learned_embeds.bin``.
       token: the word to use instead of the file's.
+
+    Returns:
+      The word, and its rows ``[n,D]`` float32 by tensor: ``clip_l`` and ``clip_g``, or one of any name.
 
     Raises:
       WeightsError: the file does not exist, or does not hold the embeddings of one word.
@@ -167,9 +191,26 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     if "string_to_param" in data:
         name, data = data.get("name"), data["string_to_param"]
         data = {name or word: rows for word, rows in data.items()}
-    if len(data) != 1:
+    if len(data) != 1 and data.keys() != ENCODERS.keys():
         raise bad(path, f"holds {len(data)} tensors; expected the embeddings of one word")
-    ((word, rows),) = data.items()
+    for word, rows in data.items():
+        check_embeddings(path, word, rows)
+    found = {word: rows.reshape(-1, rows.shape[-1]) for word, rows in data.items()}
+    if len(counts := {len(rows) for rows in found.values()}) > 1:
+        raise bad(path, f"clip_l and clip_g have different numbers of rows: {sorted(counts)}")
+    (word, *_) = found
+    word = path.stem if word in UNNAMED else word
+    if token is None and word == Path(FILE).stem:
+        raise WeightsError(f"{path}: does not name its word; pass one with token=")
+    return token or check_name(path, word), {n: compact(rows, np.dtype(np.float32)) for n, rows in found.items()}
+
+
+def check_embeddings(path: Path, word: Any, rows: Any) -> None:
+    """Check that a file's entry is a name with an array ``[n,D]`` or ``[D]``.
+
+    Raises:
+      WeightsError: it is not, or has too many rows.
+    """
     if not isinstance(rows, np.ndarray):
         raise bad(path, f"{word!r} is a {type(rows).__name__}; expected a tensor [n,D] or [D]")
     if not isinstance(word, str):
@@ -178,5 +219,3 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
         raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
     if rows.ndim == 2 and len(rows) > MAX_ROWS:
         raise bad(path, f"{brief(word)} has {len(rows)} rows; the maximum is {MAX_ROWS}")
-    rows = compact(rows, np.dtype(np.float32))
-    return token or check_name(path, word), rows.reshape(-1, rows.shape[-1])

@@ -157,13 +157,13 @@ class AdapterMethods:
         """A pipeline with one more word in its vocabulary (textual inversion).
 
         Args:
-          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one of these.
-          token: the placeholder token; the one in the file if None.
+          source: ``learned_embeds.safetensors``, a ``.bin`` or ``.pt`` file, or a folder with one of these. For models
+            with two text encoders, the file has ``clip_l`` and ``clip_g``.
+          token: the placeholder token; if None, the one in the file, or the file's name if it has none.
 
         Raises:
           WeightsError: the file does not exist, or does not contain the embeddings of exactly one word.
-          ValueError: the word is already known, the embeddings do not have the encoder's width, or the pipeline has two
-            text encoders.
+          ValueError: the word is already known, or the embeddings do not fit the pipeline's text encoders.
         """
         return self._replaced(**adapting.with_word(self, source, token))
 

@@ -156,16 +156,23 @@ def live_part(pipe: Any, part: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any]:
-    """The tokenizer and text encoder with one more token; see ``DiffusionPipeline.load_textual_inversion``."""
-    if pipe.components.get("text_encoder_2") is not None:
-        raise ValueError(f"textual inversion supports one text encoder; {type(pipe).__name__} has two")
-    word, rows = tokens.load_rows(source, token)
-    encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
-    table = tokens.table_of(params)
-    width = encoder.config.hidden_size
-    if rows.shape[1] != width:
-        raise ValueError(f"{source}: embeddings of size {rows.shape[1]} do not fit a text encoder of width {width}")
-    return {
-        "tokenizer": tokens.with_words(pipe.components["tokenizer"], word, len(rows)),
-        "text_encoder": tokens.with_rows(encoder, params, jnp.asarray(rows, table.dtype)),
-    }
+    """The tokenizers and text encoders with one more token; see ``DiffusionPipeline.load_textual_inversion``."""
+    word, found = tokens.load_word(source, token)
+    known = getattr(pipe.family, "encoders", {"text_encoder": "tokenizer"})
+    encoders = {name: tokenizer for name, tokenizer in known.items() if pipe.components.get(name) is not None}
+    by_encoder = {tokens.ENCODERS.get(tensor, next(iter(encoders))): rows for tensor, rows in found.items()}
+    if by_encoder.keys() - known or encoders.keys() - by_encoder:
+        raise ValueError(
+            f"{source}: has {' and '.join(found)}, but {type(pipe).__name__} has {' and '.join(encoders)}; "
+            f"a word for SDXL has {' and '.join(tokens.ENCODERS)}, any other a single tensor"
+        )
+    changed: dict[str, Any] = {}
+    for name in encoders:
+        rows = by_encoder[name]
+        network, params, width = pipe.components[name], pipe.params[name], pipe.components[name].config.hidden_size
+        if rows.shape[1] != width:
+            raise ValueError(f"{source}: embeddings of size {rows.shape[1]} do not fit a text encoder of width {width}")
+        table = tokens.table_of(params)
+        changed[encoders[name]] = tokens.with_words(pipe.components[encoders[name]], word, len(rows))
+        changed[name] = tokens.with_rows(network, params, jnp.asarray(rows, table.dtype))
+    return changed

@@ -89,16 +89,30 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     prompts = [expand_words(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
     for ids in unpadded_ids(tokenizer, prompts):
-        if len(ids) > length:
-            rest = tokenizer.decode(ids[length - 1 : -1])
-            warn(f"the prompt is {len(ids) - length} tokens too long ({length} fit); cut: {rest!r}")
+        warn_of_cut(tokenizer, ids[1:-1], length)
     padded = padded_ids(tokenizer, prompts, length)
-    if padded.max() >= vocabulary:  # an index out of range is not an error in JAX
+    check_vocabulary(padded, vocabulary)
+    return padded
+
+
+def warn_of_cut(tokenizer: Any, ids: Sequence[int], length: int) -> None:
+    """Warn if the tokens of a text, without start and end, do not fit into ``length`` with them."""
+    if (excess := len(ids) + 2 - length) > 0:
+        rest = tokenizer.decode(list(ids[length - 2 :]))
+        warn(f"the prompt is {excess} tokens too long ({length} fit); cut: {rest!r} (long_prompts=True keeps it)")
+
+
+def check_vocabulary(ids: np.ndarray, vocabulary: int) -> None:
+    """Check that the encoder has an embedding for every id; an index out of range is not an error in JAX.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if ids.max() >= vocabulary:
         raise ValueError(
-            f"the tokenizer produces id {padded.max()}, but the text encoder has only {vocabulary} embeddings: "
+            f"the tokenizer produces id {ids.max()}, but the text encoder has only {vocabulary} embeddings: "
             "the tokenizer belongs to another model, or has words that the encoder does not"
         )
-    return padded
 
 
 def token_mask(tokenizer: Any, prompts: Sequence[str], max_length: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import jax
 
@@ -73,6 +73,8 @@ class TextOptions(CallOptions, total=False):
       num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
       guidance_rescale: from 0 (default) to 1, one value or one per image; see Lin et al. 2024, section 3.4.
       clip_skip: use the text encoder's hidden states from this many layers before the last one.
+      prompt_syntax: "a1111" or "compel", for prompts with weights; None (default) takes the text as it is.
+      long_prompts: encode prompts of any length in chunks, instead of cutting what does not fit (default).
       batch_size: maximum number of images per device call; all at once if None.
     """
 
@@ -82,6 +84,8 @@ class TextOptions(CallOptions, total=False):
     num_images_per_prompt: int
     guidance_rescale: float | Sequence[float]
     clip_skip: int | None
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
     batch_size: int | None
 
 

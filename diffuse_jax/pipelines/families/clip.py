@@ -18,7 +18,9 @@ from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree
 from diffuse_jax.pipelines.parts.network import UNet
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.parts.text import EncodeText
+from diffuse_jax.pipelines.prompts import Layout, aligned, rows_of
 from diffuse_jax.pipelines.running import apply
+from diffuse_jax.text.prompts import PLAIN, Style
 
 NEGATIVE, POSITIVE = "negative_", ""
 """The branches of guidance, as prefixes of the arguments' names."""
@@ -74,7 +76,13 @@ class ClipFamily:
         embeds = {branch: self.given_embeds(pipe, call, branch) for branch in (NEGATIVE, POSITIVE)}
         prompts = {branch: self.prompts(call, branch) for branch in (NEGATIVE, POSITIVE)}
         embeds = {branch: embeds[branch] for branch in branches}
-        texts = {branch: self.tokens(pipe, prompts[branch]) for branch in branches}
+        style = style_of(call)
+        texts = {branch: self.tokens(pipe, prompts[branch], style) for branch in branches}
+        if not style.is_plain:
+            layouts = self.layouts(pipe)
+            length = next(iter(layouts.values())).length
+            given = max((found["states"].shape[1] // length for found in embeds.values() if found), default=1)
+            texts = dict(zip(branches, aligned([*texts.values()], layouts, given), strict=True))
         if not any(embeds.values()):
             first = texts[branches[0]]
             found = {
@@ -82,9 +90,8 @@ class ClipFamily:
                 for row in first
             }
             return found | self.mask_rows(pipe, call, branches)
-        lengths = [embeds[b]["states"] if embeds[b] else next(iter(texts[b]["ids"].values())) for b in branches]
-        check_lengths([array.shape[1] for array in lengths])
-        part = self.text_part(pipe, call.get("clip_skip"))
+        check_lengths([embeds[b]["states"].shape[1] if embeds[b] else sequence_length(texts[b]) for b in branches])
+        part = self.text_part(pipe, call.get("clip_skip"), style)
         for branch in branches:
             encode = part if branch == POSITIVE else dataclasses.replace(part, clip_skip=None)
             given = bool(embeds[branch])
@@ -117,16 +124,33 @@ class ClipFamily:
         """The names of the arguments with the prompts of a branch, in the order of the encoders."""
         return [f"{branch}prompt", *(f"{branch}prompt_{k}" for k in range(2, len(self.encoders) + 1))]
 
-    def tokens(self, pipe: Any, prompts: Mapping[str, list[str]]) -> dict[str, dict[str, np.ndarray]]:
-        """``ids``, and ``attention_mask`` if needed: encoder -> ``[prompts,L]``, for the encoders of the checkpoint."""
-        ids, mask = {}, {}
+    def tokens(self, pipe: Any, prompts: Mapping[str, list[str]], style: Style = PLAIN) -> Rows:
+        """The rows of prompts, each a dict by encoder: ``ids``, and ``attention_mask`` and ``text_weights`` if needed.
+
+        They are ``[prompts,L]``, or ``[prompts,V,K,L]`` in a style that is not plain; see :class:`EncodeText
+        <diffuse_jax.pipelines.parts.EncodeText>`.
+        """
+        layouts = self.layouts(pipe)
+        if not style.is_plain:
+            return rows_of(prompts, layouts, style)
+        rows: Rows = {"ids": {}, "attention_mask": {}}
+        for encoder, layout in layouts.items():
+            given = layout.tokenizer, prompts[encoder], layout.length
+            rows["ids"][encoder] = tokenize(*given, layout.vocabulary)
+            if layout.hide_padding:
+                rows["attention_mask"][encoder] = token_mask(*given)
+        return {name: value for name, value in rows.items() if value}
+
+    def layouts(self, pipe: Any) -> dict[str, Layout]:
+        """How each text encoder of the checkpoint takes tokens."""
+        found = {}
         for encoder, tokenizer in self.encoders.items():
             if (network := pipe.components.get(encoder)) is not None:
                 c, words = network.config, pipe.components[tokenizer]
-                ids[encoder] = tokenize(words, prompts[encoder], c.max_position_embeddings, c.vocab_size)
-                if self.masked and getattr(c, "use_attention_mask", False):
-                    mask[encoder] = token_mask(words, prompts[encoder], c.max_position_embeddings)
-        return {"ids": ids, "attention_mask": mask} if mask else {"ids": ids}
+                length = min(c.max_position_embeddings, int(words.model_max_length))
+                masked = self.masked and bool(getattr(c, "use_attention_mask", False))
+                found[encoder] = Layout(words, length, c.vocab_size, masked)
+        return found
 
     def given_embeds(self, pipe: Any, call: Call, branch: str) -> dict[str, np.ndarray]:
         """The embeddings that the caller passed for a branch, by row; empty if there are none.
@@ -153,7 +177,7 @@ class ClipFamily:
                 )
         return given
 
-    def text_part(self, pipe: Any, clip_skip: int | None = None) -> EncodeText:
+    def text_part(self, pipe: Any, clip_skip: int | None = None, style: Style = PLAIN) -> EncodeText:
         """The part that encodes the prompts.
 
         Raises:
@@ -164,7 +188,7 @@ class ClipFamily:
         layers = min((net.config.num_hidden_layers for net in nets), default=1)
         if clip_skip is not None and not 0 <= clip_skip < layers:
             raise ValueError(f"clip_skip must be from 0 to {layers - 1}, got {clip_skip}")
-        return self.encode(nets, clip_skip)
+        return self.encode(nets, clip_skip, style=style)
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
         """Text encoders, the UNet (with classifier-free guidance if the scale is above 1), and the decoder.
@@ -172,7 +196,7 @@ class ClipFamily:
         Raises:
           ValueError: ``output_type`` is unknown, or ``clip_skip`` out of range.
         """
-        text = self.text_part(pipe, call.get("clip_skip"))
+        text = self.text_part(pipe, call.get("clip_skip"), style_of(call))
         unet = UNet(Net("unet", pipe.components["unet"]))
         vae = Net("vae", autoencoder(pipe.components["vae"]))
         output, scale = check_output(call.get("output_type", "pil")), vae.config.scale
@@ -194,7 +218,22 @@ def prompt_embeds_width(pipe: Any) -> int | None:
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
     """Encode token ids as prompt embeddings, outside a run."""
-    return part.encode(params, tokens["ids"], mask=tokens.get("attention_mask", {}))
+    return part.encode(params, tokens)
+
+
+def style_of(call: Call) -> Style:
+    """How the call's prompts are read.
+
+    Raises:
+      ValueError, TypeError: there is no such syntax, or ``long_prompts`` is not a bool.
+    """
+    return Style(call.get("prompt_syntax"), call.get("long_prompts", False))
+
+
+def sequence_length(tokens: Rows) -> int:
+    """The number of prompt embeddings of each prompt."""
+    ids = next(iter(tokens["ids"].values()))
+    return ids.shape[-1] * (1 if ids.ndim == 2 else ids.shape[-2])
 
 
 def uses_guidance(pipe: Any, guidance_scale: Any) -> bool:

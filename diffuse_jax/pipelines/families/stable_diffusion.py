@@ -7,18 +7,17 @@ from typing import Any
 import jax
 
 from diffuse_jax.pipelines.families.clip import ClipFamily
-from diffuse_jax.pipelines.method import Params
+from diffuse_jax.pipelines.method import Net, Params
 from diffuse_jax.pipelines.parts.text import EncodeText
 
 
 class LastStates(EncodeText):
     """The encoder's normalised last hidden states, or with ``clip_skip`` the normalised states of an earlier layer."""
 
-    def states(self, params: Params, outputs: list[Any], clip_skip: int | None) -> dict[str, jax.Array]:
-        (net,), (out,) = self.nets, outputs
+    def states(self, params: Params, net: Net, output: Any, clip_skip: int | None) -> jax.Array:
         if clip_skip is None:
-            return {"states": out.last_hidden_state}
-        return {"states": net.apply(params, out.skipped(clip_skip), method="final_norm")}
+            return output.last_hidden_state
+        return net.apply(params, output.skipped(clip_skip), method="final_norm")
 
 
 STABLE_DIFFUSION = ClipFamily(

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, ClipFamily, stack_branches
 from diffuse_jax.pipelines.family import Call
-from diffuse_jax.pipelines.method import Params, Rows
+from diffuse_jax.pipelines.method import Net, Params, Rows
 from diffuse_jax.pipelines.options import XLOptions
 from diffuse_jax.pipelines.parts.text import EncodeText
 
@@ -27,9 +26,11 @@ class PenultimateStates(EncodeText):
     def adds(self) -> tuple[str, ...]:
         return "states", "pooled"
 
-    def states(self, params: Params, outputs: list[Any], clip_skip: int | None) -> dict[str, jax.Array]:
-        states = [out.skipped(1 if clip_skip is None else clip_skip + 1) for out in outputs]
-        return {"states": jnp.concatenate(states, -1), "pooled": outputs[-1].text_embeds}
+    def states(self, params: Params, net: Net, output: Any, clip_skip: int | None) -> jax.Array:
+        return output.skipped(1 if clip_skip is None else clip_skip + 1)
+
+    def pooled(self, outputs: list[Any]) -> jax.Array | None:
+        return outputs[-1].text_embeds
 
 
 Sizes = tuple[Any, Any, Any]

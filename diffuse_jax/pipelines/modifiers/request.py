@@ -14,7 +14,9 @@ from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.method import Part, Rows, all_parts
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, count_branches, is_branches
 from diffuse_jax.pipelines.parts.network import UNet
+from diffuse_jax.pipelines.prompts import aligned
 from diffuse_jax.pipelines.running import Modifier, Request
+from diffuse_jax.text.prompts import PLAIN
 
 Number = float | Sequence[float]
 """One number, or one for each image."""
@@ -87,9 +89,14 @@ def with_branches(request: Request, pipe: Any, prompts: Sequence[str], *, first:
     if "ids" not in request.rows:
         raise ValueError("further prompts need prompts, but this call has prompt_embeds")
     place = 0 if first else -1
+    style = next((part.style for part in request.method.conditions if hasattr(part, "style")), PLAIN)
     rows = request.rows
     for prompt in prompts:
-        tokens = pipe.family.tokens(pipe, {encoder: [prompt] for encoder in pipe.family.encoders})
+        tokens = pipe.family.tokens(pipe, {encoder: [prompt] for encoder in pipe.family.encoders}, style)
+        if not style.is_plain:
+            values = {name: {e: np.asarray(x.values) for e, x in rows[name].items()} for name in tokens}
+            values, tokens = aligned([values, tokens], pipe.family.layouts(pipe))
+            rows = rows | {name: {e: Branches(x) for e, x in row.items()} for name, row in values.items()}
         rows = jax.tree.map(lambda row: with_copy(row, place) if is_branches(row) else row, rows, is_leaf=is_branches)
         for name, by_encoder in tokens.items():
             for encoder, ids in by_encoder.items():
