@@ -10,8 +10,7 @@ import numpy as np
 
 from diffuse_jax.models import IPAdapter, image_attention
 from diffuse_jax.pipelines import Net, StableDiffusionPipeline, run
-from diffuse_jax.pipelines.parts import Branches
-from diffuse_jax.pipelines.parts.ip_adapter import with_image_prompts
+from diffuse_jax.pipelines.parts import Branches, with_image_prompts
 from tests.oracle import folders
 from tests.oracle.test_ip_adapter import nested, published, write
 from tests.oracle.test_pipelines import MEAN_TOLERANCE, mean_difference, pictures

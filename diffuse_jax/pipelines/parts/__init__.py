@@ -4,6 +4,7 @@ from diffuse_jax.pipelines.parts.control import Beside, Controlled
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
+from diffuse_jax.pipelines.parts.ip_adapter import ImagePrompted, with_image_prompts
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
 from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
 from diffuse_jax.pipelines.parts.step import KeepKnown
@@ -18,6 +19,7 @@ __all__ = [
     "EncodeText",
     "FromImage",
     "FromNoise",
+    "ImagePrompted",
     "KeepKnown",
     "LatentMask",
     "PixelUNet",
@@ -26,4 +28,5 @@ __all__ = [
     "ToPixels",
     "UNet",
     "branches",
+    "with_image_prompts",
 ]
