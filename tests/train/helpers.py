@@ -18,7 +18,7 @@ from diffuse_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 EMOJI = ROOT / "tests" / "data" / "emoji"
-"""Twelve real pictures of 64 pixels, with captions."""
+"""Twelve real images of 64 pixels, with captions."""
 
 
 def load(path: str) -> ModuleType:

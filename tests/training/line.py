@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import Batch, Numbered
+from diffuse_jax.training.batches import Batch, IndexedBatches
 from diffuse_jax.training.command import train
 from diffuse_jax.training.data.loader import process_rows
 from diffuse_jax.training.data.workers import in_turns
@@ -48,7 +48,7 @@ def points(n: int, rows: int) -> np.ndarray:
     return np.random.default_rng([7, n]).standard_normal((rows, len(SLOPE))).astype(np.float32)
 
 
-def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> Numbered:
+def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> IndexedBatches:
     """This process's rows of update ``n``; every update takes at least ``pause`` seconds."""
     size = settings_from(args, BatchSettings)
     rows = size.images_per_step(mesh)
@@ -58,7 +58,7 @@ def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float
         time.sleep(pause)
         return {"x": points(n, rows)[mine]}
 
-    return Numbered(batch, lambda n: [f"point {n}.{row}" for row in mine])
+    return IndexedBatches(batch, lambda n: [f"point {n}.{row}" for row in mine])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Points:
             yield points(n, self.rows)
 
 
-def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Numbered:
+def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> IndexedBatches:
     """The same from a worker process; of a run that starts at step 0."""
     made = in_turns([Points(settings_from(args, BatchSettings).images_per_step(mesh), args.pause)], processes=True)
-    batches = Numbered(lambda n: {"x": next(made)})
+    batches = IndexedBatches(lambda n: {"x": next(made)})
     batches.close = made.close  # type: ignore[attr-defined]
     return batches
 

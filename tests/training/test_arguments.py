@@ -84,7 +84,7 @@ def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Pat
     ("values", "message"),
     [
         ({"lerning_rate": 1}, "lerning_rate is not a flag; did you mean learning_rate?"),
-        ({"process_id": 1}, "process_id cannot stand in a file; say --process_id on the command line"),
+        ({"process_id": 1}, "process_id cannot be set in a file; use --process_id on the command line"),
         ({"use_ema": "yes"}, "use_ema must be true or false, got 'yes'"),
         ({"seed": "x"}, "argument --seed: must be a whole number of at least 0 and less than 2^32, got x"),
         ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
@@ -182,7 +182,7 @@ def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> 
     assert "use_8bit_adam" not in text, "what is refused is not offered"
 
 
-def test_pictures_of_an_update(parser: Parser) -> None:
+def test_images_of_an_update(parser: Parser) -> None:
     words = ["--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--mesh_fsdp", "2", "--mesh_tensor", "2"]
     args = parser.parse_args([*MODEL, *words, "--max_train_steps", "9", "--lr_warmup_steps", "0", "--scale_lr"])
     images = settings_from(args, BatchSettings).images_per_step(mesh_from(settings_from(args, DeviceSettings)))

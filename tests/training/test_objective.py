@@ -153,7 +153,7 @@ def test_impossible_biases(request_: dict, message: str) -> None:
 
 
 def test_weighted_by_the_ratio_a_clean_sample_counts_as_its_noise(rng: np.random.Generator) -> None:
-    """The same picture, said as clean sample or as noise, has the same error."""
+    """The same image, said as clean sample or as noise, has the same error."""
     x0, guess = clean(rng), clean(rng)
     scheduler = DDPMScheduler()
     said = {"sample": guess}

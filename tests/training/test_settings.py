@@ -20,7 +20,7 @@ from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training import optimizer
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import Numbered
+from diffuse_jax.training.batches import IndexedBatches
 from diffuse_jax.training.data import DataSettings, ImageSettings, data_from
 from diffuse_jax.training.data.settings import CacheSettings
 from diffuse_jax.training.flags import Parser, settings_from
@@ -225,7 +225,7 @@ def test_a_run_without_a_parser(tmp_path: Path) -> None:
     settings = OptimizerSettings(learning_rate=0.05, lr_warmup_steps=0, max_grad_norm=0.5)
     run = RunSettings(output_dir=tmp_path, max_train_steps=3, logging_steps=1, optimizer=settings,
                       batch=BatchSettings(train_batch_size=1), upload=UploadSettings(hub_token="secret"))  # fmt: skip
-    batches = Numbered(lambda n: {"x": line.points(n, 8)})
+    batches = IndexedBatches(lambda n: {"x": line.points(n, 8)})
     frozen = {"slope": line.SLOPE}
     fit(run, make_mesh(), trainable=line.start(), frozen=frozen, loss=line.line_loss, batches=batches)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3

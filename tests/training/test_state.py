@@ -122,7 +122,7 @@ def test_weights_decay_by_the_rate(name: str) -> None:
 
 def test_a_network_may_have_a_rate_of_its_own() -> None:
     """The first update of Adam is the rate, whatever the gradient; clipping still sees all of them."""
-    optimizer = make_optimizer("adamw", lambda _: 0.1, own_rates={"text_encoder": lambda _: 0.01}, weight_decay=0.0)
+    optimizer = make_optimizer("adamw", lambda _: 0.1, network_rates={"text_encoder": lambda _: 0.01}, weight_decay=0.0)
     params = {"unet": {"w": jnp.ones(3)}, "text_encoder": {"w": jnp.ones(3)}}
     updates, _ = optimizer.update(jax.tree.map(lambda x: 5 * x, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["unet"]["w"], -0.1, rtol=1e-5)
