@@ -212,7 +212,7 @@ def save_before_exit(save: Callable[[None], None], saver: Checkpoints, monitor: 
             saver.wait()
     except Exception as error:
         return f"no checkpoint of step {done} could be written: {error}"
-    return f"checkpoint-{done} is written; --resume_from_checkpoint latest goes on"
+    return f"checkpoint-{done} is written; --resume_from_checkpoint latest continues from it"
 
 
 def trained(state: TrainState) -> Params:

@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, path: str, *, devices: int | None = Non
 
 
 def log(folder: Path, name: str = "loss") -> list[float]:
-    """The numbers of that name in ``log.jsonl``."""
+    """The values of that name in ``log.jsonl``."""
     return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 

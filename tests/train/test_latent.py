@@ -96,7 +96,7 @@ def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch
     assert json.loads((whole / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
 
 
-def test_a_variant_is_trained_where_it_lies(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_is_trained_in_place(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into the folder that it came from, with an autoencoder from there too: nothing is copied, or lost."""
     model = tmp_path / "model"
     shutil.copytree(sd, model)
@@ -145,7 +145,7 @@ def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
 
 
 @pytest.mark.parametrize("script", ["dreambooth.py", "dreambooth_lora.py"])
-def test_dreambooth_makes_the_images_of_the_class_and_preserves_them(
+def test_dreambooth_generates_class_images_and_preserves_them(
     script: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sd, instance, others = trained["sd"], tmp_path / "instance", tmp_path / "class"
@@ -238,7 +238,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("script", ["text_to_image.py", "text_to_image_lora.py"])
-def test_what_is_loaded_is_said_and_another_resolution_than_the_models_warned_of(
+def test_loading_is_reported_and_another_resolution_than_the_models_is_warned_of(
     script: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, train_batch_size=99)

@@ -77,7 +77,7 @@ def test_validation_images_on_a_mesh_in_bfloat16(
     assert {array.dtype for array in numbers(tmp_path / "out", UNet2DModel, "unet")} == {np.dtype(np.float32)}
 
 
-def test_a_resumed_run_is_the_whole_run(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "random_flip": True}
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_whole_run(
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_pipeline_is_trained_further_with_its_own_schedule(
+def test_a_pretrained_pipeline_keeps_its_noise_schedule(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet, scheduler = load("unconditional.py").UNet2DModel(CONFIG), load("unconditional.py").DDPMScheduler()

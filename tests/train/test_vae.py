@@ -111,7 +111,7 @@ def test_every_term_on_a_mesh_in_bfloat16(
     assert {array.dtype for array in numbers(tmp_path / "out", AutoencoderKL, "vae")} == {np.dtype(np.float32)}
 
 
-def test_a_resumed_run_is_the_whole_run(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     judged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = judged | {"max_train_steps": 4, "checkpointing_steps": 2, "discriminator_start": 3, "crop_size": 16}

@@ -49,7 +49,7 @@ def points(n: int, rows: int) -> np.ndarray:
 
 
 def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> IndexedBatches:
-    """This process's rows of update ``n``; every update takes at least ``pause`` seconds."""
+    """This process's rows of step ``n``; every step takes at least ``pause`` seconds."""
     size = settings_from(args, BatchSettings)
     rows = size.images_per_step(mesh)
     mine = process_rows(mesh, size.gradient_accumulation_steps, size.images_per_part(mesh))
@@ -63,7 +63,7 @@ def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """The points of all updates, as a worker process makes them."""
+    """The points of all steps, as made by a worker process."""
 
     rows: int
     pause: float
@@ -83,7 +83,7 @@ def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Indexed
 
 
 def save(folder: Path, params: Any) -> None:
-    """What stands for the model in its inference format."""
+    """A stand-in for the model in inference format."""
     (folder / "line").mkdir(parents=True, exist_ok=True)
     np.savez(folder / "line" / "params.npz", **params["dense"])
 

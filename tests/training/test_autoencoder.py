@@ -44,7 +44,7 @@ def gradient(terms: Terms, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def test_each_network_gets_the_gradient_of_its_own_loss(rng: np.random.Generator) -> None:
-    """The discriminator that of the hinge on fixed images; the autoencoder that of the terms added up by hand."""
+    """The discriminator gets that of the hinge loss on fixed images; the autoencoder that of the sum of its terms."""
     own = batch(rng, START)
     terms = Terms(vae=VAE, discriminator=CRITIC, discriminator_weight=0.7, discriminator_start=START)
     found, metrics = gradient(terms, own)
@@ -75,7 +75,7 @@ def test_before_its_start_the_discriminator_changes_nothing(rng: np.random.Gener
 
 
 @pytest.mark.parametrize("discriminator", [None, CRITIC])
-def test_a_decoder_alone_gets_the_gradient_that_it_has_in_the_whole(
+def test_a_decoder_trained_alone_gets_the_same_gradient(
     discriminator: PatchDiscriminator | None, rng: np.random.Generator
 ) -> None:
     own = batch(rng, START)

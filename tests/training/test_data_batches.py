@@ -51,7 +51,7 @@ def test_a_batch_holds_images_and_their_captions(tmp_path: Path) -> None:
     batches.close()
 
 
-def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(tmp_path: Path) -> None:
+def test_positions_are_restored_exactly_and_prefetched_batches_are_not_lost(tmp_path: Path) -> None:
     data = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip")
     batches = batches_from(data, per_device(3), mesh(), finish)
     first = take(batches, 2)
@@ -92,7 +92,7 @@ def test_an_error_in_a_worker_names_the_image(tmp_path: Path) -> None:
         next(batches)
 
 
-def test_images_of_instance_and_class_come_in_turns(tmp_path: Path) -> None:
+def test_images_of_instance_and_class_alternate(tmp_path: Path) -> None:
     others = set(threading.enumerate())
     folders = [str(image_folder(tmp_path / name, count)) for name, count in (("instance", 4), ("class", 9))]
     make = lambda: Interleaved(
@@ -120,7 +120,7 @@ def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole["index"][[2, 3, 6, 7]], parts[1]["index"])
 
 
-def test_a_fresh_start_with_fewer_images_per_update(tmp_path: Path) -> None:
+def test_resuming_with_fewer_images_per_step(tmp_path: Path) -> None:
     """The position counts examples: on fewer devices the run continues with the next ones."""
     line = ["--train_data_dir", str(image_folder(tmp_path, 20))]
     two, one = (batches_from(flags(*line), per_device(), mesh(n), finish) for n in (2, 1))
@@ -184,7 +184,7 @@ def start_script(tmp_path: Path, end: str, seconds: int = 0) -> subprocess.Popen
 
 
 def test_a_script_ends_by_itself_and_its_workers_do_without_jax(tmp_path: Path) -> None:
-    """It closes nothing, and batches are made ahead."""
+    """It closes nothing while batches are being prefetched."""
     with start_script(tmp_path, GUARDED) as script:
         out, errors = script.communicate(timeout=300)
     assert (script.returncode, errors, out.splitlines()[0]) == (0, "", "[0, 1, 2, 3] False")

@@ -89,7 +89,7 @@ KINDS = (folder, nested, parquet, saved, saved_splits, folder_through_datasets, 
 
 
 def with_cache(line: list[str]) -> DataSettings:
-    """Flags; ``--cache_dir`` belongs to the parser of whole scripts."""
+    """The settings of flags; ``--cache_dir`` is a flag of whole scripts."""
     if "--cache_dir" in line:
         at = line.index("--cache_dir")
         return flags(*line[:at], cache_dir=line[at + 1])
@@ -237,7 +237,7 @@ def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
             FolderSource(tmp_path / "nowhere", column)
 
 
-def test_shards_say_what_they_leave_out_and_know_all_suffixes(tmp_path: Path) -> None:
+def test_shards_report_skipped_samples_and_know_all_suffixes(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.jfif", "0.txt", "._0.jfif", "1.txt", "1.heic"):
             info = tarfile.TarInfo(name)
@@ -300,7 +300,7 @@ def test_missing_splits_are_named(tmp_path: Path) -> None:
         source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "a")))
 
 
-def test_an_update_larger_than_the_data_set(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_data_set(tmp_path: Path) -> None:
     data = flags("--train_data_dir", str(image_folder(tmp_path, 6)))
     with pytest.raises(ValueError, match=r"takes 8 examples \(--train_batch_size 1 on 8 devices.* the data set has 6"):
         batches_from(data, per_device(1), make_mesh(data=8), finish)

@@ -37,8 +37,8 @@ def test_the_middle_is_cut_out(rng: np.random.Generator) -> None:
     assert (example.index, example.caption, example.name) == (3, "a", "a.png")
 
 
-def test_cuts_and_mirrored_cuts_are_where_they_say(rng: np.random.Generator) -> None:
-    """``crop_top_left`` of a mirrored example is the place in the mirrored image.
+def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generator) -> None:
+    """``crop_top_left`` of a mirrored example is the position in the mirrored image.
 
     The reference uses the width of the cut instead of that of the picture, which can be negative.
     """

@@ -70,7 +70,7 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in MESHES if n != "all")])
 def test_two_processes_train_as_one(tmp_path: Path, mesh: str) -> None:
-    """Losses, parameters and what is exported into a checkpoint; then the checkpoint goes on with one process."""
+    """Losses, parameters and the export in a checkpoint; then one process resumes from the checkpoint."""
     flags = ("--max_train_steps", "6", "--checkpointing_steps", "4", "--use_ema", *MESHES[mesh])
     run(tmp_path / "one", 1, *flags)
     run(tmp_path / "two", 2, *flags)

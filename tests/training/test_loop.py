@@ -28,7 +28,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_training_learns_the_line_and_writes_it_down(tmp_path: Path) -> None:
+def test_training_learns_the_line_and_logs_it(tmp_path: Path) -> None:
     args = arguments("--use_ema", output_dir=tmp_path, max_train_steps=200, logging_steps=20, ema_decay=0.9)
     params = train_line(args)
     np.testing.assert_allclose(params["dense"]["kernel"], SLOPE, atol=0.1)
@@ -102,7 +102,7 @@ def test_a_run_cannot_go_on_to_an_earlier_step(tmp_path: Path) -> None:
     train_line(arguments(max_train_steps=2, **flags))  # a finished run that is started again ends at once
 
 
-def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments(output_dir=tmp_path, max_train_steps=1, gradient_accumulation_steps=2, train_batch_size=3)
     batches = line_batches(args, line_mesh(args))
     batches.total = 96  # type: ignore[attr-defined]
@@ -112,8 +112,8 @@ def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert words in text
 
 
-def test_epochs_become_updates(tmp_path: Path) -> None:
-    """20 examples in updates of 8: three updates are an epoch; ``max_train_steps`` wins where it is given."""
+def test_epochs_become_training_steps(tmp_path: Path) -> None:
+    """20 examples in batches of 8: an epoch has three steps; ``max_train_steps`` overrides the epochs."""
     for flags, steps in (({"num_train_epochs": 2}, 6), ({"num_train_epochs": 2, "max_train_steps": 4}, 4)):
         args = arguments(output_dir=tmp_path / str(steps), validation_epochs=1, **flags)
         batches = line_batches(args, line_mesh(args))
@@ -152,7 +152,7 @@ def test_the_result_is_written_before_the_last_images(tmp_path: Path) -> None:
     assert (tmp_path / "line" / "params.npz").is_file()
 
 
-def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")

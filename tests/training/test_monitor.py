@@ -42,7 +42,7 @@ class Kept:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``log.jsonl`` that are there so far."""
+    """The complete lines that ``log.jsonl`` has so far."""
     log = folder / "log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
@@ -53,7 +53,7 @@ def metrics(loss: float, norm: float = 1.0) -> dict[str, Any]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Time that passes when a test says so."""
+    """A clock that a test controls."""
 
     class Clock:
         now = 100.0
@@ -117,7 +117,7 @@ def test_compiling_is_not_part_of_the_speed(clock: Any) -> None:
     monitor.close()
 
 
-def test_a_record_says_where_the_run_is(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_has_the_progress_of_the_run(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
     kept = Kept()
     monitor = Monitor([kept], 0, 10, Work(images=8, devices=1, examples=32), lambda n: {})
     clock.now += 7
@@ -130,7 +130,9 @@ def test_a_record_says_where_the_run_is(clock: Any, capsys: pytest.CaptureFixtur
     monitor.close()
 
 
-def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_cannot_be_written_is_reported_once_and_training_continues(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Full(Kept):
         def scalars(self, step: int, record: dict[str, float]) -> None:
             raise OSError("no space left")
@@ -187,7 +189,7 @@ def test_images_become_files(tmp_path: Path) -> None:
     }
 
 
-def test_tensorboard_reads_numbers_and_images(tmp_path: Path) -> None:
+def test_tensorboard_reads_scalars_and_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -207,7 +209,7 @@ def test_tensorboard_reads_numbers_and_images(tmp_path: Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_a_run_writes_to_tensorboard_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_run_writes_to_tensorboard_by_default(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     assert wanted_trackers(None) == ("tensorboard",)
     args = arguments(output_dir=tmp_path, max_train_steps=2)
