@@ -1,4 +1,5 @@
-"""Real emoji, their features, and what pictures with the same captions are compared by (see ``emoji_retrieval.py``)."""
+"""Real emoji images, their features, and the measures for comparing other images with them; see
+``emoji_retrieval.py``."""
 
 from __future__ import annotations
 
@@ -21,19 +22,19 @@ Row = dict[str, Any]
 CACHE = ROOT / ".cache" / "emoji_retrieval"
 COMMAND = "python train/emoji/make_dataset.py --output_dir"
 FAMILIES = {"blob": "noto", "fluent flat": "fluent", "emojione": "twemoji"}
-"""Styles that are drawn alike, under one name; each other style is a family by itself."""
+"""Styles with similar drawings -> a common family; every other style is a family of its own."""
 
 COMPONENTS = 256
 COPY_PIXELS, COPY_COSINE = 0.05, 0.9
-"""A picture nearer to a training picture than this is a near-copy: pixel distance, cosine of features."""
+"""Thresholds of pixel distance and feature cosine to a training image, beyond which an image is a near-copy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Every real picture: training pairs first, then held-out ones; the place of a pair here is its number."""
+    """All real images, training pairs first, then held-out ones; a pair's index here is its number."""
 
     records: list[dict[str, Any]]
-    pictures: Array  # uint8 [N,H,W,3]
+    images: Array  # uint8 [N,H,W,3]
     held: Array  # bool [N]
 
     def column(self, key: str) -> Array:
@@ -52,57 +53,57 @@ class Data:
         return np.searchsorted(self.labels, self.column("label"))
 
     def families_of(self, among: Array) -> list[set[str]]:
-        """The families in which each concept has pictures, of those that the mask ``among`` allows."""
+        """The families in which each concept has images, among those selected by the mask ``among``."""
         found: list[set[str]] = [set() for _ in self.labels]
         for concept, family in zip(self.concepts[among], self.families[among], strict=True):
             found[concept].add(family)
         return found
 
     def choose(self, held: bool, count: int, seed: int) -> Array:
-        """Numbers of at most ``count`` pairs, in random order, whose concept has a picture in another family."""
+        """Numbers of at most ``count`` pairs, in random order, whose concept has an image in another family."""
         families = self.families_of(np.ones(len(self.held), bool))
         judged = np.array([len(families[concept]) > 1 for concept in self.concepts])
         return np.random.default_rng(seed).permutation(np.flatnonzero(judged & (self.held == held)))[:count]
 
     def without_sister(self, chosen: Array) -> Array:
-        """Which pairs have no training picture of their concept in their own family, a mask of ``chosen``."""
+        """A mask of ``chosen``: pairs whose concept has no training image in the same family."""
         trained = self.families_of(~self.held)
         return np.array([self.families[i] not in trained[self.concepts[i]] for i in chosen], bool)
 
 
 def load_data(folder: Path) -> Data:
-    """What ``make_dataset.py`` wrote into ``folder``.
+    """Read the data set that ``make_dataset.py`` wrote to ``folder``.
 
     Raises:
-      SystemExit: it is not there.
+      SystemExit: it does not exist.
     """
-    records, pictures = [], []
+    records, images = [], []
     for split in ("train", "heldout"):
         lines = folder / split / "metadata.jsonl"
         if not lines.is_file():
             raise SystemExit(f"{lines} does not exist; make the data with: {COMMAND} {folder}")
         for record in map(json.loads, lines.read_text(encoding="utf-8").splitlines()):
             records.append(record | {"held": split == "heldout"})
-            with Image.open(folder / split / record["file_name"]) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
-    return Data(records, np.stack(pictures), np.array([record["held"] for record in records]))
+            with Image.open(folder / split / record["file_name"]) as image:
+                images.append(np.asarray(image.convert("RGB")))
+    return Data(records, np.stack(images), np.array([record["held"] for record in records]))
 
 
-def real_features(pictures: Array, params: mobilenet_v2.Params) -> Array:
-    """Features of the real pictures, kept in a file that is named by the pictures, the network and its code."""
-    digest = hashlib.sha256(pictures.tobytes() + mobilenet_v2.SHA256.encode())
+def real_features(images: Array, params: mobilenet_v2.Params) -> Array:
+    """Features of the real images, cached in a file whose name is a hash of the images, the network and its code."""
+    digest = hashlib.sha256(images.tobytes() + mobilenet_v2.SHA256.encode())
     digest.update(Path(mobilenet_v2.__file__).read_bytes())
     file = CACHE / f"features-{digest.hexdigest()[:16]}.npy"
     if not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part.npy")
-        np.save(part, mobilenet_v2.features(params, pictures))
+        np.save(part, mobilenet_v2.features(params, images))
         part.rename(file)
     return np.load(file)
 
 
 class Judge:
-    """Real pictures and their features, ready to be compared with others that have the same captions."""
+    """Real images and their features, for comparison with other images that have the same captions."""
 
     def __init__(self, data: Data, features: Array, components: int = COMPONENTS) -> None:
         self.data, self.features = data, features
@@ -114,7 +115,7 @@ class Judge:
         self.distance = retrieval.kernel_distance(features[~data.held])
 
     def hits(self, features: Array, chosen: Array) -> dict[str, Array]:
-        """For each picture of the pairs ``chosen`` 1 or 0 by measure."""
+        """Whether each image of the pairs ``chosen`` is a hit, by measure."""
         queries = retrieval.Images(self.whiten(features), self.data.concepts[chosen], self.families[chosen])
         scores = retrieval.concept_scores(queries, self.real, len(self.data.labels))
         places = retrieval.ranks(scores, queries.concepts)
@@ -132,15 +133,15 @@ class Judge:
 
     @cached_property
     def _galleries(self) -> list[Array]:
-        """Concepts in the gallery of each family's queries."""
+        """The concepts in the gallery for the queries of each family."""
         families = range(self.families.max() + 1)
         return [np.unique(self.data.concepts[self.families != family]) for family in families]
 
-    def copies(self, pictures: Array, features: Array, chosen: Array) -> Row:
-        """Distances to the nearest training pictures, shares of near-copies, and MobileNetV2-KID."""
+    def copies(self, images: Array, features: Array, chosen: Array) -> Row:
+        """Distances to the nearest training images, fractions of near-copies, and MobileNetV2-KID."""
         train = np.flatnonzero(~self.data.held)
         by_cosine, cosine = retrieval.nearest_by_cosine(self.whiten(features), self.real.features[train])
-        _, pixels = retrieval.nearest_by_pixels(pictures, self.data.pictures[train])
+        _, pixels = retrieval.nearest_by_pixels(images, self.data.images[train])
         own = None if self.data.held[chosen].any() else float((train[by_cosine] == chosen).mean())
         return {
             "pixel_distance_median": float(np.median(pixels)),

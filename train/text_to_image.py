@@ -1,6 +1,8 @@
-"""Train or fine-tune the UNet of a Stable Diffusion (1.x, 2.x, XL; if wanted its text encoders) on captioned pictures.
+"""Train or fine-tune the UNet of Stable Diffusion (1.x, 2.x, XL), and optionally its text encoders, on captioned
+images.
 
-The result is a whole pipeline folder in diffusers' layout; every ``checkpoint-N`` holds the trained networks. Example:
+The result is a complete pipeline folder in diffusers' layout; every ``checkpoint-N`` contains the trained networks.
+Example:
 
     python train/text_to_image.py --pretrained_model_name_or_path runs/emoji/start \\
         --pretrained_vae_model_name_or_path runs/emoji/vae --train_data_dir runs/emoji/data/train --resolution 64 \\

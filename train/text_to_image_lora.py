@@ -1,10 +1,10 @@
-"""Fine-tune a Stable Diffusion (1.x, 2.x, XL) on captioned pictures with low-rank pairs (LoRA).
+"""Fine-tune Stable Diffusion (1.x, 2.x, XL) on captioned images with LoRA.
 
-Only ``pytorch_lora_weights.safetensors`` is written, which ``pipe.load_lora_weights`` of this library and of PyTorch
-diffusers opens; so is it in every ``checkpoint-N``. Example:
+The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
+library and of PyTorch diffusers loads it. Example:
 
     python train/text_to_image_lora.py --pretrained_model_name_or_path diffuse-jax/emoji \\
-        --train_data_dir my-pictures --resolution 64 --rank 8 --max_train_steps 500 --learning_rate 1e-3
+        --train_data_dir my-images --resolution 64 --rank 8 --max_train_steps 500 --learning_rate 1e-3
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Teach a Stable Diffusion (1.x, 2.x) a new word from a few pictures: textual inversion (Gal et al. 2022).
+"""Teach Stable Diffusion (1.x, 2.x) a new word from a few images: textual inversion (Gal et al. 2022).
 
-Only the word's rows of the token embeddings are trained. ``learned_embeds.safetensors`` is written, which
-``pipe.load_textual_inversion`` of this library and of PyTorch diffusers opens; so is it in every ``checkpoint-N``.
-Example:
+Only the token embeddings of the word are trained. The result is ``learned_embeds.safetensors``, also in every
+``checkpoint-N``; ``pipe.load_textual_inversion`` of this library and of PyTorch diffusers loads it. Example:
 
     python train/textual_inversion.py --pretrained_model_name_or_path my-model --train_data_dir my-cat \\
         --placeholder_token "<cat-toy>" --initializer_token toy --max_train_steps 3000 --learning_rate 5e-4 --scale_lr

@@ -1,8 +1,8 @@
-"""Train a denoising network over pixels, without text: DDPM (Ho et al. 2020).
+"""Train an unconditional denoising network on pixels: DDPM (Ho et al. 2020).
 
-The result is a DDPMPipeline folder in diffusers' layout, and so is every checkpoint-N. Example:
+The result, and every checkpoint-N, is a DDPMPipeline folder in diffusers' layout. Example:
 
-    python train/unconditional.py --train_data_dir my-pictures --resolution 64 --center_crop --random_flip --use_ema
+    python train/unconditional.py --train_data_dir my-images --resolution 64 --center_crop --random_flip --use_ema
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ def parse_args() -> argparse.Namespace:
     add_network(parser, "unet", "one of 114 million parameters")
     add_data(parser, captions=False, resolution=64)
     add = parser.group("loss")
-    what = "what is learned; that of the pipeline to start from, or epsilon"
+    what = "what the network predicts; if omitted, that of the pretrained pipeline, or epsilon"
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=what)
-    add("--ddpm_num_steps", type=COUNT, help="timesteps of the training schedule; likewise, or 1000")
-    add("--ddpm_beta_schedule", help="its betas; likewise, or linear")
+    add(
+        "--ddpm_num_steps",
+        type=COUNT,
+        help="number of training timesteps; if omitted, that of the pretrained pipeline, or 1000",
+    )
+    add("--ddpm_beta_schedule", help="noise schedule; if omitted, that of the pretrained pipeline, or linear")
     add_objective(parser)
     add = parser.group("monitoring")
-    add("--eval_batch_size", type=NATURAL, default=16, help="pictures to sample at each validation; 0: none")
-    add("--ddpm_num_inference_steps", type=COUNT, default=1000, help="sampling steps of such a picture")
+    add("--eval_batch_size", type=NATURAL, default=16, help="images to sample at each validation; 0 for none")
+    add("--ddpm_num_inference_steps", type=COUNT, default=1000, help="sampling steps of validation images")
     args = parser.parse_args()
     if args.aspect_ratio_buckets:
-        parser.error("--aspect_ratio_buckets: the pipeline makes squares of --resolution; leave it out")
+        parser.error("--aspect_ratio_buckets: the pipeline generates squares of --resolution; leave it out")
     if args.validation_steps is not None:
         args.validation_epochs = None
     return args
@@ -75,8 +79,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
 
 LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
-"""The network that is trained where no other is named: DDPM's for 256 pixels with today's defaults, 114 million
-parameters."""
+"""The network that is trained by default: DDPM's for 256 pixels with today's defaults, 114 million parameters."""
 
 
 def main() -> None:
@@ -105,23 +108,25 @@ def main() -> None:
 
 
 def check_network(config: UNet2DConfig) -> None:
-    """Refuse networks that this loss cannot train.
+    """Refuse networks that this loss does not support.
 
     Raises:
-      ValueError: naming what is in the way.
+      ValueError: the network is not supported; the message names the reason.
     """
     if (config.in_channels, config.out_channels) != (3, 3):
         channels = f"in_channels={config.in_channels} and out_channels={config.out_channels}"
-        raise ValueError(f"the network must take and give pictures of 3 channels, its config has {channels}")
+        raise ValueError(f"the network must have 3 input and 3 output channels, its config has {channels}")
     if config.has_classes:
-        raise ValueError("the network wants class labels, and this trainer has none; take them out of its config")
+        raise ValueError(
+            "the network needs class labels, which this trainer does not have; remove them from its config"
+        )
     size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
     if not isinstance(size, int) or size % factor:
         raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
 
 
 def scheduler_from(args: argparse.Namespace, network: NetworkSettings) -> DDPMScheduler:
-    """The training schedule: that of the pipeline to start from, if there is one, with what flags change."""
+    """The scheduler of the pretrained pipeline, if there is one, otherwise the default, modified by the flags."""
     flags = {
         "num_train_timesteps": args.ddpm_num_steps,
         "beta_schedule": args.ddpm_beta_schedule,
@@ -136,7 +141,8 @@ def scheduler_from(args: argparse.Namespace, network: NetworkSettings) -> DDPMSc
 
 
 def objective_of(args: argparse.Namespace, scheduler: DDPMScheduler) -> Objective:
-    """The loss that the flags describe; predicted clean pictures count as much as the noise that they amount to."""
+    """The objective that the flags describe; the error of a sample prediction is weighted like the equivalent
+    noise's."""
     objective = objective_from(settings_from(args, ObjectiveSettings), scheduler)
     return dataclasses.replace(objective, snr_weighting=scheduler.prediction_type == "sample")
 
@@ -160,18 +166,18 @@ def pixel_loss(
 
 
 def pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, params: Params, mesh: Mesh | None = None) -> DDPMPipeline:
-    """What is written, and what validation pictures come from."""
+    """The pipeline that is saved, and that generates validation images."""
     return DDPMPipeline({"unet": unet, "scheduler": scheduler}, {"unet": params}, mesh=mesh)
 
 
 def validation_from(
     args: argparse.Namespace, unet: UNet2DModel, scheduler: DDPMScheduler, mesh: Mesh
 ) -> Callable[[Params], list[tuple[str, Any]]] | None:
-    """Makes the pictures of ``--eval_batch_size``, always of the same noise; None where none are wanted."""
+    """A function that generates ``--eval_batch_size`` images, always from the same noise; None if that is 0."""
     if args.eval_batch_size == 0:
         return None
     steps = min(args.ddpm_num_inference_steps, scheduler.num_train_timesteps)
-    scheduler.plan(steps)  # what it refuses would else end the run at its first pictures
+    scheduler.plan(steps)  # raises here instead of at the first validation
 
     def validate(params: Params) -> list[tuple[str, Any]]:
         pipe = pipeline(unet, scheduler, params, mesh)

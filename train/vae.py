@@ -1,9 +1,10 @@
-"""Train an AutoencoderKL: pictures to latents and back.
+"""Train an AutoencoderKL, which encodes images to latents and decodes them.
 
-The loss is the mean absolute difference of pixels, the same of neighbouring pixels' differences (edges), and a small
-divergence of the latents from a standard normal; if wanted, a distance in the features of a frozen network, and a
-discriminator. At the end scaling_factor is measured, so that scaled latents have unit variance (unless only the decoder
-was trained, which leaves the latents as they are); the model is saved as OUTPUT/vae in diffusers' layout. Example:
+The loss is the mean absolute error of pixels and of the differences between neighbouring pixels (edges), plus a small
+KL divergence of the latents from a standard normal distribution. A perceptual loss in the features of a frozen network
+and an adversarial loss are optional. At the end, scaling_factor is measured so that scaled latents have unit variance
+(unless only the decoder was trained, which leaves the latents unchanged), and the model is saved to OUTPUT/vae in
+diffusers' layout. Example:
 
     python train/vae.py --pretrained_model_name_or_path runs/emoji/start --train_data_dir runs/emoji/data/train \\
         --resolution 64 --crop_size 32 --train_batch_size 32 --max_train_steps 2000 --learning_rate 2e-3
@@ -29,30 +30,41 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, output_dir="runs/vae")
     add_network(parser, "vae", "one of Stable Diffusion's size")
     add_data(parser, captions=False)
-    what = "keep the encoder, so that denoising networks that were trained on its latents still fit"
+    what = "freeze the encoder, so that denoising networks trained on its latents remain compatible"
     parser.group("model")("--train_decoder_only", action="store_true", help=what)
-    add = parser.group("pictures")
-    add("--crop_size", type=COUNT, help="train on random squares of this size; without it, --resolution")
+    add = parser.group("images")
+    add("--crop_size", type=COUNT, help="train on random square crops of this size; --resolution if omitted")
     add = parser.group("loss")
-    add("--kl_weight", type=NONNEGATIVE, default=1e-4, help="weight of the divergence, per latent number")
-    add("--edge_weight", type=NONNEGATIVE, default=1.0, help="weight of the error in differences of neighbours")
-    add("--perceptual_weight", type=NONNEGATIVE, default=0.0, help="weight of the distance in a network's features")
-    add("--perceptual_model_path", help="that network, frozen: torchvision's (or LPIPS's) VGG16 or MobileNetV2, a file")
-    what = "weight of the adversarial term, besides the balance with the others that is found in every step; 0: none"
+    add("--kl_weight", type=NONNEGATIVE, default=1e-4, help="weight of the KL divergence, per latent element")
+    add(
+        "--edge_weight", type=NONNEGATIVE, default=1.0, help="weight of the error in differences of neighbouring pixels"
+    )
+    add("--perceptual_weight", type=NONNEGATIVE, default=0.0, help="weight of the perceptual loss")
+    add(
+        "--perceptual_model_path", help="file of the perceptual network: torchvision's or LPIPS's VGG16, or MobileNetV2"
+    )
+    what = (
+        "weight of the adversarial loss, on top of its adaptive balance with the other losses; 0 for no discriminator"
+    )
     add("--discriminator_weight", type=NONNEGATIVE, default=0.0, help=what)
-    add("--discriminator_start", type=NATURAL, default=0, help="updates before the discriminator takes part")
-    add("--discriminator_layers", type=COUNT, default=3, help="layers that halve; 3 judge patches of 70 pixels")
-    add("--discriminator_channels", type=COUNT, default=64, help="channels of its first layer")
+    add("--discriminator_start", type=NATURAL, default=0, help="training step from which the discriminator is used")
+    add("--discriminator_layers", type=COUNT, default=3, help="strided layers; with 3, its patches are 70 pixels wide")
+    add("--discriminator_channels", type=COUNT, default=64, help="channels of the discriminator's first layer")
     add = parser.group("monitoring")
-    add("--validation_image", nargs="+", help="picture files to show beside their reconstructions")
-    add("--num_validation_images", type=NATURAL, default=4, help="without them, show so many of the data; 0: none")
+    add("--validation_image", nargs="+", help="image files to show with their reconstructions")
+    add(
+        "--num_validation_images",
+        type=NATURAL,
+        default=4,
+        help="without --validation_image, show this many images of the data set; 0 for none",
+    )
     args = parser.parse_args()
     if args.crop_size is not None and args.crop_size > args.resolution:
         parser.error(f"--crop_size must be from 1 to --resolution {args.resolution}, got {args.crop_size}")
     if args.crop_size is not None and args.aspect_ratio_buckets:
-        parser.error("--crop_size cuts squares, --aspect_ratio_buckets other sizes; leave out one of them")
+        parser.error("--crop_size crops squares, --aspect_ratio_buckets other sizes; leave out one of them")
     if args.train_decoder_only and args.pretrained_model_name_or_path is None:
-        parser.error("--train_decoder_only keeps an encoder that was trained; name it: --pretrained_model_name_or_path")
+        parser.error("--train_decoder_only needs a trained encoder: give --pretrained_model_name_or_path")
     if (args.perceptual_weight > 0) != (args.perceptual_model_path is not None):
         parser.error("--perceptual_weight and --perceptual_model_path belong together; one of them is missing")
     return args
@@ -66,8 +78,8 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
     from diffuse_jax.models.presets import SD_VAE
     from diffuse_jax.sharding import readable
-    from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, decoder_alone, latent_deviation
-    from diffuse_jax.training.batches import Batches, Counted
+    from diffuse_jax.training.autoencoder import Terms, autoencoder_loss, decode, latent_deviation, split_decoder
+    from diffuse_jax.training.batches import Batches, WithStepIndex
     from diffuse_jax.training.data import DataSettings, ImageSettings, batches_from, check_sides, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.distributed import say
@@ -77,7 +89,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.networks import open_network
     from diffuse_jax.training.perceptual import NETWORKS, read_features
-    from diffuse_jax.training.pixels import first_pictures, picture_files, pixel_values, sheet, to_uint8
+    from diffuse_jax.training.pixels import first_images, pixel_values, read_images, sheet, to_uint8
     from diffuse_jax.training.settings import ComputeSettings, DeviceSettings, NetworkSettings, RunSettings
     from diffuse_jax.training.start import check_output
     from diffuse_jax.training.upload import push_to_hub
@@ -85,7 +97,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
 
 
 MEASURED = 2048
-"""Pictures whose latents decide ``scaling_factor``."""
+"""Number of images on whose latents ``scaling_factor`` is measured."""
 
 
 def main() -> None:
@@ -96,7 +108,7 @@ def main() -> None:
     default = SD_VAE.replace(sample_size=data.images.resolution)
     vae, params = open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)
     vae = vae.clone(remat=network.compute.remat)
-    trained, kept = decoder_alone(params) if args.train_decoder_only else (params, {})
+    trained, kept = split_decoder(params) if args.train_decoder_only else (params, {})
     trainable, frozen = {"vae": trained}, {"vae": kept}
     whole = lambda params: {**kept, **params["vae"]}
     terms = Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight)
@@ -111,10 +123,10 @@ def main() -> None:
         trainable=trainable,
         frozen=frozen,
         loss=functools.partial(autoencoder_loss, terms),
-        batches=batches if terms.discriminator is None else Counted(batches),
+        batches=batches if terms.discriminator is None else WithStepIndex(batches),
         export=lambda folder, params: vae.save_pretrained(folder / "vae", whole(params)),
         validate=validation_from(args, data, vae, whole),
-        # Latents that did not change keep their scaling factor: networks were trained with it.
+        # Unchanged latents keep their scaling factor, with which denoising networks were trained.
         finish=None if kept else functools.partial(save_measured, run, data, vae),
         config=vars(args),
     )
@@ -123,7 +135,7 @@ def main() -> None:
 
 
 def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
-    """With the frozen network of ``--perceptual_model_path``, where it is wanted."""
+    """Add the frozen network of ``--perceptual_model_path``, if one is given."""
     if args.perceptual_model_path is None:
         return terms, frozen
     say(f"loading the network of the perceptual loss from {args.perceptual_model_path}")
@@ -133,7 +145,7 @@ def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tu
 
 
 def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
-    """With a new discriminator, where ``--discriminator_weight`` wants one."""
+    """Add a new discriminator, if ``--discriminator_weight`` is not 0."""
     if not args.discriminator_weight:
         return terms, trainable
     config = PatchDiscriminatorConfig(channels=args.discriminator_channels, layers=args.discriminator_layers)
@@ -148,10 +160,10 @@ def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace)
 
 
 def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> None:
-    """Refuse pictures that a network cannot look at.
+    """Refuse image sizes that one of the networks does not support.
 
     Raises:
-      ValueError: naming the flag.
+      ValueError: the size is not supported; the message names the flag.
     """
     flag = "resolution" if crop_size is None else "crop_size"
     size, scale = images.resolution if crop_size is None else crop_size, terms.vae.config.scale
@@ -160,24 +172,24 @@ def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> N
         raise ValueError(f"--{flag} must be a multiple of {scale} for this autoencoder, got {size}")
     if terms.discriminator is not None and size < terms.discriminator.config.min_size:
         raise ValueError(
-            f"the discriminator needs pictures of at least {terms.discriminator.config.min_size} pixels, --{flag} is "
+            f"the discriminator needs images of at least {terms.discriminator.config.min_size} pixels, --{flag} is "
             f"{size}; use a smaller --discriminator_layers"
         )
     if terms.perceptual is not None and size < NETWORKS[terms.perceptual][1]:
-        raise ValueError(f"{terms.perceptual} needs pictures of {NETWORKS[terms.perceptual][1]} pixels, got {size}")
+        raise ValueError(f"{terms.perceptual} needs images of {NETWORKS[terms.perceptual][1]} pixels, got {size}")
 
 
 def validation_from(
     args: argparse.Namespace, data: DataSettings, vae: AutoencoderKL, whole: Callable[[Params], Params]
 ) -> Callable[[Params], list[tuple[str, Any]]] | None:
-    """Shows pictures (above) and what the most likely latents give back of them; None where none are wanted."""
+    """A function that shows images above their reconstructions from the mode of the latents; None without images."""
     if args.validation_image:
-        pictures = picture_files(args.validation_image, data)
+        images = read_images(args.validation_image, data)
     else:
-        pictures = list(first_pictures(data, args.num_validation_images))
-    if not pictures:
+        images = list(first_images(data, args.num_validation_images))
+    if not images:
         return None
-    originals = np.stack(pictures)
+    originals = np.stack(images)
 
     @jax.jit
     def reconstruct(params: Params, pixels: jax.Array) -> jax.Array:
@@ -192,10 +204,11 @@ def validation_from(
 
 
 def save_measured(run: RunSettings, data: DataSettings, vae: AutoencoderKL, trained: Params) -> None:
-    """Complete ``OUTPUT/vae`` by the scaling factor of (at most 2048 of) the training pictures' latents."""
+    """Write the scaling factor to ``OUTPUT/vae``, measured on the latents of the first 2048 training images (or
+    fewer)."""
     if jax.process_index() != 0:
         return
-    deviation = latent_deviation(vae, trained["vae"], first_pictures(data, MEASURED), run.batch.train_batch_size)
+    deviation = latent_deviation(vae, trained["vae"], first_images(data, MEASURED), run.batch.train_batch_size)
     config = vae.config.replace(scaling_factor=round(1 / deviation, 5), sample_size=data.images.resolution)
     folder = Path(run.output_dir) / "vae"
     write_json(folder / "config.json", vae.clone(config=config).config_json())

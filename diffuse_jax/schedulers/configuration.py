@@ -69,7 +69,7 @@ class SchedulerConfig(Config):
 
     __signature__ = Settings()
     abstract: ClassVar[bool] = True
-    """The class is no sampler itself and is not in the registry; a subclass says so with ``abstract=True``."""
+    """Whether the class is not a sampler itself and not in the registry; declared with ``abstract=True``."""
     absent: ClassVar[tuple[str, ...]] = ()
     """Common settings that this scheduler does not have: its algorithm fixes them. Not read, not written."""
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -137,7 +137,7 @@ class SchedulerConfig(Config):
             raise ValueError(f"{cls.class_name}: a setting has the wrong type: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Every setting, the kept unknown ones and ``_class_name``: what PyTorch diffusers reads."""
+        """All settings, the preserved unknown ones and ``_class_name``, as PyTorch diffusers reads them."""
         left_out = {"given", *self.absent} - set(dict(self.extra))
         return {k: v for k, v in super().to_json().items() if k not in left_out}
 

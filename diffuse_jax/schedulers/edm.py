@@ -47,7 +47,7 @@ class EDMScheduler(ContinuousScheduler, abstract=True):
         return low, high
 
     def timestep(self, sigma: Array) -> Array:
-        """What the network is told at noise levels: ``c_noise``."""
+        """The network's noise conditioning ``c_noise`` at these noise levels."""
         return np.asarray(np.log(sigma) / 4)
 
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:

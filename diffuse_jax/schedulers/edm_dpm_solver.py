@@ -45,7 +45,7 @@ class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
 class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     """SDE-DPM-Solver++ whose noise is one Brownian path for each image (Stable Audio).
 
-    The network is told ``2 / pi * atan(sigma)``, the time of the cosine schedule. The key of ``plan.step`` chooses the
+    The network's time is ``2 / pi * atan(sigma)``, that of the cosine schedule. The key of ``plan.step`` chooses the
     path, which runs of more steps follow too.
     """
 

@@ -1,6 +1,6 @@
 """Noise levels of flow matching: Lipman et al. 2023 (arXiv 2210.02747) and Liu et al. 2023 (arXiv 2209.03003).
 
-Samples lie on lines ``x = (1 - sigma) * x0 + sigma * eps``; the network is told ``sigma * num_train_timesteps``.
+Samples lie on lines ``x = (1 - sigma) * x0 + sigma * eps``; the network's time is ``sigma * num_train_timesteps``.
 Larger images need more steps at high noise, so levels are *shifted* (Esser et al. 2024, arXiv 2403.03206,
 section 5.3.2), by a fixed factor or by one that depends on the size.
 """

@@ -81,8 +81,8 @@ class ShiftedFlowScheduler(FlowMatchScheduler, abstract=True):
 
     ``shift`` moves them to higher noise, or with ``use_dynamic_shifting`` ``mu`` does, an option of :meth:`plan` that
     :meth:`mu` gives. ``shift_terminal`` then stretches them to a last level, and one of the spacings of sigmas replaces
-    those in between. With ``invert_sigmas`` time runs the other way for the network: it is told
-    ``(1 - sigma) * num_train_timesteps`` and returns ``x0 - eps``.
+    those in between. With ``invert_sigmas`` the network's time runs in reverse: it is
+    ``(1 - sigma) * num_train_timesteps``, and the network returns ``x0 - eps``.
     """
 
     use_dynamic_shifting: bool = False

@@ -22,7 +22,7 @@ from diffuse_jax.schedulers.table import Grid, Row
 class IPNDMScheduler(ContinuousScheduler):
     """Multistep method of order 4 for networks that predict v (Dance Diffusion).
 
-    The network is told the time, from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)``. ``trained_betas`` are the sigmas
+    The network's time runs from 1 (noise) to 0 with ``sigma = sin(pi / 2 * t)``. ``trained_betas`` are the sigmas
     of a run of their own, ``num_train_timesteps`` of them: one per step and the final one.
 
     In pure noise, where noise alone says nothing about the image, the first step takes the image to be 0, as in

@@ -23,7 +23,7 @@ class KarrasEDMScheduler(ContinuousScheduler):
 
     The network's output is preconditioned: ``prediction_type`` is ``sample`` for the network F of the paper; what
     ``epsilon`` and ``v_prediction`` give is read as a clean sample and then taken for F. With ``clip_sample`` it is
-    clipped before that. The network is told ``log(sigma) / 4`` (``precondition_type="edm"``), ``250 * log(sigma)``
+    clipped before that. The network's time is ``log(sigma) / 4`` (``precondition_type="edm"``), ``250 * log(sigma)``
     (``"cm_edm"``) or sigma itself. Explicit timesteps are places in the list of ``num_train_timesteps`` levels, 0 being
     ``sigma_max``, in descending order; ``timestep_spacing`` has no influence.
     """
@@ -62,7 +62,7 @@ class KarrasEDMScheduler(ContinuousScheduler):
         return 0.0, self.num_train_timesteps - 1.0
 
     def timestep(self, sigma: Array) -> Array:
-        """What the network is told at noise levels: ``c_noise``."""
+        """The network's noise conditioning ``c_noise`` at these noise levels."""
         return sigma if self._rate is None else np.log(sigma) * self._rate
 
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:

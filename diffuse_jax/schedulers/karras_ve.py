@@ -26,9 +26,9 @@ from diffuse_jax.schedulers.table import Evaluation, Grid, Row
 class KarrasVeScheduler(ContinuousScheduler):
     """Heun steps from raised levels, spaced geometrically (table 1, column "VE"); samples are ``x0 + sigma * eps``.
 
-    The network sees the sample as it is and is told its sigma. ``s_churn``, ``s_min``, ``s_max`` and ``s_noise`` are
-    those of alg. 2. As in diffusers, the levels go from ``sigma_max ** 2`` to ``sigma_min ** 2``, the first sample has
-    the spread ``sigma_max``, and the network predicts the negative noise (``sigma`` times the score).
+    The network is conditioned on sigma and sees the unscaled sample. ``s_churn``, ``s_min``, ``s_max`` and ``s_noise``
+    are those of alg. 2. As in diffusers, the levels go from ``sigma_max ** 2`` to ``sigma_min ** 2``, the first sample
+    has the spread ``sigma_max``, and the network predicts the negative noise (``sigma`` times the score).
 
     Option of :meth:`plan`: with ``as_published=True`` the levels are the paper's, from ``sigma_max`` to ``sigma_min``,
     and the network predicts the noise.

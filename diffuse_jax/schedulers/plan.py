@@ -116,7 +116,8 @@ class Plan:
           known: 1 where the image is known, 0 where not, of a shape that broadcasts to the sample's.
         """
         known = jnp.broadcast_to(_f32(known), state.sample.shape)
-        # A choice, not a weighted sum, where the mask is sharp: whatever stands in the unknown part stays out.
+        # A selection instead of a weighted sum if the mask is binary, so that no value of the unknown part leaks
+        # through.
         there = jnp.where(known > 0, self.noised(x0, noise, jnp.asarray(i) + 1), 0.0)
         return state._replace(sample=known * there + (1 - known) * state.sample)
 
@@ -234,7 +235,7 @@ def check_key(key: jax.Array | None, batch: int) -> jax.Array:
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal numbers in float32, whatever JAX's default is."""
+    """Standard normal noise in float32, whatever JAX's default dtype is."""
     return jax.random.normal(key, shape, jnp.float32)
 
 

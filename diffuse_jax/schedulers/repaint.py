@@ -41,7 +41,7 @@ class RePaintScheduler(Scheduler):
     Options of :meth:`plan`: ``jump_length``, how many steps a jump goes back, and ``jump_n_sample``, how often each
     stretch of that length is run (figures 9 and 10 of the paper); 10 and 10 if not given. A jump adds the noise of
     training steps that begin at the timestep of the evaluation before it, as in diffusers, which is a little more than
-    takes the sample to the level that the network is told next; with ``as_published=True`` it is that.
+    takes the sample to the level of the next evaluation; with ``as_published=True`` it is exactly that.
     """
 
     eta: float = 0.0
@@ -80,9 +80,9 @@ class RePaintScheduler(Scheduler):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             mean, std = ddim_step(e, grid.target[i], self.eta)
             (alpha, sigma), up = grid.target[i], grid.source[i + 1] if i + 1 < n else grid.target[i]
-            start, told = int(grid.timesteps[i]), int(grid.timesteps[min(i + 1, n - 1)])
-            if told > start - stride and i + 1 < n and not as_published:  # a jump
-                a2 = self.alpha_bar[told + stride - 1] / (self.alpha_bar[start - 1] if start > 0 else 1.0)
+            start, following = int(grid.timesteps[i]), int(grid.timesteps[min(i + 1, n - 1)])
+            if following > start - stride and i + 1 < n and not as_published:  # a jump
+                a2 = self.alpha_bar[following + stride - 1] / (self.alpha_bar[start - 1] if start > 0 else 1.0)
                 up = np.sqrt([a2 * alpha**2, 1 - a2 * alpha**2])
             a = up[0] / alpha
             b2 = max(0.0, up[1] ** 2 - (a * sigma) ** 2)

@@ -1,4 +1,4 @@
-"""Checks what a caller asks of a run: the number of steps or which ones, and which part of them to run."""
+"""Validates the steps that a caller requests: their number or an explicit list, and the part of them to run."""
 
 from __future__ import annotations
 

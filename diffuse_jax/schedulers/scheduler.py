@@ -127,7 +127,7 @@ class Scheduler(SchedulerConfig, abstract=True):
 
     @property
     def learned_variance(self) -> str:
-        """What the second half of the network's output says: "" (ignored), "learned" or "learned_range"."""
+        """How the second half of the network's output is used: "" (ignored), "learned" or "learned_range"."""
         return ""
 
     def _correction(self) -> dict[str, Any]:

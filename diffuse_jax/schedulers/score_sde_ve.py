@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class ScoreSdeVeScheduler(ContinuousScheduler):
     """Reverse diffusion between noise levels evenly spaced in the logarithm, for networks that return the score.
 
-    Samples are ``x0 + sigma * eps``; the network sees them as they are and is told ``sigma``. A last step
+    Samples are ``x0 + sigma * eps``; the network sees them unscaled, conditioned on ``sigma``. A last step
     to a clean sample adds no noise.
     ``snr`` is the size of a corrector's step relative to its noise, ``correct_steps`` how many of them are made before
     each prediction; see the module and :meth:`correct`.
@@ -67,12 +67,12 @@ class ScoreSdeVeScheduler(ContinuousScheduler):
             raise ValueError(f"{self.class_name} tells the network sigma; give sigmas= instead of timesteps=")
         if sigmas is None:
             sigmas = np.append(np.geomspace(self.sigma_max, self.sigma_min, n), 0.0)
-            # The network is told the level at a time between 1 and sampling_eps, hardly different from the sample's.
-            told = self.sigma_min * (self.sigma_max / self.sigma_min) ** np.linspace(1, self.sampling_eps, n)
+            # The network gets the level at a time between 1 and sampling_eps, which hardly differs from the sample's.
+            conditioning = self.sigma_min * (self.sigma_max / self.sigma_min) ** np.linspace(1, self.sampling_eps, n)
         else:
-            told = sigmas[:-1]
+            conditioning = sigmas[:-1]
         levels = np.stack(self.level(sigmas), -1)
-        return Grid(told, levels[:-1], levels[1:], init_scale=sigmas[0])
+        return Grid(conditioning, levels[:-1], levels[1:], init_scale=sigmas[0])
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         for t, source, (_, sigma) in zip(grid.timesteps[begin:], grid.source[begin:], grid.target[begin:], strict=True):

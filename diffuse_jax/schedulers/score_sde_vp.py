@@ -19,7 +19,7 @@ from diffuse_jax.schedulers.table import Grid, Row
 class ScoreSdeVpScheduler(ContinuousScheduler):
     """Euler-Maruyama steps of equal length on the reverse SDE, for networks that predict the noise.
 
-    The network is told the time, from 1 to ``sampling_eps``. The last step adds no noise.
+    The network's time runs from 1 to ``sampling_eps``. The last step adds no noise.
     """
 
     num_train_timesteps: int = 2000

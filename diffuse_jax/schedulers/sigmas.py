@@ -37,7 +37,7 @@ def check_no_spacing(scheduler: object, name: str) -> None:
 
 
 def respaced(scheduler: object, sigma_min: float, sigma_max: float, n: int) -> Array:
-    """``n`` sigmas spaced as the configuration says; its ``sigma_min`` and ``sigma_max`` win over the arguments."""
+    """``n`` sigmas spaced as the configuration says; its ``sigma_min`` and ``sigma_max`` override the arguments."""
     low, high = getattr(scheduler, "sigma_min", None), getattr(scheduler, "sigma_max", None)
     spacing = SPACINGS[sigma_spacing(scheduler) or ""]
     return spacing(sigma_min if low is None else low, sigma_max if high is None else high, n)

@@ -39,7 +39,7 @@ class Grid:
     """Where a sampler evaluates the network.
 
     Attributes:
-      timesteps: ``[n]``, what the network is told.
+      timesteps: ``[n]``, passed to the network.
       source: ``[n, 2]``, (alpha, sigma) of the sample before each step, in the sampler's own coordinates.
       target: ``[n, 2]``, (alpha, sigma) after each step.
       init_scale: factor that turns Gaussian noise into the first sample.
@@ -152,7 +152,7 @@ class Table:
     """A whole sampling run in float64; n is the number of model evaluations.
 
     Attributes:
-      timesteps, input_scale: ``[n]``, what the network is told and what the sample is multiplied by before it sees it.
+      timesteps, input_scale: ``[n]``, the timestep passed to the network, and the factor on the sample that it sees.
       to_x0: ``[n, 2]``, ``x0 = to_x0[0] * x + to_x0[1] * output``.
       levels: ``[n + 1, 2]``, (alpha, sigma) of the sample at each evaluation; the last entry is after the run.
       known: ``[n + 1, 2]``, (alpha, sigma) to which a known image is noised before each evaluation: ``levels``, but

@@ -25,8 +25,8 @@ from diffuse_jax.training.latent import (
     Combine,
     denoising_loss,
     finish,
+    micro_conditioning,
     networks,
-    sizes_of,
     tokenizers_of,
     whole,
     with_lora,
@@ -109,8 +109,8 @@ def named_pairs(pairs: Mapping[str, Params]) -> dict[str, np.ndarray]:
 
 def batch_of(pipe: DiffusionPipeline, examples: Sequence[Example]) -> Batch:
     """The batch of captioned images of one size, arrays ``[B,...]``, as a trainer's data workers compute it."""
-    micro_conditioning = functools.partial(sizes_of, True) if "text_encoder_2" in pipe.components else None
-    rows = [finish(tokenizers_of(pipe), micro_conditioning, None, None, example) for example in examples]
+    time_ids = functools.partial(micro_conditioning, True) if "text_encoder_2" in pipe.components else None
+    rows = [finish(tokenizers_of(pipe), time_ids, None, None, example) for example in examples]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -1,1 +1,2 @@
-"""What every training script shares: fresh numbers, data, noise and targets, the step, checkpoints and logs."""
+"""What all training scripts share: initial parameters, data, noise and targets, the training step, checkpoints,
+logs."""

@@ -1,4 +1,4 @@
-"""The loss of an autoencoder: pixels, edges, divergence, and if wanted a perceptual and an adversarial term."""
+"""The loss of an autoencoder: pixels, edges, KL divergence, and optionally a perceptual and an adversarial term."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from diffuse_jax.training.latent import normalised
 from diffuse_jax.training.perceptual import perceptual_distance
 from diffuse_jax.training.state import Metrics
 
-LARGEST_BALANCE = 1e4
+MAX_BALANCE = 1e4
 BALANCE_EPSILON = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The networks that judge a reconstruction, and the weights of what they say.
+    """The terms of an autoencoder's loss: their networks and weights.
 
     Attributes:
-      vae: what is trained.
-      kl_weight: of the divergence from a standard normal, per latent number.
-      edge_weight: of the mean absolute error in differences of neighbouring pixels.
-      perceptual_weight: of :func:`~diffuse_jax.training.perceptual.perceptual_distance`.
-      perceptual: its network; None for none.
-      discriminator: trained beside the autoencoder; None for none.
-      discriminator_weight: of the adversarial term, besides :func:`balance`.
-      discriminator_start: updates before the discriminator is trained and heard.
+      vae: the autoencoder to train.
+      kl_weight: weight of the KL divergence from a standard normal distribution, per latent element.
+      edge_weight: weight of the mean absolute error in the differences of neighbouring pixels.
+      perceptual_weight: weight of :func:`~diffuse_jax.training.perceptual.perceptual_distance`.
+      perceptual: name of the network of the perceptual distance; None to omit the term.
+      discriminator: trained together with the autoencoder; None to omit the adversarial term.
+      discriminator_weight: weight of the adversarial term, multiplied by :func:`balance`.
+      discriminator_start: training step from which the discriminator is trained and used.
     """
 
     vae: AutoencoderKL
@@ -49,17 +49,18 @@ class Terms:
 def autoencoder_loss(
     terms: Terms, trainable: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """The loss of random latents' reconstructions.
+    """The loss of images reconstructed from sampled latents, and its metrics.
 
     Args:
-      terms: of the loss.
-      trainable: ``vae`` and, if there is one, ``discriminator``. The one's gradient is of its own loss (all terms but
-        the last), the other's of its own (the last: :func:`hinge_loss`).
-      frozen: ``perceptual``, if there is such a term, and ``vae``, the parts of the autoencoder that stay as they are,
-        if there are any; :func:`decoder_alone` divides one.
-      batch: ``pixel_values`` uint8 ``[B,H,W,3]`` and, if there is a discriminator, ``update`` int32 ``[B]``: how many
-        updates came before.
-      key: of the latents' noise.
+      terms: the terms of the loss.
+      trainable: parameters of ``vae`` and, if there is one, of ``discriminator``. The gradient of the autoencoder is
+        that of all terms but the discriminator's loss (:func:`hinge_loss`); the discriminator's is that of its loss
+        alone.
+      frozen: parameters of ``perceptual``, if there is such a term, and of the frozen modules of ``vae``, if any; see
+        :func:`split_decoder`.
+      batch: ``pixel_values`` uint8 ``[B,H,W,3]`` and, if there is a discriminator, ``update`` int32 ``[B]``, the number
+        of training steps before this one.
+      key: random key of the latents' noise.
     """
     x, vae = normalised(batch["pixel_values"]), {**frozen.get("vae", {}), **trainable["vae"]}
     posterior = terms.vae.apply({"params": vae}, x, method="encode")
@@ -74,22 +75,23 @@ def autoencoder_loss(
 
 
 DECODER = ("decoder", "post_quant_conv")
-"""The parts of an autoencoder that turn latents into images."""
+"""The modules of an autoencoder that decode latents to images."""
 
 
-def decoder_alone(params: Params) -> tuple[Params, Params]:
-    """An autoencoder's parameters as (those of the decoder, the others), to train the first and keep the latents."""
-    decoder = {name: own for name, own in params.items() if name in DECODER}
-    return decoder, {name: own for name, own in params.items() if name not in DECODER}
+def split_decoder(params: Params) -> tuple[Params, Params]:
+    """Split an autoencoder's parameters into (decoder, encoder), to train only the decoder and so keep the latents."""
+    decoder = {name: module for name, module in params.items() if name in DECODER}
+    return decoder, {name: module for name, module in params.items() if name not in DECODER}
 
 
 def decode(vae: AutoencoderKL, params: Params, z: jax.Array) -> jax.Array:
-    """Pictures float32 ``[B,H,W,3]`` of latents as the encoder makes them."""
+    """Images float32 ``[B,H,W,3]`` decoded from unscaled latents ``z [B,h,w,c]``."""
     return vae.apply({"params": params}, z, method="decode").astype(jnp.float32)
 
 
 def reconstruction_loss(terms: Terms, frozen: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Metrics]:
-    """How far pictures ``y`` are from ``x``, both float32 ``[B,H,W,3]`` in [-1, 1]: every term but the adversarial."""
+    """The loss of reconstructions ``y`` of ``x``, both float32 ``[B,H,W,3]`` in [-1, 1], without the adversarial
+    term."""
     pixels = jnp.abs(y - x).mean()
     down, right = (jnp.abs(jnp.diff(y - x, axis=axis)).mean() for axis in (1, 2))
     edges = down + right
@@ -111,63 +113,64 @@ def adversarial_loss(
     judge: Callable[[jax.Array], tuple[jax.Array, Metrics]],
     update: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """Reconstruction, adversarial and discriminator's loss in one number, of which each network gets its own gradient.
+    """Reconstruction, adversarial and discriminator losses in one scalar, from which each network gets its own
+    gradient.
 
-    What decides the pictures' gradient is worked out once, at the pictures: it gives the balance of the two terms at
-    the decoder's last kernel, and with the balance known it goes through the decoder in one pass.
+    The gradients with respect to the reconstructed images are computed once. They yield the balance of the two terms at
+    the decoder's last kernel, and their weighted sum is then propagated through the decoder in a single pass.
     """
-    params, own = trainable["vae"], trainable["discriminator"]
+    params, critic = trainable["vae"], trainable["discriminator"]
     assert terms.discriminator is not None
-    discriminate = lambda own, pictures: terms.discriminator.apply({"params": own}, pictures).astype(jnp.float32)
+    discriminate = lambda params, images: terms.discriminator.apply({"params": params}, images).astype(jnp.float32)
     last = lambda kernel: decode(terms.vae, with_last_kernel(params, kernel), z)
     y, pull = jax.vjp(last, params["decoder"]["conv_out"]["kernel"])
-    seen, fixed = jax.lax.stop_gradient((y, own))
-    (value, metrics), toward_x = jax.value_and_grad(judge, has_aux=True)(seen)
-    deceit, toward_real = jax.value_and_grad(lambda y: -discriminate(fixed, y).mean())(seen)
+    fake_images, frozen_critic = jax.lax.stop_gradient((y, critic))
+    (value, metrics), toward_x = jax.value_and_grad(judge, has_aux=True)(fake_images)
+    adversarial, toward_real = jax.value_and_grad(lambda y: -discriminate(frozen_critic, y).mean())(fake_images)
     active = (update.max() >= terms.discriminator_start).astype(jnp.float32)
     ratio = jax.lax.stop_gradient(balance(pull(toward_x)[0], pull(toward_real)[0]))
     weight = active * ratio * terms.discriminator_weight
-    real, fake = discriminate(own, x), discriminate(own, seen)
-    detected = hinge_loss(real, fake)
-    metrics |= {"adversarial": deceit, "balance": ratio, "discriminator": detected}
+    real, fake = discriminate(critic, x), discriminate(critic, fake_images)
+    critic_loss = hinge_loss(real, fake)
+    metrics |= {"adversarial": adversarial, "balance": ratio, "discriminator": critic_loss}
     metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-    total = value + weight * deceit + active * detected
+    total = value + weight * adversarial + active * critic_loss
     return with_gradient(total, toward_x + weight * toward_real, y), metrics
 
 
 def with_last_kernel(params: Params, kernel: jax.Array) -> Params:
-    """An autoencoder's parameters with another kernel of the decoder's last convolution."""
+    """An autoencoder's parameters with the kernel of the decoder's last convolution replaced."""
     last = {**params["decoder"]["conv_out"], "kernel": kernel}
     return {**params, "decoder": {**params["decoder"], "conv_out": last}}
 
 
 def balance(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
-    """How much the adversarial term must count to change the last layer as much as reconstruction does (eq. 7).
+    """The weight at which the adversarial term changes the last layer as much as the reconstruction does (eq. 7).
 
-    Both are gradients of the decoder's last kernel. As in the authors' code the small number of the denominator is
-    1e-4, and the ratio is at most 1e4.
+    Both arguments are gradients of the decoder's last kernel. As in the authors' code, the epsilon of the denominator
+    is 1e-4, and the ratio is at most 1e4.
     """
     norm = lambda gradient: jnp.sqrt(jnp.square(gradient).sum())
-    return jnp.minimum(norm(reconstruction) / (norm(adversarial) + BALANCE_EPSILON), LARGEST_BALANCE)
+    return jnp.minimum(norm(reconstruction) / (norm(adversarial) + BALANCE_EPSILON), MAX_BALANCE)
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's loss of its logits (Lim and Ye 2017, with the authors' factor 1/2)."""
+    """The discriminator's hinge loss from its logits (Lim and Ye 2017, with the authors' factor 1/2)."""
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
 
 def with_gradient(value: jax.Array, gradient: jax.Array, at: jax.Array) -> jax.Array:
-    """``value``, to whose gradient ``gradient`` at the array ``at`` of the same shape is added."""
+    """``value``, with ``gradient`` added to its gradient with respect to the array ``at`` of the same shape."""
     return value + (jax.lax.stop_gradient(gradient) * (at - jax.lax.stop_gradient(at))).sum()
 
 
-def latent_deviation(vae: AutoencoderKL, params: Params, pictures: Iterable[np.ndarray], batch: int) -> float:
-    """Standard deviation of all numbers in the latents' means of ``pictures`` (uint8 ``[H,W,3]`` each).
+def latent_deviation(vae: AutoencoderKL, params: Params, images: Iterable[np.ndarray], batch: int) -> float:
+    """Standard deviation over all elements of the latent means of ``images`` (uint8 ``[H,W,3]`` each).
 
     Args:
-      vae, params: the autoencoder.
-      pictures: all of one size; only a batch of them is held at a time.
-      batch: pictures that are encoded together.
+      vae, params: the autoencoder and its parameters.
+      images: images of the same size; only one batch of them is held at a time.
+      batch: number of images that are encoded together.
     """
 
     @jax.jit
@@ -176,7 +179,7 @@ def latent_deviation(vae: AutoencoderKL, params: Params, pictures: Iterable[np.n
         axes = (1, 2, 3)
         return jnp.stack([posterior.mean.mean(axes), jnp.square(posterior.mean).mean(axes)])
 
-    found, rest = [], iter(pictures)
+    found, rest = [], iter(images)
     while held := list(itertools.islice(rest, batch)):
         chunk = np.stack(held)
         pad = np.zeros((batch - len(chunk), *chunk.shape[1:]), np.uint8)  # one shape, one program

@@ -1,4 +1,4 @@
-"""What the training loop asks of its data, how large a batch is, and the simplest thing that answers."""
+"""The interface between the training loop and its data, and its simplest implementation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
     pass
 
 Batch = dict[str, np.ndarray]
-"""Arrays ``[rows, ...]``: the rows of an update that this process provides, all accumulation steps together."""
+"""Arrays ``[rows, ...]``: the rows of a training step that this process provides, all accumulation steps together."""
 
 
 class Batches(Protocol):
-    """An endless iterator over the batches of a run that can say where it is, and go there.
+    """An endless iterator over the batches of a run whose position can be saved and restored.
 
     Attributes:
-      names: what the batch returned last was made of (files or keys), so that an error can name it.
+      names: the files or keys of the examples in the batch returned last, for error messages.
     """
 
     names: Sequence[str]
@@ -26,14 +26,14 @@ class Batches(Protocol):
     def __next__(self) -> Batch: ...
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the batch returned last, as something JSON can hold; part of every checkpoint."""
+        """The position after the batch returned last, serialisable as JSON; part of every checkpoint."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position: the next batch is the one that would have followed there."""
+        """Restore a position: the next batch is the one that would have followed it."""
 
 
-class Numbered:
-    """Batches that are a function of their number."""
+class IndexedBatches:
+    """Batches that are a function of their index."""
 
     def __init__(self, batch: Callable[[int], Batch], name: Callable[[int], Sequence[str]] = lambda n: ()) -> None:
         self._batch, self._name = batch, name
@@ -52,8 +52,11 @@ class Numbered:
         self._next = state["batch"]
 
 
-class Counted:
-    """Other batches with ``update`` int32 ``[rows]``: how many came before. For losses that change with time."""
+class WithStepIndex:
+    """Adds ``update`` int32 ``[rows]``, the index of the training step, to other batches.
+
+    This is for losses that change during the run.
+    """
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -65,7 +68,7 @@ class Counted:
 
     @property
     def total(self) -> int | None:
-        """Examples in an epoch, if the other batches know it."""
+        """The number of examples in an epoch, if it is known."""
         return getattr(self._batches, "total", None)
 
     def __next__(self) -> Batch:
@@ -82,5 +85,5 @@ class Counted:
         self._batches.set_state(state["batches"])
 
     def close(self) -> None:
-        """Close the other batches, if they can be closed."""
+        """Close the underlying batches, if they can be closed."""
         getattr(self._batches, "close", lambda: None)()

@@ -1,4 +1,4 @@
-"""What the networks of a latent model are given: worked out in every step, or once before the run."""
+"""The inputs of a latent model's networks: computed in every training step, or cached once before the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffuse_jax.training.data import (
     Source,
     buckets_from,
     cache_captions,
-    cache_pictures,
+    cache_images,
     check_sides,
     fingerprint_params,
     source_from,
@@ -31,19 +31,20 @@ from diffuse_jax.training.data import (
 from diffuse_jax.training.data.sources import Record
 from diffuse_jax.training.latent import (
     finish,
+    micro_conditioning,
     normalised,
-    prompt_states,
-    sizes_of,
+    prompt_embeddings,
     token_ids,
     tokenizers_of,
 )
 from diffuse_jax.training.latent_model import component_from
 from diffuse_jax.training.settings import ModelSettings
 
-Told = Callable[[Example], np.ndarray] | None
+TimeIds = Callable[[Example], np.ndarray] | None
+"""Makes SDXL's micro-conditioning ``time_ids [6]`` of an example; None for other models."""
 
 PIXELS_AT_ONCE = 2**21
-"""Pixels that are encoded in one call: eight pictures of 512 x 512."""
+"""Number of pixels that are encoded in one call: eight images of 512 x 512."""
 
 
 class Inputs(NamedTuple):
@@ -52,8 +53,8 @@ class Inputs(NamedTuple):
     Attributes:
       source: the data set; None for the stream that the settings describe.
       finish: makes the arrays of one example.
-      pixels: whether it needs the picture.
-      unused: networks that have done all their work already.
+      pixels: whether ``finish`` needs the pixels of the image.
+      unused: networks that the run no longer needs, because their outputs are cached.
     """
 
     source: Source | None
@@ -62,8 +63,8 @@ class Inputs(NamedTuple):
     unused: tuple[str, ...]
 
 
-class Repeated:
-    """Another source so many times over: a handful of pictures still fills an update."""
+class RepeatedSource:
+    """Another source repeated several times, so that even a handful of images fills a batch."""
 
     def __init__(self, source: Source, times: int) -> None:
         self._source, self._times = source, times
@@ -86,53 +87,58 @@ def inputs_from(
     times: int = 1,
     true_sizes: bool = True,
 ) -> Inputs:
-    """What the networks are given.
+    """The data source of a run and the function that makes the networks' inputs from it, with caches where requested.
 
     Args:
-      data: the data set, and what of it is cached.
-      model: where the pipeline came from.
+      data: the data set, and what to cache.
+      model: where the pipeline was loaded from.
       pipe: the pipeline to train.
-      trained: networks that change during the run.
-      source: instead of the one that the settings describe.
-      times: repeat it so often.
-      true_sizes: tell SDXL the size of each picture and where it was cut; else that all are whole and of the target's
-        size.
+      trained: names of the networks that are trained.
+      source: a source to use instead of the one that the settings describe.
+      times: number of times the source is repeated.
+      true_sizes: whether SDXL's micro-conditioning is the true original size and crop of each image; otherwise every
+        image counts as uncropped and as having the target size.
 
     Raises:
-      ValueError: a cache of what changes during the run, or pictures of a size that the autoencoder cannot take.
+      ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
     """
     encoders = [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
     if data.caches.cache_text_embeddings and set(encoders) & set(trained):
-        raise ValueError("--cache_text_embeddings keeps what the text encoder says now, but it is trained")
+        raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
     check_sides(data.images, pipe.components["vae"].config.scale)
     if pipe.components["unet"].config.sample_size is not None:
         warn_of_size(data.images, output_size(pipe, None, None))
-    told: Told = None
+    time_ids: TimeIds = None
     if pipe.components["unet"].config.addition_embed_type == "text_time":
-        told = functools.partial(sizes_of, true_sizes)
+        time_ids = functools.partial(micro_conditioning, true_sizes)
     if source is None and data.streaming:
-        return Inputs(None, functools.partial(finish, tokenizers_of(pipe), told, None, None), True, ())
+        return Inputs(None, functools.partial(finish, tokenizers_of(pipe), time_ids, None, None), True, ())
 
     rows = source_from(data) if source is None else source
-    pictures = latent_cache(data, model, pipe, rows, told, true_sizes) if data.caches.cache_latents else None
+    latents = latent_cache(data, model, pipe, rows, time_ids, true_sizes) if data.caches.cache_latents else None
     texts = text_cache(data, model, pipe, rows) if data.caches.cache_text_embeddings else None
-    make = functools.partial(finish, {} if texts else tokenizers_of(pipe), told, pictures, texts)
-    unused = [*(["vae"] if pictures else []), *(encoders if texts else [])]
+    make = functools.partial(finish, {} if texts else tokenizers_of(pipe), time_ids, latents, texts)
+    unused = [*(["vae"] if latents else []), *(encoders if texts else [])]
     if times > 1:
         make = functools.partial(finish_repeated, make, len(rows))
-        rows = Repeated(rows, times)
-    return Inputs(rows, make, pictures is None, tuple(unused))
+        rows = RepeatedSource(rows, times)
+    return Inputs(rows, make, latents is None, tuple(unused))
 
 
 def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:
-    """``make`` for an example of a repeated source."""
+    """``make`` applied to an example of a repeated source, with the index of the example in the original source."""
     return make(dataclasses.replace(example, index=example.index % length))
 
 
 def latent_cache(
-    data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source, told: Told, true_sizes: bool
+    data: DataSettings,
+    model: ModelSettings,
+    pipe: DiffusionPipeline,
+    source: Source,
+    time_ids: TimeIds,
+    true_sizes: bool,
 ) -> Callable[[Example], Batch]:
-    """``moments [h,w,2c]`` of every picture's latents and, for SDXL, ``time_ids [6]``."""
+    """A cache of ``moments [h,w,2c]`` of every image's latent distribution and, for SDXL, of ``time_ids [6]``."""
     vae, params = component_from(model, pipe, "vae")
     encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
 
@@ -141,25 +147,26 @@ def latent_cache(
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
         parts = [encode(params, pixels[i : i + at_once]) for i in range(0, len(pixels), at_once)]
         found = {"moments": np.concatenate([np.asarray(part, np.float32) for part in parts])}
-        return found | ({"time_ids": np.stack([told(example) for example in examples])} if told else {})
+        return found | ({"time_ids": np.stack([time_ids(example) for example in examples])} if time_ids else {})
 
-    key = {"vae": network_key(vae, params), "sizes": true_sizes if told else None}
+    key = {"vae": network_key(vae, params), "sizes": true_sizes if time_ids else None}
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
-    return cache_pictures(folder, "latents", key, source, transform_from(data), compute, buckets)
+    return cache_images(folder, "latents", key, source, transform_from(data), compute, buckets)
 
 
 def text_cache(
     data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source
 ) -> Callable[[Example], Batch]:
-    """``states [L,D]`` and, for SDXL, ``pooled [P]`` of every caption and of the empty one."""
+    """A cache of the prompt embeddings of every caption and of the empty prompt: ``states [L,D]``, for SDXL also
+    ``pooled [P]``."""
     tokenizers = tokenizers_of(pipe)
     opened = {name: component_from(model, pipe, name) for name in tokenizers}
     models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
-    text = jax.jit(lambda params, ids: prompt_states(pipe.family, models, params, ids))
+    text = jax.jit(lambda params, ids: prompt_embeddings(pipe.family, models, params, ids))
 
     def compute(captions: list[str]) -> Batch:
         ids = lambda tokenizer, length: np.stack([token_ids(tokenizer, length, caption) for caption in captions])
-        out = text(params, {name: ids(*own) for name, own in tokenizers.items()})
+        out = text(params, {name: ids(*tokenizer) for name, tokenizer in tokenizers.items()})
         return {name: np.asarray(value, np.float32) for name, value in out.items()}
 
     key = {name: network_key(models[name], params[name]) for name in tokenizers}
@@ -169,5 +176,5 @@ def text_cache(
 
 
 def network_key(model: Any, params: Params) -> str:
-    """What a network's outputs depend on."""
+    """Everything that a network's outputs depend on, as part of the key of a cache."""
     return f"{model.config} {jnp.dtype(model.dtype)} {fingerprint_params(params)}"

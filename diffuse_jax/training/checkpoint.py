@@ -1,9 +1,9 @@
-"""Checkpoints of a whole run in ``OUTPUT/checkpoint-N``, N being the number of updates made.
+"""Checkpoints of a run in ``OUTPUT/checkpoint-N``, where N is the number of completed training steps.
 
-A checkpoint holds the training state (``state``, orbax), the position of the data of every process (``data-P.json``)
-and what ``export`` writes. All of it is made in ``.checkpoint-N.partial``, which takes its name when everything is on
-disk: a folder that is called ``checkpoint-N`` is whole, however the run ended. It goes the same way when it is removed.
-Checksums of its files (``checksums.json``) are compared before anything of it is read.
+A checkpoint contains the training state (``state``, orbax), the data position of every process (``data-P.json``) and
+what ``export`` writes. It is written to ``.checkpoint-N.partial``, which is renamed once everything is on disk: a
+folder called ``checkpoint-N`` is always complete, however the run ended. Removing a checkpoint starts with renaming it,
+for the same reason. Checksums of its files (``checksums.json``) are verified before anything is read from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from diffuse_jax.errors import bad
 from diffuse_jax.limits import parse_json, read_bounded
-from diffuse_jax.training.checksums import the_same, verify, write_checksums
+from diffuse_jax.training.checksums import not_replaced, verify, write_checksums
 from diffuse_jax.training.folder import in_use, unused
 from diffuse_jax.training.state import TrainState
 from diffuse_jax.writing import SUFFIX, naming, only_writer
@@ -36,11 +36,11 @@ STATE = "state"
 
 
 class Position(NamedTuple):
-    """Where the data of a run is; one for each process.
+    """The position of a run in its data; one for each process.
 
     Attributes:
-      batches: what :meth:`diffuse_jax.training.batches.Batches.get_state` returned.
-      rows: pictures of one update, all processes and accumulation steps together.
+      batches: the value of :meth:`diffuse_jax.training.batches.Batches.get_state`.
+      rows: number of images per training step, over all processes and accumulation steps.
       processes: number of processes of the run.
     """
 
@@ -50,7 +50,7 @@ class Position(NamedTuple):
 
 
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """The checkpoints of a run that can be resumed by number of updates, oldest first."""
+    """The checkpoints of a run that can be resumed, by number of training steps, oldest first."""
     found = {
         int(m[1]): p for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     }
@@ -58,15 +58,15 @@ def checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run, one after the other, while training goes on.
+    """Writes the checkpoints of a run, one after the other, while training continues.
 
     Args:
-      output_dir: the folder of the run; all processes must see the same.
-      limit: how many checkpoints stay. Before a save the oldest go until ``limit - 1`` are left, but never the last
-        one: that goes when the new one is whole. None keeps all.
+      output_dir: the folder of the run, the same for all processes.
+      limit: maximum number of checkpoints to keep. Before a save, the oldest are removed until ``limit - 1`` are left,
+        but never the last one: it is removed once the new one is complete. None keeps all.
 
     Attributes:
-      written: step of the last checkpoint that is on disk; None before that.
+      written: step of the last checkpoint that is on disk; None if there is none yet.
 
     Raises:
       ValueError: ``limit`` is less than 1.
@@ -80,25 +80,25 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._commit: Future[None] | None = None
         self.written: int | None = None
-        logging.getLogger("absl").addFilter(_not_raised_too)
+        logging.getLogger("absl").addFilter(_without_traceback)
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".checkpoint-*"):
-                with unused(left) as is_left_over:  # and not another run's, who is still writing it
+                with unused(left) as is_left_over:  # otherwise another run is still writing it
                     if is_left_over:
                         shutil.rmtree(left, ignore_errors=True)
 
     def save(
         self, step: int, state: TrainState, position: Position, export: Callable[[Path], None] | None = None
     ) -> None:
-        """Begin to write ``checkpoint-{step}``; returns as soon as ``state`` may be given away.
+        """Begin to write ``checkpoint-{step}``; returns as soon as ``state`` may be donated.
 
         All processes must call it. ``export`` runs at once, on process 0 only.
 
         Raises:
-          FloatingPointError: the state has numbers that are not finite; nothing is written or removed.
+          FloatingPointError: the state has values that are not finite; nothing is written or removed.
           FileExistsError: another process is writing the checkpoint of this step.
-          OSError: the save before this one failed; the text names its checkpoint.
+          OSError: the previous save failed; the message names its checkpoint.
         """
         self.wait()
         if not bool(_finite(state)):
@@ -110,7 +110,7 @@ class Checkpoints:
                 stack.enter_context(only_writer(self.folder / f"checkpoint-{step}"))
                 if export is not None:
                     export(new)
-            meet("checkpoint folder")
+            barrier("checkpoint folder")
             data = new / f"data-{jax.process_index()}.json"
             with naming(data):
                 data.write_text(json.dumps(position._asdict()), encoding="utf-8")
@@ -131,18 +131,18 @@ class Checkpoints:
         self.written = step
 
     def _remove_oldest(self, before: int, keep: int | None) -> None:
-        """Checkpoints of later steps belong to a run that was left behind; they count as the oldest."""
+        """Remove the oldest checkpoints; those of later steps come from an abandoned run and count as the oldest."""
         found = list(checkpoints(self.folder))
         old = [n for n in found if n > before] + [n for n in found if n < before]
         for n in [] if keep is None else old[: max(0, len(old) - keep)]:
             with unused(self.folder / f"checkpoint-{n}") as is_unused:
-                if is_unused:  # else its turn comes with the next save
+                if is_unused:  # otherwise it is removed at the next save
                     remove(self.folder / f"checkpoint-{n}")
 
     def wait(self) -> None:
-        """Until the last save is on disk, on all processes; what made it fail is raised."""
+        """Wait until the last save is on disk, on all processes; raises the error if it failed."""
         if self._written():
-            meet("checkpoint written")
+            barrier("checkpoint written")
 
     def _written(self) -> bool:
         """Wait for this process's part of the last save; False if there is none to wait for."""
@@ -154,30 +154,31 @@ class Checkpoints:
         except Exception:
             self._commit = None
             raise
-        self._commit = None  # not where a signal ends the waiting: it can be waited for again
+        self._commit = None  # kept if a signal interrupts the wait, so that it can be waited for again
         return True
 
     def close(self) -> None:
-        """End the threads; what is being written is finished. Also where another process may have failed."""
+        """Finish the current save and end the threads; safe to call even if another process may have failed."""
         try:
             self._written()
         finally:
             self._thread.shutdown()
             self._orbax.close()
-            logging.getLogger("absl").removeFilter(_not_raised_too)
+            logging.getLogger("absl").removeFilter(_without_traceback)
 
 
-def _not_raised_too(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of each exception in each of its threads; they are raised here anyway."""
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Filter that drops the tracebacks which Orbax logs in each of its threads: the exceptions are raised here
+    anyway."""
     return record.exc_info is None
 
 
 @contextmanager
 def _writing(checkpoint: Path) -> Iterator[None]:
-    """While a checkpoint is written: whatever its writer raises becomes an error of the system that names it."""
+    """While a checkpoint is written, turn any exception of the writer into an ``OSError`` that names the checkpoint."""
     try:
         yield
-    except Exception as error:  # Orbax lets pass what the libraries below it raise
+    except Exception as error:  # Orbax does not wrap the exceptions of the libraries that it uses
         if isinstance(error, OSError) and error.filename is not None:
             raise
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -187,14 +188,14 @@ def _writing(checkpoint: Path) -> Iterator[None]:
         raise OSError(f"{checkpoint} could not be written: {error or type(error).__name__}") from error
 
 
-def meet(name: str) -> None:
-    """All processes wait for each other."""
+def barrier(name: str) -> None:
+    """Wait until all processes have reached this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; it stops counting at once, even if the process ends on the way."""
+    """Remove a checkpoint. It is renamed first, so that it no longer counts even if the process ends halfway."""
     away = folder.with_name(f".{folder.name}.old")
     if away.exists():
         shutil.rmtree(away)
@@ -209,7 +210,10 @@ def _finite(state: Any) -> jax.Array:
 
 
 def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
-    """A checkpoint by its path (also another run's), by its name ``checkpoint-N``, or the ``latest`` (None if none is).
+    """Find a checkpoint by its path (possibly of another run), by its name ``checkpoint-N``, or the ``latest`` one.
+
+    Returns:
+      The folder of the checkpoint; None if the ``latest`` is asked for and there is none.
 
     Raises:
       FileNotFoundError: the named checkpoint does not exist.
@@ -227,21 +231,21 @@ def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
 
 
 def load_checkpoint(folder: Path, like: Any) -> TrainState:
-    """Read a state, bit for bit as it was saved.
+    """Read a training state, bit for bit as it was saved.
 
-    Meanwhile no run removes the checkpoint.
+    No run removes the checkpoint while it is being read.
 
     Args:
       folder: ``checkpoint-N``.
-      like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings: what the numbers are and where they go. The
-        mesh may be another than the one that the checkpoint was written on.
+      like: a state, or a tree of ``jax.ShapeDtypeStruct`` with shardings: the expected arrays and their placement. The
+        mesh may differ from the one on which the checkpoint was written.
 
     Raises:
-      ValueError: the checkpoint is damaged or was replaced while it was read, or holds other arrays; the text names
+      ValueError: the checkpoint is damaged, was replaced while it was read, or contains other arrays; the message names
         them.
     """
     wanted, path = shapes_of(like), folder.resolve()
-    with in_use(path), the_same(path), ocp.StandardCheckpointer() as checkpointer:
+    with in_use(path), not_replaced(path), ocp.StandardCheckpointer() as checkpointer:
         with _undamaged(folder):
             verify(path)
             saved = _table(checkpointer.metadata(path / STATE).item_metadata.tree)
@@ -252,10 +256,11 @@ def load_checkpoint(folder: Path, like: Any) -> TrainState:
 
 @contextmanager
 def _undamaged(folder: Path) -> Iterator[None]:
-    """While a checkpoint is read: whatever its reader raises names it, and the checkpoints to go back to."""
+    """While a checkpoint is read, turn any exception into a ``ValueError`` that names it and an older one to resume
+    from."""
     try:
         yield
-    except Exception as error:  # Orbax lets pass what the libraries below it raise
+    except Exception as error:  # Orbax does not wrap the exceptions of the libraries that it uses
         number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         older = [p.name for n, p in checkpoints(folder.parent).items() if number and n < int(number[1])]
         advice = f"; to go back to an older one: --resume_from_checkpoint {older[-1]}" if older else ""
@@ -268,7 +273,7 @@ def shapes_of(state: Any) -> Any:
 
 
 def _table(tree: Any) -> dict[str, str]:
-    """Path of each array -> its dtype and shape, as text."""
+    """The dtype and shape of each array as text, by path."""
     return {
         keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in tree_leaves_with_path(tree)
@@ -291,17 +296,17 @@ def _compare(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> Non
         parts.append(f"{len(other)} of another shape, e.g. {k}: {saved[k]} in the checkpoint, {wanted[k]} in this run")
     if parts:
         raise ValueError(
-            f"{folder} is the checkpoint of another training, by its arrays: {'; '.join(parts)}. Resume with the "
-            "model, optimiser, --use_ema, --rank and trained text encoders that it was made with; training.yaml beside "
-            "it has its flags"
+            f"{folder} is the checkpoint of another training, judging by its arrays: {'; '.join(parts)}. Resume with "
+            "the model, optimiser, --use_ema, --rank and trained text encoders that it was made with; its flags are in "
+            "training.yaml next to it"
         )
 
 
 def load_position(folder: Path) -> Position | None:
-    """Where this process's data was; None if the checkpoint does not say (those of diffuse_jax 0.1).
+    """The data position of this process; None if the checkpoint has none (those of diffuse_jax 0.1).
 
     Raises:
-      ValueError: a damaged file, or the run had another number of processes, and its data was divided among them.
+      ValueError: the file is damaged, or the run divided its data among another number of processes.
     """
     found = {int(m[1]): p for p in folder.glob("data-*.json") if (m := re.fullmatch(r"data-(\d+)\.json", p.name))}
     positions = [_position(found[n]) for n in sorted(found)]
@@ -311,16 +316,16 @@ def load_position(folder: Path) -> Position | None:
         return positions[jax.process_index()]
     if any(p.batches != positions[0].batches for p in positions):
         raise ValueError(
-            f"{folder} was written by {len(positions)} processes, each at its own place in the data; it cannot be "
+            f"{folder} was written by {len(positions)} processes, each at its own position in the data; it cannot be "
             f"resumed by {jax.process_count()}"
         )
     return positions[0]
 
 
 def _position(path: Path) -> Position:
-    """What a process wrote about its data."""
+    """Read the data position that a process wrote."""
     data = parse_json(path, read_bounded(path))
     kinds = {"batches": dict, "rows": int, "processes": int}
     if not isinstance(data, dict) or {name: type(value) for name, value in data.items()} != kinds:
-        raise bad(path, f"damaged: expected the place in the data of a run ({', '.join(kinds)})")
+        raise bad(path, f"damaged: expected the position of a run in its data ({', '.join(kinds)})")
     return Position(**data)

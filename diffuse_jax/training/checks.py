@@ -1,7 +1,7 @@
-"""What the settings of a training check about themselves: the numbers that each may be, and names from a list.
+"""Validation of training settings: ranges of numbers, and names from a list.
 
 A range is written once, in the annotation of a settings field (``learning_rate: Annotated[float, NONNEGATIVE]``). The
-flag of that name refuses the same values.
+flag of the same name has the same range.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def numbers_of(kind: type) -> Mapping[str, Number]:
 
 
 def _number(hint: Any) -> Number | None:
-    """The number in an annotation such as ``Annotated[int, COUNT] | None``."""
+    """The :class:`~diffuse_jax.bounds.Number` in an annotation such as ``Annotated[int, COUNT] | None``."""
     inside = (*getattr(hint, "__metadata__", ()), *map(_number, typing.get_args(hint)))
     return next((part for part in inside if isinstance(part, Number)), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Base class of settings: their numbers are checked when they are made. None stands for no limit or no wish.
+    """Base class of settings, which checks their numbers on construction. None, where allowed, means unset.
 
     Raises:
-      ValueError: naming the first number that is out of its range.
+      ValueError: a number is out of range; the message names the first one.
     """
 
     def __post_init__(self) -> None:
@@ -45,10 +45,10 @@ class Checked:
 
 
 def one_of(choices: Iterable[str], **values: str | None) -> None:
-    """Refuse values that are not among the choices; None, where a setting has no value, passes.
+    """Check that each value is one of the choices, or None.
 
     Raises:
-      ValueError: naming the first such setting, and the choices.
+      ValueError: a value is not; the message names the setting and the choices.
     """
     known = list(choices)
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Checksums of the files of a checkpoint: one that has been damaged, or replaced while it was read, is refused."""
+"""Checksums of the files of a checkpoint, to refuse one that was damaged, or replaced while it was being read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "checksums.json"
 
 
 def write_checksums(folder: Path, files: list[Path]) -> None:
-    """Write the SHA-256 of some files of a folder into it."""
+    """Write the SHA-256 digests of ``files`` to a file in ``folder``."""
     sums = {str(path.relative_to(folder)): _digest(path) for path in sorted(files)}
     with naming(folder / FILE):
         (folder / FILE).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -31,10 +31,10 @@ def verify(folder: Path) -> None:
     """Compare a folder's files with their checksums, if it has any; the processes of a run share the work.
 
     Raises:
-      ValueError: on all processes; a file is missing or another, or a link leaves the folder.
+      ValueError: a file is missing or has changed, or a link leaves the folder. Raised on all processes.
     """
     refuse_links(folder, deep=True)
-    if not (folder / FILE).is_file():  # written before there were checksums
+    if not (folder / FILE).is_file():  # checkpoints of older versions have no checksums
         return
     sums = parse_json(folder / FILE, read_bounded(folder / FILE))
     if not isinstance(sums, dict) or not all(isinstance(digest, str) for digest in sums.values()):
@@ -51,7 +51,7 @@ def verify(folder: Path) -> None:
 def _is_whole(folder: Path, name: str, digest: str) -> bool:
     try:
         return _digest(folder / name) == digest
-    except (OSError, ValueError):  # not there, or no file
+    except (OSError, ValueError):  # missing, or not a regular file
         return False
 
 
@@ -61,11 +61,11 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def the_same(folder: Path) -> Iterator[None]:
-    """While a folder is read: it must not be exchanged for another of its name.
+def not_replaced(folder: Path) -> Iterator[None]:
+    """Check that a folder is not replaced by another of the same name while the block reads it.
 
     Raises:
-      ValueError: it has been.
+      ValueError: it was replaced.
     """
     before = _identity(folder)
     yield

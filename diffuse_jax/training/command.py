@@ -1,6 +1,7 @@
-"""The border of a training script: signals are answered from its first line to its last, mistakes are one line.
+"""Entry point of a training script: signals are handled from its first line to its last, user errors print one line.
 
-This module loads no JAX, nor do those that define flags and settings: ``--help`` and wrong flags are answered at once.
+Neither this module nor those that define flags and settings import JAX, so ``--help`` and wrong flags are answered at
+once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SMALLER = (
     "try a smaller --train_batch_size (--gradient_accumulation_steps keeps the images of a step), "
     "--gradient_checkpointing, --mixed_precision bf16, a smaller --resolution, or --mesh_fsdp on several devices"
 )
-"""What helps where memory is too small for a training step."""
+"""Advice for a training step that does not fit into memory."""
 
 _listening = contextlib.ExitStack()
 """Closed when the script ends."""
@@ -27,13 +28,13 @@ _listening = contextlib.ExitStack()
 
 @contextmanager
 def flags_first(parse_args: Callable[[], Namespace]) -> Iterator[None]:
-    """While the block imports what a script needs: the flags are read before, and signals are answered from here on.
+    """Parse the flags before the block, which holds the script's slow imports, and handle signals from here on.
 
-    Where the script is imported instead of run, this does nothing.
+    This does nothing if the script is imported instead of run.
 
     Args:
-      parse_args: the script's own, decorated with :func:`functools.cache`. It ends the process after ``--help``, and
-        where a flag is wrong.
+      parse_args: the script's function, decorated with :func:`functools.cache`. It ends the process after ``--help``,
+        and if a flag is wrong.
     """
     if parse_args.__module__ != "__main__":
         yield
@@ -49,6 +50,7 @@ def flags_first(parse_args: Callable[[], Namespace]) -> Iterator[None]:
 
 
 def train(main: Callable[[], None]) -> None:
-    """Run a script's ``main`` and end the process: 0 done, 1 failed, 2 wrong flags, 128 + n after signal n."""
+    """Run a script's ``main`` and exit: status 0 for success, 1 for failure, 2 for wrong flags, 128 + n for signal
+    n."""
     with _listening, interruptions(BEFORE, owner=True):
         sys.exit(run_command(Path(sys.argv[0]).name, main, smaller=SMALLER))

@@ -1,4 +1,4 @@
-"""Flags in files: ``--config FILE`` reads them, ``OUTPUT/training.yaml`` keeps those of a run."""
+"""Flags in files: ``--config FILE`` reads them, and ``OUTPUT/training.yaml`` records those of a run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from diffuse_jax.limits import parse_json, read_bounded
 
 CONFIG_FILE = "training.yaml"
 MAX_CONFIG = 1 << 16
-"""Bytes of a file of flags."""
+"""Maximum size of a configuration file, in bytes."""
 
 MAX_NESTING = 16
-"""Lists and mappings inside each other; flags need two."""
+"""Maximum nesting depth of lists and mappings; flags need two."""
 
 SECRETS = ("hub_token",)
 OWN = ("config", "process_id", "debug")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Flag names (without dashes) -> values, from YAML or JSON.
+    """Read a mapping of flag names (without dashes) to values from a YAML or JSON file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it has more than :data:`MAX_CONFIG` bytes, uses YAML's aliases, or does not hold one mapping of names
-        to values.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file has more than :data:`MAX_CONFIG` bytes, uses YAML aliases, or is not a mapping of names to
+        values.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config {path} does not exist")
@@ -41,7 +41,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _parse_yaml(path: str | Path, text: bytes) -> Any:
-    """The value of a YAML text without aliases, a few lines of which stand for billions of values."""
+    """The value of a YAML text; aliases are refused, since a few lines of them expand to billions of values."""
     import yaml
 
     try:
@@ -60,21 +60,21 @@ def _parse_yaml(path: str | Path, text: bytes) -> Any:
 
 
 def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negated: Iterable[str]) -> list[str]:
-    """The command line that says the same; ``None`` and ``false`` mean that a flag is left out.
+    """The equivalent command line; flags whose value is ``None`` or ``false`` are omitted.
 
     Args:
-      values: of :func:`read_config`.
-      parser: knows the flags.
+      values: the result of :func:`read_config`.
+      parser: the parser that defines the flags.
       negated: switches that stay off whatever the file says.
 
     Raises:
-      ValueError: a name is not a flag (the text has the nearest one), or a switch is not true or false.
+      ValueError: a name is not a flag (the message suggests the closest one), or a switch is not true or false.
     """
     actions = {name: action for action in parser._actions for name in names_of(action)}
     line: list[str] = []
     for name, value in values.items():
         if name in OWN:
-            raise ValueError(f"{name} cannot stand in a file; say --{name} on the command line")
+            raise ValueError(f"{name} cannot be set in a file; use --{name} on the command line")
         if name not in actions:
             raise ValueError(f"{name} is not a flag{nearest(name, actions)}")
         switch = actions[name].nargs == 0
@@ -93,18 +93,18 @@ def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negate
 
 
 def names_of(action: argparse.Action) -> list[str]:
-    """Of a flag, as a file spells them."""
+    """The names of a flag as they are written in a file."""
     return [option[2:] for option in action.option_strings if option.startswith("--") and option != "--help"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean X?"`` if something known looks alike."""
+    """``"; did you mean X?"`` if a known name is similar; otherwise empty."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def values_of(settings: Any) -> dict[str, Any]:
-    """What a settings object says, by the names of flags: settings within it are spread out, None is left out.
+    """The values of a settings object by flag name: nested settings are flattened, and None is left out.
 
     Args:
       settings: a dataclass, such as :class:`~diffuse_jax.training.settings.RunSettings`.
@@ -120,11 +120,14 @@ def values_of(settings: Any) -> dict[str, Any]:
 
 
 def write_config(output: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what a run is to ``OUTPUT/training.yaml``, without secrets; returns what was written.
+    """Write the flags of a run to ``OUTPUT/training.yaml``, without secrets.
 
     Args:
       output: the folder of the run.
-      values: by the names of flags, so that the file can be given to ``--config``.
+      values: values by flag name, so that the file can be passed to ``--config``.
+
+    Returns:
+      What was written.
     """
     import yaml
 
@@ -137,7 +140,7 @@ def write_config(output: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML can hold it."""
+    """A value as a type that YAML can represent."""
     if isinstance(value, tuple):
         return list(value)
     return value if isinstance(value, int | float | str | bool | list | None) else str(value)

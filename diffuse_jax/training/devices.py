@@ -13,11 +13,11 @@ from diffuse_jax.training.settings import DeviceSettings
 def mesh_from(settings: DeviceSettings) -> Mesh:
     """The mesh over all devices of all processes.
 
-    To be called before anything that needs a device: this is where several processes become one run.
+    Call this before anything that needs a device: this is where several processes become one run.
 
     Raises:
       ValueError: the mesh does not fit the devices.
-      RuntimeError: as :func:`~diffuse_jax.training.distributed.initialize_distributed`.
+      RuntimeError: as for :func:`~diffuse_jax.training.distributed.initialize_distributed`.
     """
     initialize_distributed(settings.processes)
     if settings.ccache:

@@ -1,4 +1,4 @@
-"""Several processes as one run: ``jax.distributed`` from settings or from the machine."""
+"""Several processes as one run: ``jax.distributed`` configured by settings or by the cluster."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffuse_jax.training.settings import ProcessSettings
 
 
 def initialize_distributed(settings: ProcessSettings) -> None:
-    """Join the processes of a run, where there are several; must come before anything that asks for a device.
+    """Join the processes of a run, if there are several; must be called before anything that needs a device.
 
     Raises:
-      RuntimeError: JAX has used a device already, or a TPU machine cannot find its cluster.
+      RuntimeError: JAX has already used a device, or the other processes cannot be found.
     """
     if jax.distributed.is_initialized():
         return
@@ -26,7 +26,7 @@ def initialize_distributed(settings: ProcessSettings) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches; process 0 speaks for all."""
+    """Print a line to stderr for the user, on process 0 only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -36,13 +36,13 @@ def _join() -> None:
         jax.distributed.initialize()
     except ValueError as error:
         raise RuntimeError(
-            f"the other processes of this run cannot be found ({error}); say where they are with "
+            f"the other processes of this run cannot be found ({error}); specify them with "
             "--coordinator_address, --num_processes and --process_id, or --no-distributed if there are none"
         ) from None
 
 
 def on_tpu_machine() -> bool:
-    """Whether this machine has TPU chips and JAX is going to use them; asks no device."""
+    """Whether this machine has TPU chips that JAX is going to use, determined without initialising a device."""
     wanted = getattr(jax.config, "jax_platforms", None) or "tpu"
     chips = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
     return "tpu" in wanted.split(",") and chips and importlib.util.find_spec("libtpu") is not None

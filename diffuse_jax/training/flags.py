@@ -1,6 +1,6 @@
-"""A parser with groups, configuration files, and flags of other libraries that are only noted or refused.
+"""A parser with groups, configuration files, and flags of other libraries that are ignored with a note, or refused.
 
-Flags end here: :func:`settings_from` makes settings of them, which is what everything below the scripts takes.
+Only the scripts deal with flags: :func:`settings_from` turns them into the settings that all other code takes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Settings = TypeVar("Settings")
 
 
 def settings_from(args: argparse.Namespace, kind: type[Settings]) -> Settings:
-    """Settings of some kind, each field with the value of the flag of its name.
+    """Build settings in which each field has the value of the flag of the same name.
 
     Args:
       args: parsed flags.
-      kind: a dataclass. Fields that hold settings are filled in the same way; those whose flag the script does not have
-        keep their defaults.
+      kind: a dataclass. Nested settings are built in the same way; fields without a flag in the script keep their
+        defaults.
 
     Raises:
-      ValueError: the settings refuse a value.
+      ValueError: a value is invalid.
     """
     return _filled(kind, vars(args))
 
@@ -60,11 +60,11 @@ FIRST = (
     "mixed_precision",
     "validation_prompt",
 )
-"""The flags that help begins with, as far as a script has them."""
+"""The flags that the help lists first, if the script has them."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown where there are any, and the description keeps its lines."""
+    """Shows defaults where there are any, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required:
@@ -77,7 +77,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Refused(argparse.Action):
-    """A flag of other libraries that has no meaning here: an error that says what to do instead."""
+    """A flag of other libraries that is not supported: an error that says what to do instead."""
 
     def __init__(self, option_strings: list[str], dest: str, advice: str, default: object = argparse.SUPPRESS) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -88,7 +88,7 @@ class Refused(argparse.Action):
 
 
 class Accepted(argparse.Action):
-    """A flag of other libraries that changes nothing here: a line that says why."""
+    """A flag of other libraries that has no effect here: prints a line that says why."""
 
     def __init__(self, option_strings: list[str], dest: str, note: str, nargs: int | None = 0) -> None:
         super().__init__(option_strings, dest, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -99,10 +99,10 @@ class Accepted(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """``parse_args`` takes values from the command line first, then from ``--config FILE``, then the defaults.
+    """A parser that takes values from the command line, then from ``--config FILE``, then from the defaults.
 
-    A switch of the file is turned off with ``--no-NAME``. Flags are never abbreviated, and one that is not known is an
-    error that names the nearest.
+    ``--no-NAME`` turns off a switch that the file sets. Flags cannot be abbreviated, and an unknown flag is an error
+    that suggests the closest one.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -111,12 +111,12 @@ class Parser(argparse.ArgumentParser):
         self._titles: dict[str, argparse._ArgumentGroup] = {}
 
     def group(self, title: str, *settings: type) -> Callable[..., argparse.Action]:
-        """``add_argument`` of the group with this title, which is made when it is first asked for.
+        """``add_argument`` of the group with this title; the group is created at the first call.
 
         Args:
-          title: what the help calls the group.
-          *settings: dataclasses; a flag with the name of one of their fields has that field's default and numbers,
-            unless it is given others. ``type`` may be a :class:`~diffuse_jax.bounds.Number`.
+          title: title of the group in the help.
+          *settings: dataclasses; a flag with the name of one of their fields has that field's default and range, unless
+            others are given. ``type`` may be a :class:`~diffuse_jax.bounds.Number`.
         """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
@@ -155,14 +155,14 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def hide(self, names: Iterable[str]) -> None:
-        """Leave flags out of the help: those that the script refuses, and says why."""
+        """Leave flags out of the help, namely those that the script refuses with an explanation."""
         hidden = {*names}
         for action in self._actions:
             if action.dest in hidden:
                 action.help = argparse.SUPPRESS
 
     def format_help(self) -> str:
-        """The flags that a first run needs, then the others in their groups."""
+        """The help text: first the flags that a first run needs, then the others in their groups."""
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         known = {action.dest: action for action in shown}
         first = [known[name] for name in FIRST if name in known]
@@ -179,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _both_ways(self) -> set[str]:
-        """Switches that have a ``--no-NAME`` of their own."""
+        """Switches that already have a ``--no-NAME``."""
         return {
             name
             for action in self._actions
@@ -196,5 +196,5 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """One line of usage is enough where there are a hundred flags."""
+        """Exit with a short message; the usage of a hundred flags would bury it."""
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags\n")

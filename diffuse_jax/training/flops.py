@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and how much of what the device could do that uses."""
+"""The number of floating-point operations of a training step, and the peak speed of devices."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("NVIDIA L40S", 362e12),
     ("NVIDIA L4", 121e12),
 )
-"""Start of a device's kind -> bfloat16 operations per second without sparsity, as its maker states them, for one
-``jax.Device`` (a TPU v2 or v3 chip has two). First match counts."""
+"""Prefix of a device kind -> bfloat16 operations per second without sparsity, according to the manufacturer, for one
+``jax.Device`` (a TPU v2 or v3 chip has two). The first match counts."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Operations per second that the device could do in bfloat16; None where that is not known."""
+    """Peak speed of the device in bfloat16 operations per second; None if unknown."""
     return next((peak for kind, peak in PEAK_FLOPS if device.device_kind.startswith(kind)), None)
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> float:
-    """Operations of the matrix products and convolutions of ``function(*args)``, two for each multiply-add.
+    """Count the operations of the matrix products and convolutions of ``function(*args)``, two per multiply-add.
 
-    An operation on the same values counts once, so what is computed again to save memory (``jax.checkpoint``) does not
-    count, and a gradient is as much work under every remat policy: this is the numerator of "model FLOPs utilisation"
-    (Chowdhery et al. 2022, appendix B). Nothing is compiled or run. A loop whose length is not known before it runs
-    counts as one turn.
+    The same operation on the same values counts once, so recomputation to save memory (``jax.checkpoint``) does not
+    count, and a gradient has the same count under every remat policy: this is the numerator of "model FLOPs
+    utilisation" (Chowdhery et al. 2022, appendix B). Nothing is compiled or run. A loop whose length is not known
+    before it runs counts as one iteration.
 
     Args:
-      function: anything that can be traced; the gradient of a loss, for a training step.
+      function: anything that can be traced; for a training step, the gradient of its loss.
       *args: arrays or their shapes.
     """
     return _Count().of(jax.make_jaxpr(function)(*args))
 
 
 class _Count:
-    """Gives every value of a traced program a number, the same to the results of the same operation on the same."""
+    """Numbers the values of a traced program; results of the same operation on the same values share a number."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -67,7 +67,7 @@ class _Count:
         return self._numbers.setdefault(key, len(self._numbers))
 
     def program(self, program: core.ClosedJaxpr | core.Jaxpr, arguments: list[int]) -> list[int]:
-        """Count a program; the numbers of its results."""
+        """Count the operations of a program; returns the numbers of its results."""
         jaxpr, constants = (program.jaxpr, program.consts) if isinstance(program, core.ClosedJaxpr) else (program, ())
         known = dict(zip(jaxpr.invars, arguments, strict=True))
         known |= {var: self.number(("constant", id(c))) for var, c in zip(jaxpr.constvars, constants, strict=True)}
@@ -81,8 +81,8 @@ class _Count:
         if name not in ("cond", "scan", "while", "pallas_call") and len(inner) == 1:
             return self.program(inner[0], arguments)
         counts = [_Count().of(_closed(sub)) for sub in inner]
-        # A loop that is computed again also hands out what the backward pass needs, so it is known by its work instead
-        # of its program, and its results by their shapes.
+        # A recomputed loop also returns what the backward pass needs, so a loop is identified by its operation count
+        # instead of its program, and its results by their shapes.
         key = (name, *arguments, *counts) if counts else (name, *arguments, str(eqn.params))
         if key not in self._numbers:
             self.number(key)
@@ -92,7 +92,7 @@ class _Count:
 
 
 def _operations(eqn: core.JaxprEqn, inner: list[float]) -> float:
-    """Of one operation, given those of the programs inside it."""
+    """The operation count of one equation, given the counts of the programs inside it."""
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -101,7 +101,8 @@ def _operations(eqn: core.JaxprEqn, inner: list[float]) -> float:
     if name == "conv_general_dilated":
         numbers, kernel = params["dimension_numbers"], _shape(eqn.invars[1])
         window = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
-        # Of a dilated input, as the gradient of a strided convolution has it, only one in so many numbers is not zero.
+        # In a dilated input, as in the gradient of a strided convolution, all but one in prod(dilation) elements are
+        # zero.
         return 2.0 * math.prod(_shape(eqn.outvars[0])) * window / math.prod(params["lhs_dilation"])
     if name == "cond":
         return max(inner)
@@ -114,7 +115,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _programs(params: dict[str, Any]) -> list[core.ClosedJaxpr | core.Jaxpr]:
-    """The programs inside an operation's parameters."""
+    """The programs among an equation's parameters."""
     flat = [item for value in params.values() for item in (value if isinstance(value, tuple | list) else (value,))]
     return [item for item in flat if isinstance(item, core.ClosedJaxpr | core.Jaxpr)]
 

@@ -1,4 +1,4 @@
-"""The folder of a run: that it can be written is known before anything is loaded, and one run writes it at a time."""
+"""The output folder of a run: checked for write access before anything is loaded, and written by one run at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOCK = ".lock"
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """While the block runs, no other run may write into the folder; the system lets go of it when the process dies.
+    """Lock the folder against other runs while the block runs; the operating system releases it if the process dies.
 
     Raises:
-      RuntimeError: another run has it.
+      RuntimeError: another run has locked it.
       OSError: files cannot be written there.
     """
     path = writable(Path(folder)) / LOCK
@@ -42,24 +42,24 @@ def _locked(path: Path) -> IO[str]:
         taken = lock(file.fileno())
         if taken is False:
             file.seek(0)
-            owner = file.read().strip() or "it does not say which"
+            owner = file.read().strip() or "unknown process"
             file.close()
             raise RuntimeError(
-                f"{path.parent} belongs to a run that is still going on ({owner}); wait for it, stop it, or choose "
+                f"{path.parent} belongs to a run that is still active ({owner}); wait for it, stop it, or choose "
                 "another --output_dir"
             )
         if taken is None:
-            print(f"note: {path.parent} cannot be locked; let no other run write there", file=sys.stderr)
+            print(f"note: {path.parent} cannot be locked; make sure that no other run writes there", file=sys.stderr)
         if same_file(path, file.fileno()):
             return file
-        file.close()  # its run has just ended, and removed it
+        file.close()  # the other run has just ended and removed the file
 
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """While the block reads a checkpoint, no run removes it; where folders cannot be locked, nothing happens."""
+    """Keep other runs from removing a checkpoint while the block reads it; no effect if folders cannot be locked."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # that it is not there is said by whoever reads it
+        with contextlib.suppress(OSError):  # a missing folder is reported by the code that reads it
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             lock(handle, shared=True)
@@ -68,7 +68,7 @@ def in_use(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def unused(folder: Path) -> Iterator[bool]:
-    """Whether no other process reads or writes the checkpoint; while the block runs, none begins to."""
+    """Whether no other process is reading or writing the checkpoint; if so, none can start to while the block runs."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield lock(handle) is not False

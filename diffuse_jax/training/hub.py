@@ -1,4 +1,4 @@
-"""Where a model is looked for when it does not lie in a local folder."""
+"""Resolving a model's name to a local folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from diffuse_jax.training.settings import HubSettings
 
 @functools.lru_cache(maxsize=32)
 def model_folder(source: str | Path, hub: HubSettings, skip: frozenset[str] = frozenset()) -> Path:
-    """The local folder of a model. A run gets the same one whenever it asks, even if a branch on the Hub moves.
+    """The local folder of a model, downloaded if necessary; constant within a run even if a branch on the Hub moves.
 
     Raises:
-      WeightsError: as :func:`diffuse_jax.weights.resolve`.
+      WeightsError: as for :func:`diffuse_jax.weights.resolve`.
     """
     return weights.resolve(source, **hub.options, skip=skip)

@@ -1,8 +1,9 @@
-"""Ending a run in good order when the machine is taken away (SIGTERM, SIGHUP) or somebody presses Ctrl-C (SIGINT).
+"""Ending a run cleanly when the machine is preempted (SIGTERM, SIGHUP) or the user presses Ctrl-C (SIGINT).
 
-Python runs a signal's handler between two instructions of the main thread, so not while XLA compiles or while a step is
-waited for. A thread therefore says at once that the signal has arrived and what follows; it also ends a process that
-has nothing to save and does not come back to Python. This module imports no JAX: a script listens before it loads that.
+Python runs a signal handler between two instructions of the main thread, so not while XLA compiles or while the program
+waits for a step. A separate thread therefore reports at once that the signal has arrived and what will happen; it also
+ends a process that has nothing to save and does not return to Python. This module does not import JAX, so that a script
+can handle signals before JAX is loaded.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 GRACE = 10.0
-"""Seconds in which a process that has nothing left to save must have ended by itself."""
+"""Seconds within which a process with nothing left to save must end by itself."""
 
 SAME = 1.0
-"""Seconds in which a second Ctrl-C counts as the first: launchers pass on what the terminal sent already."""
+"""Seconds within which a second Ctrl-C counts as the first: launchers forward what the terminal has already sent."""
 
 
 class Interrupted(SystemExit):
-    """The run was asked to end and did; the process exits with 128 and the signal's number, so 143 after SIGTERM."""
+    """A signal ended the run; the exit status is 128 plus the number of the signal, so 143 after SIGTERM."""
 
 
 class Phase(NamedTuple):
-    """What a signal does at some time of a run.
+    """What a signal does during one phase of a run.
 
     Attributes:
-      then: what the user is told.
-      at_once: the handler raises :class:`Interrupted` wherever the program is; else the signal is only noted.
-      nothing_to_save: so that the process may be ended from outside of the main thread.
+      then: the message to the user.
+      at_once: whether the handler raises :class:`Interrupted` wherever the program is; otherwise it only records the
+        signal.
+      nothing_to_save: whether the process may be ended from outside the main thread.
     """
 
     then: str
@@ -46,29 +48,29 @@ class Phase(NamedTuple):
 
 
 class Interruption:
-    """Whether the run was asked to end, and what that does at the moment.
+    """Whether the run has been asked to end, and what a signal does in the current phase.
 
-    Several processes must stop after the same step: JAX's preemption service, which listens to SIGTERM on every
-    process, tells them all which step that is.
+    Several processes must stop after the same step: JAX's preemption service, which listens for SIGTERM on every
+    process, determines that step.
 
     Attributes:
-      signal: the first signal that came; None if none did.
-      agreed: whether all processes of the run stop after this step.
+      signal: the first signal received; None if there was none.
+      agreed: whether all processes of the run have agreed to stop after this step.
     """
 
     def __init__(self, phase: Phase, owner: bool) -> None:
         self.signal: int | None = None
         self.agreed = False
         self._phase, self._owner = phase, owner
-        self._came: Phase | None = None  # when the handler saw the first signal; the thread may read of it later
-        self._presses = (_Presses(), _Presses())  # as the handler sees them, and as the thread does
+        self._signal_phase: Phase | None = None  # when the handler saw the first signal; the thread may read it later
+        self._presses = (_Presses(), _Presses())  # as seen by the handler, and by the thread
         self._lost = False  # the exception was raised where Python ignores it
-        self.told = threading.Event()  # the thread has said what the first signal does
+        self.reported = threading.Event()  # the thread has printed what the first signal does
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop after ``step``; to be asked after every step, by all processes."""
+        """Whether to stop after ``step``; all processes must call this after every step."""
         import jax
         from jax.experimental import multihost_utils
 
@@ -80,7 +82,7 @@ class Interruption:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """While the block runs, a signal does this; one that came before ends the run here if it would within."""
+        """Set the phase for the block. A signal received earlier ends the run here if it would within the block."""
         before, self._phase = self._phase, phase
         try:
             if phase.at_once and self.signal is not None:
@@ -90,19 +92,19 @@ class Interruption:
             self._phase = before
 
     def rest(self, phase: Phase) -> None:
-        """From now on a signal does this, except in blocks of other phases."""
+        """Set the phase from now on, except in blocks with a phase of their own."""
         self._phase = phase
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """While the block runs, nothing is half done: a signal ends it wherever it is."""
+        """Let a signal end the block wherever it is, because it leaves nothing half done."""
         return self.phase(self._phase._replace(at_once=True))
 
     def ended(self) -> Interrupted:
-        """What is raised because of the signal."""
+        """The exception to raise because of the signal."""
         return Interrupted(128 + (self.signal or signal.SIGTERM))
 
     def end(self, message: str) -> Interrupted:
-        """The exception to raise when everything is saved, after saying so."""
+        """The exception to raise once everything is saved, after printing ``message``."""
         _tell(f"{signal.Signals(self.signal or signal.SIGTERM).name}: {message}")
         with contextlib.suppress(OSError):
             os.write(self._write, b"\0")  # from now on the process has GRACE seconds
@@ -112,14 +114,15 @@ class Interruption:
         """The handler, in the main thread."""
         first = self.signal is None or self._lost
         self.signal, self._lost = self.signal or number, False
-        self._came = self._came or self._phase
+        self._signal_phase = self._signal_phase or self._phase
         if first and self._phase.at_once:
             raise self.ended()
         if self._presses[0].again(number) and not self._owner:
             raise KeyboardInterrupt
 
     def ignored(self, unraisable: Any, otherwise: Callable[[Any], None]) -> None:
-        """``sys.unraisablehook``: what is raised in ``__del__`` and in garbage collection is lost; raise ours again."""
+        """``sys.unraisablehook``: exceptions in ``__del__`` and during garbage collection are lost; raise ours
+        again."""
         if not isinstance(unraisable.exc_value, Interrupted):
             otherwise(unraisable)
             return
@@ -129,7 +132,7 @@ class Interruption:
         again.start()
 
     def _watch(self) -> None:
-        """The thread: one byte of the pipe is one signal (of any number), 0 means that everything is saved."""
+        """The thread: each byte from the pipe is the number of a signal; 0 means that everything is saved."""
         wait: float | None = None
         seen = 0
         while True:
@@ -145,12 +148,12 @@ class Interruption:
                 self._answer(number, seen)
                 seen = seen or number
                 if seen:
-                    self.told.set()
-                if self._owner and (number == 0 or (self._came or self._phase).nothing_to_save):
+                    self.reported.set()
+                if self._owner and (number == 0 or (self._signal_phase or self._phase).nothing_to_save):
                     wait = GRACE
 
     def _answer(self, number: int, seen: int) -> None:
-        """Say what a signal does; the second Ctrl-C does it here."""
+        """Report what a signal does; the second Ctrl-C ends the process here."""
         if number == 0:
             return
         name = signal.Signals(number).name
@@ -159,21 +162,21 @@ class Interruption:
             if self._owner:
                 os._exit(128 + number)
         elif not seen:
-            _tell(f"{name} received: {(self._came or self._phase).then}")
+            _tell(f"{name} received: {(self._signal_phase or self._phase).then}")
         elif number == signal.SIGINT and seen != number:
-            _tell(f"{name} received: the run is ending already; once more stops it at once")
+            _tell(f"{name} received: the run is already ending; once more stops it at once")
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 BEFORE = Phase("the run ends; no step was finished, so there is nothing to save", at_once=True, nothing_to_save=True)
-"""While a run is loaded."""
+"""The phase in which a run is being loaded."""
 
 _listening: Interruption | None = None
 
 
 class _Presses:
-    """Tells a second Ctrl-C from one that was only delivered twice."""
+    """Distinguishes a second Ctrl-C from one that was delivered twice."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -188,20 +191,20 @@ class _Presses:
 
 
 def _tell(text: str) -> None:
-    """A line on stderr from any thread, past Python's own buffers, which may be in use; below a progress bar."""
+    """Write a line to stderr from any thread, below a progress bar, bypassing Python's buffers, which may be in use."""
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
 
 
 @contextmanager
 def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interruption]:
-    """Listen while the block runs; within another such block, that one's.
+    """Handle signals while the block runs; nested blocks share the outermost :class:`Interruption`.
 
     A second Ctrl-C ends the run at once, without a checkpoint.
 
     Args:
-      phase: what a signal does at first.
-      owner: whether the process is there for the run alone, so that it may be ended.
+      phase: the initial phase.
+      owner: whether the process exists only for this run, so that it may be ended.
     """
     global _listening
     if _listening is not None and threading.current_thread() is threading.main_thread():
@@ -209,9 +212,9 @@ def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interr
         return
     interruption = Interruption(phase, owner)
     if threading.current_thread() is not threading.main_thread():
-        yield interruption  # only the main thread can listen
+        yield interruption  # only the main thread can handle signals
         return
-    # SIGHUP that is ignored, as under nohup, stays so; SIGTERM is JAX's where it has joined several processes.
+    # An ignored SIGHUP, as under nohup, stays ignored; SIGTERM is handled by JAX if it has joined several processes.
     jax = sys.modules.get("jax")
     theirs = {signal.SIGTERM} if jax is not None and jax.distributed.is_initialized() else set()
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -227,15 +230,15 @@ def interruptions(phase: Phase = BEFORE, owner: bool = False) -> Iterator[Interr
     try:
         yield interruption
     finally:
-        if owner and interruption.signal is not None:  # listen until the process is gone: its threads may not end
-            interruption.told.wait(SAME)
+        if owner and interruption.signal is not None:  # keep listening until the process ends: its threads may hang
+            interruption.reported.wait(SAME)
         else:
             sys.unraisablehook = hook
             _stop(interruption, thread, woken, before)
 
 
 def _stop(interruption: Interruption, thread: threading.Thread, woken: int, before: Mapping[int, Any]) -> None:
-    """Put back what :func:`interruptions` found."""
+    """Restore the handlers that :func:`interruptions` replaced."""
     global _listening
     _listening = None
     signal.set_wakeup_fd(woken)
@@ -248,9 +251,10 @@ def _stop(interruption: Interruption, thread: threading.Thread, woken: int, befo
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Processes that are started inside never see the signals, which terminals and cluster managers send to all.
+    """Block the signals for processes started in the block; terminals and cluster managers send them to the whole
+    group.
 
-    The mask is inherited. Here they are only late.
+    Child processes inherit the mask. In this process the signals are only delayed until the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al. 2022, arXiv 2208.01618): the prompts, and the rows that are trained."""
+"""Textual inversion (Gal et al. 2022, arXiv 2208.01618): the prompts, and the token embeddings that are trained."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from diffuse_jax.adapters import tokens
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source
-from diffuse_jax.training.dreambooth import Prompted, refuse_other_data
+from diffuse_jax.training.dreambooth import FixedPrompts, refuse_other_data
 from diffuse_jax.training.settings import InversionSettings
 from diffuse_jax.training.settings.methods import TEMPLATES
 
 
 def inversion_source(settings: InversionSettings, data: DataSettings) -> Source:
-    """The pictures of ``train_data_dir``, with prompts in which the new word stands.
+    """The images of ``train_data_dir``, with prompts that contain the new word.
 
     Raises:
-      ValueError: there is no folder of pictures, another data set is named, or a caption has no ``{}``.
-      FileNotFoundError: there are no pictures, or no captions although they are wanted.
+      ValueError: no image folder is given, another data set is named, or a caption has no ``{}``.
+      FileNotFoundError: there are no images, or captions are asked for and there are none.
     """
     refuse_other_data(data, "train_data_dir")
     if not data.train_data_dir:
-        raise ValueError("--train_data_dir is missing: a folder with a few pictures of what the new word stands for")
+        raise ValueError("--train_data_dir is missing: a folder with a few images of what the new word stands for")
     if settings.caption_column is not None:
-        return Worded(data.train_data_dir, settings.caption_column, settings.placeholder_token)
+        return WithPlaceholder(data.train_data_dir, settings.caption_column, settings.placeholder_token)
     captions = tuple(text.format(settings.placeholder_token) for text in TEMPLATES[settings.learnable_property])
-    return Prompted(data.train_data_dir, captions)
+    return FixedPrompts(data.train_data_dir, captions)
 
 
 def with_placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:
-    """The pipeline with the new word, and its rows ``[n,D]`` float32, copies of the initializer's.
+    """The pipeline with the new word, and its embeddings ``[n,D]`` float32, copies of the initializer's.
 
     Raises:
-      ValueError: a pipeline with two text encoders, a word that is known already, or an initializer of several tokens.
+      ValueError: the pipeline has two text encoders, the word is already known, or the initializer has several tokens.
     """
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise ValueError(f"textual inversion is for one text encoder; {type(pipe).__name__} has two")
+        raise ValueError(f"textual inversion supports one text encoder; {type(pipe).__name__} has two")
     tokenizer = tokens.with_words(pipe.components["tokenizer"], settings.placeholder_token, settings.num_vectors)
     start = tokens.token_id(pipe.components["tokenizer"], settings.initializer_token)
     encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
@@ -52,8 +52,8 @@ def with_placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tu
     ), rows
 
 
-class Worded:
-    """An image folder in whose captions ``{}`` becomes the new word."""
+class WithPlaceholder:
+    """An image folder; ``{}`` in its captions is replaced by the new word."""
 
     def __init__(self, folder: str | Path, column: str, word: str) -> None:
         self._source, self._word = FolderSource(folder, column), word
@@ -61,7 +61,7 @@ class Worded:
         for i in range(len(self._source)):
             record = self._source[i]
             if not all("{}" in text for text in record.captions):
-                raise ValueError(f"{record.name}: every caption must hold {{}}, where the new word stands; got "
+                raise ValueError(f"{record.name}: every caption must contain {{}} in place of the new word, got "
                                  f"{record.captions}")  # fmt: skip
 
     def __len__(self) -> int:
@@ -73,10 +73,10 @@ class Worded:
 
 
 def save_embeddings(word: str, folder: Path, trained: Mapping[str, jax.Array]) -> None:
-    """Write ``learned_embeds.safetensors``, the trained rows of ``word``."""
+    """Write ``learned_embeds.safetensors``, the trained embeddings of ``word``."""
     tokens.save_rows(folder / tokens.FILE, word, trained["text_encoder"])
 
 
 def combined(pipe: DiffusionPipeline, trained: Mapping[str, jax.Array]) -> dict[str, Params]:
-    """The text encoder's parameters with the trained rows."""
+    """The text encoder's parameters with the trained embeddings."""
     return {"text_encoder": tokens.combine(pipe.params["text_encoder"], trained["text_encoder"])}

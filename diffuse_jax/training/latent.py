@@ -1,7 +1,7 @@
-"""What trainers of latent text-to-image models share: networks, prompts, the loss, and what is written.
+"""Shared code of trainers of latent text-to-image models: networks, prompts, the loss, and saving.
 
-A trainer differs in which numbers it trains and how they combine with the frozen ones (:data:`Combine`), and in its
-pictures. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders and in what the UNet is told of sizes.
+Trainers differ in which parameters they train, in how these are combined with the frozen ones (:data:`Combine`), and in
+their data. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders and in the UNet's micro-conditioning.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
 
 Combine = Callable[[Params, Params], tuple[Mapping[str, Any], Params]]
-"""``(frozen, trainable) -> (networks, parameters)``, both by component: the rule that tells training methods apart."""
+"""``(frozen, trainable) -> (networks, parameters)``, both by component: the rule that distinguishes training
+methods."""
 
 
 def open_pipeline(
@@ -48,21 +49,21 @@ def open_pipeline(
     prediction_type: str | None = None,
     **hub: Any,
 ) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline for training: cut over the mesh, with a :class:`DDPMScheduler`.
+    """Open a Stable Diffusion pipeline for training: sharded over the mesh, with a :class:`DDPMScheduler`.
 
     Args:
       source: a folder or a Hub id.
-      trainable: components whose parameters are read as float32; those of the others are cast to ``dtype``.
-      mesh: where parameters go; each device reads its part only.
-      dtype: what networks compute in. The autoencoder of a checkpoint that asks for it (``force_upcast``, SDXL) stays
-        in float32.
-      vae_source: a folder or Hub id whose ``vae/`` (or which itself) replaces the autoencoder.
-      prediction_type: what the UNet shall predict, instead of what the checkpoint says.
+      trainable: components whose parameters are loaded as float32; those of the others are cast to ``dtype``.
+      mesh: the mesh that holds the parameters; each device loads only its shard.
+      dtype: the dtype in which the networks compute. The autoencoder stays in float32 if the checkpoint requires it
+        (``force_upcast``, SDXL).
+      vae_source: a folder or Hub id of an autoencoder, or of a pipeline whose ``vae/`` is used instead.
+      prediction_type: overrides the prediction type of the checkpoint's scheduler.
       **hub: ``revision``, ``variant``, ``cache_dir`` ... as in :meth:`DiffusionPipeline.from_pretrained`.
 
     Raises:
-      WeightsError: as :meth:`DiffusionPipeline.from_pretrained`.
-      ValueError: the folder holds another kind of pipeline.
+      WeightsError: as for :meth:`DiffusionPipeline.from_pretrained`.
+      ValueError: the folder contains another kind of pipeline.
     """
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
@@ -70,8 +71,8 @@ def open_pipeline(
     parts: dict[str, Any] = {}
     for name, entry in index.components.items():
         if (kind := catalogue.network(entry)) is not None:
-            own = Path(vae_source) if vae_source is not None and name == "vae" else folder
-            parts[name] = _open(kind, own, name, name in trainable, mesh, dtype, hub)
+            origin = Path(vae_source) if vae_source is not None and name == "vae" else folder
+            parts[name] = _open(kind, origin, name, name in trainable, mesh, dtype, hub)
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
@@ -80,21 +81,21 @@ def open_pipeline(
 
 
 def family_of(class_name: str, source: Any) -> ClipFamily:
-    """The family of a pipeline's class.
+    """The family of a pipeline class.
 
     Raises:
-      ValueError: it has none that these trainers are for.
+      ValueError: these trainers do not support the class.
     """
     families = {k.__name__: k.family for k in PIPELINES.classes() if isinstance(getattr(k, "family", None), ClipFamily)}
     if class_name not in families:
-        raise ValueError(f"{source} is a {class_name}; this trainer is for {', '.join(families)}")
+        raise ValueError(f"{source} is a {class_name}; this trainer supports {', '.join(families)}")
     return families[class_name]
 
 
 def _open(
     kind: type[Model], source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
 ) -> tuple[Model, Params]:
-    """One network, computing in ``dtype``, its parameters placed on the mesh."""
+    """Open one network that computes in ``dtype``, with its parameters placed on the mesh."""
     folder = component_folder(source, name, **hub)
     model = kind.from_config(folder, dtype=jnp.dtype(dtype))
     say(f"loading {name} ({kind.__name__}) from {folder}")
@@ -114,21 +115,21 @@ def _open(
 
 
 def component_folder(source: str | Path, name: str, **hub: Any) -> Path:
-    """Where a network lies: in the folder ``name`` of a pipeline, or alone."""
+    """The folder of a network: the subfolder ``name`` of a pipeline, or ``source`` itself."""
     found = weights.resolve(source, **hub)
     return found / name if (found / name).is_dir() else found
 
 
-# How trainable numbers combine with frozen ones
+# Combining trainable and frozen parameters
 
 
 def whole(models: Mapping[str, Any]) -> Combine:
-    """Trained networks replace the frozen ones of their name: full fine-tuning."""
+    """Trained networks replace the frozen ones of the same name: full fine-tuning."""
     return lambda frozen, trainable: (models, {**frozen, **trainable})
 
 
 def with_lora(models: Mapping[str, Any], scale: float = 1.0) -> Combine:
-    """Networks compute with trained low-rank pairs beside their frozen kernels."""
+    """Trained low-rank pairs are added to the frozen kernels: LoRA."""
 
     def combine(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
         return {**models, **{name: Adapted(models[name], pairs, scale) for name, pairs in trainable.items()}}, frozen
@@ -137,7 +138,7 @@ def with_lora(models: Mapping[str, Any], scale: float = 1.0) -> Combine:
 
 
 def with_tokens(models: Mapping[str, Any]) -> Combine:
-    """The last rows of text encoders' tables are the trained ones: textual inversion."""
+    """The trained rows are the last token embeddings of the text encoders: textual inversion."""
 
     def combine(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
         return models, {**frozen, **{name: tokens.combine(frozen[name], rows) for name, rows in trainable.items()}}
@@ -149,7 +150,7 @@ def with_tokens(models: Mapping[str, Any]) -> Combine:
 
 
 Tokenizers = Mapping[str, tuple[Any, int]]
-"""Text encoder -> its tokenizer and the number of tokens."""
+"""Name of a text encoder -> its tokenizer and its number of tokens."""
 
 
 def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, tuple[Any, int]]:
@@ -157,51 +158,53 @@ def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, tuple[Any, int]]:
     used = {}
     for name, tokenizer in pipe.family.encoders.items():
         if pipe.components.get(name) is not None:
-            own = pipe.components[tokenizer]
-            used[name] = own, min(pipe.components[name].config.max_position_embeddings, own.model_max_length)
+            found = pipe.components[tokenizer]
+            used[name] = found, min(pipe.components[name].config.max_position_embeddings, found.model_max_length)
     return used
 
 
 def finish(
     tokenizers: Tokenizers,
-    told: Callable[[Any], np.ndarray] | None,
-    pictures: Callable[[Any], Batch] | None,
+    time_ids: Callable[[Any], np.ndarray] | None,
+    latents: Callable[[Any], Batch] | None,
     texts: Callable[[Any], Batch] | None,
     example: Any,
 ) -> Batch:
     """The arrays of one :class:`~diffuse_jax.training.data.Example`; runs in the data workers.
 
     Args:
-      tokenizers: for token ids int32 ``[L]`` under each text encoder's name.
-      told: makes ``time_ids`` for SDXL; None for others.
-      pictures: what stands in place of ``pixel_values`` uint8 ``[h,w,3]`` (and of ``time_ids``), from a cache.
-      texts: what stands in place of token ids, from a cache.
-      example: picture and caption.
+      tokenizers: the tokenizers, which make token ids int32 ``[L]`` under each text encoder's name.
+      time_ids: makes SDXL's ``time_ids``; None for other models.
+      latents: a cache that replaces ``pixel_values`` uint8 ``[h,w,3]`` (and ``time_ids``); None without one.
+      texts: a cache that replaces the token ids; None without one.
+      example: the image and its caption.
     """
     if texts is None:
         arrays = {name: token_ids(*tokenizer, example.caption) for name, tokenizer in tokenizers.items()}
     else:
         arrays = texts(example)
-    if pictures is not None:
-        return arrays | pictures(example)
+    if latents is not None:
+        return arrays | latents(example)
     arrays["pixel_values"] = example.pixels
-    return arrays if told is None else arrays | {"time_ids": told(example)}
+    return arrays if time_ids is None else arrays | {"time_ids": time_ids(example)}
 
 
 def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
-    """Ids int32 ``[length]``, cut and padded; new words of several rows are spelled out."""
+    """Token ids int32 ``[length]``, truncated and padded; words with several embeddings are expanded to all tokens."""
     return padded_ids(tokenizer, [tokens.expand_words(text, tokenizer)], length)[0]
 
 
-def sizes_of(true: bool, example: Any) -> np.ndarray:
-    """SDXL's ``time_ids [6]`` (Podell et al. 2023, 2.2): original height and width, top and left of the cut, size.
+def micro_conditioning(true: bool, example: Any) -> np.ndarray:
+    """SDXL's ``time_ids [6]`` float32 (Podell et al. 2023, section 2.2): original size, top left of the crop, target
+    size.
 
-    Unless they shall be true, the picture is said to be whole and to have had this size: what pictures are asked for
-    later are told, so that a handful of training pictures does not stand for their own resolution.
+    All are (height, width) in pixels. Unless they are to be ``true``, the image counts as uncropped and as having the
+    target size originally. These are the values at inference, so the model does not associate a handful of training
+    images with their original resolution.
     """
     target = example.target_size
-    told = (*example.original_size, *example.crop_top_left) if true else (*target, 0, 0)
-    return np.array((*told, *target), np.float32)
+    original = (*example.original_size, *example.crop_top_left) if true else (*target, 0, 0)
+    return np.array((*original, *target), np.float32)
 
 
 def denoising_loss(
@@ -213,16 +216,16 @@ def denoising_loss(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """Squared error of the UNet at random timesteps of random latents (Rombach et al. 2022, eq. 2).
+    """Squared error of the UNet at random timesteps of sampled latents (Rombach et al. 2022, eq. 2).
 
     ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
-    distribution; token ids ``[B,L]`` under each text encoder's name, or ``states [B,L,D]`` and for SDXL ``pooled
-    [B,P]``; for SDXL ``time_ids [B,6]``; and with prior preservation ``prior [B]``.
+    distribution; token ids ``[B,L]`` under each text encoder's name, or the prompt embeddings ``states [B,L,D]`` and,
+    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; and with prior preservation ``prior [B]``.
     """
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
     x0 = latents(models["vae"], params.get("vae"), batch, k_latent)
-    text = prompt_states(family, models, params, batch)
+    text = prompt_embeddings(family, models, params, batch)
     added = None
     if "time_ids" in batch:
         added = {"text_embeds": text["pooled"], "time_ids": batch["time_ids"]}
@@ -233,7 +236,7 @@ def denoising_loss(
 
 
 def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Scaled latents ``[B,h,w,c]`` float32, drawn from their distribution."""
+    """Scaled latents ``[B,h,w,c]`` float32, sampled from their distribution."""
     if "moments" in batch:
         moments = jnp.asarray(batch["moments"], jnp.float32)
         posterior = Posterior(*jnp.split(moments, 2, axis=-1))
@@ -243,14 +246,15 @@ def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key
 
 
 def normalised(pixels: jax.Array) -> jax.Array:
-    """uint8 pixels as float32 in [-1, 1]; others as they are."""
+    """uint8 pixels as float32 in [-1, 1]; other dtypes unchanged."""
     return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
 
 
-def prompt_states(
+def prompt_embeddings(
     family: ClipFamily, models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """``states [B,L,D]`` and, for SDXL, ``pooled [B,P]`` from token ids, unless they come encoded."""
+    """Prompt embeddings ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``: those of the batch, or from its token
+    ids."""
     if "states" in batch:
         return {name: batch[name] for name in ("states", "pooled") if name in batch}
     nets = tuple(Net(name, models[name]) for name in family.encoders if name in batch and name in models)
@@ -258,28 +262,28 @@ def prompt_states(
 
 
 def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> Callable[..., Any]:
-    """:func:`denoising_loss` for a pipeline, as :func:`~diffuse_jax.training.state.make_step` takes it."""
+    """:func:`denoising_loss` of a pipeline, in the form that :func:`~diffuse_jax.training.state.make_step` takes."""
     return functools.partial(denoising_loss, pipe.family, combine, objective)
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's networks by name, in the order of its text encoders."""
+    """The pipeline's networks by name: the text encoders in their order, the UNet and the autoencoder."""
     names = [*pipe.family.encoders, "unet", "vae"]
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 
-# What is written
+# Saving and validation
 
 
 def save_networks(pipe: DiffusionPipeline, folder: Path, params: Mapping[str, Params]) -> None:
-    """Write trained networks in inference format: ``folder/unet`` and so on."""
-    for name, own in params.items():
-        pipe.components[name].save_pretrained(folder / name, own)
+    """Write trained networks in inference format to ``folder/unet`` and so on."""
+    for name, network_params in params.items():
+        pipe.components[name].save_pretrained(folder / name, network_params)
 
 
-def sample_pictures(pipe: DiffusionPipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:
-    """Validation pictures: ``(prompt, PIL picture)`` for each prompt, in one call of the pipeline."""
-    asked = list(prompts)
+def sample_images(pipe: DiffusionPipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:
+    """Generate validation images in one call of the pipeline, as pairs ``(prompt, PIL image)``."""
+    texts = list(prompts)
     per = options.get("num_images_per_prompt", 1)
-    images = pipe(asked, **options).images
-    return [(asked[i // per], image) for i, image in enumerate(images)]
+    images = pipe(texts, **options).images
+    return [(texts[i // per], image) for i, image in enumerate(images)]

@@ -1,4 +1,4 @@
-"""Flags that all trainers of latent text-to-image models have."""
+"""Flags shared by all trainers of latent text-to-image models."""
 
 from __future__ import annotations
 
@@ -20,61 +20,74 @@ from diffuse_jax.training.settings.model import PREDICTION_TYPES
 
 
 def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
-    """The shared flags of :func:`~diffuse_jax.training.arguments.make_parser` and those of latent models.
+    """A parser with the shared flags of :func:`~diffuse_jax.training.arguments.make_parser` and those of latent models.
 
     Args:
-      description, output_dir, defaults: as there.
-      text_encoders: whether the script can train them beside the UNet.
+      description, output_dir, defaults: as for ``make_parser``.
+      text_encoders: whether the script can train the text encoders together with the UNet.
     """
     parser = make_parser(description, output_dir)
     add = parser.group("model", ModelSettings, OptimizerSettings)
-    add("--pretrained_model_name_or_path", required=True, help="Stable Diffusion 1.x, 2.x or XL: a folder or a Hub id")
-    add("--pretrained_vae_model_name_or_path", help="folder or Hub id whose vae/ replaces the pipeline's")
-    add("--prediction_type", choices=PREDICTION_TYPES, help="instead of the scheduler's")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="folder or Hub id of a Stable Diffusion 1.x, 2.x or XL model",
+    )
+    add("--pretrained_vae_model_name_or_path", help="folder or Hub id of an autoencoder to use instead")
+    add("--prediction_type", choices=PREDICTION_TYPES, help="overrides the prediction type of the scheduler")
     if text_encoders:
         add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
-        add("--text_encoder_lr", help="their highest learning rate, if not --learning_rate")
+        add("--text_encoder_lr", help="peak learning rate of the text encoders; --learning_rate if omitted")
     add = parser.group("monitoring", ValidationSettings)
-    add("--validation_prompt", "--validation_prompts", nargs="+", help="make pictures of these prompts while training")
-    add("--num_validation_images", help="pictures per prompt")
-    add("--validation_inference_steps", help="sampling steps of such a picture")
-    add("--validation_guidance_scale", help="guidance of such a picture")
+    add(
+        "--validation_prompt",
+        "--validation_prompts",
+        nargs="+",
+        help="generate images of these prompts during training",
+    )
+    add("--num_validation_images", help="images per prompt")
+    add("--validation_inference_steps", help="sampling steps of validation images")
+    add("--validation_guidance_scale", help="guidance scale of validation images")
     add_objective(parser)
     parser.set_defaults(**defaults)
     return parser
 
 
 def add_lora(parser: Parser) -> None:
-    """The flags of low-rank adaptation."""
+    """Add the flags of LoRA."""
     add = parser.group("LoRA", LoraSettings)
-    add("--rank", help="inner dimension of the pairs")
-    add("--lora_targets", help="regular expression: paths of the dense layers that get a pair")
+    add("--rank", help="rank of the LoRA matrices")
+    add("--lora_targets", help="regular expression for the paths of the layers to adapt")
 
 
 def add_dreambooth(parser: Parser) -> None:
-    """The flags of the instance, its class, and how their pictures are read."""
+    """Add the flags of the instance, its class, and how their images are read."""
     add = parser.group("DreamBooth", DreamBoothSettings)
-    add("--instance_data_dir", required=True, help="folder with pictures of the instance; no captions are needed")
-    add("--instance_prompt", required=True, help='a prompt with a rare word for it, such as "a photo of sks dog"')
-    add("--with_prior_preservation", action="store_true", help="train on pictures of the class too")
-    add("--prior_loss_weight", help="how much those count")
-    add("--class_data_dir", help="folder with pictures of the class; missing ones are made by the model")
-    add("--class_prompt", help='a prompt of the class, such as "a photo of dog"')
-    add("--num_class_images", help="how many pictures of the class there shall be")
-    add("--sample_batch_size", help="how many of them are made at once")
+    add("--instance_data_dir", required=True, help="folder with images of the instance; no captions are needed")
+    add(
+        "--instance_prompt",
+        required=True,
+        help='prompt with a rare word for the instance, such as "a photo of sks dog"',
+    )
+    add("--with_prior_preservation", action="store_true", help="also train on images of the class")
+    add("--prior_loss_weight", help="weight of the loss on class images")
+    add("--class_data_dir", help="folder with images of the class; missing ones are generated by the model")
+    add("--class_prompt", help='prompt for the class, such as "a photo of dog"')
+    add("--num_class_images", help="minimum number of class images")
+    add("--sample_batch_size", help="number of class images that are generated at once")
     add_data(parser, captions=False, caches=True)
     parser.hide(OTHER_DATA)
 
 
 def add_inversion(parser: Parser) -> None:
-    """The flags of the new word, and of how the pictures are read."""
+    """Add the flags of the new word, and of how the images are read."""
     add = parser.group("textual inversion", InversionSettings)
     add("--placeholder_token", required=True, help='the new word, such as "<cat-toy>"')
-    add("--initializer_token", required=True, help="a word of one token whose meaning is the start")
-    add("--num_vectors", help="rows of the table that the word stands for")
-    add("--learnable_property", choices=sorted(TEMPLATES), help="which prompts are used")
-    add("--caption_column", help="instead of those, captions of metadata.jsonl, in which {} stands for the word")
-    add("--repeats", help="how often a picture counts in an epoch")
-    add("--save_as_full_pipeline", action="store_true", help="write the whole pipeline with the new word too")
+    add("--initializer_token", required=True, help="word of a single token whose embedding is the starting point")
+    add("--num_vectors", help="number of token embeddings of the new word")
+    add("--learnable_property", choices=sorted(TEMPLATES), help="which prompt templates are used")
+    add("--caption_column", help="use captions of metadata.jsonl instead, in which {} stands for the word")
+    add("--repeats", help="number of times each image is used in an epoch")
+    add("--save_as_full_pipeline", action="store_true", help="also write the whole pipeline with the new word")
     add_data(parser, captions=False, caches=True)
     parser.hide(name for name in OTHER_DATA if name != "train_data_dir")

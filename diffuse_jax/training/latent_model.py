@@ -1,4 +1,4 @@
-"""The latent text-to-image model that a trainer starts from: opening it, and completing its trained networks."""
+"""The latent text-to-image model that training starts from: opening it, and saving a complete pipeline at the end."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def source_folder(model: ModelSettings) -> Path:
 
 
 def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[str, ...]:
-    """The networks that are trained.
+    """The names of the networks that are trained.
 
     Raises:
-      ValueError: text encoders have a learning rate but are not trained.
+      ValueError: a learning rate is set for the text encoders, but they are not trained.
     """
     names: tuple[str, ...] = ("unet",)
     if model.train_text_encoder:
@@ -42,10 +42,10 @@ def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[s
 
 
 def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:
-    """The pipeline on a mesh; the networks named in ``float32`` keep that precision.
+    """The pipeline on a mesh; the parameters of the networks named in ``float32`` keep that precision.
 
     Raises:
-      WeightsError, ValueError: of :func:`~diffuse_jax.training.latent.open_pipeline`.
+      WeightsError, ValueError: as for :func:`~diffuse_jax.training.latent.open_pipeline`.
     """
     vae = model.pretrained_vae_model_name_or_path
     pipe = open_pipeline(
@@ -62,7 +62,7 @@ def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> D
 
 
 def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> tuple[Any, Params]:
-    """A network of the pipeline with parameters that this process can use alone."""
+    """A network of the pipeline, with parameters that this process can use without the others."""
     network = pipe.components[name]
     if jax.process_count() == 1:
         return network, pipe.params[name]
@@ -72,12 +72,12 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
 
 
 def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path, trained: Iterable[str]) -> None:
-    """Complete the trained networks in a folder to a pipeline: every other file of the source, as it is there.
+    """Complete the trained networks in a folder to a pipeline, by copying all other files of the source unchanged.
 
-    All processes may call it; process 0 writes.
+    All processes may call this; process 0 writes.
 
-    The scheduler stays the source's sampler, with the prediction type that was trained. ``model_index.json`` comes
-    last; it leaves out what the source names but does not hold.
+    The scheduler is the source's sampler, with the prediction type used in training. ``model_index.json`` is written
+    last; it omits components that the source names but does not contain.
     """
     if jax.process_index() != 0:
         return
@@ -85,8 +85,8 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
     index, kept, vae = weights.read_index(source), set(trained), model.pretrained_vae_model_name_or_path
     for name, entry in index.components.items():
         if entry.folder.is_dir() and name not in kept:
-            own = component_folder(model_folder(vae, model.hub), name) if vae and name == "vae" else entry.folder
-            copy_component(own, folder / name, model.hub.variant)
+            origin = component_folder(model_folder(vae, model.hub), name) if vae and name == "vae" else entry.folder
+            copy_component(origin, folder / name, model.hub.variant)
             kept.add(name)
     sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
     sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
@@ -97,9 +97,9 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
 
 
 def copy_component(source: Path, target: Path, variant: str | None = None) -> None:
-    """Copy the files of a component; other weights that lie there go. A folder that is copied onto itself stays.
+    """Copy the files of a component and remove other weights from ``target``; nothing is copied onto itself.
 
-    Files of a variant lose its name where there are no others: the trained networks beside them have none.
+    Files of a variant are renamed to have none unless such files exist, since the trained networks have no variant.
     """
     if not (target.is_dir() and target.samefile(source)):
         for old in target.glob("*"):

@@ -1,4 +1,4 @@
-"""Training with low-rank pairs (LoRA, Hu et al. 2021): their settings, a fresh set, and merging them."""
+"""Training low-rank adapters (LoRA, Hu et al. 2021): initialising and merging them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffuse_jax.training.settings import LoraSettings
 def lora_from(
     settings: LoraSettings, pipe: DiffusionPipeline, names: Sequence[str], seed: int = 0
 ) -> dict[str, Params]:
-    """Fresh pairs, float32, for the networks of these names."""
+    """Initial low-rank pairs, float32, for the networks with these names."""
     keys = jax.random.split(jax.random.key(seed), len(names))
     return {
         name: lora.init(pipe.components[name].shapes(), settings.rank, key, settings.lora_targets)
@@ -25,5 +25,5 @@ def lora_from(
 
 
 def merged_lora(pipe: DiffusionPipeline) -> Callable[[Any], dict[str, Params]]:
-    """Pairs -> parameters of the networks that they change."""
-    return lambda pairs: {name: lora.merge(pipe.params[name], own) for name, own in pairs.items()}
+    """A function from low-rank pairs by network to the parameters of these networks with the pairs merged."""
+    return lambda trained: {name: lora.merge(pipe.params[name], pairs) for name, pairs in trained.items()}

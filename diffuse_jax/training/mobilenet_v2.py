@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-"""Table 2 of the paper: expansion, channels, repeats, stride of the first."""
+"""Table 2 of the paper: expansion, channels, number of blocks, stride of the first block."""
 
 CHANNELS = 1280
 NORM_EPSILON = 1e-5
@@ -26,9 +26,9 @@ Params = dict[str, Layer]
 
 
 def fold_norms(tensors: Mapping[str, np.ndarray]) -> Params:
-    """Convolutions with the batch norm after each of them folded in, from PyTorch's names and axes.
+    """Fold each batch norm into the convolution before it; ``tensors`` have PyTorch's names and layouts.
 
-    A norm stands one place behind its convolution: ``features.2.conv.1.0`` and ``features.2.conv.1.1``.
+    The index of a norm is one higher than that of its convolution: ``features.2.conv.1.0``, ``features.2.conv.1.1``.
     """
     params = {}
     for name in [key.removesuffix(".weight") for key, array in tensors.items() if array.ndim == 4]:
@@ -44,20 +44,20 @@ def fold_norms(tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def apply(params: Params, x: jax.Array) -> jax.Array:
-    """Mean over space of the last maps.
+    """Spatial mean of the last feature maps.
 
     Args:
       params: from :func:`fold_norms`.
-      x: float32 ``[B,H,W,3]``, normalised by ImageNet's mean and deviation.
+      x: float32 ``[B,H,W,3]``, normalised by ImageNet's mean and standard deviation.
 
     Returns:
-      float32 ``[B,1280]``, not negative.
+      float32 ``[B,1280]``, nonnegative.
     """
     return maps(params, x)[-1].mean(axis=(1, 2))
 
 
 def maps(params: Params, x: jax.Array) -> list[jax.Array]:
-    """What each of the 19 layers makes of ``x [B,H,W,3]``: ``[B,h,w,C]``, the last with 1280 channels."""
+    """The outputs ``[B,h,w,C]`` of all 19 layers for ``x [B,H,W,3]``; the last has 1280 channels."""
     found = [relu6(convolution(x, params["features.0.0"], stride=2))]
     for expansion, channels, repeats, stride in BLOCKS:
         for repeat in range(repeats):
@@ -82,7 +82,7 @@ def relu6(x: jax.Array) -> jax.Array:
 
 def convolution(x: jax.Array, layer: Layer, stride: int) -> jax.Array:
     kernel, bias = layer
-    pads = ((1, 1), (1, 1))  # on both sides, as PyTorch pads; "SAME" would pad an even size on one side only
+    pads = ((1, 1), (1, 1))  # on both sides, as in PyTorch; "SAME" would pad an even size on one side only
     return jax.lax.conv_general_dilated(
         x, jnp.asarray(kernel), (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     ) + bias.reshape(1, 1, 1, -1)

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, records for the trackers, and an error when a step goes wrong."""
+"""Monitoring of a run: a progress bar, records for the trackers, and an error if a step is not finite."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tqdm import tqdm
 
 from diffuse_jax.training.distributed import say
 from diffuse_jax.training.state import Metrics
-from diffuse_jax.training.trackers import Pictures, Tracker
+from diffuse_jax.training.trackers import Images, Tracker
 
 AHEAD = 4
-"""Steps that may wait on the device. More would not make it busier, and each keeps its batch in memory."""
+"""Maximum number of steps queued on the device. More would not keep it busier, and each holds its batch in memory."""
 
 NAMES_SHOWN = 16
 
 
 class Work(NamedTuple):
-    """What one update is, for speeds.
+    """The work of one training step, for measuring speed.
 
     Attributes:
-      images: images, over all devices.
-      devices: that share them.
-      flops: operations of the model; None where the utilisation is not wanted.
-      peak: operations per second that one device could do.
-      examples: examples in an epoch; None where that is not known.
+      images: number of images, over all devices.
+      devices: number of devices that share them.
+      flops: floating-point operations of the model; None if the utilisation is not measured.
+      peak: peak speed of one device in operations per second.
+      examples: number of examples in an epoch; None if unknown.
     """
 
     images: int
@@ -46,12 +46,12 @@ class Monitor:
     """Collects the metrics of steps on the device and fetches them when a record is written.
 
     Args:
-      trackers: where records go; empty on processes other than the first.
-      first: updates made before this run.
-      total: updates made in the end.
-      work: of one update.
-      more: ``update -> other numbers`` of a record, such as the learning rate.
-      compiling: seconds that were spent on compiling so far, which do not count as time of the steps.
+      trackers: where records are written; empty on all processes but the first.
+      first: number of training steps completed before this run.
+      total: total number of training steps.
+      work: the work of one training step.
+      more: maps a step to further values of its record, such as the learning rate.
+      compiling: returns the seconds spent on compilation so far, which do not count as time of the steps.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Monitor:
         self._flying: deque[Metrics] = deque()
         self._clock: float | None = None  # starts when the first step, which is compiled, is done
         self._timed = 0
-        # Where nobody watches, as in the log of a cluster, each record is a line instead.
+        # Without a terminal, as in the log of a cluster, each record is printed as a line instead.
         self._lines = not sys.stderr.isatty()
         quiet = self._lines or jax.process_index() != 0
         self._bar = tqdm(
@@ -79,12 +79,12 @@ class Monitor:
         )
 
     def add(self, step: int, metrics: Metrics, names: Sequence[str]) -> None:
-        """Note the metrics of a step; waits only where the device is :data:`AHEAD` steps behind.
+        """Record the metrics of a step; waits only if the device is :data:`AHEAD` steps behind.
 
         Args:
-          step: updates made with this one.
+          step: number of completed training steps, including this one.
           metrics: scalars on the device.
-          names: what the batch was made of.
+          names: names of the examples in the batch.
         """
         self._pending.append((step, metrics, tuple(names)))
         self._flying.append(metrics)
@@ -92,17 +92,17 @@ class Monitor:
         if self._clock is None:
             jax.block_until_ready(metrics)
             self._start_clock()
-            self._bar.unpause()  # its time to the end is that of the steps to come
+            self._bar.unpause()  # the remaining time is estimated without the first step
         else:
             self._timed += 1
         if len(self._flying) > AHEAD:
             jax.block_until_ready(self._flying.popleft())
 
     def flush(self) -> dict[str, float]:
-        """Write a record of the steps since the last one: means of their metrics, and speed.
+        """Write a record of the steps since the last record: means of their metrics, and speed.
 
         Raises:
-          FloatingPointError: loss or gradient of one of them is not finite; the text names the step and its batch.
+          FloatingPointError: the loss or gradient of a step is not finite; the message names the step and its batch.
         """
         if not self._pending:
             return {}
@@ -113,7 +113,7 @@ class Monitor:
         shared = set.intersection(*(set(m) for m in values))
         record = {name: float(np.mean([m[name] for m in values])) for name in values[-1] if name in shared}
         record |= self.more(last) | self._speed() | self._place(last)
-        self._tell(lambda tracker: tracker.numbers(last, record))
+        self._for_trackers(lambda tracker: tracker.scalars(last, record))
         self._bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         if self._lines:
             say(line_of(last, self.total, record))
@@ -126,22 +126,22 @@ class Monitor:
         self._clock, self._compiled = time.perf_counter(), self._compiling()
 
     def _place(self, step: int) -> dict[str, float]:
-        """Where the run is: seconds since it began to train, and epochs where their length is known."""
+        """The progress of the run: seconds since training began, and epochs if their length is known."""
         place = {"elapsed_seconds": time.perf_counter() - self._began}
         return place if self.work.examples is None else place | {"epoch": step * self.work.images / self.work.examples}
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
-        """Hand something to every tracker. A log that cannot be written ends no training; it is said once."""
+    def _for_trackers(self, write: Callable[[Tracker], None]) -> None:
+        """Call ``write`` for every tracker. A log that cannot be written does not end training; it is reported once."""
         for tracker in self.trackers:
             try:
-                what(tracker)
+                write(tracker)
             except Exception as error:
                 if tracker not in self._failed:
-                    say(f"warning: {type(tracker).__name__} cannot be written ({error!r}); training goes on without it")
+                    say(f"warning: {type(tracker).__name__} failed ({error!r}); training continues without it")
                 self._failed.add(tracker)
 
     def _speed(self) -> dict[str, float]:
-        """Of the steps since the last record; nothing where the only one is the first, which was compiled."""
+        """The speed since the last record; empty if the only step was the first one, which was compiled."""
         if self._clock is None or not self._timed:
             return {}
         steps = self._timed / (time.perf_counter() - self._clock - (self._compiling() - self._compiled))
@@ -155,27 +155,27 @@ class Monitor:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Work inside, such as a checkpoint or validation images, does not count as time of the steps."""
+        """Exclude the block, such as writing a checkpoint or validation images, from the time of the steps."""
         if self._pending:
             jax.block_until_ready(self._pending[-1][1])
         start, compiled = time.perf_counter(), self._compiling()
         yield
         if self._clock is not None:
             self._clock += time.perf_counter() - start
-            self._compiled += self._compiling() - compiled  # it is in the seconds above
+            self._compiled += self._compiling() - compiled  # already included in the seconds above
         self._bar.unpause()
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        """Hand validation images to the trackers."""
-        self._tell(lambda tracker: tracker.pictures(step, pictures))
+    def images(self, step: int, images: Images) -> None:
+        """Pass validation images to the trackers."""
+        self._for_trackers(lambda tracker: tracker.images(step, images))
 
     def close(self) -> None:
         self._bar.close()
-        self._tell(lambda tracker: tracker.close())
+        self._for_trackers(lambda tracker: tracker.close())
 
 
 def line_of(step: int, total: int, record: Mapping[str, float]) -> str:
-    """A record as a line for the person who reads along, with the time of day."""
+    """A record as a line of text with the time of day, for the user."""
     epoch = f", epoch {record['epoch']:.2f}" if "epoch" in record else ""
     speed = f", {record['steps_per_second']:.3g} steps/s" if "steps_per_second" in record else ""
     now = datetime.datetime.now().isoformat(" ", "seconds")

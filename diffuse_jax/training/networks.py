@@ -1,4 +1,4 @@
-"""The one network of a trainer: from a checkpoint, or new from a config."""
+"""The network of a trainer with a single network: from a checkpoint, or new from a config."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 Network = TypeVar("Network", bound=Model)
 
 PARTS = {"unet", "vae", "text_encoder", "text_encoder_2", "safety_checker", "image_encoder"}
-"""Folders of networks in a pipeline; those that are not trained need not be downloaded."""
+"""Subfolders of networks in a pipeline; those of networks that are not trained need not be downloaded."""
 
 
 def open_network(
     kind: type[Network], settings: NetworkSettings, mesh: Mesh, subfolder: str, default: Config, seed: int = 0
 ) -> tuple[Network, Params]:
-    """The network in the wanted computing precision, and its parameters, float32 whatever that is.
+    """The network with the requested compute dtype, and its parameters, which are always float32.
 
     Args:
-      kind: its class.
-      settings: where it comes from.
-      mesh: each device reads its part of a checkpoint only. New parameters stay on the host until the training state
-        is built.
-      subfolder: where it lies in a pipeline.
-      default: the config of a new network where the settings name none.
-      seed: of a new network's parameters.
+      kind: the class of the network.
+      settings: where the network comes from.
+      mesh: the mesh of the run; each device loads only its shard of a checkpoint. The parameters of a new network stay
+        on the host until the training state is built.
+      subfolder: the subfolder of the network in a pipeline.
+      default: the config of a new network if the settings name none.
+      seed: seed of a new network's parameters.
 
     Raises:
-      WeightsError: no such folder, another network's config, or weights that do not fit it.
+      WeightsError: the folder does not exist, its config is of another network, or the weights do not fit it.
     """
     source, config = settings.pretrained_model_name_or_path, settings.model_config_name_or_path
     dtype, hub = settings.compute.dtype, settings.hub
@@ -58,19 +58,19 @@ def open_network(
     else:
         model = kind(config=default, dtype=dtype)
     warn_of_dropout(model)
-    say(f"a new {kind.__name__}, from seed {seed}")
+    say(f"initialising a new {kind.__name__} from seed {seed}")
     return model, initial_params(model.shapes(), seed)
 
 
 def warn_of_dropout(model: Model) -> None:
-    """Say on the log that a network which asks for dropout is trained without it."""
+    """Log a warning if the config of a network has dropout, because training does not use it."""
     for name in ("dropout", "attention_dropout"):
         rate = getattr(model.config, name, dict(model.config.extra).get(name))
         if rate:
-            logger.warning("%s says %s=%s; it is trained without dropout", type(model).__name__, name, rate)
+            logger.warning("%s has %s=%s; it is trained without dropout", type(model).__name__, name, rate)
 
 
 def network_folder(hub: HubSettings, source: str | Path, subfolder: str) -> Path:
-    """Where the network lies: in ``subfolder``, or alone."""
+    """The folder of the network: ``subfolder`` of the model if it exists, otherwise the model's folder itself."""
     found = model_folder(source, hub, frozenset(PARTS - {subfolder}))
     return found / subfolder if (found / subfolder).is_dir() else found

@@ -1,7 +1,7 @@
-"""What a denoising network is trained to predict, and how much each noise level counts.
+"""The training target of a denoising network, and the weighting of noise levels.
 
-A trainer draws noise and timesteps (:func:`draw`), asks its network at the noised sample and hands the answer back
-(:func:`errors`); everything between is one :class:`Objective`.
+A trainer samples noise and timesteps (:func:`draw`), evaluates its network on the noised sample (:func:`noised`) and
+computes the loss of the prediction (:func:`errors`); an :class:`Objective` describes all three.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from diffuse_jax.training.settings.methods import TIMESTEP_BIASES
 
 
 def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """What the network should return for ``add_noise(x0, noise, t)``: noise, velocity or the clean sample, ``[B,...]``.
+    """The target for ``add_noise(x0, noise, t)``: the noise, the velocity or the clean sample, ``[B,...]``.
 
     Raises:
-      ValueError: the scheduler's ``prediction_type`` is none of these.
+      ValueError: the scheduler's ``prediction_type`` is not one of these.
     """
     match scheduler.prediction_type:
         case "epsilon":
@@ -38,15 +38,15 @@ def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) 
 
 
 def snr_table(scheduler: Scheduler) -> np.ndarray:
-    """Signal-to-noise ratio ``alpha_bar / (1 - alpha_bar)`` of every training timestep, float32 ``[T]``."""
+    """The signal-to-noise ratio ``alpha_bar / (1 - alpha_bar)`` of every training timestep, float32 ``[T]``."""
     return (scheduler.alpha_bar / (1 - scheduler.alpha_bar)).astype(np.float32)
 
 
 def min_snr_weight(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Array:
     """Min-SNR-gamma weight of the squared error (Hang et al. 2023, section 3.4): ``min(s, gamma) / s``.
 
-    ``s`` is the ratio itself for noise and sample prediction and ``snr + 1`` for velocity, whose error already weighs
-    the clean sample's by ``snr + 1``. Where a schedule ends in pure noise (ratio 0) the weight is 1, its limit.
+    ``s`` is the ratio itself for noise and sample prediction and ``snr + 1`` for velocity, whose error is already that
+    of the clean sample times ``snr + 1``. If a schedule ends in pure noise (ratio 0), the weight there is 1, its limit.
     """
     s = snr + 1 if prediction_type == "v_prediction" else snr
     return jnp.where(s > gamma, gamma / jnp.maximum(s, 1e-8), 1.0)
@@ -60,20 +60,21 @@ def per_sample_error(prediction: jax.Array, wanted: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(Checked):
-    """The loss of a denoising network, for latents as for pixels.
+    """The loss of a denoising network, for latents or pixels.
 
     Attributes:
-      scheduler: the training schedule and what is predicted.
-      snr_gamma: Min-SNR weighting, see :func:`min_snr_weight`; None for none.
-      noise_offset: amount of noise that is the same for all pixels of a channel, so that brightness is learned too
-        (Guttenberg 2023).
-      input_perturbation: extra noise in the input that the target does not know of (Ning et al. 2023); 0.1 is usual.
-      timestep_bias: probabilities of the timesteps, :func:`timestep_probabilities`; None for uniform.
-      snr_weighting: multiply the error by the signal-to-noise ratio. Of a predicted clean sample it is then what the
-        error of the noise would be (Salimans and Ho 2022, section 4); with ``snr_gamma`` the weight is
+      scheduler: the noise schedule and the prediction type.
+      snr_gamma: Min-SNR weighting, see :func:`min_snr_weight`; None for no such weighting.
+      noise_offset: scale of noise shared by all pixels of a channel, so that brightness is learned too (Guttenberg
+        2023).
+      input_perturbation: scale of additional noise in the input that is not part of the target (Ning et al. 2023);
+        typically 0.1.
+      timestep_bias: probabilities of the timesteps, from :func:`timestep_probabilities`; None for uniform ones.
+      snr_weighting: multiply the error by the signal-to-noise ratio. For sample prediction, this gives the error of the
+        corresponding noise prediction (Salimans and Ho 2022, section 4); with ``snr_gamma`` the weight is
         ``min(s, gamma)``.
-      prior_loss_weight: DreamBooth's prior preservation (Ruiz et al. 2023, eq. 2): how much the loss of pictures of the
-        class counts, beside that of the pictures of the instance; see :func:`errors`.
+      prior_loss_weight: weight of the loss on class images relative to instance images, for DreamBooth's prior
+        preservation (Ruiz et al. 2023, eq. 2); see :func:`errors`.
     """
 
     scheduler: Scheduler
@@ -92,10 +93,10 @@ class Objective(Checked):
 
 
 def objective_from(settings: ObjectiveSettings, scheduler: Scheduler, prior_loss_weight: float = 1.0) -> Objective:
-    """The loss of a model with this scheduler.
+    """The objective of a model with this scheduler.
 
     Raises:
-      ValueError: the biased timesteps do not lie within those of the scheduler.
+      ValueError: the biased timesteps are not within those of the scheduler.
     """
     bias = timestep_probabilities(
         settings.timestep_bias_strategy,
@@ -116,15 +117,15 @@ def objective_from(settings: ObjectiveSettings, scheduler: Scheduler, prior_loss
 
 
 class Draw(NamedTuple):
-    """The random part of one update: what the target knows, what the input gets on top, and when."""
+    """The random quantities of one training step: noise, additional noise of the input, and timesteps."""
 
     noise: jax.Array  # [B,...]
-    extra: jax.Array | None  # [B,...] more noise of the input only
+    extra: jax.Array | None  # [B,...] additional noise of the input, not part of the target
     t: jax.Array  # int32 [B]
 
 
 def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
-    """Noise and timesteps for a batch of clean samples ``[B,...,C]``, float32."""
+    """Sample noise and timesteps for a batch of clean samples ``[B,...,C]``, float32."""
     k_noise, k_time, k_offset, k_extra = jax.random.split(key, 4)
     noise = shard_batch(jax.random.normal(k_noise, x0.shape, jnp.float32))
     if objective.noise_offset:
@@ -149,13 +150,14 @@ def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
 def errors(
     objective: Objective, prediction: jax.Array, x0: jax.Array, drawn: Draw, prior: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss and, as metrics, its parts: ``mse`` without weights and ``prior_loss`` where there is one.
+    """The loss and its parts as metrics: ``mse`` without weights and, with ``prior``, ``prior_loss``.
 
     Args:
-      prediction, x0: ``[B,...]``.
-      drawn: what the prediction was made from.
-      prior: bool ``[B]``, true for pictures of the class; they have a mean of their own, which is added with
-        ``prior_loss_weight``.
+      prediction: output of the network, ``[B,...]``.
+      x0: clean samples, ``[B,...]``.
+      drawn: the noise and timesteps of the network's input.
+      prior: bool ``[B]``, true for class images; their mean loss is computed separately and added with the weight
+        ``prior_loss_weight``. None without prior preservation.
     """
     wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
     squares = per_sample_error(prediction, wanted)
@@ -166,30 +168,31 @@ def errors(
         weighted = weighted * min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
     if prior is None:
         return weighted.mean(), {"mse": squares.mean()}
-    own = mean_where(weighted, ~prior)
-    other = mean_where(weighted, prior)
-    return own + objective.prior_loss_weight * other, {"mse": mean_where(squares, ~prior), "prior_loss": other}
+    instance_loss = mean_where(weighted, ~prior)
+    prior_loss = mean_where(weighted, prior)
+    metrics = {"mse": mean_where(squares, ~prior), "prior_loss": prior_loss}
+    return instance_loss + objective.prior_loss_weight * prior_loss, metrics
 
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean of the chosen ``values [B]``; 0 where none is."""
+    """Mean of the selected ``values [B]``; 0 if none is selected."""
     return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(dtype=values.dtype), 1)
 
 
 def timestep_probabilities(
     strategy: str, steps: int, *, multiplier: float = 1.0, portion: float = 0.25, begin: int = 0, end: int | None = None
 ) -> tuple[float, ...] | None:
-    """Probabilities with which training timesteps are drawn; None for uniform ones.
+    """The probabilities with which training timesteps are sampled; None for uniform ones.
 
     Args:
-      strategy: "none"; "earlier" or "later", the first or last ``portion`` of the timesteps; "range" from ``begin`` to
-        before ``end``.
+      strategy: which timesteps to favour: "none"; "earlier" or "later" for the first or last ``portion`` of them;
+        "range" for those from ``begin`` up to, but not including, ``end``.
       steps: number of training timesteps.
-      multiplier: how many times more often those are drawn than the others.
+      multiplier: how many times more often these are sampled than the others.
       portion, begin, end: see ``strategy``; ``end`` is ``steps`` if None.
 
     Raises:
-      ValueError: an unknown strategy, a range outside the timesteps, a multiplier or portion that is not positive.
+      ValueError: the strategy is unknown, the range exceeds the timesteps, or multiplier or portion is not positive.
     """
     one_of(TIMESTEP_BIASES, timestep_bias_strategy=strategy)
     if strategy == "none":

@@ -1,4 +1,4 @@
-"""Optimisers by name, and the learning rates over a run."""
+"""Optimisers by name, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffuse_jax.training.settings import OptimizerSettings
 from diffuse_jax.training.settings.run import SCHEDULES, check_warmup
 
 DECAY_SHARE = 1 / 3
-"""Share of a ``warmup_stable_decay`` run in which the rate falls."""
+"""Fraction of a ``warmup_stable_decay`` run during which the learning rate decays."""
 
 LOWEST = 1e-7
-"""Where ``polynomial`` ends."""
+"""Final learning rate of ``polynomial``."""
 
 Factor = Callable[[jnp.ndarray], jnp.ndarray]
 
@@ -25,22 +25,23 @@ Factor = Callable[[jnp.ndarray], jnp.ndarray]
 def learning_rate(
     name: str, peak: float, warmup: int, total: int, *, cycles: int = 1, power: float = 1.0, rules: str = ""
 ) -> optax.Schedule:
-    """The rate at each update: a linear ramp to ``peak`` over ``warmup`` updates, then the named schedule to ``total``.
+    """The learning rate at each training step: a linear warm-up to ``peak``, then the named schedule up to ``total``
+    steps.
 
-    With ``p`` the share of the run after the warm-up that is over, the factor on the peak is
+    With ``p`` the completed fraction of the run after the warm-up, the factor on the peak is
 
     * ``constant`` (which has no warm-up) and ``constant_with_warmup``: 1,
     * ``linear``: ``1 - p``,
     * ``cosine``: half a period, from 1 to 0,
-    * ``cosine_with_restarts``: that ``cycles`` times,
+    * ``cosine_with_restarts``: the same, ``cycles`` times,
     * ``polynomial``: ``(1 - p) ** power``, down to a rate of 1e-7,
-    * ``piecewise_constant`` (no warm-up): ``rules`` such as ``"1:10,0.1:20,0.01"``: 1 until update 10, 0.1 until 20,
-      then 0.01,
-    * ``warmup_stable_decay``: 1 until the last third, in which it falls to 0 in a line; such a run can be resumed with
+    * ``piecewise_constant`` (no warm-up): given by ``rules``; ``"1:10,0.1:20,0.01"`` means 1 until step 10, 0.1 until
+      step 20, then 0.01,
+    * ``warmup_stable_decay``: 1 until the last third, in which it decays linearly to 0; such a run can be resumed with
       another ``total``.
 
     Raises:
-      ValueError: the name is not known, the warm-up is longer than the run, or the rules cannot be read.
+      ValueError: the name is unknown, the warm-up is longer than the run, or the rules cannot be parsed.
     """
     one_of(SCHEDULES, lr_scheduler=name)
     if name == "piecewise_constant":
@@ -72,11 +73,11 @@ def _piecewise(peak: float, rules: str) -> optax.Schedule:
         final = float(last)
     except ValueError:
         raise ValueError(
-            f"lr_step_rules must look like '1:10,0.1:20,0.01' (factor:until update, ..., last factor), got {rules!r}"
+            f"lr_step_rules must look like '1:10,0.1:20,0.01' (factor:until step, ..., last factor), got {rules!r}"
         ) from None
     ends = [until for _, until in pairs]
     if ends != sorted(set(ends)):
-        raise ValueError(f"the updates in lr_step_rules must ascend, got {ends}")
+        raise ValueError(f"the steps in lr_step_rules must increase, got {ends}")
     factors = jnp.array([factor for factor, _ in pairs] + [final], jnp.float32)
     bounds = jnp.array(ends, jnp.float32)
     return lambda step: peak * factors[jnp.searchsorted(bounds, jnp.asarray(step, jnp.float32), side="right")]
@@ -90,14 +91,14 @@ def adamw(
     weight_decay: float = 0.01,
     epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019): two moments, so twice the parameters' memory."""
+    """AdamW (Loshchilov and Hutter 2019): two moments, so its state takes twice the memory of the parameters."""
     return optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
 
 
 def lion(
     rate: optax.Schedule, *, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 0.01, epsilon: float = 0.0
 ) -> optax.GradientTransformation:
-    """Lion (Chen et al. 2023): one moment; wants a rate 3 to 10 times below AdamW's. ``epsilon`` has no use."""
+    """Lion (Chen et al. 2023): one moment; use a learning rate 3 to 10 times below AdamW's. ``epsilon`` is unused."""
     del epsilon
     return optax.lion(rate, b1=beta1, b2=beta2, weight_decay=weight_decay)
 
@@ -105,13 +106,14 @@ def lion(
 def adafactor(
     rate: optax.Schedule, *, beta1: float = 0.0, beta2: float = 0.999, weight_decay: float = 0.0, epsilon: float = 1e-30
 ) -> optax.GradientTransformation:
-    """Adafactor (Shazeer and Stern 2018) with the given rate: row and column means of the second moment only.
+    """Adafactor (Shazeer and Stern 2018) with the given learning rate: stores only row and column means of the second
+    moment.
 
-    ``beta1=0`` keeps no first moment; ``beta2`` has no use, its decay approaches 1 by the paper's rule.
+    ``beta1=0`` keeps no first moment. ``beta2`` is unused: the decay approaches 1 by the paper's rule.
     """
     del beta2
     descent = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=beta1 or None, eps=epsilon)
-    # optax's own decay is not scaled by the rate: 0.01 would take a hundredth of every weight in every update.
+    # optax does not scale its weight decay by the learning rate: 0.01 would shrink every weight by 1 % in every step.
     return optax.chain(descent, optax.add_decayed_weights(-weight_decay), optax.scale_by_schedule(rate))
 
 
@@ -123,10 +125,11 @@ def prodigy(
     weight_decay: float = 0.01,
     epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Prodigy (Mishchenko and Defazio 2023): Adam that finds its rate; ``rate``, a factor on that, is 1 at its peak.
+    """Prodigy (Mishchenko and Defazio 2023): Adam that finds its learning rate; ``rate`` is a factor on it, with peak
+    1.
 
-    It estimates how far the solution is from the start, so it keeps the first parameters too: four times their memory.
-    While the rate rises in a warm-up, the estimate is held back.
+    It estimates the distance of the solution from the start and therefore also stores the initial parameters: its state
+    takes four times the memory of the parameters. During a warm-up the growth of the estimate is limited.
     """
     return optax.contrib.prodigy(
         rate, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, safeguard_warmup=True
@@ -147,61 +150,62 @@ def make_optimizer(
     rate: optax.Schedule,
     *,
     max_grad_norm: float | None = 1.0,
-    own_rates: Mapping[str, optax.Schedule] | None = None,
+    network_rates: Mapping[str, optax.Schedule] | None = None,
     **settings: float,
 ) -> optax.GradientTransformation:
-    """An optimiser after clipping the gradient to a global norm (None: not clipped).
+    """An optimiser preceded by gradient clipping.
 
     Args:
       name: one of :data:`OPTIMIZERS`.
-      rate: the learning rate by update.
-      max_grad_norm: see above.
-      own_rates: networks (first names in the tree of parameters) whose rate is another one.
-      **settings: ``beta1``, ``beta2``, ``weight_decay``, ``epsilon``; those left out are the optimiser's own.
+      rate: the learning rate at each training step.
+      max_grad_norm: global norm to which the gradient is clipped; None for no clipping.
+      network_rates: learning rates of individual networks (top-level names in the tree of parameters), which replace
+        ``rate``.
+      **settings: ``beta1``, ``beta2``, ``weight_decay``, ``epsilon``; the optimiser's defaults if omitted.
 
     Raises:
-      ValueError: the name is not known.
+      ValueError: the name is unknown.
     """
     one_of(OPTIMIZERS, optimizer=name)
     optimizer = OPTIMIZERS[name](rate, **settings)
-    if own_rates:
-        parts = {network: OPTIMIZERS[name](own, **settings) for network, own in own_rates.items()}
+    if network_rates:
+        parts = {network: OPTIMIZERS[name](own, **settings) for network, own in network_rates.items()}
         optimizer = optax.multi_transform({**parts, "others": optimizer}, functools.partial(_labels, parts))
     return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
-def _labels(own: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
-    """Which optimiser each network has."""
-    return {network: network if network in own else "others" for network in params}
+def _labels(separate: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
+    """The label of each network's optimiser."""
+    return {network: network if network in separate else "others" for network in params}
 
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-"""Networks that ``text_encoder_lr`` is for."""
+"""Networks that ``text_encoder_lr`` applies to."""
 
 
 def check_rates(settings: OptimizerSettings, trained: Iterable[str]) -> None:
-    """Refuse a learning rate of text encoders that are not trained.
+    """Refuse a learning rate for text encoders if none is trained.
 
     Raises:
-      ValueError: it says which flag is missing.
+      ValueError: ``text_encoder_lr`` is set, but no text encoder is trained; the message names the missing flag.
     """
     if settings.text_encoder_lr is not None and not set(TEXT_ENCODERS) & set(trained):
-        raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no use without --train_text_encoder")
+        raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no effect without --train_text_encoder")
 
 
 def optimizer_from(
     settings: OptimizerSettings, steps: int, images: int, trained: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimiser of a run, and its learning rate (that of the networks without one of their own).
+    """The optimiser of a run, and its learning rate (that of the networks without a separate one).
 
     Args:
-      settings: which optimiser.
-      steps: training steps of the whole run.
-      images: images of a step, for ``scale_lr``.
+      settings: the settings of the optimiser.
+      steps: total number of training steps.
+      images: number of images per training step, for ``scale_lr``.
       trained: names of the trained networks.
 
     Raises:
-      ValueError: the warm-up is longer than the run, or text encoders have a rate but are not trained.
+      ValueError: the warm-up is longer than the run, or a rate is set for text encoders that are not trained.
     """
     scale = images if settings.scale_lr else 1
 
@@ -209,10 +213,13 @@ def optimizer_from(
         shape = {"cycles": settings.lr_num_cycles, "power": settings.lr_power, "rules": settings.lr_step_rules}
         return learning_rate(settings.lr_scheduler, peak * scale, settings.lr_warmup_steps, steps, **shape)  # type: ignore[arg-type]
 
-    rate, own = rate_up_to(settings.learning_rate), {}
+    rate, network_rates = rate_up_to(settings.learning_rate), {}
     if settings.text_encoder_lr is not None:
         check_rates(settings, trained)
-        own = dict.fromkeys(TEXT_ENCODERS, rate_up_to(settings.text_encoder_lr))
+        network_rates = dict.fromkeys(TEXT_ENCODERS, rate_up_to(settings.text_encoder_lr))
     wanted = {name: getattr(settings, f"adam_{name}") for name in ("beta1", "beta2", "weight_decay", "epsilon")}
     given = {name: value for name, value in wanted.items() if value is not None}
-    return make_optimizer(settings.optimizer, rate, max_grad_norm=settings.max_grad_norm, own_rates=own, **given), rate
+    optimizer = make_optimizer(
+        settings.optimizer, rate, max_grad_norm=settings.max_grad_norm, network_rates=network_rates, **given
+    )
+    return optimizer, rate

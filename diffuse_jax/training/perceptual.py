@@ -1,12 +1,12 @@
-"""How different two pictures look: their distance in the features of a frozen network (Zhang et al. 2018, eq. 1).
+"""Perceptual distance of two images: their distance in the features of a frozen network (Zhang et al. 2018, eq. 1).
 
-With l over layers, ``f_l`` a layer's features divided by their norm over channels, ``w_l >= 0`` a weight per channel,
+With ``f_l`` the features of layer l divided by their norm over channels, and ``w_l >= 0`` a weight per channel,
 
     d(x, y) = sum over l of the mean over space of the sum over channels of w_l (f_l(x) - f_l(y))^2
 
-which is the paper's LPIPS for a VGG16 and the weights that its authors fitted to people's judgements, where the file
-has them (``lin0.model.1.weight`` ... ``lin4``). Without them every ``w_l`` is 1: the paper's baseline of the same form.
-No weights were fitted for MobileNetV2, so that one is always such a baseline.
+This is the paper's LPIPS for a VGG16 with the weights that its authors fitted to human judgements, if the file has them
+(``lin0.model.1.weight`` ... ``lin4``). Without them, every ``w_l`` is 1, which is the paper's baseline. No weights were
+fitted for MobileNetV2, so it always gives such a baseline.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from diffuse_jax.training import mobilenet_v2
 from diffuse_jax.weights import WeightsError, read_checkpoint
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pictures in [0, 1]."""
+"""Mean and standard deviation of ImageNet's images in [0, 1], by channel."""
 
 VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Places of the 3x3 convolutions in torchvision's ``features``, by resolution; a maximum over 2x2 stands between."""
+"""Indices of the 3x3 convolutions in torchvision's ``features``, by resolution; 2x2 max pooling separates them."""
 
 MOBILENET_LAYERS = (1, 3, 6, 13, 18)
 """The last layer of each resolution."""
@@ -37,24 +37,24 @@ MOBILENET_LAYERS = (1, 3, 6, 13, 18)
 NORM_EPSILON = 1e-10
 
 LPIPS_NAME = re.compile(r"^net\.slice\d\.")
-"""What LPIPS's own files have in place of ``features.``."""
+"""Prefix in LPIPS's own files that stands for ``features.``."""
 
 
 class Features(NamedTuple):
-    """A network that finds features: a key of :data:`NETWORKS`, and its numbers ``{"layers": ..., "weights": ...}``."""
+    """A feature network: a key of :data:`NETWORKS`, and its parameters ``{"layers": ..., "weights": ...}``."""
 
     network: str
     params: Params
 
 
 def read_features(path: str | Path) -> Features:
-    """The network of a file with torchvision's VGG16 or MobileNetV2 (or with LPIPS's VGG16).
+    """Read the feature network from a file with torchvision's VGG16 or MobileNetV2, or with LPIPS's VGG16.
 
     Args:
-      path: ``.pth`` or ``.safetensors``; the classifier and other tensors in it are left out.
+      path: ``.pth`` or ``.safetensors`` file; the classifier and other tensors in it are ignored.
 
     Raises:
-      WeightsError: the file cannot be read, or holds neither network.
+      WeightsError: the file cannot be read, or contains neither network.
     """
     tensors = {LPIPS_NAME.sub("features.", k): v for k, v in read_checkpoint([Path(path)]).tensors.items()}
     layers = {name: array for name, array in tensors.items() if name.startswith("features.")}
@@ -68,7 +68,7 @@ def read_features(path: str | Path) -> Features:
             weights = {f"lin{i}": _float32(tensors[f"lin{i}.model.1.weight"]).reshape(-1) for i in range(len(VGG16))}
     except KeyError as error:
         raise WeightsError(
-            f"{path}: is not torchvision's VGG16 or MobileNetV2: has no {error}; its tensors are "
+            f"{path}: not torchvision's VGG16 or MobileNetV2: it has no {error}; its tensors are "
             f"{', '.join(sorted(tensors)[:5])} ..."
         ) from error
     return Features("vgg16", {"layers": convolutions, "weights": weights})
@@ -83,7 +83,8 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 
 def vgg16_maps(layers: Mapping[str, tuple[jax.Array, jax.Array]], x: jax.Array) -> list[jax.Array]:
-    """The five last activations before the resolution falls, of ``x [B,H,W,3]`` (Simonyan and Zisserman 2015, D)."""
+    """The last activations at each of the five resolutions, for ``x [B,H,W,3]`` (Simonyan and Zisserman 2015, model
+    D)."""
     found: list[jax.Array] = []
     for places in VGG16:
         if found:
@@ -96,7 +97,7 @@ def vgg16_maps(layers: Mapping[str, tuple[jax.Array, jax.Array]], x: jax.Array) 
 
 
 def mobilenet_maps(layers: mobilenet_v2.Params, x: jax.Array) -> list[jax.Array]:
-    """Five maps of MobileNetV2, of ``x [B,H,W,3]``; all but the last come out of linear layers and have signs."""
+    """Five feature maps of MobileNetV2 for ``x [B,H,W,3]``; all but the last come from linear layers and are signed."""
     found = mobilenet_v2.maps(layers, x)
     return [found[i] for i in MOBILENET_LAYERS]
 
@@ -105,20 +106,21 @@ NETWORKS: dict[str, tuple[Callable[..., list[jax.Array]], int]] = {
     "vgg16": (vgg16_maps, 16),
     "mobilenet_v2": (mobilenet_maps, 1),
 }
-"""Network -> its maps, and the smallest edge of a picture that it can look at."""
+"""Network -> its feature maps, and the smallest side of an image that it supports."""
 
 
 def perceptual_distance(network: str, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The distance of the module's first lines, float32 ``[B]``, not negative.
+    """The distance defined at the top of this module, float32 ``[B]``, nonnegative.
 
     Args:
-      network: of :class:`Features`.
-      params: of :class:`Features`.
-      x, y: pictures float32 ``[B,H,W,3]`` in [-1, 1].
+      network: the network of :class:`Features`.
+      params: the parameters of :class:`Features`.
+      x, y: images float32 ``[B,H,W,3]`` in [-1, 1].
     """
     maps, _ = NETWORKS[network]
     total = jnp.zeros(x.shape[0], jnp.float32)
-    for i, (f, g) in enumerate(zip(maps(params["layers"], _seen(x)), maps(params["layers"], _seen(y)), strict=True)):
+    features = (maps(params["layers"], _normalised(image)) for image in (x, y))
+    for i, (f, g) in enumerate(zip(*features, strict=True)):
         squares = jnp.square(_unit(f) - _unit(g))
         if params["weights"]:
             squares = squares * params["weights"][f"lin{i}"].reshape(1, 1, 1, -1)
@@ -126,12 +128,12 @@ def perceptual_distance(network: str, params: Params, x: jax.Array, y: jax.Array
     return total
 
 
-def _seen(x: jax.Array) -> jax.Array:
-    """[-1, 1] as ImageNet's networks want it."""
+def _normalised(x: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1], normalised for networks trained on ImageNet."""
     mean, deviation = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (MEAN, DEVIATION))
     return ((x + 1) / 2 - mean) / deviation
 
 
 def _unit(f: jax.Array) -> jax.Array:
-    """Divided by the norm over channels; the small number is under the root, for a gradient where all are zero."""
+    """``f`` divided by its norm over channels; the epsilon is inside the root, for a finite gradient at zero."""
     return f * jax.lax.rsqrt(jnp.square(f).sum(-1, keepdims=True) + NORM_EPSILON)

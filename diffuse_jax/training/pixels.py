@@ -1,4 +1,4 @@
-"""Pictures in and out of trainers without captions. Worker processes import this module, so it has no JAX in it."""
+"""Reading and writing images for trainers without captions. Worker processes import this module, so it has no JAX."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from diffuse_jax.training.data import DataSettings, Example, Record, source_from
 
 def pixel_values(example: Example) -> Batch:
     """The arrays of one example: ``pixel_values`` uint8 ``[h,w,3]``, to be normalised on the device."""
-    assert example.pixels is not None  # batches are made with pictures
+    assert example.pixels is not None  # batches are made with images
     return {"pixel_values": example.pixels}
 
 
-def first_pictures(data: DataSettings, count: int) -> Iterator[np.ndarray]:
-    """The middle squares of (at most) the first ``count`` pictures, uint8 ``[resolution,resolution,3]``."""
+def first_images(data: DataSettings, count: int) -> Iterator[np.ndarray]:
+    """The centre crops of the first ``count`` images (or fewer), uint8 ``[resolution,resolution,3]``."""
     transform = transform_from(data)
     for index, record in itertools.islice(_records(data), count):
         pixels = transform.fixed(record, index).pixels
@@ -38,12 +38,12 @@ def _records(data: DataSettings) -> Iterator[tuple[int, Record]]:
     return ((index, source[index]) for index in range(len(source)))
 
 
-def picture_files(paths: Sequence[str], data: DataSettings) -> list[np.ndarray]:
-    """The same of picture files.
+def read_images(paths: Sequence[str], data: DataSettings) -> list[np.ndarray]:
+    """The centre crops of image files, uint8 ``[resolution,resolution,3]``.
 
     Raises:
-      FileNotFoundError: one is missing.
-      ValueError: one cannot be read as a picture.
+      FileNotFoundError: a file is missing.
+      ValueError: a file cannot be read as an image.
     """
     transform = transform_from(data)
     examples = [transform.fixed(Record(path, ("",), path), index) for index, path in enumerate(paths)]
@@ -51,10 +51,10 @@ def picture_files(paths: Sequence[str], data: DataSettings) -> list[np.ndarray]:
 
 
 def sheet(rows: Sequence[np.ndarray]) -> Image.Image:
-    """Pictures uint8 ``[n,h,w,3]`` side by side, one row below the other."""
+    """A grid of images: each element of ``rows``, uint8 ``[n,h,w,3]``, is one row."""
     return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """[-1, 1] to uint8, clipped and rounded."""
+    """Pixels in [-1, 1] as uint8, clipped and rounded."""
     return np.round(np.clip(pixels, -1, 1) * 127.5 + 127.5).astype(np.uint8)

@@ -13,12 +13,13 @@ from diffuse_jax.training.settings import ProfileSettings
 
 
 class Profiler:
-    """Writes into ``OUTPUT/profile``; open the folder with TensorBoard's profile plugin or Perfetto.
+    """Writes traces to ``OUTPUT/profile``; open the folder with TensorBoard's profile plugin or Perfetto.
 
     Args:
-      settings: what is traced.
+      settings: what to trace.
       output: the folder of the run.
-      first: updates made before this run. Its first step, which compiles, is never traced.
+      first: number of training steps completed before this run. The first step of the run, which compiles, is never
+        traced.
     """
 
     def __init__(self, settings: ProfileSettings, output: Path, first: int) -> None:
@@ -28,7 +29,7 @@ class Profiler:
 
     @contextmanager
     def step(self, n: int) -> Iterator[None]:
-        """Around update ``n``, counted from 0; the first and the last of the traced ones start and stop the trace."""
+        """Wrap step ``n``, counted from 0; the first of the traced steps starts the trace."""
         if self._settings.profile_steps and n == self._begin:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
@@ -36,18 +37,19 @@ class Profiler:
             yield
 
     def after(self, n: int, results: object) -> None:
-        """After update ``n`` was started: ends the trace when its ``results`` are there."""
+        """Call this after step ``n`` has been dispatched: the trace ends once the ``results`` of its last step are
+        ready."""
         if self._tracing and n + 1 >= self._end:
             jax.block_until_ready(results)
             self.close()
 
     def validation(self) -> AbstractContextManager[Any]:
-        """Around the validation pictures at the end of the run."""
+        """Wrap the generation of validation images at the end of the run."""
         wanted = self._settings.profile_validation and not self._tracing
         return jax.profiler.trace(str(self._folder)) if wanted else nullcontext()
 
     def memory(self, name: str) -> None:
-        """What is on the devices now, in ``OUTPUT/profile/memory_NAME.prof`` (pprof)."""
+        """Write a memory profile of the devices to ``OUTPUT/profile/memory_NAME.prof`` (pprof)."""
         if self._settings.profile_memory and jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.save_device_memory_profile(str(self._folder / f"memory_{name}.prof"))

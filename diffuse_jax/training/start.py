@@ -1,4 +1,4 @@
-"""What happens before the first step of a run: counts, the checkpoint to go on from, arrays onto the mesh."""
+"""What happens before the first step of a run: counting steps, finding the checkpoint, placing arrays on the mesh."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffuse_jax.output import writable
 from diffuse_jax.sharding import is_global, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
+    barrier,
     checkpoints,
     find_checkpoint,
     load_checkpoint,
     load_position,
-    meet,
     remove,
 )
 from diffuse_jax.training.distributed import say
@@ -32,33 +32,33 @@ VALIDATION_STEPS = 100
 
 
 class Counts(NamedTuple):
-    """What epochs come to.
+    """The length of a run and its validation interval in training steps.
 
     Attributes:
-      steps: training steps of the whole run.
-      validation: steps from one validation to the next.
+      steps: total number of training steps.
+      validation: number of steps between validations.
     """
 
     steps: int
     validation: int
 
 
-def counted(run: RunSettings, images: int, batches: Batches) -> Counts:
-    """Steps in place of epochs; ``max_train_steps`` wins over ``num_train_epochs``.
+def count_steps(run: RunSettings, images: int, batches: Batches) -> Counts:
+    """Convert epochs to training steps; ``max_train_steps`` overrides ``num_train_epochs``.
 
     Args:
       run: settings of the run.
-      images: images of a step.
-      batches: ``batches.total``, if there is such a thing, is the number of examples in an epoch.
+      images: number of images per training step.
+      batches: the data; ``batches.total``, if it exists, is the number of examples in an epoch.
 
     Raises:
-      ValueError: epochs are wanted, but the data does not say how many examples it has.
+      ValueError: a setting is given in epochs, but the number of examples is unknown.
     """
     examples = getattr(batches, "total", None)
     if examples is None:
         if run.max_train_steps is None or run.validation_epochs is not None:
             raise ValueError(
-                "the number of examples is not known: say --max_train_steps and --validation_steps, not epochs (a "
+                "the number of examples is not known: use --max_train_steps and --validation_steps, not epochs (a "
                 "stream's is known with --max_train_samples)"
             )
         return Counts(run.max_train_steps, run.validation_steps or VALIDATION_STEPS)
@@ -68,18 +68,18 @@ def counted(run: RunSettings, images: int, batches: Batches) -> Counts:
 
 
 def check_output(run: RunSettings, *others: str | Path) -> None:
-    """Refuse folders that a run cannot write, before minutes of loading; :func:`fit` claims the first one later.
+    """Check that a run can write its folders, before minutes of loading; :func:`fit` locks the first one later.
 
-    To be called when the processes of a run have found each other.
+    Call this after the processes of the run have found each other.
 
     Args:
-      run: names the folder of the run.
-      *others: folders that will be written besides, such as that of a cache.
+      run: settings that name the folder of the run.
+      *others: other folders that the run writes to, such as that of a cache.
 
     Raises:
       OSError: files cannot be written to one of them.
-      RuntimeError: another run has the folder.
-      FileNotFoundError, FileExistsError: as :func:`starting_point`.
+      RuntimeError: another run has locked the folder.
+      FileNotFoundError, FileExistsError: as for :func:`starting_point`.
     """
     with contextlib.ExitStack() as stack:
         for folder in (run.output_dir, *others) if jax.process_index() == 0 else ():
@@ -91,17 +91,17 @@ def check_output(run: RunSettings, *others: str | Path) -> None:
 
 
 def _remove(folders: Sequence[Path]) -> None:
-    """Remove folders that were made for a check alone, as long as they are empty."""
+    """Remove folders that were created only for the check, if they are empty."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def starting_point(run: RunSettings) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` names, or None; ``latest`` without a checkpoint starts anew.
+    """The checkpoint that ``resume_from_checkpoint`` names; None for a new run, or for ``latest`` if there is none.
 
     Raises:
-      FileNotFoundError: the named checkpoint is not there.
+      FileNotFoundError: the named checkpoint does not exist.
       FileExistsError: a new run would mix its checkpoints with those of an old one.
     """
     if run.resume_from_checkpoint:
@@ -109,17 +109,17 @@ def starting_point(run: RunSettings) -> Path | None:
     old = list(checkpoints(run.output_dir).values())
     if old and not run.overwrite_output_dir:
         raise FileExistsError(
-            f"{run.output_dir} has {', '.join(p.name for p in old)}; say --resume_from_checkpoint latest to go on, "
+            f"{run.output_dir} has {', '.join(p.name for p in old)}; use --resume_from_checkpoint latest to continue, "
             "--overwrite_output_dir to remove them, or another --output_dir"
         )
     return None
 
 
-def begin(run: RunSettings) -> Path | None:
-    """The same; where the run starts from step 0, checkpoints of an older one go.
+def begin_run(run: RunSettings) -> Path | None:
+    """Like :func:`starting_point`, but also removes the checkpoints of an older run if this one is new.
 
     Raises:
-      FileNotFoundError, FileExistsError: as :func:`starting_point`.
+      FileNotFoundError, FileExistsError: as for :func:`starting_point`.
     """
     folder = starting_point(run)
     if run.resume_from_checkpoint:
@@ -127,41 +127,48 @@ def begin(run: RunSettings) -> Path | None:
             say(f"no checkpoint in {run.output_dir}; starting from step 0")
         return folder
     old = list(checkpoints(run.output_dir).values())
-    meet("old checkpoints")
+    barrier("old checkpoints")
     for path in old if jax.process_index() == 0 else []:
         remove(path)
     return None
 
 
-def resumed(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> TrainState:
-    """The state of a checkpoint, for a run to ``last`` updates; ``batches`` is moved to its position.
+def restore(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> TrainState:
+    """Load the state of a checkpoint and move ``batches`` to its position.
+
+    Args:
+      folder: the checkpoint.
+      like: shapes, dtypes and shardings of the state.
+      batches: the data of the run.
+      rows: number of images per training step.
+      last: total number of training steps of the run.
 
     Raises:
-      ValueError: the checkpoint is of another training, or has made more updates.
+      ValueError: the checkpoint belongs to another training, or has completed more than ``last`` steps.
     """
     state, position = load_checkpoint(folder, like), load_position(folder)
     if position is None:
         raise ValueError(f"{folder} does not say where its data was; it was not written by this version")
     if int(state.step) > last:
         raise ValueError(
-            f"{folder} has made {int(state.step)} updates, more than --max_train_steps {last}, which counts from the "
-            "beginning; ask for more"
+            f"{folder} has completed {int(state.step)} steps, more than --max_train_steps {last}, which counts from "
+            "the beginning; ask for more"
         )
     if position.rows != rows:
-        say(f"note: {folder} was trained with {position.rows} images per update, this run has {rows}")
+        say(f"note: {folder} was trained with {position.rows} images per step, this run has {rows}")
     try:
         batches.set_state(position.batches)
     except (TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{folder}: the place in the data that it names is none of this run's ({error!r})") from error
+        raise ValueError(f"{folder}: its position in the data does not fit the data of this run ({error!r})") from error
     return state
 
 
 def local(tree: Any) -> Any:
-    """Arrays that every process holds for itself, as a program over all devices takes them; global ones as they are."""
+    """Process-local arrays as NumPy arrays, which a program over all devices accepts; global arrays unchanged."""
     return jax.tree.map(lambda x: x if is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
 
 
-def divided(batch: Batch, mesh: Mesh, parts: int) -> Any:
+def to_mesh(batch: Batch, mesh: Mesh, parts: int) -> Any:
     """This process's rows ``[parts * rows, ...]`` as global arrays ``[parts, B, ...]`` on the mesh.
 
     Raises:
@@ -182,7 +189,7 @@ def divided(batch: Batch, mesh: Mesh, parts: int) -> Any:
 
 
 def local_shares(sharding: NamedSharding) -> int:
-    """In how many different parts the second axis lies on this process's devices."""
+    """The number of distinct shards of the second axis on this process's devices."""
     size = math.prod(sharding.mesh.shape.values())
     places = sharding.addressable_devices_indices_map((1, size)).values()
     return len({(index[1].start, index[1].stop) for index in places if index is not None})

@@ -1,4 +1,4 @@
-"""The numbers that training changes, and the compiled step that changes them."""
+"""The training state, and the compiled step that updates it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from diffuse_jax.training.settings import Average
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
-"""``loss(trainable, frozen, batch, key) -> (scalar, metrics)``: all that tells one training method from another."""
+"""``loss(trainable, frozen, batch, key) -> (scalar, metrics)``: all that distinguishes one training method from
+another."""
 
 
 PLAIN = Average()
-"""The running average where nothing else is asked for."""
+"""The default settings of the running average."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint must hold: together with the seed it decides the rest of the run."""
+    """Everything that a checkpoint must contain: together with the seed and the data, it determines the rest of the
+    run."""
 
-    step: jax.Array  # int32, optimiser updates made so far
+    step: jax.Array  # int32, completed training steps
     params: Params  # trainable, float32
     opt_state: Any
     ema: Params | None  # running average of params; None without --use_ema
@@ -40,14 +42,15 @@ class TrainState:
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, use_ema: bool, mesh: Mesh | None = None
 ) -> TrainState:
-    """A state at step 0, with copies of the parameters.
+    """The state at step 0, with copies of the parameters.
 
-    Trainable parameters must be float32: updates are lost in lower precision. On a mesh every part is made where it
-    stays, cut as :func:`~diffuse_jax.sharding.param_shardings` says, so no device ever holds a whole optimiser; and
-    parameters that are cut like that already become the state's own, without a copy: do not use them any more.
+    Trainable parameters must be float32, since lower precision loses updates. On a mesh, every shard is created on its
+    device, according to :func:`~diffuse_jax.sharding.param_shardings`, so no device ever holds the whole optimiser
+    state. Parameters that already have this sharding are donated to the state without a copy: do not use them
+    afterwards.
 
     Raises:
-      ValueError: a parameter has another dtype.
+      ValueError: a parameter is not float32.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if leaf.dtype != jnp.float32:
@@ -70,20 +73,20 @@ def make_step(
     average: Average = PLAIN,
     shardings: Any = None,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
-    """Compile ``step(state, frozen, batch) -> (state, metrics)``; the old state's memory is re-used.
+    """Compile ``step(state, frozen, batch) -> (state, metrics)``, which reuses the memory of the old state.
 
-    Every array of ``batch`` is ``[accumulation steps, B, ...]``: the gradients of that many losses are averaged, one
-    after the other, before the one update. The random key of part ``m`` of update ``n`` is
-    ``fold_in(fold_in(key(seed), n), m)``. Metrics are means of the loss's, plus ``loss`` and ``grad_norm`` (before
-    clipping).
+    Every array of ``batch`` is ``[accumulation steps, B, ...]``: gradients are accumulated over the first axis, one
+    batch at a time, and averaged before the update. Accumulation step ``m`` of training step ``n`` uses the random key
+    ``fold_in(fold_in(key(seed), n), m)``. The metrics are the means of the loss's metrics, plus ``loss`` and
+    ``grad_norm`` (before clipping).
 
     Args:
-      loss: what is minimised.
-      optimizer: how.
-      seed: decides all random numbers of the run.
-      average: of the running average, where the state has one.
-      shardings: where the new state goes (:func:`diffuse_jax.sharding.param_shardings` of a state), and the mesh that
-        networks compute on; None leaves that to the compiler.
+      loss: the loss to minimise.
+      optimizer: the optimiser.
+      seed: determines all random numbers of the loss.
+      average: settings of the running average, if the state has one.
+      shardings: shardings of the new state (:func:`diffuse_jax.sharding.param_shardings` of a state), which also give
+        the mesh on which networks compute; None leaves the placement to the compiler.
     """
     shardings = automatic_shardings(shardings)
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
@@ -91,25 +94,25 @@ def make_step(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        # The mesh is what kernels that XLA cannot cut, and layers with parameters in parts, ask for.
+        # Kernels that XLA cannot partition and layers with sharded parameters look up the mesh.
         with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
             grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes counts with its rates
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with float rates
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        made = state.step + 1
-        ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(made, average))
-        return TrainState(made, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
+        done = state.step + 1
+        ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(done, average))
+        return TrainState(done, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
 
 
 def mean_gradient(loss: Loss, params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[Params, Metrics]:
-    """Gradient and metrics of the mean loss over the parts of ``batch [parts, B, ...]``, one in memory at a time."""
+    """Gradient and metrics of the mean loss over ``batch [accumulation steps, B, ...]``, accumulated one by one."""
 
-    def part(m: Any, own: Any) -> tuple[Params, Metrics]:
+    def part(m: Any, batch: Any) -> tuple[Params, Metrics]:
         compute = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = compute(params, frozen, own, jax.random.fold_in(key, m))
+        (value, metrics), grads = compute(params, frozen, batch, jax.random.fold_in(key, m))
         return grads, metrics | {"loss": value}
 
     count = jax.tree.leaves(batch)[0].shape[0]
@@ -122,12 +125,13 @@ def mean_gradient(loss: Loss, params: Params, frozen: Params, batch: Any, key: j
     return jax.tree.map(lambda x: x / count, total)
 
 
-def ema_rate(updates: jax.Array, average: Average) -> jax.Array:
-    """The decay after so many updates: the ramp of :class:`Average` with ``n = updates - update_after_step - 1``.
+def ema_rate(steps: jax.Array, average: Average) -> jax.Array:
+    """The decay after ``steps`` training steps: the ramp of :class:`Average` with ``n = steps - update_after_step -
+    1``.
 
-    It is 0 while ``n`` is not positive, which keeps the untrained start out of the average.
+    It is 0 while ``n`` is not positive, which keeps the initial parameters out of the average.
     """
-    n = jnp.maximum(updates - average.update_after_step - 1, 0).astype(jnp.float32)
+    n = jnp.maximum(steps - average.update_after_step - 1, 0).astype(jnp.float32)
     ramp = (1 + n) / (10 + n) if average.inv_gamma is None else 1 - (1 + n / average.inv_gamma) ** -average.power
     return jnp.where(n > 0, jnp.clip(ramp, average.min_decay, average.decay), 0.0)
 

@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run are written: a JSONL file, TensorBoard, Weights & Biases."""
+"""Where the metrics and images of a run are logged: a JSONL file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from PIL import Image
 from diffuse_jax.training.checks import one_of
 from diffuse_jax.training.settings.run import TRACKERS
 
-Pictures = Sequence[tuple[str, Image.Image]]
+Images = Sequence[tuple[str, Image.Image]]
 
 INSTALL = {"tensorboard": "pip install tensorboard", "wandb": "pip install wandb, then `wandb login`"}
 
 
 class Tracker(Protocol):
-    """Something that takes records of a run; see :class:`JsonLines` for the simplest."""
+    """A destination for the records of a run; :class:`JsonLines` is the simplest one."""
 
-    def numbers(self, step: int, record: Mapping[str, float]) -> None: ...
+    def scalars(self, step: int, record: Mapping[str, float]) -> None: ...
 
-    def pictures(self, step: int, pictures: Pictures) -> None: ...
+    def images(self, step: int, images: Images) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One object per line in ``OUTPUT/log.jsonl``, and pictures in ``OUTPUT/validation/step-N``.
+    """One object per line in ``OUTPUT/log.jsonl``, and images in ``OUTPUT/validation/step-N``.
 
-    A run that goes on from a checkpoint drops the lines after it, so each step is in the file once.
+    A run that resumes from a checkpoint drops the lines after it, so each step is in the file once.
     """
 
     def __init__(self, output_dir: Path, first_step: int) -> None:
@@ -46,18 +46,18 @@ class JsonLines:
         new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         new.replace(self.path)
 
-    def numbers(self, step: int, record: Mapping[str, float]) -> None:
-        # Nine digits tell any two float32 apart.
+    def scalars(self, step: int, record: Mapping[str, float]) -> None:
+        # Nine digits distinguish any two float32 values.
         rounded = {k: float(f"{v:.9g}") for k, v in record.items()}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": now, **rounded}) + "\n")
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def images(self, step: int, images: Images) -> None:
         folder = self.folder / "validation" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        for n, (name, picture) in enumerate(pictures):
-            picture.save(folder / f"{n:02d}-{_file_name(name)}.png")
+        for n, (name, image) in enumerate(images):
+            image.save(folder / f"{n:02d}-{_file_name(name)}.png")
 
     def close(self) -> None:
         pass
@@ -85,7 +85,7 @@ class TensorBoard:
 
         self._event = Event
         self._writer = EventFileWriter(str(folder))
-        # Tells TensorBoard to forget what a run that this one takes over from wrote after this step.
+        # Tells TensorBoard to discard what the resumed run had written after this step.
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
 
@@ -95,22 +95,22 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()
 
-    def numbers(self, step: int, record: Mapping[str, float]) -> None:
+    def scalars(self, step: int, record: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._add(step, [Summary.Value(tag=f"train/{k}", simple_value=v) for k, v in record.items()])
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
+    def images(self, step: int, images: Images) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = []
-        for n, (name, picture) in enumerate(pictures):
+        for n, (name, image) in enumerate(images):
             encoded = io.BytesIO()
-            picture.convert("RGB").save(encoded, "PNG")
-            image = Summary.Image(
-                height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+            image.convert("RGB").save(encoded, "PNG")
+            summary = Summary.Image(
+                height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded.getvalue()
             )
-            values.append(Summary.Value(tag=f"validation/{n:02d} {name}", image=image))
+            values.append(Summary.Value(tag=f"validation/{n:02d} {name}", image=summary))
         self._add(step, values)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the package ``wandb``; its id stays in the folder, so that a resumed run continues the same curves."""
+    """A run of ``wandb``; its id is stored in the folder, so that a resumed run continues the same curves."""
 
     def __init__(self, folder: Path, first_step: int, project: str, entity: str | None, config: dict[str, Any]) -> None:
         import wandb
@@ -130,23 +130,23 @@ class WeightsAndBiases:
         self._run = wandb.init(project=project, entity=entity, config=config, dir=str(folder), id=name, resume="allow")
         known.write_text(name, encoding="utf-8")
 
-    def numbers(self, step: int, record: Mapping[str, float]) -> None:
+    def scalars(self, step: int, record: Mapping[str, float]) -> None:
         self._run.log({f"train/{k}": v for k, v in record.items()}, step=step)
 
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        images = [self._wandb.Image(picture, caption=name) for name, picture in pictures]
-        self._run.log({"validation": images}, step=step)
+    def images(self, step: int, images: Images) -> None:
+        logged = [self._wandb.Image(image, caption=name) for name, image in images]
+        self._run.log({"validation": logged}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
 def wanted_trackers(report_to: str | None) -> tuple[str, ...]:
-    """The trackers that ``--report_to`` names: None is TensorBoard if it is installed, "all" those that are installed.
+    """The trackers that ``--report_to`` names: None means TensorBoard if it is installed, "all" all installed ones.
 
     Raises:
-      ImportError: one that is named is not installed; the text says how to install it.
-      ValueError: the name is not known.
+      ImportError: the named tracker is not installed; the message says how to install it.
+      ValueError: the name is unknown.
     """
     installed = tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
     if report_to in (None, "all"):
@@ -169,7 +169,8 @@ def open_trackers(
     entity: str | None,
     config: dict[str, Any],
 ) -> list[Tracker]:
-    """The JSONL file and the named trackers (:func:`wanted_trackers`); records are of steps after ``first_step``."""
+    """Open the JSONL file and the named trackers (:func:`wanted_trackers`), for records of steps after
+    ``first_step``."""
     folder = output_dir / logging_dir
     trackers: list[Tracker] = [JsonLines(output_dir, first_step)]
     if "tensorboard" in names:

@@ -14,19 +14,19 @@ from diffuse_jax.training.interruption import Phase, interruptions
 from diffuse_jax.training.settings import UploadSettings
 
 LEFT_OUT = ("checkpoint-*", "checkpoint-*/**", ".checkpoint-*/**", "logs/**", "profile/**", "*.new")
-"""What stays here, besides the caches: the training states are large and of use to this run alone."""
+"""Files that are not uploaded, besides the caches: training states are large and useful only to this run."""
 
 CARD = "README.md"
 
 
 def make_repository(settings: UploadSettings, folder: str | Path) -> str | None:
-    """The repository for a folder, made where it is missing: before training, so that no run ends here.
+    """Create the repository for a folder if it does not exist; called before training, so that errors show up early.
 
     Returns:
-      Its id; None where nothing is to be uploaded, and on all processes but the first.
+      The id of the repository; None if nothing is to be uploaded, and on all processes but the first.
 
     Raises:
-      ConnectionError: the Hub cannot be reached, or does not let us write there.
+      ConnectionError: the Hub cannot be reached, or denies write access.
     """
     if not settings.push_to_hub or jax.process_index() != 0:
         return None
@@ -44,16 +44,16 @@ def make_repository(settings: UploadSettings, folder: str | Path) -> str | None:
 
 
 def push_to_hub(settings: UploadSettings, folder: str | Path) -> str | None:
-    """Upload the folder of a run, if the settings say so; to be called when the model is complete.
+    """Upload the folder of a run, if the settings say so; call this when the model is complete.
 
-    A ``README.md`` is written first, if there is none: the base model, the prompts and the last validation images. What
-    the run was is read from its ``training.yaml``.
+    If there is no ``README.md``, one is written first, with the base model, the prompts and the last validation images.
+    The flags of the run are read from its ``training.yaml``.
 
     Returns:
-      The address of the commit; None if nothing was uploaded (on all processes but the first too).
+      The URL of the commit; None if nothing was uploaded, and on all processes but the first.
 
     Raises:
-      ConnectionError: of :func:`make_repository`.
+      ConnectionError: as for :func:`make_repository`.
       Interrupted: a signal ended the upload (a ``SystemExit``).
       huggingface_hub.errors.HfHubHTTPError: the Hub refuses the files.
     """
@@ -78,19 +78,19 @@ def push_to_hub(settings: UploadSettings, folder: str | Path) -> str | None:
 
 
 def caches(folder: Path, run: Mapping[str, Any]) -> list[str]:
-    """Patterns of the encoded images and captions, where they lie in the folder that is uploaded."""
+    """Patterns of the cached latents and prompt embeddings, if they are in the folder that is uploaded."""
     folder = folder.resolve()
     cache = Path(run.get("data_cache_dir") or folder / "cache").resolve()
     return [f"{cache.relative_to(folder)}/**"] if folder in cache.parents else []
 
 
 def card(folder: Path, run: Mapping[str, Any], repository: str) -> str:
-    """The model card: what was trained from what, and images.
+    """The model card: the base model, the prompts and the validation images.
 
     Args:
-      folder: where the model lies.
-      run: what its ``training.yaml`` says.
-      repository: where the card will be read.
+      folder: the folder of the model.
+      run: the contents of its ``training.yaml``.
+      repository: id of the repository, which is the title of the card.
     """
     base = run.get("pretrained_model_name_or_path")
     on_hub = base is not None and not Path(base).exists()
@@ -99,11 +99,11 @@ def card(folder: Path, run: Mapping[str, Any], repository: str) -> str:
     text += [f"Trained with diffuse_jax{f' from `{base}`' if base else ''}; `{CONFIG_FILE}` holds every flag.", ""]
     prompts = run.get("validation_prompt") or []
     if prompts:
-        text += ["Prompts of the pictures: " + "; ".join(f"“{p}”" for p in prompts), ""]
+        text += ["Prompts of the images: " + "; ".join(f"“{p}”" for p in prompts), ""]
     return "\n".join(text + [f"![{p.stem}]({p.relative_to(folder)})" for p in last_images(folder)]) + "\n"
 
 
 def last_images(folder: Path) -> list[Path]:
-    """The validation images of the last step that has any."""
+    """The latest validation images."""
     steps = sorted((folder / "validation").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     return sorted(steps[-1].glob("*.png")) if steps else []

@@ -8,7 +8,7 @@ from typing import Any
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.training.latent import sample_pictures
+from diffuse_jax.training.latent import sample_images
 from diffuse_jax.training.latent_model import source_folder
 from diffuse_jax.training.settings import ModelSettings, ValidationSettings
 
@@ -20,28 +20,28 @@ def validation_from(
     merged: Callable[[Any], Mapping[str, Params]],
     seed: int = 0,
 ) -> Callable[[Any], list[tuple[str, Any]]] | None:
-    """Makes the validation images, as :func:`~diffuse_jax.training.loop.fit` takes it; None where there is no prompt.
+    """A function that generates validation images, for :func:`~diffuse_jax.training.loop.fit`; None without a prompt.
 
     Args:
-      settings: which images.
-      model: where the sampler comes from.
-      pipe: its networks, tokenizers and frozen parameters are used.
-      merged: trained parameters -> parameters of the networks that they change.
-      seed: of the images; the same noise every time.
+      settings: prompts, number of images and sampling options.
+      model: the model whose sampler is used.
+      pipe: the pipeline whose networks, tokenizers and frozen parameters are used.
+      merged: maps trained parameters to the parameters of the networks that they change.
+      seed: seed of the images; the noise is the same at every validation.
 
     Raises:
-      ValueError: images cannot be made in so many steps.
+      ValueError: the sampler does not support this number of steps.
     """
     if not settings.validation_prompt:
         return None
     prompts = settings.validation_prompt
     sampler = Scheduler.from_pretrained(source_folder(model), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
-    sampler.plan(settings.validation_inference_steps)  # what it refuses would else end the run at its first pictures
+    sampler.plan(settings.validation_inference_steps)  # raises here instead of at the first validation
 
     def validate(trained: Any) -> list[tuple[str, Any]]:
         changed = {name: (pipe.components[name], params) for name, params in merged(trained).items()}
-        return sample_pictures(
+        return sample_images(
             pipe.replace(scheduler=sampler, **changed),
             prompts,
             num_images_per_prompt=settings.num_validation_images,

@@ -48,5 +48,5 @@ def test_training_says_that_it_leaves_out_dropout(caplog: pytest.LogCaptureFixtu
         assert not caplog.text
         warn_of_dropout(UNet2DModel(UNet2DConfig(dropout=0.1)))
         warn_of_dropout(CLIPTextModel(CLIPTextConfig.from_json({"attention_dropout": 0.2})))
-    assert "UNet2DModel says dropout=0.1; it is trained without dropout" in caplog.text
-    assert "CLIPTextModel says attention_dropout=0.2" in caplog.text
+    assert "UNet2DModel has dropout=0.1; it is trained without dropout" in caplog.text
+    assert "CLIPTextModel has attention_dropout=0.2" in caplog.text

@@ -18,7 +18,7 @@ from diffuse_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 EMOJI = ROOT / "tests" / "data" / "emoji"
-"""Twelve real pictures of 64 pixels, with captions."""
+"""Twelve real images of 64 pixels, with captions."""
 
 
 def load(path: str) -> ModuleType:
@@ -46,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, path: str, *, devices: int | None = Non
 
 
 def log(folder: Path, name: str = "loss") -> list[float]:
-    """The numbers of that name in ``log.jsonl``."""
+    """The values of that name in ``log.jsonl``."""
     return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 

@@ -57,7 +57,7 @@ def test_a_concept_in_one_style_is_never_held_out() -> None:
     assert not any(script("captions").held_out([record(f"thing {i}", "noto") for i in range(100)]))
 
 
-def test_dataset_folders_refer_to_existing_pictures(tmp_path: Path) -> None:
+def test_dataset_folders_refer_to_existing_images(tmp_path: Path) -> None:
     from PIL import Image
 
     make, common = script("make_dataset"), script("captions").is_common

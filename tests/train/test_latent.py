@@ -1,4 +1,4 @@
-"""The trainers of latent text-to-image models from their command line: tiny networks, twelve real pictures."""
+"""The trainers of latent text-to-image models from their command line: tiny networks, twelve real images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def fell(losses: list[float]) -> float:
 
 
 @pytest.mark.parametrize("which", ["sd", "sdxl"])
-def test_text_to_image_learns_twelve_pictures(
+def test_text_to_image_learns_twelve_images(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = request.getfixturevalue(which)
@@ -96,7 +96,7 @@ def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch
     assert json.loads((whole / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
 
 
-def test_a_variant_is_trained_where_it_lies(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_is_trained_in_place(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into the folder that it came from, with an autoencoder from there too: nothing is copied, or lost."""
     model = tmp_path / "model"
     shutil.copytree(sd, model)
@@ -145,7 +145,7 @@ def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
 
 
 @pytest.mark.parametrize("script", ["dreambooth.py", "dreambooth_lora.py"])
-def test_dreambooth_makes_the_pictures_of_the_class_and_preserves_them(
+def test_dreambooth_generates_class_images_and_preserves_them(
     script: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sd, instance, others = trained["sd"], tmp_path / "instance", tmp_path / "class"
@@ -203,22 +203,22 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
     [
         ("text_to_image.py", {"cache_latents": True, "random_flip": True}, "leave out --random_flip"),
         ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "it is trained"),
-        ("text_to_image.py", {"text_encoder_lr": 1e-5}, "--text_encoder_lr 1e-05 has no use without"),
+        ("text_to_image.py", {"text_encoder_lr": 1e-5}, "--text_encoder_lr 1e-05 has no effect without"),
         ("text_to_image.py", {"resolution": 15}, "--resolution must be a multiple of 2 for this autoencoder, got 15"),
         ("text_to_image.py", {"aspect_ratio_buckets": True, "bucket_step": 1}, "--bucket_step must be a multiple of 2"),
         ("text_to_image.py", {"train_batch_size": 1, "validation_prompt": "a", "validation_inference_steps": 1001},
          "num_inference_steps"),
-        ("dreambooth.py", {"instance_data_dir": "nowhere", "instance_prompt": "x"}, "has no pictures"),
+        ("dreambooth.py", {"instance_data_dir": "nowhere", "instance_prompt": "x"}, "has no images"),
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "with_prior_preservation": True},
          "needs --class_data_dir and --class_prompt"),
         ("dreambooth_lora.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "streaming": True},
-         "has no use here"),
+         "cannot be used here"),
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "max_train_samples": 3},
-         "--max_train_samples has no use here; the pictures are those of --instance_data_dir"),
+         "--max_train_samples cannot be used here; the images are those of --instance_data_dir"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "train_data_dir": ""},
          "--train_data_dir is missing"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "dataset_name": "x"},
-         "--dataset_name has no use here; the pictures are those of --train_data_dir"),
+         "--dataset_name cannot be used here; the images are those of --train_data_dir"),
         ("textual_inversion.py", {"placeholder_token": "a", "initializer_token": "b"}, "already knows 'a'"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "two"}, "single token"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "caption_column": "text"},
@@ -238,19 +238,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("script", ["text_to_image.py", "text_to_image_lora.py"])
-def test_what_is_loaded_is_said_and_another_resolution_than_the_models_warned_of(
+def test_loading_is_reported_and_another_resolution_than_the_models_is_warned_of(
     script: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, train_batch_size=99)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none where they are the same
-        with pytest.raises(ValueError, match="an update takes"):
+        with pytest.raises(ValueError, match="a training step takes"):
             run(monkeypatch, script, **options)
     said = capsys.readouterr().err
     for name in ("unet (UNet2DConditionModel)", "vae (AutoencoderKL)", "text_encoder (CLIPTextModel)"):
         assert f"loading {name} from {sd}" in said
     sizes = rf"--resolution {2 * SIZE} is not the size of this model's images, {SIZE} x {SIZE} pixels"
-    with pytest.raises(ValueError, match="an update takes"), pytest.warns(UserWarning, match=sizes):
+    with pytest.raises(ValueError, match="a training step takes"), pytest.warns(UserWarning, match=sizes):
         run(monkeypatch, script, **options | {"resolution": 2 * SIZE})
 
 

@@ -73,7 +73,7 @@ def test_every_number_has_bounds(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_while_jax_is_loaded(number: signal.Signals, tmp_path: Path) -> None:
-    """A module named jax that takes for ever stands for a slow disk."""
+    """A module named jax that never finishes importing stands in for a slow disk."""
     (tmp_path / "jax.py").write_text("import time\ntime.sleep(60)\n")
     command = [sys.executable, str(ROOT / "train" / "unconditional.py"), "--output_dir", str(tmp_path / "out")]
     environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -89,7 +89,7 @@ def test_a_signal_while_jax_is_loaded(number: signal.Signals, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_flags_that_make_no_sense_here_say_what_does(
+def test_flags_that_cannot_be_used_say_what_to_do(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flag, message in (

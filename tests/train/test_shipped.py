@@ -1,4 +1,4 @@
-"""The folder of the shipped model: its size, its card, and that PyTorch draws the same pictures from it."""
+"""The folder of the shipped model: its size, its card, and that PyTorch generates the same images from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_card_names_every_source(folder: Path, monkeypatch: pytest.MonkeyPat
         assert f"| {source.author} | {source.licence} |" in card
 
 
-def test_pytorch_draws_the_same_pictures(folder: Path, rng: np.random.Generator) -> None:
+def test_pytorch_generates_the_same_images(folder: Path, rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     latents = rng.standard_normal((2, 16, 16, 4), np.float32)

@@ -30,7 +30,7 @@ CONFIG = UNet2DConfig(
 
 
 class Ended(NamedTuple):
-    """A process that is over: its exit status, what it said on stderr, and its seconds since the two marks below."""
+    """A process that has ended: its exit status, its stderr, and the seconds since the two marks below."""
 
     code: int
     said: str
@@ -75,7 +75,7 @@ def result(output: Path) -> bytes:
 
 
 def check_stopped(output: Path, ended: Ended) -> str:
-    """A run that was stopped says what became of it, and that is true; returns in a word what it was."""
+    """A stopped run reports its outcome truthfully; returns the outcome in one word."""
     assert "Traceback" not in ended.said, ended.said
     if ended.code in (0, -signal.SIGTERM):  # over before the signal came, or while Python itself was ending
         assert result(output)

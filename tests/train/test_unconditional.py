@@ -33,7 +33,7 @@ def network(folder: Path, config: UNet2DConfig) -> Path:
 
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
-    """Flags of a small training: a new network on 16 pixels, one picture per device."""
+    """Flags of a small training: a new network on 16 pixels, one image per device."""
     return {
         "model_config_name_or_path": network(tmp_path / "net", CONFIG),
         "train_data_dir": EMOJI,
@@ -48,7 +48,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_pictures_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {
         "max_train_steps": 60,
         "train_batch_size": 8,
@@ -65,7 +65,7 @@ def test_pictures_are_learned(options: dict[str, Any], tmp_path: Path, monkeypat
     assert DDPMPipeline.from_pretrained(tmp_path / "out" / "checkpoint-50").scheduler == pipe.scheduler
 
 
-def test_validation_pictures_on_a_mesh_in_bfloat16(
+def test_validation_images_on_a_mesh_in_bfloat16(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = {"eval_batch_size": 3, "ddpm_num_inference_steps": 2, "validation_steps": 1}
@@ -77,7 +77,7 @@ def test_validation_pictures_on_a_mesh_in_bfloat16(
     assert {array.dtype for array in numbers(tmp_path / "out", UNet2DModel, "unet")} == {np.dtype(np.float32)}
 
 
-def test_a_resumed_run_is_the_whole_run(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "random_flip": True}
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_whole_run(
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_pipeline_is_trained_further_with_its_own_schedule(
+def test_a_pretrained_pipeline_keeps_its_noise_schedule(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet, scheduler = load("unconditional.py").UNet2DModel(CONFIG), load("unconditional.py").DDPMScheduler()
@@ -124,9 +124,9 @@ def test_another_resolution_than_the_networks_is_warned_of(
     ("config", "flags", "message"),
     [
         (CONFIG.replace(out_channels=6), {}, "in_channels=3 and out_channels=6"),
-        (CONFIG.replace(num_class_embeds=10), {}, "wants class labels"),
+        (CONFIG.replace(num_class_embeds=10), {}, "needs class labels"),
         (CONFIG, {"resolution": 15}, "--resolution must be a multiple of 2 for this network, got 15"),
-        (CONFIG, {"train_batch_size": 2}, "an update takes 16 examples"),
+        (CONFIG, {"train_batch_size": 2}, "a training step takes 16 examples"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -142,7 +142,7 @@ def test_what_cannot_be_trained_is_refused(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"aspect_ratio_buckets": True}, "the pipeline makes squares"),
+        ({"aspect_ratio_buckets": True}, "the pipeline generates squares"),
         ({"prediction_type": "flow"}, "invalid choice: 'flow'"),
         ({"center_crops": True}, "--center_crop"),
     ],

@@ -16,7 +16,7 @@ from diffuse_jax.models import AutoencoderKL
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig
 from diffuse_jax.training.data import data_from
 from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.pixels import first_pictures
+from diffuse_jax.training.pixels import first_images
 from tests.train.helpers import EMOJI, load, log, numbers, run
 from tests.training.test_perceptual import vgg16_state
 
@@ -28,7 +28,7 @@ CONFIG = AutoencoderKLConfig(
 
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
-    """Flags of a small training: a new network on 32 pixels, one picture per device."""
+    """Flags of a small training: a new network on 32 pixels, one image per device."""
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "config.json").write_text(json.dumps(AutoencoderKL(CONFIG).config_json()))
     return {
@@ -43,7 +43,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_pictures_are_learned_and_latents_measured(
+def test_images_are_learned_and_latents_measured(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"max_train_steps": 40, "train_batch_size": 8, "crop_size": 16, "checkpointing_steps": 30, "use_ema": True}
@@ -51,13 +51,13 @@ def test_pictures_are_learned_and_latents_measured(
     assert np.mean(log(tmp_path / "out")[-8:]) < 0.4 * log(tmp_path / "out")[0]
 
     vae, params = AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")
-    images = np.stack(list(first_pictures(data_from(load_args(options, monkeypatch)), 12)))
+    images = np.stack(list(first_images(data_from(load_args(options, monkeypatch)), 12)))
     latents = vae.apply({"params": params}, images / np.float32(127.5) - 1, method="encode").mean
     assert float(latents.std()) * vae.config.scaling_factor == pytest.approx(1.0, rel=1e-3)
     assert vae.config.sample_size == 32
     AutoencoderKL.from_pretrained(tmp_path / "out" / "checkpoint-30", subfolder="vae")
     with Image.open(next((tmp_path / "out" / "validation" / "step-40").glob("*.png"))) as shown:
-        assert shown.size == (4 * 32, 2 * 32), "four pictures above their reconstructions"
+        assert shown.size == (4 * 32, 2 * 32), "four images above their reconstructions"
         np.testing.assert_array_equal(np.asarray(shown)[:32, :32], images[0])
 
 
@@ -111,7 +111,7 @@ def test_every_term_on_a_mesh_in_bfloat16(
     assert {array.dtype for array in numbers(tmp_path / "out", AutoencoderKL, "vae")} == {np.dtype(np.float32)}
 
 
-def test_a_resumed_run_is_the_whole_run(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     judged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = judged | {"max_train_steps": 4, "checkpointing_steps": 2, "discriminator_start": 3, "crop_size": 16}

@@ -48,7 +48,7 @@ def table(count: int, first: int = 0, **columns: list[Any]) -> Any:
 
 
 def flags(*line: str, **values: Any) -> DataSettings:
-    """What flags of :func:`add_data` say; ``values`` are other defaults, also of flags that whole scripts have."""
+    """The settings of flags of :func:`add_data`; ``values`` are other defaults, also for flags of whole scripts."""
     parser = Parser()
     add_data(parser, caches=True, resolution=8)
     parser.set_defaults(**{"output_dir": "unused", "seed": 0, **values})
@@ -61,7 +61,7 @@ def per_device(count: int = 2) -> BatchSettings:
 
 
 def finish(example: Example) -> dict[str, np.ndarray]:
-    """Pixels, where they come from, and which process made them."""
+    """The pixels, their source, and the process that made them."""
     return {
         "pixels": np.zeros(1) if example.pixels is None else example.pixels,
         "caption": np.int64(example.caption or -1),

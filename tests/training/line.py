@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import Batch, Numbered
+from diffuse_jax.training.batches import Batch, IndexedBatches
 from diffuse_jax.training.command import train
 from diffuse_jax.training.data.loader import process_rows
 from diffuse_jax.training.data.workers import in_turns
@@ -48,8 +48,8 @@ def points(n: int, rows: int) -> np.ndarray:
     return np.random.default_rng([7, n]).standard_normal((rows, len(SLOPE))).astype(np.float32)
 
 
-def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> Numbered:
-    """This process's rows of update ``n``; every update takes at least ``pause`` seconds."""
+def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float = 0.0) -> IndexedBatches:
+    """This process's rows of step ``n``; every step takes at least ``pause`` seconds."""
     size = settings_from(args, BatchSettings)
     rows = size.images_per_step(mesh)
     mine = process_rows(mesh, size.gradient_accumulation_steps, size.images_per_part(mesh))
@@ -58,12 +58,12 @@ def line_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh, pause: float
         time.sleep(pause)
         return {"x": points(n, rows)[mine]}
 
-    return Numbered(batch, lambda n: [f"point {n}.{row}" for row in mine])
+    return IndexedBatches(batch, lambda n: [f"point {n}.{row}" for row in mine])
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """The points of all updates, as a worker process makes them."""
+    """The points of all steps, as made by a worker process."""
 
     rows: int
     pause: float
@@ -74,16 +74,16 @@ class Points:
             yield points(n, self.rows)
 
 
-def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Numbered:
+def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> IndexedBatches:
     """The same from a worker process; of a run that starts at step 0."""
     made = in_turns([Points(settings_from(args, BatchSettings).images_per_step(mesh), args.pause)], processes=True)
-    batches = Numbered(lambda n: {"x": next(made)})
+    batches = IndexedBatches(lambda n: {"x": next(made)})
     batches.close = made.close  # type: ignore[attr-defined]
     return batches
 
 
 def save(folder: Path, params: Any) -> None:
-    """What stands for the model in its inference format."""
+    """A stand-in for the model in inference format."""
     (folder / "line").mkdir(parents=True, exist_ok=True)
     np.savez(folder / "line" / "params.npz", **params["dense"])
 

@@ -84,7 +84,7 @@ def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Pat
     ("values", "message"),
     [
         ({"lerning_rate": 1}, "lerning_rate is not a flag; did you mean learning_rate?"),
-        ({"process_id": 1}, "process_id cannot stand in a file; say --process_id on the command line"),
+        ({"process_id": 1}, "process_id cannot be set in a file; use --process_id on the command line"),
         ({"use_ema": "yes"}, "use_ema must be true or false, got 'yes'"),
         ({"seed": "x"}, "argument --seed: must be a whole number of at least 0 and less than 2^32, got x"),
         ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
@@ -117,7 +117,7 @@ def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest
     assert "cannot be read" in refused(parser, capsys, "--config", str(tmp_path / "broken.yaml"))
 
 
-def test_unknown_flags_name_the_nearest(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flags_suggest_the_closest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--learning_rat=3; did you mean --learning_rate?" in refused(parser, capsys, "--learning_rat=3")
     assert "unrecognized arguments: --no-such" in refused(parser, capsys, "--no-such")
 
@@ -134,7 +134,7 @@ def test_unknown_flags_name_the_nearest(parser: Parser, capsys: pytest.CaptureFi
         (["--mixed_precision", "fp8"], "choose from no, bf16"),
     ],
 )
-def test_flags_that_have_no_meaning_here_say_what_to_do(
+def test_unsupported_flags_say_what_to_do(
     parser: Parser, capsys: pytest.CaptureFixture[str], words: list[str], advice: str
 ) -> None:
     assert advice in refused(parser, capsys, *words)
@@ -182,7 +182,7 @@ def test_help_is_grouped(parser: Parser, capsys: pytest.CaptureFixture[str]) -> 
     assert "use_8bit_adam" not in text, "what is refused is not offered"
 
 
-def test_pictures_of_an_update(parser: Parser) -> None:
+def test_images_per_training_step(parser: Parser) -> None:
     words = ["--train_batch_size", "3", "--gradient_accumulation_steps", "2", "--mesh_fsdp", "2", "--mesh_tensor", "2"]
     args = parser.parse_args([*MODEL, *words, "--max_train_steps", "9", "--lr_warmup_steps", "0", "--scale_lr"])
     images = settings_from(args, BatchSettings).images_per_step(mesh_from(settings_from(args, DeviceSettings)))

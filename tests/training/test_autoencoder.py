@@ -17,11 +17,11 @@ from diffuse_jax.training.autoencoder import (
     autoencoder_loss,
     balance,
     decode,
-    decoder_alone,
     hinge_loss,
     latent_deviation,
+    split_decoder,
 )
-from diffuse_jax.training.batches import Counted, Numbered
+from diffuse_jax.training.batches import IndexedBatches, WithStepIndex
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import normalised
 
@@ -44,7 +44,7 @@ def gradient(terms: Terms, own: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def test_each_network_gets_the_gradient_of_its_own_loss(rng: np.random.Generator) -> None:
-    """The discriminator that of the hinge on fixed pictures; the autoencoder that of the terms added up by hand."""
+    """The discriminator gets that of the hinge loss on fixed images; the autoencoder that of the sum of its terms."""
     own = batch(rng, START)
     terms = Terms(vae=VAE, discriminator=CRITIC, discriminator_weight=0.7, discriminator_start=START)
     found, metrics = gradient(terms, own)
@@ -75,12 +75,12 @@ def test_before_its_start_the_discriminator_changes_nothing(rng: np.random.Gener
 
 
 @pytest.mark.parametrize("discriminator", [None, CRITIC])
-def test_a_decoder_alone_gets_the_gradient_that_it_has_in_the_whole(
+def test_a_decoder_trained_alone_gets_the_same_gradient(
     discriminator: PatchDiscriminator | None, rng: np.random.Generator
 ) -> None:
     own = batch(rng, START)
     terms = Terms(vae=VAE, discriminator=discriminator, discriminator_weight=0.7)
-    decoder, encoder = decoder_alone(TRAINABLE["vae"])
+    decoder, encoder = split_decoder(TRAINABLE["vae"])
     assert sorted(decoder) == ["decoder", "post_quant_conv"]
     loss = lambda p: autoencoder_loss(terms, {**TRAINABLE, "vae": p}, {"vae": encoder}, own, jax.random.key(0))[0]
     wanted, _ = gradient(terms, own)
@@ -121,7 +121,7 @@ def test_the_deviation_is_that_of_all_latents(rng: np.random.Generator) -> None:
 
 
 def test_counted_batches_go_on_where_they_were() -> None:
-    make = lambda: Counted(Numbered(lambda n: {"x": np.full(3, 10 * n)}, lambda n: [f"row {n}"]))
+    make = lambda: WithStepIndex(IndexedBatches(lambda n: {"x": np.full(3, 10 * n)}, lambda n: [f"row {n}"]))
     first, second = make(), make()
     next(first), next(first)
     second.set_state(first.get_state())

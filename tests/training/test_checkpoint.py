@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, any run goes on from them bit for bit, and on any mesh."""
+"""Checkpoints are complete or absent, and any run resumes from them bit for bit, on any mesh."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_failed_save_is_an_error_of_the_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_names_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever the libraries say that write the state, and without the tracebacks that they log."""
+    """Whatever the libraries that write the state raise, and without the tracebacks that they log."""
     saver, state = (
         Checkpoints(tmp_path),
         TrainState(jnp.int32(1), {"x": jax.random.normal(jax.random.key(0), (100_000,))}, None, None),
@@ -194,7 +194,7 @@ def test_a_full_disk_names_the_checkpoint(tmp_path: Path, caplog: pytest.LogCapt
     assert list(checkpoints(tmp_path)) == [1]
 
 
-def test_positions_of_other_numbers_of_processes(tmp_path: Path) -> None:
+def test_positions_of_a_different_number_of_processes(tmp_path: Path) -> None:
     write(tmp_path, 1)
     folder = tmp_path / "checkpoint-1"
     (folder / "data-1.json").write_text(json.dumps(HERE._asdict()))
@@ -210,7 +210,7 @@ def test_no_limit_below_one(tmp_path: Path) -> None:
 
 
 def run_line(output: Path, kill_after: float | None, *flags: str, most: float = 120) -> int:
-    """One process that trains; killed so many seconds after the first new line of its log. Returns its exit code."""
+    """Train in a process that is killed some seconds after the first new line of its log. Returns its exit code."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     line = [sys.executable, str(ROOT / "tests" / "training" / "line.py"), "--output_dir", str(output), *flags]
     log, errors = output / "log.jsonl", output.parent / "errors.txt"
@@ -236,7 +236,7 @@ def run_line(output: Path, kill_after: float | None, *flags: str, most: float = 
 
 
 def killed_and_resumed(tmp_path: Path, kills: int, seed: int) -> None:
-    """Until the run ends it is killed at random moments; in the end it has the log and the numbers of a quiet run."""
+    """A run that is killed at random moments until it ends has the log and the parameters of an undisturbed run."""
     draw = random.Random(seed)
     flags = ("--max_train_steps", "24", "--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--use_ema")
     flags += ("--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest", "--pause", "0.02")
@@ -278,7 +278,7 @@ def test_many_more_kills(tmp_path: Path, more: int) -> None:
 
 
 def test_interrupted_saves_and_goes_on_exactly(tmp_path: Path) -> None:
-    """SIGTERM while batch 5 of 9 is made: a checkpoint of step 4, exit code 143, and then the same end as without."""
+    """SIGTERM while batch 5 of 9 is made: a checkpoint of step 4, exit code 143, and the same result after resuming."""
     from diffuse_jax.training.interruption import Interrupted
 
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"

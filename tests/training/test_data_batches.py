@@ -20,7 +20,7 @@ from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.sources import FolderSource
 from diffuse_jax.training.data.transform import Transform
-from diffuse_jax.training.dreambooth import InTurns
+from diffuse_jax.training.dreambooth import Interleaved
 
 from .data_sets import finish, flags, image_folder, per_device
 
@@ -39,7 +39,7 @@ def assert_same(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.nda
             np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_a_batch_holds_pictures_and_their_captions(tmp_path: Path) -> None:
+def test_a_batch_holds_images_and_their_captions(tmp_path: Path) -> None:
     batches = batches_from(flags("--train_data_dir", str(image_folder(tmp_path, 10))), per_device(4), mesh(), finish)
     seen = take(batches, 5)
     assert seen[0]["pixels"].shape == (4, 8, 8, 3)
@@ -51,7 +51,7 @@ def test_a_batch_holds_pictures_and_their_captions(tmp_path: Path) -> None:
     batches.close()
 
 
-def test_positions_are_restored_to_the_bit_and_what_was_made_ahead_is_not_lost(tmp_path: Path) -> None:
+def test_positions_are_restored_exactly_and_prefetched_batches_are_not_lost(tmp_path: Path) -> None:
     data = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip")
     batches = batches_from(data, per_device(3), mesh(), finish)
     first = take(batches, 2)
@@ -82,7 +82,7 @@ def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
     assert not set(multiprocessing.active_children()) - others
 
 
-def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_names_the_image(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, 4)
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"damaged")
@@ -92,10 +92,12 @@ def test_an_error_in_a_worker_names_the_picture(tmp_path: Path) -> None:
         next(batches)
 
 
-def test_pictures_of_instance_and_class_come_in_turns(tmp_path: Path) -> None:
+def test_images_of_instance_and_class_alternate(tmp_path: Path) -> None:
     others = set(threading.enumerate())
     folders = [str(image_folder(tmp_path / name, count)) for name, count in (("instance", 4), ("class", 9))]
-    make = lambda: InTurns(*(batches_from(flags("--train_data_dir", f), per_device(), mesh(), finish) for f in folders))
+    make = lambda: Interleaved(
+        *(batches_from(flags("--train_data_dir", f), per_device(), mesh(), finish) for f in folders)
+    )
     both = make()
     first = take(both, 3)
     assert both.total == 9
@@ -118,8 +120,8 @@ def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole["index"][[2, 3, 6, 7]], parts[1]["index"])
 
 
-def test_a_fresh_start_with_fewer_pictures_per_update(tmp_path: Path) -> None:
-    """The position counts examples: on fewer devices the run goes on with the ones that come next."""
+def test_resuming_with_fewer_images_per_step(tmp_path: Path) -> None:
+    """The position counts examples: on fewer devices the run continues with the next ones."""
     line = ["--train_data_dir", str(image_folder(tmp_path, 20))]
     two, one = (batches_from(flags(*line), per_device(), mesh(n), finish) for n in (2, 1))
     assert len(next(two)["index"]) == 4
@@ -129,7 +131,7 @@ def test_a_fresh_start_with_fewer_pictures_per_update(tmp_path: Path) -> None:
 
 
 def test_buckets(tmp_path: Path) -> None:
-    """Each batch has one size; small pictures are enlarged to cover it."""
+    """Each batch has one size; small images are enlarged to cover it."""
     folder = image_folder(tmp_path / "data", 12, [(30, 20), (20, 30), (20, 20)])
     line = ["--train_data_dir", str(folder), "--resolution", "16", "--aspect_ratio_buckets", "--bucket_step", "4"]
     data = flags(*line, output_dir=str(tmp_path / "out"))
@@ -142,7 +144,7 @@ def test_buckets(tmp_path: Path) -> None:
     again = batches_from(data, per_device(), mesh(), finish)
     again.set_state(state)
     assert_same(take(again, 3), rest)
-    with pytest.raises(ValueError, match="written with 2 examples per update, this run has 4"):
+    with pytest.raises(ValueError, match="written with 2 examples per step, this run has 4"):
         batches_from(data, per_device(), mesh(2), finish).set_state(state)
 
 
@@ -182,7 +184,7 @@ def start_script(tmp_path: Path, end: str, seconds: int = 0) -> subprocess.Popen
 
 
 def test_a_script_ends_by_itself_and_its_workers_do_without_jax(tmp_path: Path) -> None:
-    """It closes nothing, and batches are made ahead."""
+    """It closes nothing while batches are being prefetched."""
     with start_script(tmp_path, GUARDED) as script:
         out, errors = script.communicate(timeout=300)
     assert (script.returncode, errors, out.splitlines()[0]) == (0, "", "[0, 1, 2, 3] False")

@@ -19,13 +19,13 @@ from diffuse_jax.training.data import (
     batches_from,
     buckets_from,
     cache_captions,
-    cache_pictures,
+    cache_images,
     cached,
     fingerprint_params,
     source_from,
     transform_from,
 )
-from diffuse_jax.training.data.cache import CachedPictures
+from diffuse_jax.training.data.cache import CachedImages
 from tests.disk import disk_of
 
 from .data_sets import flags, image_folder, per_device
@@ -70,7 +70,7 @@ def test_an_interrupted_one_is_not_used(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_missing_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cache a: x has 3 rows where 5 were wanted"):
+    with pytest.raises(ValueError, match="cache a: x has 3 rows where 5 were expected"):
         cached(tmp_path / "a", {}, 5, lambda rows: {"x": np.zeros(3)})
 
 
@@ -139,18 +139,18 @@ def test_parameters_have_fingerprints() -> None:
 
 
 def mean(examples: list[Example]) -> dict[str, np.ndarray]:
-    """A stand-in for an autoencoder: needs pictures of one size."""
+    """A stand-in for an autoencoder: needs images of the same size."""
     pixels = np.stack([np.asarray(example.pixels) for example in examples])
     return {"moments": pixels[:, ::4, ::4].mean(-1), "size": np.array([e.original_size for e in examples])}
 
 
-def from_cache(cache: CachedPictures, example: Example) -> dict[str, np.ndarray]:
+def from_cache(cache: CachedImages, example: Example) -> dict[str, np.ndarray]:
     assert example.pixels is None
     return cache(example) | {"index": np.int64(example.index)}
 
 
 @pytest.mark.parametrize("buckets", [[], ["--aspect_ratio_buckets", "--bucket_step", "4"]])
-def test_pictures_are_encoded_once_and_not_read_again(tmp_path: Path, buckets: list[str]) -> None:
+def test_images_are_encoded_once_and_not_read_again(tmp_path: Path, buckets: list[str]) -> None:
     import functools
 
     folder = image_folder(tmp_path / "data", 12, [(30, 20), (20, 30), (20, 20)])
@@ -159,7 +159,7 @@ def test_pictures_are_encoded_once_and_not_read_again(tmp_path: Path, buckets: l
     source = source_from(data)
     groups = buckets_from(data, source)
     folder_of_caches = data.caches.data_cache_dir
-    cache = cache_pictures(folder_of_caches, "latents", {}, source, transform_from(data), mean, groups)
+    cache = cache_images(folder_of_caches, "latents", {}, source, transform_from(data), mean, groups)
     for i in range(12):
         (folder / f"{i}.png").unlink()
     mesh = make_mesh(devices=jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""Where pictures come from: every kind of data set gives the same records; what is wrong is named."""
+"""Sources of images: every kind of data set gives the same records; errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ KINDS = (folder, nested, parquet, saved, saved_splits, folder_through_datasets, 
 
 
 def with_cache(line: list[str]) -> DataSettings:
-    """Flags; ``--cache_dir`` belongs to the parser of whole scripts."""
+    """The settings of flags; ``--cache_dir`` is a flag of whole scripts."""
     if "--cache_dir" in line:
         at = line.index("--cache_dir")
         return flags(*line[:at], cache_dir=line[at + 1])
@@ -109,13 +109,13 @@ def test_every_kind_of_data_set(tmp_path: Path, kind: Callable[[Path], list[str]
     copy = pickle.loads(pickle.dumps(source))
     assert values(copy) == values(source)
     assert source.fingerprint == copy.fingerprint == source_from(data).fingerprint
-    assert len(pickle.dumps(source)) < 20_000, "pictures stay on disk"
+    assert len(pickle.dumps(source)) < 20_000, "images stay on disk"
     mesh = make_mesh(devices=jax.devices()[:1])
     batch = next(batches_from(data, per_device(), mesh, finish, source=source))
     np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], batch["caption"])
 
 
-def test_some_pictures_only(tmp_path: Path) -> None:
+def test_some_images_only(tmp_path: Path) -> None:
     line = ["--train_data_dir", str(image_folder(tmp_path, 20)), "--max_train_samples"]
     source = source_from(flags(*line, "5"))
     names = [source[i].name for i in range(len(source))]
@@ -136,7 +136,7 @@ def test_captions_may_be_lists_and_columns_have_names(tmp_path: Path) -> None:
     assert source_from(flags("--train_shards", str(tmp_path / "a.tar")))[0].captions == ("a", "b")
 
 
-def test_pictures_alone_need_no_metadata(tmp_path: Path) -> None:
+def test_images_alone_need_no_metadata(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         picture(1).save(tmp_path / name)
     source = FolderSource(tmp_path, caption_column=None)
@@ -144,7 +144,7 @@ def test_pictures_alone_need_no_metadata(tmp_path: Path) -> None:
     assert source[0].captions == ("",)
 
 
-def test_a_changed_picture_is_another_data_set(tmp_path: Path) -> None:
+def test_a_changed_image_is_another_data_set(tmp_path: Path) -> None:
     image_folder(tmp_path, 3)
     before = FolderSource(tmp_path).fingerprint
     picture(200, 9).save(tmp_path / "1.png")
@@ -173,7 +173,7 @@ def test_hidden_and_other_files_are_skipped_with_a_warning(tmp_path: Path) -> No
     (tmp_path / "metadata.jsonl").rename(tmp_path / "notes.txt")
     (tmp_path / ".ipynb_checkpoints").mkdir()
     for name in ("._0.png", ".ipynb_checkpoints/0.png", "broken.png"):
-        (tmp_path / name).write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(b"not an image")
     (tmp_path / "3.jfif").write_bytes((tmp_path / "0.png").read_bytes())
     with pytest.warns(UserWarning, match=r"skipped 4 non-images, for example .*\._0\.png"):
         source = FolderSource(tmp_path, caption_column=None)
@@ -237,7 +237,7 @@ def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
             FolderSource(tmp_path / "nowhere", column)
 
 
-def test_shards_say_what_they_leave_out_and_know_all_suffixes(tmp_path: Path) -> None:
+def test_shards_report_skipped_samples_and_know_all_suffixes(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.jfif", "0.txt", "._0.jfif", "1.txt", "1.heic"):
             info = tarfile.TarInfo(name)
@@ -248,9 +248,9 @@ def test_shards_say_what_they_leave_out_and_know_all_suffixes(tmp_path: Path) ->
 
 
 def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--train_data_dir needs one line per picture"):
+    with pytest.raises(FileNotFoundError, match="--train_data_dir needs one line per image"):
         FolderSource(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no pictures"):
+    with pytest.raises(FileNotFoundError, match="no images"):
         FolderSource(tmp_path, caption_column=None)
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
@@ -269,7 +269,7 @@ def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
         (["--dataset_name", "a", "--load_from_disk"], "--load_from_disk reads the folder --train_data_dir"),
         (["--train_data_dir", "a", "--dataset_config_name", "b"], "--dataset_config_name needs --dataset_name"),
         (["--train_data_dir", "a", "--cache_latents", "--random_flip"], "leave out --random_flip"),
-        (["--dataset_name", "a", "--streaming", "--cache_latents"], "has to see all pictures"),
+        (["--dataset_name", "a", "--streaming", "--cache_latents"], "has to see all images"),
         (["--train_data_dir", "a", "--aspect_ratio_buckets", "--resolution", "10"], "--bucket_step 64 must divide"),
     ],
 )
@@ -288,7 +288,7 @@ def test_missing_columns_are_named_with_those_that_there_are(tmp_path: Path) -> 
         source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "b"), "--caption_column", "label"))
     source = source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "b"), "--image_column", "label",
                                "--caption_column", "text"))  # fmt: skip
-    with pytest.raises(ValueError, match="'label' holds no picture file but int"):
+    with pytest.raises(ValueError, match="'label' is not an image file but int"):
         source[0]
 
 
@@ -300,7 +300,7 @@ def test_missing_splits_are_named(tmp_path: Path) -> None:
         source_from(flags("--load_from_disk", "--train_data_dir", str(tmp_path / "a")))
 
 
-def test_an_update_larger_than_the_data_set(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_data_set(tmp_path: Path) -> None:
     data = flags("--train_data_dir", str(image_folder(tmp_path, 6)))
     with pytest.raises(ValueError, match=r"takes 8 examples \(--train_batch_size 1 on 8 devices.* the data set has 6"):
         batches_from(data, per_device(1), make_mesh(data=8), finish)
@@ -330,7 +330,7 @@ def test_bad_shards(tmp_path: Path) -> None:
     [
         ("0.txt", b"caf\xe9", "the caption is not UTF-8"),
         ("0.json", b'{"text": ', "its .json cannot be read"),
-        ("0.json", b'["a"]', "its .json must hold names and values"),
+        ("0.json", b'["a"]', "its .json must be an object"),
     ],
 )
 def test_captions_of_shards_that_cannot_be_read_are_named(
@@ -373,7 +373,7 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path) -> None:
         end = [member.offset_data + -(-member.size // 512) * 512 for member in tar][-1]
     for size in (*range(512, end, 700), end):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"a\.tar (is cut off|is damaged|is not an uncompressed tar)"):
+        with pytest.raises(ValueError, match=r"a\.tar (is truncated|is damaged|is not an uncompressed tar)"):
             TarSource([path])
     path.write_bytes(whole[: end + 1024])
     assert len(TarSource([path])) == 4, "the end is two blocks of zeros; what fills up a record may be absent"
@@ -384,7 +384,7 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
 def test_members_that_would_be_lost_are_refused(kind: bytes, tmp_path: Path) -> None:
-    """A link has no bytes of its own; a second member of one name would replace the first."""
+    """Links have no contents; a second member of the same name would replace the first."""
     path = tmp_path / "a.tar"
     write_tar(path, rows(range(2)))
     with tarfile.open(path, "a") as tar:

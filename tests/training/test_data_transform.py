@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.training.data.transform import Record, Transform, cover, decode, picture_size
+from diffuse_jax.training.data.transform import Record, Transform, cover, decode, image_size
 
 from .data_sets import picture, png
 
@@ -37,8 +37,8 @@ def test_the_middle_is_cut_out(rng: np.random.Generator) -> None:
     assert (example.index, example.caption, example.name) == (3, "a", "a.png")
 
 
-def test_cuts_and_mirrored_cuts_are_where_they_say(rng: np.random.Generator) -> None:
-    """``crop_top_left`` of a mirrored example is the place in the mirrored picture.
+def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generator) -> None:
+    """``crop_top_left`` of a mirrored example is the position in the mirrored image.
 
     The reference uses the width of the cut instead of that of the picture, which can be negative.
     """
@@ -87,26 +87,26 @@ def test_shares_of_captions() -> None:
     assert examples[0].pixels is None
 
 
-def test_pictures_are_turned_upright_and_transparency_is_dropped(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_images_are_turned_upright_and_transparency_is_dropped(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = noise(rng, 4, 6)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the first row is the right side
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     turned = Record(str(tmp_path / "a.png"), ("",), "a")
     np.testing.assert_array_equal(np.asarray(decode(turned)), np.rot90(pixels, -1))
-    assert picture_size(turned) == (6, 4)
+    assert image_size(turned) == (6, 4)
     transparent = Image.fromarray(np.concatenate([pixels, np.zeros((4, 6, 1), np.uint8)], -1))
     np.testing.assert_array_equal(np.asarray(decode(Record(png(transparent), ("",), "b"))), pixels)
 
 
 @pytest.mark.parametrize("damaged", [b"no picture", png(picture(3, 40, 40))[:60]])
-def test_damaged_pictures_are_named(damaged: bytes) -> None:
+def test_damaged_images_are_named(damaged: bytes) -> None:
     with pytest.raises(ValueError, match="holiday.png is not a readable image"):
         decode(Record(damaged, ("",), "holiday.png"))
 
 
-@pytest.mark.parametrize("read", [decode, picture_size])
-def test_files_without_a_picture_and_pictures_too_large_are_named(
+@pytest.mark.parametrize("read", [decode, image_size])
+def test_files_without_an_image_and_images_too_large_are_named(
     read: Callable[[Record], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

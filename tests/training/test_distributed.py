@@ -70,7 +70,7 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in MESHES if n != "all")])
 def test_two_processes_train_as_one(tmp_path: Path, mesh: str) -> None:
-    """Losses, parameters and what is exported into a checkpoint; then the checkpoint goes on with one process."""
+    """Losses, parameters and the export in a checkpoint; then one process resumes from the checkpoint."""
     flags = ("--max_train_steps", "6", "--checkpointing_steps", "4", "--use_ema", *MESHES[mesh])
     run(tmp_path / "one", 1, *flags)
     run(tmp_path / "two", 2, *flags)
@@ -113,7 +113,7 @@ PIXELS = UNet2DConfig(
 
 
 def pictures(folder: Path) -> None:
-    """Eight captioned pictures."""
+    """Eight captioned images."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for i in range(8):
@@ -137,7 +137,7 @@ MORE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "textual_inversion.py", "vae.py"])
 def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
-    """One device each: losses, every tensor that is written, the checkpoint's copies too, and validation pictures."""
+    """One device each: losses, every tensor that is written, the checkpoint's copies too, and validation images."""
     pictures(tmp_path / "data")
     flags = ["--train_data_dir", str(tmp_path / "data"), "--train_batch_size", "2", "--max_train_steps", "3"]
     flags += ["--logging_steps", "1", "--checkpointing_steps", "2", "--report_to", "none", "--mesh_fsdp", "2"]

@@ -31,7 +31,7 @@ def test_what_is_computed_again_does_not_count() -> None:
     assert count_flops(jax.grad(again), W, X) == count_flops(jax.grad(layers), W, X)
 
 
-def test_loops_count_their_turns() -> None:
+def test_loops_count_their_iterations() -> None:
     def loop(w: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=5)[0].sum()
 

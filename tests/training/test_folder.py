@@ -27,7 +27,7 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     with claimed(tmp_path):
         before = sorted(tmp_path.rglob("*"))
         for start in (lambda: train_line(args), lambda: check_output(settings_from(args, RunSettings))):
-            with pytest.raises(RuntimeError, match=rf"a run that is still going on \(process {os.getpid()} on .*wait"):
+            with pytest.raises(RuntimeError, match=rf"a run that is still active \(process {os.getpid()} on .*wait"):
                 start()
         assert sorted(tmp_path.rglob("*")) == before
     train_line(args)

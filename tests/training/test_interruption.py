@@ -49,7 +49,7 @@ def test_signals_to_the_group_while_workers_make_data(
     assert made == records_of(output)[-1]["step"]
     text = said.read_text()
     assert f"{numbers[0].name} received: the run ends when the last finished step is saved" in text
-    assert f"{numbers[0].name}: checkpoint-{made} is written; --resume_from_checkpoint latest goes on" in text
+    assert f"{numbers[0].name}: checkpoint-{made} is written; --resume_from_checkpoint latest continues from it" in text
     assert "Traceback" not in text
     while left := living(run.pid):
         assert time.monotonic() < deadline, f"workers that are left: {left}"

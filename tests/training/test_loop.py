@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from diffuse_jax.sharding import make_mesh
-from diffuse_jax.training.batches import Numbered
+from diffuse_jax.training.batches import IndexedBatches
 from diffuse_jax.training.checkpoint import checkpoints
 from tests.training.line import SLOPE, arguments, line_batches, line_loss, line_mesh, points, start, train_line
 
@@ -28,7 +28,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_training_learns_the_line_and_writes_it_down(tmp_path: Path) -> None:
+def test_training_learns_the_line_and_logs_it(tmp_path: Path) -> None:
     args = arguments("--use_ema", output_dir=tmp_path, max_train_steps=200, logging_steps=20, ema_decay=0.9)
     params = train_line(args)
     np.testing.assert_allclose(params["dense"]["kernel"], SLOPE, atol=0.1)
@@ -97,12 +97,12 @@ def test_an_old_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
 def test_a_run_cannot_go_on_to_an_earlier_step(tmp_path: Path) -> None:
     flags = {"output_dir": tmp_path, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
     train_line(arguments(max_train_steps=2, **flags))
-    with pytest.raises(ValueError, match="checkpoint-2 has made 2 updates, more than --max_train_steps 1"):
+    with pytest.raises(ValueError, match="checkpoint-2 has completed 2 steps, more than --max_train_steps 1"):
         train_line(arguments(max_train_steps=1, **flags))
     train_line(arguments(max_train_steps=2, **flags))  # a finished run that is started again ends at once
 
 
-def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = arguments(output_dir=tmp_path, max_train_steps=1, gradient_accumulation_steps=2, train_batch_size=3)
     batches = line_batches(args, line_mesh(args))
     batches.total = 96  # type: ignore[attr-defined]
@@ -112,8 +112,8 @@ def test_the_run_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert words in text
 
 
-def test_epochs_become_updates(tmp_path: Path) -> None:
-    """20 examples in updates of 8: three updates are an epoch; ``max_train_steps`` wins where it is given."""
+def test_epochs_become_training_steps(tmp_path: Path) -> None:
+    """20 examples in batches of 8: an epoch has three steps; ``max_train_steps`` overrides the epochs."""
     for flags, steps in (({"num_train_epochs": 2}, 6), ({"num_train_epochs": 2, "max_train_steps": 4}, 4)):
         args = arguments(output_dir=tmp_path / str(steps), validation_epochs=1, **flags)
         batches = line_batches(args, line_mesh(args))
@@ -129,7 +129,9 @@ def test_batches_of_other_shapes_are_compiled_too(tmp_path: Path) -> None:
     wide = lambda n: {"x": np.ones((8, 2 + n % 2, 4), np.float32)}
     loss = lambda params, frozen, batch, key: (jnp.square(batch["x"].sum((1, 2)) - params["w"]).mean(), {})
     args = arguments(output_dir=tmp_path, max_train_steps=4, learning_rate=1.0)
-    params = train_line(args, loss=loss, trainable={"w": np.zeros(1, np.float32)}, batches=Numbered(wide), export=None)
+    params = train_line(
+        args, loss=loss, trainable={"w": np.zeros(1, np.float32)}, batches=IndexedBatches(wide), export=None
+    )
     assert float(params["w"][0]) > 1.0
 
 
@@ -141,7 +143,7 @@ def test_validation_sees_the_average(tmp_path: Path) -> None:
     assert_same_bits(seen[-1], last["dense"]["kernel"])
 
 
-def test_the_result_is_written_before_the_last_pictures(tmp_path: Path) -> None:
+def test_the_result_is_written_before_the_last_images(tmp_path: Path) -> None:
     def validate(params: Any) -> Any:
         raise MemoryError("too many pictures")
 
@@ -150,7 +152,7 @@ def test_the_result_is_written_before_the_last_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "line" / "params.npz").is_file()
 
 
-def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")
@@ -163,14 +165,14 @@ def test_no_numbers_are_fetched_between_records(tmp_path: Path, monkeypatch: pyt
     assert {6, 12} <= set(fetched) <= {0, 6, 12}
 
 
-def broken_after(step: int) -> Numbered:
-    """Batches of the line; the one of ``step`` has a picture that is not a number."""
+def broken_after(step: int) -> IndexedBatches:
+    """Batches of the line; the one of ``step`` has an image that is not a number."""
 
     def batch(n: int) -> dict[str, np.ndarray]:
         x = points(n, 8)
         return {"x": x * (np.nan if n == step - 1 else 1.0)}
 
-    return Numbered(batch, lambda n: [f"picture-{8 * n + i}.png" for i in range(8)])
+    return IndexedBatches(batch, lambda n: [f"picture-{8 * n + i}.png" for i in range(8)])
 
 
 def test_a_step_that_is_not_finite_is_named_with_its_batch(tmp_path: Path) -> None:
@@ -201,14 +203,14 @@ def test_impossible_flags_write_nothing(tmp_path: Path, flags: dict[str, Any], m
 
 
 def test_epochs_need_a_known_number_of_examples(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="number of examples is not known: say --max_train_steps"):
+    with pytest.raises(ValueError, match="number of examples is not known: use --max_train_steps"):
         train_line(arguments(output_dir=tmp_path))
 
 
 def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
     args = arguments(output_dir=tmp_path, max_train_steps=2)
     with pytest.raises(ValueError, match=r"9 rows.*1 accumulation steps times 8 devices"):
-        train_line(args, batches=Numbered(lambda n: {"x": points(n, 9)}))
+        train_line(args, batches=IndexedBatches(lambda n: {"x": points(n, 9)}))
 
 
 def test_half_precision_parameters_are_refused(tmp_path: Path) -> None:

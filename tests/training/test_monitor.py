@@ -31,10 +31,10 @@ class Kept:
     def __init__(self) -> None:
         self.records: dict[int, dict[str, float]] = {}
 
-    def numbers(self, step: int, record: dict[str, float]) -> None:
+    def scalars(self, step: int, record: dict[str, float]) -> None:
         self.records[step] = record
 
-    def pictures(self, step: int, pictures: Any) -> None:
+    def images(self, step: int, pictures: Any) -> None:
         pass
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class Kept:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``log.jsonl`` that are there so far."""
+    """The complete lines that ``log.jsonl`` has so far."""
     log = folder / "log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
@@ -53,7 +53,7 @@ def metrics(loss: float, norm: float = 1.0) -> dict[str, Any]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Time that passes when a test says so."""
+    """A clock that a test controls."""
 
     class Clock:
         now = 100.0
@@ -117,7 +117,7 @@ def test_compiling_is_not_part_of_the_speed(clock: Any) -> None:
     monitor.close()
 
 
-def test_a_record_says_where_the_run_is(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_has_the_progress_of_the_run(clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
     kept = Kept()
     monitor = Monitor([kept], 0, 10, Work(images=8, devices=1, examples=32), lambda n: {})
     clock.now += 7
@@ -130,9 +130,11 @@ def test_a_record_says_where_the_run_is(clock: Any, capsys: pytest.CaptureFixtur
     monitor.close()
 
 
-def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_cannot_be_written_is_reported_once_and_training_continues(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Full(Kept):
-        def numbers(self, step: int, record: dict[str, float]) -> None:
+        def scalars(self, step: int, record: dict[str, float]) -> None:
             raise OSError("no space left")
 
     kept = Kept()
@@ -141,7 +143,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(capsys: pyte
         monitor.add(step, metrics(1.0), ())
         monitor.flush()
     assert list(kept.records) == [1, 2]
-    assert capsys.readouterr().err.count("warning: Full cannot be written (OSError('no space left'))") == 1
+    assert capsys.readouterr().err.count("warning: Full failed (OSError('no space left'))") == 1
     monitor.close()
 
 
@@ -169,35 +171,35 @@ def test_the_first_bad_step_is_named(loss: float, norm: float, named: str) -> No
 def test_the_log_holds_each_step_once(tmp_path: Path) -> None:
     log = JsonLines(tmp_path, 0)
     for step in (2, 4, 6):
-        log.numbers(step, {"loss": 1 / step})
+        log.scalars(step, {"loss": 1 / step})
     with log.path.open("a") as file:
         file.write('{"step": 8, "lo')  # the run was killed here
     again = JsonLines(tmp_path, 4)
-    again.numbers(6, {"loss": 0.5})
+    again.scalars(6, {"loss": 0.5})
     records = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert all(datetime.datetime.fromisoformat(record.pop("time")).tzinfo for record in records)
     assert records == [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 6, "loss": 0.5}]
 
 
-def test_pictures_become_files(tmp_path: Path) -> None:
-    JsonLines(tmp_path, 0).pictures(5, [("a red/blue: thing", RED), ("", RED)])
+def test_images_become_files(tmp_path: Path) -> None:
+    JsonLines(tmp_path, 0).images(5, [("a red/blue: thing", RED), ("", RED)])
     assert {p.name for p in (tmp_path / "validation" / "step-5").iterdir()} == {
         "00-a-red-blue-thing.png",
         "01-picture.png",
     }
 
 
-def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_reads_scalars_and_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = TensorBoard(tmp_path, 0)
     for step in (1, 2, 3):
-        writer.numbers(step, {"loss": 1 / step})
-    writer.pictures(3, [("a prompt", RED)])
+        writer.scalars(step, {"loss": 1 / step})
+    writer.images(3, [("a prompt", RED)])
     writer.close()
-    resumed = TensorBoard(tmp_path, 2)  # goes on from step 2, and makes step 3 again
-    resumed.numbers(3, {"loss": 7.0})
+    resumed = TensorBoard(tmp_path, 2)  # continues from step 2 and repeats step 3
+    resumed.scalars(3, {"loss": 7.0})
     resumed.close()
     found = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "images": 0}).Reload()
     assert [(e.step, e.value) for e in found.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 7.0)]
@@ -207,7 +209,7 @@ def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_a_run_writes_to_tensorboard_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_run_writes_to_tensorboard_by_default(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     assert wanted_trackers(None) == ("tensorboard",)
     args = arguments(output_dir=tmp_path, max_train_steps=2)
@@ -254,13 +256,13 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     names = {"project": "mine", "entity": "me", "config": {"seed": 1}}
     for first in (0, 4):
         _, wandb = open_trackers(["wandb"], tmp_path, "logs", first, **names)
-        wandb.numbers(first + 1, {"loss": 0.5})
-        wandb.pictures(first + 1, [("a prompt", RED)])
+        wandb.scalars(first + 1, {"loss": 0.5})
+        wandb.images(first + 1, [("a prompt", RED)])
         wandb.close()
     starts = [options for name, options in calls if name == "init"]
     assert starts[0]["project"] == "mine"
     assert starts[0]["config"] == {"seed": 1}
-    assert starts[0]["id"] == starts[1]["id"], "a resumed run goes on in the same curves"
+    assert starts[0]["id"] == starts[1]["id"], "a resumed run continues the same curves"
     assert ("log", (1, {"train/loss": 0.5})) in calls
     assert ("log", (5, {"validation": [((6, 4), "a prompt")]})) in calls
     _, other = open_trackers(["wandb"], tmp_path, "logs", 0, **names)

@@ -126,7 +126,7 @@ def test_prior_preservation_adds_the_mean_error_of_the_class(rng: np.random.Gene
         ("range", slice(30, 50), {"begin": 30, "end": 50}),
     ],
 )
-def test_biased_timesteps_are_drawn_so_many_times_more_often(strategy: str, chosen: slice, more: dict) -> None:
+def test_biased_timesteps_are_sampled_more_often_by_the_multiplier(strategy: str, chosen: slice, more: dict) -> None:
     p = np.array(timestep_probabilities(strategy, 100, multiplier=4.0, **more))
     assert p.sum() == pytest.approx(1.0)
     assert p[chosen] == pytest.approx(4.0 * p.min())
@@ -153,7 +153,7 @@ def test_impossible_biases(request_: dict, message: str) -> None:
 
 
 def test_weighted_by_the_ratio_a_clean_sample_counts_as_its_noise(rng: np.random.Generator) -> None:
-    """The same picture, said as clean sample or as noise, has the same error."""
+    """The same image, predicted as clean sample or as noise, has the same error."""
     x0, guess = clean(rng), clean(rng)
     scheduler = DDPMScheduler()
     said = {"sample": guess}

@@ -20,7 +20,7 @@ from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training import optimizer
 from diffuse_jax.training.arguments import make_parser
-from diffuse_jax.training.batches import Numbered
+from diffuse_jax.training.batches import IndexedBatches
 from diffuse_jax.training.data import DataSettings, ImageSettings, data_from
 from diffuse_jax.training.data.settings import CacheSettings
 from diffuse_jax.training.flags import Parser, settings_from
@@ -123,8 +123,8 @@ def test_settings_are_filled_from_flags_of_their_names() -> None:
     assert hash(run) == hash(settings_from(args, RunSettings))
 
 
-def test_a_default_stands_in_one_place() -> None:
-    """Where a script does not say otherwise, flags that are left out are settings that are left out."""
+def test_a_default_is_defined_in_one_place() -> None:
+    """Unless a script changes a default, omitting a flag is the same as omitting the setting."""
     args = make_parser("about", output_dir="here").parse_args([])
     where = TrackerSettings(tracker_project_name=args.tracker_project_name)  # the name of the script
     assert settings_from(args, RunSettings) == RunSettings(output_dir="here", trackers=where)
@@ -210,7 +210,7 @@ def test_precisions() -> None:
         ComputeSettings(remat_policy="all")
 
 
-def test_a_network_of_the_hub_is_asked_for_as_the_settings_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_network_is_requested_from_the_hub_with_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(weights, "resolve", lambda source, **options: asked.update(options) or tmp_path)
     hub = HubSettings(revision="v2", variant="fp16", cache_dir="there", hub_token="secret")
@@ -225,7 +225,7 @@ def test_a_run_without_a_parser(tmp_path: Path) -> None:
     settings = OptimizerSettings(learning_rate=0.05, lr_warmup_steps=0, max_grad_norm=0.5)
     run = RunSettings(output_dir=tmp_path, max_train_steps=3, logging_steps=1, optimizer=settings,
                       batch=BatchSettings(train_batch_size=1), upload=UploadSettings(hub_token="secret"))  # fmt: skip
-    batches = Numbered(lambda n: {"x": line.points(n, 8)})
+    batches = IndexedBatches(lambda n: {"x": line.points(n, 8)})
     frozen = {"slope": line.SLOPE}
     fit(run, make_mesh(), trainable=line.start(), frozen=frozen, loss=line.line_loss, batches=batches)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3

@@ -49,7 +49,7 @@ def loss(unet: UNet2DConditionModel, params: Any, frozen: Any, batch: Any, key: 
 
 
 def curve(mesh: jax.sharding.Mesh, unet: UNet2DConditionModel = UNET, parts: int = 1) -> tuple[list[float], Any]:
-    """Losses of four updates, and the state."""
+    """Losses of four training steps, and the state."""
     optimizer = make_optimizer("adamw", lambda _: 1e-3)
     state = put_params(init_state(initial_params(UNET.shapes(), 0), optimizer, use_ema=True), mesh)
     step = make_step(functools.partial(loss, unet), optimizer, 0, shardings=param_shardings(state, mesh))

@@ -47,7 +47,7 @@ def test_average_forgets_the_start_and_then_moves_slowly() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "piecewise_constant"])
-def test_rates_rise_to_the_peak_and_end_where_their_name_says(name: str) -> None:
+def test_rates_rise_to_the_peak_and_end_as_named(name: str) -> None:
     rate = learning_rate(name, 2.0, 10, 110)
     assert float(rate(10)) == pytest.approx(2.0)
     assert max(float(rate(s)) for s in range(120)) == pytest.approx(2.0)
@@ -85,12 +85,12 @@ def test_every_optimizer_learns_the_line(name: str) -> None:
 
 
 def still_loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The line without noise, so that parts of a batch can be compared with the whole."""
+    """The line without noise, so that accumulated batches can be compared with the whole batch."""
     error = batch @ trainable["dense"]["kernel"] + trainable["dense"]["bias"].reshape(1, 1) - batch @ frozen["slope"]
     return jnp.square(error).mean(), {}
 
 
-def test_accumulated_parts_make_the_update_of_the_whole_batch() -> None:
+def test_gradient_accumulation_equals_the_whole_batch() -> None:
     optimizer = make_optimizer("adamw", lambda _: 0.1)
     whole, parts = (init_state(START, optimizer, use_ema=True) for _ in range(2))
     step = make_step(still_loss, optimizer, seed=0)
@@ -120,9 +120,9 @@ def test_weights_decay_by_the_rate(name: str) -> None:
     np.testing.assert_allclose(updates["w"], -0.1 * 0.01 * 2.0, rtol=1e-5)
 
 
-def test_a_network_may_have_a_rate_of_its_own() -> None:
-    """The first update of Adam is the rate, whatever the gradient; clipping still sees all of them."""
-    optimizer = make_optimizer("adamw", lambda _: 0.1, own_rates={"text_encoder": lambda _: 0.01}, weight_decay=0.0)
+def test_a_network_may_have_a_separate_learning_rate() -> None:
+    """Adam's first update has the size of the rate, whatever the gradient; clipping still uses all gradients."""
+    optimizer = make_optimizer("adamw", lambda _: 0.1, network_rates={"text_encoder": lambda _: 0.01}, weight_decay=0.0)
     params = {"unet": {"w": jnp.ones(3)}, "text_encoder": {"w": jnp.ones(3)}}
     updates, _ = optimizer.update(jax.tree.map(lambda x: 5 * x, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["unet"]["w"], -0.1, rtol=1e-5)

@@ -39,7 +39,7 @@ class Hub:
         return "https://hub/commit"
 
 
-def test_the_model_its_pictures_and_its_flags_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_its_images_and_its_flags_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2, "hub_token": "secret"}
     args = arguments("--push_to_hub", output_dir=tmp_path / "my-line", report_to="tensorboard", **flags)

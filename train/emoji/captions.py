@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
-"""One picture: ``label``, ``style``, ``tags``, ``group``, ``subgroup``, ``license``, ``source``, ``hexcode``."""
+"""One image: ``label``, ``style``, ``tags``, ``group``, ``subgroup``, ``license``, ``source``, ``hexcode``."""
 
 HELD_OUT_SHARE = 0.1
 
@@ -16,12 +16,12 @@ COMMON_STYLES = {"noto", "twemoji", "fluent", "fluent flat"}
 
 
 def caption(label: str, style: str) -> str:
-    """The main caption of a picture, and the way to ask for one: ``"red apple, noto style"``."""
+    """The main caption of an image, which is also the form of prompts: ``"red apple, noto style"``."""
     return f"{label}, {style} style"
 
 
 def captions(record: Record) -> list[str]:
-    """Every caption of one picture; training draws one at random each time, so repeats are weights."""
+    """All captions of one image; training chooses one at random each time, so repetitions act as weights."""
     label, style = record["label"], record["style"]
     tags = [t for t in record["tags"] if t not in label.lower()]
     ends = [", ".join([label, *chosen]) for chosen in (tags[:2], tags[2:4]) if chosen] or [f"{label} emoji"]
@@ -35,7 +35,7 @@ def article(noun: str) -> str:
 
 
 def held_out(records: Sequence[Record]) -> list[bool]:
-    """Which (concept, style) pairs stay out of training: a tenth, by a hash of the pair, so independent of order.
+    """Whether a (concept, style) pair is held out of training: a tenth is, by a hash of the pair, independent of order.
 
     The pair of a concept with the largest hash always stays in training, so every concept is seen in some style.
     """
@@ -45,7 +45,7 @@ def held_out(records: Sequence[Record]) -> list[bool]:
 
 
 def is_common(record: Record) -> bool:
-    """Whether a picture is trained on more than others: short names of faces, animals and food, in four styles."""
+    """Whether an image is repeated in training: faces, animals and food with short names, in four styles."""
     short = len(record["label"].split()) <= 2
     return short and record["group"] in COMMON_GROUPS and record["style"] in COMMON_STYLES
 
@@ -57,5 +57,5 @@ def pair_hash(record: Record) -> float:
 
 
 def training_texts(records: Iterable[Record]) -> list[str]:
-    """All captions of all records, the text that the tokenizer is built from."""
+    """All captions of all records, from which the tokenizer is learned."""
     return [text for record in records for text in captions(record)]

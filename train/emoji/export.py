@@ -1,4 +1,4 @@
-"""Write a trained emoji model as it ships: float16 weights, configs, tokenizer and a model card with the sources.
+"""Write a trained emoji model in the form that is shipped: float16 weights, configs, tokenizer, card with sources.
 
     python train/emoji/export.py --model runs/emoji/model --train_data_dir runs/emoji/data/train \\
         --output_dir diffuse_jax/assets/emoji
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from sources import CAPTIONS, SOURCES
 
 LIMIT = 12_000_000
-"""Bytes that the folder may have in all."""
+"""Maximum size of the folder, in bytes."""
 
 CARD = """\
 ---
@@ -76,7 +76,7 @@ def main() -> None:
     }
     for name, kind in kinds.items():
         model, params = kind.from_pretrained(source, subfolder=name)
-        if name == "text_encoder":  # else transformers would compute in float16 where the rest is float32
+        if name == "text_encoder":  # otherwise transformers would compute in float16 while the rest is float32
             model = model.clone(config=model.config_class.from_json(model.config.to_json() | {"dtype": "float32"}))
         model.save_pretrained(target / name, params, dtype=np.float16)
         sizes[name] = count(params)
@@ -87,7 +87,7 @@ def main() -> None:
     total = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {total:,} bytes")
     if total > LIMIT:
-        raise SystemExit(f"more than the {LIMIT:,} bytes that the package has room for")
+        raise SystemExit(f"more than the limit of {LIMIT:,} bytes for the package")
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,18 +99,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def count(params: dict[str, object]) -> int:
-    """Numbers in a tree of parameters."""
+    """The number of parameters in a tree."""
     import jax
 
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def card(args: argparse.Namespace, folder: Path, sizes: dict[str, int]) -> str:
-    """The model card, with how many pictures each source gave."""
+    """The model card, with the number of images from each source."""
     lines = (Path(args.train_data_dir) / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    pictures = collections.Counter(json.loads(line)["style"] for line in lines)
+    images = collections.Counter(json.loads(line)["style"] for line in lines)
     rows = [
-        f"| {style} | {pictures[style]} | [{s.title}]({s.url}) as {s.package} {s.version} | {s.author} | {s.licence} |"
+        f"| {style} | {images[style]} | [{s.title}]({s.url}) as {s.package} {s.version} | {s.author} | {s.licence} |"
         for style, s in SOURCES.items()
     ]
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))

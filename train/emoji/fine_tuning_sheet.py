@@ -40,17 +40,17 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="diffuse-jax/emoji", help="what was fine-tuned")
+    parser.add_argument("--model", default="diffuse-jax/emoji", help="the model that was fine-tuned")
     parser.add_argument("--examples", required=True, help="folder that make_examples.py wrote")
     parser.add_argument("--lora", required=True, help="output of train/dreambooth_lora.py")
     parser.add_argument("--dreambooth", required=True, help="output of train/dreambooth.py")
     parser.add_argument("--word", required=True, help="output of train/textual_inversion.py")
-    parser.add_argument("--output", default="docs/images/emoji_fine_tuning.png", help="picture to write")
+    parser.add_argument("--output", default="docs/images/emoji_fine_tuning.png", help="image file to write")
     return parser.parse_args()
 
 
 def stored(title: str, folder: Path) -> Row:
-    """The first images of a folder, named like their files."""
+    """The first images of a folder, labelled with their file names."""
     paths = sorted(folder.glob("*.png"))[:COLUMNS]
     return Row([Image.open(path) for path in paths], [path.stem.replace("-", " ") for path in paths], title=title)
 

@@ -1,4 +1,4 @@
-"""Write the training curves of the emoji model, thinned out, as a result for the documentation.
+"""Write the subsampled training curves of the emoji model as a result for the documentation.
 
     python train/emoji/log_summary.py --vae runs/emoji/vae/log.jsonl \\
         --model runs/emoji/model/log.jsonl runs/emoji/mixed/log.jsonl
@@ -11,16 +11,18 @@ import json
 from pathlib import Path
 
 ABOUT = (
-    "Means over the last updates before each step, on training pictures. `loss` is what is minimised (autoencoder:"
+    "Means over the last steps before each point, on training images. `loss` is the minimised loss (autoencoder:"
     " pixels + edges + 0.0001 KL; UNet: the error weighted by Min-SNR), `mse` the plain squared error (of"
-    " pixels in [-1, 1], and of the velocity). One update is 16 squares of 32x32, and 64 pictures."
+    " pixels in [-1, 1], and of the velocity). One training step has 16 crops of 32x32 and 64 images, respectively."
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", required=True, help="log.jsonl of train/vae.py")
-    parser.add_argument("--model", required=True, nargs="+", help="those of train/text_to_image.py, in their order")
+    parser.add_argument(
+        "--model", required=True, nargs="+", help="log.jsonl of each run of train/text_to_image.py, in order"
+    )
     parser.add_argument("--output", default="docs/results/emoji_training.json", help="file to write")
     args = parser.parse_args()
     rows = curve("autoencoder", [args.vae]) + curve("UNet", args.model, points=16)

@@ -2,7 +2,7 @@
 
 The result is an ordinary image folder that the scripts beside it read with ``--train_data_dir``:
 
-    OUTPUT/train/metadata.jsonl     a line per picture: file_name, text (a list of captions), label, style, licence ...
+    OUTPUT/train/metadata.jsonl     a line per image: file_name, text (a list of captions), label, style, licence ...
     OUTPUT/train/noto/red-apple.png
     OUTPUT/heldout/...              a tenth of the (concept, style) pairs, never trained on
     OUTPUT/common/metadata.jsonl    the lines of train/ with common concepts
@@ -40,7 +40,7 @@ from diffuse_jax.bounds import COUNT, number
 
 LEFT_OUT_GROUPS = {"component", "flags"}
 REPEATS = 6
-"""How many more times ``mixed/`` lists a picture of a common concept."""
+"""Number of additional times that ``mixed/`` lists an image of a common concept."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     for split, wanted in (("train", False), ("heldout", True)):
         chosen = [pair for pair, out in zip(pairs, held_out(records), strict=True) if out == wanted]
         lines = write_folder(output / split, chosen)
-        print(f"{output / split}: {len(lines)} pictures of {len({line['label'] for line in lines})} concepts")
+        print(f"{output / split}: {len(lines)} images of {len({line['label'] for line in lines})} concepts")
         if split == "train":
             common = [line for line in lines if is_common(line)]
             link_folder(output / "common", output / split, common)
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder to write; train/ and heldout/ inside are replaced")
     parser.add_argument("--resolution", type=number(COUNT), default=64, help="size of the images (default 64)")
-    parser.add_argument("--package_dir", default="runs/npm", help="where fetched packages are kept (default runs/npm)")
+    parser.add_argument("--package_dir", default="runs/npm", help="folder for downloaded packages (default runs/npm)")
     return parser.parse_args()
 
 
@@ -108,7 +108,7 @@ def slug(label: str) -> str:
 
 
 def draw_all(emoji: dict[str, Record], resolution: int, package_dir: str) -> Iterator[tuple[Record, Image.Image]]:
-    """Every (concept, style) pair that exists, as its record and its picture."""
+    """Every existing (concept, style) pair, as its record and its image."""
     for style, source in SOURCES.items():
         icons = package_files(source, package_dir)["icons.json"]
         found = {name: svg(icons, name) for name in emoji}
@@ -118,7 +118,7 @@ def draw_all(emoji: dict[str, Record], resolution: int, package_dir: str) -> Ite
 
 
 def svg(icons: dict[str, Any], name: str) -> str | None:
-    """The SVG text of an icon; None where the set does not have it under its own name (aliases are left out)."""
+    """The SVG source of an icon; None if the set does not have it under this name (aliases are left out)."""
     icon = icons["icons"].get(name)
     if icon is None:
         return None
@@ -134,27 +134,27 @@ def draw(source: str, resolution: int) -> Image.Image:
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=source, width=resolution, height=resolution, background="#ffffff")
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     square = Image.new("RGB", (resolution, resolution), "white")
-    square.paste(picture, ((resolution - picture.width) // 2, (resolution - picture.height) // 2))
+    square.paste(image, ((resolution - image.width) // 2, (resolution - image.height) // 2))
     return square
 
 
 def write_folder(folder: Path, pairs: list[tuple[Record, Image.Image]]) -> list[Record]:
-    """Write pictures and ``metadata.jsonl``, replacing what was there; returns the lines."""
+    """Write images and ``metadata.jsonl``, replacing existing ones; returns the lines."""
     shutil.rmtree(folder, ignore_errors=True)
     lines = []
-    for record, picture in pairs:
+    for record, image in pairs:
         path = folder / slug(record["style"]) / f"{slug(record['label'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
         lines.append({"file_name": str(path.relative_to(folder)), "text": captions(record)} | record)
     write_lines(folder, lines)
     return lines
 
 
 def link_folder(folder: Path, source: Path, lines: list[Record]) -> None:
-    """An image folder of some lines of ``source``, replacing what was there; its images take no space of their own."""
+    """Write an image folder with some lines of ``source``, replacing an existing one; its images are not copied."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in {line["file_name"] for line in lines}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

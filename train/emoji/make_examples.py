@@ -1,7 +1,7 @@
-"""Make the pictures of the fine-tuning examples: a character that no emoji shows, and a style without a name.
+"""Generate the images of the fine-tuning examples: a character that no emoji shows, and a style without a name.
 
     OUTPUT/character/*.png           eight drawings of one small robot, from the parts below
-    OUTPUT/style/metadata.jsonl      forty pictures of the style streamline; in the captions {} stands for its name
+    OUTPUT/style/metadata.jsonl      forty images of the style streamline; in the captions {} stands for its name
 
 Needs ``resvg-py`` and the folder that make_dataset.py wrote. Example:
 
@@ -43,7 +43,7 @@ def main() -> None:
     output = Path(args.output_dir)
     draw_character(output / "character")
     count = copy_style(Path(args.data_dir) / "train", output / "style")
-    print(f"{output}: {len(EYES) * len(MOUTHS) * len(ARMS)} drawings of a character, {count} pictures of a style")
+    print(f"{output}: {len(EYES) * len(MOUTHS) * len(ARMS)} drawings of a character, {count} images of a style")
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,7 +64,7 @@ def draw_character(folder: Path) -> None:
 
 
 def copy_style(source: Path, folder: Path) -> int:
-    """Some pictures of one style, drawn by a fixed seed, with captions that do not name it."""
+    """A random selection of images of one style, with a fixed seed and captions that do not name the style."""
     lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["style"] == STYLE]
     chosen = np.random.default_rng(0).choice(len(lines), PICTURES, replace=False)

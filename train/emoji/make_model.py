@@ -1,4 +1,4 @@
-"""Write an untrained miniature Stable Diffusion for 64x64 pictures: every folder of a pipeline but the tokenizer.
+"""Write an untrained miniature Stable Diffusion for 64x64 images: every folder of a pipeline except the tokenizer.
 
 The parameters come from ``--seed``. What is decided here is decided for the shipped model: 16x16 latents with four
 channels, attention at 8x8 and 4x4, velocity prediction on a schedule that ends in pure noise. Example:
@@ -118,9 +118,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", required=True, help="folder to write; make_tokenizer.py writes tokenizer/ into it"
     )
-    parser.add_argument("--seed", type=number(SEED), default=0, help="of the random numbers (default 0)")
-    parser.add_argument("--vocab_size", type=number(COUNT), default=1800, help="the tokenizer's (default 1800)")
-    parser.add_argument("--model_max_length", type=number(COUNT), default=24, help="the tokenizer's (default 24)")
+    parser.add_argument("--seed", type=number(SEED), default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--vocab_size", type=number(COUNT), default=1800, help="vocabulary size of the tokenizer (default 1800)"
+    )
+    parser.add_argument(
+        "--model_max_length", type=number(COUNT), default=24, help="maximum length of the tokenizer (default 24)"
+    )
     return parser.parse_args()
 
 

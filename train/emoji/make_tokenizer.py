@@ -42,8 +42,15 @@ def parse_args() -> argparse.Namespace:
         "--train_data_dir", required=True, help="image folder whose metadata.jsonl has lists of captions"
     )
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--vocab_size", type=number(COUNT), default=1800, help="at least 514 symbols (default 1800)")
-    parser.add_argument("--model_max_length", type=number(COUNT), default=24, help="with start and end (default 24)")
+    parser.add_argument(
+        "--vocab_size", type=number(COUNT), default=1800, help="number of symbols, at least 514 (default 1800)"
+    )
+    parser.add_argument(
+        "--model_max_length",
+        type=number(COUNT),
+        default=24,
+        help="number of tokens, including start and end (default 24)",
+    )
     args = parser.parse_args()
     if args.vocab_size < 514:
         parser.error(f"--vocab_size {args.vocab_size}: the bytes and the two special symbols alone are 514")
@@ -79,7 +86,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[Pair]:
 
 
 def merge(word: Word, pair: Pair) -> Word:
-    """``word`` with every occurrence of ``pair``, from the left, made one symbol."""
+    """``word`` with every occurrence of ``pair`` merged into one symbol, from the left."""
     result, i = [], 0
     while i < len(word):
         step = 2 if word[i : i + 2] == pair else 1

@@ -1,7 +1,7 @@
-"""Draw the sheet of samples in the documentation: 8x8 pictures for captions that nobody chose by hand.
+"""Draw the sheet of samples in the documentation: 8x8 images for captions that were not selected by hand.
 
-Three rows of common concepts (``common/`` of the data), two of any training picture (blue), three of pairs of concept
-and style that were held out of training (red). Captions are drawn by a fixed random seed and picture n has seed n.
+Three rows of common concepts (``common/`` of the data), two of any training image (blue), three of pairs of concept
+and style that were held out of training (red). Captions are chosen with a fixed random seed, and image n has seed n.
 Example:
 
     python train/emoji/sample_sheet.py --data_dir runs/emoji/data --output docs/images/emoji_sheet.png
@@ -29,13 +29,13 @@ def main() -> None:
     captions = [text for texts in chosen.values() for text in texts]
     colours = [BANDS[name][1] for name, texts in chosen.items() for _ in texts]
     pipe = diffuse_jax.DiffusionPipeline.from_pretrained(args.model)
-    pictures = pipe(
+    images = pipe(
         captions,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         seed=list(range(len(captions))),
     ).images
-    rows = [Row(pictures[i : i + EDGE], captions[i : i + EDGE], colours[i]) for i in range(0, len(captions), EDGE)]
+    rows = [Row(images[i : i + EDGE], captions[i : i + EDGE], colours[i]) for i in range(0, len(captions), EDGE)]
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows).save(output, optimize=True)
@@ -46,14 +46,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
     parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
-    parser.add_argument("--output", default="docs/images/emoji_sheet.png", help="picture to write")
+    parser.add_argument("--output", default="docs/images/emoji_sheet.png", help="image file to write")
     parser.add_argument("--num_inference_steps", type=number(COUNT), default=25, help="sampling steps (default 25)")
-    parser.add_argument("--guidance_scale", type=number(NONNEGATIVE), default=5.0, help="of the prompt (default 5)")
+    parser.add_argument("--guidance_scale", type=number(NONNEGATIVE), default=5.0, help="guidance scale (default 5)")
     return parser.parse_args()
 
 
 def choose(folder: Path, count: int) -> list[str]:
-    """The main captions of ``count`` different pictures of an image folder, always the same ones."""
+    """The main captions of ``count`` different images of an image folder, always the same ones."""
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     chosen = np.random.default_rng(0).choice(len(lines), count, replace=False)
     return [json.loads(lines[i])["text"][0] for i in chosen]

@@ -1,4 +1,4 @@
-"""Sheets of captioned images, as the documentation shows them."""
+"""Sheets of captioned images for the documentation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, LINE, SIZE, WRAP = 128, 18, 15, 17
-"""Pixels of an image's edge and of a line of text, the size of its letters, and how many of them fit under an image."""
+"""Side of an image and height of a line of text in pixels, font size, and number of characters that fit under an
+image."""
 
 
 class Row(NamedTuple):
-    """Images side by side, a caption under each (its lines are broken to fit), and a title above where given."""
+    """Images side by side, each with a caption below (wrapped to fit), and an optional title above."""
 
     images: Sequence[Image.Image]
     captions: Sequence[str]
@@ -22,7 +23,7 @@ class Row(NamedTuple):
 
 
 def sheet(rows: Sequence[Row]) -> Image.Image:
-    """The rows from top to bottom, on white; every row is as high as its longest caption needs."""
+    """Draw the rows from top to bottom, on white; the height of a row depends on its longest caption."""
     wrapped = [[folded(caption) for caption in row.captions] for row in rows]
     lines = [bool(row.title) + max(len(caption) for caption in captions) for row, captions in zip(rows, wrapped)]
     height = sum(CELL + LINE * count + LINE // 2 for count in lines)
@@ -41,5 +42,5 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
 
 
 def folded(caption: str) -> list[str]:
-    """The lines of a caption; the style after its last comma begins a new one."""
+    """The lines of a caption; the style, after its last comma, begins a new line."""
     return [line for part in caption.rsplit(", ", 1) for line in textwrap.wrap(part, WRAP)]

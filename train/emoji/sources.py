@@ -1,4 +1,4 @@
-"""Where the pictures come from: each style's package and what its licence asks to be named."""
+"""The sources of the images: the package of each style, and the attribution that its licence requires."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Data of training: sources of captioned pictures, examples made from them, and batches that can be resumed."""
+"""Training data: sources of captioned images, examples made from them, and batches whose position can be restored."""
 
-from diffuse_jax.training.data.cache import Stored, cache_captions, cache_pictures, cached, fingerprint_params
+from diffuse_jax.training.data.cache import Stored, cache_captions, cache_images, cached, fingerprint_params
 from diffuse_jax.training.data.flags import add_data, data_from
 from diffuse_jax.training.data.hub import Stream, TableSource
 from diffuse_jax.training.data.opening import (
@@ -35,7 +35,7 @@ __all__ = [
     "batches_from",
     "buckets_from",
     "cache_captions",
-    "cache_pictures",
+    "cache_images",
     "cached",
     "check_sides",
     "data_from",

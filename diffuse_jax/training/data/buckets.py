@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures of like proportions are trained together, at a size of those proportions."""
+"""Aspect-ratio buckets: images of similar aspect ratio are trained together, at a size with that aspect ratio."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from diffuse_jax.training.data.cache import READERS, cached
 from diffuse_jax.training.data.sources import Source
-from diffuse_jax.training.data.transform import Size, picture_size
+from diffuse_jax.training.data.transform import Size, image_size
 
 
 def bucket_sizes(resolution: int, step: int = 64, max_aspect: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of at most ``resolution ** 2`` pixels, sides in multiples of ``step``, from wide to tall.
+    """Sizes of at most ``resolution ** 2`` pixels with sides that are multiples of ``step``, from wide to tall.
 
-    As those of SDXL (Podell et al. 2023, appendix I), which go to an aspect of 4: for each height up to ``resolution``
-    the largest width, and the same turned.
+    As for SDXL (Podell et al. 2023, appendix I), whose aspect ratios go up to 4: for each height up to ``resolution``
+    the largest width, and the same transposed.
 
     Raises:
       ValueError: ``step`` does not divide ``resolution``, or ``max_aspect`` is below 1.
@@ -32,14 +32,17 @@ def bucket_sizes(resolution: int, step: int = 64, max_aspect: float = 2.0) -> tu
 
 
 def assign(source: Source, sizes: Sequence[Size], cache_dir: str | Path) -> list[tuple[Size, np.ndarray]]:
-    """The sizes that have pictures, and the rows of each: those whose proportions are nearest (in the logarithm).
+    """Assign each row to the size with the nearest aspect ratio (in the logarithm).
 
-    The heads of all pictures are read for that; what was found is kept in ``cache_dir``.
+    The headers of all image files are read for this; their sizes are cached in ``cache_dir``.
+
+    Returns:
+      Pairs of a size and its rows, int ``[n]``; sizes without images are left out.
     """
 
     def read(rows: range) -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(READERS) as pool:
-            return {"size": np.array(list(pool.map(lambda i: picture_size(source[i]), rows)), np.int32)}
+            return {"size": np.array(list(pool.map(lambda i: image_size(source[i]), rows)), np.int32)}
 
     found = cached(Path(cache_dir) / "sizes", {"data": source.fingerprint}, len(source), read)["size"]
     aspects = np.log([width / height for height, width in sizes])

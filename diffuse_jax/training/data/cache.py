@@ -1,7 +1,7 @@
-"""Arrays that are computed once from a data set, kept on disk, and read from there by every process.
+"""Arrays that are computed once from a data set, stored on disk, and read from there by every process.
 
-A cache is a folder of ``.npy`` files whose name is made of everything that its content depends on. It appears under
-that name when it is whole; where anything differs, the name does too, and a new one is computed.
+A cache is a folder of ``.npy`` files whose name is a hash of everything that its content depends on. It gets that name
+once it is complete; if anything differs, so does the name, and a new cache is computed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from diffuse_jax.writing import lock, naming, only_writer, write_all
 Arrays = dict[str, np.ndarray]
 
 CHUNK = 32
-"""Rows that are computed at once."""
+"""Number of rows that are computed at once."""
 
 READERS = 8
-"""Threads that read pictures for a cache."""
+"""Number of threads that read images for a cache."""
 
 
 class Stored(Mapping[str, np.ndarray]):
-    """The arrays of a cache, mapped into memory when they are first read; pickles as the name of its folder."""
+    """The arrays of a cache, memory-mapped when they are first read; pickled as the name of the folder."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -63,28 +63,28 @@ class Stored(Mapping[str, np.ndarray]):
 
 
 def cached(path: str | Path, key: Mapping[str, Any], count: int, compute: Callable[[range], Arrays]) -> Stored:
-    """Arrays ``[count, ...]`` from the folder ``PATH-...``, computed there first if they are not there yet.
+    """Arrays ``[count, ...]`` from the folder ``PATH-HASH``, which is computed first if it does not exist.
 
-    Processes that share the disk wait for the one that computes; an interrupted one leaves nothing behind that would be
-    used. ``compute`` must not wait for other processes itself: a collective operation would never end.
+    Processes that share the disk wait for the one that computes; if it is interrupted, nothing that it leaves behind is
+    used. ``compute`` must not wait for other processes: a collective operation would never end.
 
     Args:
-      path: name of the cache, such as ``OUTPUT/cache/latents``; what ``key`` says is added to it.
-      key: all that the content depends on, as JSON can hold it: the data set, the size, the model.
-      count: rows.
-      compute: rows -> arrays ``[len(rows), ...]``, of the same names, dtypes and shapes for all rows.
+      path: path of the cache, such as ``OUTPUT/cache/latents``; a hash of ``key`` is appended.
+      key: everything that the content depends on, serialisable as JSON: the data set, the size, the model.
+      count: number of rows.
+      compute: maps rows to arrays ``[len(rows), ...]``, with the same names, dtypes and shapes for all rows.
 
     Raises:
-      ValueError: ``compute`` returned arrays of another length, or of another kind than for the rows before.
-      OSError: a file cannot be written, such as on a full disk; the text names it.
-      FileExistsError: the file system has no locks, and another process may be computing the same.
+      ValueError: ``compute`` returned arrays of the wrong length, or of another dtype or shape than before.
+      OSError: a file cannot be written, for example because the disk is full; the message names it.
+      FileExistsError: the file system has no locks, and another process may be computing the same cache.
     """
     content = json.dumps({**key, "count": count}, sort_keys=True, indent=1)
     name = f"{Path(path).name}-{hashlib.sha256(content.encode()).hexdigest()[:20]}"
     target = Path(path).resolve().with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as turn:
-        lock(turn.fileno(), wait=True)  # one process computes, the others find what it computed
+        lock(turn.fileno(), wait=True)  # one process computes, the others find the result
         if not target.is_dir():
             with only_writer(target) as part:
                 with naming(part / "key.json"):
@@ -95,7 +95,7 @@ def cached(path: str | Path, key: Mapping[str, Any], count: int, compute: Callab
 
 
 def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays]) -> None:
-    """Write the arrays row after row: a full disk is an error then; with mapped files it would be a SIGBUS."""
+    """Write the arrays row by row, so that a full disk is an error; with memory-mapped files it would be a SIGBUS."""
     files: dict[str, IO[bytes]] = {}
     first: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     with contextlib.ExitStack() as stack:
@@ -106,7 +106,7 @@ def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays
             arrays = {key: np.asarray(value) for key, value in compute(rows).items()}
             for key, array in arrays.items():
                 if len(array) != len(rows):
-                    raise ValueError(f"cache {name}: {key} has {len(array)} rows where {len(rows)} were wanted")
+                    raise ValueError(f"cache {name}: {key} has {len(array)} rows where {len(rows)} were expected")
             kinds = {key: (array.dtype, array.shape[1:]) for key, array in arrays.items()}
             if start == 0:
                 first = kinds
@@ -122,7 +122,7 @@ def _fill(folder: Path, name: str, count: int, compute: Callable[[range], Arrays
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The head of a ``.npy`` file of so many rows, which are to follow."""
+    """The header of a ``.npy`` file."""
     file = io.BytesIO()
     head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)
@@ -130,7 +130,7 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def fingerprint_params(params: Any) -> str:
-    """A name for a tree of parameters: its paths, dtypes, shapes and every number."""
+    """A hash of a tree of parameters: paths, dtypes, shapes and values."""
     import jax
 
     digest = hashlib.blake2b(digest_size=16)
@@ -142,13 +142,13 @@ def fingerprint_params(params: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedPictures:
-    """What was computed from each picture; ``cache(example)`` is its row. For a ``finish`` that runs in workers.
+class CachedImages:
+    """Arrays computed from each image; ``cache(example)`` returns those of an example. Usable in data workers.
 
     Attributes:
-      stored: a cache for each size.
-      bucket: which of them a row of the source is in, int ``[N]``.
-      row: and where, int ``[N]``.
+      stored: one cache per size.
+      bucket: index of the cache that contains each row of the source, int ``[N]``.
+      row: index of the row within that cache, int ``[N]``.
     """
 
     stored: tuple[Stored, ...]
@@ -159,7 +159,7 @@ class CachedPictures:
         return self.stored[self.bucket[example.index]].row(int(self.row[example.index]))
 
 
-def cache_pictures(
+def cache_images(
     folder: str | Path,
     name: str,
     key: Mapping[str, Any],
@@ -167,17 +167,17 @@ def cache_pictures(
     transform: Transform,
     encode: Callable[[list[Example]], Arrays],
     buckets: Sequence[tuple[Size, np.ndarray]] | None = None,
-) -> CachedPictures:
-    """One version of every picture (its middle, not mirrored), encoded and stored.
+) -> CachedImages:
+    """Encode one version of every image (its centre crop, not mirrored) and store the results.
 
     Args:
-      folder: where caches lie.
-      name: what they are, such as "latents".
-      key: what identifies the encoder, such as :func:`fingerprint_params` of it.
+      folder: folder of the caches.
+      name: name of this cache, such as "latents".
+      key: values that identify the encoder, such as its :func:`fingerprint_params`.
       source: the data set.
-      transform: how its pictures are resized.
-      encode: examples of one size -> arrays with a row for each, such as ``moments`` and ``time_ids``.
-      buckets: of :func:`~diffuse_jax.training.data.buckets.assign`, if there are buckets; a cache for each size.
+      transform: how images are resized.
+      encode: maps examples of the same size to arrays with one row per example, such as ``moments`` and ``time_ids``.
+      buckets: result of :func:`~diffuse_jax.training.data.buckets.assign`, if buckets are used; each size gets a cache.
     """
     transform = dataclasses.replace(transform, pixels=True)
     groups = buckets or [((transform.crop_size or transform.resolution,) * 2, np.arange(len(source)))]
@@ -187,7 +187,7 @@ def cache_pictures(
         bucket[rows], row[rows] = number, np.arange(len(rows))
         compute = functools.partial(_encode_rows, source, transform, encode, rows, size if buckets else None)
         stored.append(cached(Path(folder) / name, {**key, **identity, "size": size}, len(rows), compute))
-    return CachedPictures(tuple(stored), bucket, row)
+    return CachedImages(tuple(stored), bucket, row)
 
 
 def _encode_rows(
@@ -205,11 +205,12 @@ def _encode_rows(
 
 @dataclasses.dataclass(frozen=True)
 class CachedCaptions:
-    """What was computed from each caption; ``cache(example)`` is that of the caption drawn, or of "".
+    """Arrays computed from each caption; ``cache(example)`` returns those of the example's caption, or of "" if
+    dropped.
 
     Attributes:
-      stored: a row for each caption of each row of the source, and one for "".
-      first: where the captions of a row begin, and last the row of "", int ``[N + 1]``.
+      stored: one row per caption of each row of the source, and a last one for "".
+      first: index of the first caption of each row, then the index of "", int ``[N + 1]``.
     """
 
     stored: Stored
@@ -223,25 +224,25 @@ class CachedCaptions:
 def cache_captions(
     folder: str | Path, name: str, key: Mapping[str, Any], source: Source, encode: Callable[[list[str]], Arrays]
 ) -> CachedCaptions:
-    """Every caption of a data set, and the empty one, encoded and stored.
+    """Encode every caption of a data set, and the empty caption, and store the results.
 
     Args:
-      folder: where caches lie.
-      name: what they are, such as "text".
-      key: what identifies the encoder, such as :func:`fingerprint_params` of it.
+      folder: folder of the caches.
+      name: name of this cache, such as "text".
+      key: values that identify the encoder, such as its :func:`fingerprint_params`.
       source: the data set.
-      encode: texts -> arrays with a row for each.
+      encode: maps texts to arrays with one row per text.
     """
-    counted = {"data": source.fingerprint}
-    numbers = lambda rows: {"captions": np.array([len(source[i].captions) for i in rows], np.int64)}
-    counts = cached(Path(folder) / "captions", counted, len(source), numbers)["captions"]
+    data = {"data": source.fingerprint}
+    count = lambda rows: {"captions": np.array([len(source[i].captions) for i in rows], np.int64)}
+    counts = cached(Path(folder) / "captions", data, len(source), count)["captions"]
     first = np.concatenate([[0], np.cumsum(counts)])
     compute = lambda rows: encode([_caption(source, first, row) for row in rows])
-    return CachedCaptions(cached(Path(folder) / name, {**key, **counted}, int(first[-1]) + 1, compute), first)
+    return CachedCaptions(cached(Path(folder) / name, {**key, **data}, int(first[-1]) + 1, compute), first)
 
 
 def _caption(source: Source, first: np.ndarray, row: int) -> str:
-    """The caption that belongs into a row of the cache; "" into the last."""
+    """The caption of a row of the cache; "" for the last row."""
     if row == first[-1]:
         return ""
     index = int(np.searchsorted(first, row, side="right")) - 1

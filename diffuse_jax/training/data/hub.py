@@ -1,4 +1,4 @@
-"""Data sets read with Hugging Face ``datasets``: from the Hub, a local folder, or what ``save_to_disk`` wrote."""
+"""Data sets read with Hugging Face ``datasets``: from the Hub, a local folder, or written by ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffuse_jax.training.data.transform import Record
 
 
 class TableSource:
-    """Rows of a ``datasets.Dataset``; its table stays on disk, also in worker processes."""
+    """The rows of a ``datasets.Dataset``, whose table stays on disk, in worker processes too."""
 
     def __init__(self, dataset: Any, image_column: str = "image", caption_column: str | None = "text") -> None:
         """See :func:`undecoded` for the errors."""
@@ -31,17 +31,17 @@ class TableSource:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A data set to be streamed, and which part of it.
+    """A data set that is streamed, and the share of it that is read.
 
     Attributes:
       dataset: a ``datasets.IterableDataset``.
-      image_column: column of the pictures.
-      caption_column: column of the captions; None where they are not needed.
-      seed: of the order.
-      window: rows that are shuffled with each other.
-      count: rows of the data set that are used, the first of its shuffled files; all if None.
-      part: which of ``parts`` shares is read; a process's, and within it a worker's.
-      parts: shares in all. Best is a divisor of the number of files, or else every share reads all files.
+      image_column: column of the images.
+      caption_column: column of the captions; None if they are not needed.
+      seed: seed of the order.
+      window: number of rows that are shuffled with each other.
+      count: number of rows to use, the first ones after the files are shuffled; all if None.
+      part: index of the share that is read; shares belong to processes and, within a process, to workers.
+      parts: number of shares. It should divide the number of files; otherwise every share reads all files.
     """
 
     dataset: Any
@@ -76,10 +76,10 @@ def load(
 
 
 def load_saved(folder: str | Path, split: str = "train") -> Any:
-    """What ``save_to_disk`` wrote: a data set, or several splits of which one is taken.
+    """Load what ``save_to_disk`` wrote: a data set, or one of several splits.
 
     Raises:
-      ValueError: there are splits, but not this one.
+      ValueError: the split does not exist.
     """
     import datasets
 
@@ -92,14 +92,14 @@ def load_saved(folder: str | Path, split: str = "train") -> Any:
 
 
 def undecoded(dataset: Any, image_column: str, caption_column: str | None) -> Any:
-    """The two columns of a data set (or stream), pictures as they are in their files.
+    """The image and caption columns of a data set or stream, with images as undecoded files.
 
     Raises:
-      ValueError: a column is missing, or captions are neither texts nor lists of texts.
+      ValueError: a column is missing, or captions are neither strings nor lists of strings.
     """
     import datasets
 
-    if dataset.features is None:  # streams of files that do not say what is in them
+    if dataset.features is None:  # streams of files without a schema
         dataset = dataset._resolve_features()
     features = dataset.features
     columns = {"--image_column": image_column, "--caption_column": caption_column}
@@ -124,10 +124,10 @@ def _is_text(feature: Any) -> bool:
 
 
 def record_of(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> Record:
-    """A row of a data set whose pictures are not decoded.
+    """The record of a row of an :func:`undecoded` data set.
 
     Raises:
-      ValueError: there is neither the content nor the path of a picture, or no caption.
+      ValueError: the row has neither the bytes nor the path of an image, or no caption.
     """
     value = row[image_column]
     path = value.get("path") if isinstance(value, dict) else value
@@ -135,7 +135,7 @@ def record_of(row: dict[str, Any], image_column: str, caption_column: str | None
     image = image if image is not None else path
     if not isinstance(image, bytes | str):
         raise ValueError(
-            f"{where}: {image_column!r} holds no picture file but {type(value).__name__}; see --image_column"
+            f"{where}: {image_column!r} is not an image file but {type(value).__name__}; see --image_column"
         )
     name = f"{where} ({path})" if isinstance(path, str) else where
     return Record(image, captions_of(row, caption_column, where), name)

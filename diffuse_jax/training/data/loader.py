@@ -1,4 +1,4 @@
-"""Batches made ahead of the step, in threads or in worker processes, with a position that can be saved and restored."""
+"""Batches prefetched by threads or worker processes, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
     from jax.sharding import Mesh
 
 Finish = Callable[[Example], dict[str, np.ndarray]]
-"""Makes the arrays of one example, such as token ids and pixels; runs in the workers, so it must pickle."""
+"""Makes the arrays of one example, such as token ids and pixels; runs in the workers, so it must be picklable."""
 
 THREADS = 2
-"""Batches that are made at once where there are no worker processes."""
+"""Number of batches that are prepared at once without worker processes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Batches as a function of the number of examples before them; iterates over every ``turns``-th from ``first``."""
+    """Batches as a function of the number of examples before them.
+
+    Iterating yields every ``turns``-th batch, beginning with the one after ``first`` examples.
+    """
 
     source: Source
     transform: Transform
@@ -42,23 +45,23 @@ class Maker:
         return map(self, itertools.count(self.first, self.turns * self.order.batch_size))
 
     def __call__(self, start: int) -> tuple[Batch, list[str]]:
-        """The batch after ``start`` examples, and the names in it."""
+        """The batch after ``start`` examples, and the names of its examples."""
         indices, size = self.order(start)
         make = lambda row: self.transform(self.source[int(indices[row])], int(indices[row]), start + int(row), size)
         return collate([make(row) for row in self.rows], self.finish)
 
 
 def collate(examples: Sequence[Example], finish: Finish) -> tuple[Batch, list[str]]:
-    """Finished examples stacked, and their names."""
+    """Stack the arrays of finished examples; also returns the names of the examples."""
     finished = [finish(example) for example in examples]
     return {key: np.stack([f[key] for f in finished]) for key in finished[0]}, [example.name for example in examples]
 
 
 class Loader:
-    """Batches of a source whose rows can be read in any order; see :class:`~diffuse_jax.training.batches.Batches`.
+    """Batches of a source with random access; see :class:`~diffuse_jax.training.batches.Batches`.
 
-    The position is how many examples of the run came before, counted over all processes. It does not know how many
-    workers or processes there are, so a run may go on with other numbers of both.
+    The position is the number of examples before it, over all processes. It does not depend on the number of workers or
+    processes, so a run can be resumed with different ones.
     """
 
     def __init__(self, maker: Maker, workers: int = 0) -> None:
@@ -82,20 +85,20 @@ class Loader:
         return self
 
     def get_state(self) -> dict[str, Any]:
-        """The number of examples up to here, and the size of the batches."""
+        """The number of examples so far, and the batch size."""
         return {"examples": self._position, "batch_size": self._maker.order.batch_size}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position.
+        """Restore a position.
 
         Raises:
-          ValueError: batches by aspect ratio had another size there: which rows they hold depends on it.
+          ValueError: aspect-ratio buckets are used and the batch size has changed, which would change the batches.
         """
         size = self._maker.order.batch_size
         if isinstance(self._maker.order, Bucketed) and state["batch_size"] != size:
             raise ValueError(
-                f"the checkpoint was written with {state['batch_size']} examples per update, this run has {size}: with "
-                "--aspect_ratio_buckets both must be alike; change --train_batch_size or "
+                f"the checkpoint was written with {state['batch_size']} examples per step, this run has {size}: with "
+                "--aspect_ratio_buckets both must be equal; change --train_batch_size or "
                 "--gradient_accumulation_steps"
             )
         self.close()
@@ -111,16 +114,16 @@ class Loader:
 def process_rows(
     mesh: Mesh, accumulation_steps: int, rows: int, ours: Callable[[jax.Device], bool] | None = None
 ) -> np.ndarray:
-    """Rows of the global batch ``[accumulation_steps * rows]`` that a process provides, in the order it holds them.
+    """The rows of the global batch ``[accumulation_steps * rows]`` that a process provides, in its order.
 
-    Processes whose devices hold the same part of the batch (where the ``tensor`` axis spans processes) provide the
-    same rows.
+    Processes whose devices hold the same shard of the batch (if the ``tensor`` axis spans processes) provide the same
+    rows.
 
     Args:
-      mesh: of the training step.
-      accumulation_steps: parts of an update.
-      rows: examples of each part, of all processes together.
-      ours: whether a device belongs to the process; those of this process if None.
+      mesh: the mesh of the training step.
+      accumulation_steps: number of accumulation steps per training step.
+      rows: number of examples per accumulation step, over all processes.
+      ours: whether a device belongs to the process; by default, to this process.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""From settings to the data set, its examples and the batches of a run."""
+"""Opening the data set, the transform and the batches that the settings describe."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # worker processes import this module, and need no JAX for it
 
 
 def check_named(data: DataSettings) -> None:
-    """Refuse settings that do not name one data set.
+    """Check that the settings name exactly one data set.
 
     Raises:
-      ValueError: naming the flags that are missing or too many.
+      ValueError: they do not; the message names the flags.
     """
     sources = {f"--{name}": getattr(data, name) for name in ("train_data_dir", "dataset_name", "train_shards")}
     given = [name for name, value in sources.items() if value]
@@ -44,7 +44,7 @@ def check_named(data: DataSettings) -> None:
 
 
 def check_sides(images: ImageSettings, multiple: int) -> None:
-    """Refuse sizes of images that an autoencoder cannot take.
+    """Refuse image sizes that the autoencoder does not support.
 
     Raises:
       ValueError: the sides are not multiples of ``multiple`` pixels.
@@ -54,26 +54,26 @@ def check_sides(images: ImageSettings, multiple: int) -> None:
         raise ValueError(f"--{name} must be a multiple of {multiple} for this autoencoder, got {getattr(images, name)}")
 
 
-def warn_of_size(images: ImageSettings, own: int | Sequence[int] | None) -> None:
-    """Say where a model makes images of another size than it is going to be trained on.
+def warn_of_size(images: ImageSettings, native: int | Sequence[int] | None) -> None:
+    """Warn if the training resolution is not the native resolution of the model.
 
     Args:
-      images: of the training.
-      own: height and width of the model's images in pixels, or one number for both; None if it does not say.
+      images: the image settings of the training.
+      native: height and width of the model's images in pixels, or one number for both; None if unknown.
     """
-    sides = (own, own) if isinstance(own, int) else own
+    sides = (native, native) if isinstance(native, int) else native
     if sides is not None and tuple(sides) != (images.resolution,) * 2:
         warn(
             f"--resolution {images.resolution} is not the size of this model's images, {sides[0]} x {sides[1]} pixels "
-            "by its sample_size; give that as --resolution, unless the model shall learn another size"
+            "by its sample_size; use that as --resolution, unless the model should learn another size"
         )
 
 
 def source_from(data: DataSettings) -> Source:
-    """The data set, whose rows can be read in any order.
+    """Open the data set for random access.
 
     Raises:
-      ValueError: no data set or several are named, columns are missing, captions are not texts.
+      ValueError: no data set or several are named, columns are missing, or captions are not strings.
       FileNotFoundError: files are missing.
     """
     check_named(data)
@@ -93,7 +93,7 @@ def source_from(data: DataSettings) -> Source:
 
 
 def stream_from(data: DataSettings) -> Stream:
-    """The same for ``streaming``."""
+    """Open the data set for ``streaming``; errors as for :func:`source_from`."""
     check_named(data)
     assert data.dataset_name  # check_named
     return Stream(
@@ -107,7 +107,7 @@ def stream_from(data: DataSettings) -> Stream:
 
 
 def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: bool = True) -> Transform:
-    """How examples are made from records; ``crop_size`` and ``pixels`` as of :func:`batches_from`."""
+    """The transform from records to examples; ``crop_size`` and ``pixels`` as for :func:`batches_from`."""
     return Transform(
         resolution=data.images.resolution,
         crop_size=crop_size,
@@ -121,7 +121,7 @@ def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: 
 
 
 def buckets_from(data: DataSettings, source: Source) -> list[tuple[Size, np.ndarray]] | None:
-    """Sizes and rows of the aspect-ratio buckets; None without ``aspect_ratio_buckets``."""
+    """The sizes and rows of the aspect-ratio buckets; None without ``aspect_ratio_buckets``."""
     images = data.images
     if not images.aspect_ratio_buckets:
         return None
@@ -139,24 +139,25 @@ def batches_from(
     crop_size: int | None = None,
     pixels: bool = True,
 ) -> Batches:
-    """The batches of a run: of each training step, the rows that this process provides.
+    """The batches of a run: for each training step, the rows that this process provides.
 
     Args:
-      data: the data set and its images.
-      batch: how many images a step has.
-      mesh: the batch is divided along its ``data`` and ``fsdp`` axes.
+      data: the data set and how its images are prepared.
+      batch: the number of images per training step.
+      mesh: the batch is divided along the ``data`` and ``fsdp`` axes of this mesh.
       finish: makes the arrays of one :class:`~diffuse_jax.training.data.transform.Example`, such as token ids and
-        pixels. It runs in the worker processes, so it must pickle: a function of a module or a ``functools.partial``
-        of one, without JAX in it.
-      source: instead of the data set that ``data`` names.
-      crop_size: squares of this size are cut out, after the shorter side was resized to ``resolution``.
-      pixels: False leaves the images unread, for a ``finish`` that takes latents from a cache.
+        pixels. It runs in worker processes, so it must be picklable (a module-level function, or a
+        ``functools.partial`` of one) and must not use JAX.
+      source: a source to use instead of the data set that ``data`` names.
+      crop_size: size of the square crops, taken after the shorter side has been resized to ``resolution``; None for
+        ``resolution``.
+      pixels: False skips reading images, for a ``finish`` that takes latents from a cache.
 
     Returns:
       An iterator whose ``total`` is the number of examples in an epoch (None for a stream of unknown length).
 
     Raises:
-      ValueError: a step has more examples than the data set, or as :func:`source_from`.
+      ValueError: a step has more examples than the data set, or as for :func:`source_from`.
     """
     transform = transform_from(data, crop_size=crop_size, pixels=pixels)
     rows = batch.images_per_step(mesh)
@@ -175,7 +176,7 @@ def batches_from(
 def _streamed(
     data: DataSettings, batch: BatchSettings, mesh: Mesh, transform: Transform, finish: Finish, mine: np.ndarray
 ) -> Batches:
-    """Batches of a stream. Processes that hold the same rows of a batch read the same share."""
+    """The batches of a stream; processes that provide the same rows of a batch read the same share."""
     from diffuse_jax.training.data.stream import StreamLoader
 
     stream = stream_from(data)
@@ -191,7 +192,7 @@ def _check_batch(batch: BatchSettings, mesh: Mesh, total: int) -> None:
     rows = batch.images_per_step(mesh)
     if rows > total:
         raise ValueError(
-            f"an update takes {rows} examples (--train_batch_size {batch.train_batch_size} on "
+            f"a training step takes {rows} examples (--train_batch_size {batch.train_batch_size} on "
             f"{batch.images_per_part(mesh) // batch.train_batch_size} devices, --gradient_accumulation_steps "
             f"{batch.gradient_accumulation_steps}), but the data set has {total}; use a smaller batch"
         )

@@ -1,7 +1,7 @@
-"""Which rows of a data set each batch holds: a function of the seed and of how many examples came before.
+"""The rows of a data set in each batch, as a function of the seed and of the number of examples before the batch.
 
-The rows of an epoch come in a new order each time, and the stream of epochs is cut into batches without gaps: nothing
-is dropped where an epoch ends.
+Each epoch has a new order, and the sequence of epochs is split into batches without gaps: nothing is dropped at the end
+of an epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffuse_jax.training.data.transform import BUCKETS, ORDER, Size
 
 
 class Rows(NamedTuple):
-    """Rows of the source ``[B]``, and the size of the bucket that they belong to, if there are buckets."""
+    """Rows of the source, int ``[B]``, and the size of their bucket, if there are buckets."""
 
     indices: np.ndarray
     size: Size | None = None
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """All rows alike."""
+    """Batches of rows in shuffled order, without buckets."""
 
     seed: int
     total: int
@@ -37,7 +37,7 @@ class Plain:
 
 
 def stream(seed: int, positions: np.ndarray, total: int, bucket: int = -1) -> np.ndarray:
-    """Rows at ``positions`` of the endless sequence of epochs over ``total`` rows (of one bucket)."""
+    """The rows at ``positions`` of the endless sequence of epochs over ``total`` rows (of one bucket)."""
     epochs, places = np.divmod(positions, total)
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -53,15 +53,15 @@ def _epoch_order(seed: int, bucket: int, epoch: int, total: int) -> np.ndarray:
 
 
 class Bucketed:
-    """Batches of one bucket each.
+    """Batches that each come from a single bucket.
 
-    Every bucket is an endless sequence of its own that is cut without gaps, and an epoch holds as many of its batches
-    as fill up meanwhile, in random order: with 10 rows and batches of 4, two in one epoch and three in the next. So
-    every row is seen equally often, whatever its bucket.
+    Every bucket is a separate endless sequence that is split without gaps. An epoch contains the batches of each bucket
+    that are filled during it, in random order: with 10 rows and batches of 4, two in one epoch and three in the next.
+    Every row is therefore seen equally often, whatever its bucket.
     """
 
     def __init__(self, seed: int, members: Sequence[np.ndarray], sizes: Sequence[Size], batch_size: int) -> None:
-        """``members[k]``: the rows of the bucket of ``sizes[k]``, int ``[n_k]``."""
+        """``members[k]``, int ``[n_k]``, are the rows of the bucket with the size ``sizes[k]``."""
         filled = [(np.asarray(rows), size) for rows, size in zip(members, sizes, strict=True) if len(rows)]
         self.seed, self.batch_size = seed, batch_size
         self.members, self.sizes = [rows for rows, _ in filled], [size for _, size in filled]
@@ -81,11 +81,11 @@ class Bucketed:
         return Rows(self.members[bucket][chosen], self.sizes[bucket])
 
     def _batches(self, epoch: int) -> np.ndarray:
-        """How many batches of each bucket come before ``epoch``, ``[K]``."""
+        """The number of batches of each bucket before ``epoch``, ``[K]``."""
         return self.counts * epoch // self.batch_size
 
     def _epoch(self, number: int) -> int:
-        """The epoch that batch ``number`` lies in: the first after whose end more batches than that are done."""
+        """The epoch of batch ``number``: the first one by whose end more than ``number`` batches are complete."""
         epoch = number * self.batch_size // int(self.counts.sum())
         while self._batches(epoch + 1).sum() <= number:
             epoch += 1

@@ -1,4 +1,4 @@
-"""Which data a trainer reads, and what becomes of its images and captions."""
+"""Settings of the training data, and of how its images and captions are prepared."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from diffuse_jax.training.data.transform import INTERPOLATIONS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSettings(Checked):
-    """The size of training images, and how they are cut.
+    """The size of training images, and how they are cropped.
 
     Attributes:
       resolution: height and width, in pixels.
-      center_crop: cut the square out of the middle instead of a random place.
-      random_flip: mirror half of the images.
-      image_interpolation_mode: how images are resized, a key of
+      center_crop: crop images at the centre instead of at random.
+      random_flip: mirror each image with probability 1/2.
+      image_interpolation_mode: interpolation for resizing images, a key of
         :data:`~diffuse_jax.training.data.transform.INTERPOLATIONS`.
-      aspect_ratio_buckets: batches of like proportions and about ``resolution ** 2`` pixels instead of squares.
-      bucket_step: sides of the buckets are multiples of this.
-      bucket_max_aspect: longer side over shorter side of the longest bucket.
+      aspect_ratio_buckets: group images of similar aspect ratio, with about ``resolution ** 2`` pixels, instead of
+        cropping squares.
+      bucket_step: sides of the buckets are multiples of this, in pixels.
+      bucket_max_aspect: largest ratio of the longer to the shorter side of a bucket.
 
     Raises:
-      ValueError: sizes that cannot be, or an interpolation that is not known.
+      ValueError: a size is impossible, or the interpolation is unknown.
     """
 
     resolution: Annotated[int, COUNT] = 512
@@ -48,12 +49,12 @@ class ImageSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheSettings(Checked):
-    """What is computed once, before the first step, and kept on disk.
+    """What is computed once, before the first step, and stored on disk.
 
     Attributes:
-      cache_latents: encode every image once, its middle, and train from that.
-      cache_text_embeddings: encode every caption once and train from that.
-      data_cache_dir: where these caches and the sizes of images are kept.
+      cache_latents: encode the centre crop of every image once and train on the latents.
+      cache_text_embeddings: encode every caption once and train on the prompt embeddings.
+      data_cache_dir: folder for these caches and for the sizes of images.
     """
 
     cache_latents: bool = False
@@ -65,26 +66,27 @@ class CacheSettings(Checked):
 class DataSettings(Checked):
     """The data set, and how its rows become examples.
 
-    One of ``train_data_dir``, ``dataset_name`` and ``train_shards`` names the data set; none of them, where a trainer
-    has a source of its own.
+    One of ``train_data_dir``, ``dataset_name`` and ``train_shards`` names the data set; none of them does if a trainer
+    provides its own source.
 
     Attributes:
       train_data_dir: image folder; captions in ``metadata.jsonl``.
-      dataset_name: data set of the Hub, or a local folder that ``datasets`` reads.
+      dataset_name: data set on the Hub, or a local folder that ``datasets`` can read.
       dataset_config_name: configuration of that data set.
       train_shards: ``.tar`` (WebDataset) or ``.array_record`` files, such as ``("a-{000..127}.tar",)``.
-      load_from_disk: ``train_data_dir`` was written by ``save_to_disk`` of ``datasets``.
+      load_from_disk: ``train_data_dir`` was written by ``datasets`` with ``save_to_disk``.
       streaming: read ``dataset_name`` while training instead of downloading it first.
-      shuffle_buffer_size: rows that are shuffled with each other when streaming.
-      image_column: column of the images (not of image folders and shards).
-      caption_column: column of the caption, or of a list of captions to draw from; None where captions are not needed.
-      proportion_empty_prompts: share of captions replaced by the empty text.
-      max_train_samples: use this many images, drawn by ``seed``; all if None.
-      dataloader_num_workers: processes that make batches; 0 for threads of this one.
-      cache_dir: where data sets of the Hub are kept; the folder of ``datasets`` if None.
-      seed: decides the order of the examples, and how they are cut, mirrored and captioned.
-      images: their size.
-      caches: what is computed beforehand.
+      shuffle_buffer_size: size of the shuffle buffer when streaming, in rows.
+      image_column: column of the images (not used for image folders and shards).
+      caption_column: column of the caption, or of a list of captions of which one is chosen at random; None if captions
+        are not needed.
+      proportion_empty_prompts: fraction of captions replaced by the empty string.
+      max_train_samples: use a random subset of this many images, determined by ``seed``; all if None.
+      dataloader_num_workers: number of processes that prepare batches; 0 for threads of this process.
+      cache_dir: where data sets from the Hub are stored; the default folder of ``datasets`` if None.
+      seed: determines the order of the examples, and how they are cropped, mirrored and captioned.
+      images: size and cropping of the images.
+      caches: what is computed in advance.
 
     Raises:
       ValueError: a value is out of range, or two settings exclude each other.
@@ -110,7 +112,7 @@ class DataSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.caches.cache_latents and self.images.random_flip:
-            raise ValueError("--cache_latents keeps one version of each picture; leave out --random_flip")
+            raise ValueError("--cache_latents stores one version of each image; leave out --random_flip")
         everything = {
             "aspect_ratio_buckets": self.images.aspect_ratio_buckets,
             "cache_latents": self.caches.cache_latents,
@@ -118,4 +120,4 @@ class DataSettings(Checked):
         }
         for name, wanted in everything.items():
             if self.streaming and wanted:
-                raise ValueError(f"--{name} has to see all pictures before training; leave out --streaming")
+                raise ValueError(f"--{name} has to see all images before training; leave out --streaming")

@@ -1,10 +1,10 @@
-"""Data sets in few large files, read at random places: WebDataset tar files, and ArrayRecord files.
+"""Data sets in a few large files with random access: WebDataset tar files and ArrayRecord files.
 
-A tar file holds the members of a sample side by side, with one key and several suffixes: ``000.jpg``, ``000.txt``. Its
-heads are read once at the start, so that samples can be drawn in any order without unpacking.
+A tar file contains the members of a sample next to each other, with the same key and different suffixes: ``000.jpg``,
+``000.txt``. All member headers are read once at the start, so that samples can be read in any order without unpacking.
 
 A record of an ArrayRecord file is one line of JSON, such as ``{"text": "a caption", "name": "000.jpg"}``, the end of
-the line, and the bytes of the picture file.
+the line, and the bytes of the image file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from diffuse_jax.images import SUFFIXES, Skipped, warn_of
 from diffuse_jax.training.data.sources import captions_of, file_identity, fingerprint
 from diffuse_jax.training.data.transform import Record
 
-PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "text", "caption")
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """Files that patterns name: ``*`` and ``?`` as in a shell, and ``{000..012}`` or ``{a,b}``.
+    """The files that match patterns with ``*`` and ``?`` as in a shell, ``{000..012}`` and ``{a,b}``.
 
     Raises:
-      FileNotFoundError: nothing has such a name.
+      FileNotFoundError: no file matches a pattern.
     """
     paths = []
     for pattern in patterns:
@@ -46,7 +46,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 
 
 def braces(pattern: str) -> Iterator[str]:
-    """``a{0..2}`` -> a0, a1, a2, with the number of digits that the first number has; ``a{b,c}`` -> ab, ac."""
+    """Expand braces: ``a{0..2}`` -> a0, a1, a2, with as many digits as the first number; ``a{b,c}`` -> ab, ac."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         yield pattern
@@ -61,11 +61,11 @@ def braces(pattern: str) -> Iterator[str]:
 
 
 def shard_source(patterns: Sequence[str], caption_column: str | None) -> TarSource | ArrayRecordSource:
-    """The source for some files of one kind; their names say which.
+    """Open files that are either all tar files or all ArrayRecord files, according to their names.
 
     Raises:
-      FileNotFoundError: nothing has such a name.
-      ValueError: the names are not those of tar files, or of ArrayRecord files.
+      FileNotFoundError: no file matches a pattern.
+      ValueError: the names are neither those of tar files nor those of ArrayRecord files.
     """
     paths = expand(patterns)
     if all(path.suffix == ".tar" for path in paths):
@@ -77,39 +77,39 @@ def shard_source(patterns: Sequence[str], caption_column: str | None) -> TarSour
 
 
 class Place(NamedTuple):
-    """Where a member's bytes are in its file."""
+    """The position of a member's bytes in its file."""
 
     offset: int
     size: int
 
 
 class TarSource:
-    """Samples of WebDataset tar files: a picture each, and its caption in a text file or in a JSON file's column."""
+    """The samples of WebDataset tar files: an image and its caption, in a text file or in a field of a JSON file."""
 
     def __init__(self, paths: Sequence[str | Path], caption_column: str | None = "text") -> None:
-        """Read the heads of all members. Samples without a picture are left out, with a warning.
+        """Read the headers of all members. Samples without an image are skipped, with a warning.
 
         Raises:
-          ValueError: a sample has no caption where one is wanted, a file is no tar file or a damaged one, or there are
-            no pictures.
+          ValueError: a sample has no caption although captions are needed, a file is not a tar file or is damaged, or
+            there are no images.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
-        rows, keys, left_out = [], [], []
+        rows, keys, skipped = [], [], []
         for number, path in enumerate(self._paths):
             for key, members in _samples(path):
-                picture = _first(members, PICTURES)
-                if picture is None:
-                    left_out.append(f"{key} in {path}")
+                image = _first(members, IMAGES)
+                if image is None:
+                    skipped.append(f"{key} in {path}")
                     continue
                 text, line = _first(members, TEXTS), members.get("json")
                 if caption_column is not None and text is None and line is None:
                     raise ValueError(f"{path}: {key} has no caption: no .{', .'.join(TEXTS)} and no .json")
                 caption = text or line or Place(0, 0)
-                rows.append((number, *picture, *caption, text is not None))
+                rows.append((number, *image, *caption, text is not None))
                 keys.append(key.encode())
         if not rows:
-            raise ValueError(f"no pictures (.{', .'.join(PICTURES)}) in {self._paths[0]} and the other shards")
-        warn_of(Skipped(len(left_out), left_out[0] if left_out else ""), f"{self._paths[0]} and the other shards")
+            raise ValueError(f"no images (.{', .'.join(IMAGES)}) in {self._paths[0]} and the other shards")
+        warn_of(Skipped(len(skipped), skipped[0] if skipped else ""), f"{self._paths[0]} and the other shards")
         self._rows, self._keys = np.array(rows, np.int64), np.array(keys)
         self.fingerprint = fingerprint(f"tar {caption_column}", map(file_identity, self._paths))
 
@@ -117,11 +117,11 @@ class TarSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        number, picture, size, caption, length, plain = self._rows[index].tolist()
+        number, start, size, caption, length, plain = self._rows[index].tolist()
         path = self._paths[number]
         name = f"{self._keys[index].decode()} in {path}"
         with path.open("rb") as file:
-            image = _bytes(file, Place(picture, size), name)
+            image = _bytes(file, Place(start, size), name)
             if self._column is None:
                 return Record(image, ("",), name)
             text = _bytes(file, Place(caption, length), name)
@@ -130,10 +130,10 @@ class TarSource:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Key and members of each sample; the key is the name up to the first dot after the folders.
+    """The key and members of each sample; the key is the path up to the first dot in the file name.
 
     Raises:
-      ValueError: no tar file, or one that is damaged, cut off or holds a member twice: samples would be lost.
+      ValueError: the file is not a tar file, is damaged or truncated, or has a member twice: samples would be lost.
     """
     samples: dict[str, dict[str, Place]] = {}
     size = path.stat().st_size
@@ -141,12 +141,12 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > size:
-                    raise ValueError(f"{path} is cut off in {member.name!r}, after {len(samples)} samples")
+                    raise ValueError(f"{path} is truncated in {member.name!r}, after {len(samples)} samples")
                 folder, _, name = member.name.rpartition("/")
                 if member.isdir() or name.startswith("."):
                     continue
                 if not member.isfile() or member.issparse():
-                    raise ValueError(f"{path}: {member.name!r} is a link or the like, without bytes of its own")
+                    raise ValueError(f"{path}: {member.name!r} is a link or another special file, not a regular file")
                 stem, _, suffix = name.partition(".")
                 sample = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
                 if suffix.lower() in sample:
@@ -159,8 +159,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:
 
 
 def _check_end(path: Path, offset: int, count: int) -> None:
-    """Refuse an archive with more than its end where reading it stopped: after a damaged head Python's ``tarfile``
-    stops, without an error, as at the end."""
+    """Check that only the end of the archive follows where reading stopped: Python's ``tarfile`` also stops, without an
+    error, at a damaged header."""
     zeros, left = bytes(tarfile.RECORDSIZE), path.stat().st_size - offset
     with path.open("rb") as file:
         file.seek(offset)
@@ -168,10 +168,10 @@ def _check_end(path: Path, offset: int, count: int) -> None:
         if any(block != zeros[: len(block)] for block in blocks):
             raise ValueError(
                 f"{path} is damaged, or several archives in one file: what follows {count} samples, at byte {offset}, "
-                "is neither a member nor the end; the samples behind it would be lost"
+                "is neither a member nor the end; the samples after it would be lost"
             )
     if left < tarfile.BLOCKSIZE:
-        raise ValueError(f"{path} is cut off after {count} samples: it has no end of archive")
+        raise ValueError(f"{path} is truncated after {count} samples: it has no end-of-archive marker")
 
 
 def _first(members: dict[str, Place], suffixes: Sequence[str]) -> Place | None:
@@ -199,12 +199,12 @@ def _object(text: str, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{name}: its .json cannot be read: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{name}: its .json must hold names and values, got {text[:100]}")
+        raise ValueError(f"{name}: its .json must be an object, got {text[:100]}")
     return row
 
 
 class ArrayRecordSource:
-    """Records of ArrayRecord files, read through grain."""
+    """The records of ArrayRecord files, read with grain."""
 
     def __init__(self, paths: Sequence[str | Path], caption_column: str | None = "text") -> None:
         import grain
@@ -224,12 +224,13 @@ class ArrayRecordSource:
         except ValueError:
             line = None
         if not found or not isinstance(line, dict):
-            raise ValueError(f"{where} is not a line of JSON followed by a picture")
+            raise ValueError(f"{where} is not a line of JSON followed by an image")
         return Record(image, captions_of(line, self._column, where), str(line.get("name", where)))
 
 
 def write_tar(path: str | Path, rows: Iterable[tuple[str, bytes, str | Sequence[str]]]) -> None:
-    """Write a shard of ``(name of the picture, its bytes, caption or captions)``; a list goes to JSON, ``text``."""
+    """Write a tar shard of ``(name of the image, its bytes, caption or captions)``; a list is written as ``text`` in
+    JSON."""
     with tarfile.open(path, "w") as tar:
         for name, image, caption in rows:
             stem = name.rpartition(".")[0]
@@ -245,7 +246,7 @@ def write_tar(path: str | Path, rows: Iterable[tuple[str, bytes, str | Sequence[
 
 
 def write_array_record(path: str | Path, rows: Iterable[tuple[str, bytes, str | Sequence[str]]]) -> None:
-    """Write an ArrayRecord file of ``(name of the picture, its bytes, caption or captions)``."""
+    """Write an ArrayRecord file of ``(name of the image, its bytes, caption or captions)``."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), "group_size:1")

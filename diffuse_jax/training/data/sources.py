@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: the protocol, image folders, and a part of another source."""
+"""Sources of images and captions: the protocol, image folders, and subsets of other sources."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class Source(Protocol):
-    """Rows that can be read in any order; it is sent to worker processes, so it must pickle and hold little.
+    """Rows with random access. A source is sent to worker processes, so it must be picklable and small.
 
     Attributes:
-      fingerprint: changes when the content does; part of the key of everything that is computed from the rows.
+      fingerprint: changes with the content; part of the key of everything that is computed from the rows.
     """
 
     fingerprint: str
@@ -36,23 +36,24 @@ class Source(Protocol):
 class FolderSource:
     """An image folder: ``metadata.jsonl`` with ``file_name`` and a caption (or list of captions) per line.
 
-    ``metadata.csv`` with these columns does as well. Either may lie in the folder or in folders below it; ``file_name``
-    is relative to it. Only the place of each line is kept in memory. Where captions are not wanted, a folder without
-    them is read too: all pictures in the folder and below, by name. Hidden files and folders are skipped.
+    ``metadata.csv`` with these columns works as well. Either may be in the folder or in subfolders; ``file_name`` is
+    relative to it. Only the offset of each line is kept in memory. If captions are not needed, a folder without
+    metadata
+    can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
     """
 
     def __init__(self, folder: str | Path, caption_column: str | None = "text") -> None:
-        """Find the pictures and check every line; warns of files that are skipped.
+        """Find the images and check every line; warns about files that are skipped.
 
         Args:
-          folder: where to look.
-          caption_column: key of the caption; None where captions are not needed.
+          folder: the image folder.
+          caption_column: key of the caption; None if captions are not needed.
 
         Raises:
-          FileNotFoundError: no such folder, no ``metadata.jsonl``, a picture that it names is missing, or there are no
-            pictures.
-          ValueError: a line without ``file_name`` or the column, a picture outside of the folder, a link that leaves
-            it, a caption that is not text, or no lines at all.
+          FileNotFoundError: the folder, the ``metadata.jsonl`` or an image that it names does not exist, or there are
+            no images.
+          ValueError: a line has no ``file_name`` or caption, an image is outside the folder, a link leaves it, a
+            caption is not a string, or there are no lines.
         """
         self.folder, self.caption_column = Path(folder), caption_column
         if not self.folder.is_dir():
@@ -60,50 +61,50 @@ class FolderSource:
         refuse_links(self.folder, deep=True)
         self._metadata = _metadata_files(self.folder)
         if not self._metadata:
-            self._pictures = _bare_pictures(self.folder, caption_column)
-            self.fingerprint = fingerprint("files", map(file_identity, self._pictures))
+            self._images = _uncaptioned_images(self.folder, caption_column)
+            self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
         places, digest = [], []
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))
-                picture, captions = self._parse(line, path, where)
-                if not picture.is_file():
-                    raise FileNotFoundError(f"{where}: {picture} does not exist")
-                digest.append(f"{file_identity(picture)} {captions}")
+                image, captions = self._parse(line, path, where)
+                if not image.is_file():
+                    raise FileNotFoundError(f"{where}: {image} does not exist")
+                digest.append(f"{file_identity(image)} {captions}")
         if not places:
             raise ValueError(f"{self._metadata[0]} is empty")
         self._places = np.array(places, np.int64)
         self.fingerprint = fingerprint("lines", digest)
 
     def __len__(self) -> int:
-        return len(self._places) if self._metadata else len(self._pictures)
+        return len(self._places) if self._metadata else len(self._images)
 
     def __getitem__(self, index: int) -> Record:
         if not self._metadata:
-            path = self._pictures[index]
+            path = self._images[index]
             return Record(str(path), ("",), str(path))
         number, offset = self._places[index]
         path = self._metadata[number]
         _, line, where = next(_lines(path, int(offset)))
-        picture, captions = self._parse(line, path, where)
-        return Record(str(picture), captions, str(picture))
+        image, captions = self._parse(line, path, where)
+        return Record(str(image), captions, str(image))
 
     def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...]]:
         name = line.get("file_name")
         if not isinstance(name, str) or not name:
             raise ValueError(f'{where}: needs a "file_name", got {str(line)[:100]}')
-        picture = Path(os.path.normpath(path.parent / name))  # and not what ".." behind a link would lead to
-        if not picture.is_relative_to(os.path.normpath(self.folder)):
-            raise ValueError(f"{where}: file_name {name!r} leaves the folder {self.folder}; keep pictures inside it")
-        return picture, captions_of(line, self.caption_column, where)
+        image = Path(os.path.normpath(path.parent / name))  # not resolved: ".." after a link would lead elsewhere
+        if not image.is_relative_to(os.path.normpath(self.folder)):
+            raise ValueError(f"{where}: file_name {name!r} leaves the folder {self.folder}; keep images inside it")
+        return image, captions_of(line, self.caption_column, where)
 
 
 def _metadata_files(folder: Path) -> list[Path]:
-    """That of the folder or, if it has none, those below it; not in hidden folders.
+    """The metadata file of the folder or, if it has none, those of its subfolders; hidden folders are skipped.
 
     Raises:
-      ValueError: two kinds in one folder.
+      ValueError: a folder has both kinds.
     """
     found = {}
     for parent, folders, files in os.walk(folder):
@@ -118,22 +119,22 @@ def _metadata_files(folder: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _bare_pictures(folder: Path, caption_column: str | None) -> list[Path]:
+def _uncaptioned_images(folder: Path, caption_column: str | None) -> list[Path]:
     if caption_column is not None:
         raise FileNotFoundError(
-            f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per picture there: "
+            f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per image there: "
             f'{{"file_name": "a.png", "{caption_column}": "a caption"}}'
         )
     files, skipped = find_images(folder)
     if not files:
         others = f"; {skipped.count} other files, for example {skipped.first}" if skipped.count else ""
-        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) in {folder}{others}")
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}{others}")
     warn_of(skipped, str(folder))
     return files
 
 
 def _lines(path: Path, start: int | None = None) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Offset, content and description of every line that is not blank; from an offset on, if one is given."""
+    """The offset, content and description of every line that is not blank, from the offset ``start`` on."""
     return (_csv_lines if path.suffix == ".csv" else _json_lines)(path, start)
 
 
@@ -158,9 +159,9 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _csv_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """The same of comma-separated values, whose first line names the columns; a caption may have several lines."""
+    """:func:`_lines` of a CSV file, whose first line names the columns; a caption may have several lines."""
     with path.open("rb") as file:
-        # The reader asks for one line after another, so after each row the file is where the next one begins.
+        # The reader requests one line at a time, so after each row the file is at the beginning of the next one.
         reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")), strict=True)
         try:
             columns = [name.removeprefix("\ufeff") for name in next(reader, [])]
@@ -179,10 +180,10 @@ def _csv_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, A
 
 
 def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[str, ...]:
-    """The captions of a row: a text or a list of texts under ``column``; ("",) if ``column`` is None.
+    """The captions of a row: a string or a list of strings in ``column``; ("",) if ``column`` is None.
 
     Raises:
-      ValueError: there is no such column, or it holds something else.
+      ValueError: the column does not exist, or contains something else.
     """
     if column is None:
         return ("",)
@@ -196,7 +197,7 @@ def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[st
 
 
 class Part:
-    """Some rows of a source, such as the first of a shuffle."""
+    """A subset of the rows of a source."""
 
     def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
         self._source, self._rows = source, np.asarray(rows, np.int64)
@@ -210,7 +211,7 @@ class Part:
 
 
 def sample(source: Source, count: int, seed: int) -> Source:
-    """At most ``count`` rows: the first of a shuffle by ``seed``.
+    """A random subset of at most ``count`` rows, determined by ``seed``.
 
     Raises:
       ValueError: ``count`` is not positive.
@@ -223,7 +224,7 @@ def sample(source: Source, count: int, seed: int) -> Source:
 
 
 def fingerprint(kind: str, parts: Iterable[str]) -> str:
-    """A name for some texts, in their order."""
+    """A hash of some texts in their order."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
         digest.update(b"\0" + part.encode())
@@ -231,6 +232,6 @@ def fingerprint(kind: str, parts: Iterable[str]) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """What changes when a file does: its name, size and time of change."""
+    """A text that changes when the file does: its name, size and modification time."""
     status = path.stat()
     return f"{path.name} {status.st_size} {status.st_mtime_ns}"

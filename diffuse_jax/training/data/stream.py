@@ -1,8 +1,8 @@
-"""Batches of a data set that is read from front to back while training: ``datasets`` with ``streaming=True``.
+"""Batches of a data set that is read sequentially during training: ``datasets`` with ``streaming=True``.
 
-Rows are shuffled within windows: so many rows are read, and come in random order. The position is the state of the
-stream at the start of the window and the number of rows taken from it, so that a restored stream reads the window again
-and goes on with exactly the row that would have followed. (The shuffle buffer of ``datasets`` is lost in its states.)
+Rows are shuffled within windows: a window of rows is read and yielded in random order. The position is the state of the
+stream at the start of the window and the number of rows taken from it, so a restored stream reads the window again and
+continues with exactly the row that would have followed. (The states of ``datasets`` do not include its shuffle buffer.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffuse_jax.training.data.workers import in_turns
 
 
 class Records:
-    """The rows of a stream, epoch after epoch, as ``(number, record)``; can say where it is, and go there."""
+    """The rows of a stream, epoch after epoch, as ``(number, record)``, with a position that can be restored."""
 
     def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class Records:
         self._window: list[dict[str, Any]] = []
 
     def __next__(self) -> tuple[int, Record]:
-        """The next row, and how many of this share came before it.
+        """The next row, preceded by the number of rows of this share before it.
 
         Raises:
           ValueError: there are no rows.
@@ -64,11 +64,11 @@ class Records:
         """Begin to read at the start of a window."""
         from datasets.distributed import split_dataset_by_node
 
-        # Its shuffle buffer holds one row here, so that the warning that restoring loses it does not apply.
+        # The shuffle buffer of ``datasets`` has one row here, so the warning that restoring loses it does not apply.
         logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
         stream = self._stream
         dataset = undecoded(stream.dataset, stream.image_column, stream.caption_column)
-        # Recent versions would mix rows of several files here: another order, and seconds of sleep at every end.
+        # Recent versions would mix rows of several files here: a different order, and seconds of sleep at every end.
         recent = "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters
         dataset = dataset.shuffle(seed=stream.seed, buffer_size=1, **({"max_buffer_input_shards": 1} if recent else {}))
         if stream.count is None:
@@ -82,7 +82,7 @@ class Records:
         self._read()
 
     def _read(self) -> None:
-        """Read a window in its random order; nothing at the end of an epoch."""
+        """Read a window, in random order; it is empty at the end of an epoch."""
         assert self._rows is not None
         rows = list(itertools.islice(self._rows, self._stream.window))
         seed = [self._stream.seed, WINDOW, self._at["epoch"], self._at["window"], self._stream.part]
@@ -91,7 +91,7 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one worker does: batches of ``size`` rows of a share, from ``state`` on."""
+    """The task of one worker: batches of ``size`` rows of a share, from ``state`` on."""
 
     stream: Stream
     state: dict[str, Any] | None
@@ -100,7 +100,7 @@ class Share:
     size: int
 
     def __iter__(self) -> Iterator[tuple[Batch, list[str], dict[str, Any]]]:
-        """Batches, the names in them, and the position after them."""
+        """Batches, the names of their examples, and the position after each."""
         records = Records(self.stream, self.state)
         while True:
             examples = []
@@ -113,12 +113,12 @@ class Share:
 class StreamLoader:
     """Batches of a stream; see :class:`~diffuse_jax.training.batches.Batches`.
 
-    Each worker reads a share of its own and the workers take turns, so a run goes on with as many processes and workers
-    as it had. The position is that of every worker after its batch that was returned last.
+    Each worker reads its own share and the workers take turns, so a run must be resumed with the same number of
+    processes and workers. The position consists of that of each worker after the last of its batches that was returned.
     """
 
     def __init__(self, stream: Stream, transform: Transform, finish: Finish, size: int, workers: int = 0) -> None:
-        """``stream`` is the share of this process, ``size`` the rows of a batch that it provides."""
+        """``stream`` is the share of this process, ``size`` the number of rows of a batch that it provides."""
         self.names: Sequence[str] = ()
         self.total = stream.count
         turns = max(workers, 1)
@@ -147,16 +147,17 @@ class StreamLoader:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position.
+        """Restore a position.
 
         Raises:
-          ValueError: the stream was divided among another number of processes or workers.
+          ValueError: the stream was divided among a different number of processes or workers.
         """
         theirs, ours = (state["processes"], len(state["shares"])), (self._parts, len(self._shares))
         if theirs != ours:
             raise ValueError(
                 f"the checkpoint's stream was read by {theirs[0]} processes with {theirs[1]} workers each, this run "
-                f"has {ours[0]} with {ours[1]}; a stream goes on with as many as it had (--dataloader_num_workers)"
+                f"has {ours[0]} with {ours[1]}; a stream must be resumed with the same numbers "
+                "(--dataloader_num_workers)"
             )
         self.close()
         self._count = state["batches"]

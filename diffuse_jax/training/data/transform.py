@@ -1,7 +1,7 @@
-"""From an encoded picture and its captions to one training example: decode, resize, crop, mirror, draw a caption.
+"""From an image file and its captions to one training example: decode, resize, crop, mirror, choose a caption.
 
 Every random choice is a function of the seed and of the example's position in the run, so it does not matter which
-worker process makes the example, or whether the run was interrupted in between.
+worker process makes the example, or whether the run was interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from diffuse_jax import images
 
 ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
-"""What a stream of random numbers is for; part of its seed, so that the streams are independent."""
+"""Purposes of random streams; part of the seed, so that the streams are independent."""
 
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")}
 
@@ -24,12 +24,12 @@ Size = tuple[int, int]
 
 
 class Record(NamedTuple):
-    """A row of a data set, not decoded yet.
+    """An undecoded row of a data set.
 
     Attributes:
-      image: the bytes of a picture file, or the path of one.
-      captions: its captions; one of them is drawn each time.
-      name: what an error message calls it: a path, or a key and the file that holds it.
+      image: the bytes of an image file, or its path.
+      captions: the captions, of which one is chosen each time.
+      name: name in error messages: a path, or a key and the file that contains it.
     """
 
     image: bytes | str
@@ -39,18 +39,18 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture as a batch will hold it; sizes are (height, width) in pixels.
+    """One training example; sizes are (height, width) in pixels.
 
     Attributes:
-      pixels: uint8 ``[h,w,3]``, resized, cut and mirrored; None where ``pixels=False`` was asked for, and then the two
-        sizes below are (0, 0).
-      caption: the caption drawn, or "" where it was dropped.
-      original_size: of the picture in the data set, upright.
-      crop_top_left: where the cut begins in the resized picture, mirrored if the example is.
-      target_size: of ``pixels``.
+      pixels: uint8 ``[h,w,3]``, resized, cropped and mirrored; None with ``pixels=False``, in which case
+        ``original_size`` and ``crop_top_left`` are (0, 0).
+      caption: the chosen caption, or "" if it was dropped.
+      original_size: size of the upright image in the data set.
+      crop_top_left: top left of the crop in the resized image, which is mirrored if the example is.
+      target_size: size of ``pixels``.
       index: row of the source.
-      caption_index: which of the row's captions it is; -1 where it was dropped.
-      name: what an error message calls it.
+      caption_index: index of the caption among those of the row; -1 if it was dropped.
+      name: name in error messages.
     """
 
     pixels: np.ndarray | None
@@ -65,17 +65,17 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How examples are made from records.
+    """Makes examples from records.
 
     Attributes:
-      resolution: the shorter side is resized to this (a bucket's size decides instead, where there are buckets).
-      crop_size: side of the square that is cut out; ``resolution`` if None.
-      center_crop: cut in the middle instead of a random place.
-      random_flip: mirror half of the examples.
+      resolution: the shorter side is resized to this, in pixels (with buckets, the size of the bucket is used instead).
+      crop_size: side of the square crop in pixels; ``resolution`` if None.
+      center_crop: crop at the centre instead of at random.
+      random_flip: mirror each example with probability 1/2.
       interpolation: a key of ``INTERPOLATIONS``.
-      empty_share: share of the captions replaced by "".
-      pixels: False leaves pictures unread, where latents come from a cache.
-      seed: of all random choices.
+      empty_share: fraction of captions replaced by "".
+      pixels: False skips reading images, for latents from a cache.
+      seed: seed of all random choices.
     """
 
     resolution: int
@@ -91,10 +91,10 @@ class Transform:
         """The example at ``position`` of the run.
 
         Args:
-          record: what the source holds at ``index``.
-          index: its row.
-          position: how many examples of the run come before it.
-          size: the size of its bucket, if there are buckets.
+          record: the row ``index`` of the source.
+          index: the index of the row.
+          position: number of examples of the run before this one.
+          size: size of the bucket, if there are buckets.
         """
         u, v, mirrored, which, dropped = np.random.default_rng([self.seed, CHOICES, position]).random(5)
         place = None if self.center_crop else (u, v)
@@ -102,7 +102,7 @@ class Transform:
         return self._example(record, index, number, place, self.random_flip and mirrored < 0.5, size)
 
     def fixed(self, record: Record, index: int, size: Size | None = None) -> Example:
-        """The example without chance: the middle of the picture, not mirrored, with the first caption."""
+        """The example without randomness: the centre crop of the image, not mirrored, with the first caption."""
         return self._example(record, index, 0, None, False, size)
 
     def _example(
@@ -113,48 +113,48 @@ class Transform:
         target = size or (self.crop_size or self.resolution,) * 2
         if not self.pixels:
             return Example(None, caption, (0, 0), (0, 0), target, index, number, record.name)
-        picture = decode(record)
-        original = picture.height, picture.width
-        picture = cover(picture, covered, self.interpolation)
-        top, left = corner((picture.height, picture.width), target, place)
-        pixels = np.asarray(picture)[top : top + target[0], left : left + target[1]]
+        image = decode(record)
+        original = image.height, image.width
+        image = cover(image, covered, self.interpolation)
+        top, left = corner((image.height, image.width), target, place)
+        pixels = np.asarray(image)[top : top + target[0], left : left + target[1]]
         if flip:
-            pixels, left = pixels[:, ::-1], picture.width - target[1] - left
+            pixels, left = pixels[:, ::-1], image.width - target[1] - left
         return Example(pixels, caption, original, (top, left), target, index, number, record.name)
 
 
 def decode(record: Record) -> Image.Image:
-    """The picture, upright and in RGB; see :func:`diffuse_jax.images.rgb`.
+    """The image, upright and in RGB; see :func:`diffuse_jax.images.rgb`.
 
     Raises:
-      ValueError: it is no picture, a damaged one, larger than Pillow thinks safe, or has values of unknown range.
+      ValueError: it is not an image, is damaged, exceeds Pillow's size limit, or has values of unknown range.
     """
-    with images.opened(record.image, record.name) as picture:
-        return images.rgb(picture, record.name)
+    with images.opened(record.image, record.name) as image:
+        return images.rgb(image, record.name)
 
 
-def picture_size(record: Record) -> Size:
-    """Height and width of the upright picture, from the head of the file.
+def image_size(record: Record) -> Size:
+    """Height and width of the upright image, from the header of the file.
 
     Raises:
-      ValueError: as :func:`decode`, of what the head says.
+      ValueError: as for :func:`decode`, as far as the header shows it.
     """
-    with images.opened(record.image, record.name) as picture:
-        return images.upright_size(picture)
+    with images.opened(record.image, record.name) as image:
+        return images.upright_size(image)
 
 
-def cover(picture: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
-    """Resize, keeping proportions, to the smallest picture that covers ``size``; the longer side is rounded down."""
+def cover(image: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
+    """Resize to the smallest image that covers ``size``, keeping the aspect ratio; the longer side is rounded down."""
     height, width = size
-    if picture.height * width <= picture.width * height:
-        wanted = (picture.width * height // picture.height, height)
+    if image.height * width <= image.width * height:
+        wanted = (image.width * height // image.height, height)
     else:
-        wanted = (width, picture.height * width // picture.width)
-    return picture if wanted == picture.size else picture.resize(wanted, INTERPOLATIONS[interpolation])
+        wanted = (width, image.height * width // image.width)
+    return image if wanted == image.size else image.resize(wanted, INTERPOLATIONS[interpolation])
 
 
 def corner(size: Size, target: Size, place: tuple[float, float] | None) -> Size:
-    """Top and left of a cut of ``target``: at a place in [0, 1)^2, or in the middle."""
+    """Top and left of a crop of size ``target``: at a relative position in [0, 1)^2, or at the centre if None."""
     room = size[0] - target[0], size[1] - target[1]
     if place is None:
         return round(room[0] / 2), round(room[1] / 2)

@@ -1,8 +1,8 @@
-"""Batches made ahead of the step, by threads or by worker processes that take turns.
+"""Prefetching by threads or worker processes that take turns.
 
-Results come in the order of the turns, so what a run sees does not depend on who is faster. (The worker processes of
-grain were tried: they leave shared memory behind where a run ends without closing them, and need ``/dev/shm`` for all
-batches made ahead, which containers keep small.)
+Results come in the order of the turns, so they do not depend on which worker is faster. (The worker processes of grain
+were tried: they leave shared memory behind if a run ends without closing them, and need ``/dev/shm`` for all prefetched
+batches, which is small in containers.)
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from diffuse_jax.training.interruption import shielded
 T = TypeVar("T")
 
 AHEAD = 2
-"""Results that each worker makes ahead."""
+"""Number of results that each worker prefetches."""
 
 
 def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, None, None]:
-    """The first item of every share, then the second of every share, and so on; shares do not end.
+    """The first item of every share, then the second of every share, and so on; shares are endless.
 
-    Closing the iterator ends the workers. So does the end of the program, and its death. Signals to the whole group of
-    processes, such as Ctrl-C, are for the program alone: it decides when it needs no more items.
+    The workers end when the iterator is closed, and when the program ends or is killed. They ignore signals to the
+    whole process group, such as Ctrl-C: the program decides when it needs no more items.
 
     Args:
-      shares: what each worker iterates over; they must pickle if the workers are processes.
-      processes: whether the workers are processes, or threads of this one.
+      shares: what each worker iterates over; they must be picklable if the workers are processes.
+      processes: whether the workers are processes or threads of this process.
 
     Raises:
       RuntimeError: a worker process died.
@@ -53,11 +53,11 @@ def in_turns(shares: Sequence[Iterable[T]], processes: bool) -> Generator[T, Non
             yield item
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a worker process of --dataloader_num_workers died; what it said stands above. It may have run out of "
+            "a worker process of --dataloader_num_workers died; see its output above. It may have run out of "
             'memory, or the script has code outside of `if __name__ == "__main__":`, which every worker runs too'
         ) from error
     finally:
-        for result in pending:  # tell all before waiting for each
+        for result in pending:  # cancel all before waiting for each
             result.cancel()
         for pool, _ in workers:
             pool.shutdown()  # once: after ``wait=False`` a pool of processes no longer knows what to wait for
@@ -69,16 +69,16 @@ def _thread(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
 
 def _process(share: Iterable[T]) -> tuple[Executor, Callable[[], T]]:
     context = multiprocessing.get_context("spawn")  # a fork of a process in which JAX has threads may hang
-    resource_tracker.ensure_running()  # would else be started with the first worker, and let signals through again
+    resource_tracker.ensure_running()  # otherwise it starts with the first worker, and unblocks the signals again
     return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(share,)), _next
 
 
 _items: Iterator = iter(())
-"""In a worker process: its share."""
+"""In a worker process, the items of its share."""
 
 
 def _begin(share: Iterable) -> None:
-    """In a worker process: the devices belong to the process that trains, and without it there is nothing to do."""
+    """Set up a worker process: it leaves the devices to the training process, and ends with it."""
     global _items
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
@@ -86,7 +86,7 @@ def _begin(share: Iterable) -> None:
 
         jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    util.Finalize(None, os._exit, args=(0,), exitpriority=0)  # what was imported takes seconds to take itself apart
+    util.Finalize(None, os._exit, args=(0,), exitpriority=0)  # the teardown of imported modules takes seconds
     _items = iter(share)
 
 

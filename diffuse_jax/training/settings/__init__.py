@@ -1,6 +1,7 @@
-"""The settings of a training: frozen dataclasses, one for each concern, with the names and defaults of the flags.
+"""Training settings: frozen dataclasses, one for each concern, with the names and defaults of the flags.
 
-What acts on them is elsewhere: this package loads no JAX, so that a script can answer `--help` and wrong flags at once.
+The code that uses them is elsewhere: this package does not import JAX, so that `--help` and wrong flags are answered at
+once.
 """
 
 from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSettings

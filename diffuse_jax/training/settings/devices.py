@@ -1,4 +1,4 @@
-"""The settings of the devices that a run computes on, and of its processes."""
+"""Settings of the devices and processes of a run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ EXPLICIT = ("coordinator_address", "num_processes", "process_id")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessSettings(Checked):
-    """Which processes make up a run.
+    """The processes that make up a run.
 
-    * ``coordinator_address``, ``num_processes`` and ``process_id``, all three: as they say.
-    * ``distributed=True``: found out from the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes).
-    * neither: a machine with TPU chips asks its cluster, as above; any other is alone.
-    * ``distributed=False``: alone.
+    * ``coordinator_address``, ``num_processes`` and ``process_id``, all three: given explicitly.
+    * ``distributed=True``: detected from the cluster (Cloud TPU, Slurm, Open MPI, Kubernetes).
+    * neither: detected on a machine with TPU chips; otherwise a single process.
+    * ``distributed=False``: a single process.
 
     Attributes:
       distributed: see above.
       coordinator_address: host and port of process 0.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
 
     Raises:
-      ValueError: one of the three is missing, or the number of a process is impossible.
+      ValueError: one of the three is missing, or ``process_id`` is not less than ``num_processes``.
     """
 
     distributed: bool | None = None
@@ -50,14 +50,14 @@ class ProcessSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceSettings(Checked):
-    """How the devices of all processes are arranged, and where their compiled programs are kept.
+    """The mesh over the devices of all processes, and the cache of compiled programs.
 
     Attributes:
-      mesh_data: devices along which batches are divided; -1 for all that remain.
-      mesh_fsdp: devices along which batches, parameters and optimiser are divided.
-      mesh_tensor: devices along which wide layers are divided.
+      mesh_data: number of devices across which batches are divided; -1 for all remaining ones.
+      mesh_fsdp: number of devices across which batches, parameters and optimiser state are divided.
+      mesh_tensor: number of devices across which wide layers are divided.
       ccache: folder in which compiled programs are kept for the next start; None for JAX's own setting.
-      processes: which processes make up the run.
+      processes: the processes of the run.
     """
 
     mesh_data: Annotated[int, DEVICES] = -1

@@ -1,4 +1,4 @@
-"""The settings of the model that is trained: where it comes from, and what it computes in."""
+"""Settings of the model that is trained: where it comes from, its precision and its memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ if TYPE_CHECKING:  # `--help` reads this module, and needs no JAX for it
     import numpy as np
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
-"""What ``mixed_precision`` may be -> what networks then compute in."""
+"""Values of ``mixed_precision`` -> dtype in which the networks compute."""
 
 REMAT_POLICIES = ("none", "blocks", "full")
-"""What ``remat_policy`` may be: :data:`diffuse_jax.models.remat.POLICIES`, without loading the models."""
+"""Values of ``remat_policy``: :data:`diffuse_jax.models.remat.POLICIES`, without importing the models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubSettings(Checked):
-    """Which version of a model is taken from the Hub, and where downloads are kept.
+    """Which version of a model is downloaded from the Hub, and where downloads are kept.
 
     Attributes:
       revision: branch, tag or commit; the main branch if None.
-      variant: which weight files to read, such as "fp16"; those without a variant if None. Also of local folders.
-      cache_dir: where downloads are kept; the Hub's own folder if None.
-      hub_token: access token; the one that `hf auth login` stored if None.
+      variant: which weight files to read, such as "fp16"; those without a variant if None. Applies to local folders
+      too.
+      cache_dir: where downloads are kept; the Hub's default folder if None.
+      hub_token: access token; the one stored by `hf auth login` if None.
     """
 
     revision: str | None = None
@@ -39,7 +40,7 @@ class HubSettings(Checked):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of :func:`diffuse_jax.weights.resolve` and all that open models by it."""
+        """Keyword arguments for :func:`diffuse_jax.weights.resolve` and for the functions that open models with it."""
         return {
             "revision": self.revision,
             "variant": self.variant,
@@ -49,10 +50,10 @@ class HubSettings(Checked):
 
 
 def check_precision(name: str) -> None:
-    """Refuse what is not a precision.
+    """Check a value of ``mixed_precision``.
 
     Raises:
-      ValueError: naming those that there are.
+      ValueError: the value is unknown; the message lists the choices.
     """
     if name == "fp16":
         raise ValueError("'fp16' (gradients vanish without loss scaling; bf16 has the range of float32)")
@@ -66,12 +67,12 @@ class ComputeSettings(Checked):
 
     Attributes:
       mixed_precision: "no" computes in float32, "bf16" in bfloat16. Trained parameters are float32 either way.
-      gradient_checkpointing: the same as the policy "blocks".
-      remat_policy: what the backward pass computes again to save memory, one of
-        :data:`REMAT_POLICIES`; wins over ``gradient_checkpointing``.
+      gradient_checkpointing: equivalent to the policy "blocks".
+      remat_policy: what the backward pass recomputes to save memory, one of
+        :data:`REMAT_POLICIES`; overrides ``gradient_checkpointing``.
 
     Raises:
-      ValueError: the precision or the policy is not known.
+      ValueError: the precision or the policy is unknown.
     """
 
     mixed_precision: str = "no"
@@ -88,35 +89,35 @@ class ComputeSettings(Checked):
 
     @property
     def dtype(self) -> np.dtype:
-        """What networks compute in."""
+        """The dtype in which networks compute."""
         import jax.numpy as jnp
 
         return jnp.dtype(PRECISIONS[self.mixed_precision])
 
     @property
     def remat(self) -> str:
-        """What a network's ``remat`` should be."""
+        """The value of a network's ``remat``."""
         return self.remat_policy or ("blocks" if self.gradient_checkpointing else "none")
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""What a denoising network may predict."""
+"""What a denoising network can predict."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Checked):
-    """A Stable Diffusion (1.x, 2.x or XL) to start from, and which of its networks are trained.
+    """The Stable Diffusion model (1.x, 2.x or XL) to start from, and which of its networks are trained.
 
     Attributes:
       pretrained_model_name_or_path: a folder or a Hub id.
-      pretrained_vae_model_name_or_path: a folder or Hub id whose ``vae/`` replaces the pipeline's; None keeps that.
-      prediction_type: one of :data:`PREDICTION_TYPES`, instead of the scheduler's.
+      pretrained_vae_model_name_or_path: a folder or Hub id of an autoencoder to use instead; None keeps the pipeline's.
+      prediction_type: one of :data:`PREDICTION_TYPES`, which overrides the scheduler's.
       train_text_encoder: train the text encoders together with the UNet.
       compute: precision and memory of the networks.
-      hub: which version of the model is taken from the Hub.
+      hub: which version of the model is downloaded from the Hub.
 
     Raises:
-      ValueError: the prediction type is not known.
+      ValueError: the prediction type is unknown.
     """
 
     pretrained_model_name_or_path: str | Path
@@ -133,16 +134,16 @@ class ModelSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Checked):
-    """The network that is trained: from a checkpoint, new from a config, or, with neither, a trainer's own choice.
+    """The network that is trained: from a checkpoint, new from a config, or, with neither, the trainer's default.
 
     Attributes:
-      pretrained_model_name_or_path: start from these weights: a folder or a Hub id, of the network or of a pipeline.
+      pretrained_model_name_or_path: start from these weights: folder or Hub id of the network, or of a pipeline.
       model_config_name_or_path: train a new network with the ``config.json`` of this folder or Hub id.
       compute: precision and memory of the network.
-      hub: which version is taken from the Hub.
+      hub: which version is downloaded from the Hub.
 
     Raises:
-      ValueError: both a checkpoint and a config are named.
+      ValueError: both a checkpoint and a config are given.
     """
 
     pretrained_model_name_or_path: str | Path | None = None
@@ -161,11 +162,11 @@ class NetworkSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings(Checked):
-    """Which layers get a low-rank pair, and of what rank.
+    """The layers that LoRA adapts, and the rank.
 
     Attributes:
-      rank: inner dimension of the pairs.
-      lora_targets: regular expression: paths of the dense layers that get a pair.
+      rank: rank of the LoRA matrices.
+      lora_targets: regular expression for the paths of the layers to adapt.
 
     Raises:
       ValueError: the rank is not positive.

@@ -1,4 +1,4 @@
-"""The settings of a whole training run, and of what belongs to it."""
+"""Settings of a whole training run."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:  # worker processes and `--help` read this module, and need no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSettings(Checked):
-    """How many images a training step sees.
+    """The number of images per training step.
 
     Attributes:
       train_batch_size: images per device and accumulation step. Devices along the mesh's ``tensor`` axis share theirs.
-      gradient_accumulation_steps: parts into which the batch of a step is divided; one is in memory at a time.
+      gradient_accumulation_steps: number of batches whose gradients are accumulated before each update.
 
     Raises:
-      ValueError: one of the two is not positive.
+      ValueError: a value is not positive.
     """
 
     train_batch_size: Annotated[int, COUNT] = 16
     gradient_accumulation_steps: Annotated[int, COUNT] = 1
 
     def images_per_part(self, mesh: Mesh) -> int:
-        """Images of one accumulation step, on all devices of ``mesh`` together."""
+        """The number of images per accumulation step, over all devices of ``mesh``."""
         return self.train_batch_size * mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
     def images_per_step(self, mesh: Mesh) -> int:
-        """Images of a training step, on all devices of ``mesh`` together."""
+        """The number of images per training step, over all devices of ``mesh``."""
         return self.gradient_accumulation_steps * self.images_per_part(mesh)
 
 
@@ -51,7 +51,7 @@ SCHEDULES = (
 """Names of learning-rate schedules; see :func:`~diffuse_jax.training.optimizer.learning_rate`."""
 
 OPTIMIZERS = ("adafactor", "adamw", "lion", "prodigy")
-"""Names of optimisers; :data:`diffuse_jax.training.optimizer.OPTIMIZERS` has them."""
+"""Names of optimisers, the keys of :data:`diffuse_jax.training.optimizer.OPTIMIZERS`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,22 +60,22 @@ class OptimizerSettings(Checked):
 
     Attributes:
       optimizer: one of :data:`OPTIMIZERS`.
-      learning_rate: the highest learning rate.
-      scale_lr: multiply it by the images of a training step.
-      text_encoder_lr: the highest rate of the text encoders among the trained networks; ``learning_rate`` if None.
+      learning_rate: the peak learning rate.
+      scale_lr: multiply the learning rate by the number of images per training step.
+      text_encoder_lr: the peak learning rate of trained text encoders; ``learning_rate`` if None.
       lr_scheduler: one of :data:`SCHEDULES`, described at
         :func:`~diffuse_jax.training.optimizer.learning_rate`.
-      lr_warmup_steps: steps of linear warm-up.
-      lr_num_cycles: periods of ``cosine_with_restarts``.
+      lr_warmup_steps: number of training steps of linear warm-up.
+      lr_num_cycles: number of cycles of ``cosine_with_restarts``.
       lr_power: exponent of ``polynomial``.
-      lr_step_rules: of ``piecewise_constant``.
-      adam_beta1, adam_beta2, adam_epsilon: decays of the two moments, and what is added to the root of the second; None
-        for the optimiser's defaults.
-      adam_weight_decay: weight decay, scaled by the learning rate only.
-      max_grad_norm: global norm to which the gradient is clipped; None leaves it as it is.
+      lr_step_rules: rules of ``piecewise_constant``.
+      adam_beta1, adam_beta2, adam_epsilon: decays of the two moments, and the epsilon added to the root of the second;
+        None for the optimiser's defaults.
+      adam_weight_decay: weight decay, multiplied by the learning rate only.
+      max_grad_norm: global norm to which the gradient is clipped; None for no clipping.
 
     Raises:
-      ValueError: the name of an optimiser or schedule is not known, or a value is impossible.
+      ValueError: the name of the optimiser or schedule is unknown, or a number is out of range.
     """
 
     optimizer: str = "adamw"
@@ -100,10 +100,10 @@ class OptimizerSettings(Checked):
 
 
 def check_warmup(name: str, warmup: int, total: int) -> None:
-    """Refuse a warm-up that is longer than the run, where the schedule has one.
+    """Refuse a warm-up that is longer than the run, if the schedule has one.
 
     Raises:
-      ValueError: it is.
+      ValueError: the warm-up is not shorter than the run.
     """
     if name not in ("constant", "piecewise_constant") and not 0 <= warmup < total:
         raise ValueError(f"lr_warmup_steps {warmup} must be from 0 to less than max_train_steps {total}")
@@ -111,13 +111,12 @@ def check_warmup(name: str, warmup: int, total: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Average(Checked):
-    """How the running average of the parameters follows them; see
-    :func:`~diffuse_jax.training.state.ema_rate`.
+    """The decay of the running average of the parameters; see :func:`~diffuse_jax.training.state.ema_rate`.
 
     Attributes:
-      decay: reached after a ramp.
-      min_decay: never less, once the average has begun.
-      update_after_step: updates after which it begins.
+      decay: the decay that is reached after a ramp.
+      min_decay: lower bound of the decay, once averaging has begun.
+      update_after_step: number of training steps after which averaging begins.
       inv_gamma, power: with ``inv_gamma`` the ramp is ``1 - (1 + n / inv_gamma) ** -power`` instead of
         ``(1 + n) / (10 + n)``.
     """
@@ -134,11 +133,11 @@ class EmaSettings(Checked):
     """Whether the parameters are averaged, and how.
 
     Attributes:
-      use_ema: keep a running average of the parameters, and save and validate that.
+      use_ema: keep a running average of the parameters; save and validate the average.
       ema_decay, ema_inv_gamma, ema_power: see :class:`Average`.
 
     Raises:
-      ValueError: the decay does not lie in [0, 1].
+      ValueError: the decay is not in [0, 1].
     """
 
     use_ema: bool = False
@@ -148,7 +147,7 @@ class EmaSettings(Checked):
 
     @property
     def average(self) -> Average:
-        """How the average follows the parameters."""
+        """The settings of the average, in the form that the training step takes."""
         return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power)
 
 
@@ -157,16 +156,16 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackerSettings(Checked):
-    """Where the records and validation images of a run go, besides ``log.jsonl`` and ``validation/``.
+    """Where records and validation images are logged, besides ``log.jsonl`` and ``validation/``.
 
     Attributes:
-      report_to: one of :data:`TRACKERS`, "all" or "none"; TensorBoard, where it is installed, if None.
-      logging_dir: folder of TensorBoard's and W&B's files, inside the folder of the run.
+      report_to: one of :data:`TRACKERS`, "all" or "none"; if None, TensorBoard if it is installed.
+      logging_dir: folder for the files of TensorBoard and W&B, inside the folder of the run.
       tracker_project_name: project on Weights & Biases.
       wandb_entity: user or team on Weights & Biases; the user who is logged in if None.
 
     Raises:
-      ValueError: the tracker is not known.
+      ValueError: the tracker is unknown.
     """
 
     report_to: str | None = None
@@ -181,12 +180,12 @@ class TrackerSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileSettings(Checked):
-    """What of a run is traced.
+    """Which parts of a run are profiled.
 
     Attributes:
-      profile_steps: trace this many steps, beginning with the second.
-      profile_validation: trace the last validation.
-      profile_memory: write what is in memory before the first and after the last step.
+      profile_steps: profile this many training steps, beginning with the second.
+      profile_validation: profile the last validation.
+      profile_memory: write memory profiles before the first and after the last step.
 
     Raises:
       ValueError: the number of steps is negative.
@@ -199,13 +198,13 @@ class ProfileSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UploadSettings(Checked):
-    """Whether a trained model goes to the Hub, and where to.
+    """Whether and where the trained model is uploaded to the Hub.
 
     Attributes:
-      push_to_hub: upload the folder of the run at its end.
+      push_to_hub: upload the folder of the run at the end.
       hub_model_id: name of the repository; the name of the folder if None.
-      hub_private_repo: make it a private one.
-      hub_token: access token; the one that `hf auth login` stored if None.
+      hub_private_repo: make the repository private.
+      hub_token: access token; the one stored by `hf auth login` if None.
     """
 
     push_to_hub: bool = False
@@ -216,32 +215,32 @@ class UploadSettings(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings(Checked):
-    """How long a run is, what it writes and when, and where it goes on.
+    """The length of a run, what it writes and when, and the checkpoint it resumes from.
 
-    This is what :func:`~diffuse_jax.training.loop.fit` reads.
+    These are the settings of :func:`~diffuse_jax.training.loop.fit`.
 
     Attributes:
-      output_dir: where checkpoints, logs and the trained model go; all processes must see it.
-      overwrite_output_dir: remove the checkpoints of an older run from it.
-      seed: decides noise, timesteps and whatever else the loss draws.
-      max_train_steps: training steps in all, also when resuming; wins over ``num_train_epochs``.
-      num_train_epochs: how often every example is seen.
-      checkpointing_steps: write ``checkpoint-N`` every so many steps.
+      output_dir: folder for checkpoints, logs and the trained model; all processes must be able to access it.
+      overwrite_output_dir: remove the checkpoints of an older run from ``output_dir``.
+      seed: determines the noise, the timesteps and all other random numbers of the loss.
+      max_train_steps: total number of training steps, also when resuming; overrides ``num_train_epochs``.
+      num_train_epochs: number of passes over the data set.
+      checkpointing_steps: write ``checkpoint-N`` every this many steps.
       checkpoints_total_limit: keep at most this many checkpoints, the newest; all if None.
       resume_from_checkpoint: "latest", the name of a checkpoint in ``output_dir``, or a path; a new run if None.
-      logging_steps: write a record every so many steps.
-      validation_steps: validate every so many steps; 100 if both this and ``validation_epochs`` are None.
-      validation_epochs: or every so many epochs.
-      peak_tflops: what a device could do, for the utilisation; known for TPUs and many GPUs.
-      batch: how many images a step sees.
-      optimizer: how parameters are updated.
+      logging_steps: log every this many steps.
+      validation_steps: validate every this many steps; 100 if both this and ``validation_epochs`` are None.
+      validation_epochs: validate every this many epochs.
+      peak_tflops: peak speed of a device, for the FLOPs utilisation; known for TPUs and many GPUs.
+      batch: the number of images per training step.
+      optimizer: the optimiser and its learning rate.
       ema: the running average of the parameters.
-      trackers: where records go.
-      profile: what is traced.
-      upload: whether the result goes to the Hub.
+      trackers: where records are logged.
+      profile: which parts of the run are profiled.
+      upload: whether the trained model is uploaded to the Hub.
 
     Raises:
-      ValueError: a count is not positive, or the warm-up is longer than the run.
+      ValueError: a number is out of range, or the warm-up is longer than the run.
     """
 
     output_dir: str | Path
@@ -265,5 +264,5 @@ class RunSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_train_steps is not None:  # else known with the data
+        if self.max_train_steps is not None:  # otherwise the length is known only with the data
             check_warmup(self.optimizer.lr_scheduler, self.optimizer.lr_warmup_steps, self.max_train_steps)
