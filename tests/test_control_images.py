@@ -124,5 +124,5 @@ def test_masked_pixels_are_minus_one_and_pipelines_take_them(kind: Any) -> None:
     with pytest.raises(ValueError, match="must have the same size, got 12x8 and 8x12"):
         inpaint_condition(kind(image), kind(mask.T.copy()))
     for wrong, holes in ((condition, False), (condition - 0.5, True)):
-        with pytest.raises(ValueError, match="must be uint8, or floating point in"):
+        with pytest.raises(ValueError, match="must be uint8, or floating.point in"):
             pixels(wrong, (8, 12), "image", holes=holes)

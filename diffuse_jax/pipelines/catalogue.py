@@ -27,6 +27,7 @@ NOT_LOADED: Mapping[str, str | None] = {
     "feature_extractor": None,
     "image_encoder": "image prompts are not available",
     "watermark": None,
+    "watermarker": None,
 }
 """Components of published folders that are not loaded -> what that means for the user (None: nothing)."""
 
