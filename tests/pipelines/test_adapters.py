@@ -12,12 +12,22 @@ import numpy as np
 import pytest
 
 from diffuse_jax import DiffusionPipeline
+from diffuse_jax.adapters import lora as pairs
+from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.adapters.named import weight_at
-from diffuse_jax.pipelines import StableDiffusionImg2ImgPipeline
+from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel
+from diffuse_jax.pipelines import StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
 from tests.adapters.test_layouts import KERNELS, lora, write
+from tests.models.filling import random_params
 from tests.pipelines import tiny
 
 PLAIN = tiny.pipeline()
+SHARED: dict[str, Any] = {
+    name: getattr(tiny.UNET, name)
+    for name in ("block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim", "norm_num_groups",
+                 "num_attention_heads")
+}  # fmt: skip
+"""What a ControlNet has in common with its UNet."""
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +224,19 @@ def test_a_replaced_network_keeps_the_adapters(pipe: Any) -> None:
     swapped = pipe.replace(unet=(pipe.components["unet"], jax.tree.map(lambda x: 2 * x, pipe.params["unet"])))
     assert swapped.get_active_adapters() == ["b"]
     jax.tree.map(np.testing.assert_array_equal, swapped.params["lora"], pipe.params["lora"])
+
+
+def test_a_controlnet_has_adapters_too(tmp_path: Path) -> None:
+    """Its layers have the same paths as the UNet's, and each network gets its own."""
+    rng = np.random.default_rng(1)
+    net = ControlNetModel(ControlNetConfig(**SHARED, conditioning_embedding_out_channels=(4, 8)))
+    control = StableDiffusionControlNetPipeline.from_pipe(PLAIN, controlnet=(net, random_params(net.shapes(), rng)))
+    fresh = pairs.init(net.shapes(), 3, jax.random.key(0))
+    own = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) / 4, fresh)
+    save_lora(tmp_path, {"controlnet": own}, to="kohya")
+    live, fixed = control.load_lora_weights(tmp_path, adapter_name="a"), control.load_lora_weights(tmp_path)
+    image = np.full((16, 16, 3), 100, np.uint8)
+    plain, a, b = (latents(p, image=[image, image]) for p in (control, live, fixed))
+    same(a, b)
+    assert np.abs(a - plain).max() > 1e-3
+    assert live.get_list_adapters() == {"controlnet": ["a"]}
