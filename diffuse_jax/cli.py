@@ -143,9 +143,9 @@ def open_pipeline(args: argparse.Namespace) -> Any:
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The settings to store with each image."""
     copies = args.num_images_per_prompt or 1
-    names = ("noise", "guidance_rescale", "clip_skip", "height", "width", "num_inference_steps", "guidance_scale")
-    prompting = ("prompt_syntax", "long_prompts")
-    shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, (*names, *prompting))}
+    sizes = ("height", "width", "num_inference_steps")
+    names = ("noise", "guidance_rescale", "clip_skip", "prompt_syntax", "long_prompts", *sizes, "guidance_scale")
+    shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
     if args.lora:
         shared["lora"] = {str(source): scale for source, scale in args.lora}
     negatives = args.negative_prompt or [""]
