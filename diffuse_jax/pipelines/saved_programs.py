@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
@@ -61,7 +60,7 @@ def devices_of(args: Any, mesh: Mesh | None) -> list[jax.Device]:
     if mesh is not None:
         return list(mesh.devices.flat)
     placed = (sharding for sharding in map(placement, jax.tree.leaves(args)) if sharding is not None)
-    default = jnp.zeros(()).sharding
+    default = jax.device_put(np.zeros(())).sharding  # jnp.zeros would be compiled
     return sorted(next(placed, default).device_set, key=lambda device: device.id)
 
 
