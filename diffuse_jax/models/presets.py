@@ -164,7 +164,7 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
 )
 
 TINY_VAE = AutoencoderTinyConfig()  #: 2,445,063; latents of 1.x and 2.x, or of XL
-TINY_FLUX2_VAE = AutoencoderTinyConfig(latent_channels=32, use_midblock_gn=True)  #: 2,687,939; latents of FLUX.2
+TINY_FLUX2_VAE = AutoencoderTinyConfig(latent_channels=32, use_midblock_gn=True)  #: 2,677,027; latents of FLUX.2
 #: 194,300,519; the decoder is 1.5 times as wide
 ASYMMETRIC_VAE = AsymmetricAutoencoderKLConfig(
     sample_size=256,

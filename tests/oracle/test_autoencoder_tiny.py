@@ -219,6 +219,7 @@ def test_the_real_weights_of_flux_2(shared_data: Path) -> None:
             index, _, rest = key.partition(".")
             tensors[f"{half}.layers.{int(index) - first}.{rest}"] = tensor
     model = AutoencoderTiny(presets.TINY_FLUX2_VAE)
+    assert sum(tensor.size for tensor in tensors.values()) == 2_677_027
     checkpoint = Checkpoint(tensors, dict.fromkeys(tensors, shared_data))
     params = place(match(checkpoint, model.shapes(), label="TAEF2"), dtype="float32")
     images = np.load(shared_data / "emoji64.npz")["images"][[0, 700, 4000]].astype(np.float32) / 127.5 - 1
