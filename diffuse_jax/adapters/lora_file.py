@@ -105,7 +105,7 @@ def load_lora(source: str | Path, shapes: Mapping[str, Params], **options: Any) 
     """Read a file as trees of pairs ``{..., "to_q": {"down", "up"}}`` in float32, ``alpha`` folded into ``up``.
 
     Args:
-      source, shapes, **options: as in :func:`read_adapter`.
+      source, shapes: as in :func:`read_adapter`, like all other options.
 
     Raises:
       WeightsError: as in :func:`read_adapter`, or a change is not a product of two matrices (LoHa, LoKr, DoRA).

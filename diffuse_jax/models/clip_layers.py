@@ -75,7 +75,10 @@ class CLIPLayersConfig(Config):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"{self.label}: hidden_act={self.hidden_act!r}; expected one of {sorted(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.label}: hidden_size {self.hidden_size} over {self.num_attention_heads} heads")
+            raise ValueError(
+                f"{self.label}: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
