@@ -20,7 +20,7 @@ from diffuse_jax.pipelines.inputs import (
 from diffuse_jax.pipelines.method import Net, Rows
 from diffuse_jax.pipelines.parts.control import Controlled
 from diffuse_jax.pipelines.parts.decode import autoencoder
-from diffuse_jax.pipelines.parts.guidance import ClassifierFree
+from diffuse_jax.pipelines.parts.guidance import Guidance
 from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
 from diffuse_jax.pipelines.pasting import Region, cut_control_images
 from diffuse_jax.pipelines.running import Request
@@ -100,8 +100,8 @@ def changed(request: Request, rows: Rows, **parts: Any) -> Request:
 
 
 def below_guidance(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
-    """Wrap the denoiser inside classifier-free guidance, or the denoiser itself if there is no guidance."""
-    if isinstance(denoiser, ClassifierFree):
+    """Wrap the denoiser inside guidance, or the denoiser itself if there is none."""
+    if isinstance(denoiser, Guidance):
         return replace(denoiser, inner=wrap(denoiser.inner))
     return wrap(denoiser)
 

@@ -36,8 +36,10 @@ from diffuse_jax.pipelines import (
 )
 from diffuse_jax.pipelines import method as verbs
 from diffuse_jax.pipelines.family import given_rows
-from diffuse_jax.pipelines.parts import Branches, ClassifierFree, FromNoise, Raw, branches
+from diffuse_jax.pipelines.method import PLAIN_STEP
+from diffuse_jax.pipelines.parts import Branches, ClassifierFree, Controlled, FromNoise, Guidance, Raw, branches
 from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.pipelines.tasks import below_guidance
 from diffuse_jax.schedulers import DDIMScheduler, EulerDiscreteScheduler
 from tests.pipelines.tiny import pipeline
 
@@ -184,7 +186,7 @@ def test_an_own_pipeline_of_own_networks_saves_and_opens_again(tmp_path: Path):
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval(Part):
+class Interval(Guidance):
     """Guidance only in the first steps, by a scale for each image (Kynkäänniemi et al. 2024)."""
 
     inner: Any
@@ -214,6 +216,14 @@ def test_an_own_guidance_with_a_row_of_its_own(pipe: DiffusionPipeline):
     np.testing.assert_allclose(always, images(), atol=2e-5)
     np.testing.assert_allclose(both[0], always[0], atol=2e-5)
     np.testing.assert_allclose(both[1], images(guidance_scale=[4.0, 1.0])[1], atol=2e-5)
+
+
+def test_a_controlnet_goes_inside_an_own_guidance():
+    wrapped = below_guidance(Interval(PLAIN_STEP), lambda denoiser: Controlled(denoiser, ()))
+    assert wrapped == Interval(Controlled(PLAIN_STEP, ()))
+    rows = {"states": Branches(jnp.zeros((1, 2, 3, 4)))}
+    with pytest.raises(TypeError, match="must inherit from diffuse_jax.pipelines.parts.Guidance"):
+        wrapped.inner({}, rows, jnp.zeros((1, 8, 8, 4)), None)
 
 
 @dataclasses.dataclass(frozen=True)

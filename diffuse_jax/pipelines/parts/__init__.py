@@ -2,7 +2,7 @@
 
 from diffuse_jax.pipelines.parts.control import Beside, Controlled
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
-from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, branches
+from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guidance, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.ip_adapter import ImagePrompted, with_image_prompts
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
@@ -19,6 +19,7 @@ __all__ = [
     "EncodeText",
     "FromImage",
     "FromNoise",
+    "Guidance",
     "ImagePrompted",
     "KeepKnown",
     "LatentMask",

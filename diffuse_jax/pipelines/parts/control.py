@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
-from diffuse_jax.pipelines.parts.guidance import per_image
+from diffuse_jax.pipelines.parts.guidance import is_branches, per_image
 from diffuse_jax.pipelines.parts.network import conditions
 
 
@@ -58,6 +58,11 @@ class Controlled(Part):
         return super().prepare(params, rows | {"control_features": features}, keys)
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        if is_branches(rows["states"]):
+            raise TypeError(
+                "a ControlNet got the branches of guidance one by one; a guidance around it must inherit from "
+                "diffuse_jax.pipelines.parts.Guidance, and the ControlNet take the place of its inner denoiser"
+            )
         window = rows["control_window"]
         acts = (window[..., 0] <= step.i) & (step.i < window[..., 1])
         scale = jnp.where(acts, rows["control_scale"], 0.0)

@@ -127,7 +127,17 @@ def guidance_scale(rows: Rows, step: Step) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierFree(Part):
+class Guidance(Part):
+    """Base class of guidance: a frozen dataclass whose field ``inner`` is a denoiser, evaluated by :func:`branches`.
+
+    Tasks put ControlNets and further inputs of the network around ``inner``, where the branches are stacked.
+    """
+
+    inner: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierFree(Guidance):
     """Guidance by several predictions, combined and then rescaled (Lin et al. 2024, equations 15 and 16).
 
     The last branch is the conditional one, the first the unconditional one. ``guidance_scale [B]`` of 1 gives the
