@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import diffuse_jax
 from diffuse_jax import images, utils
 from diffuse_jax.pipelines import inputs
-from diffuse_jax.training.data.transform import Record, decode, picture_size
+from diffuse_jax.training.data.transform import Record, decode, image_size
 
 
 def stored(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -187,7 +187,7 @@ def test_every_orientation_is_turned_upright_or_left(orientation: int, rng: np.r
     record = Record(content, ("",), "a")
     with Image.open(io.BytesIO(content)) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
-        assert picture_size(record) == wanted.shape[:2]
+        assert image_size(record) == wanted.shape[:2]
         np.testing.assert_array_equal(np.asarray(decode(record)), wanted)
         np.testing.assert_array_equal(inputs.pixels(image, None, "image")[0], np.float32(wanted) / 255)
         again = inputs.pixels(images.upright(image), None, "image")[0]
@@ -205,7 +205,7 @@ def test_an_orientation_of_a_wrong_type_is_none(value: object) -> None:
 
 def test_damaged_exif_is_none() -> None:
     content = stored(Image.new("RGB", (6, 4)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
-    assert picture_size(Record(content, ("",), "a")) == (4, 6)
+    assert image_size(Record(content, ("",), "a")) == (4, 6)
     assert decode(Record(content, ("",), "a")).size == (6, 4)
 
 

@@ -258,7 +258,7 @@ def prompt_embeddings(
     if "states" in batch:
         return {name: batch[name] for name in ("states", "pooled") if name in batch}
     nets = tuple(Net(name, models[name]) for name in family.encoders if name in batch and name in models)
-    return family.encode(nets).encode(params, {net.name: batch[net.name] for net in nets})
+    return family.encode(nets).encode(params, {"ids": {net.name: batch[net.name] for net in nets}})
 
 
 def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.intercept import changed_layers
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.programs import Programs
-from diffuse_jax.pipelines.saved_programs import described
+from diffuse_jax.pipelines.saved_programs import stable_repr
 from diffuse_jax.sharding import make_mesh
 
 
@@ -62,7 +62,7 @@ def test_a_dtype_is_the_same_by_any_name(dtype: Any) -> None:
     network = AutoencoderKL(AutoencoderKLConfig(), dtype=dtype)
     opened = AutoencoderKL.from_config(AutoencoderKLConfig().to_json(), dtype="bfloat16")
     assert identity(network) == identity(opened)
-    assert described(network) == described(opened)
+    assert stable_repr(network) == stable_repr(opened)
 
 
 def test_the_sign_of_zero_is_compiled_in() -> None:
