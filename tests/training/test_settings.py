@@ -56,6 +56,7 @@ PARSED = {
     "training/command.py": "reads the flags of a script before the rest of it is loaded",
     "training/flags.py": "makes settings of parsed flags",
     "training/data/flags.py": "the same of those of the data, whose caches lie in the folder of the run",
+    "weights_commands.py": "commands",
 }
 """Files that take or return an ``argparse.Namespace``, and why."""
 
