@@ -184,7 +184,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "_write_rest", stop)
+    monkeypatch.setattr(conversion, "write_rest", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(src, tmp_path / "out")
     assert os.listdir(tmp_path) == ["src"]
