@@ -202,7 +202,7 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
     ("script", "wrong", "message"),
     [
         ("text_to_image.py", {"cache_latents": True, "random_flip": True}, "leave out --random_flip"),
-        ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "the text encoder is trained"),
+        ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "text encoder is trained"),
         ("text_to_image.py", {"text_encoder_lr": 1e-5}, "--text_encoder_lr 1e-05 has no effect without"),
         ("text_to_image.py", {"resolution": 15}, "--resolution must be a multiple of 2 for this autoencoder, got 15"),
         ("text_to_image.py", {"aspect_ratio_buckets": True, "bucket_step": 1}, "--bucket_step must be a multiple of 2"),
