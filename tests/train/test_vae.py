@@ -130,7 +130,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         ({"crop_size": 64}, "--crop_size must be from 1 to --resolution 32, got 64"),
         ({"crop_size": 16, "aspect_ratio_buckets": True}, "leave out one of them"),
         ({"perceptual_weight": 1}, "belong together"),
-        ({"train_decoder_only": True}, "name it: --pretrained_model_name_or_path"),
+        ({"train_decoder_only": True}, "give --pretrained_model_name_or_path"),
     ],
 )
 def test_wrong_flags_are_explained(
