@@ -8,21 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffuse_jax.pipelines.family import text_to_image
+from diffuse_jax.pipelines.family import default_steps, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, image_size, one_per_image, per_prompt, pixels
 from diffuse_jax.pipelines.modifiers.request import combined, more_negatives, with_copy
 from diffuse_jax.pipelines.parts.combine import TwoScales
 from diffuse_jax.pipelines.parts.control import Beside
-from diffuse_jax.pipelines.parts.guidance import is_branches
+from diffuse_jax.pipelines.parts.guidance import count_branches, is_branches
 from diffuse_jax.pipelines.parts.image import ImageCondition, NoisedImage
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.tasks import below_guidance, changed, image_rows, require_image, vae_of
-
-
-def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The options with a number of steps, unless they say how many or which."""
-    given = any(options.get(name) is not None for name in ("num_inference_steps", "timesteps", "sigmas"))
-    return dict(options) if given else {**options, "num_inference_steps": steps}
 
 
 def instructed(
@@ -52,8 +46,7 @@ def instructed(
     request = text_to_image(pipe, default_steps(arguments, 100), size)
     vae = vae_of(pipe)
     check_channels(pipe, vae.config.latent_channels, "the image's latents")
-    guided = any(is_branches(leaf) for leaf in jax.tree.leaves(request.rows, is_leaf=is_branches))
-    if guided:
+    if count_branches(request.rows) > 1:
         copied = lambda row: with_copy(row, 0) if is_branches(row) else row
         rows = jax.tree.map(copied, request.rows, is_leaf=is_branches)
         rows["image_guidance_scale"] = one_per_image(image_guidance_scale, request.images, "image_guidance_scale")

@@ -97,6 +97,12 @@ def make_plan(pipe: Any, options: Mapping[str, Any], default_steps: int, **more:
     return pipe.scheduler.plan(steps, timesteps=timesteps, sigmas=sigmas, **more)
 
 
+def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The options with a number of steps, unless they say how many or which."""
+    given = any(options.get(name) is not None for name in ("num_inference_steps", "timesteps", "sigmas"))
+    return dict(options) if given else {**options, "num_inference_steps": steps}
+
+
 OUTPUTS = ("pil", "np", "latent")
 
 

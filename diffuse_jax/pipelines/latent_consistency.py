@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
-from diffuse_jax.pipelines.editing import default_steps
-from diffuse_jax.pipelines.family import output_size, text_to_image
+from diffuse_jax.pipelines.family import default_steps, output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.running import Request

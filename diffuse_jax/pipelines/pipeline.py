@@ -155,11 +155,11 @@ class DiffusionPipeline(AdapterMethods):
         composed = pipe.compose(*args, **options)
         if not isinstance(composed, Request):
             raise TypeError(f"{type(self).__name__}.compose must return a Request, got {type(composed).__name__}")
-        request = adapting.with_live(pipe, modified(composed, pipe, modifiers))
+        request = modified(composed, pipe, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
-        request = with_noise(request, self.scheduler, options)
+        request = with_noise(adapting.with_live(pipe, request), self.scheduler, options)
         check_rows(request.method, request.rows)
         return request
 

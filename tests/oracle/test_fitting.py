@@ -19,7 +19,7 @@ THEIRS = {name: diffusers.image_processor.VaeImageProcessor(resample=name) for n
 LANCZOS = THEIRS["lanczos"]
 
 
-def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
+def noisy_image(height: int, width: int, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(height * 100 + width)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
 
@@ -33,7 +33,7 @@ def blank(height: int, width: int, box: tuple[int, int, int, int]) -> Image.Imag
 @settings(max_examples=150)
 @given(SIZES, SIZES, SIZES, SIZES, st.sampled_from(fitting.MODES), st.sampled_from([*fitting.RESAMPLE]))
 def test_resize_modes(height: int, width: int, to_height: int, to_width: int, mode: str, resample: str) -> None:
-    image = picture(height, width)
+    image = noisy_image(height, width)
     try:
         wanted = THEIRS[resample].resize(image, to_height, to_width, mode)
     except ValueError:  # an image so narrow that nothing is left of it
@@ -46,7 +46,7 @@ def test_resize_modes(height: int, width: int, to_height: int, to_width: int, mo
 
 @pytest.mark.parametrize("mode", fitting.MODES)
 def test_a_mask_stays_grey(mode: str) -> None:
-    mask = picture(40, 23, "L")
+    mask = noisy_image(40, 23, "L")
     wanted = LANCZOS.resize(mask, 32, 48, mode).convert("L")
     ours = fitting.resize(mask, 32, 48, mode)
     assert ours.mode == "L"
@@ -75,10 +75,10 @@ def test_crop_regions(data: st.DataObject) -> None:
 
 
 def test_blurred_masks_and_overlays() -> None:
-    original, image = picture(40, 60), picture(41, 60).resize((60, 40))
+    original, image = noisy_image(40, 60), noisy_image(41, 60).resize((60, 40))
     mask = fitting.blur_mask(blank(40, 60, (10, 8, 44, 30)), 3)
     np.testing.assert_array_equal(np.asarray(mask), np.asarray(LANCZOS.blur(blank(40, 60, (10, 8, 44, 30)), 3)))
-    for result, region in ((image, None), (picture(32, 32), fitting.crop_region(mask, 32, 32, 4))):
+    for result, region in ((image, None), (noisy_image(32, 32), fitting.crop_region(mask, 32, 32, 4))):
         ours = fitting.overlay(result, mask, original, region)
         np.testing.assert_array_equal(
             np.asarray(ours), np.asarray(LANCZOS.apply_overlay(mask, original, result, region))
@@ -89,7 +89,7 @@ def test_blurred_masks_and_overlays() -> None:
 
 
 def test_a_grid() -> None:
-    found = [picture(6, 9), picture(6, 9, "L"), *(picture(6, 9) for _ in range(4))]
+    found = [noisy_image(6, 9), noisy_image(6, 9, "L"), *(noisy_image(6, 9) for _ in range(4))]
     theirs = diffusers.utils.make_image_grid
     for options in ({"rows": 2, "cols": 3}, {"rows": 6, "cols": 1, "resize": 5}):
         ours = utils.make_image_grid(found, **options)
@@ -97,7 +97,7 @@ def test_a_grid() -> None:
 
 
 def test_masks_for_adapters_are_black_or_white() -> None:
-    masks = [picture(40, 64, "L"), blank(40, 64, (3, 3, 30, 30))]
+    masks = [noisy_image(40, 64, "L"), blank(40, 64, (3, 3, 30, 30))]
     wanted = diffusers.image_processor.IPAdapterMaskProcessor().preprocess(masks, height=32, width=48)
     ours = mask_pixels(masks, (32, 48), "mask")
     np.testing.assert_array_equal(ours, wanted.numpy().transpose(0, 2, 3, 1))

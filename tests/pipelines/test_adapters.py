@@ -17,6 +17,8 @@ from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.adapters.named import weight_at
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel
 from diffuse_jax.pipelines import StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
+from diffuse_jax.pipelines.parts import Guidance
+from diffuse_jax.pipelines.parts.adapted import AdaptedNet, AtScale
 from tests.adapters.test_layouts import KERNELS, lora, write
 from tests.models.filling import random_params
 from tests.pipelines import tiny
@@ -49,6 +51,20 @@ def pipe(files: Mapping[str, Path]) -> Any:
     """Two adapters; ``b``, loaded last, is active."""
     first = PLAIN.load_lora_weights(files["a"], adapter_name="a", max_rank=8)
     return first.load_lora_weights(files["b"], adapter_name="b")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnGuidance(Guidance):
+    """Only its type matters."""
+
+
+def test_a_call_changes_the_pipeline_s_own_method(pipe: Any) -> None:
+    """``method=`` finds the guidance that it finds without adapters, and these act in what it returns."""
+    own = lambda m: dataclasses.replace(m, denoiser=OwnGuidance(m.denoiser.inner))
+    denoiser = pipe.request("cat", guidance_scale=3.0, seed=0, method=own).method.denoiser
+    assert isinstance(denoiser, AtScale)
+    assert isinstance(denoiser.inner, OwnGuidance)
+    assert isinstance(denoiser.inner.inner.net, AdaptedNet)
 
 
 def latents(pipe: DiffusionPipeline, **options: Any) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_prompts_of_modifiers_have_the_syntax_of_the_call(pipe: Any) -> None:
     plain = pipe(long, **LONG).images
     np.testing.assert_allclose(pipe(long, modifiers=region(long), **LONG).images, plain, atol=1e-4)
     np.testing.assert_allclose(pipe(short, modifiers=region(long), **LONG).images, plain, atol=1e-4)
-    request = pipe.request(short, modifiers=[modifiers.PerpNeg(), region(long)], **LONG)
+    request = pipe.request(short, modifiers=modifiers.Regions([long, short], [white] * 2), **LONG)
     assert request.rows["ids"]["text_encoder"].values.shape == (1, 4, 1, 2, 16)
 
 

@@ -115,7 +115,7 @@ class ZeroStar:
 @dataclasses.dataclass(frozen=True)
 class PerpNeg:
     """Perp-Neg; see :class:`~diffuse_jax.pipelines.parts.combine.PerpNeg`. The call's ``negative_prompt`` is what the
-    image shall not show; the empty prompt becomes a branch of its own.
+    image should not show; the empty prompt becomes a branch of its own.
 
     Attributes:
       weight: of the negative prompt.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffuse_jax.pipelines.inputs import one_per_image
-from diffuse_jax.pipelines.method import Params
+from diffuse_jax.pipelines.method import Params, all_parts
 from diffuse_jax.pipelines.modifiers.request import Number, changed, numbers, with_guidance, with_network
 from diffuse_jax.pipelines.parts import features
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
@@ -88,6 +88,8 @@ class SelfAttentionGuidance:
 
     def __call__(self, request: Request, pipe: Any) -> Request:
         self_attentions(pipe.params["unet"], ["mid"])
+        if any(isinstance(part, SelfAttention) for part in all_parts(request.method.denoiser)):
+            raise ValueError("SelfAttentionGuidance is given twice; give one, with the sum of the scales")
         patch = 2 ** (len(pipe.components["unet"].config.block_out_channels) - 1)
         rows = {"sag_scale": one_per_image(self.scale, request.images, "SelfAttentionGuidance")}
         guided = lambda d: with_guidance(d, lambda g: SelfAttention(g, patch))

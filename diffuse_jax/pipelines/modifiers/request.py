@@ -12,8 +12,18 @@ import numpy as np
 
 from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.method import Part, Rows, all_parts
-from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, count_branches, is_branches
+from diffuse_jax.pipelines.parts.features import DeepCache
+from diffuse_jax.pipelines.parts.guidance import (
+    LINEAR,
+    Branches,
+    ClassifierFree,
+    Guidance,
+    count_branches,
+    is_branches,
+)
 from diffuse_jax.pipelines.parts.network import UNet
+from diffuse_jax.pipelines.parts.self_attention import AttentionMap
+from diffuse_jax.pipelines.parts.windows import Windows
 from diffuse_jax.pipelines.prompts import aligned
 from diffuse_jax.pipelines.running import Modifier, Request
 from diffuse_jax.text.prompts import PLAIN
@@ -27,20 +37,46 @@ def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifie
 
     Raises:
       TypeError: one of them returned something else.
+      ValueError: two of them cannot act together.
     """
     for modifier in [modifiers] if callable(modifiers) else modifiers:
         request = modifier(request, pipe)
         if not isinstance(request, Request):
             raise TypeError(f"{modifier!r} must return a Request, got {type(request).__name__}")
+        check_together(request.method.denoiser)
     return request
 
 
+def check_together(denoiser: Any) -> None:
+    """Refuse parts inside each other that need values of evaluations, or layers, that the outer one hides.
+
+    Raises:
+      ValueError: it names both.
+    """
+    for outer in all_parts(denoiser):
+        hidden = [part for part in all_parts(outer) if part is not outer and _hides(outer, part)]
+        if hidden:
+            raise ValueError(f"{type(outer).__name__} and {type(hidden[0]).__name__} cannot be used together")
+
+
+def _hides(outer: Part, inner: Part) -> bool:
+    """Whether windows contain something that keeps values, or kept features the layers that attention is read from."""
+    kept_by_window = isinstance(outer, Windows) and inner.keeps
+    return kept_by_window or {type(outer), type(inner)} == {DeepCache, AttentionMap}
+
+
 def with_guidance(denoiser: Any, change: Callable[[ClassifierFree], Any]) -> Any:
-    """The denoiser with its guidance changed; one without guidance gets it first, with a single branch."""
+    """The denoiser with its guidance changed; one without guidance gets it first, with a single branch.
+
+    Raises:
+      ValueError: its guidance is not that of this package.
+    """
     if isinstance(denoiser, ClassifierFree):
         return change(denoiser)
+    if isinstance(denoiser, Guidance):
+        raise ValueError(f"the guidance {type(denoiser).__name__} cannot be changed by modifiers")
     inner = getattr(denoiser, "inner", None)
-    if inner is not None and any(isinstance(part, ClassifierFree) for part in all_parts(inner)):
+    if inner is not None and any(isinstance(part, Guidance) for part in all_parts(inner)):
         return replace(denoiser, inner=with_guidance(inner, change))
     return change(ClassifierFree(denoiser))
 
@@ -76,8 +112,19 @@ def require_guidance(request: Request, modifier: Any) -> None:
 
 
 def combined(request: Request, rows: Rows, how: Any) -> Request:
-    """The request with another way to combine the branches."""
-    return changed(request, rows, lambda d: with_guidance(d, lambda g: replace(g, combine=how)))
+    """The request with another way to combine the branches.
+
+    Raises:
+      ValueError: it has one already.
+    """
+
+    def once(guidance: ClassifierFree) -> ClassifierFree:
+        if guidance.combine != LINEAR:
+            names = f"{type(guidance.combine).__name__} and {type(how).__name__}"
+            raise ValueError(f"{names} both say how the branches of guidance are combined; only one of them can")
+        return replace(guidance, combine=how)
+
+    return changed(request, rows, lambda d: with_guidance(d, once))
 
 
 def with_branches(request: Request, pipe: Any, prompts: Sequence[str], *, first: bool = False) -> Rows:

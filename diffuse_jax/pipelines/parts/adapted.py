@@ -35,10 +35,6 @@ class AtScale(Part):
     inner: Any
 
     @property
-    def keeps(self) -> bool:
-        return False  # the inner part says so itself
-
-    @property
     def reads(self) -> tuple[str, ...]:
         return (SCALE,)
 

@@ -47,11 +47,11 @@ class SelfAttention(Part):
     one, if there is guidance) predicts is blurred and noised again. Reads ``sag_scale [B]``.
 
     Attributes:
-      guidance: of several branches or of one; around its network is an :class:`AttentionMap`.
+      inner: the guidance, of several branches or of one; around its network is an :class:`AttentionMap`.
       patch: edge in latent pixels of one place of the middle block.
     """
 
-    guidance: ClassifierFree
+    inner: ClassifierFree
     patch: int
 
     @property
@@ -59,8 +59,8 @@ class SelfAttention(Part):
         return ("sag_scale",)
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
-        network, plan, channels = self.guidance.inner, step.plan, x.shape[-1]
-        output = self.guidance.predictions(params, rows, x, step)
+        network, plan, channels = self.inner.inner, step.plan, x.shape[-1]
+        output = self.inner.predictions(params, rows, x, step)
         mask = self._mask(step.kept.take("attended")[: len(x)], x.shape[1:3])
         input_scale, (alpha, _) = plan.input_scale[step.i], plan.levels[step.i]
         clean = plan.predict_x0(State(x / input_scale, ()), step.i, output[0])
@@ -70,7 +70,7 @@ class SelfAttention(Part):
         other = network(params, rows_of_first, degraded, step).astype(jnp.float32)
         step.kept.take("attended")
         away = per_image(rows["sag_scale"], x) * (output[0] - other)[..., :channels]
-        guided = self.guidance.guided(rows, x, step, output)
+        guided = self.inner.guided(rows, x, step, output)
         return jnp.concatenate([guided[..., :channels] + away, guided[..., channels:]], -1)
 
     def _mask(self, attention: jax.Array, size: tuple[int, ...]) -> jax.Array:
