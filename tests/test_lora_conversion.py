@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffuse_jax import DiffusionPipeline
+from diffuse_jax import DiffusionPipeline, merging, weights_commands
+from diffuse_jax.adapters import lora_writer
 from diffuse_jax.adapters.lora_file import read_adapter
 from diffuse_jax.cli import main
 from diffuse_jax.lora_conversion import convert_lora, extract_lora
@@ -140,6 +141,10 @@ def test_merges_that_make_no_sense_are_refused(model: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=message):
             call()
     assert not out.exists()
+
+
+def test_commands_offer_every_layout() -> None:
+    assert (*lora_writer.LAYOUTS,) == weights_commands.LAYOUTS
 
 
 def test_the_commands(
