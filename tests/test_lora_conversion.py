@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from diffuse_jax import DiffusionPipeline, merging, weights_commands
+from diffuse_jax import DiffusionPipeline, weights_commands
 from diffuse_jax.adapters import lora_writer
 from diffuse_jax.adapters.lora_file import read_adapter
 from diffuse_jax.cli import main
