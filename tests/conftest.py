@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,10 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("DIFFUSE_JAX_TEST_
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["DIFFUSE_JAX_COMPILATION_CACHE"] = "0"  # commands that tests call leave that folder as it is
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# PyTorch, transformers and thousands of collected tests are objects that stay; looking through them again and again for
+# garbage takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 # The same examples every time, so that a change is judged by what it changed; DIFFUSE_JAX_TEST_RANDOM=1 looks for new
 # ones (as `make test-slow` does) and prints the blob that repeats a failure.

@@ -21,7 +21,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, sinusoidal_embedding
-from diffuse_jax.models.layers import Conv, Dense, GroupNorm
+from diffuse_jax.models.layers import Conv, Dense, GroupNorm, parameter
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, ResnetNames, Upsample, change_size
 
 NAMES = ResnetNames("in_layers_0", "in_layers_2", "emb_layers_1", "out_layers_0", "out_layers_3", "skip_connection")
@@ -291,7 +291,7 @@ class Pointwise(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B,L,in]`` -> ``[B,L,features]``."""
         shape = (1,) * self.dims + (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (self.features,))
         y = jnp.asarray(x, self.dtype) @ jnp.asarray(kernel, self.dtype).reshape(shape[-2:])
         return y + jnp.asarray(bias, self.dtype).reshape(1, 1, -1)

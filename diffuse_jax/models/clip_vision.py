@@ -13,7 +13,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.clip_layers import CLIPLayersConfig, Part, TransformerLayers
 from diffuse_jax.models.embeddings import Embedding
-from diffuse_jax.models.layers import Conv, Dense
+from diffuse_jax.models.layers import Conv, Dense, parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class VisionEmbeddings(Part):
         D, edge = c.hidden_size, c.patch_size
         embed = Conv(D, edge, stride=edge, padding=0, use_bias=False, **self.dtypes, name="patch_embedding")
         patches = embed(images).reshape(images.shape[0], -1, D)
-        token = self.param("class_embedding", nn.initializers.normal(0.02), (D,), self.param_dtype)
+        token = parameter(self, "class_embedding", nn.initializers.normal(0.02), (D,))
         token = jnp.broadcast_to(jnp.asarray(token, self.dtype), (images.shape[0], 1, D))
         x = jnp.concatenate([token, patches], axis=1)
         count = 1 + (c.image_size // edge) ** 2
@@ -150,7 +150,7 @@ class StableDiffusionSafetyChecker(Model):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.vision_model = CLIPVisionModel(self.config, **dtypes)
         self.visual_projection = Dense(self.config.projection_dim, use_bias=False, **dtypes)
-        ones = lambda name, *shape: self.param(name, nn.initializers.ones_init(), shape, self.param_dtype)
+        ones = lambda name, *shape: parameter(self, name, nn.initializers.ones_init(), shape)
         width = self.config.projection_dim
         self.concept_embeds = ones("concept_embeds", CONCEPTS, width)
         self.concept_embeds_weights = ones("concept_embeds_weights", CONCEPTS)

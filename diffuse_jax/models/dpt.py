@@ -18,7 +18,7 @@ from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.bit import STRIDE, BitBackbone, BitConfig
 from diffuse_jax.models.clip_layers import HARMLESS
-from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm
+from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm, parameter
 from diffuse_jax.models.resampling import bilinear
 
 READOUTS = ("ignore", "add", "project")
@@ -228,9 +228,9 @@ class Embeddings(Part):
             x = self.conv(c.hidden_size, "projection", 1)(last)
         B, h, w, D = x.shape
         grid = c.image_size // c.patch_size
-        token = self.param("cls_token", nn.initializers.zeros_init(), (1, 1, D), self.param_dtype)
+        token = parameter(self, "cls_token", nn.initializers.zeros_init(), (1, 1, D))
         shape = (1, 1 + grid * grid, D)
-        table = self.param("position_embeddings", nn.initializers.normal(0.02), shape, self.param_dtype)
+        table = parameter(self, "position_embeddings", nn.initializers.normal(0.02), shape)
         token, table = jnp.asarray(token, self.dtype), jnp.asarray(table, self.dtype)
         positions = bilinear(table[:, 1:].reshape(1, grid, grid, D), (h, w)).reshape(1, h * w, D)
         first = jnp.broadcast_to(token + table[:, :1], (B, 1, D))
@@ -371,8 +371,8 @@ class Enlarge(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         (B, H, W, C), f = x.shape, self.factor
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (f, f, C, C), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (C,), self.param_dtype)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (f, f, C, C))
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (C,))
         y = jnp.einsum("bhwc,ijoc->bhiwjo", x, jnp.asarray(kernel, self.dtype))
         return y.reshape(B, H * f, W * f, C) + jnp.asarray(bias, self.dtype).reshape(1, 1, 1, -1)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffuse_jax.models.layers import ACTIVATIONS, Dense
+from diffuse_jax.models.layers import ACTIVATIONS, Dense, parameter
 from diffuse_jax.sharding import gathered
 
 
@@ -44,7 +44,7 @@ class FourierProjection(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.normal(1.0), (self.half,), self.param_dtype)
+        weight = parameter(self, "weight", nn.initializers.normal(1.0), (self.half,))
         frequencies = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
         # In this order: large angles are as inexact as those that the network was trained with.
         angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None, :] * 2 * math.pi
@@ -87,5 +87,5 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table = self.param("embedding", nn.initializers.normal(0.02), (self.num, self.dim), self.param_dtype)
+        table = parameter(self, "embedding", nn.initializers.normal(0.02), (self.num, self.dim))
         return jnp.take(gathered((*self.path, "embedding"), jnp.asarray(table, self.dtype)), ids, axis=0)

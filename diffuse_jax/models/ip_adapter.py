@@ -20,7 +20,7 @@ from diffuse_jax.kernels import attention
 from diffuse_jax.layouts import read_ip_adapter
 from diffuse_jax.layouts.ip_adapter import HEAD_WIDTH
 from diffuse_jax.models.base import Model, Params
-from diffuse_jax.models.layers import ACTIVATIONS, Dense, LayerNorm
+from diffuse_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, parameter
 from diffuse_jax.models.one_file import open_part
 
 PROJECTIONS = ("linear", "mlp", "face", "resampler", "face_resampler")
@@ -135,7 +135,7 @@ class Resampler(Layer):
         states = self.dense(c.hidden_width, "proj_in", states)
         if latents is None:
             shape = (1, c.tokens, c.hidden_width)
-            own = self.param("latents", nn.initializers.normal(c.hidden_width**-0.5), shape, self.param_dtype)
+            own = parameter(self, "latents", nn.initializers.normal(c.hidden_width**-0.5), shape)
             latents = jnp.broadcast_to(jnp.asarray(own, self.dtype), (len(states), *shape[1:]))
         for i in range(c.depth):
             latents = ResamplerLayer(heads=c.heads, mlp_width=c.mlp_width, **dtypes, name=f"layers_{i}")(
