@@ -10,6 +10,7 @@ from diffuse_jax.layouts.families import FAMILIES, family_for
 from diffuse_jax.layouts.ip_adapter import IPAdapterFile, read_ip_adapter
 from diffuse_jax.layouts.single_file import Part, SingleFile, read_single_file
 from diffuse_jax.layouts.single_file_writer import write_single_file
+from diffuse_jax.layouts.unet import read_unet
 
 __all__ = [
     "FAMILIES",
@@ -20,5 +21,6 @@ __all__ = [
     "read_controlnet",
     "read_ip_adapter",
     "read_single_file",
+    "read_unet",
     "write_single_file",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import controlnet_config
+from diffuse_jax.layouts.kinds import held
 from diffuse_jax.layouts.original import controlnet_table
 from diffuse_jax.layouts.rows import to_diffusers
 from diffuse_jax.layouts.single_file import Part
@@ -35,7 +36,11 @@ def read_controlnet(path: Path | str) -> Part:
         key.removeprefix(PREFIX): array for key, array in tensors.items() if key.startswith(PREFIX)
     } or tensors
     if not any(marker in controlnet for marker in MARKERS):
-        raise bad(path, f"contains no ControlNet: it has neither {' nor '.join(map(repr, MARKERS))} (after {PREFIX!r})")
+        raise bad(
+            path,
+            f"contains no ControlNet: it has neither {' nor '.join(map(repr, MARKERS))} (after {PREFIX!r})."
+            f"{held(tensors)}",
+        )
     try:
         found = to_diffusers(controlnet, controlnet_table(controlnet))
         config = controlnet_config(found)

@@ -13,6 +13,7 @@ import numpy as np
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
 from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, V_PREDICTION, ZERO_SNR, Family, identify
+from diffuse_jax.layouts.kinds import held
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
@@ -94,7 +95,7 @@ def read_single_file(
     tensors, given = read_checkpoint([path]).tensors, given or {}
     name, lacks = identify(tensors, given)
     if name is None:
-        raise bad(path, _no_family(lacks))
+        raise bad(path, _no_family(lacks) + f".{held(tensors)}")
     family = FAMILIES[name]
     groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family, given)
     networks = {part: _network(path, part, group, family) for part, group in groups.items()}

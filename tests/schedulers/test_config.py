@@ -272,7 +272,11 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
         (PNDMScheduler(), {"num_inference_steps": 3}, "needs at least 4 steps to start, 3 are to be run"),
         (DPMSolverMultistepScheduler(timestep_spacing="leading"), {"num_inference_steps": 1000}, "use fewer steps"),
         (LCMScheduler(), {"num_inference_steps": 51}, "leave 50 timesteps, fewer than the 51 steps"),
-        (LCMScheduler(), {"num_inference_steps": 4, "strength": 0.05}, "leave 2 .* strength of at least 0.08"),
+        (
+            LCMScheduler(),
+            {"num_inference_steps": 4, "grid_strength": 0.05},
+            "leave 2 .* grid_strength of at",
+        ),
         (LCMScheduler(), {"num_inference_steps": 4, "original_inference_steps": 2000}, "between 1 and 1000, got 2000"),
         (Scheduler(), {"num_inference_steps": 4}, "does not sample; use one of"),
     ],
