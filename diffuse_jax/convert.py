@@ -127,6 +127,7 @@ def convert(
         )
     with finished(dst, to) as partial, unchanged(*places(Path(src))):
         source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
+        source = without_optional(source) if to == "single-file" else source
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
     return dst
@@ -192,6 +193,14 @@ def open_source(
     lists = {name: entry for name, entry in index.components.items() if entry.class_name in catalogue.LISTS}
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
     return OpenedCheckpoint(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)
+
+
+def without_optional(source: OpenedCheckpoint) -> OpenedCheckpoint:
+    """The checkpoint without the networks that no single file has a place for, which is said in a warning."""
+    if left := [name for name in source.networks if name in catalogue.OPTIONAL]:
+        warn(f"a single file has no place for {', '.join(left)}, which is left out")
+    kept = {name: network for name, network in source.networks.items() if name not in left}
+    return dataclasses.replace(source, networks=kept)
 
 
 def _has_weights(folder: Path) -> bool:

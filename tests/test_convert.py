@@ -15,7 +15,7 @@ import pytest
 import diffuse_jax.convert as conversion
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModel, UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -103,6 +103,17 @@ def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:
         "x": 1,
     }
     assert not (out / "safety_checker").exists()
+
+
+def test_a_single_file_has_no_place_for_an_image_encoder(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "src")
+    vision = CLIPVisionModel(CLIPVisionConfig(hidden_size=12, num_hidden_layers=1, image_size=8, patch_size=8))
+    vision.save_pretrained(folder / "image_encoder", weights.names.unflatten(views(vision, np.random.default_rng(1))))
+    index = json.loads((folder / "model_index.json").read_text())
+    weights.write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModel"]})
+    with pytest.warns(UserWarning, match="no place for image_encoder, which is left out"):
+        single = convert(folder, tmp_path / "single.safetensors", to="single-file")
+    assert open_source(single).networks.keys() == {*FAMILIES["v1"]}
 
 
 def test_old_flax_folders_have_old_names(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.modifiers import modified
@@ -201,7 +201,8 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant of the weight files to read, for example ``"fp16"``.
           revision, local_files_only, token, cache_dir: options for the Hub.
           **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
-            network as ``(model, params)``, several ControlNets as a list of such pairs.
+            network as ``(model, params)``, several ControlNets as a list of such pairs. ``image_encoder`` and
+            ``feature_extractor`` may be added to any pipeline; None leaves them out.
 
         Raises:
           WeightsError: the folder or model does not exist, a class is unknown, or weights do not fit. Nothing is
@@ -226,7 +227,7 @@ class DiffusionPipeline(AdapterMethods):
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
-        known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
+        known = {*index.components, *index.absent, *target.required, *OPTIONAL, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
             raise TypeError(
@@ -312,7 +313,7 @@ class DiffusionPipeline(AdapterMethods):
         fields = {f.name for f in dataclasses.fields(self)}
         settings = {name: value for name, value in changes.items() if name in fields}
         given = {name: part for name, part in changes.items() if name not in fields}
-        unknown = sorted(set(given) - set(self.components))
+        unknown = sorted(set(given) - {*self.components, *OPTIONAL})
         if unknown:
             names = ", ".join(sorted(self.components))
             raise TypeError(f"{type(self).__name__} has no component {unknown[0]!r}; it has {names}")

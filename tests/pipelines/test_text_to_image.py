@@ -304,7 +304,7 @@ def test_components_of_another_kind_are_refused(pipe: StableDiffusionPipeline, t
     for wrong in (vae, (params, vae)):
         with pytest.raises(TypeError, match=r"vae: pass a network as \(model, params\)"):
             DiffusionPipeline.from_pretrained(folder, vae=wrong)
-    with pytest.raises(TypeError, match=r"scheduler must be a diffuse_jax scheduler, got builtins\.str"):
+    with pytest.raises(TypeError, match=r"scheduler must be a diffuse_jax Scheduler, got builtins\.str"):
         pipe.replace(scheduler="euler")
     assert pipe.replace(vae=vae.clone(dtype=jnp.bfloat16)).params["vae"] is params  # computes in another dtype
 
