@@ -33,7 +33,7 @@ CLASSES = {
 
 
 def pipeline(folder: Path, family: str = "v1") -> Path:
-    """A folder in diffusers layout with a scheduler, something like a tokenizer, and a safety checker."""
+    """A folder in diffusers layout with a scheduler, something like a tokenizer, and what no layout here keeps."""
     entries: dict[str, tuple[str | None, str | None]] = {"image_encoder": (None, None)}
     for name, model in FAMILIES[family].items():
         params = weights.names.unflatten(views(model, np.random.default_rng(1)))
@@ -41,9 +41,9 @@ def pipeline(folder: Path, family: str = "v1") -> Path:
         entries[name] = ("transformers" if name.startswith("text") else "diffusers", type(model).__name__)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", "x": 1})
     weights.write_json(folder / "tokenizer" / "vocab.json", {"a": 0})
-    weights.write_json(folder / "safety_checker" / "config.json", {})
+    weights.write_json(folder / "watermark" / "config.json", {})
     entries |= {"scheduler": ("diffusers", "DDIMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
-    entries["safety_checker"] = ("stable_diffusion", "StableDiffusionSafetyChecker")
+    entries["watermark"] = ("stable_diffusion_xl", "StableDiffusionXLWatermarker")
     weights.write_index(folder, CLASSES[family], entries, {"requires_safety_checker": True})
     return folder
 
@@ -95,14 +95,14 @@ def test_a_single_file_becomes_a_pipeline_with_a_tokenizer(family: str, padding:
 def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:
     out = convert(pipeline(tmp_path / "src"), tmp_path / "out")
     index = weights.read_index(out)
-    assert set(index.absent) == {"image_encoder", "safety_checker"}
+    assert set(index.absent) == {"image_encoder", "watermark"}
     assert index.options == {"requires_safety_checker": True}
     assert json.loads((out / "tokenizer" / "vocab.json").read_text()) == {"a": 0}
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text()) == {
         "_class_name": "DDIMScheduler",
         "x": 1,
     }
-    assert not (out / "safety_checker").exists()
+    assert not (out / "watermark").exists()
 
 
 def test_a_single_file_has_no_place_for_an_image_encoder(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
-from diffuse_jax.messages import warn
 from diffuse_jax.models import Model, Params
 from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
@@ -76,8 +75,6 @@ def _open(
     for name, entry in wanted.items():
         if name in NOT_LOADED:
             parts[name] = None
-            if NOT_LOADED[name]:
-                warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}")
         elif catalogue.is_network(entry):
             opened = [_open_network(e, dtype, mesh, variant) for e in catalogue.folders(name, entry)]
             parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _unzip(opened)

@@ -30,6 +30,7 @@ from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.placement import params_to_default_device, params_to_mesh
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
+from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
 from diffuse_jax.pipelines.settings import corrected, log_ignored
 from diffuse_jax.pipelines.single_file import open_single_file
 from diffuse_jax.pipelines.streams import with_noise
@@ -100,6 +101,7 @@ class DiffusionPipeline(AdapterMethods):
                 f"vae_tiling must be the edge length of a tile in latent pixels, for example 64, got "
                 f"{self.vae_tiling!r}"
             )
+        check_processor(type(self), self.components)
         check_data_axis(self.mesh)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
@@ -159,7 +161,7 @@ class DiffusionPipeline(AdapterMethods):
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
-        request = with_noise(adapting.with_live(pipe, request), self.scheduler, options)
+        request = with_check(pipe, with_noise(adapting.with_live(pipe, request), self.scheduler, options))
         check_rows(request.method, request.rows)
         return request
 
@@ -201,8 +203,9 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant of the weight files to read, for example ``"fp16"``.
           revision, local_files_only, token, cache_dir: options for the Hub.
           **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
-            network as ``(model, params)``, several ControlNets as a list of such pairs. ``image_encoder`` and
-            ``feature_extractor`` may be added to any pipeline; None leaves them out.
+            network as ``(model, params)``, several ControlNets as a list of such pairs. ``image_encoder``,
+            ``feature_extractor`` and ``safety_checker`` may be added to any pipeline; None leaves them out. Settings of
+            ``model_index.json`` are given in the same way: ``requires_safety_checker=False``.
 
         Raises:
           WeightsError: the folder or model does not exist, a class is unknown, or weights do not fit. Nothing is
@@ -223,10 +226,12 @@ class DiffusionPipeline(AdapterMethods):
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
-            skip=NOT_LOADED,
+            skip=(*NOT_LOADED, *(name for name in OPTIONAL if name in components)),
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
+        settings = {name: components.pop(name) for name in {*target.settings, REQUIRED} & {*components}}
+        options = {**index.options, **{name: value for name, value in settings.items() if name in target.settings}}
         known = {*index.components, *index.absent, *target.required, *OPTIONAL, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
@@ -236,8 +241,9 @@ class DiffusionPipeline(AdapterMethods):
         refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
-        log_ignored(target, index.options, source)
-        return cast(Self, target(corrected(target, parts), params, index.options, mesh))
+        log_ignored(target, options, source)
+        warn_if_off(parts, settings.get(REQUIRED, index.options.get(REQUIRED, CHECKER in index.components)))
+        return cast(Self, target(corrected(target, parts), params, options, mesh))
 
     @classmethod
     def from_single_file(

@@ -15,6 +15,7 @@ from PIL import Image
 from diffuse_jax.pipelines import method as methods
 from diffuse_jax.pipelines.adapting import live_part
 from diffuse_jax.pipelines.method import Method, Params, Rows
+from diffuse_jax.pipelines.parts.safety import FLAGGED, warn_of_flagged
 from diffuse_jax.pipelines.placement import REPLICATED, ROWS, params_on_devices, place_plan, place_rows
 from diffuse_jax.pipelines.programs import signature_of
 from diffuse_jax.schedulers.plan import Plan
@@ -66,6 +67,7 @@ class Output:
       results: name -> result. Depending on ``output_type``, ``images`` is a list of ``PIL.Image`` ("pil"), float32
         ``[B,H,W,3]`` in [0, 1] ("np"), or a ``jax.Array`` of latents ``[B,h,w,c]`` ("latent"). Other results are
         ``jax.Array`` with one row per image; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
+        ``nsfw_content_detected`` is a list with a bool per image, or None if the images were not checked.
       seeds: the seed of each image; None if the caller gave ``key``.
     """
 
@@ -75,6 +77,8 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and name in self.results:
             return self.results[name]
+        if name == FLAGGED:
+            return None
         raise AttributeError(f"the output has no {name!r}; it has {', '.join(self.__dict__.get('results', ()))}")
 
     def __dir__(self) -> list[str]:
@@ -120,6 +124,9 @@ def run(
             found = program(params, rows, plan)
         results.append(found)
     found = to_output_type(results, request.images, request.output_type)
+    if FLAGGED in found:
+        found[FLAGGED] = np.asarray(readable(found[FLAGGED])).tolist()
+        warn_of_flagged(found[FLAGGED])
     if request.finish is not None:
         found["images"] = request.finish(found["images"])
     return Output(found, request.seeds)

@@ -6,6 +6,7 @@ their data. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def open_pipeline(
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
-    return DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **parts)
+    unchecked = {"requires_safety_checker": False}  # images of training are not shown to others
+    pipe = DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **unchecked, **parts)
+    return dataclasses.replace(pipe, options=index.options)
 
 
 def family_of(class_name: str, source: Any) -> ClipFamily:
