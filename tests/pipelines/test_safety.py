@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffuse_jax.convert import convert
 from diffuse_jax.models import CLIPVisionConfig, StableDiffusionSafetyChecker
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from diffuse_jax.processors import CLIPImageProcessor
@@ -106,6 +107,8 @@ def test_it_is_saved_opened_and_left_out_on_request(pipe: Any, tmp_path: Path) -
         again = DiffusionPipeline.from_pretrained(off.save_pretrained(tmp_path / "off"))
     assert opened.components["safety_checker"] == CHECKER
     jax.tree.map(np.testing.assert_array_equal, opened.params["safety_checker"], pipe.params["safety_checker"])
+    back = convert(convert(folder, tmp_path / "flax", to="flax-msgpack"), tmp_path / "back")
+    assert DiffusionPipeline.from_pretrained(back).components["safety_checker"] == CHECKER
     for unchecked in (off, again):
         assert unchecked.components["safety_checker"] is None and "safety_checker" not in unchecked.params
     with pytest.warns(UserWarning, match="there is no safety_checker, so images are not checked"):

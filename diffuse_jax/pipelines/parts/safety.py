@@ -18,7 +18,8 @@ FLAGGED = "nsfw_content_detected"
 
 @dataclasses.dataclass(frozen=True)
 class Checked(Part):
-    """Decoded images, black where the safety checker flags one, and :data:`FLAGGED`; other results are unchanged.
+    """Decoded images, black where the safety checker flags one, and ``nsfw_content_detected [B]``; other results are
+    unchanged.
 
     Attributes:
       decode: the decoder; without ``images`` among its results, nothing is checked.
