@@ -137,7 +137,8 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     pipeline = diffuse_jax.DiffusionPipeline
     open_it = pipeline.from_single_file if single else pipeline.from_pretrained
     mesh = {} if args.mesh is None else {"mesh": make_mesh(args.mesh)}
-    return open_it(args.model, **given(args, allowed), **mesh)
+    off = {} if single or not args.no_safety_checker else {"safety_checker": None, "requires_safety_checker": False}
+    return open_it(args.model, **given(args, allowed), **mesh, **off)
 
 
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -356,6 +357,7 @@ def add_generate(commands: Any) -> None:
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
     add("--mesh", type=mesh_axes, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
+    add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
     add(
         "--progress-bar",

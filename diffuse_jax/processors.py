@@ -25,7 +25,7 @@ from diffuse_jax.weights import WeightsError, read_json, write_json
 
 FILE = "preprocessor_config.json"
 
-METHODS: Mapping[int, str] = {0: "nearest", 2: "linear", 3: "cubic"}
+METHODS: Mapping[int, str] = {0: "nearest", 1: "lanczos3", 2: "linear", 3: "cubic"}
 """Pillow's number of a resampling filter -> the same filter in JAX."""
 
 Pixels = Image.Image | np.ndarray

@@ -150,6 +150,14 @@ def test_generate_passes_every_flag(pipeline: FakePipeline, tmp_path: Path) -> N
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+def test_the_safety_checker_is_left_out_on_request(pipeline: FakePipeline, tmp_path: Path) -> None:
+    words = ("generate", "--prompt", "a cat", "--no-safety-checker", "--output", tmp_path, "--model")
+    assert run(*words, "folder") == 0
+    assert pipeline.options == {"safety_checker": None, "requires_safety_checker": False}
+    assert run(*words, "model.safetensors") == 0
+    assert pipeline.options == {}, "a single file has none"
+
+
 def test_the_home_folder_is_found_where_the_shell_leaves_it(
     pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

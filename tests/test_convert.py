@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import diffuse_jax.convert as conversion
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import AutoencoderTiny, CLIPVisionConfig, CLIPVisionModel, UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -33,7 +34,7 @@ CLASSES = {
 
 
 def pipeline(folder: Path, family: str = "v1") -> Path:
-    """A folder in diffusers layout with a scheduler, something like a tokenizer, and a safety checker."""
+    """A folder in diffusers layout with a scheduler, something like a tokenizer, and what no layout here keeps."""
     entries: dict[str, tuple[str | None, str | None]] = {"image_encoder": (None, None)}
     for name, model in FAMILIES[family].items():
         params = weights.names.unflatten(views(model, np.random.default_rng(1)))
@@ -41,9 +42,9 @@ def pipeline(folder: Path, family: str = "v1") -> Path:
         entries[name] = ("transformers" if name.startswith("text") else "diffusers", type(model).__name__)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", "x": 1})
     weights.write_json(folder / "tokenizer" / "vocab.json", {"a": 0})
-    weights.write_json(folder / "safety_checker" / "config.json", {})
+    weights.write_json(folder / "watermark" / "config.json", {})
     entries |= {"scheduler": ("diffusers", "DDIMScheduler"), "tokenizer": ("transformers", "CLIPTokenizer")}
-    entries["safety_checker"] = ("stable_diffusion", "StableDiffusionSafetyChecker")
+    entries["watermark"] = ("stable_diffusion_xl", "StableDiffusionXLWatermarker")
     weights.write_index(folder, CLASSES[family], entries, {"requires_safety_checker": True})
     return folder
 
@@ -95,14 +96,25 @@ def test_a_single_file_becomes_a_pipeline_with_a_tokenizer(family: str, padding:
 def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:
     out = convert(pipeline(tmp_path / "src"), tmp_path / "out")
     index = weights.read_index(out)
-    assert set(index.absent) == {"image_encoder", "safety_checker"}
+    assert set(index.absent) == {"image_encoder", "watermark"}
     assert index.options == {"requires_safety_checker": True}
     assert json.loads((out / "tokenizer" / "vocab.json").read_text()) == {"a": 0}
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text()) == {
         "_class_name": "DDIMScheduler",
         "x": 1,
     }
-    assert not (out / "safety_checker").exists()
+    assert not (out / "watermark").exists()
+
+
+def test_a_single_file_has_no_place_for_an_image_encoder(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "src")
+    vision = CLIPVisionModel(CLIPVisionConfig(hidden_size=12, num_hidden_layers=1, image_size=8, patch_size=8))
+    vision.save_pretrained(folder / "image_encoder", weights.names.unflatten(views(vision, np.random.default_rng(1))))
+    index = json.loads((folder / "model_index.json").read_text())
+    weights.write_json(folder / "model_index.json", index | {"image_encoder": ["transformers", "CLIPVisionModel"]})
+    with pytest.warns(UserWarning, match="no place for image_encoder, which is left out"):
+        single = convert(folder, tmp_path / "single.safetensors", to="single-file")
+    assert open_source(single).networks.keys() == {*FAMILIES["v1"]}
 
 
 def test_old_flax_folders_have_old_names(tmp_path: Path) -> None:
@@ -132,8 +144,17 @@ def test_one_network(tmp_path: Path) -> None:
     out = convert(src / "unet", tmp_path / "unet", to="flax-msgpack", dtype="bfloat16")
     _, params = UNet2DConditionModel.from_pretrained(out, param_dtype="float32")
     assert params
-    with pytest.raises(WeightsError, match="a single-file checkpoint needs the whole pipeline"):
-        convert(src / "unet", tmp_path / "unet.safetensors", to="single-file")
+    assert_same_network(src / "unet", convert(src / "unet", tmp_path / "unet.safetensors", to="single-file"))
+    tiny = AutoencoderTiny()
+    tiny.save_pretrained(tmp_path / "tiny", jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tiny.shapes()))
+    with pytest.raises(WeightsError, match="AutoencoderTiny has no single-file layout; those that have are UNet2DC"):
+        convert(tmp_path / "tiny", tmp_path / "tiny.safetensors", to="single-file")
+
+
+def assert_same_network(folder: Path, file: Path) -> None:
+    first, second = UNet2DConditionModel.from_pretrained(folder), UNet2DConditionModel.from_single_file(file)
+    assert first[0].config == second[0].config
+    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
 
 
 def test_what_is_in_the_way_stays(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ The layouts are described by :mod:`diffuse_jax.layouts.lora_names`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from diffuse_jax.adapters.changes import Change, problem, rank_of
 from diffuse_jax.adapters.lora import PAIR, pairs_of
 from diffuse_jax.adapters.lora_writer import write_adapter
 from diffuse_jax.errors import WeightsError, bad
+from diffuse_jax.layouts.kinds import held
 from diffuse_jax.layouts.lora import pair_factor, read_settings
 from diffuse_jax.layouts.lora_names import (
     JUNK,
-    UNSUPPORTED,
     architecture_of,
     finder,
     layer_name,
@@ -172,10 +171,8 @@ def _numbers(file: Path) -> dict[str, np.ndarray]:
 def _homeless(file: Path, keys: list[str], tensors: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
     """The message about keys that belong to no layer."""
     shown = ", ".join(map(repr, keys[:SHOWN])) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-    kinds = [what for pattern, what in UNSUPPORTED if any(re.search(pattern, key) for key in keys)]
-    about = f" They are {', '.join(kinds)}." if kinds else ""
-    networks = ", ".join(shapes)
-    return f"{file}: {len(keys)} keys belong to no layer of {networks}: {shown}.{about}{_hint(tensors, shapes)}"
+    where, about = ", ".join(shapes), held(keys, "a LoRA,") + _hint(tensors, shapes)
+    return f"{file}: {len(keys)} keys belong to no layer of {where}: {shown}.{about}"
 
 
 def _hint(tensors: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:

@@ -17,12 +17,17 @@ Tensors = Mapping[str, np.ndarray]
 def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
     """``config.json`` of a UNet from its tensors under diffusers' names."""
     encoder, up = encoder_config(unet, family.heads), {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
-    return encoder | {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": family.latent_size,
-        "out_channels": _outputs(unet, "conv_out.weight"),
-        "up_block_types": [up.get(kind, "UpBlock2D") for kind in reversed(encoder["down_block_types"])],
-    }
+    distilled = unet.get("time_embedding.cond_proj.weight")
+    return (
+        encoder
+        | ({} if distilled is None else {"time_cond_proj_dim": distilled.shape[1]})
+        | {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": family.latent_size,
+            "out_channels": _outputs(unet, "conv_out.weight"),
+            "up_block_types": [up.get(kind, "UpBlock2D") for kind in reversed(encoder["down_block_types"])],
+        }
+    )
 
 
 def controlnet_config(net: Tensors) -> dict[str, Any]:

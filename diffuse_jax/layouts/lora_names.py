@@ -70,16 +70,6 @@ JUNK = re.compile(
 )
 """Keys that trainers leave in files and no layer needs: buffers, counters, ranks, optimisers, bundled embeddings."""
 
-UNSUPPORTED = (
-    (r"\.oft_(diag|blocks)|\.oft_R|\.boft_", "orthogonal fine-tuning (OFT, BOFT), which is not supported"),
-    (r"\.on_input$|\.ia3_", "IA3, which is not supported"),
-    (r"\.lora_embedding_[AB]", "LoRA of a token embedding, which is not supported"),
-    (r"\.(diff_b|lora_[AB](\.\w+)?\.bias|lora_(up|down)\.bias)$", "changed biases, which are not supported"),
-    (r"\.(w_norm|b_norm)$", "changed norms, which are not supported"),
-    (r"\.lokr_t1$", "a LoKr whose first factor has a core, which no trainer writes"),
-)
-"""Keys of adapters of other kinds -> what they are."""
-
 ARCHITECTURES = (
     (r"single_transformer_blocks|single_blocks[._]\d", "FLUX"),
     (r"joint_blocks|add_q_proj", "Stable Diffusion 3"),

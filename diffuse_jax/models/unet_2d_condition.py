@@ -15,6 +15,7 @@ from diffuse_jax.config import NO_DROPOUT, Config
 from diffuse_jax.models import k_blocks
 from diffuse_jax.models.k_blocks import GROUP, KLevel
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy, remat_level
 from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
 from diffuse_jax.models.unet_config import HAS_ATTENTION, MIDDLES, EncoderConfig, Level
@@ -120,7 +121,7 @@ class UNet2DConditionConfig(EncoderConfig):
         return self.time_embedding_dim or ratio * self.block_out_channels[0]
 
 
-class UNet2DConditionModel(EncoderModel):
+class UNet2DConditionModel(OneFile, EncoderModel):
     """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and prompt embeddings.
 
     Covers SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants (more input channels),

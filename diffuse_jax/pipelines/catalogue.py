@@ -22,20 +22,18 @@ LISTS = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"
 """Classes of PyTorch diffusers that are lists of networks, stored in the folders ``name``, ``name_1`` ... -> class of
 the members."""
 
-NOT_LOADED: Mapping[str, str | None] = {
-    "safety_checker": "images are not checked; pass safety_checker=None to confirm",
-    "feature_extractor": None,
-    "image_encoder": "image prompts are not available",
-    "watermark": None,
-    "watermarker": None,
-}
-"""Components of published folders that are not loaded -> what that means for the user (None: nothing)."""
+NOT_LOADED = ("watermark", "watermarker")
+"""Components of published folders that are not loaded."""
+
+OPTIONAL = ("image_encoder", "feature_extractor", "safety_checker")
+"""Components that any pipeline may have and none needs for text to image; training leaves them in their folders."""
 
 PROCESSORS: Mapping[str, type[ImageProcessor]] = {
-    **dict.fromkeys(("CLIPImageProcessor", "CLIPFeatureExtractor"), CLIPImageProcessor),
-    **dict.fromkeys(("DPTImageProcessor", "DPTFeatureExtractor"), DPTImageProcessor),
+    f"{kind}{suffix}": ours
+    for kind, ours in (("CLIP", CLIPImageProcessor), ("DPT", DPTImageProcessor))
+    for suffix in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 }
-"""Classes of transformers that prepare images -> ours; older files have the second name of each."""
+"""Classes of transformers that prepare images -> ours. The suffix depends on the release and on what is installed."""
 
 _REGISTERED: dict[tuple[str, str], type] = {}
 

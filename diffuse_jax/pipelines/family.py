@@ -103,7 +103,7 @@ def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return dict(options) if given else {**options, "num_inference_steps": steps}
 
 
-OUTPUTS = ("pil", "np", "latent")
+OUTPUTS = ("pil", "np", "jax", "latent")
 
 
 def check_output(output_type: str) -> str:

@@ -82,7 +82,7 @@ def pasting_back(request: Request, image: ImageInput, mask: ImageInput, size: tu
     """
     latents = isinstance(image, np.ndarray | jax.Array) and image.ndim == 4 and image.shape[-1] != 3
     if latents or request.output_type == "latent":
-        raise ValueError('keep_unmasked needs an image of pixels and output_type="pil" or "np", not latents')
+        raise ValueError('keep_unmasked needs an image of pixels and output_type="pil", "np" or "jax", not latents')
     each = lambda array, name: per_prompt(array, request.images, request.copies, name)
     originals = each(pixels(image, size, "image"), "image")
     shades = each(mask_shades(mask, size, "mask_image"), "mask_image")

@@ -214,7 +214,7 @@ ImageInput = Any
 def pixels(
     images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1, holes: bool = False
 ) -> np.ndarray:
-    """RGB images as float32 ``[N,H,W,3]`` in [0, 1].
+    """RGB images as float32 ``[N,H,W,3]`` in [0, 1]; a batch that is on a device in this size stays there.
 
     Args:
       images: see :data:`ImageInput`; PIL images are converted with :func:`diffuse_jax.images.rgb`, and resized with a
@@ -229,9 +229,38 @@ def pixels(
       ValueError: an array does not have the shape (height, width, 3) or has values outside [0, 1], or a PIL image has
         values of unknown range.
     """
-    found = image_list(images, name)
     size = image_size(images, name, multiple) if size is None else size
-    return np.stack([_pixels(image, size, "RGB", name, holes) for image in found])
+    if stays_on_device(images) and images.shape[1:] == (*size, 3):
+        return _pixels_on_device(images, name, holes)
+    return np.stack([_pixels(image, size, "RGB", name, holes) for image in image_list(images, name)])
+
+
+def stays_on_device(array: Any) -> bool:
+    """Whether an array can go from its device to the program. Those on explicit axes go through host memory, because
+    operations on them would have to say how their results are sharded."""
+    mesh = getattr(getattr(array, "sharding", None), "mesh", None)
+    return isinstance(array, jax.Array) and (mesh is None or mesh.are_all_axes_auto or len(array.devices()) == 1)
+
+
+def _pixels_on_device(images: jax.Array, name: str, holes: bool) -> jax.Array:
+    """A batch ``[N,H,W,3]`` as float32 in [0, 1], with ``holes`` also -1. Only one bool leaves the device."""
+    if images.dtype == np.uint8:
+        return _to_unit(images)
+    if not jax.numpy.issubdtype(images.dtype, np.floating) or not bool(jax.device_get(_in_range(images, holes))):
+        raise ValueError(f"{name} as an array must be uint8, or floating-point in [0, 1]; got {images.dtype}")
+    return images.astype(np.float32)
+
+
+_to_unit = jax.jit(lambda x: x.astype(np.float32) / 255)
+_in_range = jax.jit(lambda x, holes: jax.numpy.all(((x >= 0) & (x <= 1)) | (holes & (x == -1))), static_argnums=1)
+_signed = jax.jit(lambda x: x * 2 - 1)
+_repeat = jax.jit(lambda x, times: jax.numpy.repeat(x, times, axis=0), static_argnums=1)
+"""Compiled, so that numbers in them are no transfers to the device."""
+
+
+def signed(images: Any) -> Any:
+    """Images in [0, 1] as networks take them, in [-1, 1]; on the device if they are there."""
+    return _signed(images) if isinstance(images, jax.Array) else images * 2 - 1
 
 
 def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
@@ -274,7 +303,7 @@ def image_list(images: ImageInput, name: str) -> list[Any]:
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
         return [image for item in images for image in image_list(item, name)]
     if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4):
-        return list(np.asarray(images)) if images.ndim == 4 else [np.asarray(images)]
+        return list(images) if images.ndim == 4 else [images]
     given = f"an array with {images.ndim} axes" if hasattr(images, "ndim") else type(images).__name__
     raise TypeError(f"{name} must be a PIL image, an array [H,W,3] or [B,H,W,3], or a list of them, got {given}")
 
@@ -339,4 +368,5 @@ def per_prompt(array: np.ndarray, images: int, copies: int, name: str) -> np.nda
             f"{name} has {len(array)} images for {prompts} prompts with {copies} images each; give one, or one "
             "per prompt"
         )
-    return np.repeat(array, copies if len(array) == prompts else images, axis=0)
+    times = copies if len(array) == prompts else images
+    return _repeat(array, times) if isinstance(array, jax.Array) else np.repeat(array, times, axis=0)

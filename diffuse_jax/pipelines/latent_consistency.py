@@ -79,7 +79,9 @@ class LatentConsistencyModelImg2ImgPipeline(LatentConsistencyModelPipeline):
         refuse_negative(self, options)
         arguments = default_steps({"prompt": prompt, "guidance_scale": guidance_scale, **options}, 4)
         size, distillation = input_size(self, image, "image"), of_distillation(original_inference_steps)
-        return from_image(text_to_image(self, arguments, size, strength=strength, **distillation), self, image)
+        # Samplers that do not choose from the timesteps of a distillation leave out the first steps, as elsewhere.
+        name = "grid_strength" if "grid_strength" in self.scheduler.grid_options else "strength"
+        return from_image(text_to_image(self, arguments, size, **{name: strength}, **distillation), self, image)
 
 
 def of_distillation(steps: int | None) -> dict[str, int]:

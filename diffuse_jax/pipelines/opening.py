@@ -11,15 +11,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
-from diffuse_jax.messages import warn
 from diffuse_jax.models import Model, Params
 from diffuse_jax.pipelines import catalogue
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
+from diffuse_jax.processors import ImageProcessor
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.weights import Component
 from diffuse_jax.weights.files import require_folder, unchanged
 from diffuse_jax.writing import naming
+
+OURS: Mapping[str, type] = {"scheduler": Scheduler, "feature_extractor": ImageProcessor}
+"""Components that have to be of a class of this library -> the class."""
 
 Parts = dict[str, Any]
 """Component name -> network, tuple of networks, scheduler, tokenizer or None."""
@@ -72,8 +75,6 @@ def _open(
     for name, entry in wanted.items():
         if name in NOT_LOADED:
             parts[name] = None
-            if NOT_LOADED[name]:
-                warn(f"{name} ({entry.class_name}) is not loaded: {NOT_LOADED[name]}")
         elif catalogue.is_network(entry):
             opened = [_open_network(e, dtype, mesh, variant) for e in catalogue.folders(name, entry)]
             parts[name], params[name] = opened[0] if entry.class_name not in catalogue.LISTS else _unzip(opened)
@@ -112,7 +113,7 @@ def with_overrides(
     A network is given as ``(model, params)``, a list of networks as a list of such pairs.
 
     Raises:
-      TypeError: a network was given without parameters, or a scheduler is not one of this library.
+      TypeError: a network was given without parameters, or a scheduler or feature extractor is not one of this library.
     """
     parts, params = dict(parts), dict(params)
     for name, part in given.items():
@@ -125,9 +126,9 @@ def with_overrides(
                 f"{name}: pass a network as (model, params), as its from_pretrained returns it; several as a list of "
                 "such pairs"
             )
-        elif name == "scheduler" and not isinstance(part, Scheduler):
+        elif name in OURS and not (isinstance(part, OURS[name]) or (part is None and name in OPTIONAL)):
             raise TypeError(
-                f"scheduler must be a diffuse_jax scheduler, got {type(part).__module__}.{type(part).__name__}"
+                f"{name} must be a diffuse_jax {OURS[name].__name__}, got {type(part).__module__}.{type(part).__name__}"
             )
         else:
             parts[name] = part

@@ -42,7 +42,7 @@ class CallOptions(RunOptions, total=False):
         2**64 - 1), with a generator on the CPU or on a GPU. A list of seeds corresponds to a list of generators, a
         single seed to one generator for the batch.
       latents: ``[B, ...]`` standard normal noise to start from, instead of sampling it.
-      output_type: "pil" (default), "np" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
+      output_type: "pil" (default), "np", "jax" or "latent"; see :class:`~diffuse_jax.pipelines.Output`.
       method: a function from the pipeline's method to the one to run, for custom parts.
       rows: additional rows for such parts: name -> array with one entry per image.
       modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`: other guidance, FreeU, windows ...

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -92,8 +94,9 @@ class PasteBack:
             return [Image.fromarray(image) for image in np.round(self._mixed(painted, known)).astype(np.uint8)]
         return self._mixed(images, self.originals)
 
-    def _mixed(self, painted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    def _mixed(self, painted: Any, known: np.ndarray) -> Any:
         """Exactly one of the two where the mask is black or white."""
         shades = self.shades
         mixture = shades * painted + (1 - shades) * known
-        return np.where(shades == 0, known, np.where(shades == 1, painted, mixture))
+        where = jnp.where if isinstance(painted, jax.Array) else np.where
+        return where(shades == 0, known, where(shades == 1, painted, mixture))

@@ -21,7 +21,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.modifiers import modified
@@ -30,8 +30,9 @@ from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.placement import params_to_default_device, params_to_mesh
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
+from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
 from diffuse_jax.pipelines.settings import corrected, log_ignored
-from diffuse_jax.pipelines.single_file import open_single_file
+from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other, save_single_file
 from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
@@ -100,6 +101,7 @@ class DiffusionPipeline(AdapterMethods):
                 f"vae_tiling must be the edge length of a tile in latent pixels, for example 64, got "
                 f"{self.vae_tiling!r}"
             )
+        check_processor(type(self), self.components)
         check_data_axis(self.mesh)
         if self.mesh is not None:
             object.__setattr__(self, "mesh", automatic(self.mesh))
@@ -159,7 +161,7 @@ class DiffusionPipeline(AdapterMethods):
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
             request = request._replace(method=method(request.method))
-        request = with_noise(adapting.with_live(pipe, request), self.scheduler, options)
+        request = with_check(pipe, with_noise(adapting.with_live(pipe, request), self.scheduler, options))
         check_rows(request.method, request.rows)
         return request
 
@@ -201,7 +203,9 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant of the weight files to read, for example ``"fp16"``.
           revision, local_files_only, token, cache_dir: options for the Hub.
           **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
-            network as ``(model, params)``, several ControlNets as a list of such pairs.
+            network as ``(model, params)``, several ControlNets as a list of such pairs. ``image_encoder``,
+            ``feature_extractor`` and ``safety_checker`` may be added to any pipeline; None leaves them out. Settings of
+            ``model_index.json`` are given in the same way: ``requires_safety_checker=False``.
 
         Raises:
           WeightsError: the folder or model does not exist, a class is unknown, or weights do not fit. Nothing is
@@ -222,11 +226,13 @@ class DiffusionPipeline(AdapterMethods):
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
-            skip=NOT_LOADED,
+            skip=(*NOT_LOADED, *(name for name in OPTIONAL if name in components)),
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
-        known = {*index.components, *index.absent, *target.required, *NOT_LOADED}
+        settings = {name: components.pop(name) for name in {*target.settings, REQUIRED} & {*components}}
+        options = {**index.options, **{name: value for name, value in settings.items() if name in target.settings}}
+        known = {*index.components, *index.absent, *target.required, *OPTIONAL, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
             raise TypeError(
@@ -235,8 +241,9 @@ class DiffusionPipeline(AdapterMethods):
         refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
-        log_ignored(target, index.options, source)
-        return cast(Self, target(corrected(target, parts), params, index.options, mesh))
+        log_ignored(target, options, source)
+        warn_if_off(parts, settings.get(REQUIRED, index.options.get(REQUIRED, CHECKER in index.components)))
+        return cast(Self, target(corrected(target, parts), params, options, mesh))
 
     @classmethod
     def from_single_file(
@@ -247,6 +254,7 @@ class DiffusionPipeline(AdapterMethods):
         mesh: Mesh | None = None,
         tokenizer: Any = None,
         prediction_type: str | None = None,
+        ema: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -255,12 +263,16 @@ class DiffusionPipeline(AdapterMethods):
     ) -> Self:
         """Open a pipeline from one ``.safetensors`` or ``.ckpt`` file in the original layout (SD 1.x, 2.x, XL).
 
+        ``DiffusionPipeline`` chooses the class; another class opens the files of its own task, and plain text-to-image
+        files for any task of their family.
+
         Args:
           path: the file; its architecture is inferred from its tensors.
           dtype, mesh, components: as in :meth:`from_pretrained`.
           tokenizer: a folder or Hub id with CLIP's tokenizer, which such files do not contain; by default OpenAI's
             repository on the Hub.
           prediction_type: "epsilon" or "v_prediction", if the file does not determine it (SD 2.x).
+          ema: use the UNet's averaged weights (``model_ema.``), which files for training hold beside the last ones.
           revision, local_files_only, token, cache_dir: options for the tokenizer on the Hub.
 
         Raises:
@@ -269,22 +281,24 @@ class DiffusionPipeline(AdapterMethods):
         """
         refuse_habits(components)
         check_data_axis(mesh)
+        file = read_file(path, components, prediction_type=prediction_type, ema=ema)
+        own = pipeline_class(file.class_name, path)
+        target = own if cls is DiffusionPipeline else cls
+        refuse_other(target, own, file, components, path)
         found = open_single_file(
             path,
+            file,
             dtype=dtype,
             mesh=mesh,
             tokenizer=tokenizer,
-            prediction_type=prediction_type,
             components=components,
             revision=revision or "main",
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
         )
-        target = pipeline_class(found.class_name, path)
-        if not issubclass(target, cls):
-            raise TypeError(f"{path} contains a {target.__name__}, not a {cls.__name__}")
-        return target(corrected(target, found.parts), found.params, found.options, mesh)
+        log_ignored(target, file.options, path)
+        return cast(Self, target(corrected(target, found.parts), found.params, file.options, mesh))
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:
@@ -312,7 +326,7 @@ class DiffusionPipeline(AdapterMethods):
         fields = {f.name for f in dataclasses.fields(self)}
         settings = {name: value for name, value in changes.items() if name in fields}
         given = {name: part for name, part in changes.items() if name not in fields}
-        unknown = sorted(set(given) - set(self.components))
+        unknown = sorted(set(given) - {*self.components, *OPTIONAL})
         if unknown:
             names = ", ".join(sorted(self.components))
             raise TypeError(f"{type(self).__name__} has no component {unknown[0]!r}; it has {names}")
@@ -347,14 +361,33 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant in the names of the weight files, for example ``"fp16"``.
           dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
-        if self.adapters.live():
-            names = ", ".join(name for name, _ in self.adapters.live())
-            warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
+        self._warn_of_live_adapters()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         entries = save_components(folder, self.components, self.params, variant=variant, dtype=dtype)
         weights.write_index(folder, type(self).__name__, entries, self.options)
         return folder
+
+    def save_single_file(self, path: str | Path, *, dtype: DTypeLike | None = None) -> Path:
+        """Write one ``.safetensors`` file in the original layout, for programs that open such files.
+
+        Settings that its tensors do not show are in its metadata. A tokenizer has no place in it.
+
+        Args:
+          path: the file; it is replaced if it exists.
+          dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
+
+        Raises:
+          WeightsError: the layout has no place for one of the networks.
+          ValueError: the name does not end in ``.safetensors``.
+        """
+        self._warn_of_live_adapters()
+        return save_single_file(self, path, dtype)
+
+    def _warn_of_live_adapters(self) -> None:
+        if self.adapters.live():
+            names = ", ".join(name for name, _ in self.adapters.live())
+            warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
 
     # Programs
 

@@ -65,7 +65,16 @@ def on_device(mesh: Mesh | None, params: Any) -> Any:
 
 def place_rows(mesh: Mesh | None, rows: Rows) -> Rows:
     """Rows sharded over the mesh's ``data`` axis; without a mesh, on the default device."""
-    return jax.device_put(rows) if mesh is None else jax.device_put(rows, NamedSharding(mesh, ROWS))
+    if mesh is not None:
+        return jax.device_put(rows, NamedSharding(mesh, ROWS))
+    return jax.device_put(jax.tree.map(lambda x: np.asarray(x) if _is_elsewhere(x) else x, rows))
+
+
+def _is_elsewhere(x: Any) -> bool:
+    """Whether an array is on another device than the default one, so that a program could not take it."""
+    default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    keys = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and not keys and x.devices() != {default}
 
 
 def place_plan(mesh: Mesh | None, plan: Plan) -> Plan:

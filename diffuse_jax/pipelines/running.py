@@ -15,6 +15,7 @@ from PIL import Image
 from diffuse_jax.pipelines import method as methods
 from diffuse_jax.pipelines.adapting import live_part
 from diffuse_jax.pipelines.method import Method, Params, Rows
+from diffuse_jax.pipelines.parts.safety import FLAGGED, warn_of_flagged
 from diffuse_jax.pipelines.placement import REPLICATED, ROWS, params_on_devices, place_plan, place_rows
 from diffuse_jax.pipelines.programs import signature_of
 from diffuse_jax.schedulers.plan import Plan
@@ -33,7 +34,7 @@ class Request(NamedTuple):
       method: the parts that make up the run.
       rows: the data, one row per image, in host memory.
       plan: the sampler's plan.
-      output_type: the form in which images are returned: "pil", "np" or "latent".
+      output_type: the form in which images are returned: "pil", "np", "jax" or "latent".
       seeds: the seed of each image; None if the caller gave ``key``.
       copies: number of images per prompt.
       finish: ``images -> images``, what the host does to the images at the end (a list of PIL images, or an array
@@ -64,8 +65,10 @@ class Output:
 
     Attributes:
       results: name -> result. Depending on ``output_type``, ``images`` is a list of ``PIL.Image`` ("pil"), float32
-        ``[B,H,W,3]`` in [0, 1] ("np"), or a ``jax.Array`` of latents ``[B,h,w,c]`` ("latent"). Other results are
+        ``[B,H,W,3]`` in [0, 1] ("np", or as a ``jax.Array`` that stays on the device with "jax"), or a ``jax.Array`` of
+        latents ``[B,h,w,c]`` ("latent"). Other results are
         ``jax.Array`` with one row per image; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
+        ``nsfw_content_detected`` is a list with a bool per image, or None if the images were not checked.
       seeds: the seed of each image; None if the caller gave ``key``.
     """
 
@@ -75,6 +78,8 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and name in self.results:
             return self.results[name]
+        if name == FLAGGED:
+            return None
         raise AttributeError(f"the output has no {name!r}; it has {', '.join(self.__dict__.get('results', ()))}")
 
     def __dir__(self) -> list[str]:
@@ -120,6 +125,9 @@ def run(
             found = program(params, rows, plan)
         results.append(found)
     found = to_output_type(results, request.images, request.output_type)
+    if FLAGGED in found:
+        found[FLAGGED] = np.asarray(readable(found[FLAGGED])).tolist()
+        warn_of_flagged(found[FLAGGED])
     if request.finish is not None:
         found["images"] = request.finish(found["images"])
     return Output(found, request.seeds)
@@ -216,7 +224,7 @@ def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterato
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     size = padded_size(count if batch_size is None else min(batch_size, count), devices)
     for begin in range(0, count, size):
-        padded = jax.tree.map(lambda array, b=begin: _pad(array[b : b + size], size), rows)
+        padded = jax.tree.map(lambda array, b=begin: _pad(_part(array, b, b + size), size), rows)
         yield min(size, count - begin), padded
 
 
@@ -227,7 +235,25 @@ def padded_size(images: int, devices: int) -> int:
 
 def _pad(array: Any, size: int) -> Any:
     """Pad to ``size`` rows by repeating the last row; the results of the padding are discarded."""
-    return array if len(array) == size else array[np.minimum(np.arange(size), len(array) - 1)]
+    if len(array) == size:
+        return array
+    return _grown(array, size) if isinstance(array, jax.Array) else np.concatenate(_with_last(array, size, np))
+
+
+def _with_last(array: Any, size: int, xp: Any) -> tuple[Any, Any]:
+    return array, xp.broadcast_to(array[-1:], (size - len(array), *array.shape[1:]))
+
+
+_grown = jax.jit(lambda array, size: jnp.concatenate(_with_last(array, size, jnp)), static_argnums=1)
+"""Padded on the device, without a transfer."""
+
+
+def _part(array: Any, begin: int, end: int) -> Any:
+    """Some rows of an array; of a device's without a transfer."""
+    end = min(end, len(array))
+    if (begin, end) == (0, len(array)):
+        return array
+    return jax.lax.slice_in_dim(array, begin, end) if isinstance(array, jax.Array) else array[begin:end]
 
 
 # Results
@@ -236,12 +262,12 @@ def _pad(array: Any, size: int) -> Any:
 def concatenated(results: Sequence[Any], count: int) -> Any:
     """The concatenated results of all chunks, without padding."""
     whole = results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
-    return jax.tree.map(lambda array: array if len(array) == count else array[:count], whole)
+    return jax.tree.map(lambda array: _part(array, 0, count), whole)
 
 
 def to_output_type(results: Sequence[dict[str, Any]], count: int, output_type: str) -> dict[str, Any]:
     """Results by name, without padding; images in the requested form."""
-    if output_type == "latent":
+    if output_type in ("latent", "jax"):
         return concatenated(results, count)
     images = [found["images"] for found in results if "images" in found]
     rest = concatenated([{k: v for k, v in found.items() if k != "images"} for found in results], count)

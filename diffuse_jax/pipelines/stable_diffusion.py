@@ -17,7 +17,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """Images from prompts with one CLIP text encoder."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    settings: ClassVar[Mapping[str, str]] = {"requires_safety_checker": "no effect: images are not checked"}
+    settings: ClassVar[Mapping[str, str]] = {
+        "requires_safety_checker": "honoured: false means no warning without a checker"
+    }
     sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     family = STABLE_DIFFUSION
 

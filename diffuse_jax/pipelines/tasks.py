@@ -16,6 +16,8 @@ from diffuse_jax.pipelines.inputs import (
     image_size,
     per_prompt,
     pixels,
+    signed,
+    stays_on_device,
 )
 from diffuse_jax.pipelines.method import Net, Rows
 from diffuse_jax.pipelines.parts.control import Controlled
@@ -127,7 +129,7 @@ def image_rows(request: Request, pipe: Any, image: ImageInput, name: str) -> Row
     vae = vae_of(pipe)
     if is_latents(image, vae):
         return {"image_latents": latent_rows(image, request, name)}
-    array = pixels(image, request_size(request, vae), name) * 2 - 1
+    array = signed(pixels(image, request_size(request, vae), name))
     return {"image": per_prompt(array, request.images, request.copies, name)}
 
 
@@ -149,12 +151,12 @@ def is_latents(image: Any, vae: Net) -> bool:
 
 
 def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
-    """The caller's latents as float32, one row per image.
+    """The caller's latents as float32, one row per image; those on a device stay there.
 
     Raises:
       ValueError: they do not have the request's size.
     """
-    array = np.asarray(latents, np.float32)
+    array = latents.astype(np.float32) if stays_on_device(latents) else np.asarray(latents, np.float32)
     if array.ndim != 4 or array.shape[1:] != request.method.latent_shape:
         want = ", ".join(map(str, request.method.latent_shape))
         raise ValueError(f"{name} as latents must be [B, {want}], got {array.shape}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffuse_jax.schedulers.ddim import discrete_grid
 from diffuse_jax.schedulers.noise_schedule import Array
-from diffuse_jax.schedulers.request import steps_to_run
+from diffuse_jax.schedulers.request import check_strength, steps_to_run
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Grid, Row
 
@@ -21,11 +21,11 @@ SIGMA_DATA = 0.5
 class LCMScheduler(Scheduler):
     """Few-step sampling: jump to the clean sample, then noise it to the next level.
 
-    The timesteps are chosen from the ``original_inference_steps`` ones of the distillation. ``strength`` shortens that
-    list, so all steps asked for are run.
+    The timesteps are chosen from the ``original_inference_steps`` ones of the distillation.
 
-    Options of :meth:`plan`: ``original_inference_steps``; ``strided`` takes every k-th timestep of the distillation, as
-    the first releases did, instead of spreading the steps evenly.
+    Options of :meth:`plan`: ``original_inference_steps``; ``grid_strength`` in (0, 1] shortens that list, where
+    ``strength`` would leave out the first of the steps that were asked for; ``strided`` takes every k-th timestep of
+    the distillation, as the first releases did, instead of spreading the steps evenly.
     """
 
     beta_start: float = 0.00085
@@ -41,8 +41,7 @@ class LCMScheduler(Scheduler):
     timestep_scaling: float = 10.0
     rescale_betas_zero_snr: bool = False
 
-    grid_options: ClassVar[tuple[str, ...]] = ("original_inference_steps", "strided")
-    strength_in_grid: ClassVar[bool] = True
+    grid_options: ClassVar[tuple[str, ...]] = ("original_inference_steps", "grid_strength", "strided")
 
     def grid(
         self,
@@ -50,15 +49,16 @@ class LCMScheduler(Scheduler):
         *,
         timesteps: Array | None,
         sigmas: Array | None,
-        strength: float = 1.0,
+        grid_strength: float = 1.0,
         original_inference_steps: int | None = None,
         strided: bool = False,
     ) -> Grid:
+        check_strength(grid_strength, "grid_strength")
         if timesteps is not None:
             # Explicit timesteps are entered late, as with other samplers.
-            timesteps = timesteps[n - steps_to_run(n, strength) :]
+            timesteps = timesteps[n - steps_to_run(n, grid_strength) :]
         elif sigmas is None:
-            timesteps = self._choose(n, original_inference_steps, strength, strided)
+            timesteps = self._choose(n, original_inference_steps, grid_strength, strided)
         return discrete_grid(self, n, timesteps, sigmas, uniform=False)
 
     def _choose(self, n: int, original: int | None, strength: float, strided: bool) -> Array:
@@ -70,9 +70,9 @@ class LCMScheduler(Scheduler):
         timesteps = self.distilled(original, strength)[::-1]
         kept = min(most, len(timesteps))
         if n > kept:
-            advice = f", or a strength of at least {n / most:g}" if n <= most else ""
+            advice = f", or a grid_strength of at least {n / most:g}" if n <= most else ""
             raise ValueError(
-                f"original_inference_steps={most} and strength={strength} leave {kept} timesteps, fewer than"
+                f"original_inference_steps={most} and grid_strength={strength} leave {kept} timesteps, fewer than"
                 f" the {n} steps asked for; use at most {kept} steps{advice}"
             )
         if strided:

@@ -37,11 +37,18 @@ def chosen_steps(
 ) -> tuple[int, Array | None, Array | None]:
     """The number of steps and, if given, the explicit timesteps or sigmas as arrays.
 
+    A number may be given beside a list if it is the list's.
+
     Raises:
       ValueError: not exactly one of the three was given, or what was given is no run of this scheduler.
     """
     names = ("num_inference_steps", "timesteps", "sigmas")
     got = [name for name, value in zip(names, (n, timesteps, sigmas), strict=True) if value is not None]
+    if n is not None and len(got) == 2:
+        found = chosen_steps(scheduler, None, timesteps, sigmas)
+        if found[0] == n:
+            return found
+        raise ValueError(f"give exactly one of {', '.join(names)}; num_inference_steps={n} but {got[1]} has {found[0]}")
     if len(got) != 1:
         raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
     if timesteps is not None:
@@ -76,10 +83,10 @@ def split_options(scheduler: Limits, options: Mapping[str, Any]) -> tuple[dict[s
     return grid, {name: options[name] for name in scheduler.step_options if name in options}
 
 
-def check_strength(strength: float | None) -> None:
+def check_strength(strength: float | None, name: str = "strength") -> None:
     """Refuse a strength outside (0, 1]."""
     if strength is not None and not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+        raise ValueError(f"{name} must lie in (0, 1], got {strength}")
 
 
 def check_whole(scheduler: Limits, start: float | None, end: float | None) -> None:

@@ -46,8 +46,6 @@ class Scheduler(SchedulerConfig, abstract=True):
     """There are no more steps than ``num_train_timesteps``."""
     final_sigma_given: ClassVar[bool] = True
     """Explicit ``sigmas`` end with the level after the last step."""
-    strength_in_grid: ClassVar[bool] = False
-    """``grid`` itself takes ``strength`` (and then all of its steps are run)."""
     ascends: ClassVar[bool] = False
     """The run goes from an image to noise: timesteps and sigmas ascend, and ``strength`` runs the first steps."""
 
@@ -179,10 +177,8 @@ class Scheduler(SchedulerConfig, abstract=True):
         request.check_strength(strength)
         grid_options, step_options = request.split_options(self, options)
         request.check_whole(self, denoising_start, denoising_end)
-        if self.strength_in_grid and strength is not None:
-            grid_options["strength"] = strength
         grid = self.grid(n, timesteps=t, sigmas=s, **grid_options)
-        if (strength, denoising_start, denoising_end) != (None, None, None) and not self.strength_in_grid:
+        if (strength, denoising_start, denoising_end) != (None, None, None):
             request.check_one_way(self, grid.timesteps)
         begin = 0 if self.ascends else self._begin(n, grid, strength, denoising_start)
         rows = self.evaluations(grid, begin, **step_options)
@@ -195,7 +191,7 @@ class Scheduler(SchedulerConfig, abstract=True):
     def _begin(self, n: int, grid: Grid, strength: float | None, denoising_start: float | None) -> int:
         """The first step to run."""
         if denoising_start is None:
-            return 0 if self.strength_in_grid or strength is None else n - request.steps_to_run(n, strength)
+            return 0 if strength is None else n - request.steps_to_run(n, strength)
         if strength is not None:
             raise ValueError("give strength or denoising_start, not both: each says where to start")
         begin = int(np.sum(grid.timesteps >= self._cutoff("denoising_start", denoising_start)))

@@ -21,10 +21,10 @@ class TCDScheduler(LCMScheduler):
 
     Options of :meth:`plan`: ``eta`` (the paper's gamma) in [0, 1], how far below the next timestep a jump goes: 0
     draws no noise, 1 jumps to timestep 0; ``original_inference_steps`` frees the choice of timesteps from the grid of
-    the distillation, and limits the number of steps.
+    the distillation, and limits the number of steps; ``grid_strength`` as for :class:`LCMScheduler`.
     """
 
-    grid_options: ClassVar[tuple[str, ...]] = ("original_inference_steps",)
+    grid_options: ClassVar[tuple[str, ...]] = ("original_inference_steps", "grid_strength")
     step_options: ClassVar[tuple[str, ...]] = ("eta",)
 
     def distilled(self, original: int | None, strength: float) -> Array:

@@ -107,7 +107,8 @@ def open_sides(
     """
     if pipeline_name is not None and pipeline_name not in PIPELINES:
         raise ValueError(f"no pipeline is called {pipeline_name!r}; known: {', '.join(PIPELINES)}")
-    shared: dict[str, Any] = {"dtype": dtype, "safety_checker": None}  # the images are only compared
+    unchecked = {"safety_checker": None, "requires_safety_checker": False}  # the images are only compared
+    shared: dict[str, Any] = {"dtype": dtype, **unchecked}
     theirs = pipeline.from_pretrained(
         reference or model,
         **shared,

@@ -19,7 +19,7 @@ from diffuse_jax import weights
 from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines import catalogue
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.torch_backend.networks import (
     DTYPES,
     channels_first,
@@ -77,10 +77,10 @@ def open_reference(
     folder, where = weights.resolve(source, variant=variant, revision=revision), choose_device(device)
     index = weights.read_index(folder)
     family_of(index.class_name, source)
-    parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in NOT_LOADED)
+    parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in {*NOT_LOADED, *OPTIONAL})
     with quiet():
         for name, entry in index.components.items():
-            if (kind := catalogue.network(entry)) is not None:
+            if name not in parts and (kind := catalogue.network(entry)) is not None:
                 module = open_network(kind, entry.folder, "float32", where, variant)
                 in_float32 = name in trainable or getattr(module.config, "force_upcast", False)
                 parts[name] = module if in_float32 else module.to(DTYPES[dtype])

@@ -104,7 +104,7 @@ def make_class_images(settings: DreamBoothSettings, model: ModelSettings, seed: 
     if jax.process_index() == 0 and have < wanted:
         say(f"generating {wanted - have} class images in {folder} with {model.pretrained_model_name_or_path}")
         pipe: Any = DiffusionPipeline.from_pretrained(
-            source_folder(model), dtype=model.compute.dtype, safety_checker=None
+            source_folder(model), dtype=model.compute.dtype, safety_checker=None, requires_safety_checker=False
         )
         for start in range(have, wanted, settings.sample_batch_size):
             seeds = [seed + n for n in range(start, min(start + settings.sample_batch_size, wanted))]

@@ -6,6 +6,7 @@ their data. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from diffuse_jax.adapters.lora import Adapted
 from diffuse_jax.models import AutoencoderKL, Model, Params
 from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
 from diffuse_jax.pipelines import PIPELINES, DiffusionPipeline, Net, catalogue
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.pipelines.families import ClipFamily
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
@@ -68,16 +69,17 @@ def open_pipeline(
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
     family_of(index.class_name, source)
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {name: None for name in index.components if name in {*NOT_LOADED, *OPTIONAL}}
     for name, entry in index.components.items():
-        if (kind := catalogue.network(entry)) is not None:
+        if name not in parts and (kind := catalogue.network(entry)) is not None:
             origin = Path(vae_source) if vae_source is not None and name == "vae" else folder
             parts[name] = _open(kind, origin, name, name in trainable, mesh, dtype, hub)
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
-    parts |= {name: None for name in index.components if name in NOT_LOADED}
-    return DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **parts)
+    unchecked = {"requires_safety_checker": False}  # images of training are not shown to others
+    pipe = DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **unchecked, **parts)
+    return dataclasses.replace(pipe, options=index.options)
 
 
 def family_of(class_name: str, source: Any) -> ClipFamily:

@@ -344,12 +344,34 @@ def test_a_file_for_another_architecture_says_which(key: str, shape: tuple, name
 
 
 @pytest.mark.parametrize(
-    ("end", "what"), [("oft_diag", "OFT"), ("on_input", "IA3"), ("lora_up.bias", "biases"), ("w_norm", "norms")]
+    ("end", "what"),
+    [
+        ("oft_diag", "OFT"),
+        ("oft_blocks", "OFT"),
+        ("oft_R.weight", "OFT"),
+        ("boft_R", "BOFT"),
+        ("on_input", "IA3"),
+        ("ia3_l", "IA3"),
+        ("a1.weight", "GLoRA"),
+        ("vera_lambda_b", "VeRA"),
+        ("lora_up.bias", "biases"),
+        ("w_norm", "norms"),
+    ],
 )
 def test_kinds_that_are_not_supported_are_named(end: str, what: str, tmp_path: Path) -> None:
     save_file({f"lora_unet_conv_in.{end}": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=f"{what}.* not supported"):
+    with pytest.raises(WeightsError, match=f"The file holds .*{what}.* not supported"):
         read_adapter(tmp_path / "other.safetensors", SHAPES)
+
+
+def test_a_controlnet_lllite_is_named(tmp_path: Path) -> None:
+    name = "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{name}.{end}": np.zeros(3, np.float32) for end in ("down.0.weight", "up.0.weight")},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(WeightsError, match=r"holds a ControlNet-LLLite, which is not supported\.$"):
+        read_adapter(tmp_path / "a.safetensors", SHAPES)
 
 
 def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

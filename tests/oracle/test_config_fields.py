@@ -11,7 +11,7 @@ import pytest
 from diffuse_jax import models, pipelines, schedulers
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.bit import BitConfig
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor, ImageProcessor
 from diffuse_jax.schedulers.configuration import setting_names
 from diffuse_jax.text import CLIPTextConfig
@@ -100,6 +100,6 @@ def test_samplers(name: str) -> None:
 @pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda cls: cls.__name__)
 def test_pipelines(pipeline: type[pipelines.DiffusionPipeline]) -> None:
     theirs = parameters(getattr(diffusers, pipeline.__name__))
-    parts = {*pipeline.required, *NOT_LOADED, "text_encoder", "tokenizer"}
+    parts = {*pipeline.required, *OPTIONAL, *NOT_LOADED, "text_encoder", "tokenizer"}
     assert theirs <= parts | {*pipeline.settings}, "a new component, or a new value of model_index.json"
     assert {*pipeline.settings} <= theirs | {"requires_aesthetics_score"}

@@ -17,8 +17,10 @@ from diffuse_jax.adapters.lora_file import save_lora
 from diffuse_jax.adapters.named import weight_at
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel
 from diffuse_jax.pipelines import StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
+from diffuse_jax.pipelines.modifiers import FreeU, GuidanceInterval
 from diffuse_jax.pipelines.parts import Guidance
 from diffuse_jax.pipelines.parts.adapted import AdaptedNet, AtScale
+from diffuse_jax.sharding import make_mesh
 from tests.adapters.test_layouts import KERNELS, lora, write
 from tests.models.filling import random_params
 from tests.pipelines import tiny
@@ -256,3 +258,25 @@ def test_a_controlnet_has_adapters_too(tmp_path: Path) -> None:
     same(a, b)
     assert np.abs(a - plain).max() > 1e-3
     assert live.get_list_adapters() == {"controlnet": ["a"]}
+
+
+def test_on_a_mesh_with_a_controlnet_and_modifiers(pipe: Any) -> None:
+    """On eight devices, with parameters sharded, kept features and changed layers: what the merged adapters give."""
+    rng = np.random.default_rng(1)
+    net = ControlNetModel(ControlNetConfig(**SHARED, conditioning_embedding_out_channels=(4, 8)))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    control = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=(net, random_params(net.shapes(), rng)))
+    control = control.replace(mesh=mesh)
+    live = control.set_adapters(["a", "b"], [0.5, 0.6])
+    placed = {device for leaf in jax.tree.leaves(live.params["lora"]) for device in leaf.devices()}
+    assert placed == {*mesh.devices.flat}
+    call = {
+        "image": [np.full((16, 16, 3), shade, np.uint8) for shade in (50, 200)],
+        "modifiers": [FreeU(0.9, 0.2, 1.2, 1.4), GuidanceInterval(0.0, 0.5)],
+    }
+    found = latents(live, **call)
+    compiled = live.programs.compilations
+    other = latents(live.set_adapters("b"), **call)
+    assert live.programs.compilations == compiled
+    same(found, latents(live.fuse_lora(), **call))
+    assert np.abs(found - other).max() > 1e-2

@@ -10,8 +10,15 @@ import pytest
 
 from diffuse_jax import schedulers
 from diffuse_jax.layouts import write_single_file
-from diffuse_jax.models import UNet2DConditionModel
-from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.models import ControlNetModel, UNet2DConditionModel
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.names import flatten, from_torch, torch_key
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -60,7 +67,9 @@ def test_components_may_be_given(vocabulary: Path, tmp_path: Path, rng):
     assert isinstance(pipe.components["unet"], UNet2DConditionModel)
     assert pipe.params["unet"] is params
     assert isinstance(pipe.scheduler, schedulers.EulerDiscreteScheduler)
-    with pytest.raises(TypeError, match="contains a StableDiffusionPipeline, not a StableDiffusionXLPipeline"):
+    with pytest.raises(
+        TypeError, match="a StableDiffusionPipeline, not a StableDiffusionXLPipeline, which needs text_enc"
+    ):
         StableDiffusionXLPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=vocabulary)
 
 
@@ -82,3 +91,41 @@ def test_a_file_without_an_autoencoder_opens_with_one_that_is_given(vocabulary: 
     assert pipe.params["vae"] is params
     with pytest.raises(WeightsError, match=r"for v1: vae \(first_stage_model\.\*\).*vae=\(model, params\)"):
         DiffusionPipeline.from_single_file(path, tokenizer=vocabulary)
+
+
+def test_a_plain_file_opens_for_any_task_of_its_family_and_others_only_for_their_own(
+    vocabulary: Path, tmp_path: Path, rng
+):
+    path, options = tmp_path / "model.safetensors", {"tokenizer": vocabulary}
+    write_single_file(path, tensors := family_tensors("v1", rng), "v1")
+    assert type(StableDiffusionImg2ImgPipeline.from_single_file(path, **options)) is StableDiffusionImg2ImgPipeline
+    with pytest.raises(TypeError, match="not a StableDiffusionControlNetPipeline, which needs controlnet as well"):
+        StableDiffusionControlNetPipeline.from_single_file(path, **options)
+    unet = FAMILIES["v1"]["unet"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), unet.shapes())
+    net = ControlNetModel.from_unet(unet, zeros)
+    pipe = StableDiffusionControlNetPipeline.from_single_file(path, **options, controlnet=net)
+    assert pipe.params["controlnet"] is net[1]
+    with pytest.raises(WeightsError, match="controlnet, text_encoder, unet, vae fit none of the single-file layouts"):
+        pipe.save_single_file(tmp_path / "b.safetensors")
+    with pytest.raises(TypeError, match="StableDiffusionPipeline has no component decoder; it has feature_extractor"):
+        DiffusionPipeline.from_single_file(path, **options, decoder=None)
+    nine = {"conv_in.weight": np.zeros((32, 9, 3, 3), np.float32)}
+    write_single_file(path, tensors | {"unet": tensors["unet"] | nine}, "v1")
+    assert type(StableDiffusionInpaintPipeline.from_single_file(path, **options)) is StableDiffusionInpaintPipeline
+    with pytest.raises(TypeError, match="a StableDiffusionInpaintPipeline, not a StableDiffusionImg2ImgPipeline; Diff"):
+        StableDiffusionImg2ImgPipeline.from_single_file(path, **options)
+
+
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_a_pipeline_is_saved_as_it_was_read(family: str, vocabulary: Path, tmp_path: Path, rng):
+    write_single_file(tmp_path / "a.safetensors", family_tensors(family, rng), family)
+    pipe = DiffusionPipeline.from_single_file(tmp_path / "a.safetensors", tokenizer=vocabulary)
+    v_prediction = pipe.replace(scheduler=pipe.scheduler.replace(prediction_type="v_prediction"))
+    stored = read_safetensors(tmp_path / "a.safetensors")
+    for made, extra in ((pipe, set()), (v_prediction, {"v_pred"})):
+        again = read_safetensors(made.save_single_file(tmp_path / "b.safetensors"))
+        assert again.keys() == stored.keys() | extra
+        assert all(np.array_equal(again[key], array) for key, array in stored.items())
+    opened = DiffusionPipeline.from_single_file(tmp_path / "b.safetensors", tokenizer=vocabulary)
+    assert opened.scheduler == v_prediction.scheduler

@@ -226,7 +226,7 @@ def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipelin
         ({"seed": 0, "key": jax.random.key(0)}, "seed or key, not both"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents must be \(1, 8, 8, 4\)"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale has 2 entries"),
-        ({"output_type": "jpg"}, "output_type must be one of pil, np, latent"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, jax, latent"),
         ({"clip_skip": 2}, "clip_skip must be from 0 to 1, got 2"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": 2, "timesteps": [1]}, "exactly one of"),
@@ -304,7 +304,7 @@ def test_components_of_another_kind_are_refused(pipe: StableDiffusionPipeline, t
     for wrong in (vae, (params, vae)):
         with pytest.raises(TypeError, match=r"vae: pass a network as \(model, params\)"):
             DiffusionPipeline.from_pretrained(folder, vae=wrong)
-    with pytest.raises(TypeError, match=r"scheduler must be a diffuse_jax scheduler, got builtins\.str"):
+    with pytest.raises(TypeError, match=r"scheduler must be a diffuse_jax Scheduler, got builtins\.str"):
         pipe.replace(scheduler="euler")
     assert pipe.replace(vae=vae.clone(dtype=jnp.bfloat16)).params["vae"] is params  # computes in another dtype
 

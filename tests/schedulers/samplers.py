@@ -55,9 +55,5 @@ def prediction_types(name: str) -> tuple[str, ...]:
 ONE_WAY = [name for name in NAMES if name not in ("RePaintScheduler", "KarrasVeScheduler")]
 """Samplers that never go back to more noise (inverse ones: to less)."""
 
-LATE = [
-    name
-    for name in NAMES
-    if not (ascends(name) or getattr(schedulers, name).strength_in_grid or name == "RePaintScheduler")
-]
+LATE = [name for name in NAMES if not (ascends(name) or name == "RePaintScheduler")]
 """Samplers that ``strength`` enters late, with the steps of the whole run."""

@@ -232,7 +232,7 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
     ("scheduler", "request_", "message"),
     [
         (DDIMScheduler(), {}, "exactly one of num_inference_steps, timesteps, sigmas; got none"),
-        (DDIMScheduler(), {"num_inference_steps": 5, "timesteps": [1]}, "got num_inference_steps and timesteps"),
+        (DDIMScheduler(), {"num_inference_steps": 5, "timesteps": [1]}, "num_inference_steps=5 but timesteps has 1"),
         (DDIMScheduler(), {"num_inference_steps": 1001}, r"from 1 to 1000 \(num_train_timesteps\), got 1001"),
         (DDIMScheduler(), {"num_inference_steps": 0}, "from 1 to 1000 .* got 0"),
         (DDIMScheduler(), {"num_inference_steps": 2.5}, "whole number .* got 2.5"),
@@ -272,7 +272,11 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
         (PNDMScheduler(), {"num_inference_steps": 3}, "needs at least 4 steps to start, 3 are to be run"),
         (DPMSolverMultistepScheduler(timestep_spacing="leading"), {"num_inference_steps": 1000}, "use fewer steps"),
         (LCMScheduler(), {"num_inference_steps": 51}, "leave 50 timesteps, fewer than the 51 steps"),
-        (LCMScheduler(), {"num_inference_steps": 4, "strength": 0.05}, "leave 2 .* strength of at least 0.08"),
+        (
+            LCMScheduler(),
+            {"num_inference_steps": 4, "grid_strength": 0.05},
+            "leave 2 .* grid_strength of at",
+        ),
         (LCMScheduler(), {"num_inference_steps": 4, "original_inference_steps": 2000}, "between 1 and 1000, got 2000"),
         (Scheduler(), {"num_inference_steps": 4}, "does not sample; use one of"),
     ],

@@ -246,4 +246,5 @@ def test_lcm_timesteps() -> None:
     for n in (3, 4, 8):
         assert scheduler.table(n, strided=True).timesteps.tolist() == strided[n]
         assert scheduler.table(n).timesteps.tolist() == spread[n]
-    assert scheduler.table(4, strength=0.5).timesteps.tolist() == [499, 379, 259, 139]
+    assert scheduler.table(4, grid_strength=0.5).timesteps.tolist() == [499, 379, 259, 139]
+    assert scheduler.table(4, strength=0.5).timesteps.tolist() == spread[4][2:]

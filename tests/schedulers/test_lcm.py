@@ -24,8 +24,8 @@ CHOSEN = {
 @pytest.mark.parametrize(("n", "strength"), CHOSEN)
 def test_timesteps(n: int, strength: float) -> None:
     strided, spread = CHOSEN[n, strength]
-    assert LCMScheduler().table(n, strength=strength, strided=True).timesteps.tolist() == strided
-    assert LCMScheduler().table(n, strength=strength).timesteps.tolist() == spread
+    assert LCMScheduler().table(n, grid_strength=strength, strided=True).timesteps.tolist() == strided
+    assert LCMScheduler().table(n, grid_strength=strength).timesteps.tolist() == spread
 
 
 def test_the_number_of_distilled_steps() -> None:
@@ -37,10 +37,17 @@ def test_the_number_of_distilled_steps() -> None:
 
 
 def test_a_list_entered_late_still_ends_clean() -> None:
-    table = LCMScheduler().table(timesteps=[999, 759, 499, 259], strength=0.5)
-    assert table.timesteps.tolist() == [499, 259]
-    assert table.rows[0, 0, -1] > 0
-    assert table.rows[1, 0, -1] == 0
+    for name in ("strength", "grid_strength"):
+        table = LCMScheduler().table(timesteps=[999, 759, 499, 259], **{name: 0.5})
+        assert table.timesteps.tolist() == [499, 259]
+        assert table.rows[0, 0, -1] > 0
+        assert table.rows[1, 0, -1] == 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5, float("nan")])
+def test_a_share_of_the_grid_is_a_share(strength: float) -> None:
+    with pytest.raises(ValueError, match=r"grid_strength must lie in \(0, 1\]"):
+        LCMScheduler().table(4, grid_strength=strength)
 
 
 @pytest.mark.parametrize(
@@ -48,13 +55,13 @@ def test_a_list_entered_late_still_ends_clean() -> None:
     [
         ({"num_inference_steps": 51}, "leave 50 timesteps, fewer than the 51 steps asked for; use at most 50 steps$"),
         (
-            {"num_inference_steps": 4, "strength": 0.05},
-            "leave 2 .* use at most 2 steps, or a strength of at .* 0.08",
+            {"num_inference_steps": 4, "grid_strength": 0.05},
+            "leave 2 .* use at most 2 steps, or a grid_strength of at .* 0.08",
         ),
-        ({"num_inference_steps": 4, "strength": 0.01}, "leave 0 timesteps"),
+        ({"num_inference_steps": 4, "grid_strength": 0.01}, "leave 0 timesteps"),
         ({"num_inference_steps": 4, "original_inference_steps": 2000}, "between 1 and 1000, got 2000"),
         ({"num_inference_steps": 4, "original_inference_steps": 0}, "between 1 and 1000, got 0"),
-        ({"timesteps": [999, 499], "strength": 0.4}, "strength=0.4 of 2 steps leaves none to run"),
+        ({"timesteps": [999, 499], "grid_strength": 0.4}, "strength=0.4 of 2 steps leaves none to run"),
         ({"sigmas": [2.0, 1.0, 0.0]}, "give timesteps= instead of sigmas="),
     ],
 )

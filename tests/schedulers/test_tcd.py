@@ -37,11 +37,11 @@ def test_noise_makes_up_for_the_jump(eta: float) -> None:
 
 def test_timesteps() -> None:
     for n in (1, 3, 4, 8):
-        for strength in (None, 0.5):
-            lcm = LCMScheduler().table(n, strength=strength).timesteps
-            np.testing.assert_array_equal(TCDScheduler().table(n, strength=strength).timesteps, lcm)
+        for strength in (1.0, 0.5):
+            lcm = LCMScheduler().table(n, grid_strength=strength).timesteps
+            np.testing.assert_array_equal(TCDScheduler().table(n, grid_strength=strength).timesteps, lcm)
     assert TCDScheduler().table(4, original_inference_steps=70).timesteps.tolist() == [999, 749, 499, 249]
-    half = TCDScheduler().table(50, original_inference_steps=70, strength=0.5)
+    half = TCDScheduler().table(50, original_inference_steps=70, grid_strength=0.5)
     assert half.timesteps[:2].tolist() == [499, 489]
 
 

@@ -6,6 +6,7 @@ from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guida
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.ip_adapter import ImagePrompted, with_image_prompts
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
+from diffuse_jax.pipelines.parts.safety import Checked
 from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.parts.text import EncodeText
@@ -13,6 +14,7 @@ from diffuse_jax.pipelines.parts.text import EncodeText
 __all__ = [
     "Beside",
     "Branches",
+    "Checked",
     "ClassifierFree",
     "Controlled",
     "EncodeMaskedImage",

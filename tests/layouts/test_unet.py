@@ -1,0 +1,92 @@
+"""A UNet from one file: its configuration from its tensors, and what other files are refused as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from diffuse_jax.layouts.kinds import KINDS
+from diffuse_jax.layouts.original import unet_table
+from diffuse_jax.layouts.rows import combine, to_original
+from diffuse_jax.layouts.unet import identified
+from diffuse_jax.models import ControlNetModel, UNet2DConditionModel, presets
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
+from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights.names import flatten, to_torch, torch_key
+from tests.models.filling import random_params
+from tests.pipelines import tiny
+
+PUBLISHED = {
+    name: config
+    for name, config in vars(presets).items()
+    if isinstance(config, UNet2DConditionConfig) and not config.has_k_blocks
+}
+UNKNOWN = {"extra", "sample_size", "upcast_attention"}
+"""What tensors do not say: ``sample_size`` is a guess."""
+
+
+def tensors_of(config: UNet2DConditionConfig) -> dict[str, np.ndarray]:
+    """The tensors of a full-size checkpoint, all zeros that take no memory."""
+    zeros = lambda shape: np.broadcast_to(np.zeros((), np.float16), shape)
+    shapes = flatten(UNet2DConditionModel(config).shapes())
+    return {torch_key(path): to_torch(path, zeros(leaf.shape)) for path, leaf in shapes.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_of_published_unets_are_in_their_tensors(name: str) -> None:
+    found = UNet2DConditionModel.from_config(identified(tensors_of(PUBLISHED[name]))[1]).config
+    assert {field for field in vars(found) if getattr(found, field) != getattr(PUBLISHED[name], field)} <= UNKNOWN
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "whole checkpoint"])
+def test_both_layouts_are_read(layout: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = UNet2DConditionModel(tiny.UNET)
+    params = random_params(model.shapes(), rng)
+    tensors = {torch_key(path): np.ascontiguousarray(to_torch(path, leaf)) for path, leaf in flatten(params).items()}
+    if layout != "diffusers":
+        groups = to_original(tensors, unet_table(tensors))
+        tensors = {old: combine([(tensors[new], op) for new, op in parts]) for old, parts in groups.items()}
+    if layout == "whole checkpoint":
+        tensors = {f"model.diffusion_model.{key}": array for key, array in tensors.items()}
+        tensors["first_stage_model.encoder.conv_in.weight"] = np.zeros(2, np.float32)
+    save_file(tensors, tmp_path / "unet.safetensors")
+    read, own = UNet2DConditionModel.from_single_file(tmp_path / "unet.safetensors", config=tiny.UNET.to_json())
+    assert read.config == tiny.UNET
+    jax.tree.map(np.testing.assert_array_equal, own, params)
+
+
+OTHERS = {
+    "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": "ControlNet-LLLite.*not supported",
+    "lora_controlnet": "Control-LoRA.*not supported",
+    "down_blocks.0.motion_modules.0.norm.weight": "motion module of AnimateDiff.*not supported",
+    "adapter.body.0.resnets.0.block1.weight": "T2I-Adapter",
+    "ip_adapter.1.to_k_ip.weight": "IP-Adapter",
+    "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": "LoRA, which load_lora_weights",
+    "encoder.conv_in.weight": "an autoencoder",
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_file_of_another_kind_is_named(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({key: np.zeros((2, 2), np.float32)}, file)
+    for opens in (UNet2DConditionModel, ControlNetModel, DiffusionPipeline):
+        with pytest.raises(WeightsError, match=f"The file holds .*{OTHERS[key]}"):
+            opens.from_single_file(file)
+
+
+def test_networks_given_for_an_adapter_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    for key, opener in (("conv_out.weight", "UNet2DConditionModel"), ("input_hint_block.0.weight", "ControlNetModel")):
+        save_file({key: np.zeros((2, 2), np.float32)}, file)
+        with pytest.raises(WeightsError, match=f"which {opener}.from_single_file opens"):
+            tiny.pipeline().load_lora_weights(file)
+
+
+def test_descriptions_end_a_sentence() -> None:
+    assert not [what for _, what in KINDS if what.endswith((".", ","))]
