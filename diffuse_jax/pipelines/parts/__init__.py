@@ -4,7 +4,7 @@ from diffuse_jax.pipelines.parts.control import Beside, Controlled
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guidance, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
-from diffuse_jax.pipelines.parts.ip_adapter import ImagePrompted, with_image_prompts
+from diffuse_jax.pipelines.parts.ip_adapter import EncodeImages, ImagePrompted
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
 from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
 from diffuse_jax.pipelines.parts.step import KeepKnown
@@ -15,6 +15,7 @@ __all__ = [
     "Branches",
     "ClassifierFree",
     "Controlled",
+    "EncodeImages",
     "EncodeMaskedImage",
     "EncodeText",
     "FromImage",
@@ -29,5 +30,4 @@ __all__ = [
     "ToPixels",
     "UNet",
     "branches",
-    "with_image_prompts",
 ]
