@@ -48,6 +48,7 @@ _PUBLIC = {
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionControlNetInpaintPipeline",
         "StableDiffusionControlNetPipeline",
+        "StableDiffusionImageVariationPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionInstructPix2PixPipeline",

@@ -17,6 +17,7 @@ from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet_img2img import StableDiffusionControlNetImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet_inpaint import StableDiffusionControlNetInpaintPipeline
+from diffuse_jax.pipelines.stable_diffusion_image_variation import StableDiffusionImageVariationPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
@@ -49,6 +50,7 @@ __all__ = [
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",

@@ -15,6 +15,7 @@ from diffuse_jax.adapters.lora_file import read_adapter, torch_shape
 from diffuse_jax.adapters.merging import KERNEL, difference, merged
 from diffuse_jax.adapters.named import Adapters, by_layer, live_params
 from diffuse_jax.models import Model, Params
+from diffuse_jax.models.image_attention import check_fits
 from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.parts.adapted import LORA, SCALE, adapted, adapted_method
 from diffuse_jax.weights.names import flatten, unflatten
@@ -51,6 +52,8 @@ def refreshed(pipe: Any, before: Mapping[str, Params]) -> Any:
     Raises:
       ValueError: an adapter does not fit a network, or was fused into a network that was replaced.
     """
+    for net in pipe.image_adapters.nets:
+        check_fits(net.config, pipe.components["unet"].config)
     adapters = pipe.adapters
     replaced = {
         name for name in {*adapters.slots, *adapters.originals} if pipe.params.get(name) is not before.get(name)

@@ -77,8 +77,21 @@ def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], 
     named = {"prompt", "prompt_2", "guidance_scale"}
     check_names(type(pipe), {k: v for k, v in options.items() if k not in named}, family.options)
     given = {name: value for name, value in options.items() if value is not None}
-    copies = given.get("num_images_per_prompt", 1)
-    prompts = number_of_prompts(given.get("prompt"), given.get("prompt_embeds"), copies)
+    prompts = number_of_prompts(given.get("prompt"), given.get("prompt_embeds"))
+    return request_of(pipe, given, prompts, size, **plan_options)
+
+
+def request_of(
+    pipe: Any, given: Mapping[str, Any], prompts: int, size: tuple[int, int], **plan_options: Any
+) -> Request:
+    """The request for a number of prompts, from arguments that are not None; see :func:`text_to_image`.
+
+    Raises:
+      ValueError: ``num_images_per_prompt`` is not positive, or as :func:`text_to_image`.
+    """
+    family, copies = pipe.family, given.get("num_images_per_prompt", 1)
+    if copies < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {copies}")
     call = Call(given, prompts, copies, size)
     rows = family.rows(pipe, call)
     method = family.method(pipe, call, rows)

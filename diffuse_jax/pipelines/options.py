@@ -76,6 +76,13 @@ class TextOptions(CallOptions, total=False):
       prompt_syntax: "a1111" or "compel", for prompts with weights; None (default) takes the text as it is.
       long_prompts: encode prompts of any length in chunks, instead of cutting what does not fit (default).
       batch_size: maximum number of images per device call; all at once if None.
+      ip_adapter_image: with :meth:`load_ip_adapter <diffuse_jax.DiffusionPipeline.load_ip_adapter>`, an image, or a
+        list with an image or a list of images for each adapter.
+      ip_adapter_image_embeds: instead, a list with embeddings for each adapter, as
+        :meth:`~diffuse_jax.DiffusionPipeline.prepare_ip_adapter_image_embeds` returns them.
+      ip_adapter_scale: strength in this call, as in :meth:`~diffuse_jax.DiffusionPipeline.set_ip_adapter_scale`.
+      ip_adapter_masks: a list with None or a mask for each image (several: a list) of each adapter, white where the
+        image acts.
     """
 
     negative_prompt: str | Sequence[str] | None
@@ -86,6 +93,22 @@ class TextOptions(CallOptions, total=False):
     clip_skip: int | None
     prompt_syntax: Literal["a1111", "compel"] | None
     long_prompts: bool
+    batch_size: int | None
+    ip_adapter_image: Any
+    ip_adapter_image_embeds: Any
+    ip_adapter_scale: Any
+    ip_adapter_masks: Any
+
+
+class ImageVariationOptions(CallOptions, total=False):
+    """Arguments of a call with images in the place of prompts.
+
+    Attributes:
+      num_images_per_prompt: images per input image, 1 by default; they are consecutive.
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    num_images_per_prompt: int
     batch_size: int | None
 
 

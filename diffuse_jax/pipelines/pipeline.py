@@ -23,6 +23,8 @@ from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
 from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.pipelines.family import given_rows
+from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
+from diffuse_jax.pipelines.image_adapters import ImageAdapters
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.modifiers import modified
 from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_overrides
@@ -44,7 +46,7 @@ PIPELINES = Registry("pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionPipeline(AdapterMethods):
+class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
     """Base class of all pipelines: components by name, their parameters, and the options of the folder.
 
     Open one with :meth:`from_pretrained`, which chooses the class that the folder names. Pipelines are immutable;
@@ -60,6 +62,7 @@ class DiffusionPipeline(AdapterMethods):
       vae_tiling: edge length in latent pixels of the tiles in which images are decoded; None decodes without tiling.
       vae_slicing: decode one image at a time, which needs the memory of only one.
       adapters: the live adapters; see :meth:`load_lora_weights`.
+      image_adapters: the IP-Adapters; see :meth:`load_ip_adapter`.
       programs: the compiled programs; by default those of the process, which all pipelines share.
     """
 
@@ -70,6 +73,7 @@ class DiffusionPipeline(AdapterMethods):
     vae_tiling: int | None = None
     vae_slicing: bool = False
     adapters: Adapters = dataclasses.field(default=Adapters(), repr=False, compare=False)
+    image_adapters: ImageAdapters = dataclasses.field(default=ImageAdapters(), repr=False, compare=False)
     programs: Programs = dataclasses.field(default=PROGRAMS, repr=False, compare=False)
 
     required: ClassVar[tuple[str, ...]] = ()
@@ -361,7 +365,7 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant in the names of the weight files, for example ``"fp16"``.
           dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
-        self._warn_of_live_adapters()
+        self._warn_of_adapters()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         entries = save_components(folder, self.components, self.params, variant=variant, dtype=dtype)
@@ -381,13 +385,15 @@ class DiffusionPipeline(AdapterMethods):
           WeightsError: the layout has no place for one of the networks.
           ValueError: the name does not end in ``.safetensors``.
         """
-        self._warn_of_live_adapters()
+        self._warn_of_adapters()
         return save_single_file(self, path, dtype)
 
-    def _warn_of_live_adapters(self) -> None:
+    def _warn_of_adapters(self) -> None:
         if self.adapters.live():
             names = ", ".join(name for name, _ in self.adapters.live())
             warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
+        if self.image_adapters.nets:
+            warn("IP-Adapters are not part of the saved model; load_ip_adapter adds them again")
 
     # Programs
 

@@ -49,7 +49,8 @@ class Request:
     def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """The keyword arguments of the pipeline's call, with default images for those that are missing."""
         takes = inspect.signature(pipe.compose).parameters
-        prompts = {"prompt": list(self.prompts)} if "prompt" in takes else {"batch_size": len(self.prompts)}
+        given = {"prompt": list(self.prompts), "batch_size": len(self.prompts)}
+        prompts = {name: value for name, value in given.items() if name in takes}
         missing = {k: image for k, image in default_images(pipe).items() if k in takes and k not in self.options}
         return prompts | missing | self.options
 

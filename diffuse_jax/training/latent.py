@@ -88,7 +88,8 @@ def family_of(class_name: str, source: Any) -> ClipFamily:
     Raises:
       ValueError: these trainers do not support the class.
     """
-    families = {k.__name__: k.family for k in PIPELINES.classes() if isinstance(getattr(k, "family", None), ClipFamily)}
+    found = {k.__name__: getattr(k, "family", None) for k in PIPELINES.classes()}
+    families = {name: family for name, family in found.items() if isinstance(family, ClipFamily) and family.encoders}
     if class_name not in families:
         raise ValueError(f"{source} is a {class_name}; this trainer supports {', '.join(families)}")
     return families[class_name]

@@ -70,11 +70,44 @@ def resolve(
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))
-        folder = _download(str(source), keep, variant, revision, local_files_only, token, cache_dir)
+        choose = functools.partial(needed_files, keep=keep, variant=variant)
+        folder = _download(str(source), choose, revision, local_files_only, token, cache_dir)
     folder = folder / (subfolder or "")
     if not folder.is_dir():
         raise WeightsError(f"{source}: has no folder {subfolder!r}")
     return folder
+
+
+def resolve_file(
+    source: str | Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The local path of one file of a folder or repository; downloads no other.
+
+    Args:
+      source: a local folder, or a Hub id.
+      name: the file, with its subfolder: ``"models/ip-adapter_sd15.safetensors"``.
+      revision, local_files_only, token, cache_dir: as in :func:`resolve`.
+
+    Raises:
+      WeightsError: there is no such file, or as in :func:`resolve`.
+    """
+    if not is_plain_path(name):
+        raise WeightsError(f"{name!r} is not a plain path inside {source}")
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(str(source)):
+            raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")
+        choose = lambda names: [found for found in names if found == name]
+        folder = _download(str(source), choose, revision, local_files_only, token, cache_dir)
+    if not (folder / name).is_file():
+        raise WeightsError(f"{source}: has no file {name!r}{_hint(folder / name)}")
+    return folder / name
 
 
 def is_plain_path(path: str) -> bool:
@@ -84,8 +117,7 @@ def is_plain_path(path: str) -> bool:
 
 def _download(
     repo: str,
-    keep: Callable[[str], bool],
-    variant: str | None,
+    choose: Callable[[list[str]], list[str]],
     revision: str | None,
     local_files_only: bool,
     token: str | bool | None,
@@ -103,7 +135,7 @@ def _download(
             return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=[], **options))
         info = huggingface_hub.HfApi(token=token).model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = needed_files(names, keep, variant)
+        wanted = choose(names)
         # All files come from the commit that the revision is now; a branch may move during the download.
         options["revision"] = info.sha
         folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted, **options))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.models import AutoencoderKL
-from diffuse_jax.weights import WeightsError, names, resolve, save_params
+from diffuse_jax.weights import WeightsError, names, resolve, resolve_file, save_params
 from diffuse_jax.weights.files import weight_files
 from diffuse_jax.weights.hub import needed_files
 from tests.conftest import ROOT
@@ -159,10 +159,10 @@ def server(pipeline: dict[str, bytes]) -> Iterator[Hub]:
 
 PROGRAM = """
 import json, sys
-from diffuse_jax.weights import resolve, WeightsError
+from diffuse_jax.weights import resolve, resolve_file, WeightsError
 for call in json.loads(sys.argv[1]):
     try:
-        print(json.dumps(["ok", str(resolve(**call))]), flush=True)
+        print(json.dumps(["ok", str(resolve_file(**call) if "name" in call else resolve(**call))]), flush=True)
     except WeightsError as error:
         print(json.dumps(["error", str(error)]), flush=True)
 """
@@ -213,6 +213,25 @@ def test_downloads_what_is_needed_and_says_what_went_wrong(
     assert "some/nothing: no such folder here and no such model on the Hub" in got[3][1]
     assert "some/model (revision v9): the Hub has no such revision" in got[4][1]
     assert "some/model: has no folder 'unet'" in got[5][1]
+
+
+def test_one_file_of_a_repository_is_downloaded_alone(server: Hub, tmp_path: Path, pipeline: dict[str, bytes]) -> None:
+    """As of the repositories of adapters, whose files have names of their own."""
+    name = "safety_checker/model.safetensors"
+    got = ask(server, tmp_path, {"source": "some/model", "name": name}, {"source": "some/model", "name": "a/other.bin"})
+    kind, path = got[0]
+    assert kind == "ok"
+    assert Path(path).read_bytes() == pipeline[name]
+    root = Path(path).parents[1]
+    assert [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()] == [name]
+    assert got[1][0] == "error"
+    assert "some/model: has no file 'a/other.bin'" in got[1][1]
+    for local in (root, str(root)):
+        assert resolve_file(local, name) == root / name
+    with pytest.raises(WeightsError, match="not a plain path"):
+        resolve_file(root, "../model.safetensors")
+    with pytest.raises(WeightsError, match="no such folder"):
+        resolve_file(tmp_path / "nothing", name)
 
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server: Hub, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.family import Call, check_output
+from diffuse_jax.pipelines.image_prompts import image_encoders, image_prompt_rows, with_image_prompts
 from diffuse_jax.pipelines.inputs import one_per_image, one_per_prompt, token_mask, tokenize
-from diffuse_jax.pipelines.method import Method, Net, Params, Rows
+from diffuse_jax.pipelines.method import Method, Net, Params, Part, Rows
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree
@@ -68,7 +69,7 @@ class ClipFamily:
             rows[name] = one_per_image(call.get(name, default), call.images, name)
         if len(branches) > 1:  # 1 or less turns guidance off, in a batch too
             rows["guidance_scale"] = np.maximum(rows["guidance_scale"], 1.0)
-        return rows
+        return rows | image_prompt_rows(pipe, call, len(branches) > 1)
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
         """``ids`` by encoder; or, if the caller passed embeddings for any branch, the embeddings of all branches."""
@@ -191,23 +192,27 @@ class ClipFamily:
         return self.encode(nets, clip_skip, style=style)
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
-        """Text encoders, the UNet (with classifier-free guidance if the scale is above 1), and the decoder.
+        """Encoders, the UNet with the pipeline's IP-Adapters, guidance if the scale is above 1, and the decoder.
 
         Raises:
           ValueError: ``output_type`` is unknown, or ``clip_skip`` out of range.
         """
-        text = self.text_part(pipe, call.get("clip_skip"), style_of(call))
-        unet = UNet(Net("unet", pipe.components["unet"]))
+        unet = with_image_prompts(pipe, rows, UNet(Net("unet", pipe.components["unet"])))
         vae = Net("vae", autoencoder(pipe.components["vae"]))
         output, scale = check_output(call.get("output_type", "pil")), vae.config.scale
         decode = Raw() if output == "latent" else ToImages(vae, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
         return Method(
-            conditions=(text,) if "ids" in rows else (),
+            conditions=(*self.conditions(pipe, call, rows), *image_encoders(pipe, rows)),
             denoiser=ClassifierFree(unet) if uses_guidance(pipe, call.get("guidance_scale")) else unet,
             start=FromNoise(),
             decode=decode,
             latent_shape=(call.size[0] // scale, call.size[1] // scale, vae.config.latent_channels),
         )
+
+    def conditions(self, pipe: Any, call: Call, rows: Rows) -> tuple[Part, ...]:
+        """The parts that encode what the UNet is conditioned on; errors as of :meth:`method`."""
+        text = self.text_part(pipe, call.get("clip_skip"), style_of(call))
+        return (text,) if "ids" in rows else ()
 
 
 def prompt_embeds_width(pipe: Any) -> int | None:

@@ -60,8 +60,9 @@ def check_together(denoiser: Any) -> None:
 
 
 def _hides(outer: Part, inner: Part) -> bool:
-    """Whether windows contain something that keeps values, or kept features the layers that attention is read from."""
-    kept_by_window = isinstance(outer, Windows) and inner.keeps
+    """Whether windows contain something that keeps values or masks of the whole image, or kept features the layers that
+    attention is read from."""
+    kept_by_window = isinstance(outer, Windows) and (inner.keeps or getattr(inner, "masked", False))
     return kept_by_window or {type(outer), type(inner)} == {DeepCache, AttentionMap}
 
 

@@ -4,7 +4,7 @@ from diffuse_jax.pipelines.parts.control import Beside, Controlled
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guidance, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
-from diffuse_jax.pipelines.parts.ip_adapter import ImagePrompted, with_image_prompts
+from diffuse_jax.pipelines.parts.ip_adapter import EncodeImages, ImagePrompted
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
 from diffuse_jax.pipelines.parts.safety import Checked
 from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
@@ -17,6 +17,7 @@ __all__ = [
     "Checked",
     "ClassifierFree",
     "Controlled",
+    "EncodeImages",
     "EncodeMaskedImage",
     "EncodeText",
     "FromImage",
@@ -31,5 +32,4 @@ __all__ = [
     "ToPixels",
     "UNet",
     "branches",
-    "with_image_prompts",
 ]
