@@ -29,7 +29,7 @@ NOT_LOADED: Mapping[str, str | None] = {
 }
 """Components of published folders that are not loaded -> what that means for the user (None: nothing)."""
 
-OPTIONAL = ("image_encoder", "feature_extractor")
+OPTIONAL = ("image_encoder", "feature_extractor", "depth_estimator")
 """Components that any pipeline may have and none needs for text to image; training leaves them in their folders."""
 
 PROCESSORS: Mapping[str, type[ImageProcessor]] = {
