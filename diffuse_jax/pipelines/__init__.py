@@ -14,15 +14,19 @@ from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, dra
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
 from diffuse_jax.pipelines.running import Output, Request, run
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
+from diffuse_jax.pipelines.stable_diffusion_adapter import StableDiffusionAdapterPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet_img2img import StableDiffusionControlNetImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet_inpaint import StableDiffusionControlNetInpaintPipeline
+from diffuse_jax.pipelines.stable_diffusion_depth2img import StableDiffusionDepth2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_image_variation import StableDiffusionImageVariationPipeline
 from diffuse_jax.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
+from diffuse_jax.pipelines.stable_diffusion_latent_upscale import StableDiffusionLatentUpscalePipeline
 from diffuse_jax.pipelines.stable_diffusion_upscale import StableDiffusionUpscalePipeline
 from diffuse_jax.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from diffuse_jax.pipelines.stable_diffusion_xl_adapter import StableDiffusionXLAdapterPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet import StableDiffusionXLControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_img2img import StableDiffusionXLControlNetImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_inpaint import StableDiffusionXLControlNetInpaintPipeline
@@ -47,15 +51,19 @@ __all__ = [
     "Part",
     "PlainStep",
     "Request",
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionLatentUpscalePipeline",
     "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLAdapterPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
     "StableDiffusionXLControlNetInpaintPipeline",
     "StableDiffusionXLControlNetPipeline",

@@ -210,27 +210,35 @@ ImageInput = Any
 
 
 def pixels(
-    images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1, holes: bool = False
-) -> np.ndarray:
-    """RGB images as float32 ``[N,H,W,3]`` in [0, 1]; a batch that is on a device in this size stays there.
+    images: ImageInput,
+    size: tuple[int, int] | None,
+    name: str,
+    *,
+    multiple: int = 1,
+    holes: bool = False,
+    channels: int = 3,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Any:
+    """Images as float32 ``[N,H,W,channels]`` in [0, 1]; a batch that is on a device in this size stays there.
 
     Args:
-      images: see :data:`ImageInput`; PIL images are converted with :func:`diffuse_jax.images.rgb`, and resized with a
-        Lanczos filter.
+      images: see :data:`ImageInput`; PIL images are converted with :func:`diffuse_jax.images.rgb`, and resized.
       size: the target (height, width); None means that of the first image, rounded down to ``multiple``.
       name: name of the argument, for error messages.
       multiple: height and width must be divisible by this.
       holes: arrays may also have pixels of -1 (:func:`~diffuse_jax.control_images.inpaint_condition`).
+      channels: 3, or 1 for images in grey; only arrays have other numbers.
+      resample: Pillow's filter.
 
     Raises:
       TypeError: an element is not an image.
-      ValueError: an array does not have the shape (height, width, 3) or has values outside [0, 1], or a PIL image has
-        values of unknown range.
+      ValueError: an array does not have the shape (height, width, channels) or has values outside [0, 1], or a PIL
+        image has values of unknown range.
     """
     size = image_size(images, name, multiple) if size is None else size
-    if stays_on_device(images) and images.shape[1:] == (*size, 3):
+    if stays_on_device(images) and images.shape[1:] == (*size, channels):
         return _pixels_on_device(images, name, holes)
-    return np.stack([_pixels(image, size, "RGB", name, holes) for image in image_list(images, name)])
+    return np.stack([_pixels(image, size, channels, name, holes, resample) for image in image_list(images, name)])
 
 
 def stays_on_device(array: Any) -> bool:
@@ -241,7 +249,7 @@ def stays_on_device(array: Any) -> bool:
 
 
 def _pixels_on_device(images: jax.Array, name: str, holes: bool) -> jax.Array:
-    """A batch ``[N,H,W,3]`` as float32 in [0, 1], with ``holes`` also -1. Only one bool leaves the device."""
+    """A batch ``[N,H,W,C]`` as float32 in [0, 1], with ``holes`` also -1. Only one bool leaves the device."""
     if images.dtype == np.uint8:
         return _to_unit(images)
     if not jax.numpy.issubdtype(images.dtype, np.floating) or not bool(jax.device_get(_in_range(images, holes))):
@@ -274,7 +282,7 @@ def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarr
 
 def mask_shades(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
     """Masks as float32 ``[N,H,W,1]`` from 0 to 1, as they are given; errors as of :func:`mask_pixels`."""
-    return np.stack([_pixels(_binary_as_float(mask, name), size, "L", name) for mask in image_list(masks, name)])
+    return np.stack([_pixels(_binary_as_float(mask, name), size, 1, name) for mask in image_list(masks, name)])
 
 
 def _binary_as_float(mask: Any, name: str) -> Any:
@@ -319,18 +327,30 @@ def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
     return height // multiple * multiple, width // multiple * multiple
 
 
-def _pixels(image: Any, size: tuple[int, int], mode: str, name: str, holes: bool = False) -> np.ndarray:
+MODES = {1: "L", 3: "RGB"}
+"""Number of channels -> Pillow's mode."""
+
+
+def _pixels(
+    image: Any,
+    size: tuple[int, int],
+    channels: int,
+    name: str,
+    holes: bool = False,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """One image as float32 ``[H,W,C]`` in [0, 1], with ``holes`` also -1."""
     height, width = size
     if isinstance(image, Image.Image):
+        if channels not in MODES:
+            raise ValueError(f"{name} must be an array of {channels} channels, got a PIL image of mode {image.mode!r}")
         image = upright(image) if image.mode in ("RGB", "L") else rgb(image, name)
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        array = np.asarray(image.convert(mode), np.float32) / 255
+            image = image.resize((width, height), resample)
+        array = np.asarray(image.convert(MODES[channels]), np.float32) / 255
         return array[..., None] if array.ndim == 2 else array
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
-    channels = 3 if mode == "RGB" else 1
     if array.shape != (height, width, channels):
         raise ValueError(
             f"{name} must be {height}x{width} with {channels} channels (channel-last), got an array of shape "
@@ -352,8 +372,8 @@ def _pixels(image: Any, size: tuple[int, int], mode: str, name: str, holes: bool
     return array.astype(np.float32)
 
 
-def per_prompt(array: np.ndarray, images: int, copies: int, name: str) -> np.ndarray:
-    """One row per image, from a single row for all, one per prompt, or one for each of the request's ``images``.
+def per_prompt(array: Any, images: int, copies: int, name: str) -> Any:
+    """One row per image, from an array with a single row for all, one per prompt, or one for each of the ``images``.
 
     Raises:
       ValueError: the number of rows is none of these.

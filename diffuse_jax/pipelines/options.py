@@ -112,6 +112,18 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class PooledTextOptions(TextOptions, total=False):
+    """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
+
+    Attributes:
+      pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[prompts,P]``, required with ``prompt_embeds`` and
+        ``negative_prompt_embeds``.
+    """
+
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+
+
 class ControlOptions(TypedDict, total=False):
     """Arguments of every call with ControlNets, besides the control images; each is one number, or one per ControlNet.
 
@@ -127,6 +139,18 @@ class ControlOptions(TypedDict, total=False):
     control_guidance_start: float | Sequence[float]
     control_guidance_end: float | Sequence[float]
     guess_mode: bool
+
+
+class AdapterOptions(TypedDict, total=False):
+    """Arguments of every call with T2I-Adapters, besides the control images.
+
+    Attributes:
+      adapter_conditioning_scale: strength, 1 by default: one number, or one per adapter; several are added.
+      adapter_conditioning_factor: the fraction of the evaluations, from the first, at which they act; 1 by default.
+    """
+
+    adapter_conditioning_scale: float | Sequence[float]
+    adapter_conditioning_factor: float
 
 
 class GuidanceOptions(TypedDict, total=False):
@@ -151,6 +175,10 @@ class StrengthOptions(TypedDict, total=False):
 
 class ControlTextOptions(TextOptions, ControlOptions, GuidanceOptions, total=False):
     """:class:`TextOptions` and :class:`ControlOptions`."""
+
+
+class AdapterTextOptions(TextOptions, AdapterOptions, GuidanceOptions, total=False):
+    """:class:`TextOptions` and :class:`AdapterOptions`."""
 
 
 class ControlImageOptions(ControlTextOptions, StrengthOptions, total=False):
@@ -187,15 +215,13 @@ class ControlInpaintOptions(InpaintTextOptions, ControlOptions, GuidanceOptions,
 Size = tuple[int, int]
 
 
-class XLOptions(TextOptions, total=False):
+class XLOptions(PooledTextOptions, total=False):
     """Arguments of every call of the SDXL family, besides the prompts for the two encoders.
 
     Attributes:
       negative_prompt: if None, the unconditional embeddings are zeros if the checkpoint says so
         (``force_zeros_for_empty_prompt``), else those of the empty prompt.
       negative_prompt_2: negative prompt for the second encoder; ``negative_prompt`` if None.
-      pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[prompts,P]``, required with ``prompt_embeds`` and
-        ``negative_prompt_embeds``.
       original_size, target_size: micro-conditioning, (height, width) in pixels; the image size if None.
       crops_coords_top_left: micro-conditioning, (top, left) in pixels; (0, 0) by default.
       negative_original_size, negative_crops_coords_top_left, negative_target_size: micro-conditioning of the
@@ -208,8 +234,6 @@ class XLOptions(TextOptions, total=False):
     """
 
     negative_prompt_2: str | Sequence[str] | None
-    pooled_prompt_embeds: Any
-    negative_pooled_prompt_embeds: Any
     original_size: Size | None
     target_size: Size | None
     crops_coords_top_left: Size
@@ -227,6 +251,10 @@ class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
 
 class XLControlTextOptions(XLOptions, ControlOptions, GuidanceOptions, total=False):
     """:class:`XLOptions` and :class:`ControlOptions`."""
+
+
+class XLAdapterTextOptions(XLOptions, AdapterOptions, GuidanceOptions, total=False):
+    """:class:`XLOptions` and :class:`AdapterOptions`."""
 
 
 class XLControlInpaintOptions(XLInpaintOptions, ControlOptions, StrengthOptions, total=False):

@@ -9,11 +9,12 @@ import numpy as np
 
 from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import PlainStep, Rows, all_parts, noise_row
+from diffuse_jax.pipelines.parts.latent_upscaler import SCALE, SmallImage
 from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
 
-PURPOSES = ("low res image", "image", "noise", "masked image")
+PURPOSES = ("low res image", "image", "small image", "noise", "masked image")
 """What diffusers draws before the loop, in its order; "noise" is the start, the others are for encoded images."""
 
 EACH_USED = (
@@ -65,7 +66,7 @@ def with_noise(request: Request, scheduler: Any, options: Mapping[str, Any]) -> 
         )
     steps = step_draws(request, scheduler, kind)
     count, first = (1, request.images) if together else (request.images, 1)
-    shapes = [rows["low_res_image"].shape[1:] if name == "low res image" else shape for name in purposes]
+    shapes = [drawn_shape(name, request) for name in purposes]
     draws = [(first, one[-1], *one[:-1]) for one in (*shapes, *[shape] * len(steps))]
     each = zip(*[STREAMS[kind](seed, *draws) for seed in seeds[:count]], strict=True)
     arrays = [np.ascontiguousarray(np.moveaxis(np.concatenate(images), 1, -1)) for images in each]
@@ -87,10 +88,19 @@ def drawn_before(request: Request) -> list[str]:
     drawn = {
         "low res image": "low_res_image" in rows,
         "image": "image" in rows and encoded and (not pure or bool(kept)),
+        "small image": "image" in rows and any(isinstance(part, SmallImage) for part in request.method.conditions),
         "noise": "noise" not in rows and "latents" not in rows,
         "masked image": "image" in rows and "mask" in rows and "masked_image_latents" not in rows,
     }
     return [name for name in PURPOSES if drawn[name]]
+
+
+def drawn_shape(purpose: str, request: Request) -> tuple[int, ...]:
+    """The shape of one image's noise for one of :data:`PURPOSES`."""
+    if purpose == "low res image":
+        return request.rows["low_res_image"].shape[1:]
+    shape = request.method.latent_shape
+    return (shape[0] // SCALE, shape[1] // SCALE, shape[2]) if purpose == "small image" else shape
 
 
 def row_name(purpose: str) -> str:

@@ -54,10 +54,8 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
     Raises:
       ValueError: the number of images, scales or windows does not match the number of ControlNets.
     """
-    found = pipe.components["controlnet"]
-    several = isinstance(found, tuple | list)
-    models = tuple(found) if several else (found,)
-    nets = tuple(Net("controlnet", model, k if several else None) for k, model in enumerate(models))
+    nets = nets_of(pipe, "controlnet")
+    several = nets[0].index is not None
     size = request_size(request, vae_of(pipe))
     each = images_by_net(images, len(nets)) if several else [images]
     if isinstance(request.finish, Region):
@@ -70,7 +68,7 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
     scales, starts, ends = (one_per_net(options.get(k, v), len(nets), k) for k, v in defaults.items())
     evaluations = int(request.plan.num_evaluations)
     windows = [window(s, e, evaluations) for s, e in zip(starts, ends, strict=True)]
-    guess = bool(options.get("guess_mode")) or models[0].config.global_pool_conditions
+    guess = bool(options.get("guess_mode")) or nets[0].config.global_pool_conditions
     rows = {
         "control_images": control,
         "control_scale": np.tile(np.array(scales, np.float32), (request.images, 1)),
@@ -106,6 +104,13 @@ def below_guidance(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
     if isinstance(denoiser, Guidance):
         return replace(denoiser, inner=wrap(denoiser.inner))
     return wrap(denoiser)
+
+
+def nets_of(pipe: Any, name: str) -> tuple[Net, ...]:
+    """The networks of a component that is one network or several (``controlnet``, ``adapter``)."""
+    found = pipe.components[name]
+    several = isinstance(found, tuple | list)
+    return tuple(Net(name, model, k) for k, model in enumerate(found)) if several else (Net(name, found),)
 
 
 def vae_of(pipe: Any) -> Net:
@@ -150,15 +155,22 @@ def is_latents(image: Any, vae: Net) -> bool:
     return floating and image.ndim == 4 and image.shape[-1] == channels != 3
 
 
-def latent_rows(latents: Any, request: Request, name: str) -> np.ndarray:
+def latent_rows(latents: Any, request: Request, name: str, shape: tuple[int, ...] | None = None) -> Any:
     """The caller's latents as float32, one row per image; those on a device stay there.
 
+    Args:
+      latents: the latents.
+      request: the request.
+      name: of the argument.
+      shape: of each; that of the request's if None.
+
     Raises:
-      ValueError: they do not have the request's size.
+      ValueError: they do not have this shape.
     """
-    array = latents.astype(np.float32) if stays_on_device(latents) else np.asarray(latents, np.float32)
-    if array.ndim != 4 or array.shape[1:] != request.method.latent_shape:
-        want = ", ".join(map(str, request.method.latent_shape))
+    array: Any = latents.astype(np.float32) if stays_on_device(latents) else np.asarray(latents, np.float32)
+    shape = request.method.latent_shape if shape is None else shape
+    if array.ndim != 4 or array.shape[1:] != shape:
+        want = ", ".join(map(str, shape))
         raise ValueError(f"{name} as latents must be [B, {want}], got {array.shape}")
     return per_prompt(array, request.images, request.copies, name)
 
@@ -176,17 +188,15 @@ def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
     return image_size(image_list(image, name)[0], name, vae.config.scale)
 
 
-def one_per_net(value: float | Sequence[float], nets: int, name: str) -> list[float]:
-    """One value per ControlNet, from a single number or a list.
+def one_per_net(value: float | Sequence[float], nets: int, name: str, kind: str = "ControlNet") -> list[float]:
+    """One value per network of a ``kind``, from a single number or a list.
 
     Raises:
-      ValueError: the list does not have one value per ControlNet.
+      ValueError: the list does not have one value per network.
     """
     values = [float(v) for v in np.ravel(value)]
     if len(values) not in (1, nets) or (np.ndim(value) and len(values) != nets):
-        raise ValueError(
-            f"{name} has {len(values)} entries for {nets} ControlNets; give one number, or one per ControlNet"
-        )
+        raise ValueError(f"{name} has {len(values)} entries for {nets} {kind}s; give one number, or one per {kind}")
     return values * (nets if len(values) == 1 else 1)
 
 

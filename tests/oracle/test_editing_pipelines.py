@@ -44,11 +44,11 @@ def opened(name: str, folder: Path, **parts: Any) -> tuple[DiffusionPipeline, An
     return getattr(pipelines, name).from_pretrained(folder).replace(programs=Programs()), twin
 
 
-def compare(pipe: Any, twin: Any, **request: Any) -> None:
-    """Both sides of a request agree, with PyTorch's noise."""
+def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, **request: Any) -> None:
+    """Both sides of a request agree, with PyTorch's noise; ``theirs`` are arguments as PyTorch takes them."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     with torch.no_grad():
-        wanted = twin(generator=generators, output_type="np", **request).images
+        wanted = twin(generator=generators, output_type="np", **request | (theirs or {})).images
     ours = pipe(seed=SEEDS, noise="torch", output_type="np", **request).images
     assert wanted.std() > 0.05, "an image without content proves nothing"
     assert ours.shape == wanted.shape

@@ -42,6 +42,8 @@ class ClipFamily:
       embeds: row -> the argument for it (without ``negative_``) if the caller passes embeddings.
       conditioning: ``(pipe, call, branches) -> rows`` for conditioning besides the text.
       zero_negative: ``(pipe, call)`` -> whether the unconditional embeddings are zeros; None if they never are.
+      distilled: whether a UNet with ``time_cond_proj_dim`` takes the guidance scale as an input there, so that there is
+        no classifier-free guidance.
       masked: mask the padding for encoders with ``use_attention_mask`` in their config.
       options: a ``TypedDict`` of the arguments of its calls.
       plan_options: the names of those that are passed on to the sampler's plan.
@@ -52,6 +54,7 @@ class ClipFamily:
     embeds: dict[str, str]
     conditioning: Callable[[Any, Call, tuple[str, ...]], Rows] = no_conditioning
     zero_negative: Callable[[Any, Call], bool] | None = None
+    distilled: bool = True
     masked: bool = False
     options: type = TextOptions
     plan_options: tuple[str, ...] = ()
@@ -62,7 +65,7 @@ class ClipFamily:
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one.
         """
-        branches = (NEGATIVE, POSITIVE) if uses_guidance(pipe, call.get("guidance_scale")) else (POSITIVE,)
+        branches = (NEGATIVE, POSITIVE) if self.uses_guidance(pipe, call) else (POSITIVE,)
         rows = self.text_rows(pipe, call, branches) | self.conditioning(pipe, call, branches)
         rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
         for name, default in (("guidance_scale", 1.0), ("guidance_rescale", 0.0)):
@@ -70,6 +73,12 @@ class ClipFamily:
         if len(branches) > 1:  # 1 or less turns guidance off, in a batch too
             rows["guidance_scale"] = np.maximum(rows["guidance_scale"], 1.0)
         return rows | image_prompt_rows(pipe, call, len(branches) > 1)
+
+    def uses_guidance(self, pipe: Any, call: Call) -> bool:
+        """Whether to use classifier-free guidance: if a scale is above 1, and the network does not take it as an
+        input."""
+        takes = self.distilled and pipe.components["unet"].config.time_cond_proj_dim is not None
+        return not takes and bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
         """``ids`` by encoder; or, if the caller passed embeddings for any branch, the embeddings of all branches."""
@@ -203,7 +212,7 @@ class ClipFamily:
         decode = Raw() if output == "latent" else ToImages(vae, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
         return Method(
             conditions=(*self.conditions(pipe, call, rows), *image_encoders(pipe, rows)),
-            denoiser=ClassifierFree(unet) if uses_guidance(pipe, call.get("guidance_scale")) else unet,
+            denoiser=ClassifierFree(unet) if self.uses_guidance(pipe, call) else unet,
             start=FromNoise(),
             decode=decode,
             latent_shape=(call.size[0] // scale, call.size[1] // scale, vae.config.latent_channels),
@@ -239,11 +248,6 @@ def sequence_length(tokens: Rows) -> int:
     """The number of prompt embeddings of each prompt."""
     ids = next(iter(tokens["ids"].values()))
     return ids.shape[-1] * (1 if ids.ndim == 2 else ids.shape[-2])
-
-
-def uses_guidance(pipe: Any, guidance_scale: Any) -> bool:
-    """Whether to use classifier-free guidance: if a scale is above 1 and the network does not take it as an input."""
-    return pipe.components["unet"].config.time_cond_proj_dim is None and bool(np.any(np.asarray(guidance_scale) > 1))
 
 
 def stack_branches(branches: list[np.ndarray]) -> np.ndarray | Branches:

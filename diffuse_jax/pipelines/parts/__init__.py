@@ -1,6 +1,6 @@
 """Parts that methods are composed of: conditioning, guidance, control, start, step and decoding."""
 
-from diffuse_jax.pipelines.parts.control import Beside, Controlled
+from diffuse_jax.pipelines.parts.control import Beside, Controlled, Steered
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guidance, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
@@ -28,6 +28,7 @@ __all__ = [
     "LatentMask",
     "PixelUNet",
     "Raw",
+    "Steered",
     "ToImages",
     "ToPixels",
     "UNet",

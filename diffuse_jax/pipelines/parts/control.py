@@ -1,4 +1,4 @@
-"""Denoisers with further inputs: images as extra channels, ControlNets."""
+"""Denoisers with further inputs: images as extra channels, ControlNets, T2I-Adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.models.t2i_adapter import combined_features
 from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
 from diffuse_jax.pipelines.parts.guidance import is_branches, per_image
 from diffuse_jax.pipelines.parts.network import conditions
@@ -92,3 +93,35 @@ def strengths(rows: Rows, scale: jax.Array, count: int, *, levels: bool) -> list
     scale = jnp.where(guess & ~rows.get("conditional", True), 0.0, scale)
     factors = np.logspace(-1, 0, count, dtype=np.float32) if levels else np.ones(count, np.float32)
     return [scale * jnp.where(guess, factor, 1.0) for factor in factors]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steered(Part):
+    """A denoiser with T2I-Adapters (Mou et al. 2023): its UNet adds what they compute from images before the loop.
+
+    Reads, for each of the ``nets``: ``adapter_images``, a tuple of ``[B,H,W,C]`` in [0, 1], and the weights
+    ``adapter_scale [B,n]``; and ``adapter_evaluations`` int32 ``[B]``, the number of evaluations, from the first, at
+    which they act. None of these values is compiled in.
+    """
+
+    inner: Any
+    nets: tuple[Net, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "adapter_images", "adapter_scale", "adapter_evaluations"
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("adapter_features",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        """The weighted sum of the adapters' features, which does not depend on the step."""
+        pairs = zip(self.nets, rows["adapter_images"], strict=True)
+        features = combined_features([net.apply(params, images) for net, images in pairs], rows["adapter_scale"])
+        return super().prepare(params, rows | {"adapter_features": features}, keys)
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        acts = step.i < rows["adapter_evaluations"]
+        features = tuple(jnp.where(per_image(acts, y), y, 0) for y in rows["adapter_features"])
+        return self.inner(params, rows | {"inner_residuals": features}, x, step)

@@ -14,8 +14,9 @@ from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
 class UNet(Part):
     """A text-conditioned UNet.
 
-    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; ``class_labels`` and ``residuals`` (of
-    ControlNets) if there are any; and ``guidance_scale [B]`` if the network takes it as an input.
+    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; ``class_labels``, ``residuals`` (of
+    ControlNets) and ``inner_residuals`` (of T2I-Adapters) if there are any; and if the network takes one more vector,
+    ``timestep_cond [B,D]``, or else ``guidance_scale [B]``, which it is made of.
     """
 
     net: Net
@@ -23,13 +24,15 @@ class UNet(Part):
     @property
     def reads(self) -> tuple[str, ...]:
         distilled = self.net.config.time_cond_proj_dim is not None
-        return ("states", *(("guidance_scale",) if distilled else ()))
+        return ("states", *(("timestep_cond|guidance_scale",) if distilled else ()))
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
         residuals = {}
         if "residuals" in rows:
             down, middle = rows["residuals"]
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        if "inner_residuals" in rows:
+            residuals["down_intrablock_additional_residuals"] = rows["inner_residuals"]
         return self.net.apply(params, x, step.t, rows["states"], **conditions(self.net, rows), **residuals)
 
 
@@ -41,7 +44,9 @@ def conditions(net: Net, rows: Rows) -> dict[str, jax.Array | dict[str, jax.Arra
     if "class_labels" in rows:
         given["class_labels"] = rows["class_labels"]
     dim = getattr(net.config, "time_cond_proj_dim", None)
-    if dim is not None:
+    if "timestep_cond" in rows:
+        given["timestep_cond"] = rows["timestep_cond"]
+    elif dim is not None:
         given["timestep_cond"] = guidance_embedding(rows["guidance_scale"], dim)
     return given
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ import numpy as np
 from diffuse_jax.pipelines.method import Params, Part, Rows, Step
 from diffuse_jax.pipelines.parts.guidance import without_keys
 
+LEVELS = ("adapter_features",)
+"""Rows with maps of several resolutions, each a whole fraction of the sample's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows(Part):
@@ -19,7 +23,7 @@ class Windows(Part):
 
     With every sampler whose step is linear in sample and prediction (all but those that clip) this is the mean of the
     windows' steps. Rows ``[B,h,w,C]`` of the sample's height and width (masks, features of a control image) are cut
-    with it; all others are the same for every window.
+    with it, and so are the features of T2I-Adapters, which are coarser; all others are the same for every window.
 
     Attributes:
       inner: the denoiser, guidance included.
@@ -42,12 +46,20 @@ class Windows(Part):
         weights = (np.arange(groups.size // 2) < len(places)).reshape(-1, batch)  # 0 where a window is repeated
         high, wide = (np.arange(min(self.size, length)) for length in x.shape[1:3])
         indices = lambda place: (place[0] + high[:, None], (place[1] + wide) % x.shape[2])
+        levels = [name for name in LEVELS if name in rows]
+        for name in levels:
+            check_levels(rows[name], x.shape[1:3], [*places.ravel(), len(high), len(wide)])
+        cut_levels = lambda maps, at: tuple(
+            jnp.concatenate([y[:, r[::f] // f, c[::f] // f] for r, c in at])
+            for y, f in ((y, x.shape[1] // y.shape[1]) for y in maps)
+        )
 
         def add(sums: tuple[jax.Array, jax.Array], group: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             at = [indices(place) for place in group[0]]
             is_map = lambda value: value.ndim == 4 and value.shape[1:3] == x.shape[1:3]
             cut = lambda value: jnp.concatenate([value[:, r, c] if is_map(value) else value for r, c in at])
-            output = self.inner(params, jax.tree.map(cut, without_keys(rows)), cut(x), step).astype(jnp.float32)
+            here = jax.tree.map(cut, without_keys(rows)) | {name: cut_levels(rows[name], at) for name in levels}
+            output = self.inner(params, here, cut(x), step).astype(jnp.float32)
             total, count = sums
             for k, (r, c) in enumerate(at):
                 total = total.at[:, r, c].add(group[1][k] * output[k * len(x) : (k + 1) * len(x)])
@@ -57,6 +69,21 @@ class Windows(Part):
         zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros((1, *x.shape[1:3], 1), jnp.float32)
         (total, count), _ = jax.lax.scan(add, zeros, (jnp.asarray(groups), jnp.asarray(weights, jnp.float32)))
         return total / count
+
+
+def check_levels(maps: Sequence[jax.Array], size: tuple[int, ...], lengths: Sequence[int]) -> None:
+    """Check that windows can be cut from maps of lower resolutions.
+
+    Raises:
+      ValueError: a place or size of a window (``lengths``) is not a whole number of a map's pixels.
+    """
+    for height, width in (y.shape[1:3] for y in maps):
+        factor = size[0] // height
+        if (factor * height, factor * width) != tuple(size) or any(length % factor for length in lengths):
+            raise ValueError(
+                f"size and stride of windows, and the sample's {size[0]}x{size[1]}, must be multiples of {factor} with "
+                f"this T2I-Adapter, which has features of {height}x{width}"
+            )
 
 
 def window_places(size: tuple[int, ...], window: int, stride: int, circular: bool) -> np.ndarray:
