@@ -32,17 +32,17 @@ def as_list(value: Prompt, name: str) -> list[str]:
     return values
 
 
-def number_of_prompts(prompt: Prompt | None, embeds: Any, images_per_prompt: int) -> int:
+def number_of_prompts(prompt: Prompt | None, embeds: Any, images_per_prompt: int, name: str = "prompt") -> int:
     """The number of prompts, which are given either as text or as embeddings.
 
     Raises:
       ValueError: both or neither were given, or ``images_per_prompt`` is not positive.
     """
     if (prompt is None) == (embeds is None):
-        raise ValueError("give either prompt or prompt_embeds")
+        raise ValueError(f"give either {name} or {name}_embeds")
     if images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt must be at least 1, got {images_per_prompt}")
-    return len(embeds) if prompt is None else len(as_list(prompt, "prompt"))
+    return len(embeds) if prompt is None else len(as_list(prompt, name))
 
 
 def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:

@@ -82,7 +82,7 @@ class LatentConsistencyModelImg2ImgPipeline(LatentConsistencyModelPipeline):
         return from_image(text_to_image(self, arguments, size, strength=strength, **distillation), self, image)
 
 
-def of_distillation(steps: int | None) -> dict[str, int]:
+def of_distillation(steps: int | None) -> dict[str, Any]:
     """The option of the sampler's plan, where it was given."""
     return {} if steps is None else {"original_inference_steps": steps}
 
