@@ -77,7 +77,7 @@ class StableDiffusionDiffEditPipeline(StableDiffusionPipeline):
     def generate_mask(self, *args: Any, **options: Any) -> np.ndarray | list[Image.Image]:
         return verb(masking)(self, *args, **options).images
 
-    def invert(  # type: ignore[override]
+    def invert(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
