@@ -154,8 +154,7 @@ def masking(
 
 
 def regularised(request: Request, scheduler: Any, weights: tuple[float, float], steps: int, shifts: int) -> Request:
-    """An inversion whose predicted noise is regularised; see :class:`~diffuse_jax.pipelines.parts.regularised
-    .Regularised`.
+    """An inversion whose predicted noise is regularised (the part ``Regularised``).
 
     Args:
       request: the inversion.
@@ -193,7 +192,7 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
     Args:
       pipe: the pipeline.
       mask: of the latents' size, one or one per prompt.
-      inverted: ``[prompts,evaluations,h,w,c]``, or both first axes as one; the noisiest first.
+      inverted: ``[prompts,evaluations,h,w,c]``, or both first axes as one, or a list of such; the noisiest first.
       strength: in (0, 1], the share of the steps to run.
       arguments: of the call.
 
@@ -207,7 +206,8 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
         raise ValueError("give image_latents: the latents that invert finds for an image")
     if arguments.get("latents") is not None:
         raise TypeError("DiffEdit takes no latents: the run starts from image_latents")
-    inverted, vae = np.asarray(inverted, np.float32), vae_of(pipe)
+    vae, several = vae_of(pipe), isinstance(inverted, list | tuple)
+    inverted = np.asarray(np.concatenate(inverted) if several else inverted, np.float32)
     if inverted.ndim not in (4, 5) or inverted.shape[-1] != vae.config.latent_channels:
         raise ValueError(
             f"image_latents must be [prompts,steps,h,w,{vae.config.latent_channels}] (channel-last), got "

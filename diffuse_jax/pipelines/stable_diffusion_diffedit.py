@@ -62,7 +62,8 @@ class StableDiffusionDiffEditPipeline(StableDiffusionPipeline):
         Args:
           prompt: what the image should show, or a list; or give ``prompt_embeds``.
           mask_image: of :meth:`generate_mask`, or any mask of the latents' size, one or one per prompt.
-          image_latents: ``[prompts,steps,h,w,c]``, of :meth:`invert` with the same number of steps and strength.
+          image_latents: ``[prompts,steps,h,w,c]``, of :meth:`invert` with the same number of steps and strength; or a
+            list of such arrays.
           inpaint_strength: in (0, 1], the share of the steps to run.
           guidance_scale: one value, or one per image.
           **options: see :class:`~diffuse_jax.pipelines.options.TextOptions`.

@@ -204,7 +204,8 @@ def test_diffedit(diffedit: Path, twin: Any, images: list[Any], monkeypatch: pyt
     again = pipe.invert(PROMPTS, images, seed=SEEDS, noise="torch", **more_steps).latents
     pipe(mask_image=1 - mask, image_latents=again, output_type="np", **call | more_steps)
     assert pipe.programs.compilations == before + 1
-    whole = pipe(mask_image=mask, image_latents=ours.latents, num_images_per_prompt=2, output_type="np", **call)
+    each = [ours.latents[:1], ours.latents[1:]]
+    whole = pipe(mask_image=mask, image_latents=each, num_images_per_prompt=2, output_type="np", **call)
     np.testing.assert_allclose(whole.images[::2], images_here, atol=1e-4)
 
 
