@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 from diffuse_jax import weights
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 
-NAME = re.compile("(StableDiffusion|StableDiffusionXL|LatentConsistencyModel)(ControlNet|)(Img2Img|Inpaint|)Pipeline")
-"""Class names in ``model_index.json``, split into family, ControlNet, and the task that the folder was saved for."""
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel"
+NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)Pipeline")
+"""Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
+the folder was saved for."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
 
@@ -20,7 +22,8 @@ class AutoPipeline:
     """Base of the classes below, one for each task.
 
     With a ControlNet in the checkpoint or pipeline, or with ``controlnet=``, the task's ControlNet class is used;
-    ``controlnet=None`` leaves the ControlNet out.
+    ``controlnet=None`` leaves the ControlNet out. With ``enable_pag=True``, or where the checkpoint or pipeline has it,
+    the class is the one with perturbed-attention guidance; ``enable_pag=False`` leaves that out.
     """
 
     task: ClassVar[str]
@@ -36,7 +39,7 @@ class AutoPipeline:
         hub = ("revision", "local_files_only", "token", "cache_dir", "variant")
         folder = weights.resolve(source, **{k: v for k, v in options.items() if k in hub})
         target = cls.pipeline_for(weights.read_index(folder).class_name, source, options)
-        return target.from_pretrained(folder, **options)
+        return target.from_pretrained(folder, **{k: v for k, v in options.items() if k != "enable_pag"})
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
@@ -45,18 +48,21 @@ class AutoPipeline:
         Raises:
           WeightsError: the architecture does not support the task.
         """
-        return cls.pipeline_for(type(pipe).__name__, "this pipeline", components).from_pipe(pipe, **components)
+        target = cls.pipeline_for(type(pipe).__name__, "this pipeline", components)
+        return target.from_pipe(pipe, **{k: v for k, v in components.items() if k != "enable_pag"})
 
     @classmethod
     def pipeline_for(cls, name: str, source: Any, given: Mapping[str, Any]) -> type[DiffusionPipeline]:
-        """The class for this task and the architecture of the class ``name``, with or without a ControlNet."""
+        """The class for this task and the architecture of the class ``name``, with or without a ControlNet and
+        perturbed-attention guidance."""
         found = NAME.fullmatch(name)
         if found is None:
             known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
             raise weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")
-        family, control, _ = found.groups()
+        family, control, perturbed, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
-        rest = f"{'ControlNet' if has_control else ''}{cls.task}Pipeline"
+        kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
+        rest = f"{kind}{cls.task}Pipeline"
         return pipeline_class((family if family + rest in PIPELINES else SHARED.get(family, family)) + rest, source)
 
 

@@ -13,6 +13,8 @@ from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
 from diffuse_jax.pipelines.method import Method, Rows
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.schedulers.plan import Plan
 
 STEPS = 50
 
@@ -61,13 +63,21 @@ class Family(Protocol):
         """The text-to-image method for these rows."""
 
 
-def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], **plan_options: Any) -> Request:
+def text_to_image(
+    pipe: Any,
+    options: Mapping[str, Any],
+    size: tuple[int, int],
+    *,
+    scheduler: Scheduler | None = None,
+    **plan_options: Any,
+) -> Request:
     """The text-to-image request of a pipeline, starting from noise; the other tasks modify it.
 
     Args:
       pipe: a pipeline with a ``family``.
       options: the arguments of the call, including prompts and guidance scale.
       size: (height, width) in pixels.
+      scheduler: the sampler; the pipeline's if None.
       **plan_options: further arguments of the sampler's plan, for example ``strength``.
 
     Raises:
@@ -78,11 +88,17 @@ def text_to_image(pipe: Any, options: Mapping[str, Any], size: tuple[int, int], 
     check_names(type(pipe), {k: v for k, v in options.items() if k not in named}, family.options)
     given = {name: value for name, value in options.items() if value is not None}
     prompts = number_of_prompts(given.get("prompt"), given.get("prompt_embeds"))
-    return request_of(pipe, given, prompts, size, **plan_options)
+    return request_of(pipe, given, prompts, size, scheduler=scheduler, **plan_options)
 
 
 def request_of(
-    pipe: Any, given: Mapping[str, Any], prompts: int, size: tuple[int, int], **plan_options: Any
+    pipe: Any,
+    given: Mapping[str, Any],
+    prompts: int,
+    size: tuple[int, int],
+    *,
+    scheduler: Scheduler | None = None,
+    **plan_options: Any,
 ) -> Request:
     """The request for a number of prompts, from arguments that are not None; see :func:`text_to_image`.
 
@@ -97,17 +113,17 @@ def request_of(
     method = family.method(pipe, call, rows)
     noise, seeds = noise_rows(call.images, given, method.latent_shape, pipe.mesh)
     to_plan = {name: given[name] for name in family.plan_options if name in given}
-    plan = make_plan(pipe, given, STEPS, **to_plan, **plan_options)
+    plan = make_plan(scheduler or pipe.scheduler, given, STEPS, **to_plan, **plan_options)
     return Request(method, rows | noise, plan, given.get("output_type", "pil"), seeds, copies)
 
 
-def make_plan(pipe: Any, options: Mapping[str, Any], default_steps: int, **more: Any) -> Any:
+def make_plan(scheduler: Scheduler, options: Mapping[str, Any], default_steps: int, **more: Any) -> Plan:
     """The sampler's plan for the ``num_inference_steps``, ``timesteps``, ``sigmas`` and ``eta`` of a call."""
     steps, timesteps, sigmas = (options.get(name) for name in ("num_inference_steps", "timesteps", "sigmas"))
     if steps is None and timesteps is None and sigmas is None:
         steps = default_steps
     more = {name: value for name, value in (more | {"eta": options.get("eta")}).items() if value is not None}
-    return pipe.scheduler.plan(steps, timesteps=timesteps, sigmas=sigmas, **more)
+    return scheduler.plan(steps, timesteps=timesteps, sigmas=sigmas, **more)
 
 
 def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:

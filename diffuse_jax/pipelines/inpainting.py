@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from diffuse_jax.models import AsymmetricAutoencoderKL
 from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, mask_pixels, mask_shades, per_prompt, pixels
+from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.pipelines.parts.control import Beside
+from diffuse_jax.pipelines.parts.decode import ToImages
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
@@ -54,6 +58,7 @@ def inpainting(
     latents = vae.config.latent_channels
     rows = image_rows(request, pipe, image, "image")
     rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images, request.copies, "mask_image")
+    request = decoded_around(request, rows)
     rows["pure_noise"] = np.full(request.images, strength == 1)
     method, conditions = request.method, (*request.method.conditions, LatentMask(vae.config.scale))
     if unet.in_channels == latents:
@@ -72,6 +77,25 @@ def inpainting(
     denoiser = below_guidance(method.denoiser, beside)
     conditions = (*conditions, EncodeMaskedImage(vae))
     return changed(request, rows, start=FromImage(vae), conditions=conditions, denoiser=denoiser)
+
+
+def decoded_around(request: Request, rows: Rows) -> Request:
+    """The request with a decoder that sees the image and the mask among the rows, if it is one that looks at them.
+
+    Raises:
+      ValueError: the image is latents, or is decoded in tiles.
+    """
+    decode = request.method.decode
+    if not isinstance(decode, ToImages) or not isinstance(decode.vae.model, AsymmetricAutoencoderKL):
+        return request
+    if decode.tile is not None:
+        raise ValueError(
+            "AsymmetricAutoencoderKL sees the known part of an image as a whole; inpaint with "
+            "pipe.replace(vae_tiling=None)"
+        )
+    if "image" not in rows:
+        raise ValueError("AsymmetricAutoencoderKL sees the known part of an image; give it as pixels, not as latents")
+    return changed(request, {}, decode=replace(decode, around=True))
 
 
 def pasting_back(request: Request, image: ImageInput, mask: ImageInput, size: tuple[int, int]) -> PasteBack:

@@ -32,15 +32,15 @@ def as_list(value: Prompt, name: str) -> list[str]:
     return values
 
 
-def number_of_prompts(prompt: Prompt | None, embeds: Any) -> int:
+def number_of_prompts(prompt: Prompt | None, embeds: Any, name: str = "prompt") -> int:
     """The number of prompts, which are given either as text or as embeddings.
 
     Raises:
       ValueError: both or neither were given.
     """
     if (prompt is None) == (embeds is None):
-        raise ValueError("give either prompt or prompt_embeds")
-    return len(embeds) if prompt is None else len(as_list(prompt, "prompt"))
+        raise ValueError(f"give either {name} or {name}_embeds")
+    return len(embeds) if prompt is None else len(as_list(prompt, name))
 
 
 def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:

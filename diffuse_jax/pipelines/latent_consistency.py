@@ -81,10 +81,11 @@ class LatentConsistencyModelImg2ImgPipeline(LatentConsistencyModelPipeline):
         size, distillation = input_size(self, image, "image"), of_distillation(original_inference_steps)
         # Samplers that do not choose from the timesteps of a distillation leave out the first steps, as elsewhere.
         name = "grid_strength" if "grid_strength" in self.scheduler.grid_options else "strength"
-        return from_image(text_to_image(self, arguments, size, **{name: strength}, **distillation), self, image)
+        part: dict[str, Any] = {name: strength, **distillation}
+        return from_image(text_to_image(self, arguments, size, **part), self, image)
 
 
-def of_distillation(steps: int | None) -> dict[str, int]:
+def of_distillation(steps: int | None) -> dict[str, Any]:
     """The option of the sampler's plan, where it was given."""
     return {} if steps is None else {"original_inference_steps": steps}
 

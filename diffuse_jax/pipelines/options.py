@@ -173,6 +173,10 @@ class StrengthOptions(TypedDict, total=False):
     strength: float
 
 
+class GuidedTextOptions(TextOptions, GuidanceOptions, total=False):
+    """:class:`TextOptions` with the guidance argument."""
+
+
 class ControlTextOptions(TextOptions, ControlOptions, GuidanceOptions, total=False):
     """:class:`TextOptions` and :class:`ControlOptions`."""
 

@@ -33,7 +33,7 @@ from diffuse_jax.pipelines.placement import params_to_default_device, params_to_
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
 from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
-from diffuse_jax.pipelines.settings import corrected, log_ignored
+from diffuse_jax.pipelines.settings import corrected, log_ignored, split_settings
 from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other, save_single_file
 from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
@@ -127,12 +127,13 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
     def __call__(self, *args: Any, **options: Any) -> Output:
         """Run the request that :meth:`compose` builds from these arguments; :class:`RunOptions
         <diffuse_jax.pipelines.options.RunOptions>` control how it is run."""
-        running = {name: options.pop(name) for name in self._run_options() if name in options}
+        running = {name: options.pop(name) for name in self._run_options(options.get("compose")) if name in options}
         return run(self, self.request(*args, **options), **running)
 
     def request(
         self,
         *args: Any,
+        compose: Callable[..., Request] | None = None,
         method: Replace | None = None,
         rows: Mapping[str, Any] | None = None,
         modifiers: Modifier | Sequence[Modifier] = (),
@@ -145,6 +146,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         Args:
           *args: positional arguments of :meth:`compose`.
           **options: keyword arguments of :meth:`compose`.
+          compose: what makes the request, ``compose(pipe, *args, **options)``; the class's own if None. Other verbs
+            (:meth:`StableDiffusionPipeline.invert`) have one of their own.
           method: changes the pipeline's method, for example ``lambda m: replace(m, denoiser=Mine(m.denoiser))``.
           rows: additional rows for custom parts: name -> array with one entry per image.
           modifiers: one or several of :mod:`~diffuse_jax.pipelines.modifiers`, applied in order before ``method``.
@@ -153,14 +156,15 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         Raises:
           ValueError, TypeError: an argument is invalid, or the rows do not fit the method.
         """
-        if wrong := sorted(self._run_options() & {*options}):
+        if wrong := sorted(self._run_options(compose) & {*options}):
             raise TypeError(
                 f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
             )
         pipe = self if lora_scale is None else adapting.at_scale(self, lora_scale)
-        composed = pipe.compose(*args, **options)
+        composed = (type(pipe).compose if compose is None else compose)(pipe, *args, **options)
         if not isinstance(composed, Request):
-            raise TypeError(f"{type(self).__name__}.compose must return a Request, got {type(composed).__name__}")
+            name = f"{type(self).__name__}.compose" if compose is None else getattr(compose, "__name__", "compose")
+            raise TypeError(f"{name} must return a Request, got {type(composed).__name__}")
         request = modified(composed, pipe, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
@@ -169,15 +173,17 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         check_rows(request.method, request.rows)
         return request
 
-    def _run_options(self) -> set[str]:
-        """Names of the arguments of a call that :meth:`compose` does not take."""
-        return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(self.compose).parameters}
+    def _run_options(self, compose: Callable[..., Request] | None = None) -> set[str]:
+        """Names of the arguments of a call that ``compose`` (:meth:`compose` if None) does not take."""
+        return {*RunOptions.__annotations__, "batch_size"} - {*inspect.signature(compose or self.compose).parameters}
 
     def compile(self, *args: Any, **options: Any) -> Self:
         """Compile the program that a call with these arguments would run, without running it. Of arrays, only the
         shapes matter. Returns self."""
-        batch_size = options.pop("batch_size", None) if "batch_size" in self._run_options() else None
-        if not args and "prompt" in inspect.signature(self.compose).parameters and "prompt_embeds" not in options:
+        compose = options.get("compose")
+        takes = inspect.signature(compose or self.compose).parameters
+        batch_size = options.pop("batch_size", None) if "batch_size" in self._run_options(compose) else None
+        if not args and "prompt" in takes and "prompt_embeds" not in options:
             options.setdefault("prompt", "")
         compile_request(self, self.request(*args, **options), batch_size)
         return self
@@ -209,7 +215,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
           **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
             network as ``(model, params)``, several ControlNets as a list of such pairs. ``image_encoder``,
             ``feature_extractor`` and ``safety_checker`` may be added to any pipeline; None leaves them out. Settings of
-            ``model_index.json`` are given in the same way: ``requires_safety_checker=False``.
+            ``model_index.json`` (``settings`` of the class) are given in the same way, and so is
+            ``requires_safety_checker=False``.
 
         Raises:
           WeightsError: the folder or model does not exist, a class is unknown, or weights do not fit. Nothing is
@@ -234,8 +241,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
-        settings = {name: components.pop(name) for name in {*target.settings, REQUIRED} & {*components}}
-        options = {**index.options, **{name: value for name, value in settings.items() if name in target.settings}}
+        required = components.pop(REQUIRED, index.options.get(REQUIRED, CHECKER in index.components))
+        options, components = split_settings(target, index.options, components)
         known = {*index.components, *index.absent, *target.required, *OPTIONAL, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
@@ -246,7 +253,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
         log_ignored(target, options, source)
-        warn_if_off(parts, settings.get(REQUIRED, index.options.get(REQUIRED, CHECKER in index.components)))
+        warn_if_off(parts, required)
         return cast(Self, target(corrected(target, parts), params, options, mesh))
 
     @classmethod
@@ -310,23 +317,28 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
 
         Args:
           pipe: any pipeline with the components that this class requires.
-          **components: missing components or replacements, as in :meth:`from_pretrained`:
+          **components: missing components or replacements, and settings, as in :meth:`from_pretrained`:
             ``controlnet=(model, params)``.
 
         Raises:
           ValueError: a component is missing.
         """
+        options, components = split_settings(cls, pipe.options, components)
         parts, params = with_overrides(pipe.components, pipe.params, components)
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(DiffusionPipeline)}
-        made = cls(**fields | {"components": corrected(cls, parts), "params": params})
+        made = cls(**fields | {"components": corrected(cls, parts), "params": params, "options": options})
         return cast(Self, adapting.refreshed(made, pipe.params))
 
     def replace(self, **changes: Any) -> Self:
-        """A pipeline with components (``scheduler=...``; a network as ``(model, params)``) or settings replaced.
+        """A pipeline with components (``scheduler=...``; a network as ``(model, params)``) or settings replaced, those
+        of ``model_index.json`` too.
 
         Raises:
           TypeError: the pipeline has no such component.
         """
+        options, changes = split_settings(type(self), self.options, changes)
+        if options != self.options:
+            changes = {"options": options} | changes
         fields = {f.name for f in dataclasses.fields(self)}
         settings = {name: value for name, value in changes.items() if name in fields}
         given = {name: part for name, part in changes.items() if name not in fields}
@@ -439,6 +451,17 @@ def call_from_compose(compose: Callable[..., Request]) -> Callable[..., Output]:
         return DiffusionPipeline.__call__(self, *args, **options)
 
     call.__name__ = "__call__"
+    return call
+
+
+def verb(compose: Callable[..., Request]) -> Callable[..., Output]:
+    """A method of pipelines besides calling them, which runs the request of ``compose(pipe, *args, **options)`` and
+    takes the arguments that every call takes (``modifiers``, ``callback_on_step_end`` ...)."""
+
+    @functools.wraps(compose)
+    def call(self: DiffusionPipeline, *args: Any, **options: Any) -> Output:
+        return DiffusionPipeline.__call__(self, *args, compose=compose, **options)
+
     return call
 
 

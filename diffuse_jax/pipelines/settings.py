@@ -29,6 +29,15 @@ def log_ignored(kind: Any, options: Mapping[str, Any], source: str | Path) -> No
         logger.warning("%s: images are not watermarked, although add_watermarker is true", source)
 
 
+def split_settings(
+    kind: Any, options: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The settings of ``model_index.json`` with those among the caller's arguments that the class ``kind`` knows in
+    their place, and the caller's other arguments."""
+    own = {name: value for name, value in given.items() if name in kind.settings}
+    return ({**options, **own} if own else options), {k: v for k, v in given.items() if k not in own}
+
+
 def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     """The components, with the settings of old checkpoints corrected as in diffusers.
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Unpack
 from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import Prompt
+from diffuse_jax.pipelines.inversion import invert
 from diffuse_jax.pipelines.options import TextOptions
-from diffuse_jax.pipelines.pipeline import DiffusionPipeline
+from diffuse_jax.pipelines.pipeline import DiffusionPipeline, verb
 from diffuse_jax.pipelines.running import Request
 
 
@@ -48,3 +49,5 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """
         arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
         return text_to_image(self, arguments, output_size(self, height, width))
+
+    invert = verb(invert)

@@ -8,8 +8,9 @@ from typing import ClassVar, Unpack
 from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from diffuse_jax.pipelines.family import output_size, text_to_image
 from diffuse_jax.pipelines.inputs import Prompt
+from diffuse_jax.pipelines.inversion import invert_xl
 from diffuse_jax.pipelines.options import XLOptions
-from diffuse_jax.pipelines.pipeline import DiffusionPipeline
+from diffuse_jax.pipelines.pipeline import DiffusionPipeline, verb
 from diffuse_jax.pipelines.running import Request
 
 
@@ -48,3 +49,5 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         """
         arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
         return text_to_image(self, arguments, output_size(self, height, width))
+
+    invert = verb(invert_xl)

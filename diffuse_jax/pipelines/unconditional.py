@@ -58,7 +58,7 @@ class DDPMPipeline(DiffusionPipeline):
         )
         noise, seeds = noise_rows(batch_size, options, method.latent_shape, self.mesh)
         steps = min(self.default_steps, self.scheduler.num_train_timesteps)
-        plan = make_plan(self, options, steps, use_clipped_model_output=use_clipped_model_output)
+        plan = make_plan(self.scheduler, options, steps, use_clipped_model_output=use_clipped_model_output)
         return Request(method, noise | label_rows(class_labels, network.config, batch_size), plan, output, seeds)
 
 

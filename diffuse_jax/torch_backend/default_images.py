@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
     count = len(nets) if isinstance(nets, tuple) else 1
     control = [waves(height, width, k + 1) for k in range(count)]
     control_image = control if isinstance(nets, tuple) else control[0]
-    first = type(pipe).__name__.endswith("ControlNetPipeline")  # there, "image" is the control image
+    takes = inspect.signature(pipe.compose).parameters
+    first = nets is not None and "control_image" not in takes  # there, "image" is the control image
     return {
         "image": control_image if first else waves(height, width, 0),
         "mask_image": disc(height, width),

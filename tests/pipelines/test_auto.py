@@ -48,6 +48,19 @@ def test_a_controlnet_makes_a_class_of_every_family() -> None:
     assert found.__name__ == "StableDiffusionXLControlNetPipeline"
 
 
+@pytest.mark.parametrize(("auto", "task"), TASKS.items(), ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_perturbed_attention_is_asked_for_and_stays(auto: Any, task: str) -> None:
+    name = lambda kind, **given: auto.pipeline_for(f"StableDiffusion{kind}Pipeline", "x", given).__name__
+    assert name("", enable_pag=True) == f"StableDiffusionPAG{task}Pipeline"
+    assert name("XLPAGInpaint") == f"StableDiffusionXLPAG{task}Pipeline"
+    assert name("PAG", enable_pag=False) == f"StableDiffusion{task}Pipeline"
+    if task == "Img2Img":  # diffusers has no such class
+        with pytest.raises(WeightsError, match="unknown pipeline class 'StableDiffusionControlNetPAGImg2ImgPipeline'"):
+            name("ControlNet", enable_pag=True)
+    else:
+        assert name("PAG", controlnet=object()) == f"StableDiffusionControlNetPAG{task}Pipeline"
+
+
 @pytest.fixture
 def define(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Define a pipeline class in a module of this name; it is forgotten after the test."""

@@ -80,11 +80,23 @@ class ClipFamily:
         takes = self.distilled and pipe.components["unet"].config.time_cond_proj_dim is not None
         return not takes and bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
 
-    def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
-        """``ids`` by encoder; or, if the caller passed embeddings for any branch, the embeddings of all branches."""
-        # The arguments of both branches are checked, even if only one branch is used.
-        embeds = {branch: self.given_embeds(pipe, call, branch) for branch in (NEGATIVE, POSITIVE)}
-        prompts = {branch: self.prompts(call, branch) for branch in (NEGATIVE, POSITIVE)}
+    def text_rows(
+        self,
+        pipe: Any,
+        call: Call,
+        branches: tuple[str, ...],
+        checked: tuple[str, ...] = (NEGATIVE, POSITIVE),
+    ) -> Rows:
+        """``ids`` by encoder; or, if the caller passed embeddings for any branch, the embeddings of all branches.
+
+        Args:
+          pipe: the pipeline.
+          call: the call.
+          branches: the prefixes of the arguments of each branch.
+          checked: the prefixes of arguments that are checked, even if their branch is not used.
+        """
+        embeds = {branch: self.given_embeds(pipe, call, branch) for branch in checked}
+        prompts = {branch: self.prompts(call, branch) for branch in checked}
         embeds = {branch: embeds[branch] for branch in branches}
         style = style_of(call)
         texts = {branch: self.tokens(pipe, prompts[branch], style) for branch in branches}

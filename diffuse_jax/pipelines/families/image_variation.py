@@ -41,7 +41,7 @@ class EncodeVariation(Part):
 class ImageVariationFamily(ClipFamily):
     """A family whose prompts are images."""
 
-    def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
+    def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...], checked: tuple[str, ...] = ()) -> Rows:
         """The image of each row, in the place of its prompt."""
         array = encoder_pixels(pipe, call.get("image"), "image")[:, None]
         return {"image_pixels": array, "prompted": prompted(call.prompts, len(branches) > 1)}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from diffuse_jax.pipelines.modifiers.request import Number, changed, numbers, with_network
 from diffuse_jax.pipelines.parts import features, windows
+from diffuse_jax.pipelines.parts.decode import ToImages
 from diffuse_jax.pipelines.running import Request
+
+WRAP = 8
+"""Columns of latents from the opposite edge that a circular image is decoded with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Windows:
     Attributes:
       size, stride: of the windows, in latent pixels.
       batch: windows that are computed at once: faster, and more memory.
-      circular: join left and right edge, for panoramas of 360 degrees.
+      circular: join left and right edge, for panoramas of 360 degrees. The image is decoded with ``WRAP`` columns of
+        latents from the opposite edge on either side.
     """
 
     size: int = 64
@@ -76,4 +82,7 @@ class Windows:
                 f"size={self.size}, batch={self.batch}"
             )
         around = lambda d: windows.Windows(d, self.size, self.stride, self.batch, self.circular)
+        decode = request.method.decode
+        if self.circular and isinstance(decode, ToImages):
+            request = request._replace(method=replace(request.method, decode=replace(decode, wrap=WRAP)))
         return changed(request, {}, around)

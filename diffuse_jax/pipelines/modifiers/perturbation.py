@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,8 @@ class PerturbedAttention:
     Attributes:
       scale: strength.
       layers: names of modules, with dots as in PyTorch: "mid_block", "up_blocks.0.attentions.1"; "down", "mid" and
-        "up" name all of that kind. Their self-attentions are replaced.
+        "up" name all of that kind; or a regular expression that is found in names: "attentions.(0|1)". Their
+        self-attentions are replaced.
       adaptive: how much of the scale each timestep below 1000 takes away.
     """
 
@@ -49,10 +51,10 @@ class PerturbedAttention:
 
 
 def self_attentions(unet: Params, names: Sequence[str]) -> tuple[str, ...]:
-    """The paths of the self-attentions inside the modules of these names.
+    """The paths of the self-attentions inside the modules of these names, or whose name a regular expression is in.
 
     Raises:
-      ValueError: a name fits none.
+      ValueError: a name fits none, or is neither a name nor an expression.
     """
     every = sorted({"/".join(path[:-2]) for path in flatten(unet) if "attn1" in path})
     kinds = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -60,6 +62,10 @@ def self_attentions(unet: Params, names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         words = kinds.get(name, name).split(".")
         fits = [path for path in every if dotted(path)[: len(words)] == words]
+        try:
+            fits = fits or [path for path in every if re.search(name, ".".join(dotted(path)))]
+        except re.error as error:
+            raise ValueError(f"{name!r} is neither the name of a layer nor a regular expression: {error}") from None
         if not fits:
             known = ", ".join(".".join(dotted(path)) for path in every)
             raise ValueError(f"the UNet has no self-attention in {name!r}; it has {known}")

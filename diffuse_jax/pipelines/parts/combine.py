@@ -113,6 +113,17 @@ class TwoScales(Linear):
         return neither + along_image + per_image(guidance_scale(rows, step), both) * (both - image)
 
 
+@dataclasses.dataclass(frozen=True)
+class Between(Linear):
+    """The difference of two guided predictions, the second minus the first (DiffEdit's mask). Branches: those of the
+    first, then those of the second, each a conditional one, with an unconditional one before it or without."""
+
+    def __call__(self, rows: Rows, step: Step, output: jax.Array) -> jax.Array:
+        half = len(output) // 2
+        guided = lambda y: super(Between, self).__call__(rows, step, y) if half > 1 else y[0]
+        return guided(output[half:]) - guided(output[:half])
+
+
 def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Of each image of ``x`` with that of ``y``, ``[B, 1, ...]``."""
     return (x * y).sum(tuple(range(1, x.ndim)), keepdims=True)

@@ -43,26 +43,57 @@ class ToImages(Part):
       uint8: round to 8 bits.
       tile: edge length of the decoder's tiles, in latent pixels; None decodes without tiling.
       slices: decode one image at a time, which needs the memory of only one.
+      wrap: columns of latents from the opposite edge on either side of the decoder's input, for images whose left and
+        right edge are joined.
+      around: the decoder also sees the rows ``image [B,H,W,3]`` in [-1, 1] and ``mask [B,H,W,1]``, and keeps the image
+        where the mask is 0 (:class:`~diffuse_jax.models.AsymmetricAutoencoderKL`); not in tiles.
     """
 
     vae: Net
     uint8: bool = True
     tile: int | None = None
     slices: bool = False
+    wrap: int = 0
+    around: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image", "mask") if self.around else ()
 
     def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
-        images = decode_latents(self.vae, params, sample, tile=self.tile, slices=self.slices)
+        known = (rows["image"], rows["mask"]) if self.around else ()
+        options: dict[str, Any] = {"tile": self.tile, "slices": self.slices, "wrap": self.wrap, "known": known}
+        images = decode_latents(self.vae, params, sample, **options)
         return {"images": to_uint8(images) if self.uint8 else images}
 
 
 def decode_latents(
-    vae: Net, params: Params, latents: jax.Array, *, tile: int | None = None, slices: bool = False
+    vae: Net,
+    params: Params,
+    latents: jax.Array,
+    *,
+    tile: int | None = None,
+    slices: bool = False,
+    wrap: int = 0,
+    known: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """Denoised latents ``[B,h,w,c]`` -> images ``[B,H,W,3]`` float32 in [0, 1]; arguments as in :class:`ToImages`."""
-    one = lambda z: vae.apply(params, z, method="decode")
+    """Denoised latents ``[B,h,w,c]`` -> images ``[B,H,W,3]`` float32 in [0, 1]; arguments as in :class:`ToImages`.
+
+    Raises:
+      ValueError: tiles of an image whose known part the decoder sees.
+    """
+    if tile is not None and known:
+        raise ValueError("a decoder that sees the known part of the image cannot decode in tiles; use vae_tiling=None")
+    one = lambda *given: vae.apply(params, *given, method="decode")
     decode = one if tile is None else lambda z: tiled_decode(one, z, tile, tile // 4, vae.config.scale)
     z = unscale_latents(latents.astype(jnp.float32), vae.config)
-    return to_unit(jax.lax.map(lambda row: decode(row[None])[0], z) if slices else decode(z))
+    width = z.shape[2]
+    if wrap:
+        z = jnp.take(z, jnp.arange(-wrap, width + wrap) % width, axis=2)
+    given = (z, *known)
+    images = jax.lax.map(lambda row: decode(*(x[None] for x in row))[0], given) if slices else decode(*given)
+    scale = images.shape[2] // z.shape[2]
+    return to_unit(images[:, :, wrap * scale : (wrap + width) * scale])
 
 
 def to_unit(images: jax.Array) -> jax.Array:

@@ -57,6 +57,14 @@ class FromImage(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class FromCleanImage(FromImage):
+    """The first sample is an image without noise, for samplers that run from an image to noise."""
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        return plan.resume(rows["image_latents"])
+
+
+@dataclasses.dataclass(frozen=True)
 class FromLatents(Part):
     """The first sample is ``latents [B, ...]``, the noisy result of another run (SDXL's refiner)."""
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from diffuse_jax.pipelines.method import PLAIN_STEP, Params, Part, Rows, Step
 from diffuse_jax.schedulers.plan import State
@@ -28,3 +29,33 @@ class KeepKnown(Part):
         state = self.inner(denoiser, params, rows, state, step, keys)
         known = 1 - rows["latent_mask"]
         return step.plan.blend(state, step.i, rows["image_latents"], rows["noise"], known)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepInverted(Part):
+    """DiffEdit (Couairon et al. 2022, arXiv 2210.11427): each step ends by restoring, outside the mask, what inversion
+    found there.
+
+    ``latent_mask [B,h,w,1]`` is 1 in the region to repaint; ``inverted [B,N,h,w,c]`` has the samples of the inversion,
+    the noisiest first, and evaluation ``i`` restores that of index ``i``.
+    """
+
+    inner: Any = PLAIN_STEP
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "latent_mask", "inverted"
+
+    def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
+        state = self.inner(denoiser, params, rows, state, step, keys)
+        mask, known = rows["latent_mask"], rows["inverted"][:, step.i]
+        return state._replace(sample=mask * state.sample + (1 - mask) * known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict(Part):
+    """No step: the prediction itself takes the sample's place, for runs of one evaluation."""
+
+    def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
+        output = denoiser(params, rows, step.plan.model_input(state, step.i), step)
+        return state._replace(sample=output[..., : state.sample.shape[-1]].astype(jnp.float32))
