@@ -192,7 +192,7 @@ def test_a_cycle_is_found_at_both_depths(tmp_path: Path) -> None:
         check_no_cycle({"x": {"y"}, "y": {"x"}})
 
 
-@pytest.mark.parametrize("folder", ["diffuse_jax", "train", "benchmarks", "docs", "tests"])
+@pytest.mark.parametrize("folder", ["diffuse_jax", "train", "tpu", "benchmarks", "docs", "tests"])
 def test_no_file_is_longer_than_a_reader_can_bear(folder: str) -> None:
     files = (PACKAGE.parent / folder).rglob("*.py")
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
