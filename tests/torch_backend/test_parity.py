@@ -237,7 +237,7 @@ def test_the_command_passes_the_shipped_model_and_writes_a_report(
     assert (data["device"], data["dtype"]) == ("cpu", "float32")
     assert all(row["tolerance"] >= row["relative_error"] for row in data["rows"])
     with Image.open(tmp_path / "parity.png") as sheet:
-        assert sheet.width == 3 * 128 + 2 * comparison_image.GAP
+        assert sheet.width == 3 * comparison_image.SMALLEST + 2 * comparison_image.GAP
 
 
 def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
