@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parent
@@ -129,10 +130,18 @@ def show_colons(app: Sphinx, what: str, name: str, obj: object, options: object,
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def keep_flags_whole(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Mark ``--flags``, so that the style sheet can keep lines from ending after their hyphens."""
+    for literal in doctree.findall(nodes.literal):
+        if literal.astext().startswith("-"):
+            literal["classes"].append("flag")
+
+
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("builder-inited", lambda _: config_fields.write_page(DOCS / "_generated"))
+    app.connect("doctree-resolved", keep_flags_whole)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", hide_colons, priority=400)  # Napoleon's is 500
     app.connect("autodoc-process-docstring", show_colons, priority=600)

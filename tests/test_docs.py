@@ -77,7 +77,7 @@ def test_notebooks_are_stored_without_outputs() -> None:
             assert cell.get("execution_count") is None, f"{path.name} was saved after a run"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_resolve() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

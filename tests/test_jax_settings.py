@@ -69,7 +69,7 @@ def two_steps(name: str) -> Any:
 
 
 @every_setting
-def test_samplers_that_are_no_tables(setting: str) -> None:
+def test_samplers_that_are_not_tables(setting: str) -> None:
     check(setting, other_steps)
 
 

@@ -51,7 +51,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_beside_the_kernels_and_in_them_is_the_same(remat: str, rng: np.random.Generator) -> None:
+def test_live_and_merged_pairs_compute_the_same(remat: str, rng: np.random.Generator) -> None:
     params, own = initial_params(UNET.shapes(), 0, zero=()), pairs(UNET, rng)
     model = UNET.clone(remat=remat)
 
@@ -82,7 +82,7 @@ def test_all_attention_of_stable_diffusion_gets_pairs() -> None:
     assert sum(leaf.size for pair in found.values() for leaf in pair.values()) == 797_184
 
 
-def test_files_come_back_and_other_spellings_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_files_round_trip_and_other_layouts_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
     own = {"unet": pairs(UNET, rng), "text_encoder": pairs(TEXT, rng)}
     shapes = {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()}
     file = save_lora(tmp_path, own)

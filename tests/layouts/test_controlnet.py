@@ -87,7 +87,7 @@ def test_files_without_a_whole_controlnet_are_refused(names: list[str], message:
         read_controlnet(tmp_path / "a.safetensors")
 
 
-def test_a_folder_is_no_file(tmp_path: Path):
+def test_a_folder_is_not_a_file(tmp_path: Path):
     with pytest.raises(WeightsError, match="is a folder.*from_pretrained opens folders"):
         ControlNetModel.from_single_file(tmp_path)
     with pytest.raises(TypeError, match="there is no torch_dtype= here: pass dtype="):

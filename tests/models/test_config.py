@@ -161,7 +161,7 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (CLIPTextConfig, {"model_type": "t5"}, "model_type='t5'"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls.from_json(data)
 

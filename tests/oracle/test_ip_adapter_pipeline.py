@@ -13,12 +13,12 @@ from diffuse_jax.pipelines import Net, StableDiffusionPipeline, run
 from diffuse_jax.pipelines.parts import Branches, with_image_prompts
 from tests.oracle import folders
 from tests.oracle.test_ip_adapter import nested, published, write
-from tests.oracle.test_pipelines import MEAN_TOLERANCE, mean_difference, pictures
+from tests.oracle.test_pipelines import MEAN_TOLERANCE, mean_difference, torch_images
 
 torch, diffusers = folders.torch, folders.diffusers
 
 
-def test_images_as_prompts_give_the_pictures_of_pytorch(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_images_as_prompts_give_the_images_of_pytorch(tmp_path: Path, rng: np.random.Generator) -> None:
     """One adapter of embeddings with one image, one of hidden states with two; other scales compile nothing."""
     folder = folders.stable_diffusion(tmp_path / "model")
     pipe = StableDiffusionPipeline.from_pretrained(folder)
@@ -45,7 +45,7 @@ def test_images_as_prompts_give_the_pictures_of_pytorch(tmp_path: Path, rng: np.
     compiled = None
     for scales in ([0.8, 0.5], [0.0, 1.0]):
         twin.set_ip_adapter_scale(scales)
-        theirs = pictures(twin, latents, ip_adapter_image_embeds=list(map(torch.tensor, both)), **request)
+        theirs = torch_images(twin, latents, ip_adapter_image_embeds=list(map(torch.tensor, both)), **request)
         rows = {
             "image_prompts": branched,
             "image_scale": tuple(np.full(2, scale, np.float32) for scale in scales),

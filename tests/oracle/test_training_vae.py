@@ -127,8 +127,8 @@ RATE, SIZE, KL = 1e-3, 32, 1e-2
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["plain", "adversarial"])
-def test_one_update(adversarial: bool, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The same weights, pictures and posterior noise give the same loss and the same parameters after AdamW."""
+def test_one_training_step(adversarial: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The same weights, images and posterior noise give the same loss and the same parameters after AdamW."""
     module, vae, params = twins.vae_twin("SD 1.x and 2.x", tmp_path)
     terms, trainable, critic = Terms(vae=vae, kl_weight=KL), {"vae": params}, None
     if adversarial:

@@ -32,7 +32,7 @@ PROMPTS = ["a cat", "two dogs, one hat", "", "x"]
 
 
 class Case:
-    """A pipeline of each side, and captioned pictures."""
+    """A pipeline of each side, and captioned images."""
 
     def __init__(
         self, folder: Path, rng: np.random.Generator, prior: bool = False, prompts: list[str] = PROMPTS
@@ -41,7 +41,7 @@ class Case:
         self.theirs = twin.open_reference(folder, trainable=(), device="cpu")
         self.objective = Objective(scheduler=self.pipe.scheduler, snr_gamma=5.0, prior_loss_weight=0.7)
         self.prompts, self.prior = prompts, np.array([False, True] * (len(prompts) // 2)) if prior else None
-        self.pictures = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
+        self.images = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
         self.sizes = rng.integers(SIZE, 1024, (len(prompts), 2))
 
     @property
@@ -50,7 +50,7 @@ class Case:
         return [name for name in self.pipe.params if name != "vae"]
 
     def batch(self) -> dict[str, np.ndarray]:
-        size, rows = (SIZE, SIZE), zip(self.pictures, self.prompts, self.sizes.tolist(), strict=True)
+        size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), strict=True)
         examples = [Example(x, text, tuple(own), (1, 2), size, 0, 0, "") for x, text, own in rows]
         made = training.batch_of(self.pipe, examples)
         return made if self.prior is None else made | {"prior": self.prior}

@@ -41,7 +41,7 @@ def test_a_mesh_moves_parameters_there_and_back(pipe: StableDiffusionPipeline):
     np.testing.assert_array_equal(back("a", **REQUEST).images, alone)
 
 
-def test_parameters_that_the_caller_cut_stay_so_without_a_mesh(pipe: StableDiffusionPipeline):
+def test_parameters_sharded_by_the_caller_stay_sharded_without_a_mesh(pipe: StableDiffusionPipeline):
     cut = {name: jax.device_put(tree, param_shardings(tree, MESH)) for name, tree in pipe.params.items()}
     there = pipe.replace(params=cut)
     assert kernel(there) is cut["unet"]["mid_block"]["resnets_0"]["conv1"]["kernel"]

@@ -35,7 +35,7 @@ def make(name: str, **config: Any) -> schedulers.Scheduler:
 
 
 def ascends(name: str) -> bool:
-    """Whether it runs from a picture to noise."""
+    """Whether it runs from an image to noise."""
     return getattr(schedulers, name).ascends
 
 

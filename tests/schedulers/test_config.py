@@ -62,7 +62,7 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("target", "config", "told"),
     [
-        # Clipping, zero terminal SNR, spacings and ranges of noise levels are about pictures and networks.
+        # Clipping, zero terminal SNR, spacings and ranges of noise levels are about images and networks.
         ("EulerDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, "clip_sample clip_sample_range"),
         ("EulerDiscreteScheduler", {"clip_sample": False, "clip_sample_range": 2.0}, ""),
         ("PNDMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
@@ -145,7 +145,7 @@ def test_help_shows_the_settings_and_their_defaults(name: str) -> None:
     assert shown.keys() == has.keys()
 
 
-def test_old_spellings() -> None:
+def test_old_names_of_settings() -> None:
     assert isinstance(Scheduler.from_config({"_class_name": "FlaxPNDMScheduler"}), PNDMScheduler)
     assert DDPMScheduler.from_config({"predict_epsilon": False}).prediction_type == "sample"
     assert EulerDiscreteScheduler(prediction_type="original_sample").prediction_type == "sample"

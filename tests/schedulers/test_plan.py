@@ -225,7 +225,7 @@ def test_long_runs_get_more_room() -> None:
     assert scheduler.plan(3000).timesteps.shape == (4096,)
 
 
-def test_a_sampler_of_ones_own_runs_without_registration(start: np.ndarray, keys: jax.Array) -> None:
+def test_a_custom_sampler_runs_without_registration(start: np.ndarray, keys: jax.Array) -> None:
     """Rows made by hand: one step of Euler from sigma 2 to 0."""
     e = Evaluation(500, (1.0, 2.0), "epsilon", corrected=False)
     plan = Plan.from_table(Table.build([e.row(e.x - 2.0 * e.output)], 2.0))

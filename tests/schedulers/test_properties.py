@@ -114,7 +114,7 @@ def ends_clean(scheduler: schedulers.Scheduler, n: int) -> bool:
     if scheduler.class_name == "ScoreSdeVpScheduler":
         return False  # Euler-Maruyama steps in time are exact only in the limit
     if scheduler.class_name == "PNDMScheduler":
-        return False  # repeated and rounded half steps: averages of outputs that mean slightly different pictures
+        return False  # repeated and rounded half steps: averages of outputs that mean slightly different images
     if scheduler.class_name == "KarrasEDMScheduler" and (
         scheduler.prediction_type != "sample" or scheduler.corrects_x0
     ):
@@ -125,7 +125,7 @@ def ends_clean(scheduler: schedulers.Scheduler, n: int) -> bool:
 
 
 def run_to(table: Table, x0: np.ndarray) -> np.ndarray:
-    """Run with a network that always sees the same picture: wherever the path starts, it has to end there."""
+    """Run with a network that always sees the same image: wherever the path starts, it has to end there."""
     rng = np.random.default_rng(0)
     rows = iter(zip(table.to_x0, table.input_scale, strict=True))
 

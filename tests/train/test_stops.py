@@ -95,7 +95,7 @@ def check_stopped(output: Path, ended: Ended) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     seed = int(os.environ.get("DIFFUSE_JAX_TEST_SEED") or random.randrange(10**6))
     print(f"moments of the signal: seed {seed} (DIFFUSE_JAX_TEST_SEED)")
     draw = random.Random(seed)

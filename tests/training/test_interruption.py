@@ -116,7 +116,7 @@ def test_a_signal_at_the_end_keeps_the_last_step(
     assert "SIGTERM received" in capfd.readouterr().err
 
 
-def test_an_exception_that_python_ignores_comes_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_that_python_ignores_is_raised_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As while JAX's callback of the garbage collector runs."""
 
     class Garbage:

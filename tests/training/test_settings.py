@@ -187,7 +187,7 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (ValidationSettings, {"num_validation_images": 0}, "must be a whole number of at least 1 .*, got 0"),
     ],
 )  # fmt: skip
-def test_settings_refuse_what_cannot_be(kind: type, values: dict[str, Any], message: str) -> None:
+def test_settings_refuse_impossible_values(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**values)
 

@@ -215,7 +215,7 @@ def test_downloads_what_is_needed_and_says_what_went_wrong(
     assert "some/model: has no folder 'unet'" in got[5][1]
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(server: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_where_it_stopped(server: Hub, tmp_path: Path) -> None:
     server.log.clear()
     server.breaks["model.safetensors"] = 1
     ((kind, folder),) = ask(server, tmp_path, {"source": "some/large"})
