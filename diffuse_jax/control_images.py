@@ -24,7 +24,7 @@ def canny(image: Any, low: float = 100, high: float = 200) -> NDArray[np.uint8]:
 
     Args:
       image: see the module.
-      low: gradient (sum of its two components' sizes) above which an edge goes on.
+      low: gradient (sum of its two components' sizes) above which an edge continues.
       high: gradient above which an edge begins.
 
     Returns:

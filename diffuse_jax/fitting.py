@@ -1,4 +1,4 @@
-"""Bring images and masks to the size of a request, with the numbers of PyTorch diffusers' ``VaeImageProcessor``: resize
+"""Bring images and masks to the size of a request, exactly as PyTorch diffusers' ``VaeImageProcessor``: resize
 modes, the region around a mask (its ``padding_mask_crop``), blurred masks, a repainted region put back, and masks for
 attention."""
 
@@ -33,7 +33,7 @@ def resize(image: Any, height: int, width: int, mode: str = "default", *, resamp
       image: a PIL image, or an array ``[H,W]``, ``[H,W,C]`` or ``[B,H,W,C]``.
       height, width: in pixels.
       mode: "default" stretches it; "crop" keeps its aspect ratio and cuts off what is too much on both sides; "fill"
-        keeps them too and repeats the outermost pixels on the sides where something is missing.
+        keeps it too and repeats the outermost pixels on the sides where something is missing.
       resample: one of :data:`RESAMPLE`; arrays take the nearest pixel, as PyTorch's ``interpolate`` does.
 
     Returns:

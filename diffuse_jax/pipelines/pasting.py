@@ -1,4 +1,4 @@
-"""Inpainting a region at full size, and putting what was repainted back into the image: work of the host."""
+"""Inpainting a region at full size, and putting what was repainted back into the image, on the host."""
 
 from __future__ import annotations
 
