@@ -59,6 +59,7 @@ html_theme_options = {
     "repository_url": repository_url(),
     "use_repository_button": bool(repository_url()),
 }
+toc_object_entries_show_parents = "hide"  # the margin is narrow
 copybutton_prompt_text = "$ "  # what follows a prompt is copied, output is not
 copybutton_line_continuation_character = "\\"
 copybutton_exclude = ".linenos, .gp, .go"
@@ -98,6 +99,7 @@ NOISE = (
     (r", parent: [~\w.]*Module \|.*(?=\)$)", ""),  # what Flax adds to every module
     (r"(\w+Config) = \1\(.*?\)(?=, dtype)", r"\1 = \1()"),  # a default configuration, in full
     (r"<class '[\w.]*?(\w+)'>", r"\1"),
+    (r" = Adapters\(.*?scale=1\.0\)", " = Adapters()"),
     (r" = <factory>", " = {}"),
     (r" = <[\w.]+ object>", " = ..."),
 )

@@ -169,7 +169,7 @@ def test_the_file_of_a_scheduler_is_named(tmp_path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(Config):
-    """A configuration of the user's: its numbers mean what its author says."""
+    """A custom configuration: its author defines the range of its numbers."""
 
     offset: int = -3
     scale: float = -1e12

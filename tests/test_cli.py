@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class FakePipeline:
-    """Stands in for a pipeline: remembers how it was made and called, gives one grey image per prompt and repeat."""
+    """In place of a pipeline: records how it was opened and called; returns one grey image per prompt and repeat."""
 
     def __init__(self, scheduler: object = None) -> None:
         self.scheduler = scheduler

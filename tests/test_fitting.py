@@ -1,4 +1,4 @@
-"""What ``fitting`` refuses; ``oracle/test_fitting.py`` has its numbers."""
+"""What ``fitting`` refuses; ``oracle/test_fitting.py`` compares its results."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_no_public_name_hides_a_module() -> None:
 
 
 def test_the_shipped_files_are_packaged() -> None:
-    """What lies in assets/ must match the package data of pyproject.toml, or a wheel comes without the model."""
+    """The contents of assets/ must match the package data of pyproject.toml, or a wheel would lack the model."""
     import tomllib
 
     pyproject = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))

@@ -108,7 +108,7 @@ SPELLINGS: dict[str, tuple[Callable[[str, str], str], dict[str, str]]] = {
 
 
 def write(folder: Path, factors: Factors, spelling: str, **metadata: str) -> Path:
-    """A file with these factors in one of the spellings."""
+    """A file with these factors in one of the layouts."""
     spell, ends = SPELLINGS[spelling]
     tensors = {
         f"{spell(*layer)}.{ends.get(kind, kind)}": array for layer, p in factors.items() for kind, array in p.items()
@@ -289,7 +289,7 @@ def test_original_names_of_stable_diffusion_1_beyond_block_ten() -> None:
 @pytest.mark.parametrize("model", [UNet2DConditionModel(SD15_UNET), UNet2DConditionModel(SDXL_UNET),
                                    ControlNetModel(SD15_CONTROLNET), CLIPTextModel(CLIP_L)])  # fmt: skip
 def test_no_two_layers_share_a_name(model: Any) -> None:
-    """Also with underscores, which kohya's scripts put in place of dots; every spelling leads back to its layer."""
+    """Also with underscores, which kohya's scripts put in place of dots; every name leads back to its layer."""
     network = {"ControlNetModel": "controlnet", "CLIPTextModel": "text_encoder"}.get(type(model).__name__, "unet")
     prefix = {"controlnet": "lora_controlnet_", "text_encoder": "lora_te1_", "unet": "lora_unet_"}[network]
     shapes = {network: model.shapes()}

@@ -105,13 +105,13 @@ def test_files_round_trip_and_other_layouts_are_read(tmp_path: Path, rng: np.ran
 
 
 def older(key: str) -> str:
-    """The spelling of diffusers 0.14 to 0.16: attention processors, and no network's name before the UNet's layers."""
+    """The layout of diffusers 0.14 to 0.16: attention processors, and no network's name before the UNet's layers."""
     key = re.sub(r"\.(to_\w+?)(\.0)?\.lora\.(down|up)", r".processor.\1_lora.\3", key.removeprefix("unet."))
     return re.sub(r"self_attn\.([a-z]+)_proj\.lora_linear_layer", r"self_attn.to_\1_lora", key)
 
 
 def newer(key: str) -> str:
-    """The spelling of PEFT with transformers 5, whose encoders have lost a level."""
+    """The layout of PEFT with transformers 5, whose encoders have lost a level."""
     return re.sub(r"\.lora(_linear_layer)?\.(down|up)", lambda m: f".lora_{'AB'[m[2] == 'up']}", key).replace(
         "text_encoder.text_model.", "text_encoder."
     )

@@ -40,7 +40,7 @@ PUBLISHED = {
 
 
 def tensors_of(config: ControlNetConfig) -> dict[str, np.ndarray]:
-    """Every tensor under diffusers' name, of the right shape and without memory of its own."""
+    """Every tensor under diffusers' name, of the right shape, without allocating memory."""
     keys, zero = torch_keys(flat := flatten(ControlNetModel(config).shapes())), np.float32(0)
     shape = lambda leaf: leaf.shape if len(leaf.shape) < 4 else tuple(leaf.shape[k] for k in (3, 2, 0, 1))
     turned = lambda key, leaf: leaf.shape[::-1] if len(leaf.shape) == 2 and key.endswith("weight") else shape(leaf)

@@ -1,4 +1,4 @@
-"""What the autoencoder promises beyond its numbers: the posterior's laws, scaling and its inverse, clear errors."""
+"""What the autoencoder promises beyond its outputs: the posterior's laws, scaling and its inverse, clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in a program of the user's on meshes of ``jax.make_mesh``, whose axes are explicit."""
+"""Networks in a user's program on meshes of ``jax.make_mesh``, whose axes are explicit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def loss_of(model: Model, method: str = "__call__") -> Callable[..., jax.Array]:
 
 
 def on(mesh: Mesh, tree: Any, *batch: Any) -> Any:
-    """Arrays on the mesh, their first axis cut along ``batch``; numbers stay where they are."""
+    """Arrays on the mesh, their first axis sharded along ``batch``; scalars stay where they are."""
     put = lambda x: jax.device_put(x, NamedSharding(mesh, P(*batch))) if np.ndim(x) else x
     return jax.tree.map(put, tree)
 
@@ -96,7 +96,7 @@ def current(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def check(made: Any, wanted: Any, mesh: Mesh, *batch: Any) -> None:
-    """The values of one device, on the user's mesh and cut as the user cut the batch."""
+    """The values of one device, on the user's mesh and sharded as the user sharded the batch."""
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for ours, one in zip(jax.tree.leaves(made), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(ours, one, atol=1e-5)
@@ -123,7 +123,7 @@ def test_op_by_op_with_a_batch_sharded_along_data(model: Model, inputs: tuple[An
 
 @each_case
 def test_gradients_stay_where_the_parameters_are(model: Model, inputs: tuple[Any, ...], method: str) -> None:
-    """Parameters are cut along ``fsdp``, the batch along both axes."""
+    """Parameters are sharded along ``fsdp``, the batch along both axes."""
     gradient, mesh = jax.grad(loss_of(model, method)), jax.make_mesh((2, 4), ("data", "fsdp"))
     cut = param_shardings(model.shapes(), mesh)
     assert any("fsdp" in sharding.spec for sharding in jax.tree.leaves(cut))

@@ -69,8 +69,8 @@ def noise(purpose: str, seeds: list[int] = SEEDS, shape: tuple[int, ...] = LATEN
     return np.asarray(draw(keys, purpose, shape))
 
 
-class Draws:
-    """Stands where PyTorch draws normal numbers: gives the arrays that were put in, in order, whatever is asked for."""
+class FixedNoise:
+    """In place of PyTorch's noise: returns the given arrays in order, whatever is requested."""
 
     def __init__(self, *arrays: np.ndarray) -> None:
         self.left: Iterator[np.ndarray] = iter(arrays)
@@ -83,11 +83,13 @@ class Draws:
 
 def theirs(twin: Any, monkeypatch: pytest.MonkeyPatch, first: np.ndarray, encoded: list[str], **request: Any) -> Any:
     """PyTorch's images with our noise: ``first`` for the run, and for each encoded image what we draw for it."""
-    monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", Draws(*(noise(name) for name in encoded)))
+    monkeypatch.setattr(
+        "diffusers.models.autoencoders.vae.randn_tensor", FixedNoise(*(noise(name) for name in encoded))
+    )
     for kind in type(twin).__mro__:
         module = __import__("sys").modules[kind.__module__]
         if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", Draws(first))
+            monkeypatch.setattr(module, "randn_tensor", FixedNoise(first))
     with torch.no_grad():
         return twin(output_type="np", **request).images
 

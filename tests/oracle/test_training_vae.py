@@ -32,7 +32,7 @@ SMALL = PatchDiscriminatorConfig(channels=8, layers=2, norm_num_groups=4)
 
 
 def discriminator_twin(config: PatchDiscriminatorConfig) -> tuple[Any, Any, Any]:
-    """Isola et al. 2017 as ``torch.nn`` layers, and the same numbers here."""
+    """Isola et al. 2017 as ``torch.nn`` layers, and the same values here."""
     layers, width = [nn.Conv2d(3, config.channels, 4, 2, 1), nn.LeakyReLU(0.2)], config.channels
     for i in range(1, config.layers + 1):
         wider = config.channels * min(2**i, 8)
@@ -159,8 +159,8 @@ def compare(params: Any, moments: Any, module: Any) -> None:
     for key, value in module.named_parameters():
         np.testing.assert_allclose(10 * gradients[key], value.grad.numpy(), atol=1e-5 * largest, rtol=1e-3, err_msg=key)
         # Adam divides by the root of a gradient's square, so where a gradient is all rounding its sign may differ.
-        settled = np.abs(value.grad.numpy()) > 1e-6
-        np.testing.assert_allclose(after[key][settled], value.detach().numpy()[settled], atol=1e-4, err_msg=key)
+        significant = np.abs(value.grad.numpy()) > 1e-6
+        np.testing.assert_allclose(after[key][significant], value.detach().numpy()[significant], atol=1e-4, err_msg=key)
 
 
 def torch_update(module: Any, critic: Any, x: Any, noise: Any) -> dict[str, float]:

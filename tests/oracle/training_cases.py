@@ -85,9 +85,9 @@ def inversion(folder: Path, rng: np.random.Generator) -> Compared:
     encoder = tokens.with_rows(case.pipe.components["text_encoder"], case.pipe.params["text_encoder"], rows)
     case.pipe = case.pipe.replace(tokenizer=tokenizer, text_encoder=encoder)
 
-    spelled = [case.theirs.maybe_convert_prompt(prompt, case.theirs.tokenizer) for prompt in case.prompts]
+    expanded = [case.theirs.maybe_convert_prompt(prompt, case.theirs.tokenizer) for prompt in case.prompts]
     wanted = case.batch()["text_encoder"]
-    ids = case.theirs.tokenizer(spelled, padding="max_length", truncation=True, max_length=wanted.shape[1]).input_ids
+    ids = case.theirs.tokenizer(expanded, padding="max_length", truncation=True, max_length=wanted.shape[1]).input_ids
     np.testing.assert_array_equal(ids, wanted)
     embedding = case.theirs.text_encoder.get_input_embeddings()
     table = torch.nn.Parameter(embedding.weight[-2:].detach().clone())

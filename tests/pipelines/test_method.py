@@ -1,4 +1,4 @@
-"""Methods as users compose them: parts of their own, pure functions, samples of any rank, several stages."""
+"""Methods as users compose them: custom parts, pure functions, samples of any rank, several stages."""
 
 from __future__ import annotations
 

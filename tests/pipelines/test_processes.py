@@ -29,7 +29,7 @@ def start(model: Path, output: Path, devices: int, *distributed: str) -> subproc
 
 
 def test_two_processes_draw_the_same_noise_as_one(tmp_path: Path) -> None:
-    """Every process makes the same call and has all images at the end; parameters are cut over both."""
+    """Every process makes the same call and has all images at the end; parameters are sharded over both."""
     unet = UNet2DModel(TINY)
     params = initial_params(unet.shapes(), 0)
     DDIMPipeline({"unet": unet, "scheduler": DDIMScheduler()}, {"unet": params}).save_pretrained(tmp_path / "model")

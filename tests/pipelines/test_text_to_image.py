@@ -387,7 +387,7 @@ def test_padding_uses_few_sizes(images: int, devices: int, size: int):
 
 
 def test_threads_share_a_pipeline(pipe: StableDiffusionPipeline):
-    """Each gets the images that it gets alone: no call changes what another one sees."""
+    """Each thread gets the images that it would get alone: no call affects another."""
     prompts = ["a", "a long prompt", "b c", "something else"] * 4
     draw = lambda prompt: pixels(pipe, prompt, seed=0, num_inference_steps=1)
     alone = {prompt: draw(prompt) for prompt in set(prompts)}
@@ -422,7 +422,7 @@ def test_arguments_of_diffusers_are_answered_with_those_of_here(name: str, value
 
 
 def test_another_familys_folder_is_refused_when_it_is_opened(tmp_path: Path):
-    """The UNet alone would say it at the first call, and not in these words."""
+    """The UNet alone would refuse it at the first call, with a less helpful message."""
     components = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     entries = {name: ["diffusers", kind] for name, kind in components.items()}
     entries["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]

@@ -46,7 +46,7 @@ def stochastic(name: str) -> bool:
 
 
 def prediction_types(name: str) -> tuple[str, ...]:
-    """Those that the class takes, and after which a sampler ends at what the network said."""
+    """Those that the class takes, and after which a sampler ends at what the network predicted."""
     if name == "KarrasEDMScheduler":
         return ("sample",)  # what the others mean is preconditioned once more
     return getattr(schedulers, name).choices.get("prediction_type", ns.PREDICTION_TYPES)

@@ -60,7 +60,7 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("target", "config", "told"),
+    ("target", "config", "reported"),
     [
         # Clipping, zero terminal SNR, spacings and ranges of noise levels are about images and networks.
         ("EulerDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, "clip_sample clip_sample_range"),
@@ -79,10 +79,10 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
         ("DDIMScheduler", {"_class_name": "DDIMScheduler", "use_better_noise": True}, "use_better_noise"),
     ],
 )
-def test_what_is_reported(target: str, config: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_reported(target: str, config: dict[str, Any], reported: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         scheduler = getattr(schedulers, target).from_config(config)
-    lost = {name: config[name] for name in told.split()}
+    lost = {name: config[name] for name in reported.split()}
     assert [record.getMessage() for record in caplog.records] == (
         [f"{target} built from {config.get('_class_name', 'a dict')} ignores: {lost}"] if lost else []
     )

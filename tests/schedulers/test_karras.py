@@ -80,8 +80,8 @@ def test_noise_before_a_step_belongs_to_the_step_before() -> None:
 
 def test_the_time_that_the_network_gets() -> None:
     sigmas = [5.0, 1.0, 0.0]
-    told = {"edm": np.log(5) / 4, "cm_edm": 250 * np.log(5), "none": 5.0, None: 5.0}
-    for kind, first in told.items():
+    inputs = {"edm": np.log(5) / 4, "cm_edm": 250 * np.log(5), "none": 5.0, None: 5.0}
+    for kind, first in inputs.items():
         scheduler = KarrasEDMScheduler(precondition_type=kind)
         assert scheduler.table(sigmas=sigmas).timesteps[0] == pytest.approx(first)
         x0, noise = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)

@@ -33,7 +33,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "s": st.floats(0.001, 0.02),
     "rho": st.floats(3.0, 9.0),
 }
-"""Settings that are numbers, and values that make sense."""
+"""Numeric settings, and values that make sense."""
 
 
 def values(cls: type[schedulers.Scheduler], field: dataclasses.Field[Any]) -> st.SearchStrategy[Any] | None:
@@ -102,7 +102,7 @@ def check_table(name: str, table: Table, clock: int) -> None:
         up = -1 if ascends(name) else 1
         with np.errstate(divide="ignore"):
             sigma = table.levels[:, 1] / table.levels[:, 0]
-        starts = np.append(True, ~table.inner[:-1])  # evaluations within a step may be told other timesteps
+        starts = np.append(True, ~table.inner[:-1])  # evaluations within a step may get other timesteps
         assert np.all(clock * up * np.diff(table.timesteps[starts]) <= 1e-9)
         assert np.all(up * np.diff(np.arctan(sigma)) <= 1e-9), "noise levels go one way"
 

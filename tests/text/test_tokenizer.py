@@ -89,7 +89,7 @@ def test_a_tokenizer_that_its_owner_changes_is_followed() -> None:
 
 @pytest.mark.filterwarnings("ignore:the prompt is")
 def test_eight_threads_get_the_same_ids_as_one() -> None:
-    """Requests, data workers, a validation and the owner's own calls, of several lengths, on one tokenizer."""
+    """Requests, data workers, a validation and direct calls, of several lengths, on one tokenizer."""
     tokenizer = tiny.tokenizer()
 
     def call(k: int) -> list[int]:

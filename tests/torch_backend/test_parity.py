@@ -203,7 +203,7 @@ def test_a_wrong_scheduler_shows_in_the_latents_alone(sides: parity.Sides) -> No
 
 def test_a_different_tokenizer_is_named(sides: parity.Sides) -> None:
     class Shouting:
-        """A tokenizer that spells every prompt in capitals."""
+        """A tokenizer that writes every prompt in capitals."""
 
         def __init__(self, inner: Any) -> None:
             self.inner = inner

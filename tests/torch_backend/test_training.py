@@ -220,7 +220,7 @@ def test_impossible_requests(words: list[str], message: str, capsys: pytest.Capt
 
 
 def test_gradients_of_nothing_but_rounding_count_by_what_is_usual() -> None:
-    """A bias that softmax forgets has a gradient of rounding alone; its error is none."""
+    """A bias that softmax cancels has a gradient of rounding errors only, which do not count."""
     loud, quiet = np.ones((8, 8), np.float32), np.full(8, 1e-9, np.float32)
     update = lambda quiet: training.Update({"loss": np.float32(1), "grad_norm": np.float32(1)},
                                            {"a": loud, "b": quiet}, {"a": loud, "b": quiet})  # fmt: skip

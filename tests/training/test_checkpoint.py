@@ -65,7 +65,7 @@ def test_a_state_round_trips_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
 def test_a_state_is_restored_onto_any_mesh(tmp_path: Path, optimizer: str) -> None:
-    """8 devices -> 4 -> 1, and cut along other axes on the way."""
+    """8 devices -> 4 -> 1, and sharded along other axes on the way."""
     eight = make_mesh(data=2, fsdp=4)
     four = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     one = make_mesh(devices=jax.devices()[:1])

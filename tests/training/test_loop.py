@@ -64,7 +64,7 @@ def test_checkpoints_of_the_reference(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_on_fewer_devices(tmp_path: Path) -> None:
-    """Eight devices cut by fsdp, then four by data, then one: the same curve as on one device all the time."""
+    """Eight devices with fsdp, then four with data, then one: the same curve as on one device throughout."""
     size = lambda n: {"train_batch_size": 8 // n, "checkpointing_steps": 2, "logging_steps": 1}
     alone = make_mesh(devices=jax.devices()[:1])
     meshes = (make_mesh(data=1, fsdp=8), make_mesh(devices=jax.devices()[:4]), alone)
@@ -153,7 +153,7 @@ def test_the_result_is_written_before_the_last_images(tmp_path: Path) -> None:
 
 
 def test_nothing_is_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
+    """Every value that is fetched from a device is recorded with the last batch that had been requested."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")
     inner = line_batches(args, line_mesh(args))

@@ -118,7 +118,7 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
 
 
 def test_layers_gather_their_parameters_and_leave_activations_where_they_are() -> None:
-    """Of a batch that is cut along ``fsdp`` nothing moves between devices; of a gradient each keeps its part."""
+    """A batch sharded along ``fsdp`` does not move between devices; each keeps its part of a gradient."""
     mesh = make_mesh(data=1, fsdp=8)
     layers = nn.Sequential([Conv(16), lambda x: x.mean((1, 2)), Dense(24)])
     shapes = jax.eval_shape(layers.init, jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]

@@ -21,7 +21,7 @@ from tests.training.line import arguments, train_line
 
 
 class Hub:
-    """Notes what it is asked for."""
+    """Records what it is asked for."""
 
     asked: ClassVar[dict[str, Any]] = {}
 
