@@ -114,6 +114,8 @@ def tidy_signature(
         return None
     for pattern, replacement in NOISE:
         signature = re.sub(pattern, replacement, signature)
+    if name.endswith("Pipeline.__call__") and result and result.endswith("Request"):  # its signature is compose's
+        result = "~diffuse_jax.pipelines.Output"
     return signature, result
 
 
