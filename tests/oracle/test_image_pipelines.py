@@ -144,7 +144,7 @@ NEGATIVE_SIZES = [
 
 @pytest.mark.parametrize("scored", [False, True], ids=["sizes", "aesthetic score"])
 def test_negative_sizes_from_an_image(scored: bool, tmp_path: Path, images, compare: Compare):
-    """Each stands for itself, unlike in text to image; the score takes the place of the target's size."""
+    """Each has its own meaning, unlike in text to image; the score takes the place of the target's size."""
     folder = folders.stable_diffusion_xl(tmp_path / "model")
     if scored:
         config = folders.UNET_XL
@@ -196,7 +196,7 @@ def test_tasks_with_other_samplers(sd1: Path, sampler: str, images, masks, compa
 
 
 def test_latents_as_images(sd1: Path, rng, compare: Compare):
-    """Another pipeline's latents go on without being decoded."""
+    """Another pipeline's latents continue without being decoded."""
     pipe, twin = both("StableDiffusionImg2ImgPipeline", sd1)
     latents = rng.standard_normal((2, *LATENTS)).astype(np.float32)
     first = rng.standard_normal((2, *LATENTS)).astype(np.float32)

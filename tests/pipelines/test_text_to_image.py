@@ -327,7 +327,7 @@ def test_pipelines_are_immutable_and_replaced(pipe: StableDiffusionPipeline):
     with pytest.raises(TypeError, match="no component 'sheduler'"):
         pipe.replace(sheduler=1)
     assert "UNet2DConditionModel" in repr(pipe)
-    assert "Array(" not in repr(pipe)  # a prompt of Python or a notebook shows what it is made of, not the numbers
+    assert "Array(" not in repr(pipe)  # a prompt of Python or a notebook shows what it consists of, not the values
 
 
 def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDiffusionPipeline, tmp_path):

@@ -80,7 +80,7 @@ def test_a_state_is_restored_onto_any_mesh(tmp_path: Path, optimizer: str) -> No
 def test_saving_does_not_wait_for_the_disk_and_the_state_may_be_donated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While 32 MB are written, and cannot be finished, steps go on in the memory that the saved state had."""
+    """While 32 MB are being written, and cannot be finished, steps continue in the memory of the saved state."""
     state = make_state(width=1 << 18)
     before = jax.tree.map(np.array, state)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)

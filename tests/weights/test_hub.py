@@ -151,7 +151,7 @@ def test_only_what_loading_opens_is_needed(pipeline: dict[str, bytes]) -> None:
 def server(pipeline: dict[str, bytes]) -> Iterator[Hub]:
     repos = {"some/model": pipeline, "some/gated": (403, "GatedRepo"), "some/secret": (401, "RepoNotFound")}
     repos["some/empty"] = {"vae/config.json": pipeline["vae/config.json"], "model_index.json": b"{}"}
-    # The client writes pieces of 10 MiB, so only a larger file can break off with something to go on from.
+    # The client writes pieces of 10 MiB, so only a larger file can break off with something to resume from.
     repos["some/large"] = {"config.json": b"{}", "model.safetensors": np.random.default_rng(0).bytes(24 << 20)}
     with hub(repos) as running:
         yield running
