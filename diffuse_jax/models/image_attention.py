@@ -34,8 +34,8 @@ class ImagePrompt(NamedTuple):
       states: keys and values of the ``N`` images, what :class:`~diffuse_jax.models.IPAdapter` returns.
       scale: strength, one number, or ``[B]``, or ``[B,L]`` for each of the ``L`` cross-attentions in the order of
         :func:`cross_attentions`. With ``mask`` each image has its own: ``[B,N]`` or ``[B,N,L]``.
-      mask: where each image acts, ``[B,N,H,W]`` in [0, 1] at any resolution with the aspect ratio of the latents, of which
-        the first axis may be 1. Without masks all images share one softmax.
+      mask: where each image acts, ``[B,N,H,W]`` in [0, 1] at any resolution with the aspect ratio of the latents; its
+        first axis may be 1. Without masks all images share one softmax.
     """
 
     states: ImageStates
