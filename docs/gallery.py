@@ -112,7 +112,7 @@ def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
 
 
 def between(pipe: Any) -> Sheet:
-    """Text states mixed from one prompt to another."""
+    """Prompt embeddings interpolated from one prompt to another."""
     pairs = [
         ("red apple, noto style", "grinning face, noto style"),
         ("dog face, fluent style", "cat face, fluent style"),

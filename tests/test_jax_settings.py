@@ -180,7 +180,7 @@ def latent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def update(folder: Path) -> Any:
-    """The state after one update of two parts, and its metrics."""
+    """The state after one step of two accumulated parts, and its metrics."""
     pipe = pipelines.DiffusionPipeline.from_pretrained(folder)
     rng = np.random.default_rng(0)
     batch = {

@@ -29,7 +29,7 @@ UNET, TEXT = tiny.pipeline().components["unet"], tiny.pipeline().components["tex
 
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A sample, a timestep and text states for the tiny UNet."""
+    """A sample, a timestep and prompt embeddings for the tiny UNet."""
     k_sample, k_text = jax.random.split(jax.random.key(7))
     text = jax.random.normal(k_text, (1, 5, UNET.config.cross_attention_dim))
     return jax.random.normal(k_sample, (1, 8, 8, UNET.config.in_channels)), jnp.array([3]), text
@@ -166,7 +166,7 @@ def test_the_scale_in_pefts_settings_counts(
 
 @pytest.mark.parametrize("network", ["unet", "text_encoder"])
 @pytest.mark.parametrize("spelling", [older, newer, str])
-def test_a_pattern_means_a_layer_as_the_file_spells_it(
+def test_a_pattern_matches_the_names_in_the_file(
     network: str, spelling: Callable[[str], str], tmp_path: Path, rng: np.random.Generator
 ) -> None:
     model = {"unet": UNET, "text_encoder": TEXT}[network]

@@ -170,7 +170,7 @@ def test_flash_is_the_formula(rng, case):
 
 @pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}], ids=str)
 def test_gradients_of_flash_are_not_summed_over_devices(axes):
-    """Batch and heads are cut, so there is nothing to add up, not even over an axis of one device."""
+    """Batch and heads are sharded, so there is nothing to add up, not even over an axis of one device."""
     shape = jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)
     gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
     with jax.set_mesh(make_mesh(**axes)), target_platform("tpu"):

@@ -1,4 +1,4 @@
-"""ControlNets in one file: where their names lie, what their tensors say, and files that hold none."""
+"""ControlNets in one file: where their names are found, what their tensors show, and files that hold none."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ def test_what_is_given_is_not_looked_at(tmp_path: Path, rng: np.random.Generator
     assert [*read_single_file(save(tmp_path, stored), given={"vae": {}}).networks] == ["unet", "text_encoder"]
 
 
-def test_a_text_encoder_of_another_family_has_no_place(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_text_encoder_of_another_family_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     stored = stored_family("v1", rng, tmp_path)
     gone = {key: array for key, array in stored.items() if not key.startswith("cond_stage_model.")}
     with pytest.raises(WeightsError, match="for v1: a place for text_encoder_2"):

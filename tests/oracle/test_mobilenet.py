@@ -46,7 +46,7 @@ def mobilenet() -> nn.Sequential:
 
 
 def theirs(state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Features of normalised images ``[B,H,W,3]``; every tensor of ``state`` has to find its place."""
+    """Features of normalised images ``[B,H,W,3]``; every tensor of ``state`` must be used."""
     net = mobilenet().eval()
     net.load_state_dict({name.removeprefix("features."): torch.tensor(array) for name, array in state.items()})
     with torch.no_grad():

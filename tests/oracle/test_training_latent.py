@@ -1,4 +1,4 @@
-"""One update of each latent trainer against PyTorch diffusers: what is computed, every gradient and what is trained."""
+"""One training step of each latent trainer against PyTorch diffusers: the loss, every gradient and what is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What judges an autoencoder, and whole updates of one, against PyTorch."""
+"""What judges an autoencoder, and whole training steps of one, against PyTorch."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_one_training_step(adversarial: bool, tmp_path: Path, rng: np.random.Gen
 
 
 def compare(params: Any, moments: Any, module: Any) -> None:
-    """The parameters, and the gradient: a tenth of it is AdamW's first moment after one update."""
+    """The parameters, and the gradient: a tenth of it is AdamW's first moment after one step."""
     by_key = lambda tree: {torch_key(path): np.asarray(to_torch(path, leaf)) for path, leaf in flatten(tree).items()}
     after, gradients = by_key(params), by_key(moments)
     largest = max(float(value.grad.abs().max()) for value in module.parameters())
@@ -164,7 +164,7 @@ def compare(params: Any, moments: Any, module: Any) -> None:
 
 
 def torch_update(module: Any, critic: Any, x: Any, noise: Any) -> dict[str, float]:
-    """One update, with the two losses apart as users of PyTorch write them, and one AdamW."""
+    """One training step, with the two losses apart as users of PyTorch write them, and one AdamW."""
     posterior = module.encode(x).latent_dist
     y = module.decode(posterior.mean + posterior.std * noise).sample
     edges = sum((d(y) - d(x)).abs().mean() for d in (lambda v: v.diff(dim=2), lambda v: v.diff(dim=3)))

@@ -1,4 +1,4 @@
-"""One update of each latent trainer against PyTorch diffusers: the same weights, noise and timesteps.
+"""One training step of each latent trainer against PyTorch diffusers: the same weights, noise and timesteps.
 
 Folders, LoRA files and learned words are opened by PyTorch as its users open them.
 """
@@ -111,4 +111,4 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "DreamBooth with LoRA and prior preservation, SDXL": functools.partial(low_rank, save=save_sdxl, prior=True),
     "textual inversion": inversion,
 }
-"""One update of each trainer, by what the documentation calls it."""
+"""One training step of each trainer, by its name in the documentation."""

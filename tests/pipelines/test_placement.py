@@ -1,4 +1,4 @@
-"""Where parameters lie after every way to give a pipeline a mesh, and that padding is nobody's business."""
+"""Where parameters are placed after every way to give a pipeline a mesh, and that padding is invisible."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_offloaded_parameters_stay_on_the_host_of_a_mesh(pipe: StableDiffusionPi
 
 
 def test_a_callback_sees_the_images_of_the_request(pipe: StableDiffusionPipeline):
-    """Three images are computed as four, by twos as two and two."""
+    """Three images are computed as four; in batches of two, as two and two."""
     seen, request = [], REQUEST | {"seed": [0, 1, 2]}
     note = lambda pipe, i, t, values: seen.append(values["latents"].shape[0])
     watched = pipe(["a"] * 3, **request, callback_on_step_end=note).images

@@ -1,4 +1,4 @@
-"""Configurations: reading, writing, building one scheduler from another, refusing what cannot be."""
+"""Configurations: reading, writing, building one scheduler from another, refusing impossible settings."""
 
 from __future__ import annotations
 

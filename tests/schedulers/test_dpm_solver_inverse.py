@@ -1,4 +1,4 @@
-"""DPM-Solver++ backwards: where it starts and ends, that there and back is the identity, what it refuses."""
+"""DPM-Solver++ backwards: where it starts and ends, that a round trip is the identity, what it refuses."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def build(name: str, **config: Any) -> Scheduler:
 @EVERY
 @pytest.mark.parametrize("n", [1, 7, 50, 1000])
 def test_a_straight_line_is_followed(name: str, n: int) -> None:
-    """A network that says the same flow everywhere: samples stay on the line that it means."""
+    """A network that predicts the same flow everywhere: samples stay on the line that it means."""
     options: dict[str, Any] = {"tau": 0.0} if name == "SASolverScheduler" else {}
     if name in ("DEISMultistepScheduler", "SASolverScheduler"):
         options["as_published"] = True  # otherwise the last step stays where it is

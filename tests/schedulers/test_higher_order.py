@@ -1,4 +1,4 @@
-"""Heun, DPM-Solver-2, LMS and iPNDM: what parity with PyTorch does not say."""
+"""Heun, DPM-Solver-2, LMS and iPNDM: what parity with PyTorch does not show."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_every_sample_owns_its_noise(name: str, start: np.ndarray, keys: jax.Arr
     assert np.abs(one_key[0] - one_key[1]).max() > 1e-3, "samples of one key must differ"
 
 
-def test_every_step_draws_anew(start: np.ndarray, keys: jax.Array) -> None:
+def test_every_step_draws_new_noise(start: np.ndarray, keys: jax.Array) -> None:
     plan = build("EulerAncestralDiscreteScheduler").plan(5)
     zero = jnp.zeros_like(start)
     state = plan.init(start)

@@ -1,4 +1,4 @@
-"""SIGTERM at any moment of a script's life: a checkpoint of the last finished step or a word that there is none."""
+"""SIGTERM at any moment of a script's life: a checkpoint of the last finished step or a message that there is none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 MARKS = {"loading": "loading JAX and the library", "training": "step 1 is done"}
-"""Moments of a run -> what it says then."""
+"""Moments of a run -> the message."""
 
 
 def train(tmp_path: Path, output: Path, mark: str = "", after: float = 0.0, **flags: Any) -> Ended:

@@ -1,4 +1,4 @@
-"""Laws of the autoencoder's loss: whose gradient is whose, when the discriminator is heard, what is recomputed."""
+"""Laws of the autoencoder's loss: whose gradient is whose, when the discriminator takes effect, what is recomputed."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_means_and_speeds(clock: Any) -> None:
-    """Compilation (the first step) and what happens aside are not part of the speed."""
+    """Compilation (the first step) and other work are not part of the speed."""
     kept = Kept()
     monitor = Monitor([kept], 0, 10, Work(images=32, devices=4, flops=6e12, peak=3e12), lambda n: {"learning_rate": n})
     clock.now += 60
@@ -239,7 +239,7 @@ def test_a_missing_tracker_stops_the_run_before_it_begins(tmp_path: Path, monkey
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a module that notes its calls in the place of the real one."""
+    """With a module that records its calls in place of the real one."""
     calls: list[tuple[str, Any]] = []
 
     class Run:

@@ -160,7 +160,7 @@ def test_every_flag_is_read(script: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field whose name no script's flag has would keep its default for ever."""
+    """A field that matches no script's flag would always keep its default."""
     flags = {action.dest for script in SCRIPTS for action in parser_of(f"train/{script}", monkeypatch)._actions}
     for kind in all_settings():
         assert set(fields_of(kind)) - flags == set(), kind

@@ -1,4 +1,4 @@
-"""Training on any mesh is training on one device, and computing blocks again changes nothing."""
+"""Training on any mesh is training on one device, and recomputing blocks changes nothing."""
 
 from __future__ import annotations
 

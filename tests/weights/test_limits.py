@@ -1,4 +1,4 @@
-"""Files of a few bytes that claim much: refused by name within seconds, before anything of that size is made."""
+"""Tiny files that claim to be huge: refused by name within seconds, before anything of that size is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors reader and writer: every dtype, the reference implementation's files, and headers that lie."""
+"""The safetensors reader and writer: every dtype, the reference implementation's files, and false headers."""
 
 from __future__ import annotations
 
