@@ -124,6 +124,15 @@ def test_a_result_becomes_a_table(tmp_path: Path) -> None:
         results.fill("<!-- results: speed model=d -->\n<!-- end results -->", results.read(tmp_path))
 
 
+def test_a_wide_table_states_once_what_is_the_same_in_every_row() -> None:
+    columns = {f"column_{i}": i for i in range(results.MOST_COLUMNS)}
+    page = results.section({"title": "Wide", "rows": [columns | {"seconds": 1}, columns | {"seconds": 2}]})
+    assert page.startswith("The same in every row: column 0: 0; column 1: 1;")
+    assert "| seconds |\n| --- |\n| 1 |\n| 2 |" in page
+    narrow = [{"device": "cpu", "seconds": 1}, {"device": "cpu", "seconds": 2}]
+    assert "| device | seconds |" in results.section({"title": "Narrow", "rows": narrow})
+
+
 def test_an_estimate_stands_with_its_interval() -> None:
     rows = [{"share": {"value": 0.31234, "interval": [0.27, 0.36]}}]
     assert results.table(rows).splitlines()[-1] == "| 0.312 (0.27–0.36) |"
