@@ -84,7 +84,7 @@ class Judged:
 
     @property
     def head(self) -> Row:
-        return {"pictures": self.kind, "guidance": self.guidance}
+        return {"images": self.kind, "guidance": self.guidance}
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def overall_rows(judge: Judge, judged: list[Judged]) -> list[Row]:
     for split, j, mask in subsets(judge.data, judged):
         start = {"captions": split, "number": int(mask.sum())}
         if j.kind == RENDERS:
-            rows.append(start | {"pictures": "chance", "guidance": None} | judge.chance(j.chosen[mask]))
+            rows.append(start | {"images": "chance", "guidance": None} | judge.chance(j.chosen[mask]))
         rows.append(start | j.head | hit_row(j.hits, ceiling_of(j, judged), mask))
     return rows
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.numpy import save_file
 
 from benchmarks.common import ROOT, fetch_wheel
@@ -174,18 +174,34 @@ def relief(sample: np.ndarray) -> np.ndarray:
     return np.clip(tint * (0.45 + 0.75 * np.clip(shade, 0, 1))[..., None], 0, 255).astype(np.uint8)
 
 
+DIFFICULTIES = (1, 20, 40, 60, 80, 100)
+ROWS = (
+    ("1 step\nseed 0", 0, (SIGMA_MAX,)),
+    ("1 step\nseed 1", 1, (SIGMA_MAX,)),
+    ("1 step\nseed 2", 2, (SIGMA_MAX,)),
+    ("3 steps\nsigma 80, 40, 20\nseed 2", 2, (SIGMA_MAX, 40.0, 20.0)),
+    ("2 steps\nsigma 80, 1\nseed 2", 2, (SIGMA_MAX, 1.0)),
+)
+"""Rows of the figure: label, seed and noise levels."""
+LEFT, TOP, STEP, FONT = 130, 34, 132, 16
+"""In pixels: the width of the labels, the height of the heading, from one map to the next, and the font size."""
+
+
 def draw(denoise: Denoiser, path: Path) -> None:
-    """Rows: one step with three seeds, then three steps at high noise, then two steps; columns: difficulties."""
-    difficulties = (1, 20, 40, 60, 80, 100)
-    one, high, low = (SIGMA_MAX,), (SIGMA_MAX, 40.0, 20.0), (SIGMA_MAX, 1.0)
-    plans = [(0, one), (1, one), (2, one), (2, high), (2, low)]
-    rows = []
-    for seed, sigmas in plans:
-        maps = np.asarray(sample(denoise, jax.random.key(seed), difficulties, sigmas))[..., 0]
-        tiles = [np.pad(relief(p), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in maps]
-        rows.append(np.concatenate(tiles, axis=1))
+    """The figure: ``ROWS`` from top to bottom, ``DIFFICULTIES`` from left to right, each with its label."""
+    page = Image.new("RGB", (LEFT + STEP * len(DIFFICULTIES), TOP + STEP * len(ROWS)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
+    for column, difficulty in enumerate(DIFFICULTIES):
+        label = f"{'' if column else 'difficulty '}{difficulty}"
+        pen.text((LEFT + column * STEP + SIZE // 2, TOP // 2), label, "#202020", font, anchor="mm")
+    for row, (label, seed, sigmas) in enumerate(ROWS):
+        top = TOP + row * STEP
+        pen.multiline_text((4, top + SIZE // 2), label, "#202020", font, anchor="lm", spacing=6)
+        maps = np.asarray(sample(denoise, jax.random.key(seed), DIFFICULTIES, sigmas))[..., 0]
+        for column, heights in enumerate(maps):
+            page.paste(Image.fromarray(relief(heights)), (LEFT + column * STEP, top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).quantize(256).save(path, optimize=True)
+    page.quantize(256).save(path, optimize=True)
 
 
 def main() -> None:

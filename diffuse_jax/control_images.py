@@ -24,7 +24,7 @@ def canny(image: Any, low: float = 100, high: float = 200) -> NDArray[np.uint8]:
 
     Args:
       image: see the module.
-      low: gradient (sum of its two components' sizes) above which an edge goes on.
+      low: gradient (sum of its two components' sizes) above which an edge continues.
       high: gradient above which an edge begins.
 
     Returns:
@@ -90,7 +90,7 @@ def tile(image: Any, resolution: int = 1024, multiple: int = 64) -> NDArray[np.u
       multiple: height and width are rounded to multiples of it.
 
     Returns:
-      uint8 ``[H,W,3]``, of about the image's proportions.
+      uint8 ``[H,W,3]``, with about the aspect ratio of the image.
     """
     if multiple < 1 or resolution < multiple:
         raise ValueError(f"resolution={resolution} must be at least multiple={multiple}, which must be at least 1")

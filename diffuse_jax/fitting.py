@@ -1,4 +1,4 @@
-"""Bring images and masks to the size of a request, with the numbers of PyTorch diffusers' ``VaeImageProcessor``: resize
+"""Bring images and masks to the size of a request, exactly as PyTorch diffusers' ``VaeImageProcessor``: resize
 modes, the region around a mask (its ``padding_mask_crop``), blurred masks, a repainted region put back, and masks for
 attention."""
 
@@ -32,8 +32,8 @@ def resize(image: Any, height: int, width: int, mode: str = "default", *, resamp
     Args:
       image: a PIL image, or an array ``[H,W]``, ``[H,W,C]`` or ``[B,H,W,C]``.
       height, width: in pixels.
-      mode: "default" stretches it; "crop" keeps its proportions and cuts off what is too much on both sides; "fill"
-        keeps them too and repeats the outermost pixels on the sides where something is missing.
+      mode: "default" stretches it; "crop" keeps its aspect ratio and cuts off what is too much on both sides; "fill"
+        keeps it too and repeats the outermost pixels on the sides where something is missing.
       resample: one of :data:`RESAMPLE`; arrays take the nearest pixel, as PyTorch's ``interpolate`` does.
 
     Returns:
@@ -41,7 +41,7 @@ def resize(image: Any, height: int, width: int, mode: str = "default", *, resamp
 
     Raises:
       ValueError: a size below 1, an unknown mode or filter, or an array with a mode other than "default".
-      TypeError: it is no image.
+      TypeError: it is not an image.
     """
     if mode not in MODES or resample not in RESAMPLE:
         name, value, known = ("mode", mode, MODES) if mode not in MODES else ("resample", resample, tuple(RESAMPLE))
@@ -69,7 +69,7 @@ def _nearest(given: int, wanted: int) -> NDArray[np.int_]:
 
 
 def _framed(image: Image.Image, height: int, width: int, mode: str, resample: Image.Resampling) -> Image.Image:
-    """The image in its own proportions, in the middle of one of another size."""
+    """The image with its aspect ratio kept, in the middle of one of another size."""
     wanted, given = width / height, image.width / image.height
     if wanted < given if mode == "fill" else wanted > given:
         size = width, max(image.height * width // image.width, 1)
@@ -109,7 +109,7 @@ def blur_mask(mask: Image.Image, factor: float = 4) -> Image.Image:
 
 
 def crop_region(mask: Image.Image, height: int, width: int, pad: int = 0) -> Box:
-    """The smallest region around the white part of a mask that has the proportions of the request, as far as the image
+    """The smallest region around the white part of a mask that has the aspect ratio of the request, as far as the image
     allows; to be cropped, repainted at full resolution, and put back with :func:`overlay`.
 
     Args:
@@ -225,7 +225,7 @@ def mask_for_queries(masks: Any, queries: int) -> NDArray[np.float32]:
       queries: of the layer, one for each pixel of its features, row after row.
 
     Returns:
-      float32 ``[N,queries]``, by PyTorch's bicubic interpolation. Where the features have other proportions than the
+      float32 ``[N,queries]``, by PyTorch's bicubic interpolation. Where the features have another aspect ratio than the
       mask, a warning says so, and the weights are cut or end in zeros.
 
     Raises:
@@ -239,7 +239,7 @@ def mask_for_queries(masks: Any, queries: int) -> NDArray[np.float32]:
     rows += queries % rows != 0
     columns = queries // rows
     if rows * columns != queries:
-        warn(f"{queries} queries have other proportions than the masks of {array.shape[1]}x{array.shape[2]} pixels")
+        warn(f"{queries} queries have another aspect ratio than the masks of {array.shape[1]}x{array.shape[2]} pixels")
     across, down = _bicubic(array.shape[2], columns), _bicubic(array.shape[1], rows)
     small = (down @ array @ across.T).reshape(len(array), -1)[:, :queries]
     return np.pad(small, ((0, 0), (0, queries - small.shape[1])))

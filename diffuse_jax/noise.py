@@ -1,4 +1,4 @@
-"""The normal numbers that PyTorch draws for a seed, so that a seed of another program gives its image here.
+"""The noise that PyTorch draws for a seed, so that a seed of another program gives the same image here.
 
 Plain NumPy, without PyTorch: a function takes a seed and the shapes of successive ``torch.randn`` calls with one
 generator, and returns their arrays. :data:`STREAMS` has them by the name that ``noise=`` of a call takes.
@@ -17,7 +17,7 @@ Shape: TypeAlias = Sequence[int]
 Floats: TypeAlias = NDArray[np.float32]
 
 BLOCK = 16
-"""Numbers that PyTorch transforms at a time on a processor: a cosine and a sine half of eight pairs."""
+"""Numbers that PyTorch transforms at a time on a CPU: a cosine and a sine half of eight pairs."""
 
 
 def torch_normal(seed: int, *shapes: Shape) -> list[Floats]:
@@ -25,8 +25,8 @@ def torch_normal(seed: int, *shapes: Shape) -> list[Floats]:
     ``torch.Generator("cpu").manual_seed(seed)``.
 
     PyTorch draws from a Mersenne Twister (Matsumoto and Nishimura 1998) and transforms pairs of uniform numbers (Box
-    and Muller 1958). Tensors of fewer than 16 elements take another way than larger ones, as here. Its logarithm and
-    cosine differ between processors in the last bits, so values agree to about 1e-6.
+    and Muller 1958). Tensors of fewer than 16 elements are drawn in another way than larger ones, as here. Its
+    logarithm and cosine differ between CPUs in the last bits, so values agree to about 1e-6.
 
     Args:
       seed: from 0 to 2**64 - 1; PyTorch uses the lowest 32 bits.
@@ -46,7 +46,7 @@ def torch_normal(seed: int, *shapes: Shape) -> list[Floats]:
 
 
 def _large(count: int, words: Callable[[int], NDArray[np.uint32]]) -> NDArray[np.float64]:
-    """At least 16 numbers from 24-bit uniform ones, in blocks of 16; the last block is drawn anew and overlaps."""
+    """At least 16 numbers from 24-bit uniform ones, in blocks of 16; the last block is redrawn and overlaps."""
     uniform = lambda n: (words(n) & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
     whole = count - count % BLOCK
     out = np.empty(count)
@@ -78,9 +78,9 @@ def _small(count: int, words: Callable[[int], NDArray[np.uint32]], spare: list[f
 
 def cuda_normal(seed: int, *shapes: Shape) -> list[Floats]:
     """What ``torch.randn(shape, generator=g, device="cuda")`` returns for one shape after the other, ``g`` being
-    ``torch.Generator("cuda").manual_seed(seed)``; also the noise of programs that imitate it on a processor.
+    ``torch.Generator("cuda").manual_seed(seed)``; also the noise of programs that imitate it on a CPU.
 
-    PyTorch gives each thread of the GPU a Philox stream of its own. As long as a tensor has no more elements than the
+    PyTorch gives each thread of the GPU a separate Philox stream. As long as a tensor has no more elements than the
     GPU has resident threads (from 30720 to over 300000; SD 1.5 at 512x512 draws 16384), each draws one number and all
     GPUs agree. A larger tensor is what the imitations compute, and what a GPU with enough threads would.
 
@@ -153,7 +153,7 @@ def check_seed(seed: int) -> int:
     """The seed, if PyTorch takes it.
 
     Raises:
-      ValueError: it is no integer from 0 to 2**64 - 1.
+      ValueError: it is not an integer from 0 to 2**64 - 1.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ValueError(f"a seed of PyTorch's noise must be an integer from 0 to 2**64 - 1, got {seed!r}")

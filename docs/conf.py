@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parent
@@ -58,6 +59,7 @@ html_theme_options = {
     "repository_url": repository_url(),
     "use_repository_button": bool(repository_url()),
 }
+toc_object_entries_show_parents = "hide"  # the margin is narrow
 copybutton_prompt_text = "$ "  # what follows a prompt is copied, output is not
 copybutton_line_continuation_character = "\\"
 copybutton_exclude = ".linenos, .gp, .go"
@@ -97,6 +99,7 @@ NOISE = (
     (r", parent: [~\w.]*Module \|.*(?=\)$)", ""),  # what Flax adds to every module
     (r"(\w+Config) = \1\(.*?\)(?=, dtype)", r"\1 = \1()"),  # a default configuration, in full
     (r"<class '[\w.]*?(\w+)'>", r"\1"),
+    (r" = Adapters\(.*?scale=1\.0\)", " = Adapters()"),
     (r" = <factory>", " = {}"),
     (r" = <[\w.]+ object>", " = ..."),
 )
@@ -111,6 +114,8 @@ def tidy_signature(
         return None
     for pattern, replacement in NOISE:
         signature = re.sub(pattern, replacement, signature)
+    if name.endswith("Pipeline.__call__") and result and result.endswith("Request"):  # its signature is compose's
+        result = "~diffuse_jax.pipelines.Output"
     return signature, result
 
 
@@ -129,10 +134,18 @@ def show_colons(app: Sphinx, what: str, name: str, obj: object, options: object,
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def keep_flags_whole(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Mark ``--flags``, so that the style sheet can keep lines from ending after their hyphens."""
+    for literal in doctree.findall(nodes.literal):
+        if literal.astext().startswith("-"):
+            literal["classes"].append("flag")
+
+
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("builder-inited", lambda _: config_fields.write_page(DOCS / "_generated"))
+    app.connect("doctree-resolved", keep_flags_whole)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", hide_colons, priority=400)  # Napoleon's is 500
     app.connect("autodoc-process-docstring", show_colons, priority=600)

@@ -30,13 +30,13 @@ TOP, LEFT, SIZE = 40, 190, 26  # pixels above and beside the images for labels, 
 WRAP = 14  # letters that fit beside the images
 SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "output_type": "np", "batch_size": 8}
 
-Pictures = list[np.ndarray]
+ImageRow = list[np.ndarray]
 
 
 class Sheet(NamedTuple):
     """Images ``[H,W,3]`` in [0, 1] by rows, with a label for each row and, where given, for each column."""
 
-    rows: list[Pictures]
+    rows: list[ImageRow]
     beside: Sequence[str]
     above: Sequence[str] = ()
 
@@ -55,7 +55,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
-    parser.add_argument("--output_dir", default=FOLDER, help="where the pictures go (default: docs/images)")
+    parser.add_argument("--output_dir", default=FOLDER, help="where the images go (default: docs/images)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="draw these (default: all)")
     return parser.parse_args()
 
@@ -88,7 +88,7 @@ def steps(pipe: Any) -> Sheet:
 
 
 def previews(pipe: Any) -> Sheet:
-    """What the network takes the clean picture for, after each of sixteen steps."""
+    """What the network takes the clean image for, after each of sixteen steps."""
     plan, found = pipe.scheduler.plan(16), []
     before: dict[str, Any] = {}
 
@@ -112,7 +112,7 @@ def clean_between(plan: Any, i: int, here: Any, there: Any) -> Any:
 
 
 def between(pipe: Any) -> Sheet:
-    """Text states mixed from one prompt to another."""
+    """Prompt embeddings interpolated from one prompt to another."""
     pairs = [
         ("red apple, noto style", "grinning face, noto style"),
         ("dog face, fluent style", "cat face, fluent style"),
@@ -120,20 +120,20 @@ def between(pipe: Any) -> Sheet:
     ]
     share = np.linspace(0, 1, 8)[:, None, None]
     first, second = (encoded(pipe, [pair[i] for pair in pairs]) for i in (0, 1))
-    states = np.concatenate([(1 - share) * a + share * b for a, b in zip(first, second)])
-    images = pipe(prompt_embeds=states.astype(np.float32), seed=[0] * len(states), **SETTINGS).images
+    embeddings = np.concatenate([(1 - share) * a + share * b for a, b in zip(first, second)])
+    images = pipe(prompt_embeds=embeddings.astype(np.float32), seed=[0] * len(embeddings), **SETTINGS).images
     return Sheet(in_rows(images), [" to ".join(map(thing, pair)) for pair in pairs], [f"{a:.0%}" for a in share.flat])
 
 
 def encoded(pipe: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Text states ``[prompts, tokens, width]``."""
+    """Prompt embeddings ``[prompts, tokens, width]``."""
     tokenizer, encoder = pipe.components["tokenizer"], pipe.components["text_encoder"]
     length = encoder.config.max_position_embeddings
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="np")["input_ids"]
     return np.asarray(encoder.apply({"params": pipe.params["text_encoder"]}, jnp.asarray(ids)).last_hidden_state)
 
 
-def in_rows(images: np.ndarray) -> list[Pictures]:
+def in_rows(images: np.ndarray) -> list[ImageRow]:
     """Rows of eight."""
     return [list(images[i : i + 8]) for i in range(0, len(images), 8)]
 

@@ -49,7 +49,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real pictures and weights that some machines have beside the checkout."""
+    """The folder with real images and weights that some machines have beside the checkout."""
     folder = Path(os.environ.get("DIFFUSE_JAX_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set DIFFUSE_JAX_SHARED_DATA to a folder that has it")

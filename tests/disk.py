@@ -1,4 +1,4 @@
-"""A disk that is full, for tests of what is said then."""
+"""A full disk, for tests of the error messages."""
 
 from __future__ import annotations
 

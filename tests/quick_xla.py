@@ -26,5 +26,5 @@ FLAGS = "--xla_backend_optimization_level=0" + (f" --{SIMPLE_FUSIONS}=false" if 
 
 
 def xla_flags(devices: int = 1) -> str:
-    """``XLA_FLAGS`` of a process that tests start or are, with so many virtual devices."""
+    """``XLA_FLAGS`` of a process that tests start or run in, with so many virtual devices."""
     return f"--xla_force_host_platform_device_count={devices} {FLAGS}"

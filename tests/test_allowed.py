@@ -121,7 +121,7 @@ def test_messages(cls: type[Config], data: dict[str, Any], message: str) -> None
         cls.from_json(data)
 
 
-def test_numbers_that_files_have_are_taken() -> None:
+def test_numbers_in_files_are_accepted() -> None:
     assert DPMSolverMultistepScheduler.from_json({"lambda_min_clipped": float("-inf")}).lambda_min_clipped < -1e300
     assert CLIPTextConfig.from_json({"pad_token_id": None, "bos_token_id": None}).pad_token_id is None
     assert DDIMScheduler.from_json({"beta_end": 1, "clip_sample": None}).beta_end == 1
@@ -169,7 +169,7 @@ def test_the_file_of_a_scheduler_is_named(tmp_path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(Config):
-    """A configuration of the user's: its numbers mean what its author says."""
+    """A custom configuration: its author defines the range of its numbers."""
 
     offset: int = -3
     scale: float = -1e12

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class FakePipeline:
-    """Stands in for a pipeline: remembers how it was made and called, gives one grey picture per prompt and repeat."""
+    """In place of a pipeline: records how it was opened and called; returns one grey image per prompt and repeat."""
 
     def __init__(self, scheduler: object = None) -> None:
         self.scheduler = scheduler
@@ -183,7 +183,7 @@ def test_a_single_file_is_opened_as_one(
     assert "--tokenizer, --prediction-type: not for a folder" in capsys.readouterr().err
 
 
-def test_without_a_seed_the_one_drawn_is_reported(
+def test_without_a_seed_a_random_one_is_reported(
     pipeline: FakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("generate", "--prompt", "a cat", "--output", tmp_path) == 0
@@ -191,7 +191,7 @@ def test_without_a_seed_the_one_drawn_is_reported(
     assert "seed 12345:" in capsys.readouterr().err
 
 
-def test_generate_draws_what_the_pipeline_draws(
+def test_generate_gives_the_images_of_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = tiny.pipeline()
@@ -203,12 +203,12 @@ def test_generate_draws_what_the_pipeline_draws(
     assert re.search(r"^warning: the prompt is \d+ tokens too long", err, re.MULTILINE)
     with pytest.warns(UserWarning, match="too long"):
         expected = pipe(["a cat", long], seed=[3, 4], num_inference_steps=2).images
-    for path, picture in zip(out.split(), expected, strict=True):
-        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(picture)
+    for path, image in zip(out.split(), expected, strict=True):
+        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(image)
         assert np.abs(difference).max() <= 1
 
 
-def test_an_image_knows_what_made_it(tmp_path: Path) -> None:
+def test_an_image_records_how_it_was_generated(tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "model")
     words = ["--prompt", "a cat", "--prompt", "ein Hündchen", "--negative-prompt", "blurry", "--seed", 3, 4]
     words += ["--num-inference-steps", 2, "--scheduler", "ddim", "--guidance-scale", 2.5, "--noise", "cuda"]
@@ -297,7 +297,7 @@ def test_a_failed_save_leaves_no_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError("no folder 'x'"), 1), (TypeError("no folder 'x'"), 1), (KeyboardInterrupt(), 130)]
 )
-def test_errors_are_plain_words_and_a_status(
+def test_errors_are_one_line_and_a_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("DIFFUSE_JAX_DEBUG", raising=False)
@@ -426,7 +426,7 @@ def test_env_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    """The shipped model, twice, from an empty cache folder: the same picture, compiled once."""
+    """The shipped model, twice, from an empty cache folder: the same image, compiled once."""
     command = [sys.executable, "-m", "diffuse_jax", "generate", "--prompt", "a red apple, noto style", "--seed", "0"]
     command += ["--num-inference-steps", "5", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "DIFFUSE_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}

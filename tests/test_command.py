@@ -1,4 +1,4 @@
-"""The border of a command: lack of memory and warnings are one line, and ``--debug`` shows where an error came from."""
+"""The outermost layer of a command: lack of memory and warnings are one line; ``--debug`` shows the traceback."""
 
 from __future__ import annotations
 

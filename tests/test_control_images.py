@@ -14,7 +14,7 @@ from diffuse_jax.pipelines.inputs import pixels
 
 
 def spots(height: int, width: int, grain: int) -> np.ndarray:
-    """Coloured spots of about ``grain`` pixels with soft edges, uint8 ``[H,W,3]``, in whole numbers alone."""
+    """Coloured spots of about ``grain`` pixels with soft edges, uint8 ``[H,W,3]``, in integer arithmetic."""
     rng = np.random.default_rng(1000 * height + width)
     image = rng.integers(0, 256, (height // grain + 2, width // grain + 2, 3)).repeat(grain, 0).repeat(grain, 1)
     for axis in (0, 1):

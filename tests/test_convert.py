@@ -93,7 +93,7 @@ def test_a_single_file_becomes_a_pipeline_with_a_tokenizer(family: str, padding:
     assert not (tmp_path / "x").exists()
 
 
-def test_folders_keep_what_is_no_network(tmp_path: Path) -> None:
+def test_files_that_are_not_networks_are_copied(tmp_path: Path) -> None:
     out = convert(pipeline(tmp_path / "src"), tmp_path / "out")
     index = weights.read_index(out)
     assert set(index.absent) == {"image_encoder", "watermark"}
@@ -157,7 +157,7 @@ def assert_same_network(folder: Path, file: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
 
 
-def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
+def test_existing_files_stay(tmp_path: Path) -> None:
     src = pipeline(tmp_path / "src")
     (tmp_path / "file.safetensors").write_text("mine")
     for to in conversion.LAYOUTS:

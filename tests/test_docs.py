@@ -77,7 +77,7 @@ def test_notebooks_are_stored_without_outputs() -> None:
             assert cell.get("execution_count") is None, f"{path.name} was saved after a run"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_resolve() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -122,6 +122,15 @@ def test_a_result_becomes_a_table(tmp_path: Path) -> None:
     assert one.splitlines()[3:-1] == ["| c | 12,345 |"]
     with pytest.raises(ValueError, match="model=d"):
         results.fill("<!-- results: speed model=d -->\n<!-- end results -->", results.read(tmp_path))
+
+
+def test_a_wide_table_states_once_what_is_the_same_in_every_row() -> None:
+    columns = {f"column_{i}": i for i in range(results.MOST_COLUMNS)}
+    page = results.section({"title": "Wide", "rows": [columns | {"seconds": 1}, columns | {"seconds": 2}]})
+    assert page.startswith("The same in every row: column 0: 0; column 1: 1;")
+    assert "| seconds |\n| --- |\n| 1 |\n| 2 |" in page
+    narrow = [{"device": "cpu", "seconds": 1}, {"device": "cpu", "seconds": 2}]
+    assert "| device | seconds |" in results.section({"title": "Narrow", "rows": narrow})
 
 
 def test_an_estimate_stands_with_its_interval() -> None:

@@ -48,7 +48,7 @@ def test_random_features_find_a_concept_by_chance(rng: np.random.Generator) -> N
         assert recall(queries, real, k) == pytest.approx(wanted, abs=4 * deviation)
 
 
-def test_a_image_is_never_compared_with_its_own_family(rng: np.random.Generator) -> None:
+def test_an_image_is_never_compared_with_its_own_family(rng: np.random.Generator) -> None:
     """Its own drawing, the closest image there is, changes no score; without the rule every concept is found."""
     real = gallery(unit(rng.standard_normal((60, 16))), families=3)
     for family in range(3):
@@ -231,7 +231,7 @@ def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.nd
     found = {
         name: json.loads((tmp_path / "results" / f"toy{name}.json").read_text()) for name in ("", "_styles", "_copies")
     }
-    rows = {(r["captions"], r["pictures"], r["guidance"]): r for r in found[""]["rows"]}
+    rows = {(r["captions"], r["images"], r["guidance"]): r for r in found[""]["rows"]}
     assert {split for split, _, _ in rows} == {"training pairs", "held-out pairs", "held-out, no sister"}
     for split in ("training pairs", "held-out pairs", "held-out, no sister"):
         assert rows[split, "renders", None]["R@1"]["value"] == rows[split, "samples", 5.0]["R@1"]["value"] == 1

@@ -1,4 +1,4 @@
-"""What ``fitting`` refuses; ``oracle/test_fitting.py`` has its numbers."""
+"""What ``fitting`` refuses; ``oracle/test_fitting.py`` compares its results."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_what_is_impossible_is_refused(call: Callable[[], Any], message: str) ->
         call()
 
 
-def test_other_proportions_of_features_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="50 queries have other proportions than the masks of 8x8 pixels"):
+def test_a_different_aspect_ratio_of_features_gives_a_warning() -> None:
+    with pytest.warns(UserWarning, match="50 queries have another aspect ratio than the masks of 8x8 pixels"):
         mask_for_queries(np.ones((1, 8, 8)), 50)
 
 
@@ -62,6 +62,6 @@ def test_a_canvas_is_extended_and_masked_where_it_is_new() -> None:
         ({"left": 1, "overlap": 6}, "leaves nothing of an image of 6x4"),
     ],
 )
-def test_a_canvas_that_cannot_be(sides: dict[str, int], message: str) -> None:
+def test_impossible_canvases_are_refused(sides: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extend(Image.new("RGB", (6, 4)), **sides)

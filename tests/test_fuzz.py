@@ -1,6 +1,6 @@
 """A thousand damaged files of all kinds: each opens or is refused by name, quickly, in little memory, and runs nothing.
 
-The seeds are made on the spot. ``make fuzz`` tries more: ``DIFFUSE_JAX_FUZZ`` is the number of files, and
+The seed files are generated. ``make fuzz`` tries more: ``DIFFUSE_JAX_FUZZ`` is the number of files, and
 ``DIFFUSE_JAX_TEST_SEED`` begins elsewhere.
 """
 

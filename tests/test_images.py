@@ -228,12 +228,12 @@ def test_files_of_every_format_begin_as_it_says(kind: str, tmp_path: Path) -> No
 
 
 def test_a_folder_is_searched_for_images_and_what_is_skipped_is_counted(tmp_path: Path) -> None:
-    picture = stored(Image.new("RGB", (3, 2)))
+    content = stored(Image.new("RGB", (3, 2)))
     kept = ["a.png", "b.JFIF", "sub/c.jpg"]
     left = ["._a.png", ".ipynb_checkpoints/a.png", "notes.txt", "sub/.hidden.png", "text.png", "empty.png"]
     for name in (*kept, *left):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes({"text.png": b"no image", "empty.png": b""}.get(name, picture))
+        (tmp_path / name).write_bytes({"text.png": b"no image", "empty.png": b""}.get(name, content))
     found, skipped = images.find_images(tmp_path)
     assert found == [tmp_path / name for name in kept]
     assert skipped == images.Skipped(len(left), str(tmp_path / "._a.png"))

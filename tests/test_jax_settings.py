@@ -69,7 +69,7 @@ def two_steps(name: str) -> Any:
 
 
 @every_setting
-def test_samplers_that_are_no_tables(setting: str) -> None:
+def test_samplers_that_are_not_tables(setting: str) -> None:
     check(setting, other_steps)
 
 
@@ -180,7 +180,7 @@ def latent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def update(folder: Path) -> Any:
-    """The state after one update of two parts, and its metrics."""
+    """The state after one step of two accumulated parts, and its metrics."""
     pipe = pipelines.DiffusionPipeline.from_pretrained(folder)
     rng = np.random.default_rng(0)
     batch = {

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("to", ["diffusers", "peft", "kohya"])
-def test_every_layout_comes_back(to: str, dora: bool, model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_every_layout_round_trips(to: str, dora: bool, model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     factors = lora(rng)
     for n, ((network, name), parts) in enumerate(factors.items()):
         if n % 2:

@@ -43,7 +43,7 @@ def test_every_stream_is_standard_normal_and_never_repeats(kind: str):
     np.testing.assert_array_equal(STREAMS[kind](7, (4, 64, 64))[0], draws[0])
 
 
-def test_only_cuda_noise_tells_seeds_apart_by_their_high_words():
+def test_only_cuda_noise_depends_on_the_high_word_of_a_seed():
     low, high = 5, 5 + 2**32
     np.testing.assert_array_equal(*(torch_normal(seed, (9,))[0] for seed in (low, high)))
     assert abs(cuda_normal(low, (9,))[0] - cuda_normal(high, (9,))[0]).min() > 0

@@ -109,7 +109,7 @@ def another_writer(kind: str, path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_removed_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
     path = tmp_path / "a"
     others = {".a.partial", ".b.1.partial", ".a.txt"}
     for name in others:

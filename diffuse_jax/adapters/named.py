@@ -2,7 +2,7 @@
 
 The active adapters of a layer are one pair: their ``down`` side by side, and their ``up``, multiplied by their weights,
 one below the other, padded with zeros to the layer's *slot*. Slots only grow, to powers of two, so another weight, or
-another adapter of the same or a smaller rank, changes numbers and no shapes. What is not a product of two matrices
+another adapter of the same or a smaller rank, changes values but no shapes. What is not a product of two matrices
 (LoHa, LoKr, DoRA) takes a slot for the whole difference of the kernel.
 """
 
@@ -64,7 +64,7 @@ class Adapters:
         return active if self.enabled else []
 
     def loaded(self, name: str, adapter: Adapter, max_rank: int = 0) -> Adapters:
-        """With one more adapter, which becomes the only active one.
+        """A copy with one more adapter, which becomes the only active one.
 
         Raises:
           ValueError: the name is taken.
@@ -75,7 +75,7 @@ class Adapters:
         return new.with_slots(max_rank)
 
     def active(self, names: str | Sequence[str], weights: Weight | Sequence[Weight | None] | None = None) -> Adapters:
-        """With exactly these adapters active.
+        """A copy with exactly these adapters active.
 
         Raises:
           ValueError: a name is unknown, the numbers of names and weights differ, or a weight names an unknown block.
@@ -94,7 +94,7 @@ class Adapters:
         return dataclasses.replace(self, weights=chosen).with_slots()
 
     def without(self, names: str | Sequence[str]) -> Adapters:
-        """With these adapters deleted.
+        """A copy with these adapters deleted.
 
         Raises:
           ValueError: a name is unknown, or its adapter is fused.
@@ -113,7 +113,7 @@ class Adapters:
             raise ValueError(f"no adapter is called {brief(unknown[0])}; {have}")
 
     def with_slots(self, max_rank: int = 0) -> Adapters:
-        """With room for the active adapters, and for a rank of at least ``max_rank`` in their layers."""
+        """A copy with room for the active adapters, and for a rank of at least ``max_rank`` in their layers."""
         slots = {network: dict(table) for network, table in self.slots.items()}
         for network, changes in by_layer(self).items():
             table = slots.setdefault(network, {})
@@ -218,7 +218,7 @@ def checked(weight: Any) -> float:
     """A finite number as a float.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not one.
     """
     number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
     if not number or not np.isfinite(weight):

@@ -165,8 +165,8 @@ def load_word(source: str | Path, token: str | None = None) -> tuple[str, dict[s
     """Read a word from a ``.safetensors``, ``.bin`` or ``.pt`` file, or from its folder.
 
     Files of diffusers (``{word: tensor}``) and of AUTOMATIC1111 (``string_to_param`` and ``name``, or ``emb_params``)
-    have rows for one text encoder, those for SDXL (``clip_l`` and ``clip_g``) for two. If a file has no name for the
-    word, it is the file's own, without its ending.
+    have rows for one text encoder, those for SDXL (``clip_l`` and ``clip_g``) for two. If a file does not name
+    its word, the word is the file's name without its ending.
 
     Args:
       source: the file, or the folder with ``learned_embeds.safetensors`` or ``learned_embeds.bin``.

@@ -73,7 +73,7 @@ class BitConfig(Config):
 
 
 def rounded(channels: float) -> int:
-    """The multiple of 8 next to ``channels``, at least 8 and at least nine tenths of it."""
+    """The multiple of 8 nearest to ``channels``, at least 8 and at least nine tenths of it."""
     near = max(8, int(channels + 4) // 8 * 8)
     return near + 8 if near < 0.9 * channels else near
 

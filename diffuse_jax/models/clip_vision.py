@@ -38,7 +38,7 @@ class CLIPVisionConfig(CLIPLayersConfig):
 
 
 class CLIPVisionOutput(NamedTuple):
-    """What the encoder gives. Under ``jit``, whatever the caller leaves out is not computed or kept."""
+    """The encoder's outputs. Under ``jit``, whatever the caller leaves out is not computed or kept."""
 
     last_hidden_state: jax.Array  # [B,1+N,D]: class token, then patches row by row; not normalised
     pooler_output: jax.Array  # [B,D], the normalised class token
@@ -107,7 +107,7 @@ class VisionTransformer(Part):
 
 
 class VisionEmbeddings(Part):
-    """Class token and patches, plus position: ``[B,H,W,C] -> [B,1+N,D]``. A rest of the edge is cut off."""
+    """Class token and patches, plus position: ``[B,H,W,C] -> [B,1+N,D]``. Pixels beyond the last patch are cut off."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

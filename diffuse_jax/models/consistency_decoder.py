@@ -152,7 +152,7 @@ class ConsistencyDecoderVAE(Model):
         return Posterior.of_moments(self.quant_conv(self.encoder(jnp.asarray(images, self.dtype))))
 
     def decode(self, latents: jax.Array, key: jax.Array | None = None, *, noise: jax.Array | None = None) -> jax.Array:
-        """Draw images whose latents these are.
+        """Sample images from latents.
 
         Args:
           latents: ``[B,h,w,4]``, not scaled.

@@ -140,7 +140,7 @@ DEFAULT_BACKBONE: Mapping[str, Any] = {
     "out_features": ["stage1", "stage2", "stage3"],
     "embedding_dynamic_padding": True,
 }
-"""The backbone of a hybrid whose file has none."""
+"""The backbone of a hybrid whose file does not describe one."""
 
 
 class DPTForDepthEstimation(OneFile, Model):
@@ -305,7 +305,7 @@ class Projection(Part):
 
 
 class Neck(Part):
-    """Turns what was read into maps of several resolutions, and fuses them from coarse to fine."""
+    """Turns the hidden states into maps of several resolutions, and fuses them from coarse to fine."""
 
     @nn.compact
     def __call__(self, states: list[jax.Array]) -> list[jax.Array]:
@@ -360,7 +360,7 @@ class ReassembleLayer(Part):
 
 
 class Enlarge(nn.Module):
-    """A transposed convolution in which each pixel becomes a square of its own, ``[B,H,W,C] -> [B,fH,fW,C]``.
+    """A transposed convolution in which each pixel becomes a square, ``[B,H,W,C] -> [B,fH,fW,C]``.
 
     Its kernel is ``[f,f,out,in]``: PyTorch has inputs first for transposed convolutions.
     """
@@ -397,7 +397,7 @@ class FusionLayer(Part):
     def __call__(self, x: jax.Array, finer: jax.Array | None) -> jax.Array:
         refine = lambda name: Refine(self.config, **self.dtypes, name=name)
         size = (x.shape[1], x.shape[2])
-        # The first has nothing to add, but checkpoints have the parameters; what is computed of them is dropped.
+        # The first has nothing to add, but checkpoints have the parameters; their output is dropped.
         refined = refine("residual_layer1")(x if finer is None else bilinear(finer, size))
         x = refine("residual_layer2")(x if finer is None else x + refined)
         x = bilinear(x, (2 * size[0], 2 * size[1]), align_corners=True)

@@ -1,6 +1,6 @@
 """Decoupled cross-attention: inside a context a UNet's cross-attentions attend to images too (Ye et al. 2023, eq. 5).
 
-Nothing about the UNet changes, so its programs without images are what they were; scales, masks and the images are
+Nothing about the UNet changes, so its programs without images are the same as before; scales, masks and the images are
 arrays, so changing them compiles nothing.
 """
 
@@ -34,8 +34,8 @@ class ImagePrompt(NamedTuple):
       states: keys and values of the ``N`` images, what :class:`~diffuse_jax.models.IPAdapter` returns.
       scale: strength, one number, or ``[B]``, or ``[B,L]`` for each of the ``L`` cross-attentions in the order of
         :func:`cross_attentions`. With ``mask`` each image has its own: ``[B,N]`` or ``[B,N,L]``.
-      mask: where each image acts, ``[B,N,H,W]`` in [0, 1] at any resolution with the aspect of the latents, of which
-        the first axis may be 1. Without masks all images share one softmax.
+      mask: where each image acts, ``[B,N,H,W]`` in [0, 1] at any resolution with the aspect ratio of the latents; its
+        first axis may be 1. Without masks all images share one softmax.
     """
 
     states: ImageStates
@@ -66,7 +66,7 @@ def check_fits(adapter: IPAdapterConfig, unet: UNet2DConditionConfig) -> None:
     """Refuse an IP-Adapter that is for another UNet.
 
     Raises:
-      ValueError: it says what both have.
+      ValueError: it is; the message says what both have.
     """
     have = (tuple(cross_attentions(unet).values()), unet.cross_attention_dim)
     want = (adapter.layer_widths, adapter.cross_attention_dim)
@@ -87,7 +87,7 @@ def image_prompts(config: UNet2DConditionConfig, prompts: Sequence[ImagePrompt])
 
     Example::
 
-        states = adapter.apply({"params": own}, image_embeds)  # once
+        states = adapter.apply({"params": adapter_params}, image_embeds)  # once
         with image_prompts(unet.config, [ImagePrompt(states, 0.6)]):
             y = unet.apply({"params": params}, x, t, text)
     """
@@ -148,7 +148,7 @@ def _attended(query: jax.Array, prompt: ImagePrompt, layer: int) -> jax.Array:
 def resized_mask(mask: jax.Array, count: int) -> jax.Array:
     """A mask ``[B,H,W]`` at the positions of a layer, ``[B,count]``, resized bicubically as PyTorch does.
 
-    The layer's height and width follow from ``count`` and the mask's aspect. Where that is another aspect than the
+    The layer's height and width follow from ``count`` and the mask's aspect ratio. Where that is not the
     layer's, positions at the end are 0 or positions of the mask are left out, with a warning.
     """
     B, H, W = mask.shape

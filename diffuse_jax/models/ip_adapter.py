@@ -1,4 +1,4 @@
-"""IP-Adapters: images as prompts, by keys and values of their own in a UNet's cross-attentions (Ye et al. 2023,
+"""IP-Adapters: images as prompts, with separate keys and values in a UNet's cross-attentions (Ye et al. 2023,
 2308.06721). The UNet, its parameters and its configuration stay as they are; :mod:`.image_attention` connects both."""
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class IPAdapterConfig(Config):
 
     @property
     def takes_faces(self) -> bool:
-        """Whether an image is a face's embedding, to which hidden states come."""
+        """Whether an image is a face's embedding together with hidden states."""
         return self.projection == "face_resampler"
 
 

@@ -32,7 +32,7 @@ def _resample(x: jax.Array, size: tuple[int, int], align_corners: bool, cubic: b
 
 @functools.lru_cache(maxsize=64)
 def weights(old: int, new: int, align_corners: bool, cubic: bool) -> np.ndarray:
-    """What each of ``new`` pixels takes of each of ``old`` ones, ``[new, old]`` float32; rows add up to one.
+    """The weight of each of ``old`` pixels in each of ``new`` ones, ``[new, old]`` float32; rows add up to one.
 
     Outside the image its outermost pixel is repeated.
     """

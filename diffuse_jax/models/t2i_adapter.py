@@ -110,7 +110,7 @@ class AdapterStage(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.stage.halved:
-            # Where a size is odd, the last mean is of the pixels that there are.
+            # Where a size is odd, the last mean is over the pixels that remain.
             x = halve(jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge"))
         if self.light or x.shape[-1] != self.stage.width:
             x = Conv(self.stage.width, 1, padding=0, **dtypes, name="in_conv")(x)

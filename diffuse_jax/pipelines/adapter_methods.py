@@ -33,9 +33,9 @@ class AdapterMethods:
     ) -> Self:
         """A pipeline with LoRA weights: merged into its networks, or, with a name, live beside them.
 
-        Merged is as fast as without, for one fixed adapter; several can be merged one after another, and merging one
-        again with the negated scale removes it. A live adapter is an argument of the compiled program: its weight can
-        be changed, and other adapters can take its place, without compiling.
+        A merged adapter costs nothing in sampling, which suits one that stays. Several can be merged one after another,
+        and merging one again with the negated scale removes it. A live adapter is an argument of the compiled program:
+        its weight can be changed, and other adapters can take its place, without compiling.
 
         Args:
           source: a LoRA, LoHa, LoKr or DoRA file of diffusers, PEFT, kohya's scripts or other trainers
@@ -45,8 +45,8 @@ class AdapterMethods:
           scale: strength; 0 has no effect.
           weight_name: the file in the folder, if there are several.
           strict: refuse files with keys that belong to no layer; otherwise these are left out with one warning.
-          max_rank: make room for live adapters of up to this rank, that of this adapter if it is larger. The room of a
-            layer never shrinks, and growing compiles anew.
+          max_rank: reserve room for live adapters of up to this rank, or of this adapter's rank if it is larger. The
+            room of a layer never shrinks; when it grows, the program is compiled again.
 
         Raises:
           WeightsError: the file does not exist, or does not fit the pipeline's networks.

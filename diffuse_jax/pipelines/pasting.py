@@ -1,4 +1,4 @@
-"""Inpainting a region at full size, and putting what was repainted back into the image: work of the host."""
+"""Inpainting a region at full size, and putting what was repainted back into the image, on the host."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kind(image: Any) -> str:
 
 
 def region(image: Any, mask: Any, size: tuple[int, int], pad: int, output_type: str) -> Region:
-    """The region around a mask's white part, with the proportions of ``size``, (height, width).
+    """The region around a mask's white part, with the aspect ratio of ``size``, (height, width).
 
     Raises:
       ValueError: image and mask are not PIL images of one size, the padding is negative, the mask is black, or the

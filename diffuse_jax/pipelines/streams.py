@@ -51,7 +51,7 @@ def with_noise(request: Request, scheduler: Any, options: Mapping[str, Any]) -> 
       options: of the call.
 
     Raises:
-      ValueError: diffusers would draw in an order that is not known, or that one seed does not say.
+      ValueError: diffusers would draw in an order that is not known, or that one seed does not determine.
     """
     kind = options.get("noise")
     if kind is None:
@@ -118,7 +118,7 @@ def step_draws(request: Request, scheduler: Any, kind: str) -> list[int]:
     """The evaluations in which diffusers draws noise; none for a sampler without noise.
 
     Raises:
-      ValueError: the order of its draws is not known, or a step of the caller's own takes them.
+      ValueError: the order of its draws is not known, or a custom step takes them.
     """
     plan, name = request.plan, type(scheduler).__name__
     evaluations = int(plan.num_evaluations)

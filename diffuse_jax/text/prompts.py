@@ -1,4 +1,4 @@
-"""Prompts with weights: AUTOMATIC1111's syntax and Compel's, read as pieces of text, each with a number.
+"""Prompts with weights: AUTOMATIC1111's syntax and Compel's, read as pieces of text, each with a weight.
 
 Reading is separate from the arithmetic: what a weight does to the prompt embeddings is in
 :mod:`diffuse_jax.pipelines.parts.text`.
@@ -63,7 +63,7 @@ def parse_a1111(prompt: str) -> ParsedPrompt:
 
     ``(text)`` multiplies the weight by 1.1, ``[text]`` divides it by 1.1, ``(text:1.3)`` multiplies it by a number;
     they nest. A backslash before a bracket or a backslash makes it text. ``BREAK`` ends a text. Brackets need not be
-    balanced: one that is never closed reaches to the end, and one that closes nothing is text.
+    balanced: one that is never closed reaches to the end, and a closing one without a partner is text.
 
     Raises:
       ValueError: a weight is not a number, or too large.
@@ -279,7 +279,7 @@ def to_weight(given: str | float, prompt: str) -> float:
 
 
 def joined(pieces: Iterable[Piece], prompt: str) -> tuple[Piece, ...]:
-    """The pieces with neighbours of one weight joined, and without those that are only space.
+    """The pieces with neighbours of one weight joined, and without those that are only whitespace.
 
     Raises:
       ValueError: a weight is too large.

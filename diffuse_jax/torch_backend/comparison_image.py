@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from diffuse_jax.writing import atomic_file
 
-HEADER, GAP, SMALLEST = 14, 4, 128
-"""In pixels: height of the caption, gap between images, and the width up to which they are enlarged."""
-
+HEADER, GAP, SMALLEST, SIZE = 30, 4, 256, 20
+"""In pixels: height of the caption, gap between images, the width up to which they are enlarged, and the font size."""
 
 FACTORS = (10**6, *(digit * 10**power for power in range(5, -1, -1) for digit in (5, 2, 1)))
 
@@ -33,16 +32,16 @@ def side_by_side(ours: np.ndarray, theirs: np.ndarray) -> Image.Image:
     columns = {
         "diffuse_jax": ours,
         "PyTorch": theirs,
-        f"difference x {factor}": np.clip(np.abs(ours - theirs) * factor, 0, 1),
+        f"difference x {factor:,}": np.clip(np.abs(ours - theirs) * factor, 0, 1),
     }
     images, height, width, _ = ours.shape
     zoom = max(1, SMALLEST // width)
     height, width = height * zoom, width * zoom
     sheet = Image.new("RGB", (3 * (width + GAP) - GAP, HEADER + images * (height + GAP) - GAP), "white")
-    draw = ImageDraw.Draw(sheet)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(SIZE)
     for column, (caption, column_images) in enumerate(columns.items()):
         left = column * (width + GAP)
-        draw.text((left + 2, 1), caption, fill="black")
+        pen.text((left + width // 2, HEADER // 2), caption, "black", font, anchor="mm")
         for row, pixels in enumerate(column_images):
             tile = Image.fromarray(np.round(pixels * 255).astype(np.uint8))
             tile = tile.resize((width, height), Image.Resampling.NEAREST)

@@ -73,7 +73,7 @@ def _step(line: str) -> float:
 
 def _file_name(text: str) -> str:
     kept = "".join(c if c.isalnum() else "-" for c in text[:60])
-    return "-".join(part for part in kept.split("-") if part) or "picture"
+    return "-".join(part for part in kept.split("-") if part) or "image"
 
 
 class TensorBoard:

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MOST_COLUMNS = 12
+"""Wider tables leave out the columns whose values are all the same."""
 BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+)(?P<columns>( [\w=,]+)*) -->\n).*?<!-- end results -->", re.DOTALL)
 
 
@@ -50,9 +52,22 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str
 
 
 def section(result: Mapping[str, Any]) -> str:
-    """What a page includes: what was measured, on what, and the table."""
+    """What a page includes: what was measured, on what, and the table.
+
+    A table of many columns would not fit on a page: there, what is the same in every row is said once, above it.
+    """
+    rows = result["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    same = [name for name in columns if len({cell(row.get(name)) for row in rows}) == 1 < len(rows)]
+    same = same if len(columns) > MOST_COLUMNS else []
+    once = "; ".join(f"{name.replace('_', ' ')}: {cell(rows[0][name])}" for name in same)
     machine = ", ".join(f"{key.replace('_', ' ')} {cell(value)}" for key, value in result.get("machine", {}).items())
-    parts = [result.get("about", ""), table(result["rows"]), f"Measured on: {machine}." if machine else ""]
+    parts = [
+        result.get("about", ""),
+        f"The same in every row: {once}." if once else "",
+        table(rows, [name for name in columns if name not in same]),
+        f"Measured on: {machine}." if machine else "",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

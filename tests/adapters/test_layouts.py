@@ -108,7 +108,7 @@ SPELLINGS: dict[str, tuple[Callable[[str, str], str], dict[str, str]]] = {
 
 
 def write(folder: Path, factors: Factors, spelling: str, **metadata: str) -> Path:
-    """A file with these factors in one of the spellings."""
+    """A file with these factors in one of the layouts."""
     spell, ends = SPELLINGS[spelling]
     tensors = {
         f"{spell(*layer)}.{ends.get(kind, kind)}": array for layer, p in factors.items() for kind, array in p.items()
@@ -134,7 +134,7 @@ def same(found: Mapping[Any, np.ndarray], expected: Mapping[Any, np.ndarray]) ->
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_means_the_same_layers(spelling: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_every_layout_names_the_same_layers(spelling: str, tmp_path: Path, rng: np.random.Generator) -> None:
     factors = lora(rng)
     for n, parts in enumerate(factors.values()):
         if n % 2:  # half of the layers have no alpha, which means a factor of 1
@@ -288,8 +288,8 @@ def test_original_names_of_stable_diffusion_1_beyond_block_ten() -> None:
 
 @pytest.mark.parametrize("model", [UNet2DConditionModel(SD15_UNET), UNet2DConditionModel(SDXL_UNET),
                                    ControlNetModel(SD15_CONTROLNET), CLIPTextModel(CLIP_L)])  # fmt: skip
-def test_no_two_layers_have_one_name(model: Any) -> None:
-    """Also with underscores, which kohya's scripts put in place of dots; every spelling leads back to its layer."""
+def test_no_two_layers_share_a_name(model: Any) -> None:
+    """Also with underscores, which kohya's scripts put in place of dots; every name leads back to its layer."""
     network = {"ControlNetModel": "controlnet", "CLIPTextModel": "text_encoder"}.get(type(model).__name__, "unet")
     prefix = {"controlnet": "lora_controlnet_", "text_encoder": "lora_te1_", "unet": "lora_unet_"}[network]
     shapes = {network: model.shapes()}
@@ -301,7 +301,7 @@ def test_no_two_layers_have_one_name(model: Any) -> None:
 # What is refused
 
 
-def test_keys_without_a_home_are_listed_or_left_out(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_keys_that_match_no_layer_are_listed_or_left_out(tmp_path: Path, rng: np.random.Generator) -> None:
     factors = lora(rng)
     file = write(tmp_path, factors | {("unet", f"up.{i}.x"): {"down": np.ones((1, 1))} for i in range(9)}, "kohya")
     with pytest.raises(

@@ -29,7 +29,7 @@ UNET, TEXT = tiny.pipeline().components["unet"], tiny.pipeline().components["tex
 
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A sample, a timestep and text states for the tiny UNet."""
+    """A sample, a timestep and prompt embeddings for the tiny UNet."""
     k_sample, k_text = jax.random.split(jax.random.key(7))
     text = jax.random.normal(k_text, (1, 5, UNET.config.cross_attention_dim))
     return jax.random.normal(k_sample, (1, 8, 8, UNET.config.in_channels)), jnp.array([3]), text
@@ -51,7 +51,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_beside_the_kernels_and_in_them_is_the_same(remat: str, rng: np.random.Generator) -> None:
+def test_live_and_merged_pairs_compute_the_same(remat: str, rng: np.random.Generator) -> None:
     params, own = initial_params(UNET.shapes(), 0, zero=()), pairs(UNET, rng)
     model = UNET.clone(remat=remat)
 
@@ -82,7 +82,7 @@ def test_all_attention_of_stable_diffusion_gets_pairs() -> None:
     assert sum(leaf.size for pair in found.values() for leaf in pair.values()) == 797_184
 
 
-def test_files_come_back_and_other_spellings_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_files_round_trip_and_other_layouts_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
     own = {"unet": pairs(UNET, rng), "text_encoder": pairs(TEXT, rng)}
     shapes = {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()}
     file = save_lora(tmp_path, own)
@@ -105,13 +105,13 @@ def test_files_come_back_and_other_spellings_are_read(tmp_path: Path, rng: np.ra
 
 
 def older(key: str) -> str:
-    """The spelling of diffusers 0.14 to 0.16: attention processors, and no network's name before the UNet's layers."""
+    """The layout of diffusers 0.14 to 0.16: attention processors, and no network's name before the UNet's layers."""
     key = re.sub(r"\.(to_\w+?)(\.0)?\.lora\.(down|up)", r".processor.\1_lora.\3", key.removeprefix("unet."))
     return re.sub(r"self_attn\.([a-z]+)_proj\.lora_linear_layer", r"self_attn.to_\1_lora", key)
 
 
 def newer(key: str) -> str:
-    """The spelling of PEFT with transformers 5, whose encoders have lost a level."""
+    """The layout of PEFT with transformers 5, whose encoders have lost a level."""
     return re.sub(r"\.lora(_linear_layer)?\.(down|up)", lambda m: f".lora_{'AB'[m[2] == 'up']}", key).replace(
         "text_encoder.text_model.", "text_encoder."
     )
@@ -166,7 +166,7 @@ def test_the_scale_in_pefts_settings_counts(
 
 @pytest.mark.parametrize("network", ["unet", "text_encoder"])
 @pytest.mark.parametrize("spelling", [older, newer, str])
-def test_a_pattern_means_a_layer_as_the_file_spells_it(
+def test_a_pattern_matches_the_names_in_the_file(
     network: str, spelling: Callable[[str], str], tmp_path: Path, rng: np.random.Generator
 ) -> None:
     model = {"unet": UNET, "text_encoder": TEXT}[network]

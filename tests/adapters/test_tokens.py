@@ -15,7 +15,7 @@ from tests.bounds import bounded
 from tests.pipelines import tiny
 
 
-def test_a_new_word_of_several_rows_is_spelled_out_and_has_the_last_ids() -> None:
+def test_a_new_word_of_several_rows_becomes_tokens_with_the_last_ids() -> None:
     old = tiny.tokenizer()
     new = tokens.with_words(old, "<cat>", 3)
     assert new("x <cat> y")["input_ids"] != old("x <cat> y")["input_ids"]
@@ -63,7 +63,7 @@ def test_a_tokenizer_that_cannot_say_where_words_are() -> None:
     assert tokens.expand_words("mystyle mystyle_1", Own()) == "mystyle mystyle_1"
 
 
-def test_words_that_cannot_be_are_refused() -> None:
+def test_impossible_words_are_refused() -> None:
     old = tiny.tokenizer()
     with pytest.raises(ValueError, match="already knows '<cat>'"):
         tokens.with_words(tokens.with_words(old, "<cat>", 1), "<cat>", 1)
@@ -145,7 +145,7 @@ def test_a_pipeline_that_knows_a_new_word_and_has_lora(tmp_path: Path, rng: np.r
         ((2, 0), "shape"),
     ],
 )
-def test_rows_that_no_prompt_holds_are_refused(shape: tuple[int, int], message: str, tmp_path: Path) -> None:
+def test_more_rows_than_a_prompt_holds_are_refused(shape: tuple[int, int], message: str, tmp_path: Path) -> None:
     save_file({"<cat>": np.zeros(shape, np.int8)}, tmp_path / "many.safetensors")
     with (
         bounded(5),

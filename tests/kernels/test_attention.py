@@ -94,7 +94,7 @@ def _formula_in_jax(q, k, v, mask):
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
 
 
-def test_bfloat16_loses_only_its_own_rounding(rng):
+def test_bfloat16_adds_only_its_rounding(rng):
     q, k, v = arrays(rng, queries=64, depth=16, dtype=jnp.bfloat16)
     out = attention(q, k, v)
     assert out.dtype == jnp.bfloat16
@@ -169,8 +169,8 @@ def test_flash_is_the_formula(rng, case):
 
 
 @pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}], ids=str)
-def test_gradients_of_flash_are_each_device_own(axes):
-    """Batch and heads are cut, so there is nothing to add up, not even over an axis of one device."""
+def test_gradients_of_flash_are_not_summed_over_devices(axes):
+    """Batch and heads are sharded, so there is nothing to add up, not even over an axis of one device."""
     shape = jax.ShapeDtypeStruct((8, 1024, 2, 64), jnp.bfloat16)
     gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
     with jax.set_mesh(make_mesh(**axes)), target_platform("tpu"):

@@ -68,7 +68,7 @@ def test_the_backward_pass_keeps_no_more_than_image_and_kernel(algorithm):
 
 
 @pytest.mark.parametrize("padding", [1, "SAME", ONE])
-def test_padding_has_three_spellings(rng, padding):
+def test_padding_may_be_given_in_three_ways(rng, padding):
     x, w = rng.standard_normal((1, 6, 6, 2)), rng.standard_normal((3, 3, 2, 2))
     x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
     np.testing.assert_array_equal(conv2d(x, w, 1, padding), conv2d(x, w, 1, ONE))

@@ -55,7 +55,7 @@ SCRIPT = """
     print("8 devices", calls, temporary >> 20, "MiB", flush=True)
     assert calls > 0
 
-    # A layer whose kernel lies cut in float32 and that computes in bfloat16: what travels is bfloat16.
+    # A layer whose kernel is sharded in float32 and that computes in bfloat16: bfloat16 is transferred.
     mesh, layer = make_mesh(data=1, fsdp=8, devices=devices), Dense(512, dtype=jnp.bfloat16)
     x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]

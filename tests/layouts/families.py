@@ -63,5 +63,5 @@ FAMILIES: dict[str, dict[str, Model]] = {
 
 
 def family_tensors(name: str, rng: np.random.Generator, dtype: Any = np.float32) -> dict[str, dict[str, np.ndarray]]:
-    """Component name -> PyTorch tensors with random numbers."""
+    """Component name -> PyTorch tensors with random values."""
     return {part: torch_tensors(model, rng, dtype) for part, model in FAMILIES[name].items()}

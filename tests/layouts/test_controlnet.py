@@ -1,4 +1,4 @@
-"""ControlNets in one file: where their names lie, what their tensors say, and files that hold none."""
+"""ControlNets in one file: where their names are found, what their tensors show, and files that hold none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PUBLISHED = {
 
 
 def tensors_of(config: ControlNetConfig) -> dict[str, np.ndarray]:
-    """Every tensor under diffusers' name, of the right shape and without memory of its own."""
+    """Every tensor under diffusers' name, of the right shape, without allocating memory."""
     keys, zero = torch_keys(flat := flatten(ControlNetModel(config).shapes())), np.float32(0)
     shape = lambda leaf: leaf.shape if len(leaf.shape) < 4 else tuple(leaf.shape[k] for k in (3, 2, 0, 1))
     turned = lambda key, leaf: leaf.shape[::-1] if len(leaf.shape) == 2 and key.endswith("weight") else shape(leaf)
@@ -90,7 +90,7 @@ def test_files_without_a_whole_controlnet_are_refused(names: list[str], message:
         read_network(tmp_path / "a.safetensors", "ControlNetModel")
 
 
-def test_a_folder_is_no_file(tmp_path: Path):
+def test_a_folder_is_not_a_file(tmp_path: Path):
     with pytest.raises(WeightsError, match="is a folder.*from_pretrained opens folders"):
         ControlNetModel.from_single_file(tmp_path)
     with pytest.raises(TypeError, match="there is no torch_dtype= here: pass dtype="):

@@ -29,7 +29,7 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_they_mean_what_the_expression_means(pattern: str) -> None:
+def test_a_pattern_means_what_its_regular_expression_means(pattern: str) -> None:
     for name in NAMES:
         assert matches(pattern, name) == bool(re.fullmatch(rf"(.*\.)?({pattern})", name)), name
 
@@ -40,7 +40,7 @@ def test_they_mean_what_the_expression_means(pattern: str) -> None:
     ),
     name=st.text("ab.", max_size=8),
 )
-def test_any_of_them_do(pattern: list[str], name: str) -> None:
+def test_any_pattern_means_what_its_regular_expression_means(pattern: list[str], name: str) -> None:
     text = "".join(pattern)
     assert matches(text, name) == bool(re.fullmatch(rf"(.*\.)?({text})", name))
 
@@ -48,7 +48,7 @@ def test_any_of_them_do(pattern: list[str], name: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["(a+)+b", "(a|a)*b", "(a?){0}".replace("{0}", "") * 40 + "b", "(((a*)*)*)*b", "a*" * 200]
 )
-def test_what_never_ends_elsewhere_ends_here(pattern: str) -> None:
+def test_patterns_that_hang_elsewhere_finish(pattern: str) -> None:
     with bounded():
         found, refused = False, "more than 2000 steps"
         try:
@@ -73,6 +73,6 @@ def test_what_never_ends_elsewhere_ends_here(pattern: str) -> None:
         ("a|" * 300, "600 characters"),
     ],
 )
-def test_what_has_another_form_is_refused(pattern: str, message: str) -> None:
+def test_other_expressions_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         matches(pattern, "a")

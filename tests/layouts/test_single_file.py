@@ -167,7 +167,7 @@ def test_prediction_type_of_stable_diffusion_2(tmp_path: Path, rng: np.random.Ge
         assert read_single_file(tmp_path / "model.ckpt").schedulers["scheduler"]["prediction_type"] == kind
 
 
-def test_inpainting_is_told_by_its_channels(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_inpainting_is_recognised_by_its_channels(tmp_path: Path, rng: np.random.Generator) -> None:
     stored = stored_family("v1", rng, tmp_path)
     key = "model.diffusion_model.input_blocks.0.0.weight"
     for channels, kind in ((9, "StableDiffusionInpaintPipeline"), (8, "StableDiffusionInstructPix2PixPipeline")):
@@ -232,7 +232,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_files_that_are_no_pipelines_are_refused(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_files_that_are_not_pipelines_are_refused(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
     changes, message = BROKEN[kind]
     stored = stored_family("v1", rng, tmp_path)
     gone = tuple(prefix for prefix, array in changes.items() if array is None)
@@ -253,7 +253,7 @@ def test_text_encoders_without_their_first_level_are_read(tmp_path: Path, rng: n
     assert found[0].checkpoint.tensors.keys() == found[1].checkpoint.tensors.keys()
 
 
-def test_a_folder_is_no_single_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_single_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a folder, but a single-file checkpoint is needed"):
         read_single_file(tmp_path)
 
@@ -304,7 +304,7 @@ def test_what_is_given_is_not_looked_at(tmp_path: Path, rng: np.random.Generator
     assert [*read_single_file(save(tmp_path, stored), given={"vae": {}}).networks] == ["unet", "text_encoder"]
 
 
-def test_a_text_encoder_of_another_family_has_no_place(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_text_encoder_of_another_family_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     stored = stored_family("v1", rng, tmp_path)
     gone = {key: array for key, array in stored.items() if not key.startswith("cond_stage_model.")}
     with pytest.raises(WeightsError, match="for v1: a place for text_encoder_2"):

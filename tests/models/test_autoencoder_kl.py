@@ -1,4 +1,4 @@
-"""What the autoencoder promises beyond its numbers: the posterior's laws, scaling and its inverse, clear errors."""
+"""What the autoencoder promises beyond its outputs: the posterior's laws, scaling and its inverse, clear errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents, unscale_
 from tests.models.test_precision import VAE
 
 
-def test_samples_have_the_posterior_s_mean_and_deviation() -> None:
+def test_samples_have_the_mean_and_deviation_of_the_posterior() -> None:
     posterior = Posterior(jnp.full((64, 32, 32, 2), 3.0), jnp.full((64, 32, 32, 2), 2 * np.log(0.5)))
     draws = np.asarray(posterior.sample(jax.random.key(0)), np.float64)
     assert abs(draws.mean() - 3) < 0.01

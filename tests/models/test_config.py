@@ -161,16 +161,16 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (CLIPTextConfig, {"model_type": "t5"}, "model_type='t5'"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused_by_name(cls: type[Config], data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls.from_json(data)
 
 
 def test_settings_of_a_later_release_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     known = {"_diffusers_version": "0.42.1", "mid_block_only_cross_attention": True, "dropout": 0.1}
-    for data, told in (({}, ""), ({"better_attention": True}, "ignores unknown settings: {'better_att")):
+    for data, message in (({}, ""), ({"better_attention": True}, "ignores unknown settings: {'better_att")):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             UNet2DConditionModel.from_config(known | data)
-        assert told in caplog.text
-        assert bool(told) == bool(caplog.text)
+        assert message in caplog.text
+        assert bool(message) == bool(caplog.text)

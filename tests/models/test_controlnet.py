@@ -1,4 +1,4 @@
-"""What ControlNets promise beyond their numbers: features made once, exact zeros at the start, clear errors."""
+"""What ControlNets promise beyond their outputs: features computed once, exact zeros at the start, clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in a program of the user's on meshes of ``jax.make_mesh``, whose axes are explicit."""
+"""Networks in a user's program on meshes of ``jax.make_mesh``, whose axes are explicit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def loss_of(model: Model, method: str = "__call__") -> Callable[..., jax.Array]:
 
 
 def on(mesh: Mesh, tree: Any, *batch: Any) -> Any:
-    """Arrays on the mesh, their first axis cut along ``batch``; numbers stay where they are."""
+    """Arrays on the mesh, their first axis sharded along ``batch``; scalars stay where they are."""
     put = lambda x: jax.device_put(x, NamedSharding(mesh, P(*batch))) if np.ndim(x) else x
     return jax.tree.map(put, tree)
 
@@ -96,7 +96,7 @@ def current(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def check(made: Any, wanted: Any, mesh: Mesh, *batch: Any) -> None:
-    """The values of one device, on the user's mesh and cut as the user cut the batch."""
+    """The values of one device, on the user's mesh and sharded as the user sharded the batch."""
     assert jax.tree.structure(made) == jax.tree.structure(wanted)
     for ours, one in zip(jax.tree.leaves(made), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(ours, one, atol=1e-5)
@@ -104,7 +104,7 @@ def check(made: Any, wanted: Any, mesh: Mesh, *batch: Any) -> None:
 
 
 @each_case
-def test_compiled_with_a_batch_cut_along_data(model: Model, inputs: tuple[Any, ...], method: str) -> None:
+def test_compiled_with_a_batch_sharded_along_data(model: Model, inputs: tuple[Any, ...], method: str) -> None:
     run, mesh = runner(model, method), jax.make_mesh((8,), ("data",))
     wanted = jax.jit(run)(PARAMS[model], *inputs)
     for context in (None, mesh):
@@ -113,7 +113,7 @@ def test_compiled_with_a_batch_cut_along_data(model: Model, inputs: tuple[Any, .
 
 
 @each_case
-def test_op_by_op_with_a_batch_cut_along_data(model: Model, inputs: tuple[Any, ...], method: str) -> None:
+def test_op_by_op_with_a_batch_sharded_along_data(model: Model, inputs: tuple[Any, ...], method: str) -> None:
     run, mesh = runner(model, method), jax.make_mesh((8,), ("data",))
     wanted = jax.jit(run)(PARAMS[model], *inputs)
     for context in (None, mesh):
@@ -123,7 +123,7 @@ def test_op_by_op_with_a_batch_cut_along_data(model: Model, inputs: tuple[Any, .
 
 @each_case
 def test_gradients_stay_where_the_parameters_are(model: Model, inputs: tuple[Any, ...], method: str) -> None:
-    """Parameters are cut along ``fsdp``, the batch along both axes."""
+    """Parameters are sharded along ``fsdp``, the batch along both axes."""
     gradient, mesh = jax.grad(loss_of(model, method)), jax.make_mesh((2, 4), ("data", "fsdp"))
     cut = param_shardings(model.shapes(), mesh)
     assert any("fsdp" in sharding.spec for sharding in jax.tree.leaves(cut))
@@ -135,7 +135,7 @@ def test_gradients_stay_where_the_parameters_are(model: Model, inputs: tuple[Any
     assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, made, cut)))
 
 
-def test_gradients_op_by_op_and_an_update() -> None:
+def test_gradients_and_a_training_step_op_by_op() -> None:
     """JAX itself wants ``jax.set_mesh`` for this, whatever the function."""
     mesh, loss = jax.make_mesh((8,), ("data",)), loss_of(TEXT)
     params, ids = on(mesh, PARAMS[TEXT]), on(mesh, IDS, "data")
@@ -169,7 +169,7 @@ def test_two_axes_of_any_kinds(kinds: tuple[AxisType, AxisType], set_mesh: bool)
         assert ours.sharding.mesh == mesh
 
 
-def test_only_the_batch_of_a_result_is_cut() -> None:
+def test_only_the_batch_of_a_result_is_sharded() -> None:
     mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
     wanted = jax.jit(runner(TEXT))(PARAMS[TEXT], IDS)
     check(jax.jit(runner(TEXT))(on(mesh, PARAMS[TEXT]), on(mesh, IDS, ("c", "a"), "b")), wanted, mesh, ("c", "a"))
@@ -267,7 +267,7 @@ def test_layers_can_be_recorded_and_changed_from_outside() -> None:
     check(gradient, jax.jit(jax.grad(loss))(pairs, PARAMS[TEXT], IDS), mesh)
 
 
-def test_parts_computed_again_give_the_same_gradients() -> None:
+def test_recomputation_does_not_change_gradients() -> None:
     mesh, (model, inputs, method) = jax.make_mesh((8,), ("data",)), CASES["decode"]
     arguments = on(mesh, PARAMS[model]), *on(mesh, inputs, "data")
     wanted = jax.jit(jax.grad(loss_of(model, method)))(PARAMS[model], *inputs)

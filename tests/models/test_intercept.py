@@ -81,7 +81,7 @@ def test_a_second_cross_attention_equals_one_written_out(rng: np.random.Generato
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_attending_twice_to_the_text_counts_it_more(remat: str, rng: np.random.Generator) -> None:
-    """With its own projections of its own text a second attention is the first; gradients reach its projections."""
+    """A second attention with the same projections and text equals the first; gradients reach its projections."""
     model, params, inputs = unet_case(rng, remat)
     flat = flatten(params)
     pairs = {

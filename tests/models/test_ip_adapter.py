@@ -86,7 +86,7 @@ def test_an_adapter_for_another_unet_is_refused() -> None:
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_new_images_and_scales_compile_nothing(remat: str, rng: np.random.Generator) -> None:
-    """The UNet alone is what it was, and one without strength changes nothing; gradients reach the images."""
+    """The UNet alone is unchanged, and an adapter of strength zero changes nothing; gradients reach the images."""
     unet, net = UNet2DConditionModel(UNET, remat=remat), IPAdapter(PLAIN)
     params, own = random_params(unet.shapes(), rng), random_params(net.shapes(), rng)
     normal = lambda *sizes: jnp.asarray(rng.standard_normal(sizes), jnp.float32)

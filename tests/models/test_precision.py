@@ -1,4 +1,4 @@
-"""Dtypes: what a network computes in, what it returns, and that nothing is promoted behind its back."""
+"""Dtypes: what a network computes in, what it returns, and that nothing is promoted silently."""
 
 from __future__ import annotations
 

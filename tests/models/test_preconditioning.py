@@ -17,7 +17,7 @@ def test_clean_samples_stay_as_they_are(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(denoise(x, 0.01), x)
 
 
-def test_networks_see_and_are_asked_for_numbers_of_unit_size(rng: np.random.Generator) -> None:
+def test_inputs_and_targets_of_networks_have_unit_variance(rng: np.random.Generator) -> None:
     """Karras et al. 2022, appendix B.6: with data of ``sigma_data`` the network's input has unit variance at every
     level, and (where ``sigma_min`` does not matter) so has the answer it must give to be right."""
     seen: list = []

@@ -1,4 +1,4 @@
-"""What the UNet promises beyond its numbers: clear errors before compiling, and a tree that its inputs fully touch."""
+"""What the UNet promises beyond its outputs: early errors, and a parameter tree that its inputs cover."""
 
 from __future__ import annotations
 

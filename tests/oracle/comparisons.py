@@ -1,6 +1,6 @@
-"""Both twins on the same inputs, and how far their outputs are apart.
+"""The difference between both twins' outputs for the same inputs.
 
-Inputs are channel-last NumPy arrays; the PyTorch side turns them at its border.
+Inputs are channel-last NumPy arrays; the PyTorch side transposes them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def controlnet_inputs(
 
 
 def conditions(c: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """Text states and every other condition of a config, for a batch of two."""
+    """Prompt embeddings and every other condition of a config, for a batch of two."""
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     inputs: dict[str, Any] = {"encoder_hidden_states": normal(2, 5, c.cross_attention_dim)}
     if c.addition_embed_type == "text_time":

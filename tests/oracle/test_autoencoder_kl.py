@@ -21,7 +21,7 @@ def test_posterior_and_images_equal_pytorch(name: str, tmp_path: Path, rng: np.r
 
 
 def test_a_tile_is_pytorch_on_the_same_tile(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Where a picture consists of two tiles without overlap, each of them is what PyTorch makes of its latents."""
+    """Where an image consists of two tiles without overlap, each of them is what PyTorch makes of its latents."""
     module, model, params = twins.vae_twin("SDXL", tmp_path)
     latents = rng.standard_normal((1, 8, 16, 4)).astype(np.float32)
     decode = lambda z: model.apply({"params": params}, z, method="decode")

@@ -155,7 +155,7 @@ def test_on_the_device_pixel_values_differ_by_rounding(processor: str, size: str
     assert np.abs(on_device - ours(image)).max() <= 1.001 * level
 
 
-def test_the_processor_s_file_goes_both_ways(tmp_path: Path) -> None:
+def test_processor_files_are_exchanged_with_transformers(tmp_path: Path) -> None:
     ours = CLIPImageProcessor(size=(40, 30), do_center_crop=False)
     ours.save_pretrained(tmp_path)
     assert CLIPImageProcessor.from_pretrained(tmp_path) == ours

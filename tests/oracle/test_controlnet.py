@@ -126,7 +126,7 @@ def test_a_controlled_unet_equals_pytorch(unet: str, control: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["SD 2.x", "SDXL base", "x4 upscaler"])
-def test_a_controlnet_of_a_unet_begins_as_pytorch_s(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_new_controlnet_of_a_unet_equals_that_of_pytorch(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same config, names and copied parameters; both draw the image's embedding, up to its last convolution."""
     module, unet, params = twins.unet_twin(name, tmp_path)
     theirs = diffusers.ControlNetModel.from_unet(module, conditioning_channels=2)

@@ -67,7 +67,7 @@ def test_transformers_opens_what_is_saved_here(name: str, tmp_path: Path) -> Non
         ({"is_hybrid": True, "backbone_config": twins.BACKBONE | {"layer_type": "preactivation"}}, "layer_type is"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DPTConfig.from_json(changes)
 

@@ -107,7 +107,7 @@ def test_masks_for_adapters_are_black_or_white() -> None:
     ("height", "width", "queries"),
     [(64, 64, 64), (64, 48, 12), (40, 72, 45), (9, 5, 180), (32, 32, 50), (1, 1, 7), (30, 20, 7), (16, 500, 3)],
 )
-@pytest.mark.filterwarnings("ignore:.*proportions", "ignore:.*aspect ratio")
+@pytest.mark.filterwarnings("ignore:.*aspect ratio")
 def test_masks_for_queries(height: int, width: int, queries: int) -> None:
     masks = np.random.default_rng(0).random((2, height, width)).astype(np.float32)
     downsample = diffusers.image_processor.IPAdapterMaskProcessor.downsample

@@ -86,7 +86,7 @@ SAFETY_CHECKER = 303_981_588
 
 
 def pytorch_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """PyTorch key -> PyTorch shape, by our names and axis orders; the arrays are views of one number."""
+    """PyTorch key -> PyTorch shape, by our names and axis orders; the arrays are views of one value."""
     flat = names.flatten(model.shapes())
     one = np.float32(0)
     return {

@@ -69,8 +69,8 @@ def noise(purpose: str, seeds: list[int] = SEEDS, shape: tuple[int, ...] = LATEN
     return np.asarray(draw(keys, purpose, shape))
 
 
-class Draws:
-    """Stands where PyTorch draws normal numbers: gives the arrays that were put in, in order, whatever is asked for."""
+class FixedNoise:
+    """In place of PyTorch's noise: returns the given arrays in order, whatever is requested."""
 
     def __init__(self, *arrays: np.ndarray) -> None:
         self.left: Iterator[np.ndarray] = iter(arrays)
@@ -83,11 +83,13 @@ class Draws:
 
 def theirs(twin: Any, monkeypatch: pytest.MonkeyPatch, first: np.ndarray, encoded: list[str], **request: Any) -> Any:
     """PyTorch's images with our noise: ``first`` for the run, and for each encoded image what we draw for it."""
-    monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", Draws(*(noise(name) for name in encoded)))
+    monkeypatch.setattr(
+        "diffusers.models.autoencoders.vae.randn_tensor", FixedNoise(*(noise(name) for name in encoded))
+    )
     for kind in type(twin).__mro__:
         module = __import__("sys").modules[kind.__module__]
         if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", Draws(first))
+            monkeypatch.setattr(module, "randn_tensor", FixedNoise(first))
     with torch.no_grad():
         return twin(output_type="np", **request).images
 
@@ -142,7 +144,7 @@ NEGATIVE_SIZES = [
 
 @pytest.mark.parametrize("scored", [False, True], ids=["sizes", "aesthetic score"])
 def test_negative_sizes_from_an_image(scored: bool, tmp_path: Path, images, compare: Compare):
-    """Each stands for itself, unlike in text to image; the score takes the place of the target's size."""
+    """Each has its own meaning, unlike in text to image; the score takes the place of the target's size."""
     folder = folders.stable_diffusion_xl(tmp_path / "model")
     if scored:
         config = folders.UNET_XL
@@ -194,7 +196,7 @@ def test_tasks_with_other_samplers(sd1: Path, sampler: str, images, masks, compa
 
 
 def test_latents_as_images(sd1: Path, rng, compare: Compare):
-    """Another pipeline's latents go on without being decoded."""
+    """Another pipeline's latents continue without being decoded."""
     pipe, twin = both("StableDiffusionImg2ImgPipeline", sd1)
     latents = rng.standard_normal((2, *LATENTS)).astype(np.float32)
     first = rng.standard_normal((2, *LATENTS)).astype(np.float32)

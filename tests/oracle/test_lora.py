@@ -98,7 +98,7 @@ def compare_kernels(params: Any, state: Any) -> None:
 
 
 def test_original_block_names_are_those_of_diffusers(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    """diffusers renames them only where it is told the configuration, as its SDXL pipelines are."""
+    """diffusers renames them only where it gets the configuration, as in its SDXL pipelines."""
     file = kohya_file(tmp_path, rng, sgm=True)
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
     state, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(str(file), unet_config=unet.config)[:2]

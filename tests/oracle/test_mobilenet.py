@@ -46,7 +46,7 @@ def mobilenet() -> nn.Sequential:
 
 
 def theirs(state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Features of normalised pictures ``[B,H,W,3]``; every tensor of ``state`` has to find its place."""
+    """Features of normalised images ``[B,H,W,3]``; every tensor of ``state`` must be used."""
     net = mobilenet().eval()
     net.load_state_dict({name.removeprefix("features."): torch.tensor(array) for name, array in state.items()})
     with torch.no_grad():
@@ -83,18 +83,18 @@ def test_equals_torch_with_trained_weights(rng: np.random.Generator) -> None:
     except RuntimeError as error:
         pytest.skip(str(error))
     state = read_torch(ours.CACHE / Path(ours.WEIGHTS).name)
-    pictures = np.repeat(np.repeat(rng.integers(0, 256, (2, 8, 8, 3), np.uint8), 8, 1), 8, 2)
-    x = np.asarray(ours.preprocess(pictures))
+    images = np.repeat(np.repeat(rng.integers(0, 256, (2, 8, 8, 3), np.uint8), 8, 1), 8, 2)
+    x = np.asarray(ours.preprocess(images))
     assert x.shape == (2, 160, 160, 3)
     wanted = theirs({name: array for name, array in state.items() if name.startswith("features.")}, x)
-    np.testing.assert_allclose(ours.features(params, pictures, batch=2), wanted, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(ours.features(params, images, batch=2), wanted, atol=2e-4, rtol=1e-4)
 
 
-def test_pictures_are_enlarged_as_pillow_does(rng: np.random.Generator) -> None:
+def test_images_are_enlarged_as_pillow_does(rng: np.random.Generator) -> None:
     from PIL import Image
 
-    picture = np.repeat(np.repeat(rng.integers(0, 256, (8, 8, 3), np.uint8), 8, 0), 8, 1)
-    planes = [Image.fromarray(plane) for plane in picture.astype(np.float32).transpose(2, 0, 1) / 255]
+    image = np.repeat(np.repeat(rng.integers(0, 256, (8, 8, 3), np.uint8), 8, 0), 8, 1)
+    planes = [Image.fromarray(plane) for plane in image.astype(np.float32).transpose(2, 0, 1) / 255]
     wanted = np.stack([np.asarray(plane.resize((160, 160), Image.Resampling.BICUBIC)) for plane in planes], -1)
-    found = np.asarray(ours.preprocess(picture[None])[0]) * np.array(ours.DEVIATION) + np.array(ours.MEAN)
+    found = np.asarray(ours.preprocess(image[None])[0]) * np.array(ours.DEVIATION) + np.array(ours.MEAN)
     np.testing.assert_allclose(found, wanted, atol=1e-5)

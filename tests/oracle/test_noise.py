@@ -25,7 +25,7 @@ SEEDS = [0, 1, 2**32 + 5, 2**63, 2**64 - 1]
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_successive_draws_of_every_size(seed: int):
-    """Small tensors take another way than large ones, and leave half a pair for the next small one."""
+    """Small tensors are drawn in another way than large ones, and leave half a pair for the next small one."""
     sizes = [(n,) for n in (*range(1, 18), 0, 23, 32, 5, 4 * 64 * 64, 3, 1003, 48, 1)] + [(2, 3, 5), (), (4, 9, 9)]
     generator = torch.Generator().manual_seed(seed)
     for ours, size in zip(torch_normal(seed, *sizes), sizes, strict=True):
@@ -71,7 +71,7 @@ def masks() -> list[Image.Image]:
 
 
 def check(name: str, folder: Path, request: dict[str, Any], seed: Any = (3, 2**40), **sampler: str) -> None:
-    """The same request and seeds here and in PyTorch, with nothing put in its way."""
+    """The same request and seeds here and in PyTorch, without replacing any noise."""
     twin = getattr(diffusers, name).from_pretrained(folder, safety_checker=None)
     twin.set_progress_bar_config(disable=True)
     pipe = getattr(pipelines, name).from_pretrained(folder)

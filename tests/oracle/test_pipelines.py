@@ -1,4 +1,4 @@
-"""Whole pipelines against PyTorch diffusers: same folder, same first latents, twenty steps, same pictures."""
+"""Whole pipelines against PyTorch diffusers: same folder, same first latents, twenty steps, same images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, folder, twin
 
 
-def pictures(twin: Any, latents: np.ndarray, **request: Any) -> np.ndarray:
+def torch_images(twin: Any, latents: np.ndarray, **request: Any) -> np.ndarray:
     """What PyTorch makes, ``[B,H,W,3]`` in [0, 1], from channel-last latents."""
     tensor = torch.tensor(latents.transpose(0, 3, 1, 2))
     with torch.no_grad():
@@ -43,11 +43,11 @@ def pictures(twin: Any, latents: np.ndarray, **request: Any) -> np.ndarray:
 
 def mean_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05, "a picture without content proves nothing"
+    assert theirs.std() > 0.05, "an image without content proves nothing"
     return float(255 * np.abs(ours - theirs).mean())
 
 
-def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
+def test_twenty_steps_give_the_same_images(family, rng, monkeypatch):
     name, folder, twin = family
     pipe = AutoPipelineForText2Image.from_pretrained(folder)
     latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
@@ -60,7 +60,7 @@ def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
     ]
     if name == "sdxl":
         sizes = {"original_size": (20, 40), "crops_coords_top_left": (3, 5), "target_size": (64, 32)}
-        # One picture, because diffusers repeats the halves' sizes in another order than the halves themselves.
+        # One image, because diffusers repeats the halves' sizes in another order than the halves themselves.
         other = {
             "negative_original_size": (9, 8),
             "negative_target_size": (7, 6),
@@ -76,7 +76,7 @@ def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
     compiled = pipe.programs.compilations
     for what, change in changes:
         rows = 1 if isinstance((request | change)["prompt"], str) else 2
-        theirs = pictures(twin, latents[:rows], **request | change)
+        theirs = torch_images(twin, latents[:rows], **request | change)
         ours = pipe(latents=latents[:rows], output_type="np", **request | change).images
         assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
     sizes_of_batches = 2 if name == "sdxl" else 1
@@ -85,7 +85,7 @@ def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
     if not hasattr(twin.text_encoder, "text_model"):  # transformers 5 has flattened it, diffusers still asks for it
         monkeypatch.setattr(type(twin.text_encoder), "text_model", property(lambda self: self), raising=False)
     for what, change in (("clip_skip", short | {"clip_skip": 1}), ("no guidance", short | {"guidance_scale": 1.0})):
-        theirs = pictures(twin, latents, **request | change)
+        theirs = torch_images(twin, latents, **request | change)
         ours = pipe(latents=latents, output_type="np", **request | change).images
         assert mean_difference(ours, theirs) < MEAN_TOLERANCE, f"{name}, {what}"
 
@@ -93,7 +93,7 @@ def test_twenty_steps_give_the_same_pictures(family, rng, monkeypatch):
 @pytest.mark.parametrize(
     "sampler", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
 )
-def test_a_swapped_sampler_gives_the_pictures_of_the_same_swap(family, sampler: str, rng):
+def test_a_swapped_sampler_gives_the_images_of_the_same_swap(family, sampler: str, rng):
     _, folder, twin = family
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe = pipe.replace(scheduler=getattr(schedulers, sampler).from_config(pipe.scheduler))
@@ -102,20 +102,20 @@ def test_a_swapped_sampler_gives_the_pictures_of_the_same_swap(family, sampler: 
     latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
     request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 8, "guidance_scale": 5.0}
     try:
-        theirs = pictures(twin, latents, **request)
+        theirs = torch_images(twin, latents, **request)
     finally:
         twin.scheduler = before
     assert mean_difference(pipe(latents=latents, output_type="np", **request).images, theirs) < MEAN_TOLERANCE
 
 
-def test_pytorch_opens_what_we_save_and_makes_the_same_pictures(family, rng, tmp_path):
+def test_pytorch_opens_what_we_save_and_gives_the_same_images(family, rng, tmp_path):
     _, folder, twin = family
     DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path)
     again = type(twin).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)
     request = {"prompt": "a cat", "num_inference_steps": 2}
-    assert np.array_equal(pictures(twin, latents, **request), pictures(again, latents, **request))
+    assert np.array_equal(torch_images(twin, latents, **request), torch_images(again, latents, **request))
 
 
 def test_distilled_guidance_is_an_input_of_the_network(tmp_path, rng):
@@ -133,7 +133,7 @@ def test_distilled_guidance_is_an_input_of_the_network(tmp_path, rng):
     for scale in (1.5, 8.0):  # one step, because later ones draw their own noise
         request = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": scale}
         ours = pipe(latents=latents, output_type="np", **request).images
-        assert mean_difference(ours, pictures(twin, latents, **request)) < MEAN_TOLERANCE
+        assert mean_difference(ours, torch_images(twin, latents, **request)) < MEAN_TOLERANCE
 
 
 def test_padding_is_hidden_where_the_text_encoder_says_so(tmp_path, rng):
@@ -142,10 +142,10 @@ def test_padding_is_hidden_where_the_text_encoder_says_so(tmp_path, rng):
     twin.set_progress_bar_config(disable=True)
     latents = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
     request = {"prompt": PROMPTS, "negative_prompt": ["bad", ""], "num_inference_steps": 4, "guidance_scale": 5.0}
-    without = pictures(twin, latents, **request)
+    without = torch_images(twin, latents, **request)
     twin.text_encoder.config.use_attention_mask = True
     twin.save_pretrained(tmp_path / "masked")
-    theirs = pictures(twin, latents, **request)
+    theirs = torch_images(twin, latents, **request)
     assert mean_difference(without, theirs) > 4 * MEAN_TOLERANCE
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "masked")
     pipe.save_pretrained(tmp_path / "again")

@@ -175,10 +175,10 @@ def test_a_learned_word_with_a_weight(both: tuple[Any, Any], tmp_path: Path, rng
         if "easy" not in tokenizer.get_vocab():
             twin.load_textual_inversion(tensor, token="easy", tokenizer=tokenizer, text_encoder=encoder)
     found = ours(taught, "a (easy:1.3) b", prompt_syntax="a1111")["states"][0]
-    spelled = "a easy easy_1 easy_2 b"
-    np.testing.assert_allclose(found, a1111(twin, spelled, dict.fromkeys((2, 3, 4), 1.3)), atol=2e-5)
+    expanded = "a easy easy_1 easy_2 b"
+    np.testing.assert_allclose(found, a1111(twin, expanded, dict.fromkeys((2, 3, 4), 1.3)), atol=2e-5)
     found = ours(taught, "a easy++ b", prompt_syntax="compel")["states"][0]
-    np.testing.assert_allclose(found, compel(twin, spelled, dict.fromkeys((2, 3, 4), 1.21), {}), atol=2e-5)
+    np.testing.assert_allclose(found, compel(twin, expanded, dict.fromkeys((2, 3, 4), 1.21), {}), atol=2e-5)
     long = ours(taught, "abcdefghijkl easy b", long_prompts=True)["states"][0]
     np.testing.assert_allclose(long, plain(twin, "abcdefghijkl", "easy easy_1 easy_2 b"), atol=2e-5)
     save_file({"emb_params": rows["clip_l"]} if several else rows, tmp_path / "other.safetensors")

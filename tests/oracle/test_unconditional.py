@@ -25,7 +25,7 @@ def save(folder: Path, kind: type, **config: Any) -> Any:
     return pipe
 
 
-def test_ddim_makes_the_pictures_of_pytorch(tmp_path: Path, rng: np.random.Generator, monkeypatch) -> None:
+def test_ddim_gives_the_images_of_pytorch(tmp_path: Path, rng: np.random.Generator, monkeypatch) -> None:
     twin = save(tmp_path, diffusers.DDIMPipeline)
     twin.set_progress_bar_config(disable=True)
     noise = rng.standard_normal((3, 8, 8, 3)).astype(np.float32)
@@ -36,11 +36,11 @@ def test_ddim_makes_the_pictures_of_pytorch(tmp_path: Path, rng: np.random.Gener
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(pipe, DDIMPipeline)
     ours = pipe(3, num_inference_steps=20, latents=noise, output_type="np").images
-    assert theirs.std() > 0.05, "a picture without content proves nothing"
+    assert theirs.std() > 0.05, "an image without content proves nothing"
     assert np.abs(ours - theirs).mean() < 1e-4
 
 
-def test_ddpm_draws_its_own_noise_for_every_picture(tmp_path: Path) -> None:
+def test_ddpm_draws_separate_noise_for_each_image(tmp_path: Path) -> None:
     save(tmp_path, diffusers.DDPMPipeline)
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     together = pipe(2, num_inference_steps=10, seed=[4, 5], output_type="np").images
@@ -57,7 +57,7 @@ def test_compiling_ahead_takes_the_number_of_images(tmp_path: Path) -> None:
     assert pipe.programs.compilations == 1
 
 
-def test_classes_change_the_picture_and_are_checked(tmp_path: Path) -> None:
+def test_classes_change_the_image_and_are_checked(tmp_path: Path) -> None:
     save(tmp_path, diffusers.DDPMPipeline, num_class_embeds=10)
     pipe = DDPMPipeline.from_pretrained(tmp_path)
     request = {"num_inference_steps": 5, "seed": [1, 1], "output_type": "np"}

@@ -46,7 +46,7 @@ def examples() -> dict[str, Any]:
         "a column": base[:, 3],
         "every second": base[::2, 1::3],
         "expanded": base[:, :1].expand(6, 5),
-        "a picture": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "an image": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "a parameter": torch.nn.Parameter(base.clone()),
         "a scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 3),
@@ -55,7 +55,7 @@ def examples() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("newer_format", [True, False])
-def test_what_torch_saved(newer_format: bool, tmp_path: Path) -> None:
+def test_files_saved_by_torch(newer_format: bool, tmp_path: Path) -> None:
     tensors = examples()
     if newer_format:
         tensors |= {name: torch.arange(24).reshape(4, 6).to(getattr(torch, name)) for name in NEWER}

@@ -1,4 +1,4 @@
-"""One update of each latent trainer against PyTorch diffusers: the same weights, noise and timesteps.
+"""One training step of each latent trainer against PyTorch diffusers: the same weights, noise and timesteps.
 
 Folders, LoRA files and learned words are opened by PyTorch as its users open them.
 """
@@ -32,7 +32,7 @@ PROMPTS = ["a cat", "two dogs, one hat", "", "x"]
 
 
 class Case:
-    """A pipeline of each side, and captioned pictures."""
+    """A pipeline of each side, and captioned images."""
 
     def __init__(
         self, folder: Path, rng: np.random.Generator, prior: bool = False, prompts: list[str] = PROMPTS
@@ -41,7 +41,7 @@ class Case:
         self.theirs = twin.open_reference(folder, trainable=(), device="cpu")
         self.objective = Objective(scheduler=self.pipe.scheduler, snr_gamma=5.0, prior_loss_weight=0.7)
         self.prompts, self.prior = prompts, np.array([False, True] * (len(prompts) // 2)) if prior else None
-        self.pictures = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
+        self.images = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
         self.sizes = rng.integers(SIZE, 1024, (len(prompts), 2))
 
     @property
@@ -50,7 +50,7 @@ class Case:
         return [name for name in self.pipe.params if name != "vae"]
 
     def batch(self) -> dict[str, np.ndarray]:
-        size, rows = (SIZE, SIZE), zip(self.pictures, self.prompts, self.sizes.tolist(), strict=True)
+        size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), strict=True)
         examples = [Example(x, text, tuple(own), (1, 2), size, 0, 0, "") for x, text, own in rows]
         made = training.batch_of(self.pipe, examples)
         return made if self.prior is None else made | {"prior": self.prior}
@@ -85,9 +85,9 @@ def inversion(folder: Path, rng: np.random.Generator) -> Compared:
     encoder = tokens.with_rows(case.pipe.components["text_encoder"], case.pipe.params["text_encoder"], rows)
     case.pipe = case.pipe.replace(tokenizer=tokenizer, text_encoder=encoder)
 
-    spelled = [case.theirs.maybe_convert_prompt(prompt, case.theirs.tokenizer) for prompt in case.prompts]
+    expanded = [case.theirs.maybe_convert_prompt(prompt, case.theirs.tokenizer) for prompt in case.prompts]
     wanted = case.batch()["text_encoder"]
-    ids = case.theirs.tokenizer(spelled, padding="max_length", truncation=True, max_length=wanted.shape[1]).input_ids
+    ids = case.theirs.tokenizer(expanded, padding="max_length", truncation=True, max_length=wanted.shape[1]).input_ids
     np.testing.assert_array_equal(ids, wanted)
     embedding = case.theirs.text_encoder.get_input_embeddings()
     table = torch.nn.Parameter(embedding.weight[-2:].detach().clone())
@@ -111,4 +111,4 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "DreamBooth with LoRA and prior preservation, SDXL": functools.partial(low_rank, save=save_sdxl, prior=True),
     "textual inversion": inversion,
 }
-"""One update of each trainer, by what the documentation calls it."""
+"""One training step of each trainer, by its name in the documentation."""

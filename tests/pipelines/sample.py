@@ -24,7 +24,7 @@ def main(model: str, output: str, *distributed: str) -> None:
         refused = False
     except ValueError as error:
         refused = "seed" in str(error)
-    assert refused == bool(distributed), "processes that would draw different seeds are told so"
+    assert refused == bool(distributed), "processes that would draw different seeds are refused"
     images = pipe(3, num_inference_steps=2, seed=[5, 6, 7], output_type="np").images
     if jax.process_index() == 0:
         np.save(output, images)

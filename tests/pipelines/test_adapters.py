@@ -60,7 +60,7 @@ class OwnGuidance(Guidance):
     """Only its type matters."""
 
 
-def test_a_call_changes_the_pipeline_s_own_method(pipe: Any) -> None:
+def test_a_call_changes_the_method_of_the_pipeline(pipe: Any) -> None:
     """``method=`` finds the guidance that it finds without adapters, and these act in what it returns."""
     own = lambda m: dataclasses.replace(m, denoiser=OwnGuidance(m.denoiser.inner))
     denoiser = pipe.request("cat", guidance_scale=3.0, seed=0, method=own).method.denoiser
@@ -87,7 +87,7 @@ def same(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 
-def test_live_is_the_same_as_merged_and_nothing_compiles_again(pipe: Any, files: Mapping[str, Path]) -> None:
+def test_live_adapters_equal_merged_ones_and_compile_nothing(pipe: Any, files: Mapping[str, Path]) -> None:
     live_b = latents(pipe)
     compiled = pipe.programs.compilations
     results = {
@@ -131,7 +131,7 @@ def test_names(pipe: Any) -> None:
     assert pipe.unload_lora_weights().get_list_adapters() == {}
 
 
-def test_fused_is_the_same_as_live_and_unfused_has_every_bit_back(pipe: Any) -> None:
+def test_fusing_changes_nothing_and_unfusing_restores_every_bit(pipe: Any) -> None:
     mixed = pipe.set_adapters(["a", "b"], [0.5, 0.6])
     fused = mixed.fuse_lora(lora_scale=0.7)
     same(latents(fused), latents(mixed, lora_scale=0.7))
@@ -204,7 +204,7 @@ def test_weights_by_network_and_block() -> None:
             weight_at(value, "unet", layer)
 
 
-def test_what_is_refused(pipe: Any, files: Mapping[str, Path]) -> None:
+def test_impossible_adapters_are_refused(pipe: Any, files: Mapping[str, Path]) -> None:
     fused = pipe.fuse_lora()
     unet = (pipe.components["unet"], jax.tree.map(lambda x: x + 1, pipe.params["unet"]))
     cases = [

@@ -37,7 +37,7 @@ def test_the_task_changes_and_the_controlnet_stays(auto: Any, task: str, saved_f
     )
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_a_missing_pipeline_is_named() -> None:
     known = "known: .*StableDiffusion"
     with pytest.raises(WeightsError, match=f"x: DDPMPipeline has no AutoPipelineForText2Image; {known}"):
         AutoPipelineForText2Image.pipeline_for("DDPMPipeline", "x", {})

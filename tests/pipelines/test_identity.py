@@ -71,7 +71,7 @@ def test_the_sign_of_zero_is_compiled_in() -> None:
     np.testing.assert_array_equal(np.signbit(results), [False, True])
 
 
-def test_what_is_kept_outside_of_the_fields_is_refused() -> None:
+def test_state_outside_of_the_fields_is_refused() -> None:
     scale = Scale(2)
     object.__setattr__(scale, "hidden", 3)
     with pytest.raises(TypeError, match="hidden is stored outside its fields"):

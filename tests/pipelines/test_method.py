@@ -1,4 +1,4 @@
-"""Methods as users compose them: parts of their own, pure functions, samples of any rank, several stages."""
+"""Methods as users compose them: custom parts, pure functions, samples of any rank, several stages."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_offloaded_parameters_stay_on_the_host_until_their_stage_runs():
         pipe.offload("unet")
 
 
-def test_an_own_pipeline_of_own_networks_saves_and_opens_again(tmp_path: Path):
+def test_a_custom_pipeline_of_custom_networks_saves_and_opens_again(tmp_path: Path):
     """Names with a prefix are components like others; the class names lead back to this module."""
     pipe = two_stages()
     pipe.save_pretrained(tmp_path)
@@ -205,7 +205,7 @@ def with_interval(m: Method) -> Method:
     return dataclasses.replace(m, denoiser=Interval(m.denoiser.inner))
 
 
-def test_an_own_guidance_with_a_row_of_its_own(pipe: DiffusionPipeline):
+def test_custom_guidance_with_its_own_row(pipe: DiffusionPipeline):
     """All steps: what classifier-free guidance gives. None: what a scale of 1 gives. The number is data."""
     images = lambda **change: pipe(["a", "b"], **REQUEST | {"guidance_scale": 4.0} | change).images
     count = pipe.programs.compilations
@@ -218,7 +218,7 @@ def test_an_own_guidance_with_a_row_of_its_own(pipe: DiffusionPipeline):
     np.testing.assert_allclose(both[1], images(guidance_scale=[4.0, 1.0])[1], atol=2e-5)
 
 
-def test_a_controlnet_goes_inside_an_own_guidance():
+def test_a_controlnet_goes_inside_custom_guidance():
     wrapped = below_guidance(Interval(PLAIN_STEP), lambda denoiser: Controlled(denoiser, ()))
     assert wrapped == Interval(Controlled(PLAIN_STEP, ()))
     rows = {"states": Branches(jnp.zeros((1, 2, 3, 4)))}
@@ -244,7 +244,7 @@ class FromBlend(Part):
         return plan.init(rows["blend"])
 
 
-def test_an_own_start_draws_for_every_image_alone(pipe: DiffusionPipeline):
+def test_a_custom_start_draws_noise_for_each_image_separately(pipe: DiffusionPipeline):
     request = REQUEST | {"seed": [5, 6, 7], "method": lambda m: dataclasses.replace(m, start=FromBlend(0.5))}
     together = pipe(["x"] * 3, **request).images
     alone = pipe("x", **request | {"seed": [6]}).images

@@ -59,6 +59,6 @@ class WithOwnGuidance(StableDiffusionPipeline):
         return request._replace(method=own)
 
 
-def test_an_own_guidance_is_not_wrapped_in_another(pipe: Any) -> None:
+def test_custom_guidance_is_not_wrapped_in_another(pipe: Any) -> None:
     with pytest.raises(ValueError, match="the guidance Own cannot be changed by modifiers"):
         WithOwnGuidance.from_pipe(pipe).request("a", modifiers=KEEPING, **REQUEST)

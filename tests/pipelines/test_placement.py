@@ -1,4 +1,4 @@
-"""Where parameters lie after every way to give a pipeline a mesh, and that padding is nobody's business."""
+"""Where parameters are placed after every way to give a pipeline a mesh, and that padding is invisible."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_mesh_moves_parameters_there_and_back(pipe: StableDiffusionPipeline):
     np.testing.assert_array_equal(back("a", **REQUEST).images, alone)
 
 
-def test_parameters_that_the_caller_cut_stay_so_without_a_mesh(pipe: StableDiffusionPipeline):
+def test_parameters_sharded_by_the_caller_stay_sharded_without_a_mesh(pipe: StableDiffusionPipeline):
     cut = {name: jax.device_put(tree, param_shardings(tree, MESH)) for name, tree in pipe.params.items()}
     there = pipe.replace(params=cut)
     assert kernel(there) is cut["unet"]["mid_block"]["resnets_0"]["conv1"]["kernel"]
@@ -64,7 +64,7 @@ def test_offloaded_parameters_stay_on_the_host_of_a_mesh(pipe: StableDiffusionPi
 
 
 def test_a_callback_sees_the_images_of_the_request(pipe: StableDiffusionPipeline):
-    """Three images are computed as four, by twos as two and two."""
+    """Three images are computed as four; in batches of two, as two and two."""
     seen, request = [], REQUEST | {"seed": [0, 1, 2]}
     note = lambda pipe, i, t, values: seen.append(values["latents"].shape[0])
     watched = pipe(["a"] * 3, **request, callback_on_step_end=note).images

@@ -28,8 +28,8 @@ def start(model: Path, output: Path, devices: int, *distributed: str) -> subproc
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
-    """Every process makes the same call and has all pictures at the end; parameters are cut over both."""
+def test_two_processes_draw_the_same_noise_as_one(tmp_path: Path) -> None:
+    """Every process makes the same call and has all images at the end; parameters are sharded over both."""
     unet = UNet2DModel(TINY)
     params = initial_params(unet.shapes(), 0)
     DDIMPipeline({"unet": unet, "scheduler": DDIMScheduler()}, {"unet": params}).save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What is said of settings that have no effect, and what old folders get."""
+"""Messages about settings that have no effect, and corrections of old folders."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.pipelines import tiny
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"_diffusers_version": "0.42.1", "force_zeros_for_empty_prompt": True, "add_watermarker": None}, ""),
         ({"add_watermarker": True}, "images are not watermarked, although add_watermarker is true"),
         ({"sharpen": 2}, "StableDiffusionXLPipeline ignores unknown settings: {'sharpen': 2}"),
     ],
 )
-def test_values_of_the_index(options: dict[str, object], told: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_of_the_index(options: dict[str, object], message: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         log_ignored(StableDiffusionXLPipeline, options, "folder")
-    assert told in caplog.text
-    assert bool(told) == bool(caplog.text)
+    assert message in caplog.text
+    assert bool(message) == bool(caplog.text)
 
 
 def test_a_swap_is_taken_as_it_is() -> None:

@@ -88,7 +88,7 @@ class OwnStep(Part):
         ),
     ],
 )
-def test_what_cannot_be_right_is_refused(pipe, change: dict[str, Any], message: str):
+def test_impossible_requests_are_refused(pipe, change: dict[str, Any], message: str):
     change = dict(change)
     pipe = pipe.replace(scheduler=change.pop("_scheduler", pipe.scheduler))
     with pytest.raises(ValueError, match=message):
@@ -103,7 +103,7 @@ def test_one_seed_for_several_encoded_images_is_refused(pipe):
     assert other.request("a", image=pixels, seed=3, noise="torch", **CALL).rows["image_noise"].shape == (1, 8, 8, 4)
 
 
-def test_the_place_in_the_order_is_known_for_all_that_parts_draw():
+def test_every_draw_of_a_part_has_a_place_in_the_order():
     """A part that draws for another purpose needs its place in ``PURPOSES``, or other noise would be taken silently."""
     drawn = set()
     for file in Path(parts.__path__[0]).glob("*.py"):

@@ -1,4 +1,4 @@
-"""What a caller can rely on: one compilation, pictures that depend on their own request only, early errors."""
+"""What a caller can rely on: one compilation, images that depend on their own request only, early errors."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def pipe() -> StableDiffusionPipeline:
     return pipeline()
 
 
-def pictures(pipe, *args, **request) -> np.ndarray:
-    """Pictures as integers, for differences in steps of 1/255."""
+def pixels(pipe, *args, **request) -> np.ndarray:
+    """Images as integers, for differences in steps of 1/255."""
     images = pipe(*args, **{"num_inference_steps": 3} | request).images
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def test_nothing_but_the_shape_of_a_request_compiles(pipe: StableDiffusionPipeline):
+def test_only_the_shape_of_a_request_compiles(pipe: StableDiffusionPipeline):
     request = {"prompt": "a cat", "seed": 0, "num_inference_steps": 2}
     pipe(**request)
     before = pipe.programs.compilations
@@ -86,26 +86,26 @@ def test_nothing_but_the_shape_of_a_request_compiles(pipe: StableDiffusionPipeli
 
 
 def test_another_size_or_no_guidance_is_another_program(pipe: StableDiffusionPipeline):
-    pictures(pipe, "a", seed=0)
+    pixels(pipe, "a", seed=0)
     before = pipe.programs.compilations
-    assert pictures(pipe, "a", seed=0, height=24, width=8).shape == (1, 24, 8, 3)
-    pictures(pipe, "a", seed=0, guidance_scale=1.0)
-    pictures(pipe, "b", seed=1, guidance_scale=0.0)
+    assert pixels(pipe, "a", seed=0, height=24, width=8).shape == (1, 24, 8, 3)
+    pixels(pipe, "a", seed=0, guidance_scale=1.0)
+    pixels(pipe, "b", seed=1, guidance_scale=0.0)
     assert pipe.programs.compilations == before + 2
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe: StableDiffusionPipeline):
+def test_an_image_does_not_depend_on_its_batch(pipe: StableDiffusionPipeline):
     prompts, seeds = ["one", "two", "three"], [5, 6, 7]
-    together = pictures(pipe, prompts, seed=seeds)
+    together = pixels(pipe, prompts, seed=seeds)
     for i in (0, 2):
-        assert np.abs(together[i] - pictures(pipe, prompts[i], seed=seeds[i])[0]).max() <= 1
-    in_pairs = pictures(pipe, prompts, seed=seeds, batch_size=2)
+        assert np.abs(together[i] - pixels(pipe, prompts[i], seed=seeds[i])[0]).max() <= 1
+    in_pairs = pixels(pipe, prompts, seed=seeds, batch_size=2)
     assert np.abs(together - in_pairs).max() <= 1
 
 
-def test_one_seed_gives_different_pictures_the_first_of_which_is_the_seed_alone(pipe: StableDiffusionPipeline):
-    many = pictures(pipe, "a", num_images_per_prompt=2, seed=11)
-    assert np.abs(many[0] - pictures(pipe, "a", seed=[11])[0]).max() <= 1
+def test_images_of_one_seed_differ_and_the_first_is_that_of_the_seed_alone(pipe: StableDiffusionPipeline):
+    many = pixels(pipe, "a", num_images_per_prompt=2, seed=11)
+    assert np.abs(many[0] - pixels(pipe, "a", seed=[11])[0]).max() <= 1
     assert np.abs(many[0] - many[1]).max() > 5
 
 
@@ -117,12 +117,12 @@ MESHES = {
 
 
 @pytest.mark.parametrize("make", MESHES.values(), ids=MESHES)
-def test_eight_devices_make_the_pictures_of_one(pipe: StableDiffusionPipeline, make: Callable[[], Mesh]):
-    prompts = [f"number {i}" for i in range(9)]  # 9 pictures on 8 devices: padded to 16
-    alone = pictures(pipe, prompts, seed=list(range(9)), batch_size=1)
+def test_eight_devices_give_the_same_images_as_one(pipe: StableDiffusionPipeline, make: Callable[[], Mesh]):
+    prompts = [f"number {i}" for i in range(9)]  # 9 images on 8 devices: padded to 16
+    alone = pixels(pipe, prompts, seed=list(range(9)), batch_size=1)
     mesh = make()
     params = {k: jax.device_put(v, param_shardings(v, mesh)) for k, v in pipe.params.items()}
-    shared = pictures(pipe.replace(mesh=mesh, params=params), prompts, seed=list(range(9)))
+    shared = pixels(pipe.replace(mesh=mesh, params=params), prompts, seed=list(range(9)))
     assert np.abs(alone - shared).max() <= 1
 
 
@@ -143,14 +143,14 @@ def test_step_by_step_is_the_same_computation_and_a_callback_may_change_it(pipe:
         seen.append((step, timestep, values["latents"].shape))
 
     request = {"prompt": "a", "seed": 3, "num_inference_steps": 3}
-    watched = pictures(pipe, **request, callback_on_step_end=look)
-    assert np.abs(watched - pictures(pipe, **request)).max() <= 1
+    watched = pixels(pipe, **request, callback_on_step_end=look)
+    assert np.abs(watched - pixels(pipe, **request)).max() <= 1
     assert [s[0] for s in seen] == [0, 1, 2]
     assert [s[1] for s in seen] == sorted((s[1] for s in seen), reverse=True)
     assert seen[0][2] == (1, 8, 8, 4)
 
     black_out = lambda pipe, step, timestep, values: {"latents": jnp.zeros_like(values["latents"])}
-    assert np.abs(pictures(pipe, **request, callback_on_step_end=black_out) - watched).max() > 5
+    assert np.abs(pixels(pipe, **request, callback_on_step_end=black_out) - watched).max() > 5
 
 
 def test_output_types(pipe: StableDiffusionPipeline):
@@ -170,40 +170,40 @@ def test_given_latents_embeddings_and_keys_replace_what_is_drawn_or_encoded(pipe
     encoder = pipe.components["text_encoder"]
     ids = pipe.components["tokenizer"]("hi", padding="max_length", max_length=16, return_tensors="np")["input_ids"]
     states = encoder.apply({"params": pipe.params["text_encoder"]}, jnp.asarray(ids, jnp.int32)).last_hidden_state
-    by_prompt = pictures(pipe, "hi", seed=0)
-    assert np.abs(pictures(pipe, prompt_embeds=states, seed=0) - by_prompt).max() <= 1
-    assert np.abs(pictures(pipe, "hi", key=jax.random.key(0)) - by_prompt).max() <= 1
+    by_prompt = pixels(pipe, "hi", seed=0)
+    assert np.abs(pixels(pipe, prompt_embeds=states, seed=0) - by_prompt).max() <= 1
+    assert np.abs(pixels(pipe, "hi", key=jax.random.key(0)) - by_prompt).max() <= 1
     noise = rng.standard_normal((1, 8, 8, 4))
-    assert np.array_equal(pictures(pipe, "hi", latents=noise, seed=1), pictures(pipe, "hi", latents=noise, seed=2))
+    assert np.array_equal(pixels(pipe, "hi", latents=noise, seed=1), pixels(pipe, "hi", latents=noise, seed=2))
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_the_rest_named(pipe: StableDiffusionPipeline):
     with pytest.warns(UserWarning, match="'o p q'") as caught:
-        long = pictures(pipe, " ".join("abcdefghijklmnopq"), seed=0)
+        long = pixels(pipe, " ".join("abcdefghijklmnopq"), seed=0)
     assert {warning.filename for warning in caught} == {__file__}, "it points at the caller's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(long, pictures(pipe, " ".join("abcdefghijklmn"), seed=0))
+        assert np.array_equal(long, pixels(pipe, " ".join("abcdefghijklmn"), seed=0))
 
 
 def test_guidance_of_one_is_the_conditional_prediction_alone(pipe: StableDiffusionPipeline):
-    guided = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[1.0, 4.0])
-    plain = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=1.0, batch_size=1)
+    guided = pixels(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[1.0, 4.0])
+    plain = pixels(pipe, ["a", "b"], seed=[0, 1], guidance_scale=1.0, batch_size=1)
     assert np.abs(guided[0] - plain[0]).max() <= 1
     assert np.abs(guided[1] - plain[1]).max() > 1
 
 
 def test_a_scale_below_one_is_no_guidance_in_a_batch_too(pipe: StableDiffusionPipeline):
-    together = pictures(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[0.0, 4.0])
-    assert np.abs(together[0] - pictures(pipe, "a", seed=[0], guidance_scale=0.0)[0]).max() <= 1
+    together = pixels(pipe, ["a", "b"], seed=[0, 1], guidance_scale=[0.0, 4.0])
+    assert np.abs(together[0] - pixels(pipe, "a", seed=[0], guidance_scale=0.0)[0]).max() <= 1
     with pytest.raises(ValueError, match="guidance_scale must be finite, got nan"):
         pipe("a", guidance_scale=float("nan"))
 
 
-def test_tiling_and_slicing_decode_the_same_picture(pipe: StableDiffusionPipeline):
-    whole = pictures(pipe, ["a", "b"], seed=[0, 1])
-    assert np.abs(pictures(pipe.replace(vae_slicing=True), ["a", "b"], seed=[0, 1]) - whole).max() <= 1
-    tiled = pictures(pipe.replace(vae_tiling=6), "a", seed=0)
+def test_tiling_and_slicing_decode_the_same_image(pipe: StableDiffusionPipeline):
+    whole = pixels(pipe, ["a", "b"], seed=[0, 1])
+    assert np.abs(pixels(pipe.replace(vae_slicing=True), ["a", "b"], seed=[0, 1]) - whole).max() <= 1
+    tiled = pixels(pipe.replace(vae_tiling=6), "a", seed=0)
     assert tiled.shape == (1, 16, 16, 3)
     assert np.abs(tiled[0] - whole[0]).mean() < 20  # each tile has its own norms, so alike but not equal
     for edge in (True, 0):
@@ -312,7 +312,7 @@ def test_components_of_another_kind_are_refused(pipe: StableDiffusionPipeline, t
 def test_a_tokenizer_of_another_model_is_refused(pipe: StableDiffusionPipeline):
     """JAX takes an id without an embedding as another one's and says nothing."""
     more = tokens.with_words(pipe.components["tokenizer"], "<thing>", 1)
-    pictures(pipe.replace(tokenizer=more), "no such word", num_inference_steps=1)
+    pixels(pipe.replace(tokenizer=more), "no such word", num_inference_steps=1)
     with pytest.raises(ValueError, match="the tokenizer produces id 190, but the text encoder has only 190 embeddings"):
         pipe.replace(tokenizer=more)("a <thing>")
 
@@ -327,7 +327,7 @@ def test_pipelines_are_immutable_and_replaced(pipe: StableDiffusionPipeline):
     with pytest.raises(TypeError, match="no component 'sheduler'"):
         pipe.replace(sheduler=1)
     assert "UNet2DConditionModel" in repr(pipe)
-    assert "Array(" not in repr(pipe)  # a prompt of Python or a notebook shows what it is made of, not the numbers
+    assert "Array(" not in repr(pipe)  # a prompt of Python or a notebook shows what it consists of, not the values
 
 
 def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDiffusionPipeline, tmp_path):
@@ -335,7 +335,7 @@ def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDi
     again = DiffusionPipeline.from_pretrained(tmp_path).replace(programs=pipe.programs)
     assert type(again) is StableDiffusionPipeline
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, pipe.params))
-    assert np.array_equal(pictures(again, "a", seed=0), pictures(pipe, "a", seed=0))
+    assert np.array_equal(pixels(again, "a", seed=0), pixels(pipe, "a", seed=0))
     euler = schedulers.EulerDiscreteScheduler(steps_offset=1)
     assert DiffusionPipeline.from_pretrained(tmp_path, scheduler=euler).scheduler == euler
     with pytest.raises(TypeError, match="no component sheduler"):
@@ -344,11 +344,11 @@ def test_saved_folders_open_again_and_components_can_be_exchanged(pipe: StableDi
 
 def test_a_saved_program_is_used_and_a_damaged_one_is_compiled_again(pipe: StableDiffusionPipeline, tmp_path):
     saver = pipe.replace(programs=Programs())
-    expected = pictures(saver, "a", seed=0)
+    expected = pixels(saver, "a", seed=0)
     files = saver.save_compiled(tmp_path)
     assert len(files) == 1
     fresh = pipe.replace(programs=Programs()).load_compiled(tmp_path)
-    assert np.array_equal(pictures(fresh, "a", seed=0), expected)
+    assert np.array_equal(pixels(fresh, "a", seed=0), expected)
     assert fresh.programs.compilations == 0
     for file in files:
         file.write_bytes(b"damaged")
@@ -375,7 +375,7 @@ pipeline().compile()
 def test_compile_runs_nothing_and_the_call_then_compiles_nothing(pipe: StableDiffusionPipeline):
     fresh = pipe.replace(programs=Programs()).compile()
     assert fresh.programs.compilations == 1
-    pictures(fresh, "a", seed=0)
+    pixels(fresh, "a", seed=0)
     assert fresh.programs.compilations == 1
 
 
@@ -387,9 +387,9 @@ def test_padding_uses_few_sizes(images: int, devices: int, size: int):
 
 
 def test_threads_share_a_pipeline(pipe: StableDiffusionPipeline):
-    """Each gets the images that it gets alone: no call changes what another one sees."""
+    """Each thread gets the images that it would get alone: no call affects another."""
     prompts = ["a", "a long prompt", "b c", "something else"] * 4
-    draw = lambda prompt: pictures(pipe, prompt, seed=0, num_inference_steps=1)
+    draw = lambda prompt: pixels(pipe, prompt, seed=0, num_inference_steps=1)
     alone = {prompt: draw(prompt) for prompt in set(prompts)}
     with ThreadPoolExecutor(4) as pool:
         for prompt, images in zip(prompts, pool.map(draw, prompts), strict=True):
@@ -400,9 +400,9 @@ def test_threads_share_a_pipeline(pipe: StableDiffusionPipeline):
 def test_a_pipeline_copies_and_pickles_before_and_after_calls(twin: Callable):
     fresh = pipeline()
     before = twin(fresh)
-    images = pictures(fresh, "a cat", seed=0, num_inference_steps=1)
+    images = pixels(fresh, "a cat", seed=0, num_inference_steps=1)
     for other in (before, twin(fresh)):
-        np.testing.assert_array_equal(pictures(other, "a cat", seed=0, num_inference_steps=1), images)
+        np.testing.assert_array_equal(pixels(other, "a cat", seed=0, num_inference_steps=1), images)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_arguments_of_diffusers_are_answered_with_those_of_here(name: str, value
 
 
 def test_another_familys_folder_is_refused_when_it_is_opened(tmp_path: Path):
-    """The UNet alone would say it at the first call, and not in these words."""
+    """The UNet alone would refuse it at the first call, with a less helpful message."""
     components = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     entries = {name: ["diffusers", kind] for name, kind in components.items()}
     entries["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
@@ -446,6 +446,6 @@ def test_a_seed_is_an_integer_of_any_library(seed: object):
 @pytest.mark.parametrize(
     "seed", [np.float32(7), jnp.float32(7), -1, np.int64(-1), 2**32, "7", jax.random.key(7), [1.5]]
 )
-def test_a_seed_that_cannot_be_is_named(seed: object):
+def test_an_impossible_seed_is_named(seed: object):
     with pytest.raises(ValueError, match=r"(?s)a seed must be an integer from 0 to 4294967295, got .*key="):
         image_seeds(seed, 1)

@@ -39,7 +39,7 @@ def tokenizer() -> transformers.CLIPTokenizer:
 
 
 def pipeline(**settings: object) -> StableDiffusionPipeline:
-    """A pipeline of its own seed and with its own compiled programs."""
+    """A pipeline with its own seed and its own compiled programs."""
     rng = np.random.default_rng(0)
     tok = tokenizer()
     text = CLIPTextConfig(

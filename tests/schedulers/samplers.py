@@ -35,7 +35,7 @@ def make(name: str, **config: Any) -> schedulers.Scheduler:
 
 
 def ascends(name: str) -> bool:
-    """Whether it runs from a picture to noise."""
+    """Whether it runs from an image to noise."""
     return getattr(schedulers, name).ascends
 
 
@@ -46,7 +46,7 @@ def stochastic(name: str) -> bool:
 
 
 def prediction_types(name: str) -> tuple[str, ...]:
-    """Those that the class takes, and after which a sampler ends at what the network said."""
+    """Those that the class takes, and after which a sampler ends at what the network predicted."""
     if name == "KarrasEDMScheduler":
         return ("sample",)  # what the others mean is preconditioned once more
     return getattr(schedulers, name).choices.get("prediction_type", ns.PREDICTION_TYPES)

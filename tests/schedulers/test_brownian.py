@@ -89,7 +89,7 @@ SHAPE = (4, 200)
 
 
 @pytest.mark.parametrize("name", ON_A_PATH)
-def test_more_steps_give_the_same_picture_more_exactly(name: str) -> None:
+def test_more_steps_give_the_same_image_more_exactly(name: str) -> None:
     scheduler = getattr(schedulers, name)()
     start, keys = jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1), SHAPE[0])
     best = sample(scheduler.plan(400), start, keys)
@@ -103,7 +103,7 @@ def test_more_steps_give_the_same_picture_more_exactly(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_A_PATH)
-def test_every_picture_has_its_own_path(name: str) -> None:
+def test_every_image_has_its_own_path(name: str) -> None:
     plan = getattr(schedulers, name)().plan(8)
     start, keys = jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1), SHAPE[0])
     together = sample(plan, start, keys)
@@ -112,7 +112,7 @@ def test_every_picture_has_its_own_path(name: str) -> None:
     assert np.abs(one_key[0] - one_key[1]).mean() > 0.1
 
 
-def test_pictures_at_different_places_of_a_run() -> None:
+def test_images_at_different_steps_of_a_run() -> None:
     plan = schedulers.DPMSolverSDEScheduler().plan(6)
     start, keys = jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1), SHAPE[0])
     step = jax.jit(lambda x, i, keys: plan.step(plan.resume(x), i, x, keys).sample)

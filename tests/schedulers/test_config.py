@@ -1,4 +1,4 @@
-"""Configurations: reading, writing, building one scheduler from another, refusing what cannot be."""
+"""Configurations: reading, writing, building one scheduler from another, refusing impossible settings."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("target", "config", "told"),
+    ("target", "config", "reported"),
     [
-        # Clipping, zero terminal SNR, spacings and ranges of noise levels are about pictures and networks.
+        # Clipping, zero terminal SNR, spacings and ranges of noise levels are about images and networks.
         ("EulerDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, "clip_sample clip_sample_range"),
         ("EulerDiscreteScheduler", {"clip_sample": False, "clip_sample_range": 2.0}, ""),
         ("PNDMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
@@ -79,10 +79,10 @@ def test_dpm_solver_from_the_configuration_of_pndm(caplog: pytest.LogCaptureFixt
         ("DDIMScheduler", {"_class_name": "DDIMScheduler", "use_better_noise": True}, "use_better_noise"),
     ],
 )
-def test_what_is_reported(target: str, config: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_reported(target: str, config: dict[str, Any], reported: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         scheduler = getattr(schedulers, target).from_config(config)
-    lost = {name: config[name] for name in told.split()}
+    lost = {name: config[name] for name in reported.split()}
     assert [record.getMessage() for record in caplog.records] == (
         [f"{target} built from {config.get('_class_name', 'a dict')} ignores: {lost}"] if lost else []
     )
@@ -145,7 +145,7 @@ def test_help_shows_the_settings_and_their_defaults(name: str) -> None:
     assert shown.keys() == has.keys()
 
 
-def test_old_spellings() -> None:
+def test_old_names_of_settings() -> None:
     assert isinstance(Scheduler.from_config({"_class_name": "FlaxPNDMScheduler"}), PNDMScheduler)
     assert DDPMScheduler.from_config({"predict_epsilon": False}).prediction_type == "sample"
     assert EulerDiscreteScheduler(prediction_type="original_sample").prediction_type == "sample"

@@ -20,7 +20,7 @@ def test_two_steps() -> None:
 
 
 def test_preconditioning() -> None:
-    """Karras et al. 2022, table 1: at no noise the network is not asked, input and target have variance 1."""
+    """Karras et al. 2022, table 1: without noise the network is not used; input and target have variance 1."""
     table = ConsistencyDecoderScheduler(sigma_data=0.7).table(timesteps=[1000, 600, 2])
     alpha, sigma = table.levels[:-1].T
     np.testing.assert_allclose((table.input_scale**2) * ((alpha * 0.7) ** 2 + sigma**2), 1)

@@ -28,7 +28,7 @@ def test_levels_of_the_training() -> None:
 
 
 def test_every_step_ends_at_the_next_level(rng: np.random.Generator) -> None:
-    """With a network that always sees the same picture, the variance around it is that of the level (but sigma_min)."""
+    """With a network that always sees the same image, the variance around it is that of the level (but sigma_min)."""
     table = CMStochasticIterativeScheduler(clip_denoised=False).table(6)
     drawn = table.rows[:, 0, -1]
     np.testing.assert_allclose(np.hypot(drawn[:-1], 0.002), table.levels[1:-1, 1])
@@ -52,6 +52,6 @@ def test_clean_samples_are_clipped() -> None:
         (lambda: CMStochasticIterativeScheduler(prediction_type="sample"), "has no setting prediction_type"),
     ],
 )
-def test_impossible(make: Any, message: str) -> None:
+def test_impossible_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

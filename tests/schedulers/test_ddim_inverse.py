@@ -20,15 +20,15 @@ def test_levels_are_those_of_ddim_upwards(spacing: str) -> None:
     np.testing.assert_array_equal(up.levels[0], end)
 
 
-def test_up_and_down_meet_as_steps_become_short() -> None:
-    picture = np.random.default_rng(0).uniform(-1, 1, (1, 6))
+def test_inversion_and_sampling_agree_as_steps_become_short() -> None:
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 6))
     model = lambda x, t: np.tanh(x) * (0.5 + t / 2000)
 
     def error(n: int) -> float:
-        noise = DDIMInverseScheduler(**SD).table(n).run(model, picture)[-1]
-        return float(np.abs(DDIMScheduler(**SD).table(n).run(model, noise)[-1] - picture).max())
+        noise = DDIMInverseScheduler(**SD).table(n).run(model, image)[-1]
+        return float(np.abs(DDIMScheduler(**SD).table(n).run(model, noise)[-1] - image).max())
 
-    # The start (the picture is put at timestep 0, DDIM ends at alpha 1) does not depend on the number of steps.
+    # The start (the image is put at timestep 0, DDIM ends at alpha 1) does not depend on the number of steps.
     assert error(500) < 0.3 * error(50)
     assert error(500) < 0.02
 
@@ -48,7 +48,7 @@ def test_strength_stops_early() -> None:
     np.testing.assert_allclose(part.levels[-1], whole.levels[4])
 
 
-def test_a_clean_picture_tells_a_network_of_clean_samples_nothing() -> None:
+def test_predicted_samples_carry_no_information_at_a_clean_image() -> None:
     with pytest.raises(ValueError, match="set set_alpha_to_one=False, which treats the image as a sample"):
         DDIMInverseScheduler(prediction_type="sample").table(5)
     table = DDIMInverseScheduler(prediction_type="sample", set_alpha_to_one=False).table(5)

@@ -19,7 +19,7 @@ def test_order_one_is_ddim() -> None:
 
 
 def test_steps_carry_constant_noise_to_the_first_training_level() -> None:
-    """If the network says the same noise everywhere, every order moves along the line that it means."""
+    """If the network predicts the same noise everywhere, every order moves along the line that it means."""
     scheduler = DEISMultistepScheduler(**SD, solver_order=3)
     table = scheduler.table(20)
     x, eps = np.random.default_rng(0).standard_normal((2, 1, 5))

@@ -1,4 +1,4 @@
-"""DPM-Solver++ backwards: where it starts and ends, that there and back is the identity, what it refuses."""
+"""DPM-Solver++ backwards: where it starts and ends, that a round trip is the identity, what it refuses."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def test_gaussian_end_point(order: int) -> None:
     assert gaussian_error(table, tuple(table.levels[-1])) < 0.02
 
 
-def test_there_and_back() -> None:
-    """Inversion, then sampling along the same levels, gives the picture back: the better, the more steps."""
+def test_inversion_and_sampling_return_to_the_start() -> None:
+    """Inversion, then sampling along the same levels, gives the image back: the better, the more steps."""
     rng = np.random.default_rng(0)
     model = lambda x, t: 0.8 * np.tanh(x) + 0.1 * np.sin(x + t / 300)
-    picture = rng.standard_normal((1, 20))
+    image = rng.standard_normal((1, 20))
 
     def error(n: int) -> float:
         sigmas = np.geomspace(0.03, 14.0, n + 1)
-        noise = INVERSE.table(sigmas=sigmas).run(model, picture)[-1]
+        noise = INVERSE.table(sigmas=sigmas).run(model, image)[-1]
         forward = DPMSolverMultistepScheduler(**SD, final_sigmas_type="sigma_min")
-        return float(np.abs(forward.table(sigmas=sigmas[::-1]).run(model, noise)[-1] - picture).max())
+        return float(np.abs(forward.table(sigmas=sigmas[::-1]).run(model, noise)[-1] - image).max())
 
     errors = [error(n) for n in (50, 100, 200)]
     assert errors[-1] < 0.01

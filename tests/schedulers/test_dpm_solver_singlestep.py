@@ -13,7 +13,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
 
 
 def orders(table: Table) -> list[int]:
-    """How many outputs reach back: the older and the oldest of a block stand in the memory."""
+    """How many outputs reach back: the older and the oldest of a block are in memory."""
     return [3 if row[0, 4] else 2 if row[0, 3] else 1 for row in table.rows]
 
 

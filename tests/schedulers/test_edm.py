@@ -102,6 +102,6 @@ def test_churn_adds_the_noise_of_the_raised_level() -> None:
         (lambda: schedulers.EDMEulerScheduler().table(timesteps=[2.0, 1.0]), "between -1.55365 and 1.09551, got 2"),
     ],
 )
-def test_impossible(make: Any, message: str) -> None:
+def test_impossible_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -57,7 +57,7 @@ def test_more_steps_than_training_steps(name: str) -> None:
 
 
 @EVERY
-def test_one_way_to_say_the_steps(name: str) -> None:
+def test_steps_are_given_in_one_way_only(name: str) -> None:
     assert "give exactly one of num_inference_steps, timesteps, sigmas; got none" in refusal(name)
     low, high = sorted(getattr(schedulers, name)().explicit_range)
     pair = [low, high] if ascends(name) else [high, low]
@@ -99,7 +99,7 @@ def test_strength_that_leaves_no_step(name: str) -> None:
 
 
 @EVERY
-def test_two_models_share_a_run_or_a_picture_is_changed(name: str) -> None:
+def test_strength_and_denoising_start_exclude_each_other(name: str) -> None:
     message = refusal(name, num_inference_steps=5, strength=0.5, denoising_start=0.5)
     assert "strength" in message and "denoising_start" in message
     for share in (0.0, 1.0, 1.5):

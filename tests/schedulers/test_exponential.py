@@ -37,7 +37,7 @@ def build(name: str, **config: Any) -> Scheduler:
 @EVERY
 @pytest.mark.parametrize("n", [1, 7, 50, 1000])
 def test_a_straight_line_is_followed(name: str, n: int) -> None:
-    """A network that says the same flow everywhere: samples stay on the line that it means."""
+    """A network that predicts the same flow everywhere: samples stay on the line that it means."""
     options: dict[str, Any] = {"tau": 0.0} if name == "SASolverScheduler" else {}
     if name in ("DEISMultistepScheduler", "SASolverScheduler"):
         options["as_published"] = True  # otherwise the last step stays where it is
@@ -54,7 +54,7 @@ def test_a_straight_line_is_followed(name: str, n: int) -> None:
 
 
 @EVERY
-def test_the_network_is_told_its_level(name: str) -> None:
+def test_the_network_gets_its_noise_level(name: str) -> None:
     table = build(name, **FLOW, flow_shift=2.0).table(20)
     np.testing.assert_array_equal(table.timesteps, np.trunc(1000 * table.levels[:-1, 1]))
     up = build(name).ascends
@@ -82,16 +82,16 @@ def test_noising_and_the_training_target(name: str) -> None:
     np.testing.assert_allclose(scheduler.velocity(x0, eps, np.array([0, 300, 999])), eps - x0, atol=1e-6)
 
 
-def test_there_and_back_on_a_flow() -> None:
+def test_inversion_and_sampling_return_to_the_start_on_a_flow() -> None:
     """Inversion goes along the levels of sampling that does not end clean, in the other order."""
     config = FLOW | {"flow_shift": 2.0}
     back = DPMSolverMultistepInverseScheduler(**config).table(100)
     forward = DPMSolverMultistepScheduler(**config, final_sigmas_type="sigma_min").table(100)
     np.testing.assert_allclose(back.levels[1:], forward.levels[:-1][::-1])
     model = lambda x, t: np.tanh(x) - 0.3 * x
-    picture = np.random.default_rng(0).standard_normal((1, 20))
-    noise = back.run(model, picture)[-1]
-    np.testing.assert_allclose(forward.run(model, noise)[-1], picture, atol=2e-3)
+    image = np.random.default_rng(0).standard_normal((1, 20))
+    noise = back.run(model, image)[-1]
+    np.testing.assert_allclose(forward.run(model, noise)[-1], image, atol=2e-3)
 
 
 def test_karras_levels_of_a_flow() -> None:
@@ -167,7 +167,7 @@ def test_contradictions(name: str, config: dict[str, Any], message: str) -> None
         (lambda: UniPCMultistepScheduler(**FLOW, flow_shift=0.0).table(5), "positive factor"),
     ],
 )
-def test_what_cannot_be(make: Any, message: str) -> None:
+def test_impossible_values_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

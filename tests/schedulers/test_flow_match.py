@@ -69,7 +69,7 @@ def test_shifts_and_spacings_follow_each_other(cls: Any) -> None:
     np.testing.assert_allclose(geometric, [1, np.sqrt(0.15), 0.15, 0])
 
 
-def test_mu_of_a_picture() -> None:
+def test_mu_of_an_image() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=100, max_image_seq_len=200
     )
@@ -98,7 +98,7 @@ def test_noising_and_velocity_at_any_time(cls: Any, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("cls", SHIFTED)
-def test_inverted_time_is_the_same_run_told_otherwise(cls: Any, rng: np.random.Generator) -> None:
+def test_inverted_time_is_the_same_run_with_other_timesteps(cls: Any, rng: np.random.Generator) -> None:
     forward, inverted = cls(shift=2.0), cls(shift=2.0, invert_sigmas=True)
     velocity = lambda x, t: np.sin(x + t / 400)
     start, noise = rng.standard_normal((1, 5)), list(rng.standard_normal((8, 1, 5)))
@@ -172,7 +172,7 @@ DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         ),
     ],
 )
-def test_impossible(make: Any, message: str) -> None:
+def test_impossible_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

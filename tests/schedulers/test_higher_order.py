@@ -1,4 +1,4 @@
-"""Heun, DPM-Solver-2, LMS and iPNDM: what parity with PyTorch does not say."""
+"""Heun, DPM-Solver-2, LMS and iPNDM: what parity with PyTorch does not show."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_order_of_accuracy(name: str, options: dict[str, int], order: int) -> No
     assert np.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 
-def test_more_slopes_are_more_accurate_once_there() -> None:
+def test_more_slopes_are_more_accurate_once_available() -> None:
     errors = [error(schedulers.LMSDiscreteScheduler(), 400, order=k) for k in (1, 2, 4)]
     assert errors[0] > 20 * errors[1]
     assert errors[1] > 2 * errors[2]

@@ -78,10 +78,10 @@ def test_noise_before_a_step_belongs_to_the_step_before() -> None:
     assert low.init_scale == pytest.approx(80 * np.sqrt(1 + 1.1**2 * (1.4**2 - 1)))
 
 
-def test_what_the_network_is_told() -> None:
+def test_the_time_that_the_network_gets() -> None:
     sigmas = [5.0, 1.0, 0.0]
-    told = {"edm": np.log(5) / 4, "cm_edm": 250 * np.log(5), "none": 5.0, None: 5.0}
-    for kind, first in told.items():
+    inputs = {"edm": np.log(5) / 4, "cm_edm": 250 * np.log(5), "none": 5.0, None: 5.0}
+    for kind, first in inputs.items():
         scheduler = KarrasEDMScheduler(precondition_type=kind)
         assert scheduler.table(sigmas=sigmas).timesteps[0] == pytest.approx(first)
         x0, noise = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
@@ -124,6 +124,6 @@ def test_explicit_timesteps_are_places_in_the_training_list() -> None:
         (lambda: KarrasVeScheduler(num_train_timesteps=10), "has no setting num_train_timesteps"),
     ],
 )
-def test_impossible(make: Any, message: str) -> None:
+def test_impossible_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -131,7 +131,7 @@ def test_every_sample_owns_its_noise(name: str, start: np.ndarray, keys: jax.Arr
     assert np.abs(one_key[0] - one_key[1]).max() > 1e-3, "samples of one key must differ"
 
 
-def test_every_step_draws_anew(start: np.ndarray, keys: jax.Array) -> None:
+def test_every_step_draws_new_noise(start: np.ndarray, keys: jax.Array) -> None:
     plan = build("EulerAncestralDiscreteScheduler").plan(5)
     zero = jnp.zeros_like(start)
     state = plan.init(start)
@@ -225,8 +225,8 @@ def test_long_runs_get_more_room() -> None:
     assert scheduler.plan(3000).timesteps.shape == (4096,)
 
 
-def test_a_sampler_of_ones_own_runs_without_registration(start: np.ndarray, keys: jax.Array) -> None:
-    """Rows made by hand: one step of Euler from sigma 2 to 0."""
+def test_a_custom_sampler_runs_without_registration(start: np.ndarray, keys: jax.Array) -> None:
+    """Rows written by hand: one step of Euler from sigma 2 to 0."""
     e = Evaluation(500, (1.0, 2.0), "epsilon", corrected=False)
     plan = Plan.from_table(Table.build([e.row(e.x - 2.0 * e.output)], 2.0))
     want = 2 * start - 2 * network(2 * start / np.sqrt(5), 500, np)
@@ -243,7 +243,7 @@ def test_tables_need_no_jax() -> None:
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
 def test_samples_at_different_evaluations_in_one_call(name: str, start: np.ndarray, keys: jax.Array) -> None:
-    """What parallel sampling needs: the same numbers and the same noise as one sample after the other."""
+    """What parallel sampling needs: the same values and the same noise as one sample after the other."""
     plan = build(name).plan(9)
     memory = tuple(jax.random.normal(jax.random.key(k), SHAPE) for k in range(5))
     state, at = plan.init(start)._replace(memory=memory), np.array([0, 7, 3])

@@ -33,7 +33,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "s": st.floats(0.001, 0.02),
     "rho": st.floats(3.0, 9.0),
 }
-"""Settings that are numbers, and values that make sense."""
+"""Numeric settings, and values that make sense."""
 
 
 def values(cls: type[schedulers.Scheduler], field: dataclasses.Field[Any]) -> st.SearchStrategy[Any] | None:
@@ -102,7 +102,7 @@ def check_table(name: str, table: Table, clock: int) -> None:
         up = -1 if ascends(name) else 1
         with np.errstate(divide="ignore"):
             sigma = table.levels[:, 1] / table.levels[:, 0]
-        starts = np.append(True, ~table.inner[:-1])  # evaluations within a step may be told other timesteps
+        starts = np.append(True, ~table.inner[:-1])  # evaluations within a step may get other timesteps
         assert np.all(clock * up * np.diff(table.timesteps[starts]) <= 1e-9)
         assert np.all(up * np.diff(np.arctan(sigma)) <= 1e-9), "noise levels go one way"
 
@@ -114,7 +114,7 @@ def ends_clean(scheduler: schedulers.Scheduler, n: int) -> bool:
     if scheduler.class_name == "ScoreSdeVpScheduler":
         return False  # Euler-Maruyama steps in time are exact only in the limit
     if scheduler.class_name == "PNDMScheduler":
-        return False  # repeated and rounded half steps: averages of outputs that mean slightly different pictures
+        return False  # repeated and rounded half steps: averages of outputs that mean slightly different images
     if scheduler.class_name == "KarrasEDMScheduler" and (
         scheduler.prediction_type != "sample" or scheduler.corrects_x0
     ):
@@ -125,7 +125,7 @@ def ends_clean(scheduler: schedulers.Scheduler, n: int) -> bool:
 
 
 def run_to(table: Table, x0: np.ndarray) -> np.ndarray:
-    """Run with a network that always sees the same picture: wherever the path starts, it has to end there."""
+    """Run with a network that always sees the same image: wherever the path starts, it has to end there."""
     rng = np.random.default_rng(0)
     rows = iter(zip(table.to_x0, table.input_scale, strict=True))
 

@@ -62,7 +62,7 @@ def test_a_class_from_outside_opens_again_from_a_folder(define: Define, tmp_path
 
 @pytest.mark.parametrize("name", ["NowhereScheduler", "Scheduler", "FlowMatchScheduler"])
 def test_an_unknown_name_says_what_to_import(name: str) -> None:
-    """Abstract bases are no samplers, so they are not known either."""
+    """Abstract bases are not samplers, so they are not registered."""
     message = rf"unknown scheduler class '{name}'; known: .*DDIMScheduler.*, import the module that defines it first$"
     with pytest.raises(ValueError, match=message):
         scheduler_class(name)

@@ -20,7 +20,7 @@ def test_the_walk() -> None:
     np.testing.assert_allclose(plain.rows, DDIMScheduler(clip_sample=False).table(10).rows, atol=1e-14)
 
 
-def test_jumps_end_at_the_level_that_the_network_is_told() -> None:
+def test_jumps_end_at_the_level_that_the_network_gets() -> None:
     scheduler = RePaintScheduler(eta=0.6)
     table = scheduler.table(20, jump_length=4, jump_n_sample=3)
     np.testing.assert_allclose(table.levels[:-1], scheduler.train_levels()[table.timesteps.astype(int)])

@@ -86,6 +86,6 @@ def test_sigmas_may_end_at_zero() -> None:
         (lambda: SASolverScheduler().table(5, tau=lambda t: float("nan")), "tau must be at least 0, got nan"),
     ],
 )
-def test_what_cannot_be(make: Any, message: str) -> None:
+def test_impossible_values_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -70,7 +70,7 @@ UNIPC = UniPCMultistepScheduler(**SD)
         ),
     ],
 )
-def test_what_cannot_predict(scheduler: Scheduler, predictor: Scheduler, message: str) -> None:
+def test_impossible_predictors_are_refused(scheduler: Scheduler, predictor: Scheduler, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scheduler.table(10, solver_p=predictor)
 

@@ -73,13 +73,13 @@ def test_a_run_on_the_device(rng: np.random.Generator) -> None:
 
         return jax.lax.fori_loop(0, plan.num_evaluations, body, plan.init(*log_p_x0.shape[:2]))
 
-    picture = rng.integers(0, CLASSES, (3, 40))
-    certain = jnp.log(jnp.eye(CLASSES)[picture] * 0.999 + 0.0002)
+    image = rng.integers(0, CLASSES, (3, 40))
+    certain = jnp.log(jnp.eye(CLASSES)[image] * 0.999 + 0.0002)
     keys = jax.random.split(jax.random.key(0), 3)
     for n in (1, 5, 20):
         x = sample(SCHEDULER.plan(n), keys, certain)
         assert x.dtype == jnp.int32
-        assert np.mean(x == picture) > 0.97
+        assert np.mean(x == image) > 0.97
         alone = sample(SCHEDULER.plan(n), keys[1:2], certain[1:2])
         np.testing.assert_array_equal(alone[0], x[1])
     assert len(traces) == 2, "one for each batch size"

@@ -1,4 +1,4 @@
-"""What the text encoder promises beyond its numbers: causality, where a text ends, clear errors."""
+"""What the text encoder promises beyond its outputs: causality, where a text ends, clear errors."""
 
 from __future__ import annotations
 

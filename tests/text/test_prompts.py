@@ -1,4 +1,4 @@
-"""The syntaxes of weighted prompts, as pieces of text with numbers."""
+"""The syntaxes of weighted prompts, parsed into pieces of text with weights."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ print(clip_tokenizer(sys.argv[1])("red heart").input_ids)
 
 
 @pytest.mark.parametrize(("first", "warned"), [("", False), ("import transformers", True)])
-def test_nobody_is_told_to_install_pytorch(first: str, warned: bool) -> None:
+def test_no_message_asks_to_install_pytorch(first: str, warned: bool) -> None:
     code = WITHOUT_TORCH + first + TOKENIZE
     folder = SHIPPED["diffuse-jax/emoji"] / "tokenizer"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
@@ -88,8 +88,8 @@ def test_a_tokenizer_that_its_owner_changes_is_followed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the prompt is")
-def test_eight_threads_get_what_one_gets() -> None:
-    """Requests, data workers, a validation and the owner's own calls, of several lengths, on one tokenizer."""
+def test_eight_threads_get_the_same_ids_as_one() -> None:
+    """Requests, data workers, a validation and direct calls, of several lengths, on one tokenizer."""
     tokenizer = tiny.tokenizer()
 
     def call(k: int) -> list[int]:
@@ -115,7 +115,7 @@ def test_a_tokenizer_copies_and_pickles_before_and_after_calls() -> None:
             np.testing.assert_array_equal(padded_ids(twin, ["a b"], 9), padded_ids(tokenizer, ["a b"], 9))
 
 
-def test_a_tokenizer_of_ones_own_is_called_as_it_is() -> None:
+def test_a_custom_tokenizer_is_called_as_it_is() -> None:
     def own(prompts: list[str], **options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[len(p)] * options.get("max_length", 2) for p in prompts]}
 

@@ -10,7 +10,7 @@ import pytest
 from diffuse_jax import torch_backend
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
-"""How Python is told that a package is not there."""
+"""The entry of ``sys.modules`` that hides a package."""
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

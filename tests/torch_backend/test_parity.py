@@ -59,9 +59,7 @@ def test_the_shipped_model_is_the_same(sides: parity.Sides) -> None:
     assert max(row.relative_error for row in result.rows) < 1e-5, "far below the tolerance, or it means nothing"
 
 
-def test_pictures_that_are_only_compared_need_no_safety_checker(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_images_that_are_only_compared_need_no_safety_checker(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     folder = shutil.copytree(EMOJI, tmp_path / "checked")
     index = json.loads((folder / "model_index.json").read_text())
@@ -140,7 +138,7 @@ def test_a_wrong_scale_of_latents_shows_in_the_pixels(sides: parity.Sides, tmp_p
     assert not result.first
 
 
-def test_every_pipeline_is_compared_with_no_line_for_its_task(tmp_path: Path) -> None:
+def test_every_pipeline_is_compared_without_code_for_its_task(tmp_path: Path) -> None:
     """Lists of networks too: a fault in the second ControlNet is found there."""
     folder = folders.controlled(tmp_path / "sd", nets=2)
     for name in ("", "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
@@ -203,9 +201,9 @@ def test_a_wrong_scheduler_shows_in_the_latents_alone(sides: parity.Sides) -> No
     assert not result.first
 
 
-def test_another_tokenizer_is_named(sides: parity.Sides) -> None:
+def test_a_different_tokenizer_is_named(sides: parity.Sides) -> None:
     class Shouting:
-        """A tokenizer that spells every prompt in capitals."""
+        """A tokenizer that writes every prompt in capitals."""
 
         def __init__(self, inner: Any) -> None:
             self.inner = inner
@@ -237,7 +235,7 @@ def test_the_command_passes_the_shipped_model_and_writes_a_report(
     assert (data["device"], data["dtype"]) == ("cpu", "float32")
     assert all(row["tolerance"] >= row["relative_error"] for row in data["rows"])
     with Image.open(tmp_path / "parity.png") as sheet:
-        assert sheet.width == 3 * 128 + 2 * comparison_image.GAP
+        assert sheet.width == 3 * comparison_image.SMALLEST + 2 * comparison_image.GAP
 
 
 def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +288,7 @@ def test_a_network_that_one_side_lacks_is_named(tmp_path: Path, capsys: pytest.C
             assert f"differs: text_encoder_2 shape of the network: {side}" in capsys.readouterr().out
 
 
-def test_a_cast_conversion_is_told_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cast_conversion_is_reported_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cast = convert(folders.stable_diffusion(tmp_path / "sd"), tmp_path / "cast", dtype="float16")
     command = ["parity", str(cast), "--reference", str(tmp_path / "sd"), "--device", "cpu", "--component", "vae"]
     assert cli.main([*command, "--num-inference-steps", "1", "--report", str(tmp_path / "report")]) == 1

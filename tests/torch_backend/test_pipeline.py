@@ -1,4 +1,4 @@
-"""Our pipelines on PyTorch: the same call gives the same pictures."""
+"""Our pipelines on PyTorch: the same call gives the same images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diff
 diffusers, torch = folders.diffusers, folders.torch
 networks = pytest.importorskip("diffuse_jax.torch_backend.networks")
 
-TOLERANCE = 1e-4  # of pictures in [0, 1], in float32
+TOLERANCE = 1e-4  # of images in [0, 1], in float32
 PROMPTS = ["a cat", "two dogs!"]
 
 
 def relative(ours: Any, theirs: Any) -> float:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05, "a picture without content proves nothing"
+    assert theirs.std() > 0.05, "an image without content proves nothing"
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
@@ -39,7 +39,7 @@ def both(folder: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def test_stable_diffusion_with_every_option(tmp_path: Path) -> None:
-    """Velocity, noise in the sampler, guidance rescaled, a guidance per picture, and earlier layers of the encoder."""
+    """Velocity, noise in the sampler, guidance rescaled, a guidance per image, and earlier layers of the encoder."""
     ours, theirs = both(folders.stable_diffusion(tmp_path / "sd", v_prediction=True))
     sampler = EulerAncestralDiscreteScheduler.from_config(ours.scheduler)
     ours, theirs = ours.replace(scheduler=sampler), theirs.replace(scheduler=sampler)
@@ -91,20 +91,20 @@ def test_a_callback_sees_and_changes_the_latents(shipped: Any) -> None:
     assert not np.asarray(out.images).any()
 
 
-def test_pictures_come_one_by_one_or_together(shipped: Any) -> None:
+def test_images_come_one_by_one_or_together(shipped: Any) -> None:
     together = shipped(["a red apple", "a key"], **SMALL).images
     sliced = shipped.replace(vae_slicing=True)(["a red apple", "a key"], **SMALL).images
     assert [image.size for image in together] == [(32, 32)] * 2
     assert np.abs(np.asarray(together[1], int) - np.asarray(sliced[1], int)).max() <= 1
 
 
-def test_decoding_in_tiles_is_ours_too(shipped: Any) -> None:
+def test_tiled_decoding_works_on_pytorch_too(shipped: Any) -> None:
     ours = DiffusionPipeline.from_pretrained("diffuse-jax/emoji")
     tiled = [pipe.replace(vae_tiling=6)("a red apple", output_type="np", **SMALL).images for pipe in (ours, shipped)]
     assert relative(*tiled) < TOLERANCE
 
 
-def test_image_to_image_and_inpainting_need_nothing_of_their_own(tmp_path: Path) -> None:
+def test_image_to_image_and_inpainting_need_no_further_code(tmp_path: Path) -> None:
     """The method is ours on both sides, so a new pipeline runs on PyTorch at once."""
     ours, theirs = both(folders.stable_diffusion(tmp_path / "sd"))
     image = np.random.default_rng(0).random((32, 32, 3), np.float32)
@@ -118,7 +118,7 @@ def test_image_to_image_and_inpainting_need_nothing_of_their_own(tmp_path: Path)
         assert relative(*images) < TOLERANCE, task
 
 
-def test_what_the_pytorch_side_does_not_do_is_said(shipped: Any, tmp_path: Path) -> None:
+def test_what_the_pytorch_side_does_not_support_is_an_error(shipped: Any, tmp_path: Path) -> None:
     flax = convert("diffuse-jax/emoji", tmp_path / "flax", to="flax-msgpack")
     with pytest.raises(WeightsError, match="PyTorch cannot open it"):
         torch_backend.from_pretrained(flax, device="cpu")
@@ -127,7 +127,7 @@ def test_what_the_pytorch_side_does_not_do_is_said(shipped: Any, tmp_path: Path)
             torch_backend.from_pretrained("diffuse-jax/emoji", device="cuda")
 
 
-def test_a_pickle_is_read_without_talk_of_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pickle_is_read_without_error_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """diffusers first reports the safetensors that are not there as an error, and then reads the ``.bin``."""
     unet = diffusers.UNet2DConditionModel(**folders.UNET)
     unet.save_pretrained(tmp_path, safe_serialization=False)

@@ -27,7 +27,7 @@ def test_what_is_not_finite_is_never_the_same(bad: float) -> None:
     assert row.to_json()["max_error"] is None
 
 
-def test_a_reference_of_zeros_is_met_exactly_or_not_at_all() -> None:
+def test_a_reference_of_zeros_must_be_met_exactly() -> None:
     assert report.compare("x", np.zeros(3), np.zeros(3), 0.0).ok
     assert report.compare("x", [1e-9], [0.0], 1.0).relative_error == math.inf
 

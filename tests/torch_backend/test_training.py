@@ -66,7 +66,7 @@ def first_different(compared: Compared) -> str:
     return next(row.name for row in compared.rows if not row.ok)
 
 
-def test_a_good_step_is_the_same(ours: Ours) -> None:
+def test_a_correct_training_step_is_the_same(ours: Ours) -> None:
     compared = ours.against()
     assert compared.ok, verdict(compared)
     assert [row.name for row in compared.values] == ["prompt embeddings", "noised latents", "prediction", "mse", "loss"]
@@ -88,7 +88,7 @@ WRONG: list[tuple[str, Callable[[Any], object], dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("edit", "changes", "first", "says"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_a_wrong_setting_is_told_from_what_differs_first(
+def test_the_first_difference_points_to_a_wrong_setting(
     ours: Ours, edit: Callable[[Any], object], changes: dict[str, Any], first: str, says: str
 ) -> None:
     compared = ours.against(edit, **changes)
@@ -117,7 +117,7 @@ def test_a_fault_in_a_backward_pass_is_named_where_it_begins(ours: Ours) -> None
     assert len(table) < 25 < len(compared.rows)
 
 
-def test_another_update_is_told_from_another_gradient(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_update_is_not_a_gradient_error(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(twin, "LEARNING_RATE", 1.2e-3)
     compared = ours.against()
     assert first_different(compared).startswith("change unet.")
@@ -182,7 +182,7 @@ def test_a_wrong_configuration_is_named_before_the_step(sd: Path, tmp_path: Path
     assert first_different(compared) == "mse"
 
 
-def test_pictures_and_captions_may_be_given(sd: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_images_and_captions_may_be_given(sd: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (SIZE + 9, SIZE + 3, 3), np.uint8)).save(tmp_path / name)
     lines = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.png", "text": "x"}]
@@ -196,11 +196,11 @@ def test_pictures_and_captions_may_be_given(sd: Path, tmp_path: Path, rng: np.ra
         parity.examples_for(pipe, dataclasses.replace(request, batch_size=3))
 
 
-def test_pictures_are_made_where_none_are_given(sd: Path) -> None:
+def test_images_are_generated_where_none_are_given(sd: Path) -> None:
     request = parity.TrainingRequest(batch_size=4)
-    pictures = [example.pixels for example in parity.examples_for(parity.open_for(sd, request), request)]
-    assert all(picture.std() > 5 for picture in pictures), "a picture without content proves nothing"
-    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 5
+    images = [example.pixels for example in parity.examples_for(parity.open_for(sd, request), request)]
+    assert all(image.std() > 5 for image in images), "an image without content proves nothing"
+    assert np.abs(images[0].astype(int) - images[1]).mean() > 5
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_impossible_requests(words: list[str], message: str, capsys: pytest.Capt
 
 
 def test_gradients_of_nothing_but_rounding_count_by_what_is_usual() -> None:
-    """A bias that softmax forgets has a gradient of rounding alone; its error is none."""
+    """A bias that softmax cancels has a gradient of rounding errors only, which do not count."""
     loud, quiet = np.ones((8, 8), np.float32), np.full(8, 1e-9, np.float32)
     update = lambda quiet: training.Update({"loss": np.float32(1), "grad_norm": np.float32(1)},
                                            {"a": loud, "b": quiet}, {"a": loud, "b": quiet})  # fmt: skip

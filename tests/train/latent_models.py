@@ -42,7 +42,7 @@ def networks(unet: UNet2DConditionConfig, encoders: dict[str, type[CLIPTextModel
     models |= {name: kind(text) for name, kind in encoders.items()}
     zero = {"unet": (r"^conv_out/kernel$",)} if fresh else {}
     params = {name: initial_params(model.shapes(), 0, zero.get(name, ())) for name, model in models.items()}
-    # Like a trained autoencoder, a random one shall say what it sees with hardly any noise, or nothing can be learned.
+    # Like a trained autoencoder, a random one must describe its input with hardly any noise, or nothing can be learned.
     params["vae"]["quant_conv"]["bias"][VAE.latent_channels :] = -12.0
     params["vae"]["quant_conv"]["kernel"][..., VAE.latent_channels :] = 0.0
     return {name: (model, params[name]) for name, model in models.items()}

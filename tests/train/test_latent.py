@@ -158,10 +158,10 @@ def test_dreambooth_generates_class_images_and_preserves_them(
                "class_data_dir": others, "class_prompt": "cat", "num_class_images": 6, "sample_batch_size": 4,
                "max_train_steps": 30, "learning_rate": 5e-3 if script == "dreambooth.py" else 5e-2}  # fmt: skip
     run(monkeypatch, script, devices=1, **flags(sd, tmp_path / "out", **options))
-    pictures = sorted(others.glob("*.png"))
-    assert len(pictures) == 6
-    assert (others / "mine.png") in pictures
-    assert all(Image.open(path).size == (SIZE, SIZE) for path in pictures if path.name != "mine.png")
+    images = sorted(others.glob("*.png"))
+    assert len(images) == 6
+    assert (others / "mine.png") in images
+    assert all(Image.open(path).size == (SIZE, SIZE) for path in images if path.name != "mine.png")
     assert fell(log(tmp_path / "out")) < 0.95
     assert all(value > 0 for value in log(tmp_path / "out", "prior_loss"))
     if script == "dreambooth.py":

@@ -1,4 +1,4 @@
-"""SIGTERM at any moment of a script's life: a checkpoint of the last finished step or a word that there is none."""
+"""SIGTERM at any moment of a script's life: a checkpoint of the last finished step or a message that there is none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 MARKS = {"loading": "loading JAX and the library", "training": "step 1 is done"}
-"""Moments of a run -> what it says then."""
+"""Moments of a run -> the message."""
 
 
 def train(tmp_path: Path, output: Path, mark: str = "", after: float = 0.0, **flags: Any) -> Ended:
@@ -95,7 +95,7 @@ def check_stopped(output: Path, ended: Ended) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     seed = int(os.environ.get("DIFFUSE_JAX_TEST_SEED") or random.randrange(10**6))
     print(f"moments of the signal: seed {seed} (DIFFUSE_JAX_TEST_SEED)")
     draw = random.Random(seed)

@@ -17,7 +17,7 @@ from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.settings import BatchSettings
 
 
-def picture(number: int, height: int = 8, width: int = 8) -> Image.Image:
+def flat_image(number: int, height: int = 8, width: int = 8) -> Image.Image:
     """All pixels have the value ``number``."""
     return Image.fromarray(np.full((height, width, 3), number, np.uint8))
 
@@ -32,7 +32,7 @@ def image_folder(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = ((
     """``0.png`` ... whose pixels have the value of their number; captions "0", "1" ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        picture(i, *sizes[i % len(sizes)]).save(folder / f"{i}.png")
+        flat_image(i, *sizes[i % len(sizes)]).save(folder / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": str(i)}) for i in range(count)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -43,7 +43,7 @@ def table(count: int, first: int = 0, **columns: list[Any]) -> Any:
     import datasets
 
     numbers = range(first, first + count)
-    rows = {"image": [{"bytes": png(picture(i)), "path": None} for i in numbers], "text": [str(i) for i in numbers]}
+    rows = {"image": [{"bytes": png(flat_image(i)), "path": None} for i in numbers], "text": [str(i) for i in numbers]}
     return datasets.Dataset.from_dict(rows | columns).cast_column("image", datasets.Image())
 
 

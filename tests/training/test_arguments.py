@@ -69,7 +69,7 @@ def test_a_switch_of_the_file_can_be_turned_off(parser: Parser, tmp_path: Path) 
     assert (args.use_ema, args.scale_lr, args.distributed) == (False, True, False)
 
 
-def test_json_files_and_the_file_that_a_run_writes(parser: Parser, tmp_path: Path) -> None:
+def test_json_files_and_the_file_written_by_a_run(parser: Parser, tmp_path: Path) -> None:
     (tmp_path / "flags.json").write_text(json.dumps({"seed": 7, "learning_rate": 1e-3, "hub_token": "secret"}))
     words = ["--config", str(tmp_path / "flags.json"), "--validation_prompt", "a b", "c", "--adam_beta1=0.5"]
     args = parser.parse_args([*MODEL, *words])
@@ -199,6 +199,6 @@ def test_images_per_training_step(parser: Parser) -> None:
         (["--mesh_fsdp", "3"], "does not fit 8 devices"),
     ],
 )
-def test_processes_and_meshes_that_cannot_be(parser: Parser, words: list[str], message: str) -> None:
+def test_impossible_processes_and_meshes_are_refused(parser: Parser, words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mesh_from(settings_from(parser.parse_args([*MODEL, *words]), DeviceSettings))

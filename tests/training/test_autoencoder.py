@@ -1,4 +1,4 @@
-"""Laws of the autoencoder's loss: whose gradient is whose, when the discriminator is heard, what is recomputed."""
+"""Laws of the autoencoder's loss: whose gradient is whose, when the discriminator takes effect, what is recomputed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_network_gets_the_gradient_of_its_own_loss(rng: np.random.Generator
     x = normalised(jnp.asarray(own["pixel_values"]))
     posterior = VAE.apply({"params": TRAINABLE["vae"]}, x, method="encode")
     y = decode(VAE, TRAINABLE["vae"], posterior.sample(jax.random.key(0)))
-    judge = lambda critic, pictures: CRITIC.apply({"params": critic}, pictures)
+    judge = lambda critic, images: CRITIC.apply({"params": critic}, images)
     hinge = jax.grad(lambda critic: hinge_loss(judge(critic, x), judge(critic, y)))(TRAINABLE["discriminator"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found["discriminator"], hinge)
 
@@ -92,7 +92,7 @@ def test_a_decoder_trained_alone_gets_the_same_gradient(
 
 
 @pytest.mark.parametrize("policy", ["blocks", "full"])
-def test_what_is_computed_again_changes_no_gradient(policy: str, rng: np.random.Generator) -> None:
+def test_recomputation_changes_no_gradient(policy: str, rng: np.random.Generator) -> None:
     own, again = batch(rng, 0), VAE.clone(remat=policy)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
@@ -115,12 +115,12 @@ def test_laws_of_hinge_and_balance() -> None:
 
 
 def test_the_deviation_is_that_of_all_latents(rng: np.random.Generator) -> None:
-    pictures = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
-    means = VAE.apply({"params": TRAINABLE["vae"]}, normalised(jnp.asarray(pictures)), method="encode").mean
-    assert latent_deviation(VAE, TRAINABLE["vae"], iter(pictures), 2) == pytest.approx(float(means.std()), rel=1e-5)
+    images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    means = VAE.apply({"params": TRAINABLE["vae"]}, normalised(jnp.asarray(images)), method="encode").mean
+    assert latent_deviation(VAE, TRAINABLE["vae"], iter(images), 2) == pytest.approx(float(means.std()), rel=1e-5)
 
 
-def test_counted_batches_go_on_where_they_were() -> None:
+def test_counted_batches_continue_where_they_were() -> None:
     make = lambda: WithStepIndex(IndexedBatches(lambda n: {"x": np.full(3, 10 * n)}, lambda n: [f"row {n}"]))
     first, second = make(), make()
     next(first), next(first)

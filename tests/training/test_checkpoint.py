@@ -56,7 +56,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_every_bit_comes_back(tmp_path: Path) -> None:
+def test_a_state_round_trips_bit_for_bit(tmp_path: Path) -> None:
     state = init_state({"w": np.array([np.pi, 1e-38, -0.0], np.float32)}, make_optimizer("adamw", lambda _: 0.1), True)
     write(tmp_path, 7, state=state)
     assert_same_bits(load_checkpoint(tmp_path / "checkpoint-7", state), state)
@@ -64,8 +64,8 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
-def test_a_state_goes_onto_any_mesh(tmp_path: Path, optimizer: str) -> None:
-    """8 devices -> 4 -> 1, and cut along other axes on the way."""
+def test_a_state_is_restored_onto_any_mesh(tmp_path: Path, optimizer: str) -> None:
+    """8 devices -> 4 -> 1, and sharded along other axes on the way."""
     eight = make_mesh(data=2, fsdp=4)
     four = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
     one = make_mesh(devices=jax.devices()[:1])
@@ -77,10 +77,10 @@ def test_a_state_goes_onto_any_mesh(tmp_path: Path, optimizer: str) -> None:
         assert state.params["to_q"]["kernel"].sharding.mesh.shape == mesh.shape
 
 
-def test_saving_does_not_wait_for_the_disk_and_the_state_may_be_given_away(
+def test_saving_does_not_wait_for_the_disk_and_the_state_may_be_donated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While 32 MB are written, and cannot be finished, steps go on in the memory that the saved state had."""
+    """While 32 MB are being written, and cannot be finished, steps continue in the memory of the saved state."""
     state = make_state(width=1 << 18)
     before = jax.tree.map(np.array, state)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
@@ -104,7 +104,7 @@ def test_spec_of_the_limit(tmp_path: Path) -> None:
     assert list(checkpoints(tmp_path / "b")) == [6, 8, 10]
 
 
-def test_the_only_checkpoint_goes_after_the_next_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_checkpoint_is_deleted_after_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = []
     monkeypatch.setattr(
         module, "remove", lambda p, real=module.remove: (there.append(list(checkpoints(tmp_path))), real(p))
@@ -131,7 +131,7 @@ def test_names_paths_and_latest(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "checkpoint-7")
 
 
-def test_a_checkpoint_of_another_training_names_both_sides(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_different_training_run_names_both_sides(tmp_path: Path) -> None:
     write(tmp_path, 1)
     folder = tmp_path / "checkpoint-1"
     with pytest.raises(ValueError, match=r"only in the checkpoint, e.g. opt_state/1/0/nu/"):
@@ -277,7 +277,7 @@ def test_many_more_kills(tmp_path: Path, more: int) -> None:
     killed_and_resumed(tmp_path, 10, seed_of_kills() + 1 + more)
 
 
-def test_interrupted_saves_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path: Path) -> None:
     """SIGTERM while batch 5 of 9 is made: a checkpoint of step 4, exit code 143, and the same result after resuming."""
     from diffuse_jax.training.interruption import Interrupted
 

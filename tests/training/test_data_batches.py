@@ -1,4 +1,4 @@
-"""Batches from flags: the same whatever makes them, and restored to the bit."""
+"""Batches from flags: the same whatever makes them, and restored bit for bit."""
 
 from __future__ import annotations
 

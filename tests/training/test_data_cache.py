@@ -35,7 +35,7 @@ def squares(rows: range) -> dict[str, np.ndarray]:
     return {"square": np.arange(rows.start, rows.stop) ** 2, "pair": np.stack([rows, rows], 1).astype(np.float16)}
 
 
-def test_it_is_computed_once_and_mapped_from_disk(tmp_path: Path) -> None:
+def test_a_cache_is_computed_once_and_mapped_from_disk(tmp_path: Path) -> None:
     asked: list[range] = []
     compute = lambda rows: asked.append(rows) or squares(rows)
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_another_key_is_another_cache(tmp_path: Path) -> None:
     assert len(cached(tmp_path / "a", {"model": 1}, 6, squares)["square"]) == 6
 
 
-def test_an_interrupted_one_is_not_used(tmp_path: Path) -> None:
+def test_an_interrupted_cache_is_not_used(tmp_path: Path) -> None:
     def interrupted(rows: range) -> dict[str, np.ndarray]:
         if rows.start > 0:
             raise KeyboardInterrupt

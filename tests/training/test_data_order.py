@@ -22,7 +22,7 @@ def test_every_epoch_visits_each_row_once(size: int, total: int) -> None:
     assert tuple(stream) != tuple(other)
 
 
-def test_batches_of_another_size_go_on_where_the_run_is() -> None:
+def test_batches_of_another_size_continue_where_the_run_is() -> None:
     together = np.concatenate([Plain(0, 10, 4)(0).indices, Plain(0, 10, 3)(4).indices, Plain(0, 10, 5)(7).indices])
     np.testing.assert_array_equal(together, Plain(0, 10, 12)(0).indices)
 

@@ -29,13 +29,13 @@ from diffuse_jax.training.data import (
 from diffuse_jax.training.data.shards import braces
 from diffuse_jax.training.data.transform import decode
 
-from .data_sets import finish, flags, image_folder, per_device, picture, png, table
+from .data_sets import finish, flags, flat_image, image_folder, per_device, png, table
 
 Row = tuple[str, bytes, Any]
 
 
 def rows(numbers: range) -> list[Row]:
-    return [(f"{i}.png", png(picture(i)), str(i)) for i in numbers]
+    return [(f"{i}.png", png(flat_image(i)), str(i)) for i in numbers]
 
 
 def folder(path: Path) -> list[str]:
@@ -132,13 +132,13 @@ def test_captions_may_be_lists_and_columns_have_names(tmp_path: Path) -> None:
     line = ["--load_from_disk", "--image_column", "photo", "--caption_column", "caption", "--train_data_dir"]
     source = source_from(flags(*line, str(tmp_path / "a")))
     assert [source[i].captions for i in range(2)] == [("one", "two"), ("three",)]
-    write_tar(tmp_path / "a.tar", [("0.png", png(picture(0)), ["a", "b"])])
+    write_tar(tmp_path / "a.tar", [("0.png", png(flat_image(0)), ["a", "b"])])
     assert source_from(flags("--train_shards", str(tmp_path / "a.tar")))[0].captions == ("a", "b")
 
 
 def test_images_alone_need_no_metadata(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
-        picture(1).save(tmp_path / name)
+        flat_image(1).save(tmp_path / name)
     source = FolderSource(tmp_path, caption_column=None)
     assert [Path(source[i].name).name for i in range(2)] == ["a.png", "b.png"]
     assert source[0].captions == ("",)
@@ -147,7 +147,7 @@ def test_images_alone_need_no_metadata(tmp_path: Path) -> None:
 def test_a_changed_image_is_another_data_set(tmp_path: Path) -> None:
     image_folder(tmp_path, 3)
     before = FolderSource(tmp_path).fingerprint
-    picture(200, 9).save(tmp_path / "1.png")
+    flat_image(200, 9).save(tmp_path / "1.png")
     assert FolderSource(tmp_path).fingerprint != before
 
 
@@ -216,7 +216,7 @@ def test_metadata_may_be_comma_separated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/secret.png", "absolute"])
 def test_a_file_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     image_folder(tmp_path / "data", 1)
-    picture(1).save(tmp_path / "secret.png")
+    flat_image(1).save(tmp_path / "secret.png")
     name = str(tmp_path / "secret.png") if name == "absolute" else name
     (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
     with pytest.raises(ValueError, match=r"metadata.jsonl:1: file_name '.*secret.png' leaves the folder"):
@@ -241,7 +241,7 @@ def test_shards_report_skipped_samples_and_know_all_suffixes(tmp_path: Path) -> 
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.jfif", "0.txt", "._0.jfif", "1.txt", "1.heic"):
             info = tarfile.TarInfo(name)
-            info.size = len(content := png(picture(5)))
+            info.size = len(content := png(flat_image(5)))
             tar.addfile(info, io.BytesIO(content))
     with pytest.warns(UserWarning, match=r"skipped 1 non-images, for example 1 in .*a\.tar"):
         assert len(TarSource([tmp_path / "a.tar"], None)) == 1
@@ -273,7 +273,7 @@ def test_missing_and_empty_folders_are_errors(tmp_path: Path) -> None:
         (["--train_data_dir", "a", "--aspect_ratio_buckets", "--resolution", "10"], "--bucket_step 64 must divide"),
     ],
 )
-def test_flags_that_cannot_be(line: list[str], message: str) -> None:
+def test_impossible_flags_are_refused(line: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source_from(flags(*line))
 
@@ -337,7 +337,7 @@ def test_captions_of_shards_that_cannot_be_read_are_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    (tmp_path / "0.png").write_bytes(png(picture(0)))
+    (tmp_path / "0.png").write_bytes(png(flat_image(0)))
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         for file in ("0.png", name):
             shard.add(tmp_path / file, f"deep/{file}")

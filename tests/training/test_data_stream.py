@@ -1,4 +1,4 @@
-"""Data sets that are read from front to back: every row once per epoch, and restored to the bit."""
+"""Data sets that are read from front to back: every row once per epoch, and restored bit for bit."""
 
 from __future__ import annotations
 

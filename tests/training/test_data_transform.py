@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffuse_jax.training.data.transform import Record, Transform, cover, decode, image_size
 
-from .data_sets import picture, png
+from .data_sets import flat_image, png
 
 
 def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def record(pixels: np.ndarray, *captions: str) -> Record:
 
 @pytest.mark.parametrize(("size", "expected"), [((6, 9), (8, 12)), ((7, 5), (11, 8)), ((8, 8), (8, 8))])
 def test_the_shorter_side_is_resized_and_the_longer_rounded_down(size: tuple[int, int], expected: tuple) -> None:
-    resized = cover(picture(9, *size), (8, 8))
+    resized = cover(flat_image(9, *size), (8, 8))
     assert (resized.height, resized.width) == expected
 
 
@@ -40,7 +40,7 @@ def test_the_middle_is_cut_out(rng: np.random.Generator) -> None:
 def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generator) -> None:
     """``crop_top_left`` of a mirrored example is the position in the mirrored image.
 
-    The reference uses the width of the cut instead of that of the picture, which can be negative.
+    The reference uses the width of the cut instead of that of the image, which can be negative.
     """
     pixels = noise(rng, 8, 13)
     transform = Transform(8, random_flip=True)
@@ -99,7 +99,7 @@ def test_images_are_turned_upright_and_transparency_is_dropped(tmp_path: Path, r
     np.testing.assert_array_equal(np.asarray(decode(Record(png(transparent), ("",), "b"))), pixels)
 
 
-@pytest.mark.parametrize("damaged", [b"no picture", png(picture(3, 40, 40))[:60]])
+@pytest.mark.parametrize("damaged", [b"no image", png(flat_image(3, 40, 40))[:60]])
 def test_damaged_images_are_named(damaged: bytes) -> None:
     with pytest.raises(ValueError, match="holiday.png is not a readable image"):
         decode(Record(damaged, ("",), "holiday.png"))
@@ -110,6 +110,6 @@ def test_files_without_an_image_and_images_too_large_are_named(
     read: Callable[[Record], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for damaged in (b"", b"no picture", png(picture(3, 40, 40))):
+    for damaged in (b"", b"no image", png(flat_image(3, 40, 40))):
         with pytest.raises(ValueError, match="key7 in a.tar is not a readable image"):
             read(Record(damaged, ("",), "key7 in a.tar"))

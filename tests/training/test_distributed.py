@@ -112,7 +112,7 @@ PIXELS = UNet2DConfig(
 )  # fmt: skip
 
 
-def pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Eight captioned images."""
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -138,7 +138,7 @@ MORE = {
 @pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "textual_inversion.py", "vae.py"])
 def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
     """One device each: losses, every tensor that is written, the checkpoint's copies too, and validation images."""
-    pictures(tmp_path / "data")
+    write_images(tmp_path / "data")
     flags = ["--train_data_dir", str(tmp_path / "data"), "--train_batch_size", "2", "--max_train_steps", "3"]
     flags += ["--logging_steps", "1", "--checkpointing_steps", "2", "--report_to", "none", "--mesh_fsdp", "2"]
     flags += ["--lr_warmup_steps", "0", "--lr_scheduler", "constant"]

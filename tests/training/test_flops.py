@@ -26,7 +26,7 @@ def test_products_and_their_gradient() -> None:
     assert count_flops(jax.grad(layers, argnums=(0, 1)), W, X) == (2 + 4) * PRODUCT
 
 
-def test_what_is_computed_again_does_not_count() -> None:
+def test_recomputation_does_not_count() -> None:
     again = lambda w, x: jax.checkpoint(layers)(w, x) + jnp.tanh(x).sum()
     assert count_flops(jax.grad(again), W, X) == count_flops(jax.grad(layers), W, X)
 

@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_being_written_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
-def test_a_checkpoint_that_is_being_read_goes_with_the_next_save(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_being_read_is_deleted_at_the_next_save(tmp_path: Path) -> None:
     write(tmp_path, 1, 2)
     with in_use(tmp_path / "checkpoint-1"):
         write(tmp_path, 3, limit=2)

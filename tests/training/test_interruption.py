@@ -57,7 +57,7 @@ def test_signals_to_the_group_while_workers_make_data(
 
 
 def living(group: int) -> list[str]:
-    """Processes of a group, without those that are over and only wait for somebody to look at their status."""
+    """Processes of a group, without those that have ended and are only waiting to be reaped."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
     found = [line.split(None, 2) for line in listed.splitlines()]
     return [args for number, status, args in found if int(number) == group and not status.startswith("Z")]
@@ -116,7 +116,7 @@ def test_a_signal_at_the_end_keeps_the_last_step(
     assert "SIGTERM received" in capfd.readouterr().err
 
 
-def test_an_exception_that_python_ignores_comes_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_that_python_ignores_is_raised_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As while JAX's callback of the garbage collector runs."""
 
     class Garbage:

@@ -63,8 +63,8 @@ def test_checkpoints_of_the_reference(tmp_path: Path) -> None:
     assert list(checkpoints(tmp_path)) == [4, 6]
 
 
-def test_a_run_goes_on_where_there_are_fewer_devices(tmp_path: Path) -> None:
-    """Eight devices cut by fsdp, then four by data, then one: the same curve as on one device all the time."""
+def test_a_run_resumes_on_fewer_devices(tmp_path: Path) -> None:
+    """Eight devices with fsdp, then four with data, then one: the same curve as on one device throughout."""
     size = lambda n: {"train_batch_size": 8 // n, "checkpointing_steps": 2, "logging_steps": 1}
     alone = make_mesh(devices=jax.devices()[:1])
     meshes = (make_mesh(data=1, fsdp=8), make_mesh(devices=jax.devices()[:4]), alone)
@@ -76,7 +76,7 @@ def test_a_run_goes_on_where_there_are_fewer_devices(tmp_path: Path) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latest_without_a_checkpoint_starts_from_scratch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_line(arguments(output_dir=tmp_path, max_train_steps=2, resume_from_checkpoint="latest"))
     assert "starting from step 0" in capsys.readouterr().err
     assert len(records(tmp_path)) == 2
@@ -94,7 +94,7 @@ def test_an_old_run_is_not_mixed_with_a_new_one(tmp_path: Path) -> None:
     assert list(checkpoints(tmp_path)) == [1]
 
 
-def test_a_run_cannot_go_on_to_an_earlier_step(tmp_path: Path) -> None:
+def test_a_run_cannot_resume_towards_an_earlier_step(tmp_path: Path) -> None:
     flags = {"output_dir": tmp_path, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
     train_line(arguments(max_train_steps=2, **flags))
     with pytest.raises(ValueError, match="checkpoint-2 has completed 2 steps, more than --max_train_steps 1"):
@@ -145,15 +145,15 @@ def test_validation_sees_the_average(tmp_path: Path) -> None:
 
 def test_the_result_is_written_before_the_last_images(tmp_path: Path) -> None:
     def validate(params: Any) -> Any:
-        raise MemoryError("too many pictures")
+        raise MemoryError("too many images")
 
-    with pytest.raises(MemoryError, match="too many pictures"):
+    with pytest.raises(MemoryError, match="too many images"):
         train_line(arguments(output_dir=tmp_path, max_train_steps=3), validate=validate)
     assert (tmp_path / "line" / "params.npz").is_file()
 
 
 def test_nothing_is_fetched_between_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every number that goes from a device to the host is noted with the last batch that had been asked for."""
+    """Every value that is fetched from a device is recorded with the last batch that had been requested."""
     pytest.importorskip("tensorboard", reason="the train extra is not installed")
     args = arguments(output_dir=tmp_path, max_train_steps=12, logging_steps=6, report_to="tensorboard")
     inner = line_batches(args, line_mesh(args))
@@ -172,14 +172,14 @@ def broken_after(step: int) -> IndexedBatches:
         x = points(n, 8)
         return {"x": x * (np.nan if n == step - 1 else 1.0)}
 
-    return IndexedBatches(batch, lambda n: [f"picture-{8 * n + i}.png" for i in range(8)])
+    return IndexedBatches(batch, lambda n: [f"image-{8 * n + i}.png" for i in range(8)])
 
 
 def test_a_step_that_is_not_finite_is_named_with_its_batch(tmp_path: Path) -> None:
     """Found with the next record, three steps later; the last good checkpoint stays."""
     args = arguments(output_dir=tmp_path, max_train_steps=20, logging_steps=8, checkpointing_steps=4,
                      checkpoints_total_limit=1)  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"loss is nan .*at step 5\. Its batch: picture-32.png, picture-33"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan .*at step 5\. Its batch: image-32.png, image-33"):
         train_line(args, batches=broken_after(5))
     assert list(checkpoints(tmp_path)) == [4]
     assert not (tmp_path / "line").exists(), "no model is written"

@@ -34,7 +34,7 @@ class Kept:
     def scalars(self, step: int, record: dict[str, float]) -> None:
         self.records[step] = record
 
-    def images(self, step: int, pictures: Any) -> None:
+    def images(self, step: int, images: Any) -> None:
         pass
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_means_and_speeds(clock: Any) -> None:
-    """Compilation (the first step) and what happens aside are not part of the speed."""
+    """Compilation (the first step) and other work are not part of the speed."""
     kept = Kept()
     monitor = Monitor([kept], 0, 10, Work(images=32, devices=4, flops=6e12, peak=3e12), lambda n: {"learning_rate": n})
     clock.now += 60
@@ -185,7 +185,7 @@ def test_images_become_files(tmp_path: Path) -> None:
     JsonLines(tmp_path, 0).images(5, [("a red/blue: thing", RED), ("", RED)])
     assert {p.name for p in (tmp_path / "validation" / "step-5").iterdir()} == {
         "00-a-red-blue-thing.png",
-        "01-picture.png",
+        "01-image.png",
     }
 
 
@@ -239,7 +239,7 @@ def test_a_missing_tracker_stops_the_run_before_it_begins(tmp_path: Path, monkey
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a module that notes its calls in the place of the real one."""
+    """With a module that records its calls in place of the real one."""
     calls: list[tuple[str, Any]] = []
 
     class Run:
@@ -251,7 +251,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     fake = ModuleType("wandb")
     fake.init = lambda **options: calls.append(("init", options)) or Run()  # type: ignore[attr-defined]
-    fake.Image = lambda picture, caption: (picture.size, caption)  # type: ignore[attr-defined]
+    fake.Image = lambda image, caption: (image.size, caption)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     names = {"project": "mine", "entity": "me", "config": {"seed": 1}}
     for first in (0, 4):

@@ -28,14 +28,14 @@ def vgg16_state(rng: np.random.Generator, widths: tuple[int, ...] = WIDTHS) -> d
     return state
 
 
-def pictures(rng: np.random.Generator) -> tuple[jax.Array, jax.Array]:
+def two_images(rng: np.random.Generator) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.asarray(rng.uniform(-1, 1, (2, 32, 32, 3)), jnp.float32) for _ in range(2))  # type: ignore[return-value]
 
 
-def test_it_is_a_symmetric_distance(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_perceptual_distance_is_symmetric(tmp_path: Path, rng: np.random.Generator) -> None:
     save_file(vgg16_state(rng), tmp_path / "vgg16.safetensors")
     network, params = read_features(tmp_path / "vgg16.safetensors")
-    x, y = pictures(rng)
+    x, y = two_images(rng)
     distance = jax.jit(lambda x, y: perceptual_distance(network, params, x, y))
     np.testing.assert_array_equal(distance(x, x), 0)
     np.testing.assert_allclose(distance(x, y), distance(y, x), rtol=1e-5)
@@ -52,7 +52,7 @@ def test_weights_of_the_file_count(tmp_path: Path, rng: np.random.Generator) -> 
     save_file(state, tmp_path / "plain.safetensors")
     save_file(renamed | weights, tmp_path / "lpips.safetensors")
     plain, lpips = (read_features(tmp_path / f"{name}.safetensors") for name in ("plain", "lpips"))
-    x, y = pictures(rng)
+    x, y = two_images(rng)
     np.testing.assert_allclose(perceptual_distance(*lpips, x, y), 2 * perceptual_distance(*plain, x, y), rtol=1e-5)
 
 

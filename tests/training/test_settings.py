@@ -160,7 +160,7 @@ def test_every_flag_is_read(script: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field whose name no script's flag has would keep its default for ever."""
+    """A field that matches no script's flag would always keep its default."""
     flags = {action.dest for script in SCRIPTS for action in parser_of(f"train/{script}", monkeypatch)._actions}
     for kind in all_settings():
         assert set(fields_of(kind)) - flags == set(), kind
@@ -187,7 +187,7 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (ValidationSettings, {"num_validation_images": 0}, "must be a whole number of at least 1 .*, got 0"),
     ],
 )  # fmt: skip
-def test_settings_refuse_what_cannot_be(kind: type, values: dict[str, Any], message: str) -> None:
+def test_settings_refuse_impossible_values(kind: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**values)
 

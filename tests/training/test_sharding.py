@@ -1,4 +1,4 @@
-"""Training on any mesh is training on one device, and computing blocks again changes nothing."""
+"""Training on any mesh is training on one device, and recomputing blocks changes nothing."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_a_mesh_with_explicit_axes_trains_as_an_automatic_one(alone: tuple[list[
 
 
 @pytest.mark.parametrize("policy", ["blocks", "full"])
-def test_parts_computed_again_give_the_same_losses(alone: tuple[list[float], Any], policy: str) -> None:
+def test_recomputation_does_not_change_the_losses(alone: tuple[list[float], Any], policy: str) -> None:
     losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=policy))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
 
 
-def test_what_is_computed_again() -> None:
+def test_what_each_policy_recomputes() -> None:
     batch = {"x0": jnp.zeros((1, 4, 4, 4)), "text": jnp.zeros((1, 3, 16))}
     forward = lambda unet: jax.make_jaxpr(lambda p: loss(unet, p, {}, batch, jax.random.key(0))[0])(UNET.shapes())
     parts = lambda unet: sum(e.primitive.name in ("remat2", "checkpoint") for e in forward(unet).eqns)
@@ -102,7 +102,7 @@ def test_unknown_policy_is_refused() -> None:
         jax.eval_shape(UNET.clone(remat="all").init, jax.random.key(0), **UNET.example_inputs())
 
 
-def test_less_is_kept_from_policy_to_policy() -> None:
+def test_each_policy_keeps_less_than_the_one_before() -> None:
     """What the forward pass hands to the backward pass, in bytes; parameters and inputs apart."""
     unet = UNET.clone(config=UNET.config.replace(layers_per_block=2))
     batch = {"x0": jnp.zeros((1, 16, 16, 4)), "text": jnp.zeros((1, 3, 16))}
@@ -118,7 +118,7 @@ def test_less_is_kept_from_policy_to_policy() -> None:
 
 
 def test_layers_gather_their_parameters_and_leave_activations_where_they_are() -> None:
-    """Of a batch that is cut along ``fsdp`` nothing moves between devices; of a gradient each keeps its part."""
+    """A batch sharded along ``fsdp`` does not move between devices; each keeps its part of a gradient."""
     mesh = make_mesh(data=1, fsdp=8)
     layers = nn.Sequential([Conv(16), lambda x: x.mean((1, 2)), Dense(24)])
     shapes = jax.eval_shape(layers.init, jax.random.key(0), jnp.zeros((1, 4, 4, 8)))["params"]
@@ -140,7 +140,7 @@ def test_layers_gather_their_parameters_and_leave_activations_where_they_are() -
     assert all(jax.tree.leaves(jax.tree.map(as_stored, program.output_shardings, cut, shapes)))
 
 
-def test_a_batch_is_cut_where_the_mesh_divides_it() -> None:
+def test_a_batch_is_sharded_along_the_data_axis() -> None:
     made = jax.jit(lambda n: shard_batch(jnp.arange(n)), static_argnums=0)
     with jax.set_mesh(make_mesh(data=2, fsdp=4)):
         assert made(16).sharding.spec == PartitionSpec(("data", "fsdp"))

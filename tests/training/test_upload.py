@@ -21,7 +21,7 @@ from tests.training.line import arguments, train_line
 
 
 class Hub:
-    """Notes what it is asked for."""
+    """Records what it is asked for."""
 
     asked: ClassVar[dict[str, Any]] = {}
 
@@ -49,8 +49,8 @@ def test_the_model_its_images_and_its_flags_are_uploaded(tmp_path: Path, monkeyp
     assert Hub.asked["repo_id"] == "somebody/my-line"
     assert Hub.asked["token"] == "secret"
     expected = ["README.md", "line/params.npz", "log.jsonl", "training.yaml"]
-    pictures = [f"validation/step-{n}/00-a-line.png" for n in (2, 4)]
-    assert Hub.asked["files"] == sorted(expected + pictures)
+    images = [f"validation/step-{n}/00-a-line.png" for n in (2, 4)]
+    assert Hub.asked["files"] == sorted(expected + images)
     assert "](validation/step-4/00-a-line.png)" in (tmp_path / "my-line" / "README.md").read_text()
     assert "secret" not in "".join(p.read_text() for p in (tmp_path / "my-line").glob("*.*") if p.is_file())
 
@@ -83,6 +83,6 @@ def test_a_hub_that_refuses_is_noticed_before_training(tmp_path: Path, monkeypat
     assert not (tmp_path / "mine").exists()
 
 
-def test_nothing_happens_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_uploaded_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: pytest.fail("asked the Hub"))
     assert push_to_hub(UploadSettings(), tmp_path) is None

@@ -151,7 +151,7 @@ def test_only_what_loading_opens_is_needed(pipeline: dict[str, bytes]) -> None:
 def server(pipeline: dict[str, bytes]) -> Iterator[Hub]:
     repos = {"some/model": pipeline, "some/gated": (403, "GatedRepo"), "some/secret": (401, "RepoNotFound")}
     repos["some/empty"] = {"vae/config.json": pipeline["vae/config.json"], "model_index.json": b"{}"}
-    # The client writes pieces of 10 MiB, so only a larger file can break off with something to go on from.
+    # The client writes pieces of 10 MiB, so only a larger file can break off with something to resume from.
     repos["some/large"] = {"config.json": b"{}", "model.safetensors": np.random.default_rng(0).bytes(24 << 20)}
     with hub(repos) as running:
         yield running
@@ -234,7 +234,7 @@ def test_one_file_of_a_repository_is_downloaded_alone(server: Hub, tmp_path: Pat
         resolve_file(tmp_path / "nothing", name)
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(server: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_where_it_stopped(server: Hub, tmp_path: Path) -> None:
     server.log.clear()
     server.breaks["model.safetensors"] = 1
     ((kind, folder),) = ask(server, tmp_path, {"source": "some/large"})

@@ -52,7 +52,7 @@ def test_bad_entries_are_named(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000])
-def test_files_that_are_no_index(text: str, tmp_path: Path) -> None:
+def test_files_that_are_not_an_index(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text, encoding="latin-1")
     with pytest.raises(WeightsError, match=r"model_index\.json"):
         read_index(tmp_path)

@@ -1,4 +1,4 @@
-"""Files of a few bytes that claim much: refused by name within seconds, before anything of that size is made."""
+"""Tiny files that claim to be huge: refused by name within seconds, before anything of that size is made."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_storage_longer_than_its_tensors_say(tmp_path: Path) -> None:
         read_checkpoint([path])
 
 
-def test_two_members_of_one_name(tmp_path: Path) -> None:
+def test_two_members_with_one_name(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.bin", mapping(w=TENSOR), {"0": NUMBERS.tobytes()})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("archive/data/0", NUMBERS[::-1].tobytes())

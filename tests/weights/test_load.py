@@ -214,7 +214,7 @@ def test_copies_equal_numpys(shape: tuple[int, ...], dtype: str, rng: np.random.
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".msgpack"])
-def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error_and_not_the_end(suffix: str, tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_not_a_crash(suffix: str, tmp_path: Path) -> None:
     array = np.zeros(10_000, np.float32)
     path = tmp_path / f"w{suffix}"
     if suffix == ".bin":

@@ -18,7 +18,7 @@ from tests.weights.tiny import NETWORKS, same_bits, torch_tensors
 def test_torch_to_flax_to_torch_is_bit_identical(name: str, rng: np.random.Generator) -> None:
     shapes = NETWORKS[name].shapes()
     before = torch_tensors(NETWORKS[name], rng)
-    # Every bit pattern must survive, also those that are no numbers.
+    # Every bit pattern must survive, including NaNs.
     first = next(iter(before.values()))
     first.reshape(-1)[:2] = np.array([0x7FC00001, 0xFF800001], np.uint32).view(np.float32)
     found = match(Checkpoint(before, dict.fromkeys(before, Path("file"))), shapes, label=name)

@@ -1,4 +1,4 @@
-"""The safetensors reader and writer: every dtype, the reference implementation's files, and headers that lie."""
+"""The safetensors reader and writer: every dtype, the reference implementation's files, and false headers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_reference_implementation_reads_and_writes_the_same(tmp_path: Path, 
     assert read_metadata(tmp_path / "theirs.safetensors") == {"format": "pt", "made": "by hand"}
 
 
-def test_tensors_are_views_of_the_file_that_cannot_be_written(tmp_path: Path) -> None:
+def test_tensors_are_read_only_views_of_the_file(tmp_path: Path) -> None:
     read = read_safetensors(write(tmp_path / "a.safetensors", {"a": np.ones(8, np.float32)}))
     with pytest.raises(ValueError, match="read-only"):
         read["a"][0] = 2
@@ -72,7 +72,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lying_header_is_refused_with_file_and_key(lie: str, tmp_path: Path) -> None:
+def test_a_false_header_is_refused_with_file_and_key(lie: str, tmp_path: Path) -> None:
     header, size, message = LIES[lie]
     path = write_raw(tmp_path / "liar.safetensors", header, b"\0" * size)
     with pytest.raises(WeightsError, match=f"(?s)liar.safetensors: .*{message}"):
@@ -119,7 +119,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_the_writer_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"'z' has dtype complex64"):
         write(tmp_path / "a.safetensors", {"z": np.zeros(2, np.complex64)})
     with pytest.raises(WeightsError, match=r"'a' was declared as float32\[3\] but is float32\[2\]"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-STYLE, PICTURES = "streamline", 40
+STYLE, IMAGES = "streamline", 40
 
 BODY = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" fill="#fff"/>
 <path d="M32 14V6" stroke="#444" stroke-width="3"/><circle cx="32" cy="5" r="4" fill="#e8427c"/>
@@ -67,7 +67,7 @@ def copy_style(source: Path, folder: Path) -> int:
     """A random selection of images of one style, with a fixed seed and captions that do not name the style."""
     lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["style"] == STYLE]
-    chosen = np.random.default_rng(0).choice(len(lines), PICTURES, replace=False)
+    chosen = np.random.default_rng(0).choice(len(lines), IMAGES, replace=False)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for line in (lines[i] for i in chosen):

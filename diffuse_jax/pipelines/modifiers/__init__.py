@@ -1,8 +1,8 @@
 """What a call may change about a run, whatever the task: ``pipe(prompt, ..., modifiers=[PerturbedAttention(3.0)])``.
 
 A modifier is a frozen dataclass (any function will do) that takes a request and its pipeline and returns the changed
-request: parts of its method are exchanged, and its numbers become rows, so that other numbers never compile again.
-Modifiers combine; each acts on what the ones before it have made. Write your own in the same way.
+request: parts of its method are exchanged, and its values become rows, so changing them compiles nothing. Modifiers
+combine; each acts on the result of the ones before it. Custom ones are written in the same way.
 """
 
 from diffuse_jax.pipelines.modifiers.features import DeepCache, FreeU, Windows

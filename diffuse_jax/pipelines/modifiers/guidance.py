@@ -25,7 +25,7 @@ from diffuse_jax.pipelines.running import Request
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceInterval:
-    """Guidance only between two shares of the run (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside of it the
+    """Guidance only between two fractions of the run (Kynkäänniemi et al. 2024, arXiv 2404.07724); outside of it the
     conditional prediction is used.
 
     Attributes:

@@ -54,7 +54,7 @@ def self_attentions(unet: Params, names: Sequence[str]) -> tuple[str, ...]:
     """The paths of the self-attentions inside the modules of these names, or whose name a regular expression is in.
 
     Raises:
-      ValueError: a name fits none, or is neither a name nor an expression.
+      ValueError: a name matches none, or is neither a name nor an expression.
     """
     every = sorted({"/".join(path[:-2]) for path in flatten(unet) if "attn1" in path})
     kinds = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -74,7 +74,7 @@ def self_attentions(unet: Params, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def dotted(path: str) -> list[str]:
-    """A path of ours as PyTorch's: "up_blocks_0/attentions_1" is up_blocks, 0, attentions, 1."""
+    """One of our paths as PyTorch writes it: "up_blocks_0/attentions_1" is up_blocks, 0, attentions, 1."""
     words: list[str] = []
     for name in path.split("/"):
         head, _, number = name.rpartition("_")

@@ -51,7 +51,7 @@ def check_together(denoiser: Any) -> None:
     """Refuse parts inside each other that need values of evaluations, or layers, that the outer one hides.
 
     Raises:
-      ValueError: it names both.
+      ValueError: two such parts are nested; the message names both.
     """
     for outer in all_parts(denoiser):
         hidden = [part for part in all_parts(outer) if part is not outer and _hides(outer, part)]
@@ -98,7 +98,7 @@ def changed(request: Request, rows: Rows, change: Callable[[Any], Any] = lambda 
 
 
 def numbers(request: Request, *values: Number, name: str) -> np.ndarray:
-    """Numbers of a modifier as float32 ``[B, len(values)]``."""
+    """A modifier's values as float32 ``[B, len(values)]``."""
     return np.stack([one_per_image(value, request.images, name) for value in values], -1)
 
 

@@ -82,7 +82,7 @@ class PerpNeg(Linear):
 class Regions(Linear):
     """A prompt for each region (Bar-Tal et al. 2023, arXiv 2302.08113, section 4.2): the conditional prediction is the
     mean of theirs, weighted by masks. Branches: the negative prompt, then one for each region. Reads
-    ``region_masks [B,h,w,R]``, which are positive somewhere at every place."""
+    ``region_masks [B,h,w,R]``, of which at least one is positive at every pixel."""
 
     @property
     def reads(self) -> tuple[str, ...]:

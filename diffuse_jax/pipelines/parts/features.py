@@ -1,4 +1,4 @@
-"""Changes inside the UNet of a denoiser: perturbed attention, FreeU, deep features that are kept (DeepCache).
+"""Changes inside the UNet of a denoiser: perturbed attention, FreeU, cached deep features (DeepCache).
 
 Each takes the network's place in a method, so that ControlNets and guidance stay around it.
 """
@@ -102,7 +102,7 @@ class DeepCache(Part):
     Attributes:
       inner: the network.
       interval: evaluations from one that computes everything to the next.
-      skips: how many of the finest skip connections are computed anew each time.
+      skips: how many of the finest skip connections are recomputed each time.
     """
 
     inner: Any

@@ -1,4 +1,4 @@
-"""Self-attention guidance: away from what the network predicts once the places that it attends to are blurred."""
+"""Self-attention guidance: away from what the network predicts once the regions that it attends to are blurred."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER = ("mid_block", "attentions_0", "transformer_blocks_0", "attn1", "attend")
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMap(Part):
-    """The network, which also hands on in ``step.kept`` what its middle block attends to."""
+    """The network, which also passes on in ``step.kept`` what its middle block attends to."""
 
     inner: Any
 
@@ -34,14 +34,14 @@ class AttentionMap(Part):
 
 
 def attended(query: jax.Array, key: jax.Array) -> jax.Array:
-    """How much attention every place gets from all others, mean over heads: ``[B,L,heads,D]`` twice -> ``[B,L]``."""
+    """The attention that each position gets, averaged over heads: ``[B,L,heads,D]`` twice -> ``[B,L]``."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5, -1).mean(1).sum(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfAttention(Part):
-    """Guidance that also leads away from the prediction for a degraded sample (Hong et al. 2023, arXiv 2210.00939).
+    """Guidance that also moves away from the prediction for a degraded sample (Hong et al. 2023, arXiv 2210.00939).
 
     Where the middle block attends to more than on average, the clean sample that the first branch (the unconditional
     one, if there is guidance) predicts is blurred and noised again. Reads ``sag_scale [B]``.
