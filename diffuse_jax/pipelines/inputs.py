@@ -213,8 +213,8 @@ ImageInput = Any
 
 def pixels(
     images: ImageInput, size: tuple[int, int] | None, name: str, *, multiple: int = 1, holes: bool = False
-) -> np.ndarray:
-    """RGB images as float32 ``[N,H,W,3]`` in [0, 1]; a batch that is on a device in this size stays there.
+) -> Any:
+    """RGB images as float32 ``[N,H,W,3]`` in [0, 1]. A batch of this size that is on a device stays there.
 
     Args:
       images: see :data:`ImageInput`; PIL images are converted with :func:`diffuse_jax.images.rgb`, and resized with a

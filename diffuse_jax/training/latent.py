@@ -77,7 +77,7 @@ def open_pipeline(
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
-    unchecked = {"requires_safety_checker": False}  # images of training are not shown to others
+    unchecked: dict[str, Any] = {"requires_safety_checker": False}  # images of training are not shown to others
     pipe = DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **unchecked, **parts)
     return dataclasses.replace(pipe, options=index.options)
 
