@@ -137,9 +137,8 @@ def open_pipeline(args: argparse.Namespace) -> Any:
     pipeline = diffuse_jax.DiffusionPipeline
     open_it = pipeline.from_single_file if single else pipeline.from_pretrained
     mesh = {} if args.mesh is None else {"mesh": make_mesh(args.mesh)}
-    off: dict[str, Any] = (
-        {} if single or not args.no_safety_checker else {"safety_checker": None, "requires_safety_checker": False}
-    )
+    off: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    off = off if args.no_safety_checker and not single else {}
     return open_it(args.model, **given(args, allowed), **mesh, **off)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffuse_jax import weights
+from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 
 FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel"
@@ -37,7 +38,8 @@ class AutoPipeline:
           WeightsError: the checkpoint does not exist, or its architecture does not support the task.
         """
         hub = ("revision", "local_files_only", "token", "cache_dir", "variant")
-        folder = weights.resolve(source, **{k: v for k, v in options.items() if k in hub})
+        chosen = {name: value for name, value in options.items() if name in hub}
+        folder = weights.resolve(source, **chosen, skip=not_downloaded(options))
         target = cls.pipeline_for(weights.read_index(folder).class_name, source, options)
         return target.from_pretrained(folder, **{k: v for k, v in options.items() if k != "enable_pag"})
 

@@ -6,7 +6,7 @@ components with :func:`register`. Opening, saving, conversion, parity checks and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,12 @@ NOT_LOADED = ("watermark", "watermarker")
 
 OPTIONAL = ("image_encoder", "feature_extractor", "safety_checker", "depth_estimator")
 """Components that any pipeline may have and none needs for text to image; training leaves them in their folders."""
+
+
+def not_downloaded(given: Iterable[str]) -> tuple[str, ...]:
+    """Folders of a pipeline on the Hub that are not needed, where the caller gives (or leaves out) these components."""
+    return (*NOT_LOADED, *(name for name in OPTIONAL if name in {*given}))
+
 
 PROCESSORS: Mapping[str, type[ImageProcessor]] = {
     f"{kind}{suffix}": ours

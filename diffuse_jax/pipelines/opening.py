@@ -60,6 +60,8 @@ def open_components(
     wanted = {name: entry for name, entry in index.components.items() if name not in given}
     for name, entry in wanted.items():
         catalogue.check(name, entry)
+        if name in OPTIONAL and not entry.folder.is_dir():
+            raise weights.WeightsError(f"{entry.folder}: no such folder; pass {name}=None to open without it")
     read = [name for name in wanted if name not in NOT_LOADED]
     folders = [entry.folder for name in read for entry in catalogue.folders(name, wanted[name])]
     with unchanged(*folders, *{folder.parent / weights.index.FILE for folder in folders}):

@@ -21,7 +21,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
-from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL, not_downloaded
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
 from diffuse_jax.pipelines.image_adapters import ImageAdapters
@@ -237,7 +237,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
-            skip=(*NOT_LOADED, *(name for name in OPTIONAL if name in components)),
+            skip=not_downloaded(components),
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls

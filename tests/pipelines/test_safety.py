@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionImg2ImgPipel
 from diffuse_jax.processors import CLIPImageProcessor
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.latent import open_pipeline
+from diffuse_jax.weights import WeightsError
 from tests.models.filling import random_params
 from tests.pipelines import tiny
 
@@ -115,6 +117,9 @@ def test_it_is_saved_opened_and_left_out_on_request(pipe: Any, tmp_path: Path) -
         DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     with pytest.raises(ValueError, match="has a safety_checker but no feature_extractor"):
         DiffusionPipeline.from_pretrained(folder, feature_extractor=None)
+    shutil.rmtree(folder / "safety_checker")
+    with pytest.raises(WeightsError, match="no such folder; pass safety_checker=None to open without it"):
+        DiffusionPipeline.from_pretrained(folder)
 
 
 def test_training_neither_loads_it_nor_warns(pipe: Any, tmp_path: Path) -> None:
