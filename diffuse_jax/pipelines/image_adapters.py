@@ -15,7 +15,7 @@ from diffuse_jax.adapters.lora_file import Adapter, stem_of, torch_shape
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts import read_ip_adapter
 from diffuse_jax.messages import brief
-from diffuse_jax.models import CLIPVisionModelWithProjection, IPAdapter
+from diffuse_jax.models import CLIPVisionModelWithProjection, IPAdapter, UNet2DConditionModel
 from diffuse_jax.models.image_attention import check_fits, cross_attentions
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 from diffuse_jax.pipelines.adapting import with_adapters
@@ -60,8 +60,8 @@ def with_ip_adapters(
 ) -> Any:
     """The pipeline with the adapters of some files; see ``DiffusionPipeline.load_ip_adapter``."""
     unet = pipe.components.get("unet")
-    if unet is None or not isinstance(getattr(unet, "config", None), UNet2DConditionConfig):
-        raise ValueError(f"{type(pipe).__name__} has no UNet with cross-attention, which IP-Adapters need")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"IP-Adapters need a UNet2DConditionModel; {type(pipe).__name__} has {type(unet).__name__}")
     places = one_for_each(source, subfolder, weight_name)
     nets, trees, loras = [], [], []
     for where, folder, name in places:

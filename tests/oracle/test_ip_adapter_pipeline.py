@@ -18,6 +18,8 @@ from tests.oracle.test_ip_adapter import published, write
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
 
+from diffuse_jax.torch_backend import parity  # noqa: E402
+
 TOLERANCE = 0.02  # of 255, mean over all pixels
 EDGE, SEED = 32, 5
 FORMS = {"plain": ".safetensors", "plus": ".bin"}
@@ -168,6 +170,10 @@ def test_variations_of_images(images: list[Image.Image], tmp_path: Path) -> None
     twin = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(saved, safety_checker=None)
     twin.set_progress_bar_config(disable=True)
     compare(pipe, twin, image=images[:2], num_images_per_prompt=2, num_inference_steps=3, guidance_scale=4.0)
+    request = parity.Request(["an image in its place"], {"num_inference_steps": 2, "seed": 0})
+    compared = parity.check(parity.open_sides(str(saved), device="cpu"), request)
+    assert compared.ok
+    assert "image_encoder image embeds" in {row.name for row in compared.rows}
     with pytest.raises(ValueError, match="give image"):
         pipe()
     with pytest.raises(TypeError, match="no argument prompt"):
