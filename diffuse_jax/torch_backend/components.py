@@ -63,9 +63,11 @@ def label(call: RecordedCall) -> str:
 
 
 def named(outputs: Any) -> dict[str, Any]:
-    """Outputs by name: the fields of a named tuple, with the items of sequences as ``field i``."""
+    """Outputs by name: the fields of a named tuple, with the items of sequences as ``field i``; of a plain tuple as
+    ``output i``."""
     if not hasattr(outputs, "_asdict"):
-        return {"": outputs}
+        several = isinstance(outputs, tuple | list)
+        return {f"output {i}": member for i, member in enumerate(outputs)} if several else {"": outputs}
     found: dict[str, Any] = {}
     for name, value in outputs._asdict().items():
         word = name.replace("_", " ")

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline
 
+CONTROLS: dict[str, Callable[[Any], int]] = {
+    "controlnet": lambda config: config.conditioning_channels,
+    "adapter": lambda config: config.in_channels,
+}
+"""Components that take control images -> the channels of theirs, from their configuration."""
+
+UPSCALING: dict[str, Callable[[int], int]] = {
+    "StableDiffusionUpscalePipeline": lambda scale: scale,
+    "StableDiffusionLatentUpscalePipeline": lambda scale: 2,
+}
+"""Pipelines whose images are larger than the one they take -> how many times, from the autoencoder's factor."""
+
 
 def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """``image``, ``mask_image`` and ``control_image`` in the checkpoint's default size, with one control image per
-    ControlNet; empty for a pipeline without an autoencoder."""
+    """Those of ``image``, ``mask_image`` and ``control_image`` that calls take, for the checkpoint's default size, with
+    one control image per ControlNet or T2I-Adapter; empty for a pipeline without an autoencoder."""
     if pipe.components.get("vae") is None:
         return {}
-    size = pipe.components["unet"].config.sample_size
-    height, width = (
-        edge * pipe.components["vae"].config.scale for edge in ((size, size) if isinstance(size, int) else size)
-    )
-    nets = pipe.components.get("controlnet")
-    count = len(nets) if isinstance(nets, tuple) else 1
-    control = [waves(height, width, k + 1) for k in range(count)]
-    control_image = control if isinstance(nets, tuple) else control[0]
+    size, scale = pipe.components["unet"].config.sample_size, pipe.components["vae"].config.scale
+    height, width = (edge * scale for edge in ((size, size) if isinstance(size, int) else size))
+    smaller = UPSCALING.get(type(pipe).__name__, lambda scale: 1)(scale)
     takes = inspect.signature(pipe.compose).parameters
-    first = nets is not None and "control_image" not in takes  # there, "image" is the control image
-    return {
-        "image": control_image if first else waves(height, width, 0),
+    controls = [name for name in CONTROLS if name in pipe.required]
+    control = control_images(pipe, controls[0], height, width) if controls else None
+    found = {
+        "image": waves(height // smaller, width // smaller, 0),
         "mask_image": disc(height, width),
-        "control_image": control_image,
+        "control_image": control,
     }
+    if controls and "control_image" not in takes:  # then "image" is the control image
+        found["image"] = control
+    return {name: image for name, image in found.items() if name in takes}
 
 
-def waves(height: int, width: int, kind: int) -> np.ndarray:
-    """An image of coloured waves, float32 ``[height,width,3]`` in [0, 1]."""
+def control_images(pipe: DiffusionPipeline, name: str, height: int, width: int) -> Any:
+    """A control image for the network of this name, or a list with one for each of several."""
+    nets = pipe.components[name]
+    several = isinstance(nets, tuple)
+    images = [
+        waves(height, width, k + 1, CONTROLS[name](net.config)) for k, net in enumerate(nets if several else [nets])
+    ]
+    return images if several else images[0]
+
+
+def waves(height: int, width: int, kind: int, channels: int = 3) -> np.ndarray:
+    """An image of coloured waves, float32 ``[height,width,channels]`` in [0, 1]."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j][..., None]
-    colours = np.arange(1, 4)
+    colours = np.arange(1, channels + 1)
     return (0.5 + 0.5 * np.sin(5 * (x * colours + y * (kind + 1)) + kind)).astype(np.float32)
 
 

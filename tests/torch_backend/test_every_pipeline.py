@@ -1,0 +1,146 @@
+"""``diffuse-jax parity`` runs every registered pipeline: each class opens a folder, on both sides, and runs there.
+
+A new class is found in the registry. It runs on one of the folders below, with what its UNet needs in ``UNETS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from diffuse_jax.pipelines import PIPELINES, sample
+from diffuse_jax.weights import read_json, write_json
+
+folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
+from diffuse_jax.torch_backend import parity, pipeline  # noqa: E402
+from tests.oracle import twins  # noqa: E402
+from tests.oracle.test_depth_and_latent_upscaling import K_UNET  # noqa: E402
+
+torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
+
+CLASSES = [name for name, cls in PIPELINES.items() if cls.__module__.startswith("diffuse_jax.")]
+
+UNETS: dict[str, dict[str, Any]] = {
+    "StableDiffusionInstructPix2PixPipeline": {"in_channels": 8},
+    "StableDiffusionXLInstructPix2PixPipeline": {"in_channels": 8},
+    "StableDiffusionUpscalePipeline": {
+        "in_channels": 7,
+        "num_class_embeds": 50,
+        "only_cross_attention": (True, False),
+    },
+    "StableDiffusionDepth2ImgPipeline": {"in_channels": 5},
+    "StableDiffusionLatentUpscalePipeline": K_UNET,
+    "LatentConsistencyModelPipeline": {"time_cond_proj_dim": 16},
+    "LatentConsistencyModelImg2ImgPipeline": {"time_cond_proj_dim": 16},
+}
+"""Class -> changes to the UNet of the folder."""
+
+SCHEDULERS = {
+    "StableDiffusionLatentUpscalePipeline": lambda: diffusers.EulerDiscreteScheduler(prediction_type="sample"),
+    "LatentConsistencyModelPipeline": diffusers.LCMScheduler,
+    "LatentConsistencyModelImg2ImgPipeline": diffusers.LCMScheduler,
+}
+
+Components = dict[str, tuple[str, str, Any]]
+"""Component -> its library, its class in the index, and the module, or a list of modules."""
+
+
+def others(xl: bool) -> Components:
+    """What pipelines have beside those of text to image: two of each network that may be several."""
+    config = folders.UNET_XL if xl else folders.UNET
+    unet = diffusers.UNet2DConditionModel(**config)
+    nets = [diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)) for _ in range(2)]
+    kind = {"adapter_type": "full_adapter_xl" if xl else "full_adapter", "downscale_factor": 4 if xl else 2}
+    adapters = [diffusers.T2IAdapter(channels=(32, 64), num_res_blocks=1, in_channels=c, **kind) for c in (1, 3)]
+    depth = transformers.DPTForDepthEstimation(transformers.DPTConfig(**twins.DEPTH))
+    return {
+        "controlnet": ("diffusers", "MultiControlNetModel", [*map(folders.lively, nets)]),
+        "adapter": ("diffusers", "MultiAdapter", [*map(twins.randomise, adapters)]),
+        "low_res_scheduler": ("diffusers", "DDPMScheduler", diffusers.DDPMScheduler()),
+        "depth_estimator": ("transformers", "DPTForDepthEstimation", twins.randomise(depth)),
+        "feature_extractor": (
+            "transformers",
+            "DPTImageProcessor",
+            transformers.DPTImageProcessor(size={"height": 32, "width": 32}),
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Class -> a folder that it can open."""
+
+    @functools.cache
+    def whole(xl: bool) -> Path:
+        folder = tmp_path_factory.mktemp("every") / "model"
+        (folders.stable_diffusion_xl if xl else folders.stable_diffusion)(folder)
+        index = read_json(folder / "model_index.json")
+        for name, (library, kind, found) in others(xl).items():
+            index[name] = [library, kind]
+            for k, part in enumerate(found if isinstance(found, list) else [found]):
+                part.save_pretrained(folder / (f"{name}_{k}" if k else name))
+        write_json(folder / "model_index.json", index)
+        return folder
+
+    @functools.cache
+    def pixels(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("pixels") / "model"
+        unet = twins.randomise(diffusers.UNet2DModel(**twins.PIXELS))
+        getattr(diffusers, name)(unet=unet, scheduler=diffusers.DDIMScheduler()).save_pretrained(folder)
+        return folder
+
+    def find(name: str) -> Path:
+        if "vae" not in PIPELINES[name].required:
+            return pixels(name)
+        folder = whole("XL" in name)
+        if not {name} & {*UNETS, *SCHEDULERS}:
+            return folder
+        own = Path(shutil.copytree(folder, tmp_path_factory.mktemp(name) / "model"))
+        config = (folders.UNET_XL if "XL" in name else folders.UNET) | UNETS.get(name, {})
+        torch.manual_seed(0)
+        twins.randomise(diffusers.UNet2DConditionModel(**config)).save_pretrained(own / "unet")
+        if name in SCHEDULERS:
+            SCHEDULERS[name]().save_pretrained(own / "scheduler")
+            index = read_json(own / "model_index.json")
+            index["scheduler"] = ["diffusers", type(SCHEDULERS[name]()).__name__]
+            write_json(own / "model_index.json", index)
+        return own
+
+    return find
+
+
+REQUEST = parity.Request(["a cat", "x"], {"num_inference_steps": 4, "seed": 0})
+
+
+@pytest.fixture(scope="module")
+def on_torch(folder_of: Any) -> Any:
+    """Class -> the pipeline with PyTorch's networks; each folder is opened once."""
+    opened = functools.cache(lambda folder: pipeline.from_pretrained(folder, device="cpu"))
+    return lambda name: PIPELINES[name].from_pipe(opened(folder_of(name)))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, on_torch: Any) -> None:
+    """A call is complete without images of the user's, and PyTorch has every network and method that it needs."""
+    pipe = on_torch(name)
+    run = pipe.request(**REQUEST.arguments(pipe))
+    traced = lambda params, rows: sample(run.method, params, rows, run.plan)
+    assert jax.eval_shape(traced, pipe.params, run.rows)["images"].shape[0] == 2
+
+
+QUICK = ("StableDiffusionXLAdapterPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionLatentUpscalePipeline")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow, id=n) for n in CLASSES])
+def test_every_pipeline_computes_the_same(name: str, folder_of: Any) -> None:
+    sides = parity.open_sides(str(folder_of(name)), device="cpu", pipeline_name=name)
+    result = parity.check(sides, REQUEST)
+    assert result.ok, (result.rows, result.differences)
+    names = [row.name for row in result.rows]
+    assert all(names.count(row) == 1 for row in names if row.startswith("adapter")), "called once for all steps"
+    assert "adapter" not in sides.ours.required or "adapter.1 " in " ".join(names)
