@@ -60,7 +60,7 @@ def downloaded(url: str) -> bytes:
     import urllib.request
 
     if not url.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{url} is no http or https URL; download it first")
+        raise ValueError(f"{url} is not an http or https URL; download it first")
     request = urllib.request.Request(url, headers={"User-Agent": "diffuse-jax"})
     try:
         with urllib.request.urlopen(request, timeout=URL_SECONDS) as answer:

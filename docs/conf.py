@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -141,11 +142,31 @@ def keep_flags_whole(app: Sphinx, doctree: nodes.document, page: str) -> None:
             literal["classes"].append("flag")
 
 
+BACK = re.compile(r'(<a class="viewcode-back" href="[^"#]*#)([^"]+)(">)')
+
+
+def right_backlinks(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Let pages with source lead back to the names that the reference has.
+
+    Sphinx assumes one module for all objects of a file, but some are on the page under the name of their package.
+    """
+    if page.startswith("_modules/"):
+        known, module = app.env.get_domain("py").data["objects"], page.removeprefix("_modules/").replace("/", ".")
+
+        def right(link: re.Match[str]) -> str:
+            words = link[2].split(".")
+            names = [link[2], *(".".join([module, *words[k:]]) for k in range(1, len(words)))]
+            return link[1] + next((name for name in names if name in known), link[2]) + link[3]
+
+        context["body"] = BACK.sub(right, context["body"])
+
+
 def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("builder-inited", lambda _: config_fields.write_page(DOCS / "_generated"))
     app.connect("doctree-resolved", keep_flags_whole)
+    app.connect("html-page-context", right_backlinks)
     app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-process-docstring", hide_colons, priority=400)  # Napoleon's is 500
     app.connect("autodoc-process-docstring", show_colons, priority=600)

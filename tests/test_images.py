@@ -89,8 +89,8 @@ def test_load_image_takes_arrays(dtype: Any, rng: np.random.Generator) -> None:
     [
         (b"no image", ValueError, "the image is not a readable image"),
         ("missing.png", FileNotFoundError, "missing.png"),
-        ("ftp://host/a.png", ValueError, "ftp://host/a.png is no http or https URL"),
-        ("file:///etc/passwd", ValueError, "is no http or https URL"),
+        ("ftp://host/a.png", ValueError, "ftp://host/a.png is not an http or https URL"),
+        ("file:///etc/passwd", ValueError, "is not an http or https URL"),
         (np.zeros((2, 4, 4, 3), np.uint8), ValueError, r"\[H,W,3\], .* got \(2, 4, 4, 3\)"),
         (np.zeros((4, 4, 4), np.uint8), ValueError, r"got \(4, 4, 4\)"),
         (np.zeros((0, 4), np.uint8), ValueError, r"got \(0, 4\)"),
