@@ -8,7 +8,7 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from diffuse_jax import cli
 from diffuse_jax.training.flags import Parser
 from tests.test_docs import PAGES, ROOT
 from tests.train.helpers import load as load_trainer
+from tpu import cli as tpu
 
 FENCE = re.compile(r"^```(?:console|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -29,7 +30,8 @@ class Stop(Exception):
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every ``diffuse-jax ...``, ``python script.py ...`` and ``python -m module ...`` of a page."""
+    """The words of every ``diffuse-jax ...``, ``python script.py ...`` and ``python -m module ...`` of a page, also of
+    those that ``python -m tpu`` starts."""
     for block in FENCE.finditer(page.read_text(encoding="utf-8")):
         text = re.sub(r"\\\n\s*", " ", block[1])
         text = re.sub(r"^\$ ", "", re.sub(r"(^|\s)#\s.*$", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
@@ -49,6 +51,8 @@ def in_shell(text: str) -> Iterator[list[str]]:
             yield from in_shell(quoted)
         command = list(itertools.dropwhile(lambda w: w not in ("diffuse-jax", "python"), words))  # do, while, srun ...
         words = []
+        if command[:3] == ["python", "-m", "tpu"] and "--" in command:
+            yield from in_shell(shlex.join(command[command.index("--") + 1 :]))
         if command[:1] == ["diffuse-jax"] or (command[:1] == ["python"] and re.search(r"^-m$|\.py$", command[1])):
             yield command
 
@@ -73,8 +77,9 @@ def parser_of(path: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
     return stopped.value.parser
 
 
-def check(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def check(parser: argparse.ArgumentParser, words: Iterable[str]) -> None:
     """Parse as the script would; flags that are required may stand in the file of ``--config``."""
+    words = list(words)
     if "--config" in words:
         for action in parser._actions:
             action.required = False
@@ -86,6 +91,8 @@ def check(parser: argparse.ArgumentParser, words: list[str]) -> None:
 def test_the_command_exists(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "diffuse-jax":
         return check(cli.build_parser(), words[1:])
+    if words[:3] == ["python", "-m", "tpu"]:
+        return check(tpu.build_parser(), itertools.takewhile(lambda word: word != "--", words[3:]))
     path = words[1] if words[1] != "-m" else words[2].replace(".", "/") + ".py"
     rest = words[2:] if words[1] != "-m" else words[3:]
     if words[1] == "-m" and not path.startswith("benchmarks/"):
