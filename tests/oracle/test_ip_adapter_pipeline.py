@@ -170,7 +170,7 @@ def test_variations_of_images(images: list[Image.Image], tmp_path: Path) -> None
     twin = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(saved, safety_checker=None)
     twin.set_progress_bar_config(disable=True)
     compare(pipe, twin, image=images[:2], num_images_per_prompt=2, num_inference_steps=3, guidance_scale=4.0)
-    request = parity.Request(["an image in its place"], {"num_inference_steps": 2, "seed": 0})
+    request = parity.Request(["an image in its place"], {"num_inference_steps": 1, "seed": 0}, ("image_encoder",))
     compared = parity.check(parity.open_sides(str(saved), device="cpu"), request)
     assert compared.ok
     assert "image_encoder image embeds" in {row.name for row in compared.rows}
