@@ -16,6 +16,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionImg2ImgPipeline):
     """Images from prompts and an initial image, whose depth the UNet sees. ``depth_estimator`` and
     ``feature_extractor`` are needed for calls without a depth map."""
 
+    settings: ClassVar[Mapping[str, str]] = {}
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
 
     def compose(  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
@@ -15,6 +16,7 @@ class StableDiffusionXLAdapterPipeline(StableDiffusionXLPipeline):
     """Images from prompts and control images. ``adapter`` is one network or several."""
 
     required: ClassVar[tuple[str, ...]] = (*StableDiffusionXLPipeline.required, "adapter")
+    settings: ClassVar[Mapping[str, str]] = {"force_zeros_for_empty_prompt": "honoured"}
 
     def compose(
         self,
