@@ -288,13 +288,13 @@ def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | N
     if not source.class_name:
         raise WeightsError("a single-file checkpoint needs the whole pipeline; convert the pipeline's folder")
     configs = {name: network.config for name, network in source.networks.items()}
-    family = layouts.family_for(configs)
     tensors = {name: torch_tensors(network) for name, network in source.networks.items()}
     schedulers = source.schedulers | {
         name: weights.read_json(entry.folder / SCHEDULER)
         for name, entry in source.folders.items()
         if (entry.folder / SCHEDULER).is_file()
     }
+    family = layouts.family_for(configs, schedulers)
     layouts.write_single_file(
         dst, tensors, family, lambda array: _dtype(array, dtype), configs=configs, schedulers=schedulers
     )

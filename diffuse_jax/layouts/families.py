@@ -21,14 +21,16 @@ CLASS_LABELS = UNET + "label_emb.weight"
 SIZE_LABELS = UNET + "label_emb.0.0.weight"
 """A UNet's class embedding table, and its MLP for SDXL's micro-conditioning."""
 
-V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-"""Empty marker tensors, in files of families that predict noise: the file predicts v; its noise schedule has zero
-terminal SNR."""
-
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COMMON = {"num_train_timesteps": 1000, "trained_betas": None, "steps_offset": 1, "timestep_spacing": "leading"}
 PNDM = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, **COMMON, **SCALED_LINEAR}
 DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, **COMMON, **SCALED_LINEAR}
+TRAILING_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    **COMMON,
+    **SCALED_LINEAR,
+    "timestep_spacing": "trailing",
+}
 EULER = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", **COMMON, **SCALED_LINEAR}
 X4_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
 LOW_RES = {
@@ -48,6 +50,7 @@ class Family:
 
     Attributes:
       text: text encoder name -> (prefix in the file, a name of :data:`diffuse_jax.layouts.original.TABLES`).
+      others: the same for networks besides UNet, autoencoder and text encoders.
       pipelines: number of UNet input channels -> pipeline class.
       heads: number of attention heads at every level, or None for one per 64 channels.
       prediction_type: the default, unless the file or the caller says otherwise.
@@ -63,6 +66,7 @@ class Family:
       penultimate_text: whether prompts are encoded by the penultimate layer, so that the last one is unused.
       epsilon_sizes: (latent, image) ``sample_size`` of the family's checkpoints that predict noise, where the family
         predicts v; or None.
+      epsilon_channels: numbers of UNet input channels whose checkpoints predict noise, where the family predicts v.
     """
 
     text: Mapping[str, tuple[str, str]]
@@ -79,17 +83,13 @@ class Family:
     linear_projection: bool = True
     penultimate_text: bool = False
     epsilon_sizes: tuple[int, int] | None = None
+    epsilon_channels: Collection[int] = ()
+    others: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, tuple[str, str]]:
         """Component name -> (prefix in the file, name of the table), for every network."""
-        return {"unet": (UNET, "unet"), "vae": (VAE, "vae"), **self.text}
-
-    def scheduler_for(self, prediction_type: str, zero_snr: bool) -> dict[str, Any]:
-        """The scheduler's configuration; with zero terminal SNR, DDIM replaces PNDM, which cannot start there."""
-        changes = {"prediction_type": prediction_type} | ({"rescale_betas_zero_snr": True} if zero_snr else {})
-        base = DDIM if zero_snr and self.scheduler is PNDM else self.scheduler
-        return {**base, **changes}
+        return {"unet": (UNET, "unet"), "vae": (VAE, "vae"), **self.text, **self.others}
 
 
 XL = Family(
@@ -113,11 +113,7 @@ XL = Family(
 )
 V2 = Family(
     text={"text_encoder": ("cond_stage_model.model.", "openclip")},
-    pipelines={
-        4: "StableDiffusionPipeline",
-        5: "StableDiffusionDepth2ImgPipeline",
-        9: "StableDiffusionInpaintPipeline",
-    },
+    pipelines={4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"},
     heads=None,
     prediction_type="v_prediction",
     latent_size=96,
@@ -126,6 +122,10 @@ V2 = Family(
     scheduler=DDIM,
     penultimate_text=True,
     epsilon_sizes=(64, 512),
+    epsilon_channels=(9,),
+)
+V2_EPSILON = dataclasses.replace(
+    V2, prediction_type="epsilon", latent_size=64, image_size=512, epsilon_sizes=None, epsilon_channels=()
 )
 V1 = Family(
     text={"text_encoder": ("cond_stage_model.transformer.", "clip")},
@@ -162,8 +162,21 @@ FAMILIES = {
         options={"max_noise_level": 350},
         labels=CLASS_LABELS,
         epsilon_sizes=None,
+        epsilon_channels=(),
     ),
     "v2": V2,
+    "v2-depth": dataclasses.replace(
+        V2_EPSILON,
+        pipelines={5: "StableDiffusionDepth2ImgPipeline"},
+        scheduler=PNDM,
+        others={"depth_estimator": ("depth_model.model.", "midas")},
+    ),
+    "v2-turbo": dataclasses.replace(
+        V2_EPSILON,
+        text={"text_encoder": ("conditioner.embedders.0.model.", "openclip")},
+        pipelines={4: "StableDiffusionPipeline"},
+        scheduler=TRAILING_EULER,
+    ),
     "v1": V1,
 }
 """Families by name; if a file fits several equally well, the first is taken."""
@@ -182,6 +195,12 @@ MARKERS = {
         "positional_embedding",
         "transformer.resblocks.0.attn.in_proj_weight",
         "ln_final.weight",
+    ),
+    "midas": (
+        "pretrained.model.cls_token",
+        "pretrained.model.pos_embed",
+        "scratch.layer1_rn.weight",
+        "scratch.output_conv.0.weight",
     ),
 }
 """Name of a table -> keys that every network of its kind has. Half of them are enough to count as present; if the
@@ -208,7 +227,7 @@ def identify(
     lacks = {name: _lacks(family, tensors, given) for name, family in FAMILIES.items()}
     fitting = [name for name, missing in lacks.items() if not missing]
     # One family's networks may be a subset of another's, and the caller may provide all text encoders.
-    best = max(fitting, key=lambda name: _fit(FAMILIES[name], tensors), default=None)
+    best = max(fitting, key=lambda name: _fit(FAMILIES[name], tensors, given), default=None)
     return best, lacks
 
 
@@ -223,8 +242,7 @@ def _lacks(family: Family, tensors: Mapping[str, np.ndarray], given: Mapping[str
     labels = _labels(tensors, given)
     if labels is not None and family.labels is not None and family.labels not in labels:
         missing.append(family.labels)
-    if labels is not None and family.labels != CLASS_LABELS and CLASS_LABELS in labels:
-        missing.append(f"a place for {CLASS_LABELS}")
+    missing += [f"a place for {label}" for label in labels or () if label != family.labels]
     return missing
 
 
@@ -245,28 +263,46 @@ def _is_there(tensors: Mapping[str, np.ndarray], prefix: str, table: str) -> boo
     return 2 * sum(found) >= len(markers)
 
 
-def _fit(family: Family, tensors: Mapping[str, np.ndarray]) -> tuple[int, bool]:
-    """How well a complete file fits a family: the number of its text encoders, and whether the UNet's kind agrees."""
-    networks = sum(_is_there(tensors, prefix, table) for prefix, table in family.text.values())
-    projection = tensors.get(UNET + "middle_block.1.proj_in.weight")
-    return networks, projection is not None and (projection.ndim == 2) == family.linear_projection
+def _fit(
+    family: Family, tensors: Mapping[str, np.ndarray], given: Mapping[str, Mapping[str, Any]]
+) -> tuple[int, bool, bool]:
+    """How well a complete file fits a family: the number of its networks, and whether the kind and the input channels
+    of its UNet agree."""
+    networks = sum(_is_there(tensors, prefix, table) for prefix, table in family.places.values())
+    projection, first = (
+        tensors.get(UNET + key) for key in ("middle_block.1.proj_in.weight", "input_blocks.0.0.weight")
+    )
+    channels = given.get("unet", {}).get("in_channels") if first is None or first.ndim != 4 else first.shape[1]
+    linear = projection is not None and (projection.ndim == 2) == family.linear_projection
+    return networks, linear, channels in family.pipelines
 
 
-def family_for(networks: Mapping[str, Mapping[str, Any]]) -> str:
+def family_for(
+    networks: Mapping[str, Mapping[str, Any]], schedulers: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """The family that a pipeline's configurations (component name -> ``config.json``) belong to.
+
+    Args:
+      networks: the configurations of its networks.
+      schedulers: those of its schedulers, by which families of the same networks are told apart.
 
     Raises:
       WeightsError: the original layout cannot hold such a pipeline.
     """
-    labels = networks.get("unet", {}).get("num_class_embeds") is not None
+    labels = networks.get("unet", {}).get("num_class_embeds")
+    fitting = []
     for name, family in FAMILIES.items():
-        if networks.keys() != family.places.keys() or labels != (family.labels == CLASS_LABELS):
+        if networks.keys() != family.places.keys() or (labels is not None) != (family.labels == CLASS_LABELS):
             continue
         if all(_text_table(networks[part]) == table for part, (_, table) in family.text.items()):
-            return name
-    raise WeightsError(
-        f"the components {', '.join(sorted(networks))} fit none of the single-file layouts {', '.join(FAMILIES)}"
-    )
+            fitting.append(name)
+    if not fitting:
+        raise WeightsError(
+            f"the components {', '.join(sorted(networks))} fit none of the single-file layouts {', '.join(FAMILIES)}"
+        )
+    sampler = (schedulers or {}).get("scheduler", {})
+    own = (name for name in fitting if sampler and FAMILIES[name].scheduler.items() <= sampler.items())
+    return next(own, fitting[0])
 
 
 def _text_table(config: Mapping[str, Any]) -> str:

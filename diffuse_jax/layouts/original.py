@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 
 from diffuse_jax.errors import WeightsError
+from diffuse_jax.layouts.midas import midas_table
 from diffuse_jax.layouts.rows import Table
 from diffuse_jax.weights.names import ALIASES, rename
 
@@ -211,5 +212,6 @@ TABLES: dict[str, Callable[[Iterable[str]], Table]] = {
     "clip": clip_table,
     "openclip": openclip_table,
     "controlnet": controlnet_table,
+    "midas": midas_table,
 }
 """Kind of network -> the function that builds its table from its keys."""

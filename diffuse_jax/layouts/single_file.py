@@ -12,8 +12,10 @@ import numpy as np
 
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
-from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, V_PREDICTION, ZERO_SNR, Family, identify
+from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, identify
 from diffuse_jax.layouts.kinds import held
+from diffuse_jax.layouts.markers import MARKERS, read_markers
+from diffuse_jax.layouts.midas import depth_config
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
@@ -28,10 +30,15 @@ EMA = "model_ema."
 
 BUFFERS = re.compile(
     r"^(model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|logvar$|lvlb_weights$|scale_factor$"
-    rf"|{V_PREDICTION}$|{ZERO_SNR}$|denoiser\.|low_scale_model\.|depth_model\.|first_stage_model\.(loss|model_ema)\."
-    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(model\.)?(logit_scale|attn_mask)$)"
+    rf"|({'|'.join(map(re.escape, MARKERS))})$|denoiser\.|low_scale_model\.|first_stage_model\.(loss|model_ema)\."
+    r"|depth_model\.model\.pretrained\.model\.head\."
+    r"|(optimizer_states|lr_schedulers|callbacks|loops|amp_scaler|embedding_manager)\."
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.((model|transformer)\.)?(logit_scale|attn_mask)$"
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.model\.visual\."
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.transformer\.(vision_model|visual_projection|text_projection)\.)"
 )
-"""Keys that training left in the file and no component needs: EMA weights, noise schedules, losses, depth models."""
+"""Keys that training left in the file and no component needs: EMA weights, noise schedules, losses, optimizers, the
+classifier of a depth network, and CLIP's image encoder and projections beside its text encoder."""
 
 OPENCLIP_UNUSED = re.compile(r"^(text_projection|transformer\.resblocks\.(\d+)\..*)$")
 """What goes unused in a text encoder that is read at its penultimate layer: its projection and its last layer."""
@@ -74,13 +81,14 @@ def read_single_file(
     configs: Configs | None = None,
     given: Configs | None = None,
 ) -> SingleFile:
-    """Open a checkpoint in the original layout: Stable Diffusion 1.x, 2.x, the x4 upscaler, SDXL base and refiner.
+    """Open a checkpoint in the original layout: Stable Diffusion 1.x, 2.x, the x4 upscaler, SDXL base and refiner, and
+    their inpainting, editing and depth models.
 
     Args:
       path: a ``.safetensors`` or ``.ckpt`` file.
-      prediction_type: ``"epsilon"`` or ``"v_prediction"``. If None, a marker tensor in the file decides (``v_pred``),
-        else the family; a Stable Diffusion 2 ``.ckpt``, where both kinds have the same tensors, is told apart by its
-        training step.
+      prediction_type: ``"epsilon"`` or ``"v_prediction"``. If None, a marker tensor in the file decides
+        (:mod:`~diffuse_jax.layouts.markers`), else the family; a Stable Diffusion 2 ``.ckpt``, where both kinds have
+        the same tensors, is told apart by its training step.
       ema: use the UNet's EMA weights (``model_ema.``), which some files hold beside the last ones.
       configs: component name -> values that override the file's metadata and what its tensors imply.
       given: component name -> configuration (may be empty) of the components that the caller provides. The file need
@@ -99,24 +107,26 @@ def read_single_file(
     family = FAMILIES[name]
     groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family, given)
     networks = {part: _network(path, part, group, family) for part, group in groups.items()}
-    record = read_record(path)
-    for changes in (record.get("configs", {}), configs or {}):
-        for part in changes.keys() & networks.keys():
-            networks[part].config.update(changes[part])
     unet = networks["unet"].config if "unet" in networks else given["unet"]
     channels = unet.get("in_channels", min(family.pipelines))
     if type(channels) is not int or channels not in family.pipelines:
-        raise bad(path, f"the UNet has {brief(channels)} input channels; {name} files have {sorted(family.pipelines)}")
-    prediction = prediction_type or _prediction_type(path, tensors, family)
-    if prediction == "epsilon" and family.epsilon_sizes:
+        raise bad(path, _other_channels(channels, name, lacks))
+    default = _prediction_type(path, family, channels)
+    marks = read_markers(path, tensors, family, prediction_type, default)
+    if marks.scheduler["prediction_type"] == "epsilon" and family.epsilon_sizes:
         for part, size in zip(("unet", "vae"), family.epsilon_sizes, strict=True):
             if part in networks:
                 networks[part].config["sample_size"] = size
-    schedulers = {"scheduler": family.scheduler_for(prediction, ZERO_SNR in tensors)}
+    record = read_record(path)
+    for changes in ({"vae": marks.vae}, record.get("configs", {}), configs or {}):
+        for part in changes.keys() & networks.keys():
+            networks[part].config.update(changes[part])
+    schedulers = {"scheduler": marks.scheduler}
     schedulers |= {part: dict(config) for part, config in family.other_schedulers.items()}
     if prediction_type is None:
         schedulers |= record.get("schedulers", {})
-    return SingleFile(family.pipelines[channels], name, networks, schedulers, dict(family.options))
+    class_name = family.pipelines[channels]
+    return SingleFile(class_name, name, networks, schedulers, {**family.options, **marks.options.get(class_name, {})})
 
 
 def _no_family(lacks: Mapping[str, list[str]]) -> str:
@@ -129,13 +139,22 @@ def _no_family(lacks: Mapping[str, list[str]]) -> str:
     )
 
 
-def _prediction_type(path: Path, tensors: Tensors, family: Family) -> str:
-    """The family's, unless a marker tensor, or the training step of a ``.ckpt`` (SD 2 base), says otherwise."""
-    if V_PREDICTION in tensors:
-        return "v_prediction"
+def _other_channels(channels: Any, name: str, lacks: Mapping[str, list[str]]) -> str:
+    """The error for a UNet whose number of input channels no pipeline of its family has."""
+    text = f"the UNet has {brief(channels)} input channels; {name} files have {sorted(FAMILIES[name].pipelines)}"
+    others = [other for other in lacks if lacks[other] and channels in FAMILIES[other].pipelines]
+    hints = [f"; missing for {other}: {', '.join(lacks[other])}" for other in others]
+    return text + "".join(hints)
+
+
+def _prediction_type(path: Path, family: Family, channels: int) -> str:
+    """The family's, unless the UNet's channels, or the training step of a ``.ckpt`` (SD 2 base), says otherwise."""
+    if channels in family.epsilon_channels:
+        return "epsilon"
     if not family.epsilon_sizes or path.suffix == ".safetensors":
         return family.prediction_type
-    step = read_torch_object(path).get("global_step")
+    found = read_torch_object(path)
+    step = found.get("global_step") if isinstance(found, Mapping) else None
     return "epsilon" if step in EPSILON_STEPS else family.prediction_type
 
 
@@ -184,7 +203,7 @@ def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family
             path, f"{part}: cannot infer its configuration from its tensors; missing or misshapen: {error}"
         ) from error
     kind = config.get("_class_name") or config["architectures"][0]
-    library = "transformers" if part in family.text else "diffusers"
+    library = "diffusers" if part in ("unet", "vae") else "transformers"
     return Part(library, kind, config, Checkpoint(tensors, dict.fromkeys(tensors, path)))
 
 
@@ -192,6 +211,8 @@ def _config(tensors: Tensors, table: str, family: Family) -> dict[str, Any]:
     """``config.json`` of a table's network."""
     if table == "unet":
         return unet_config(tensors, family)
+    if table == "midas":
+        return depth_config(tensors)
     return vae_config(tensors, family) if table == "vae" else text_config(tensors, table)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.layouts.families import FAMILIES, V_PREDICTION, ZERO_SNR
+from diffuse_jax.layouts.families import FAMILIES
+from diffuse_jax.layouts.markers import markers_for
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, make_record
 from diffuse_jax.layouts.rows import combine, combined_shape, to_original
@@ -43,17 +44,14 @@ def write_single_file(
         prefix, table = FAMILIES[family].places[part]
         for key, members in to_original(tensors, TABLES[table](tensors)).items():
             sources[prefix + key] = [(tensors[name], operation) for name, operation in members]
-    sources |= {name: [(np.zeros(0, np.float32), "same")] for name in _markers(family, schedulers)}
-    specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
+    markers = markers_for(FAMILIES[family], configs, schedulers)
+    sources |= {name: [(array, "same")] for name, array in markers.items()}
+    specs = {
+        key: (np.dtype(np.float32 if key in markers else cast(parts[0][0])), combined_shape(parts))
+        for key, parts in sorted(sources.items())
+    }
     arrays = (_read(sources[key], dtype) for key, (dtype, _) in specs.items())
     write_safetensors(Path(path), specs, arrays, make_record(configs, schedulers))
-
-
-def _markers(family: str, schedulers: Configs | None) -> list[str]:
-    """The marker tensors that tell other programs what the network predicts, if it is not the family's default."""
-    config = (schedulers or {}).get("scheduler", {})
-    predicts_v = config.get("prediction_type") == "v_prediction" != FAMILIES[family].prediction_type
-    return [V_PREDICTION] * predicts_v + [ZERO_SNR] * (config.get("rescale_betas_zero_snr") is True)
 
 
 def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:

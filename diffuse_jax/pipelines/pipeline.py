@@ -32,7 +32,7 @@ from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
 from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
 from diffuse_jax.pipelines.settings import corrected, log_ignored
-from diffuse_jax.pipelines.single_file import open_single_file
+from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other
 from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
@@ -254,6 +254,7 @@ class DiffusionPipeline(AdapterMethods):
         mesh: Mesh | None = None,
         tokenizer: Any = None,
         prediction_type: str | None = None,
+        ema: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -262,12 +263,16 @@ class DiffusionPipeline(AdapterMethods):
     ) -> Self:
         """Open a pipeline from one ``.safetensors`` or ``.ckpt`` file in the original layout (SD 1.x, 2.x, XL).
 
+        ``DiffusionPipeline`` chooses the class; another class opens the files of its own task, and plain text-to-image
+        files for any task of their family.
+
         Args:
           path: the file; its architecture is inferred from its tensors.
           dtype, mesh, components: as in :meth:`from_pretrained`.
           tokenizer: a folder or Hub id with CLIP's tokenizer, which such files do not contain; by default OpenAI's
             repository on the Hub.
           prediction_type: "epsilon" or "v_prediction", if the file does not determine it (SD 2.x).
+          ema: use the UNet's averaged weights (``model_ema.``), which files for training hold beside the last ones.
           revision, local_files_only, token, cache_dir: options for the tokenizer on the Hub.
 
         Raises:
@@ -276,22 +281,24 @@ class DiffusionPipeline(AdapterMethods):
         """
         refuse_habits(components)
         check_data_axis(mesh)
+        file = read_file(path, components, prediction_type=prediction_type, ema=ema)
+        own = pipeline_class(file.class_name, path)
+        target = own if cls is DiffusionPipeline else cls
+        refuse_other(target, own, file, components, path)
         found = open_single_file(
             path,
+            file,
             dtype=dtype,
             mesh=mesh,
             tokenizer=tokenizer,
-            prediction_type=prediction_type,
             components=components,
             revision=revision or "main",
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
         )
-        target = pipeline_class(found.class_name, path)
-        if not issubclass(target, cls):
-            raise TypeError(f"{path} contains a {target.__name__}, not a {cls.__name__}")
-        return target(corrected(target, found.parts), found.params, found.options, mesh)
+        log_ignored(target, file.options, path)
+        return cast(Self, target(corrected(target, found.parts), found.params, file.options, mesh))
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from diffuse_jax.models import Model, Params
 from diffuse_jax.models.base import network_class
 from diffuse_jax.pipelines.catalogue import NOT_LOADED
 from diffuse_jax.pipelines.opening import Parts, is_pair, with_overrides
+from diffuse_jax.processors import DPTImageProcessor
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, param_shardings
 from diffuse_jax.text.tokenizer import clip_tokenizer
@@ -24,33 +25,74 @@ from diffuse_jax.weights import WeightsError
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 """The Hub repository of the vocabulary that all Stable Diffusion models share; single files do not contain it."""
 
-PAD_WITH_EXCLAMATION_MARK = {("v2", "tokenizer"), ("xl", "tokenizer_2"), ("xl-refiner", "tokenizer_2")}
+PAD_WITH_EXCLAMATION_MARK = {
+    *((family, "tokenizer") for family in ("v2", "v2-depth", "v2-turbo")),
+    *((family, "tokenizer_2") for family in ("xl", "xl-refiner")),
+}
 """``(family, component)`` of tokenizers that pad with "!" (id 0), as OpenCLIP was trained, not with the end token."""
 
 
 class Contents(NamedTuple):
     """The contents of a file, as a pipeline's folder would hold them."""
 
-    class_name: str
     parts: Parts
     params: dict[str, Params]
-    options: dict[str, Any]
+
+
+def read_file(
+    path: str | Path, components: Mapping[str, Any], *, prediction_type: str | None, ema: bool
+) -> layouts.SingleFile:
+    """What a file holds besides what the caller gives; see :meth:`DiffusionPipeline.from_single_file`."""
+    given = {name: part for name, part in components.items() if name not in NOT_LOADED}
+    configs = {name: part[0].config_json() if is_model(part) else {} for name, part in given.items()}
+    return layouts.read_single_file(path, prediction_type=prediction_type, ema=ema, given=configs)
+
+
+def refuse_other(target: Any, own: Any, file: layouts.SingleFile, components: Collection[str], path: Any) -> None:
+    """Refuse to open a file with a pipeline that does not fit it.
+
+    Args:
+      target: the pipeline class.
+      own: the class of the file itself, of whose family ``target`` must be.
+      file: what the file holds.
+      components: names of the components that the caller gives.
+      path: the file, for messages.
+
+    Raises:
+      TypeError: the file lacks a component of this class, has unused ones, or its UNet is of another task; or the
+        caller gives a component that the pipeline does not have.
+    """
+    family, used = layouts.FAMILIES[file.family], getattr(target.family, "encoders", {})
+    have = {*family.places, *map(tokenizer_of, family.text), *file.schedulers}
+    problem = ""
+    if missing := [name for name in target.required if name not in {*have, *components}]:
+        problem = f", which needs {', '.join(missing)} as well"
+    elif unused := [name for name in family.text if used and name not in used]:
+        problem = f", which does not use {', '.join(unused)}"
+    special = file.class_name != family.pipelines[min(family.pipelines)]
+    related = issubclass(target, own) or ("Inpaint" in own.__name__ and "Inpaint" in target.__name__)
+    if problem or (special and not related):
+        raise TypeError(
+            f"{path} contains a {own.__name__}, not a {target.__name__}{problem}; DiffusionPipeline.from_single_file "
+            "chooses the right class"
+        )
+    known = {*have, *target.required, *used, *map(tokenizer_of, used), *NOT_LOADED}
+    if unknown := sorted({*components} - known):
+        raise TypeError(f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}")
 
 
 def open_single_file(
     path: str | Path,
+    file: layouts.SingleFile,
     *,
     dtype: DTypeLike,
     mesh: Mesh | None,
     tokenizer: Any,
-    prediction_type: str | None,
     components: Mapping[str, Any],
     **hub: Any,
 ) -> Contents:
     """The components of a file; see :meth:`DiffusionPipeline.from_single_file`."""
     given = {name: part for name, part in components.items() if name not in NOT_LOADED}
-    configs = {name: part[0].config_json() if is_model(part) else {} for name, part in given.items()}
-    file = layouts.read_single_file(path, prediction_type=prediction_type, given=configs)
     wanted = file.networks
     models = {name: open_model(path, part, dtype) for name, part in wanted.items()}
     shapes = {name: model.shapes() for name, model in models.items()}
@@ -62,11 +104,14 @@ def open_single_file(
     parts |= open_tokenizers(file, tokenizer, components, **hub)
     with parsing(path):
         parts |= {name: Scheduler.from_config(config) for name, config in file.schedulers.items()}
+    if "depth_estimator" in wanted:
+        edge = models["depth_estimator"].config.image_size
+        parts["feature_extractor"] = DPTImageProcessor(size=(edge, edge), resample=2)
     params: dict[str, Params] = {}
     for name in wanted:
         shardings = None if mesh is None else param_shardings(shapes[name], automatic(mesh))
         params[name] = weights.place(views[name], dtype=dtype, shardings=shardings)
-    return Contents(file.class_name, *with_overrides(parts, params, given), file.options)
+    return Contents(*with_overrides(parts, params, given))
 
 
 def is_model(part: Any) -> bool:
@@ -101,8 +146,13 @@ def open_tokenizers(
     Raises:
       WeightsError: there is no tokenizer at the source.
     """
-    names = [name.replace("text_encoder", "tokenizer") for name in layouts.FAMILIES[file.family].text]
+    names = [tokenizer_of(name) for name in layouts.FAMILIES[file.family].text]
     return {name: given.get(name) or open_tokenizer(source, (file.family, name), **hub) for name in names}
+
+
+def tokenizer_of(encoder: str) -> str:
+    """The component that a text encoder's tokenizer is."""
+    return encoder.replace("text_encoder", "tokenizer")
 
 
 def open_tokenizer(source: Any, key: tuple[str, str], **hub: Any) -> Any:

@@ -139,6 +139,11 @@ def _key(value: Any) -> Any:
     return value
 
 
+def _left_out(*_: Any) -> Container:
+    """A value of training state that no reader uses; it is neither built nor looked at."""
+    return Container()
+
+
 CALLS: dict[Name, Callable[..., Any]] = {
     Name("collections", "OrderedDict"): _ordered,
     Name("torch", "Size"): _size,
@@ -146,6 +151,11 @@ CALLS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Name("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     Name("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    # NumPy's numbers, such as the best loss so far
+    Name("numpy", "dtype"): _left_out,
+    Name("numpy.core.multiarray", "scalar"): _left_out,
+    Name("numpy._core.multiarray", "scalar"): _left_out,
+    Name("_codecs", "encode"): _left_out,
 }
 """Globals that a file may call -> the function that is called instead."""
 
@@ -155,6 +165,9 @@ VALUES: dict[Name, Any] = (
     | {Name("torch.storage", "UntypedStorage"): np.dtype(np.uint8)}
 )
 """Globals that stand for a dtype."""
+
+NAMED_ONLY = ("pytorch_lightning.", "lightning.")
+"""Modules whose globals stand for their own names: PyTorch Lightning files the state of a callback under its class."""
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
@@ -218,6 +231,8 @@ class Machine:
             operation()
 
     def _global(self, module: str, name: str) -> Any:
+        if module.startswith(NAMED_ONLY):
+            return f"{module}.{name}"
         found = Name(module, name)
         if found not in CALLS and found not in VALUES:
             raise TypeError(f"the global {module}.{name}")

@@ -11,7 +11,14 @@ import pytest
 from diffuse_jax import schedulers
 from diffuse_jax.layouts import write_single_file
 from diffuse_jax.models import UNet2DConditionModel
-from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.names import flatten, from_torch, torch_key
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -60,7 +67,9 @@ def test_components_may_be_given(vocabulary: Path, tmp_path: Path, rng):
     assert isinstance(pipe.components["unet"], UNet2DConditionModel)
     assert pipe.params["unet"] is params
     assert isinstance(pipe.scheduler, schedulers.EulerDiscreteScheduler)
-    with pytest.raises(TypeError, match="contains a StableDiffusionPipeline, not a StableDiffusionXLPipeline"):
+    with pytest.raises(
+        TypeError, match="a StableDiffusionPipeline, not a StableDiffusionXLPipeline, which needs text_enc"
+    ):
         StableDiffusionXLPipeline.from_single_file(tmp_path / "model.safetensors", tokenizer=vocabulary)
 
 
@@ -82,3 +91,20 @@ def test_a_file_without_an_autoencoder_opens_with_one_that_is_given(vocabulary: 
     assert pipe.params["vae"] is params
     with pytest.raises(WeightsError, match=r"for v1: vae \(first_stage_model\.\*\).*vae=\(model, params\)"):
         DiffusionPipeline.from_single_file(path, tokenizer=vocabulary)
+
+
+def test_a_plain_file_opens_for_any_task_of_its_family_and_others_only_for_their_own(
+    vocabulary: Path, tmp_path: Path, rng
+):
+    path, options = tmp_path / "model.safetensors", {"tokenizer": vocabulary}
+    write_single_file(path, tensors := family_tensors("v1", rng), "v1")
+    assert type(StableDiffusionImg2ImgPipeline.from_single_file(path, **options)) is StableDiffusionImg2ImgPipeline
+    with pytest.raises(TypeError, match="not a StableDiffusionControlNetPipeline, which needs controlnet as well"):
+        StableDiffusionControlNetPipeline.from_single_file(path, **options)
+    with pytest.raises(TypeError, match="StableDiffusionPipeline has no component decoder; it has feature_extractor"):
+        DiffusionPipeline.from_single_file(path, **options, decoder=None)
+    nine = {"conv_in.weight": np.zeros((32, 9, 3, 3), np.float32)}
+    write_single_file(path, tensors | {"unet": tensors["unet"] | nine}, "v1")
+    assert type(StableDiffusionInpaintPipeline.from_single_file(path, **options)) is StableDiffusionInpaintPipeline
+    with pytest.raises(TypeError, match="a StableDiffusionInpaintPipeline, not a StableDiffusionImg2ImgPipeline; Diff"):
+        StableDiffusionImg2ImgPipeline.from_single_file(path, **options)
