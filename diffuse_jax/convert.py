@@ -90,10 +90,11 @@ def convert(
 
     Args:
       src: the folder of a pipeline or of one network in diffusers layout (safetensors, ``.bin`` or ``.msgpack``), a Hub
-        id, or a ``.safetensors`` or ``.ckpt`` file in the original layout.
+        id, or a ``.safetensors`` or ``.ckpt`` file of a pipeline or of one network in the original layout.
       dst: the folder to write, or the file for ``single-file``. It must not exist, except as an empty folder.
       to: ``"diffusers"`` (safetensors, PyTorch's names), ``"flax-msgpack"`` (the folders of old Flax releases) or
-        ``"single-file"`` (the original layout, for pipelines of Stable Diffusion 1.x, 2.x and XL).
+        ``"single-file"`` (the original layout, for pipelines of Stable Diffusion 1.x, 2.x and XL, and for networks
+        that have :meth:`~diffuse_jax.models.one_file.OneFile.save_single_file`).
       dtype: the dtype to cast floating-point tensors to; None leaves them unchanged.
       variant: which weight files of the source to read, for example ``"fp16"``.
       prediction_type: for a single file; see :func:`diffuse_jax.layouts.read_single_file`.
@@ -120,13 +121,13 @@ def convert(
     if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
         raise ValueError("tokenizer= is only for converting a single file to a folder; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
-    if Path(src).is_file() and to != "single-file" and tokenizer is None:
-        warn(
-            f"{src} holds no tokenizer, so {dst} will not have one, but pipelines need it; pass tokenizer= "
-            f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
-        )
     with finished(dst, to) as partial, unchanged(*places(Path(src))):
         source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
+        if Path(src).is_file() and source.class_name and to != "single-file" and tokenizer is None:
+            warn(
+                f"{src} holds no tokenizer, so {dst} will not have one, but pipelines need it; pass tokenizer= "
+                f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
+            )
         source = without_optional(source) if to == "single-file" else source
         WRITERS[to](source, partial, dtype)
         _verify(source, partial, to, dtype)
@@ -225,19 +226,21 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
 
 
 def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> OpenedCheckpoint:
-    """A pipeline from a single file, which contains no tokenizers."""
+    """A pipeline from a single file, which contains no tokenizers, or one network."""
+    if kind := layouts.network_in(path):
+        return OpenedCheckpoint("", _networks({"": layouts.read_network(path, kind)}, path))
     file = layouts.read_single_file(path, prediction_type=prediction_type)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
-    networks = _networks(file, path)
+    networks = _networks(file.networks, path)
     return OpenedCheckpoint(
         file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options
     )
 
 
-def _networks(file: layouts.SingleFile, path: Path) -> dict[str, Network]:
+def _networks(parts: Mapping[str, layouts.Part], path: Path) -> dict[str, Network]:
     """The networks of a single file, matched against the shapes of their classes."""
     networks = {}
-    for name, part in file.networks.items():
+    for name, part in parts.items():
         cls = _class(part.library, part.class_name, path)
         try:
             model = cls.from_config(part.config)
@@ -256,7 +259,7 @@ def _dtype(array: np.ndarray, dtype: DTypeLike | None) -> np.dtype:
 
 def _write_diffusers(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
     for name, network in source.networks.items():
-        tensors = torch_tensors(network)
+        tensors = names.torch_tensors(network.views)
         specs = {key: (_dtype(array, dtype), array.shape) for key, array in sorted(tensors.items())}
         save_tensors(dst / name, specs, functools.partial(_read, tensors, dtype), network.model.weights_name)
         head = {"_class_name": type(network.model).__name__} if "_class_name" in network.config else {}
@@ -285,27 +288,27 @@ def _old_flax(path: names.Path) -> names.Path:
 
 
 def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | None) -> None:
+    cast = lambda array: _dtype(array, dtype)
     if not source.class_name:
-        raise WeightsError("a single-file checkpoint needs the whole pipeline; convert the pipeline's folder")
+        network = source.networks[""]
+        kind = type(network.model).__name__
+        if kind not in layouts.NETWORKS:
+            raise WeightsError(f"a {kind} has no single-file layout; those that have are {', '.join(layouts.NETWORKS)}")
+        config = network.model.config_json()
+        layouts.write_network(dst, kind, names.torch_tensors(network.views), config, cast)
+        return
     configs = {name: network.config for name, network in source.networks.items()}
-    tensors = {name: torch_tensors(network) for name, network in source.networks.items()}
+    tensors = {name: names.torch_tensors(network.views) for name, network in source.networks.items()}
     schedulers = source.schedulers | {
         name: weights.read_json(entry.folder / SCHEDULER)
         for name, entry in source.folders.items()
         if (entry.folder / SCHEDULER).is_file()
     }
     family = layouts.family_for(configs, schedulers)
-    layouts.write_single_file(
-        dst, tensors, family, lambda array: _dtype(array, dtype), configs=configs, schedulers=schedulers
-    )
+    layouts.write_single_file(dst, tensors, family, cast, configs=configs, schedulers=schedulers)
 
 
 WRITERS = {"diffusers": _write_diffusers, "flax-msgpack": _write_flax, "single-file": _write_single_file}
-
-
-def torch_tensors(network: Network) -> dict[str, np.ndarray]:
-    """A network's tensors with PyTorch's names and axis order, as views."""
-    return {key: names.to_torch(path, network.views[path]) for key, path in names.torch_keys(network.views).items()}
 
 
 def _read(tensors: Mapping[Any, np.ndarray], dtype: DTypeLike | None, key: Any) -> np.ndarray:
@@ -344,8 +347,11 @@ def write_rest(source: OpenedCheckpoint, dst: Path, prefix: str) -> None:
 
 def _verify(source: OpenedCheckpoint, written: Path, to: str, dtype: DTypeLike | None) -> None:
     """Read the result back and compare every tensor with its source, bit for bit."""
-    if to == "single-file":
-        again = _networks(layouts.read_single_file(written), written)
+    if to == "single-file" and not source.class_name:
+        kind = type(source.networks[""].model).__name__
+        again = _networks({"": layouts.read_network(written, kind)}, written)
+    elif to == "single-file":
+        again = _networks(layouts.read_single_file(written).networks, written)
     else:
         again = {
             name: _open_network("", type(network.model).__name__, written / name, written / name, None)

@@ -14,7 +14,7 @@ from diffuse_jax.adapters.lora_writer import cast, write_adapter
 from diffuse_jax.convert import Network, open_source
 from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.layouts.lora_names import WIDTHS, made_for
-from diffuse_jax.models import Params, UNet2DConditionModel
+from diffuse_jax.models import Model, Params, UNet2DConditionModel
 from diffuse_jax.models.base import floating_type
 from diffuse_jax.models.presets import SD15_UNET, SD21_UNET, SDXL_UNET
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
@@ -23,7 +23,7 @@ from diffuse_jax.weights import names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.load import read_checkpoint
 
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, tuple[type[Model], Any]]] = {
     WIDTHS[768]: {"unet": (UNet2DConditionModel, SD15_UNET), "text_encoder": (CLIPTextModel, CLIP_L)},
     WIDTHS[1024]: {"unet": (UNet2DConditionModel, SD21_UNET), "text_encoder": (CLIPTextModel, OPENCLIP_H)},
     WIDTHS[2048]: {

@@ -5,22 +5,23 @@
 
 from __future__ import annotations
 
-from diffuse_jax.layouts.controlnet import read_controlnet
 from diffuse_jax.layouts.families import FAMILIES, family_for
 from diffuse_jax.layouts.ip_adapter import IPAdapterFile, read_ip_adapter
+from diffuse_jax.layouts.networks import NETWORKS, network_in, read_network, write_network
 from diffuse_jax.layouts.single_file import Part, SingleFile, read_single_file
 from diffuse_jax.layouts.single_file_writer import write_single_file
-from diffuse_jax.layouts.unet import read_unet
 
 __all__ = [
     "FAMILIES",
+    "NETWORKS",
     "IPAdapterFile",
     "Part",
     "SingleFile",
     "family_for",
-    "read_controlnet",
+    "network_in",
     "read_ip_adapter",
+    "read_network",
     "read_single_file",
-    "read_unet",
+    "write_network",
     "write_single_file",
 ]

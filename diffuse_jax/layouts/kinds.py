@@ -20,7 +20,8 @@ KINDS = (
     (r"\.(w_norm|b_norm)$", "changed norms, which are not supported"),
     (r"\.lokr_t1$", "a LoKr whose first factor has a core, which no trainer writes"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
-    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter"),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which T2IAdapter.from_single_file opens"),
+    (r"^(style_embedding$|transformer_layes\.)", f"a style adapter of T2I-Adapter, {NO}"),
     (r"input_hint_block\.|^controlnet_cond_embedding\.", "a ControlNet, which ControlNetModel.from_single_file opens"),
     (
         r"^(model\.diffusion_model\.)?(conv_out|out\.2)\.weight$",
@@ -30,7 +31,10 @@ KINDS = (
         r"(\.|_)lora([._](up|down)|_[AB](\.\w+)?)\.weight$|\.(hada|lokr)_w1",
         "a LoRA, which load_lora_weights of a pipeline reads",
     ),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.weight$", "an autoencoder"),
+    (
+        r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.weight$",
+        "an autoencoder, which AutoencoderKL.from_single_file opens",
+    ),
 )
 """Keys -> what they are part of, as the end of "The file holds ..."."""
 

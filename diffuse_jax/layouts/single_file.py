@@ -186,7 +186,8 @@ def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]
         else:
             groups[part][key.removeprefix(prefixes[part])] = array
     if unknown:
-        raise bad(path, f"{len(unknown)} tensors belong to no component, e.g. {', '.join(map(repr, unknown[:3]))}")
+        examples = ", ".join(map(repr, unknown[:3]))
+        raise bad(path, f"{len(unknown)} tensors belong to no component, e.g. {examples}.{held(unknown)}")
     return {part: group for part, group in groups.items() if part not in given}
 
 
@@ -194,7 +195,7 @@ def _network(path: Path, part: str, group: dict[str, np.ndarray], family: Family
     """One component, with its keys renamed and its configuration inferred from its tensors."""
     table = family.places[part][1]
     if table == "openclip" and family.penultimate_text:
-        group = _without_last_layer(group)
+        group = without_last_layer(group)
     try:
         tensors = to_diffusers(group, TABLES[table](group))
         config = _config(tensors, table, family)
@@ -216,7 +217,7 @@ def _config(tensors: Tensors, table: str, family: Family) -> dict[str, Any]:
     return vae_config(tensors, family) if table == "vae" else text_config(tensors, table)
 
 
-def _without_last_layer(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def without_last_layer(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Stable Diffusion 2 uses the penultimate layer: drop a full encoder's last layer; a cut one has no projection."""
     if "text_projection" not in group:
         return group

@@ -12,9 +12,12 @@ from diffuse_jax.layouts.families import FAMILIES
 from diffuse_jax.layouts.markers import markers_for
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, make_record
-from diffuse_jax.layouts.rows import combine, combined_shape, to_original
+from diffuse_jax.layouts.rows import Table, combine, combined_shape, to_original
 from diffuse_jax.weights.copy import check_whole, compact
 from diffuse_jax.weights.safetensors import write_safetensors
+
+Sources = dict[str, list[tuple[np.ndarray, str]]]
+"""Name in the file -> the tensors that make it up, each with its operation (:mod:`diffuse_jax.layouts.rows`)."""
 
 
 def write_single_file(
@@ -39,19 +42,36 @@ def write_single_file(
     Raises:
       WeightsError: the layout has no name for one of the tensors.
     """
-    sources: dict[str, list[tuple[np.ndarray, str]]] = {}
+    sources: Sources = {}
     for part, tensors in networks.items():
         prefix, table = FAMILIES[family].places[part]
-        for key, members in to_original(tensors, TABLES[table](tensors)).items():
-            sources[prefix + key] = [(tensors[name], operation) for name, operation in members]
+        sources |= original_names(tensors, TABLES[table](tensors), prefix)
     markers = markers_for(FAMILIES[family], configs, schedulers)
     sources |= {name: [(array, "same")] for name, array in markers.items()}
-    specs = {
-        key: (np.dtype(np.float32 if key in markers else cast(parts[0][0])), combined_shape(parts))
-        for key, parts in sorted(sources.items())
-    }
+    exact = {id(array) for array in markers.values()}
+    write_tensors(
+        path,
+        sources,
+        lambda array: array.dtype if id(array) in exact else cast(array),
+        make_record(configs, schedulers),
+    )
+
+
+def original_names(tensors: Mapping[str, np.ndarray], table: Table, prefix: str) -> Sources:
+    """Name in the original layout, after a prefix -> the tensors that make it up.
+
+    Raises:
+      WeightsError: the layout has no name for one of the tensors.
+    """
+    groups = to_original(tensors, table).items()
+    return {prefix + key: [(tensors[name], operation) for name, operation in members] for key, members in groups}
+
+
+def write_tensors(path: Path | str, sources: Sources, cast: Any, metadata: dict[str, str] | None) -> None:
+    """Write tensors of the original layout; each is made up and cast as it is written."""
+    specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
     arrays = (_read(sources[key], dtype) for key, (dtype, _) in specs.items())
-    write_safetensors(Path(path), specs, arrays, make_record(configs, schedulers))
+    write_safetensors(Path(path), specs, arrays, metadata)
 
 
 def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:

@@ -14,6 +14,7 @@ from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.autoencoder_layers import Decoder, Encoder
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import ACTIVATIONS, Conv
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy
 
 
@@ -129,7 +130,7 @@ class Posterior(NamedTuple):
         return 0.5 * terms.sum((1, 2, 3))
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(OneFile, Model):
     """Maps images ``[B,H,W,3]`` in [-1, 1] to latents ``[B,H/scale,W/scale,latent_channels]`` and back.
 
     Latents are unscaled here; :func:`scale_latents` gives those that a UNet works on.

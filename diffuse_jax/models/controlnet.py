@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
 from diffuse_jax.config import Config
-from diffuse_jax.habits import refuse_habits
-from diffuse_jax.layouts import read_controlnet
-from diffuse_jax.models.base import Params, floating_type
+from diffuse_jax.models.base import Params
 from diffuse_jax.models.layers import Conv
-from diffuse_jax.models.one_file import open_part
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
 from diffuse_jax.models.unet_config import MIDDLES, EncoderConfig
@@ -92,7 +88,7 @@ class ConditioningEmbedding(nn.Module):
         return Conv(self.channels, **dtypes, name="conv_out")(x)
 
 
-class ControlNetModel(EncoderModel):
+class ControlNetModel(OneFile, EncoderModel):
     """Computes residuals for a UNet with the same encoder so that its samples follow a control image.
 
     :meth:`embed` is the part that does not depend on the step; a sampler calls it once and passes ``features``. To
@@ -101,43 +97,6 @@ class ControlNetModel(EncoderModel):
 
     config: ControlNetConfig = ControlNetConfig()
     config_class: ClassVar[type[Config]] = ControlNetConfig
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        config: str | pathlib.Path | Mapping[str, Any] | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
-        **unknown: Any,
-    ) -> tuple[Self, Params]:
-        """The ControlNet of one ``.safetensors``, ``.ckpt`` or ``.pth`` file, in the original layout (with or without
-        ``control_model.`` before its names, alone or with the networks that it was trained with) or in diffusers'.
-
-        Args:
-          path: the file; its configuration is inferred from its tensors.
-          config: values of ``config.json`` that replace those, or the local folder that holds one: the number of heads
-            is not in the tensors, and taken to be that of Stable Diffusion 1 (8), 2 and XL (one for 64 channels).
-          dtype, param_dtype, mesh: as in :meth:`from_pretrained`.
-
-        Raises:
-          WeightsError: a damaged file, one without a ControlNet, or tensors that do not fit it one to one.
-          ValueError: ``dtype`` is not a floating-point type.
-        """
-        refuse_habits(unknown)
-        if unknown:
-            raise TypeError(f"from_single_file has no argument {', '.join(sorted(unknown))}")
-        return open_part(
-            cls,
-            read_controlnet(path),
-            path,
-            config=config,
-            dtype=floating_type(dtype),
-            param_dtype=param_dtype,
-            mesh=mesh,
-        )
 
     def setup(self) -> None:
         c = self.config

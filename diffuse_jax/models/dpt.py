@@ -19,6 +19,7 @@ from diffuse_jax.models.base import Model
 from diffuse_jax.models.bit import STRIDE, BitBackbone, BitConfig
 from diffuse_jax.models.clip_layers import HARMLESS
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, LayerNorm
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.resampling import bilinear
 
 READOUTS = ("ignore", "add", "project")
@@ -142,7 +143,7 @@ DEFAULT_BACKBONE: Mapping[str, Any] = {
 """The backbone of a hybrid whose file has none."""
 
 
-class DPTForDepthEstimation(Model):
+class DPTForDepthEstimation(OneFile, Model):
     """Relative depth of every pixel, larger where it is nearer."""
 
     config: DPTConfig = DPTConfig()

@@ -15,6 +15,7 @@ from diffuse_jax.allowed import Layers, Range
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import Conv
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy, remat_block
 from diffuse_jax.models.resnet import halve
 
@@ -140,7 +141,7 @@ class AdapterBody(nn.Module):
         return tuple(features)
 
 
-class T2IAdapter(Model):
+class T2IAdapter(OneFile, Model):
     """Computes what a UNet adds in its downward path (``down_intrablock_additional_residuals``) to follow an image.
 
     The features do not depend on the step: a sampler computes them once.

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Range, Share
 from diffuse_jax.config import NO_DROPOUT, Config
-from diffuse_jax.layouts import read_unet
 from diffuse_jax.models import k_blocks
-from diffuse_jax.models.base import Params
 from diffuse_jax.models.k_blocks import GROUP, KLevel
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
-from diffuse_jax.models.one_file import open_part
+from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy, remat_level
 from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
 from diffuse_jax.models.unet_config import HAS_ATTENTION, MIDDLES, EncoderConfig, Level
@@ -126,7 +121,7 @@ class UNet2DConditionConfig(EncoderConfig):
         return self.time_embedding_dim or ratio * self.block_out_channels[0]
 
 
-class UNet2DConditionModel(EncoderModel):
+class UNet2DConditionModel(OneFile, EncoderModel):
     """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and prompt embeddings.
 
     Covers SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants (more input channels),
@@ -137,37 +132,6 @@ class UNet2DConditionModel(EncoderModel):
 
     config: UNet2DConditionConfig = UNet2DConditionConfig()
     config_class: ClassVar[type[Config]] = UNet2DConditionConfig
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        config: str | pathlib.Path | Mapping[str, Any] | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
-    ) -> tuple[Self, Params]:
-        """The UNet of one ``.safetensors``, ``.bin`` or ``.ckpt`` file, alone (as few-step models are published) or in
-        a whole checkpoint, with the names of diffusers or of original checkpoints.
-
-        Args:
-          path: the file; its configuration is inferred from its tensors.
-          config: values of ``config.json`` that replace those, or the local folder that holds one: what is not in the
-            tensors, such as the number of heads and ``sample_size``, is taken to be that of Stable Diffusion 1, 2
-            (768 pixels) or XL.
-          dtype, param_dtype, mesh: as in :meth:`from_pretrained`.
-
-        Raises:
-          WeightsError: a damaged file, one without a UNet, or tensors that do not fit it one to one.
-          ValueError: ``dtype`` is not a floating-point type.
-
-        Example::
-
-            unet = UNet2DConditionModel.from_single_file("sdxl_lightning_4step_unet.safetensors", dtype="bfloat16")
-            pipe = DiffusionPipeline.from_pretrained("path/to/sdxl", unet=unet, dtype="bfloat16")
-        """
-        return open_part(cls, read_unet(path), path, config=config, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
 
     @nn.compact
     def __call__(

@@ -32,7 +32,7 @@ from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
 from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
 from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
 from diffuse_jax.pipelines.settings import corrected, log_ignored
-from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other
+from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other, save_single_file
 from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
@@ -361,14 +361,33 @@ class DiffusionPipeline(AdapterMethods):
           variant: variant in the names of the weight files, for example ``"fp16"``.
           dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
-        if self.adapters.live():
-            names = ", ".join(name for name, _ in self.adapters.live())
-            warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
+        self._warn_of_live_adapters()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         entries = save_components(folder, self.components, self.params, variant=variant, dtype=dtype)
         weights.write_index(folder, type(self).__name__, entries, self.options)
         return folder
+
+    def save_single_file(self, path: str | Path, *, dtype: DTypeLike | None = None) -> Path:
+        """Write one ``.safetensors`` file in the original layout, for programs that open such files.
+
+        Settings that its tensors do not show are in its metadata. A tokenizer has no place in it.
+
+        Args:
+          path: the file; it is replaced if it exists.
+          dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
+
+        Raises:
+          WeightsError: the layout has no place for one of the networks.
+          ValueError: the name does not end in ``.safetensors``.
+        """
+        self._warn_of_live_adapters()
+        return save_single_file(self, path, dtype)
+
+    def _warn_of_live_adapters(self) -> None:
+        if self.adapters.live():
+            names = ", ".join(name for name, _ in self.adapters.live())
+            warn(f"live adapters are not part of the saved model ({names}); fuse_lora merges them into it")
 
     # Programs
 

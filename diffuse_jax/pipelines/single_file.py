@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from diffuse_jax import layouts, weights
 from diffuse_jax.errors import parsing
 from diffuse_jax.models import Model, Params
-from diffuse_jax.models.base import network_class
-from diffuse_jax.pipelines.catalogue import NOT_LOADED
+from diffuse_jax.models.base import floating_type, network_class
+from diffuse_jax.models.one_file import casting, in_host_memory, safetensors_path
+from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.pipelines.opening import Parts, is_pair, with_overrides
 from diffuse_jax.processors import DPTImageProcessor
 from diffuse_jax.schedulers import Scheduler
@@ -76,7 +77,7 @@ def refuse_other(target: Any, own: Any, file: layouts.SingleFile, components: Co
             f"{path} contains a {own.__name__}, not a {target.__name__}{problem}; DiffusionPipeline.from_single_file "
             "chooses the right class"
         )
-    known = {*have, *target.required, *used, *map(tokenizer_of, used), *NOT_LOADED}
+    known = {*have, *target.required, *used, *map(tokenizer_of, used), *NOT_LOADED, *OPTIONAL}
     if unknown := sorted({*components} - known):
         raise TypeError(f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}")
 
@@ -168,3 +169,15 @@ def open_tokenizer(source: Any, key: tuple[str, str], **hub: Any) -> Any:
             f"a single file holds no tokenizer, and none was found at {source or CLIP_TOKENIZER} ({error}); "
             "pass a folder or Hub id with CLIP's vocab.json and merges.txt as tokenizer="
         ) from error
+
+
+def save_single_file(pipe: Any, path: str | Path, dtype: DTypeLike | None) -> Path:
+    """Write a pipeline's networks to one file; see :meth:`DiffusionPipeline.save_single_file`."""
+    path, dtype = safetensors_path(path), None if dtype is None else floating_type(dtype)
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    configs = {name: part.config_json() for name, part in parts.items() if isinstance(part, Model)}
+    schedulers = {name: part.to_json() for name, part in parts.items() if isinstance(part, Scheduler)}
+    family = layouts.family_for(configs, schedulers)
+    tensors = {name: in_host_memory(pipe.params[name]) for name in configs}
+    layouts.write_single_file(path, tensors, family, casting(dtype), configs=configs, schedulers=schedulers)
+    return path

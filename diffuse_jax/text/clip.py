@@ -16,6 +16,7 @@ from diffuse_jax.models.base import Model
 from diffuse_jax.models.clip_layers import CLIPLayersConfig, Part, TransformerLayers
 from diffuse_jax.models.embeddings import Embedding
 from diffuse_jax.models.layers import Dense
+from diffuse_jax.models.one_file import OneFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class CLIPTextOutput(NamedTuple):
         return self.hidden_states[-1 - clip_skip]
 
 
-class CLIPTextModel(Model):
+class CLIPTextModel(OneFile, Model):
     """A causal transformer over token ids, without projection of the pooled state (SD 1.x, 2.x, SDXL's first
     encoder)."""
 

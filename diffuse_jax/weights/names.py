@@ -125,3 +125,8 @@ def to_torch(path: Path, array: np.ndarray) -> np.ndarray:
     if path[-1] != "kernel" or array.ndim not in AXES:
         return array
     return array.transpose(np.argsort(AXES[array.ndim]))
+
+
+def torch_tensors(views: Mapping[Path, np.ndarray]) -> dict[str, np.ndarray]:
+    """A network's arrays under PyTorch's names and with its axis order, as views."""
+    return {key: to_torch(path, views[path]) for key, path in torch_keys(views).items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from diffuse_jax.layouts import read_controlnet
+from diffuse_jax.layouts import read_network
 from diffuse_jax.layouts.configs import controlnet_config
 from diffuse_jax.layouts.original import controlnet_table
 from diffuse_jax.layouts.rows import to_original
@@ -77,14 +77,17 @@ def test_names_are_those_of_the_original():
     ("names", "message"),
     [
         (["model.diffusion_model.out.0.weight"], "contains no ControlNet: it has neither 'input_hint_block.0.weight'"),
-        (["input_hint_block.0.weight"], "cannot infer the ControlNet's configuration from its tensors"),
-        (["controlnet_cond_embedding.conv_in.weight"], "cannot infer the ControlNet's configuration from its tensors"),
+        (["input_hint_block.0.weight"], "cannot infer the configuration of its ControlNet"),
+        (
+            ["controlnet_cond_embedding.conv_in.weight"],
+            "cannot infer the configuration of its ControlNet",
+        ),
     ],
 )
 def test_files_without_a_whole_controlnet_are_refused(names: list[str], message: str, tmp_path: Path):
     save_file({name: np.zeros((1, 1), np.float32) for name in names}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=message):
-        read_controlnet(tmp_path / "a.safetensors")
+        read_network(tmp_path / "a.safetensors", "ControlNetModel")
 
 
 def test_a_folder_is_no_file(tmp_path: Path):
