@@ -36,13 +36,8 @@ def t2i_adapter_table(keys: Iterable[str]) -> Table:
     if blocks != list(range(len(blocks))) or not count or len(blocks) % count:
         raise WeightsError(f"its blocks {blocks} do not form stages of {count}")
     table: Table = [("conv_in", "adapter.conv_in", "same")]
-    for n in blocks:
-        stage = f"adapter.body.{n // count}"
-        table += [
-            (f"body.{n}.in_conv", f"{stage}.in_conv", "same"),
-            (f"body.{n}", f"{stage}.resnets.{n % count}", "same"),
-        ]
-    return table
+    table += [(f"body.{n}.in_conv", f"adapter.body.{n // count}.in_conv", "same") for n in blocks[::count]]
+    return table + [(f"body.{n}", f"adapter.body.{n // count}.resnets.{n % count}", "same") for n in blocks]
 
 
 def _light(blocks: list[tuple[int, ...]]) -> Table:
