@@ -85,7 +85,7 @@ FOLDERS = {
     "Transformers-ClipTextEncoder.weightmap.json": (TEXT_G, 260),
     "Transformers-ClipImageEncoder-SD21.weightmap.json": (
         CLIPVisionModelWithProjection(presets.OPENCLIP_H_VISION),
-        263,
+        262,
     ),
     "Diffusers-Controlnet-SD15.weightmap.json": (CONTROL, 191),
     "controlnet-1-1_all_diffusers_TO_refiners.json": (CONTROL, 191),
