@@ -293,7 +293,7 @@ def _write_single_file(source: OpenedCheckpoint, dst: Path, dtype: DTypeLike | N
         network = source.networks[""]
         kind = type(network.model).__name__
         if kind not in layouts.NETWORKS:
-            raise WeightsError(f"a {kind} has no single-file layout; those that have are {', '.join(layouts.NETWORKS)}")
+            raise WeightsError(f"{kind} has no single-file layout; those that have are {', '.join(layouts.NETWORKS)}")
         config = network.model.config_json()
         layouts.write_network(dst, kind, names.torch_tensors(network.views), config, cast)
         return

@@ -14,6 +14,9 @@ HABITS = {
     "low_cpu_mem_usage": "leave it out: parameters are read one after another",
     "original_config": "leave it out: sizes are inferred from the tensors",
     "original_config_file": "leave it out: sizes are inferred from the tensors",
+    "extract_ema": "pass ema=",
+    "scheduler_type": "pass scheduler=, for example EulerDiscreteScheduler()",
+    "num_in_channels": "leave it out: sizes are inferred from the tensors",
     "custom_pipeline": "import the module that defines the class",
 }
 """Arguments of diffusers' loaders -> what to write instead."""

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import diffuse_jax.convert as conversion
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
-from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModel, UNet2DConditionModel
+from diffuse_jax.models import AutoencoderTiny, CLIPVisionConfig, CLIPVisionModel, UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
@@ -143,8 +144,17 @@ def test_one_network(tmp_path: Path) -> None:
     out = convert(src / "unet", tmp_path / "unet", to="flax-msgpack", dtype="bfloat16")
     _, params = UNet2DConditionModel.from_pretrained(out, param_dtype="float32")
     assert params
-    with pytest.raises(WeightsError, match="a single-file checkpoint needs the whole pipeline"):
-        convert(src / "unet", tmp_path / "unet.safetensors", to="single-file")
+    assert_same_network(src / "unet", convert(src / "unet", tmp_path / "unet.safetensors", to="single-file"))
+    tiny = AutoencoderTiny()
+    tiny.save_pretrained(tmp_path / "tiny", jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tiny.shapes()))
+    with pytest.raises(WeightsError, match="AutoencoderTiny has no single-file layout; those that have are UNet2DC"):
+        convert(tmp_path / "tiny", tmp_path / "tiny.safetensors", to="single-file")
+
+
+def assert_same_network(folder: Path, file: Path) -> None:
+    first, second = UNet2DConditionModel.from_pretrained(folder), UNet2DConditionModel.from_single_file(file)
+    assert first[0].config == second[0].config
+    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
 
 
 def test_what_is_in_the_way_stays(tmp_path: Path) -> None:

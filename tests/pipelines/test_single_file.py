@@ -10,7 +10,7 @@ import pytest
 
 from diffuse_jax import schedulers
 from diffuse_jax.layouts import write_single_file
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import ControlNetModel, UNet2DConditionModel
 from diffuse_jax.pipelines import (
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
@@ -101,6 +101,13 @@ def test_a_plain_file_opens_for_any_task_of_its_family_and_others_only_for_their
     assert type(StableDiffusionImg2ImgPipeline.from_single_file(path, **options)) is StableDiffusionImg2ImgPipeline
     with pytest.raises(TypeError, match="not a StableDiffusionControlNetPipeline, which needs controlnet as well"):
         StableDiffusionControlNetPipeline.from_single_file(path, **options)
+    unet = FAMILIES["v1"]["unet"]
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), unet.shapes())
+    net = ControlNetModel.from_unet(unet, zeros)
+    pipe = StableDiffusionControlNetPipeline.from_single_file(path, **options, controlnet=net)
+    assert pipe.params["controlnet"] is net[1]
+    with pytest.raises(WeightsError, match="controlnet, text_encoder, unet, vae fit none of the single-file layouts"):
+        pipe.save_single_file(tmp_path / "b.safetensors")
     with pytest.raises(TypeError, match="StableDiffusionPipeline has no component decoder; it has feature_extractor"):
         DiffusionPipeline.from_single_file(path, **options, decoder=None)
     nine = {"conv_in.weight": np.zeros((32, 9, 3, 3), np.float32)}
@@ -108,3 +115,17 @@ def test_a_plain_file_opens_for_any_task_of_its_family_and_others_only_for_their
     assert type(StableDiffusionInpaintPipeline.from_single_file(path, **options)) is StableDiffusionInpaintPipeline
     with pytest.raises(TypeError, match="a StableDiffusionInpaintPipeline, not a StableDiffusionImg2ImgPipeline; Diff"):
         StableDiffusionImg2ImgPipeline.from_single_file(path, **options)
+
+
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_a_pipeline_is_saved_as_it_was_read(family: str, vocabulary: Path, tmp_path: Path, rng):
+    write_single_file(tmp_path / "a.safetensors", family_tensors(family, rng), family)
+    pipe = DiffusionPipeline.from_single_file(tmp_path / "a.safetensors", tokenizer=vocabulary)
+    v_prediction = pipe.replace(scheduler=pipe.scheduler.replace(prediction_type="v_prediction"))
+    stored = read_safetensors(tmp_path / "a.safetensors")
+    for made, extra in ((pipe, set()), (v_prediction, {"v_pred"})):
+        again = read_safetensors(made.save_single_file(tmp_path / "b.safetensors"))
+        assert again.keys() == stored.keys() | extra
+        assert all(np.array_equal(again[key], array) for key, array in stored.items())
+    opened = DiffusionPipeline.from_single_file(tmp_path / "b.safetensors", tokenizer=vocabulary)
+    assert opened.scheduler == v_prediction.scheduler
