@@ -284,6 +284,8 @@ class DiffusionPipeline(AdapterMethods):
         file = read_file(path, components, prediction_type=prediction_type, ema=ema)
         own = pipeline_class(file.class_name, path)
         target = own if cls is DiffusionPipeline else cls
+        settings = {name: components.pop(name) for name in {*target.settings, REQUIRED} & {*components}}
+        options = file.options | {name: value for name, value in settings.items() if name in target.settings}
         refuse_other(target, own, file, components, path)
         found = open_single_file(
             path,
@@ -297,8 +299,8 @@ class DiffusionPipeline(AdapterMethods):
             token=token,
             cache_dir=cache_dir,
         )
-        log_ignored(target, file.options, path)
-        return cast(Self, target(corrected(target, found.parts), found.params, file.options, mesh))
+        log_ignored(target, options, path)
+        return cast(Self, target(corrected(target, found.parts), found.params, options, mesh))
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> Self:
@@ -371,7 +373,8 @@ class DiffusionPipeline(AdapterMethods):
     def save_single_file(self, path: str | Path, *, dtype: DTypeLike | None = None) -> Path:
         """Write one ``.safetensors`` file in the original layout, for programs that open such files.
 
-        Settings that its tensors do not show are in its metadata. A tokenizer has no place in it.
+        Settings that its tensors do not show are in its metadata. Tokenizers and optional components, such as a safety
+        checker, have no place in it and are left out.
 
         Args:
           path: the file; it is replaced if it exists.

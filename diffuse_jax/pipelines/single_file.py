@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
 from diffuse_jax.errors import parsing
+from diffuse_jax.messages import warn
 from diffuse_jax.models import Model, Params
 from diffuse_jax.models.base import floating_type, network_class
 from diffuse_jax.models.one_file import casting, in_host_memory, safetensors_path
@@ -174,7 +175,9 @@ def open_tokenizer(source: Any, key: tuple[str, str], **hub: Any) -> Any:
 def save_single_file(pipe: Any, path: str | Path, dtype: DTypeLike | None) -> Path:
     """Write a pipeline's networks to one file; see :meth:`DiffusionPipeline.save_single_file`."""
     path, dtype = safetensors_path(path), None if dtype is None else floating_type(dtype)
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    if left := [name for name in pipe.params if name in OPTIONAL]:
+        warn(f"a single file has no place for {', '.join(left)}, which is left out")
+    parts = {name: part for name, part in pipe.components.items() if part is not None and name not in OPTIONAL}
     configs = {name: part.config_json() for name, part in parts.items() if isinstance(part, Model)}
     schedulers = {name: part.to_json() for name, part in parts.items() if isinstance(part, Scheduler)}
     family = layouts.family_for(configs, schedulers)

@@ -16,12 +16,13 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from diffuse_jax.convert import convert  # noqa: E402
 from diffuse_jax.layouts import read_single_file  # noqa: E402
 from diffuse_jax.layouts.original import unet_table, vae_table  # noqa: E402
+from diffuse_jax.layouts.record import make_record  # noqa: E402
 from diffuse_jax.layouts.rows import combined_shape, to_original  # noqa: E402
 from diffuse_jax.layouts.single_file import EMA  # noqa: E402
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel, presets  # noqa: E402
 from diffuse_jax.pipelines import DiffusionPipeline  # noqa: E402
 from diffuse_jax.weights import names  # noqa: E402
-from diffuse_jax.weights.safetensors import read_safetensors  # noqa: E402
+from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors  # noqa: E402
 from tests.oracle.folders import stable_diffusion, stable_diffusion_xl  # noqa: E402
 from tests.weights.tiny import same_bits  # noqa: E402
 
@@ -109,3 +110,49 @@ def test_names_and_shapes_at_real_sizes(name: str) -> None:
     convert_ = single_file_utils.convert_ldm_vae_checkpoint if vae else single_file_utils.convert_ldm_unet_checkpoint
     found = convert_(stored, {"class_embed_type": None, **model.config_json()})
     assert {key: tuple(tensor.shape) for key, tensor in found.items()} == {k: a.shape for k, a in tensors.items()}
+
+
+MEAN, STD = [-0.25, 0.125, 0.5, -0.5], [1.5, 2.0, 0.75, 1.25]
+MARKED = {
+    "playground": (
+        {"edm_mean": MEAN, "edm_std": STD},
+        # scheduler_config.json of playgroundai/playground-v2.5-1024px-aesthetic
+        lambda: diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
+        {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5},
+    ),
+    "cosxl": (
+        {"edm_vpred.sigma_max": 120.0, "edm_vpred.sigma_min": 0.002},
+        lambda: diffusers.EDMEulerScheduler(
+            sigma_min=0.002,
+            sigma_max=120.0,
+            sigma_data=1.0,
+            prediction_type="v_prediction",
+            sigma_schedule="exponential",
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_marked_files_give_the_images_of_diffusers(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    marks, sampler, vae = MARKED[name]
+    folder = stable_diffusion_xl(tmp_path / "folder")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    stored = read_safetensors(pipe.save_single_file(tmp_path / "plain.safetensors"))
+    stored |= {key: np.asarray(values, np.float32) for key, values in marks.items()}
+    configs = {part: {"norm_num_groups": pipe.components[part].config.norm_num_groups} for part in ("unet", "vae")}
+    configs |= {part: pipe.components[part].config_json() for part in ("text_encoder", "text_encoder_2")}
+    configs["unet"] |= pipe.components["unet"].config_json()
+    path, specs = tmp_path / "a.safetensors", {key: (array.dtype, array.shape) for key, array in stored.items()}
+    write_safetensors(path, specs, stored.values(), make_record(configs, None))
+    ours = DiffusionPipeline.from_single_file(path, tokenizer=folder / "tokenizer")
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = sampler()
+    theirs.vae.register_to_config(**vae)
+    latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)
+    request = {"prompt": "a red apple", "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    image = ours(latents=latents, **request).images
+    reference = theirs(latents=torch.tensor(latents.transpose(0, 3, 1, 2)), **request).images
+    assert np.abs(np.asarray(image) - reference).mean() < 0.5 / 255

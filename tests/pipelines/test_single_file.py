@@ -129,3 +129,12 @@ def test_a_pipeline_is_saved_as_it_was_read(family: str, vocabulary: Path, tmp_p
         assert all(np.array_equal(again[key], array) for key, array in stored.items())
     opened = DiffusionPipeline.from_single_file(tmp_path / "b.safetensors", tokenizer=vocabulary)
     assert opened.scheduler == v_prediction.scheduler
+
+
+def test_settings_of_an_index_may_be_given(vocabulary: Path, tmp_path: Path, rng):
+    tensors = family_tensors("xl", rng)
+    tensors["unet"]["conv_in.weight"] = np.zeros((32, 8, 3, 3), np.float32)
+    write_single_file(tmp_path / "a.safetensors", tensors, "xl")
+    for given in ({}, {"is_cosxl_edit": True}):
+        pipe = DiffusionPipeline.from_single_file(tmp_path / "a.safetensors", tokenizer=vocabulary, **given)
+        assert pipe.options.get("is_cosxl_edit", False) is bool(given)
