@@ -26,10 +26,10 @@ from diffuse_jax.layouts.original import (
 )
 from diffuse_jax.layouts.record import make_record, read_record
 from diffuse_jax.layouts.rows import Table, to_diffusers
-from diffuse_jax.layouts.single_file import Part, without_last_layer
+from diffuse_jax.layouts.single_file import Part, open_file, without_last_layer
 from diffuse_jax.layouts.single_file_writer import original_names, write_tensors
 from diffuse_jax.messages import warn
-from diffuse_jax.weights.load import Checkpoint, read_checkpoint
+from diffuse_jax.weights.load import Checkpoint
 
 Found = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Tensors under the names of diffusers or transformers, and ``config.json``."""
@@ -80,11 +80,9 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
     Raises:
       WeightsError: the file is damaged or hostile, or contains no such network.
     """
-    path, layout = Path(path), NETWORKS[kind]
+    layout = NETWORKS[kind]
     noun = layout.what.split(" ", 1)[1]
-    if path.is_dir():
-        raise bad(path, "is a folder, but a single file is needed; from_pretrained opens folders")
-    tensors = read_checkpoint([path]).tensors
+    path, tensors = open_file(path)
     prefix, own = next(
         ((prefix, own) for prefix in layout.places if (own := _below(tensors, prefix)) and _is_there(own, layout)),
         (None, {}),
@@ -93,7 +91,7 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
         after = " or ".join(repr(prefix) for prefix in layout.places if prefix)
         raise bad(
             path,
-            f"contains no {noun}: it has neither {' nor '.join(map(repr, layout.markers))}, alone or after {after}."
+            f"contains no {noun}: there is no {' or '.join(map(repr, layout.markers))}, alone or after {after}."
             f"{held(tensors, f'{layout.what},')}",
         )
     try:
@@ -138,7 +136,7 @@ def write_network(
 
 def network_in(path: Path | str) -> str | None:
     """The class of the only network in a file; None if there are several, as in a whole checkpoint, or none."""
-    tensors = read_checkpoint([Path(path)]).tensors
+    _, tensors = open_file(path)
     found: dict[str, str] = {}
     for kind, layout in NETWORKS.items():
         for prefix in layout.places:

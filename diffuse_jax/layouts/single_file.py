@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.errors import bad
+from diffuse_jax.errors import WeightsError, bad
 from diffuse_jax.layouts.configs import text_config, unet_config, vae_config
 from diffuse_jax.layouts.families import EPSILON_STEPS, FAMILIES, UNET, Family, identify
 from diffuse_jax.layouts.kinds import held
@@ -97,10 +97,8 @@ def read_single_file(
     Raises:
       WeightsError: the file is damaged or hostile, fits no known family, or has tensors that belong to no component.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
-    tensors, given = read_checkpoint([path]).tensors, given or {}
+    path, tensors = open_file(path)
+    given = given or {}
     name, lacks = identify(tensors, given)
     if name is None:
         raise bad(path, _no_family(lacks) + f".{held(tensors)}")
@@ -127,6 +125,25 @@ def read_single_file(
         schedulers |= record.get("schedulers", {})
     class_name = family.pipelines[channels]
     return SingleFile(class_name, name, networks, schedulers, {**family.options, **marks.options.get(class_name, {})})
+
+
+def open_file(path: Path | str) -> tuple[Path, dict[str, np.ndarray]]:
+    """The path of a single file, and its tensors.
+
+    Raises:
+      WeightsError: it is a folder, an address on the Web or missing, or the file is damaged or hostile.
+    """
+    if re.match(r"(https?://|(www\.)?(huggingface|hf)\.co/)", str(path)):
+        raise WeightsError(
+            f"{path}: is an address, but a local file is needed; download it, for example with "
+            "huggingface_hub.hf_hub_download"
+        )
+    path = Path(path)
+    if path.is_dir():
+        raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
+    if not path.exists():
+        raise bad(path, "no such file")
+    return path, read_checkpoint([path]).tensors
 
 
 def _no_family(lacks: Mapping[str, list[str]]) -> str:

@@ -254,7 +254,7 @@ class Machine:
     def _op_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise TypeError(f"a call of {type(function).__name__}")
+            raise TypeError(f"a call of {function if isinstance(function, str) else type(function).__name__:.80}")
         self.copied += sum(len(item) for item in arguments if isinstance(item, list | dict | tuple))
         if len(arguments) > MAX_RANK or self.copied > MAX_REPEATED:
             raise TypeError("calls with more arguments than tensors have")

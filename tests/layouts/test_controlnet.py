@@ -76,7 +76,7 @@ def test_names_are_those_of_the_original():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model.diffusion_model.out.0.weight"], "contains no ControlNet: it has neither 'input_hint_block.0.weight'"),
+        (["model.diffusion_model.out.0.weight"], "contains no ControlNet: there is no 'input_hint_block.0.weight'"),
         (["input_hint_block.0.weight"], "cannot infer the configuration of its ControlNet"),
         (
             ["controlnet_cond_embedding.conv_in.weight"],

@@ -256,6 +256,11 @@ def test_text_encoders_without_their_first_level_are_read(tmp_path: Path, rng: n
 def test_a_folder_is_not_a_single_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a folder, but a single-file checkpoint is needed"):
         read_single_file(tmp_path)
+    with pytest.raises(WeightsError, match=r"nowhere\.ckpt: no such file"):
+        read_single_file(tmp_path / "nowhere.ckpt")
+    for address in ("https://huggingface.co/owner/name/blob/main/a.safetensors", "hf.co/owner/name/a.safetensors"):
+        with pytest.raises(WeightsError, match="is an address, but a local file is needed; download it"):
+            read_single_file(address)
 
 
 def test_a_missing_tensor_is_named_when_it_is_matched(tmp_path: Path, rng: np.random.Generator) -> None:

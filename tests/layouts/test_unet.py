@@ -61,6 +61,9 @@ def test_both_layouts_are_read(layout: str, tmp_path: Path, rng: np.random.Gener
 
 
 OTHERS = {
+    "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": "Stable Diffusion 3.*not supported",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "FLUX.*not supported",
+    "style_embedding": "style adapter of T2I-Adapter.*not supported",
     "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight": "ControlNet-LLLite.*not supported",
     "lora_controlnet": "Control-LoRA.*not supported",
     "down_blocks.0.motion_modules.0.norm.weight": "motion module of AnimateDiff.*not supported",

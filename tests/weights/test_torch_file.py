@@ -95,8 +95,8 @@ HOSTILE = {
     "code inside torch": (mapping(w=name("torch.storage", "_load_from_bytes")), "torch.storage._load_from_bytes"),
     "a dotted name": (mapping(w=name("torch._utils", "_rebuild_tensor_v2.__globals__")), "__globals__"),
     "a callback": (
-        mapping(w=name("pytorch_lightning.callbacks", "Checkpoint")),
-        "pytorch_lightning.callbacks.Checkpoint",
+        mapping(w=name("pytorch_lightning.callbacks", "Checkpoint") + b")R"),  # its name alone is only text
+        "a call of pytorch_lightning.callbacks.Checkpoint",
     ),
     "an instance": (b"(ios\nsystem\n.", "the pickle instruction INST"),
     "an object": (b"(cos\nsystem\no.", "the global os.system"),
