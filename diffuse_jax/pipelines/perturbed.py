@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack, get_args, get_type_hints
 
 from diffuse_jax.pipelines.modifiers.perturbation import PerturbedAttention
+from diffuse_jax.pipelines.options import split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
@@ -21,9 +21,18 @@ from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLI
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 
 LAYERS = "pag_applied_layers"
-ARGUMENTS = """  pag_scale: strength of perturbed-attention guidance, one value or one per image.
-          pag_adaptive_scale: how much of it each timestep below 1000 takes away.
-          **options:"""
+
+
+class PerturbedOptions(TypedDict, total=False):
+    """Arguments of every call with perturbed-attention guidance.
+
+    Attributes:
+      pag_scale: strength, 3 by default, one value or one per image.
+      pag_adaptive_scale: how much of it each timestep below 1000 takes away; 0 by default.
+    """
+
+    pag_scale: float | Sequence[float]
+    pag_adaptive_scale: float | Sequence[float]
 
 
 class Perturbed:
@@ -43,26 +52,20 @@ class Perturbed:
 
 
 def with_perturbed_attention(compose: Callable[..., Request], defaults: Mapping[str, Any]) -> Callable[..., Request]:
-    """A pipeline's ``compose`` with the arguments of perturbed-attention guidance, and other defaults."""
+    """A pipeline's ``compose`` that also takes :class:`PerturbedOptions`, and has other defaults."""
 
     @functools.wraps(compose)
-    def guided(
-        self: Any,
-        *args: Any,
-        pag_scale: float | Sequence[float] = 3.0,
-        pag_adaptive_scale: float | Sequence[float] = 0.0,
-        **options: Any,
-    ) -> Request:
-        request = compose(self, *args, **{**defaults, **options})
-        layers = self.options.get(LAYERS, "mid")
-        return PerturbedAttention(pag_scale, layers, pag_adaptive_scale)(request, self)
+    def guided(self: Any, *args: Any, **options: Any) -> Request:
+        own, others = split_options(options, PerturbedOptions)
+        request = compose(self, *args, **{**defaults, **others})
+        scale, adaptive = own.get("pag_scale", 3.0), own.get("pag_adaptive_scale", 0.0)
+        return PerturbedAttention(scale, self.options.get(LAYERS, "mid"), adaptive)(request, self)
 
-    named = inspect.signature(guided, follow_wrapped=False).parameters
-    *parameters, rest = inspect.signature(compose).parameters.values()
-    parameters = [p.replace(default=defaults.get(p.name, p.default)) for p in parameters]
-    added = [named["pag_scale"], named["pag_adaptive_scale"]]
-    guided.__signature__ = inspect.Signature([*parameters, *added, rest])  # type: ignore[attr-defined]
-    guided.__doc__ = (compose.__doc__ or "").replace("  **options:", ARGUMENTS, 1)
+    (known,) = get_args(get_type_hints(compose)["options"])
+    every: Any = TypedDict("every", known.__annotations__ | PerturbedOptions.__annotations__)  # type: ignore[misc]
+    guided.__annotations__ = {**compose.__annotations__, "options": Unpack[every]}
+    own = "**options: see :class:`~diffuse_jax.pipelines.perturbed.PerturbedOptions`,"
+    guided.__doc__ = (compose.__doc__ or "").replace("**options: see", own, 1)
     return guided
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from diffuse_jax import AutoPipelineForText2Image, pipelines
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.options import argument_names
 from diffuse_jax.pipelines.programs import Programs
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -98,13 +99,12 @@ def test_perturbed_attention_with_sdxl_from_images(tmp_path: Path, images: list[
 
 @pytest.mark.parametrize("name", PERTURBED)
 def test_every_class_has_the_arguments_of_pytorch(name: str) -> None:
-    theirs = inspect.signature(getattr(diffusers, name).__call__).parameters
-    ours = inspect.signature(getattr(pipelines, name).__call__).parameters
-    for argument in {"pag_scale", "pag_adaptive_scale", "strength", "guidance_scale"} & {*theirs} & {*ours}:
-        assert ours[argument].default == theirs[argument].default
-    assert {"pag_scale", "pag_adaptive_scale"} <= {*ours}
-    assert "pag_scale: strength" in getattr(pipelines, name).__call__.__doc__
-    assert getattr(pipelines, name).settings["pag_applied_layers"] == "honoured"
+    ours, theirs = getattr(pipelines, name), inspect.signature(getattr(diffusers, name).__call__).parameters
+    defaults = {k: p.default for k, p in inspect.signature(ours.__call__).parameters.items()} | ours.own_defaults
+    for argument in {"strength", "guidance_scale"} & {*theirs} & {*defaults}:
+        assert defaults[argument] == theirs[argument].default
+    assert {"pag_scale", "pag_adaptive_scale", "prompt", "seed", "num_inference_steps"} <= argument_names(ours)
+    assert ours.settings["pag_applied_layers"] == "honoured"
 
 
 def test_auto_pipelines_with_perturbed_attention(sd1: Path) -> None:
