@@ -142,7 +142,7 @@ def keep_flags_whole(app: Sphinx, doctree: nodes.document, page: str) -> None:
             literal["classes"].append("flag")
 
 
-BACK = re.compile(r'(<a class="viewcode-back" href="[^"#]*#)([^"]+)(">)')
+BACK = re.compile(r'(<a class="viewcode-back" href="[^"#]*#)([^"]+)(">\[docs\]</a>)')
 
 
 def right_backlinks(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
@@ -156,7 +156,8 @@ def right_backlinks(app: Sphinx, page: str, template: str, context: dict[str, An
         def right(link: re.Match[str]) -> str:
             words = link[2].split(".")
             names = [link[2], *(".".join([module, *words[k:]]) for k in range(1, len(words)))]
-            return link[1] + next((name for name in names if name in known), link[2]) + link[3]
+            there = next((name for name in names if name in known), None)
+            return f"{link[1]}{there}{link[3]}" if there else ""
 
         context["body"] = BACK.sub(right, context["body"])
 
