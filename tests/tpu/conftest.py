@@ -46,6 +46,7 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         path.parent.mkdir(exist_ok=True)
         path.write_text("") if path.suffix or name.isupper() else path.mkdir()
     shutil.copy(remote.ROOT / "tpu" / "worker.py", tmp_path / "checkout" / "tpu")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(remote, "ROOT", tmp_path / "checkout")
     binaries = tmp_path / "bin"
     binaries.mkdir()
