@@ -240,8 +240,15 @@ def test_keep_does_not_bring_back_what_was_deleted_or_refused(
 ) -> None:
     google.plan(lives=[{"request": ["ACTIVE", "FAILED"]}])
     assert tpu("keep my-tpu --type v5e-8 -- true") == 1
-    assert "my-tpu will not become ready (request FAILED: quota of chips, node READY" in capfd.readouterr().err
-    assert len(google.calls(" create ")) == 1
+    assert "my-tpu will not become ready (request FAILED: quota of chips)" in capfd.readouterr().err
+    assert tpu("delete my-tpu --yes") == 0
+    google.plan()
+    with pytest.MonkeyPatch.context() as patch:
+        clock = {"sleep": staticmethod(lambda _: tpu("delete my-tpu --yes")), "monotonic": time.monotonic}
+        patch.setattr("tpu.keep.time", type("clock", (), clock))
+        assert tpu("keep my-tpu --type v5e-8 -- sleep 60") == 1
+    assert "my-tpu was deleted by somebody; the loop ends here" in capfd.readouterr().err
+    assert len(google.calls(" create ")) == 2
 
 
 def test_keep_gives_up_when_gcloud_fails_again_and_again(
