@@ -6,8 +6,10 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,11 +67,21 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waiting takes no time; the seconds that would have passed are in the list."""
+    """Waiting takes hardly any time; the seconds that would have passed are in the list."""
     seconds: list[float] = []
+
+    def sleep(amount: float) -> None:
+        seconds.append(amount)
+        time.sleep(0.1)
+
     for module in (cloud, keep):
-        monkeypatch.setattr(module.time, "sleep", seconds.append)
+        monkeypatch.setattr(module, "time", clock(sleep))
     return seconds
+
+
+def clock(sleep: Callable[[float], object]) -> SimpleNamespace:
+    """The module ``time``, with another way to sleep."""
+    return SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 
 
 def tpu(words: str) -> int:

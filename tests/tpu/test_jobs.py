@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu.conftest import Cloud, tpu
+from tests.tpu.conftest import Cloud, clock, tpu
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = "from pathlib import Path; p = Path('out/count'); p.parent.mkdir(exist_ok=True)"
@@ -154,11 +154,10 @@ time.sleep(60 if n < 2 else 0)"""
         while (google.home() / "diffuse_jax" / "tpu").exists() and time.monotonic() < end:
             if bucket.exists() and bucket.read_text() == str(number):
                 return
-            real_sleep(0.05)
+            time.sleep(0.05)
 
-    real_sleep = time.sleep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tpu.keep.time", type("clock", (), {"sleep": passed, "monotonic": time.monotonic}))
+        patch.setattr("tpu.keep.time", clock(passed))
         assert tpu(f"keep my-tpu --type v5e-8 --spot --sync out=gs://b/run --every 0.1 -- {python(code)}") == 0
     assert (google.folder / "buckets" / "b" / "run" / "count").read_text() == "3"
     assert [len(google.calls(words)) for words in (" create ", " delete ", " scp ")] == [3, 2, 3]
@@ -199,8 +198,7 @@ def test_keep_starts_again_what_the_machine_interrupted(google: Cloud, waits: li
     patience = iter(range(100))
 
     with pytest.MonkeyPatch.context() as patch:
-        clock = {"sleep": lambda _: next(patience) and until(google, "finished"), "monotonic": time.monotonic}
-        patch.setattr("tpu.keep.time", type("clock", (), {k: staticmethod(v) for k, v in clock.items()}))
+        patch.setattr("tpu.keep.time", clock(lambda _: next(patience) and until(google, "finished")))
         assert tpu(f"keep my-tpu --type v5e-8 -- {python(code)}") == 0
     assert len(google.calls("worker.py start")) == 2
 
@@ -244,8 +242,7 @@ def test_keep_does_not_bring_back_what_was_deleted_or_refused(
     assert tpu("delete my-tpu --yes") == 0
     google.plan()
     with pytest.MonkeyPatch.context() as patch:
-        clock = {"sleep": staticmethod(lambda _: tpu("delete my-tpu --yes")), "monotonic": time.monotonic}
-        patch.setattr("tpu.keep.time", type("clock", (), clock))
+        patch.setattr("tpu.keep.time", clock(lambda _: tpu("delete my-tpu --yes")))
         assert tpu("keep my-tpu --type v5e-8 -- sleep 60") == 1
     assert "my-tpu was deleted by somebody; the loop ends here" in capfd.readouterr().err
     assert len(google.calls(" create ")) == 2
