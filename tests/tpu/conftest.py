@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,9 +63,12 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("STAND_IN", str(folder))
     made = Cloud(folder)
     yield made
-    made.plan(workers=4)
-    if (folder / "worker-0").exists():
-        cli.main(["delete", "my-tpu", "--yes"])
+    for path in folder.glob("worker-*/.diffuse-jax/jobs/*/state.json"):
+        record = json.loads(path.read_text())
+        for pid in (record.get("child"), record["pid"]):
+            with contextlib.suppress(ProcessLookupError):
+                if pid and record["state"] == "running":
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
