@@ -8,8 +8,8 @@ machine, on a mounted bucket or copied with ``--sync``.
 
 from __future__ import annotations
 
+import shlex
 import time
-from typing import Any
 
 from tpu import cloud, remote
 from tpu.cloud import Order, State
@@ -38,14 +38,23 @@ def keep(
     remote.requirement_of(source)
     if gcloud.dry_run:
         return plan(gcloud, order, source, job, poll, then_delete)
+    name = order.name
     try:
-        if cloud.state_of(gcloud, order.name) == State(None, None):
-            cloud.create(gcloud, order, poll=poll)
-        troubles = 0
-        while not troubles or troubles < TROUBLES:
+        if cloud.state_of(gcloud, name) == State(None, None):
+            cloud.create(gcloud, order, wait=False)
+        there, troubles = True, 0
+        while True:
+            found = ""
             try:
-                if step(gcloud, order, source, job, poll):
+                if not there and cloud.state_of(gcloud, name) == State(None, None):
+                    cloud.create(gcloud, order, wait=False)
+                there = True
+                found = look(gcloud, order, source, job, poll)
+                if found == "finished":
                     break
+                if found == "gone":
+                    cloud.delete(gcloud, name, yes=True)
+                    there = False
                 troubles = 0
             except Ended:
                 raise
@@ -53,35 +62,37 @@ def keep(
                 troubles += 1
                 say(f"{error}\n({troubles} of {TROUBLES} failures in a row)")
                 if troubles == TROUBLES:
-                    raise Failed(f"given up. {cloud.left(gcloud, order.name)}", error.status) from None
-            time.sleep(poll)
+                    raise Failed(f"given up. {cloud.left(gcloud, name)}", error.status) from None
+            if found != "gone":
+                time.sleep(poll)
     except KeyboardInterrupt:
-        raise Failed(f"interrupted; the job goes on. {cloud.left(gcloud, order.name)}", 130) from None
+        raise Failed(f"interrupted; a job that runs goes on. {cloud.left(gcloud, name)}", 130) from None
     say(f"{job.name} has finished on all workers")
     if then_delete:
-        cloud.delete(gcloud, order.name, yes=True)
+        cloud.delete(gcloud, name, yes=True)
     else:
-        say(cloud.left(gcloud, order.name))
+        say(cloud.left(gcloud, name))
 
 
-def step(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float) -> bool:
-    """Look once, and do what is needed; True if the job has finished."""
+def look(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float) -> str:
+    """Look once, and do what is needed: "finished" if the job has, "gone" if the slice was taken away, else ""."""
     name = order.name
     state = cloud.state_of(gcloud, name)
     if state == State(None, None):
         raise Ended(f"{name} was deleted by somebody; the loop ends here")
     if state.request in GONE or state.node in GONE:
         say(f"{name} was taken away ({state}); asking for another")
-        cloud.delete(gcloud, name, yes=True)
-        cloud.create(gcloud, order, poll=poll)
-        return False
-    if state.request == "FAILED":
-        raise Ended(f"the request for {name} failed ({state}). {cloud.left(gcloud, name)}")
+        return "gone"
     if state.request in GOING or state.node in GOING:
-        return False
+        return ""
     if not state.ready:
-        cloud.await_ready(gcloud, name, poll=poll)
-    return tend(gcloud, order, source, job, poll)
+        if not state.pending:
+            raise Ended(f"{name} will not become ready ({state}). {cloud.left(gcloud, name)}")
+        try:
+            cloud.await_ready(gcloud, name, poll=poll)
+        except Failed:
+            return ""  # the next look finds out why
+    return "finished" if tend(gcloud, order, source, job, poll) else ""
 
 
 def tend(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float) -> bool:
@@ -92,6 +103,10 @@ def tend(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float) ->
         if "run install first" not in str(error):
             raise
         records = []
+    others = [record for record in records if record["command"] not in (None, [*job.command])]
+    if any(record["state"] == "running" for record in others):
+        raise Ended(f"another command is running as {job.name!r} ({shlex.join(others[0]['command'])}); stop it first")
+    records = [] if others else records  # an earlier job, which has ended
     states = {record["state"] for record in records}
     if states <= {"none"}:
         remote.install(gcloud, order.name, source)
@@ -99,21 +114,23 @@ def tend(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float) ->
         return False
     if states == {"finished"}:
         return True
-    if states & {"failed", "stopped", "interrupted"}:
+    if states - {"running", "finished"}:
         # When chips are taken away, jobs end a moment before the state of the slice says so.
         time.sleep(poll)
         if not cloud.state_of(gcloud, order.name).ready:
             return False
-        settle(gcloud, order.name, job, remote.job_status(gcloud, order.name, job.name))
+        settle(gcloud, order.name, source, job)
     return False
 
 
-def settle(gcloud: Gcloud, name: str, job: Job, records: list[dict[str, Any]]) -> None:
+def settle(gcloud: Gcloud, name: str, source: Source, job: Job) -> None:
     """Deal with a job that has ended on some workers of a slice that is still there.
 
     Raises:
       Ended: it failed, or somebody stopped it.
     """
+    records = remote.job_status(gcloud, name, job.name)
+    states = {record["state"] for record in records}
     for record in records:
         if record["state"] in ("failed", "stopped"):
             remote.stop(gcloud, name, job.name)  # the others would wait for that worker for ever
@@ -124,12 +141,14 @@ def settle(gcloud: Gcloud, name: str, job: Job, records: list[dict[str, Any]]) -
                 f"{job.name} {how} on worker {record['worker']}; its log: {logs}. {cloud.left(gcloud, name)}",
                 record["code"] or 1,
             )
-    if any(record["state"] == "interrupted" for record in records):
-        if any(record["state"] == "running" for record in records):
-            remote.stop(gcloud, name, job.name)  # it starts again once it has ended everywhere
-        else:
-            say(f"{job.name} was interrupted (the machines restarted?); starting it again")
-            remote.run(gcloud, name, job)
+    if not states - {"running", "finished"}:
+        return
+    if "running" in states:
+        return remote.stop(gcloud, name, job.name, again=True)  # it starts again once it has ended everywhere
+    say(f"{job.name} was interrupted (the machines restarted?); starting it again")
+    if "none" in states:  # a worker that was replaced
+        remote.install(gcloud, name, source)
+    remote.run(gcloud, name, job)
 
 
 def plan(gcloud: Gcloud, order: Order, source: Source, job: Job, poll: float, then_delete: bool) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +74,11 @@ def install(gcloud: Gcloud, name: str, source: Source) -> None:
       Failed: the wheel or git address is none, or a worker failed.
     """
     requirement, files = requirement_of(source)
-    with tempfile.TemporaryDirectory(prefix="diffuse-jax-") as folder:
-        archive = Path("/tmp" if gcloud.dry_run else folder) / ARCHIVE
-        contents = [*(PACKAGE if source == Source(extras=source.extras, setup=source.setup) else ()), *SCRIPTS]
-        gcloud.run(["tar", "-cf", str(archive), "-C", str(ROOT), "--exclude=__pycache__", *contents])
-        gcloud.run(gcloud.command("tpu-vm", "scp", str(archive), *map(str, files), f"{name}:", "--worker=all"))
+    archive = Path.home() / ".cache" / "diffuse_jax" / "tpu" / name / ARCHIVE
+    contents = [*(PACKAGE if source == Source(extras=source.extras, setup=source.setup) else ()), *SCRIPTS]
+    gcloud.run(["mkdir", "-p", str(archive.parent)])
+    gcloud.run(["tar", "-cf", str(archive), "-C", str(ROOT), "--exclude=__pycache__", *contents])
+    gcloud.run(gcloud.command("tpu-vm", "scp", str(archive), *map(str, files), f"{name}:", "--worker=all"))
     setup = f"--setup {shlex.quote(source.setup)} " if source.setup else ""
     unpack = f"mkdir -p diffuse_jax && tar -xf {ARCHIVE} -C diffuse_jax"
     gcloud.run(ssh_command(gcloud, name, f"{unpack} && {WORKER} install {setup}-- {shlex.join(requirement)}"))
@@ -151,9 +150,10 @@ def logs(gcloud: Gcloud, name: str, job: str, *, worker: str, lines: int, follow
     gcloud.run(ssh_command(gcloud, name, f"{WORKER} {shlex.join(words)}", worker))
 
 
-def stop(gcloud: Gcloud, name: str, job: str) -> None:
-    """Tell the job to end on every worker, as a preemption would: training saves a checkpoint first."""
-    gcloud.run(ssh_command(gcloud, name, f"{WORKER} stop --job {check_job(job)}"))
+def stop(gcloud: Gcloud, name: str, job: str, *, again: bool = False) -> None:
+    """Tell the job to end on every worker, as a preemption would: training saves a checkpoint first. With ``again`` it
+    counts as interrupted, because it is going to start again."""
+    gcloud.run(ssh_command(gcloud, name, f"{WORKER} stop --job {check_job(job)}{' --again' if again else ''}"))
 
 
 def job_status(gcloud: Gcloud, name: str, job: str) -> list[dict[str, Any]]:

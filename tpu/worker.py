@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     log.add_argument("--prefix", action="store_true")
     stop = commands.add_parser("stop")
     stop.add_argument("--job", default="job")
+    stop.add_argument("--again", action="store_true")
     sync = commands.add_parser("sync")
     sync.add_argument("source")
     sync.add_argument("target")
@@ -216,7 +217,8 @@ def status(args: argparse.Namespace) -> int:
     record = state_of(args.job)
     last = tail(folder_of(args.job) / "log", 1)
     seconds = record.get("ended", time.time()) - record.get("began", time.time())
-    line = {"worker": int(number()), "job": args.job, "state": record["state"], "code": record.get("code")}
+    line = {"worker": int(number()), "job": args.job, "command": record.get("command")}
+    line.update(state=record["state"], code=record.get("code"))
     tell(json.dumps({**line, "seconds": round(seconds), "last": last[-1].strip()[-200:] if last else ""}))
     return 0
 
@@ -227,7 +229,10 @@ def stop(args: argparse.Namespace) -> int:
     if record["state"] != "running":
         tell(f"worker {number()}: {args.job} is not running ({record['state']})")
         return 0
-    (folder_of(args.job) / "stop").touch()
+    if args.again:
+        os.kill(record["pid"], signal.SIGTERM)  # an interruption, as by the system
+    else:
+        (folder_of(args.job) / "stop").touch()
     if "child" in record:
         os.killpg(record["child"], signal.SIGTERM)
     tell(f"worker {number()}: told {args.job} to stop")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +51,7 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         path.parent.mkdir(exist_ok=True)
         path.write_text("") if path.suffix or name.isupper() else path.mkdir()
     shutil.copy(remote.ROOT / "tpu" / "worker.py", tmp_path / "checkout" / "tpu")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(remote, "ROOT", tmp_path / "checkout")
     binaries = tmp_path / "bin"
     binaries.mkdir()
@@ -57,18 +63,31 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("STAND_IN", str(folder))
     made = Cloud(folder)
     yield made
-    made.plan(workers=4)
-    if (folder / "worker-0").exists():
-        cli.main(["delete", "my-tpu", "--yes"])
+    for path in folder.glob("worker-*/.diffuse-jax/jobs/*/state.json"):
+        record = json.loads(path.read_text())
+        for pid in (record.get("child"), record["pid"]):
+            with contextlib.suppress(ProcessLookupError):
+                if pid and record["state"] == "running":
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waiting takes no time; the seconds that would have passed are in the list."""
+    """Waiting takes hardly any time; the seconds that would have passed are in the list."""
     seconds: list[float] = []
+
+    def sleep(amount: float) -> None:
+        seconds.append(amount)
+        time.sleep(0.1)
+
     for module in (cloud, keep):
-        monkeypatch.setattr(module.time, "sleep", seconds.append)
+        monkeypatch.setattr(module, "time", clock(sleep))
     return seconds
+
+
+def clock(sleep: Callable[[float], object]) -> SimpleNamespace:
+    """The module ``time``, with another way to sleep."""
+    return SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 
 
 def tpu(words: str) -> int:

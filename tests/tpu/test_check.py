@@ -29,7 +29,8 @@ SMALL = argparse.Namespace(matrix=16, megabytes=1, model="")
 def test_everything_in_its_own_process(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tpu" / "check.py"), "--matrix", "64", "--megabytes", "1", "--json"]
     command += ["--model", str(save_sd(tmp_path / "model"))]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(2)}
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(2), "JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

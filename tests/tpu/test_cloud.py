@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu.conftest import Cloud, tpu
+from tests.tpu.conftest import Cloud, clock, tpu
 from tpu import cloud
 from tpu.gcloud import Failed
 from tpu.slices import GENERATIONS, generation_of, parse_slice, slices_of
@@ -72,7 +72,7 @@ def test_interrupting_says_what_remains_and_costs_money(
     def press(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cloud.time, "sleep", press)
+    monkeypatch.setattr(cloud, "time", clock(press))
     google.plan(lives=[{"request": ["WAITING_FOR_RESOURCES"]}])
     for verb in ("create my-tpu --type v5e-8", "wait my-tpu"):
         assert tpu(f"{verb} {PLACE}") == 130

@@ -40,18 +40,21 @@ gcloud compute tpus tpu-vm create my-tpu --version=tpu-ubuntu2204-base --acceler
 # every 5 s, until the request is ACTIVE and the node is READY
 {FOUND}""",
     "install my-tpu": f"""
-tar -cf /tmp/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ diffuse_jax {FILES}
-gcloud compute tpus tpu-vm scp /tmp/diffuse_jax.tar my-tpu: --worker=all
+mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
+tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ diffuse_jax {FILES}
+gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all
 {SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install -- --editable '"'"'.[tpu,train]'"'"''""",
     "install my-tpu --version 0.1.0 --extras tpu --project p": f"""
-tar -cf /tmp/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
-gcloud compute tpus tpu-vm scp /tmp/diffuse_jax.tar my-tpu: --worker=all --project=p
+mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
+tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
+gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all --project=p
 {SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install -- '"'"'diffusejax[tpu]==0.1.0'"'"'' --project=p""",
     "install my-tpu --git https://h/n.git@main --setup 'mkdir ~/b && gcsfuse b ~/b'": f"""
-tar -cf /tmp/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
-gcloud compute tpus tpu-vm scp /tmp/diffuse_jax.tar my-tpu: --worker=all
+mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
+tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
+gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all
 {SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install --setup '"'"'mkdir ~/b && gcsfuse b ~/b'"'"' -- \
 '"'"'diffusejax[tpu,train] @ git+https://h/n.git@main'"'"''""",
@@ -89,10 +92,11 @@ gcloud compute tpus tpu-vm delete my-tpu --quiet --zone=us-west4-a""",
 
 
 def printed(words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines of a dry run, with CHECKOUT for this checkout."""
+    """The lines of a dry run, with CHECKOUT for this checkout and HOME for this user's folder."""
     verb, _, rest = words.partition(" ")
     assert tpu(f"{verb} --dry-run {rest}") == 0
-    return capsys.readouterr().out.replace(str(remote.ROOT), "CHECKOUT").splitlines()
+    out = capsys.readouterr().out
+    return out.replace(str(remote.ROOT), "CHECKOUT").replace(str(Path.home()), "HOME").splitlines()
 
 
 @pytest.mark.parametrize("words", GOLDEN)
@@ -118,15 +122,13 @@ def test_keep_prints_all_that_it_may_run(google: Cloud, capsys: pytest.CaptureFi
     ]
 
 
-def test_a_shell_runs_what_is_printed(
-    google: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_shell_runs_what_is_printed(google: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert tpu("create my-tpu --type v5e-8") == 0
     code = "import os; print(os.environ['A'], '$HOME')"
     run = f"run my-tpu --env 'A=x  \"y\"' -- python3 -c {shlex.quote(code)}"
     capsys.readouterr()
     lines = [line for words in ("install my-tpu", run, "logs my-tpu --follow") for line in printed(words, capsys)]
-    script = "\n".join(lines).replace("CHECKOUT", str(remote.ROOT)).replace("/tmp/diffuse", f"{tmp_path}/diffuse")
+    script = "\n".join(lines).replace("CHECKOUT", str(remote.ROOT)).replace(" HOME/", f" {Path.home()}/")
     done = subprocess.run(["sh", "-e", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'x  "y" $HOME\n' in done.stdout

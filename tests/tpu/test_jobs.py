@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tpu.conftest import Cloud, tpu
+from tests.tpu.conftest import Cloud, clock, tpu
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = "from pathlib import Path; p = Path('out/count'); p.parent.mkdir(exist_ok=True)"
@@ -154,11 +154,10 @@ time.sleep(60 if n < 2 else 0)"""
         while (google.home() / "diffuse_jax" / "tpu").exists() and time.monotonic() < end:
             if bucket.exists() and bucket.read_text() == str(number):
                 return
-            real_sleep(0.05)
+            time.sleep(0.05)
 
-    real_sleep = time.sleep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tpu.keep.time", type("clock", (), {"sleep": passed, "monotonic": time.monotonic}))
+        patch.setattr("tpu.keep.time", clock(passed))
         assert tpu(f"keep my-tpu --type v5e-8 --spot --sync out=gs://b/run --every 0.1 -- {python(code)}") == 0
     assert (google.folder / "buckets" / "b" / "run" / "count").read_text() == "3"
     assert [len(google.calls(words)) for words in (" create ", " delete ", " scp ")] == [3, 2, 3]
@@ -184,7 +183,7 @@ def test_keep_ends_with_a_job_that_fails_and_stops_the_other_workers(
     assert tpu(f"run my-tpu -- {python(code)}") == 0
     until(google, "failed", worker=1)
     until(google, "running", worker=0)
-    assert tpu("keep my-tpu --type v5e-8 -- true") == 9
+    assert tpu(f"keep my-tpu --type v5e-8 -- {python(code)}") == 9
     until(google, "stopped", worker=0)
     assert "job failed on worker 1; its log: python -m tpu logs my-tpu --job job --worker 1" in capfd.readouterr().err
 
@@ -192,17 +191,46 @@ def test_keep_ends_with_a_job_that_fails_and_stops_the_other_workers(
 def test_keep_starts_again_what_the_machine_interrupted(google: Cloud, waits: list[float]) -> None:
     """SIGTERM that nobody asked for, as when a machine restarts: not finished, whatever the exit status was."""
     ready(google)
-    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM)"
+    code = f"import os, signal; {COUNT}; p.exists() or os.kill(os.getppid(), signal.SIGTERM); p.touch()"
     assert tpu(f"run my-tpu -- {python(code)}") == 0
     assert until(google, "interrupted")["code"] == 0
     assert tpu("status my-tpu") == 1
     patience = iter(range(100))
 
     with pytest.MonkeyPatch.context() as patch:
-        clock = {"sleep": lambda _: next(patience) and until(google, "finished"), "monotonic": time.monotonic}
-        patch.setattr("tpu.keep.time", type("clock", (), {k: staticmethod(v) for k, v in clock.items()}))
-        assert tpu("keep my-tpu --type v5e-8 -- true") == 0
+        patch.setattr("tpu.keep.time", clock(lambda _: next(patience) and until(google, "finished")))
+        assert tpu(f"keep my-tpu --type v5e-8 -- {python(code)}") == 0
     assert len(google.calls("worker.py start")) == 2
+
+
+def test_keep_starts_everywhere_again_what_was_interrupted_on_one_worker(google: Cloud, waits: list[float]) -> None:
+    """The others wait for that worker, and are not stopped by the user: all of them start again."""
+    ready(google, workers=2)
+    code = f"""
+import os, signal, time
+{COUNT}
+first = not p.exists()
+p.touch()
+if first and os.environ['TPU_WORKER_ID'] == '1': os.kill(os.getppid(), signal.SIGTERM)
+elif first: time.sleep(60)"""
+    assert tpu(f"run my-tpu -- {python(code)}") == 0
+    until(google, "interrupted", worker=1)
+    until(google, "running", worker=0)
+    assert tpu(f"keep my-tpu --type v5e-8 -- {python(code)}") == 0
+    assert len(google.calls("worker.py start")) == 2
+
+
+def test_keep_is_not_content_with_another_job(
+    google: Cloud, waits: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ready(google)
+    assert tpu("run my-tpu -- true") == 0
+    until(google, "finished")
+    assert tpu("keep my-tpu --type v5e-8 -- echo mine") == 0
+    assert log_of(google) == "mine\n"
+    assert tpu("run my-tpu -- sleep 60") == 0
+    assert tpu("keep my-tpu --type v5e-8 -- echo mine") == 1
+    assert "another command is running as 'job' (sleep 60); stop it first" in capfd.readouterr().err
 
 
 def test_keep_does_not_bring_back_what_was_deleted_or_refused(
@@ -210,8 +238,14 @@ def test_keep_does_not_bring_back_what_was_deleted_or_refused(
 ) -> None:
     google.plan(lives=[{"request": ["ACTIVE", "FAILED"]}])
     assert tpu("keep my-tpu --type v5e-8 -- true") == 1
-    assert "the request for my-tpu failed (request FAILED" in capfd.readouterr().err
-    assert len(google.calls(" create ")) == 1
+    assert "my-tpu will not become ready (request FAILED: quota of chips)" in capfd.readouterr().err
+    assert tpu("delete my-tpu --yes") == 0
+    google.plan()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tpu.keep.time", clock(lambda _: tpu("delete my-tpu --yes")))
+        assert tpu("keep my-tpu --type v5e-8 -- sleep 60") == 1
+    assert "my-tpu was deleted by somebody; the loop ends here" in capfd.readouterr().err
+    assert len(google.calls(" create ")) == 2
 
 
 def test_keep_gives_up_when_gcloud_fails_again_and_again(
