@@ -23,18 +23,11 @@ from diffuse_jax.training.initial import initial_params
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.names import torch_key
 from tests.bounds import bounded
+from tests.models.small import one_level
 from tests.pipelines import tiny
 
 UNET, TEXT = (tiny.pipeline().components[name] for name in ("unet", "text_encoder"))
-# What is compiled with its gradient: one level and nothing in the middle.
-SMALL = UNet2DConditionModel(
-    tiny.UNET.replace(
-        block_out_channels=(16,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-    )
-)
+SMALL = UNet2DConditionModel(one_level(tiny.UNET))
 
 
 def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -18,19 +18,11 @@ from diffuse_jax.models.layers import LayerNorm
 from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.weights.names import flatten, unflatten
 from tests.models.filling import random_params
+from tests.models.small import one_level
 from tests.models.test_precision import UNET
 
 WEIGHT = 0.6
 """What the second attention of the tests is multiplied by."""
-
-
-SMALL = UNET.replace(
-    block_out_channels=(16,),
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    mid_block_type=None,
-)
-"""What is compiled with its gradient."""
 
 
 def unet_case(
@@ -93,7 +85,7 @@ def test_a_second_cross_attention_equals_one_written_out(rng: np.random.Generato
 @pytest.mark.parametrize("remat", POLICIES)
 def test_attending_twice_to_the_text_counts_it_more(remat: str, rng: np.random.Generator) -> None:
     """A second attention with the same projections and text equals the first; gradients reach its projections."""
-    model, params, inputs = unet_case(rng, remat, SMALL)
+    model, params, inputs = unet_case(rng, remat, one_level(UNET))
     flat = flatten(params)
     pairs = {
         path[:-2]: {name: flat[*path[:-2], name, "kernel"] for name in ("to_k", "to_v")}

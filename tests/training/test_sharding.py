@@ -21,6 +21,7 @@ from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.state import init_state, make_step
+from tests.models.small import one_level
 
 CONFIG = UNet2DConditionConfig(
     block_out_channels=(8, 16),
@@ -32,15 +33,7 @@ CONFIG = UNet2DConditionConfig(
     num_attention_heads=2,
 )
 UNET = UNet2DConditionModel(CONFIG)
-# What is compiled: one level and nothing in the middle, because compilation grows with the number of parameters.
-SMALL = UNet2DConditionModel(
-    CONFIG.replace(
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-    )
-)
+SMALL = UNet2DConditionModel(one_level(CONFIG))
 OBJECTIVE = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0)
 MESHES = {
     "data": {"data": 8},
@@ -76,7 +69,11 @@ def alone() -> tuple[list[float], Any]:
     return curve(make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+# "all" divides along each axis at once; the others alone find out which one is wrong.
+EACH_MESH = [pytest.param(MESHES[name], marks=() if name in ("data", "all") else pytest.mark.slow) for name in MESHES]
+
+
+@pytest.mark.parametrize("axes", EACH_MESH, ids=MESHES)
 def test_losses_are_those_of_one_device(alone: tuple[list[float], Any], axes: dict[str, int]) -> None:
     losses, state = curve(make_mesh(**axes))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
@@ -90,7 +87,8 @@ def test_a_mesh_with_explicit_axes_trains_as_an_automatic_one(alone: tuple[list[
     np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["blocks", "full"])
+# Gradients with "blocks" are compared in tests/models/test_intercept.py too.
+@pytest.mark.parametrize("policy", [pytest.param("blocks", marks=pytest.mark.slow), "full"])
 def test_recomputation_does_not_change_the_losses(alone: tuple[list[float], Any], policy: str) -> None:
     losses, _ = curve(make_mesh(devices=jax.devices()[:1]), SMALL.clone(remat=policy))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
