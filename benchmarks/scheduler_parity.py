@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.scheduler_cases import cases
 from benchmarks.scheduler_cases.case import Case, Theirs
-from benchmarks.scheduler_cases.torch_side import patched, torch_class
+from benchmarks.scheduler_cases.torch_side import built, patched, torch_class
 
 KINDS = ("float64", "float32", "stock")
 ABOUT = (
@@ -62,7 +62,7 @@ def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> 
     variance = variance if variance.startswith("learned") else ""
     theirs = Theirs(None, None, lambda x, t: network(x, float(t), torch, variance=variance, axis=1), z[0], z[2:])
     with patched(importlib.import_module(cls.__module__), theirs.draw, double=double):
-        scheduler = cls(**{k: list(v) if isinstance(v, tuple) else v for k, v in case.config.items()})
+        scheduler = built(cls, {k: list(v) if isinstance(v, tuple) else v for k, v in case.config.items()})
         names = inspect.signature(scheduler.set_timesteps).parameters
         options = {k: v for k, v in case.plan.items() if k in names}
         scheduler.set_timesteps(**({"num_inference_steps": n} if n else {}), **options)

@@ -149,7 +149,7 @@ RUNS: dict[str, tuple[Callable[[], pipelines.DiffusionPipeline], dict[str, Any]]
 }
 
 
-SHORT = {"SD": SETTINGS, "inpainting": ["64-bit types"], "unconditional": ["strict promotion"]}
+SHORT = {"SD": ["64-bit types", "strict promotion"], "unconditional": ["no jit"]}
 """What runs each time; the other kinds of pipeline share nearly all of their code with these."""
 
 
@@ -169,7 +169,11 @@ def images(run: str) -> np.ndarray:
     return build()(seed=0, output_type="np", **request).images
 
 
-@every_setting
+# Without jit every operation is compiled for every shape; the ordinary suite runs the parts of a step so, in
+# test_samplers_that_are_not_tables and in test_every_kind_of_pipeline.
+@pytest.mark.parametrize(
+    "setting", ["64-bit types", "strict promotion", pytest.param("no jit", marks=pytest.mark.slow)]
+)
 def test_a_training_step(setting: str, latent_model: Path) -> None:
     check(setting, update, latent_model)
 

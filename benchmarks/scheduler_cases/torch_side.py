@@ -44,6 +44,19 @@ def patched(module: types.ModuleType, draw: Callable[..., Any], *, double: bool)
             setattr(module, k, v)
 
 
+def built(cls: Any, config: dict[str, Any]) -> Any:
+    """The scheduler, before its ``set_timesteps``.
+
+    Some constructors set all training timesteps, which takes half a second each time and is always replaced.
+    """
+    original = cls.set_timesteps
+    cls.set_timesteps = lambda self, n, *args, **kwargs: original(self, 2, *args, **kwargs)
+    try:
+        return cls(**config)
+    finally:
+        cls.set_timesteps = original
+
+
 def torch_class(name: str) -> Any:
     """The scheduler class of diffusers with this name."""
     import diffusers

@@ -42,9 +42,10 @@ TEXT = CLIPTextModel(
 VAE = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4))
 UNET = UNet2DConditionModel(
     UNet2DConditionConfig(
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=16,

@@ -11,21 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.models.attention import Attention, FeedForward, TransformerBlock
 from diffuse_jax.models.intercept import Call, changed_layers, recorded_layers
 from diffuse_jax.models.layers import LayerNorm
 from diffuse_jax.models.remat import POLICIES
 from diffuse_jax.weights.names import flatten, unflatten
 from tests.models.filling import random_params
+from tests.models.small import one_level
 from tests.models.test_precision import UNET
 
 WEIGHT = 0.6
 """What the second attention of the tests is multiplied by."""
 
 
-def unet_case(rng: np.random.Generator, remat: str = "none") -> tuple[UNet2DConditionModel, Any, dict[str, Any]]:
-    model = UNet2DConditionModel(UNET, remat=remat)
+def unet_case(
+    rng: np.random.Generator, remat: str = "none", config: UNet2DConditionConfig = UNET
+) -> tuple[UNet2DConditionModel, Any, dict[str, Any]]:
+    model = UNet2DConditionModel(config, remat=remat)
     inputs = {
         "sample": jnp.asarray(rng.standard_normal((2, 8, 8, 4)), jnp.float32),
         "timesteps": jnp.array([10, 900]),
@@ -82,14 +85,14 @@ def test_a_second_cross_attention_equals_one_written_out(rng: np.random.Generato
 @pytest.mark.parametrize("remat", POLICIES)
 def test_attending_twice_to_the_text_counts_it_more(remat: str, rng: np.random.Generator) -> None:
     """A second attention with the same projections and text equals the first; gradients reach its projections."""
-    model, params, inputs = unet_case(rng, remat)
+    model, params, inputs = unet_case(rng, remat, one_level(UNET))
     flat = flatten(params)
     pairs = {
         path[:-2]: {name: flat[*path[:-2], name, "kernel"] for name in ("to_k", "to_v")}
         for path in flat
         if path[-3:-1] == ("attn2", "to_k")
     }
-    assert len(pairs) == 4  # one downward, one in the middle, two upward
+    assert len(pairs) == 3  # one downward, two upward
 
     def run(pairs: Any) -> jax.Array:
         with changed_layers(second_attention(pairs, inputs["encoder_hidden_states"])):

@@ -93,7 +93,7 @@ def unet(folder: Path, rng: np.random.Generator) -> Pair:
 
 
 def pixel_unet(folder: Path, rng: np.random.Generator) -> Pair:
-    module, model, params = twins.pixel_unet_twin("DDPM", folder)
+    module, model, params = twins.pixel_unet_twin("DDPM, first release", folder)
     ours = lambda params, x, t: model.apply({"params": params}, x, t)
     return Pair(params, ours, dict(module.named_parameters()), lambda x, t: module(x, t).sample)
 
@@ -109,9 +109,11 @@ def convolution(folder: Path, rng: np.random.Generator) -> Pair:
     return Pair(params, ours, named, lambda x, t: module(x))
 
 
-@pytest.mark.parametrize(
-    ("make", "name"), [(unet, "epsilon"), (pixel_unet, "epsilon"), *((convolution, name) for name in OBJECTIVES)]
-)
+# The ordinary suite has the gradient of a text-to-image UNet in test_training_latent.py.
+NETWORKS = [pytest.param(unet, "epsilon", marks=pytest.mark.slow), (pixel_unet, "epsilon")]
+
+
+@pytest.mark.parametrize(("make", "name"), [*NETWORKS, *((convolution, name) for name in OBJECTIVES)])
 def test_one_training_step(make: Callable[..., Pair], name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same weights, noise and timesteps give the same loss, gradients and parameters after AdamW."""
     pair = make(tmp_path, rng)

@@ -124,7 +124,8 @@ def test_a_different_update_is_not_a_gradient_error(ours: Ours, monkeypatch: pyt
     assert "AdamW" in verdict(compared)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+# The ordinary suite runs the command with LoRA, and compares full training steps of smaller models in this file.
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_the_command_passes_the_shipped_model(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if method == "lora":
         pytest.importorskip("peft")
@@ -150,7 +151,8 @@ def test_a_small_sdxl_with_its_text_encoders_is_the_same(tmp_path: Path) -> None
     assert unused, "the last layer of an encoder, whose states are not used, has no gradient on either side"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+# With LoRA there are fewer parameters to compute in another precision than the rest.
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_half_precision_has_its_own_tolerance(method: str, sd: Path) -> None:
     """Trained parameters are float32, frozen ones bfloat16, the autoencoder float32 as its configuration asks."""
     if method == "lora":

@@ -19,9 +19,12 @@ from diffuse_jax.training.initial import initial_params
 from tests.train.helpers import EMOJI, load, log, numbers, run
 
 CONFIG = UNet2DConfig(
-    block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    layers_per_block=1, norm_num_groups=4, add_attention=False,
+    block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    layers_per_block=1, norm_num_groups=4, mid_block_type=None,
 )  # fmt: skip
+TWO_LEVELS = CONFIG.replace(
+    block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+)
 
 
 def network(folder: Path, config: UNet2DConfig) -> Path:
@@ -115,7 +118,7 @@ def test_the_network_where_none_is_named() -> None:
 def test_another_resolution_than_the_networks_is_warned_of(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options |= {"model_config_name_or_path": network(tmp_path / "other", CONFIG.replace(sample_size=64))}
+    options |= {"model_config_name_or_path": network(tmp_path / "other", TWO_LEVELS.replace(sample_size=64))}
     with pytest.raises(ValueError), pytest.warns(UserWarning, match="--resolution 15 .*, 64 x 64 pixels"):
         run(monkeypatch, "unconditional.py", **options | {"resolution": 15})
 
@@ -125,7 +128,7 @@ def test_another_resolution_than_the_networks_is_warned_of(
     [
         (CONFIG.replace(out_channels=6), {}, "in_channels=3 and out_channels=6"),
         (CONFIG.replace(num_class_embeds=10), {}, "needs class labels"),
-        (CONFIG, {"resolution": 15}, "--resolution must be a multiple of 2 for this network, got 15"),
+        (TWO_LEVELS, {"resolution": 15}, "--resolution must be a multiple of 2 for this network, got 15"),
         (CONFIG, {"train_batch_size": 2}, "a training step takes 16 examples"),
     ],
 )

@@ -114,7 +114,9 @@ def test_every_term_on_a_mesh_in_bfloat16(
 def test_a_resumed_run_equals_an_uninterrupted_one(
     judged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = judged | {"max_train_steps": 4, "checkpointing_steps": 2, "discriminator_start": 3, "crop_size": 16}
+    """Of both networks that are trained; the perceptual loss has no state."""
+    kept = {name: value for name, value in judged.items() if not name.startswith("perceptual")}
+    wanted = kept | {"max_train_steps": 4, "checkpointing_steps": 2, "discriminator_start": 3, "crop_size": 16}
     run(monkeypatch, "vae.py", **wanted)
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     run(monkeypatch, "vae.py", **wanted | {"output_dir": tmp_path / "again", "resume_from_checkpoint": "latest"})

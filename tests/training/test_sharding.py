@@ -21,18 +21,19 @@ from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.state import init_state, make_step
+from tests.models.small import one_level
 
-UNET = UNet2DConditionModel(
-    UNet2DConditionConfig(
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        num_attention_heads=2,
-    )
+CONFIG = UNet2DConditionConfig(
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+    cross_attention_dim=16,
+    num_attention_heads=2,
 )
+UNET = UNet2DConditionModel(CONFIG)
+SMALL = UNet2DConditionModel(one_level(CONFIG))
 OBJECTIVE = Objective(scheduler=DDPMScheduler(), snr_gamma=5.0)
 MESHES = {
     "data": {"data": 8},
@@ -48,10 +49,10 @@ def loss(unet: UNet2DConditionModel, params: Any, frozen: Any, batch: Any, key: 
     return errors(OBJECTIVE, prediction, batch["x0"], drawn)
 
 
-def curve(mesh: jax.sharding.Mesh, unet: UNet2DConditionModel = UNET, parts: int = 1) -> tuple[list[float], Any]:
+def curve(mesh: jax.sharding.Mesh, unet: UNet2DConditionModel = SMALL, parts: int = 1) -> tuple[list[float], Any]:
     """Losses of four training steps, and the state."""
     optimizer = make_optimizer("adamw", lambda _: 1e-3)
-    state = put_params(init_state(initial_params(UNET.shapes(), 0), optimizer, use_ema=True), mesh)
+    state = put_params(init_state(initial_params(SMALL.shapes(), 0), optimizer, use_ema=True), mesh)
     step = make_step(functools.partial(loss, unet), optimizer, 0, shardings=param_shardings(state, mesh))
     losses = []
     for n in range(4):
@@ -68,7 +69,11 @@ def alone() -> tuple[list[float], Any]:
     return curve(make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+# "all" divides along each axis at once; the others alone find out which one is wrong.
+EACH_MESH = [pytest.param(MESHES[name], marks=() if name in ("data", "all") else pytest.mark.slow) for name in MESHES]
+
+
+@pytest.mark.parametrize("axes", EACH_MESH, ids=MESHES)
 def test_losses_are_those_of_one_device(alone: tuple[list[float], Any], axes: dict[str, int]) -> None:
     losses, state = curve(make_mesh(**axes))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
@@ -82,9 +87,10 @@ def test_a_mesh_with_explicit_axes_trains_as_an_automatic_one(alone: tuple[list[
     np.testing.assert_allclose(losses, alone[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["blocks", "full"])
+# Gradients with "blocks" are compared in tests/models/test_intercept.py too.
+@pytest.mark.parametrize("policy", [pytest.param("blocks", marks=pytest.mark.slow), "full"])
 def test_recomputation_does_not_change_the_losses(alone: tuple[list[float], Any], policy: str) -> None:
-    losses, _ = curve(make_mesh(devices=jax.devices()[:1]), UNET.clone(remat=policy))
+    losses, _ = curve(make_mesh(devices=jax.devices()[:1]), SMALL.clone(remat=policy))
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
 
 
