@@ -25,7 +25,7 @@ the members."""
 NOT_LOADED = ("watermark", "watermarker")
 """Components of published folders that are not loaded."""
 
-OPTIONAL = ("image_encoder", "feature_extractor", "safety_checker", "depth_estimator")
+OPTIONAL = ("image_encoder", "feature_extractor", "safety_checker", "depth_estimator", "inverse_scheduler")
 """Components that any pipeline may have and none needs for text to image; training leaves them in their folders."""
 
 

@@ -35,6 +35,11 @@ def inversion(
     **options: Unpack[TextOptions],
 ) -> Request:
     """The request of :meth:`StableDiffusionDiffEditPipeline.invert`."""
+    if num_reg_steps and (kind := options.get("noise")) is not None:
+        raise ValueError(
+            f'noise="{kind}" with num_reg_steps={num_reg_steps}: the shifts that the regularisation draws are not those '
+            "of another program; leave out one of the two"
+        )
     scheduler = inverse_of(pipe, None)
     arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
     request = inverting(pipe, image, arguments, scheduler=scheduler, strength=inpaint_strength)

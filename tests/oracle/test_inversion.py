@@ -261,6 +261,8 @@ def test_what_diffedit_refuses(diffedit: Path, images: list[Any]) -> None:
             pipe.generate_mask(**{"image": images[0]} | given)
     with pytest.raises(ValueError, match="num_reg_steps must be at least 0, got -1"):
         pipe.invert("a", images[0], num_reg_steps=-1)
+    with pytest.raises(ValueError, match='noise="torch" with num_reg_steps=2: the shifts'):
+        pipe.invert("a", images[0], num_reg_steps=2, noise="torch")
     mask, latents = np.ones((1, 16, 16), np.float32), np.zeros((1, 4, 16, 16, 4), np.float32)
     request: dict[str, Any] = {"num_inference_steps": 5, "mask_image": mask, "image_latents": latents}
     for given, message in (
