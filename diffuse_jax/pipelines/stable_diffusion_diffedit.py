@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 from PIL import Image
 
+from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.diffedit import inside_mask, masking, regularised
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.inversion import inverse_of, inverting
@@ -36,9 +37,9 @@ def inversion(
 ) -> Request:
     """The request of :meth:`StableDiffusionDiffEditPipeline.invert`."""
     if num_reg_steps and (kind := options.get("noise")) is not None:
-        raise ValueError(
-            f'noise="{kind}" with num_reg_steps={num_reg_steps}: the shifts that the regularisation draws are not those '
-            "of another program; leave out one of the two"
+        warn(
+            f'noise="{kind}" with num_reg_steps={num_reg_steps}: the regularisation draws shifts of its own, so the '
+            "result is not that of the other program"
         )
     scheduler = inverse_of(pipe, None)
     arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}

@@ -230,7 +230,8 @@ def test_regularised_inversion(
     for auto_corr, kl, steps, rolls in numbers:
         given = {"lambda_auto_corr": auto_corr, "lambda_kl": kl, "num_reg_steps": steps, "num_auto_corr_rolls": rolls}
         wanted = twin.invert("a cat", images[0], generator=generators([3])[0], **request, **given).latents
-        found = pipe.invert("a cat", images[0], seed=3, noise="torch", **request, **given).latents
+        with pytest.warns(UserWarning, match=rf'noise="torch" with num_reg_steps={steps}: the regularisation draws'):
+            found = pipe.invert("a cat", images[0], seed=3, noise="torch", **request, **given).latents
         np.testing.assert_allclose(found, channel_last(wanted), atol=1e-3)
         assert np.abs(found - plain).mean() > 1e-3
     assert pipe.programs.compilations == 6, "begin, advance and finish, plain and regularised"
@@ -261,8 +262,6 @@ def test_what_diffedit_refuses(diffedit: Path, images: list[Any]) -> None:
             pipe.generate_mask(**{"image": images[0]} | given)
     with pytest.raises(ValueError, match="num_reg_steps must be at least 0, got -1"):
         pipe.invert("a", images[0], num_reg_steps=-1)
-    with pytest.raises(ValueError, match='noise="torch" with num_reg_steps=2: the shifts'):
-        pipe.invert("a", images[0], num_reg_steps=2, noise="torch")
     mask, latents = np.ones((1, 16, 16), np.float32), np.zeros((1, 4, 16, 16, 4), np.float32)
     request: dict[str, Any] = {"num_inference_steps": 5, "mask_image": mask, "image_latents": latents}
     for given, message in (

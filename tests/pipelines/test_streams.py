@@ -111,5 +111,5 @@ def test_every_draw_of_a_part_has_a_place_in_the_order():
             if getattr(call.func, "id", "") in ("draw", "keys_for", "encode_image"):
                 drawn |= {a.value for a in call.args if isinstance(a, ast.Constant)}
     assert drawn
-    refused = {"auto-correlation"}  # the regularisation of an inversion refuses ``noise=``
-    assert drawn <= {*PURPOSES} | refused
+    own = {"auto-correlation"}  # the regularisation of an inversion says that it does not follow ``noise=``
+    assert drawn <= {*PURPOSES} | own
