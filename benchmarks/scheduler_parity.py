@@ -64,9 +64,11 @@ def torch_trajectory(case: Case, n: int, noise: np.ndarray, *, double: bool) -> 
     with patched(importlib.import_module(cls.__module__), theirs.draw, double=double):
         scheduler = built(cls, {k: list(v) if isinstance(v, tuple) else v for k, v in case.config.items()})
         names = inspect.signature(scheduler.set_timesteps).parameters
-        options = {k: v for k, v in case.plan.items() if k in names}
+        # The pipelines leave out the first steps themselves, whatever else a sampler would do with a strength.
+        options = {k: v for k, v in case.plan.items() if k in names and k != "strength"}
         scheduler.set_timesteps(**({"num_inference_steps": n} if n else {}), **options)
-        left_out = 0 if "strength" in names else n - int(n * case.plan.get("strength", 1.0))
+        given = n or len(scheduler.timesteps)
+        left_out = given - int(given * case.plan.get("strength", 1.0))
         left_out *= getattr(scheduler, "order", 1)
         run = slice(0, len(scheduler.timesteps) - left_out) if _scheduler(case).ascends else slice(left_out, None)
         if hasattr(scheduler, "set_begin_index"):
