@@ -1,12 +1,12 @@
 """Marker tensors: what a single file says about its noise schedule and latents that other tensors do not show.
 
-==============================  =====================================================================================
-``v_pred`` (empty)              the network predicts v, in a family that predicts noise
-``ztsnr`` (empty)               the noise schedule ends in pure noise (zero terminal SNR)
-``edm_mean``, ``edm_std``       Playground 2.5: mean and standard deviation of the latents' channels; noise levels and
-                                preconditioning are those of EDM
-``edm_vpred.sigma_max``/``min`` CosXL: v in EDM's noise levels, and the largest and smallest of them
-==============================  =====================================================================================
+======================================  =======================================================================
+``v_pred`` (empty)                      the network predicts v, in a family that predicts noise
+``ztsnr`` (empty)                       the noise schedule ends in pure noise (zero terminal SNR)
+``edm_mean``, ``edm_std``               Playground 2.5: mean and standard deviation of the latents' channels; noise
+                                        levels and preconditioning are those of EDM
+``edm_vpred.sigma_max``, ``sigma_min``  CosXL: v in EDM's noise levels, and the largest and smallest of them
+======================================  =======================================================================
 """
 
 from __future__ import annotations

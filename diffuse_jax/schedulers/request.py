@@ -48,7 +48,9 @@ def chosen_steps(
         found = chosen_steps(scheduler, None, timesteps, sigmas)
         if found[0] == n:
             return found
-        raise ValueError(f"give exactly one of {', '.join(names)}; num_inference_steps={n} but {got[1]} has {found[0]}")
+        raise ValueError(
+            f"give exactly one of {', '.join(names)}; num_inference_steps={n}, but {got[1]} give {found[0]}"
+        )
     if len(got) != 1:
         raise ValueError(f"give exactly one of {', '.join(names)}; got {' and '.join(got) or 'none'}")
     if timesteps is not None:

@@ -232,7 +232,7 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
     ("scheduler", "request_", "message"),
     [
         (DDIMScheduler(), {}, "exactly one of num_inference_steps, timesteps, sigmas; got none"),
-        (DDIMScheduler(), {"num_inference_steps": 5, "timesteps": [1]}, "num_inference_steps=5 but timesteps has 1"),
+        (DDIMScheduler(), {"num_inference_steps": 5, "timesteps": [1]}, "num_inference_steps=5, but timesteps give 1"),
         (DDIMScheduler(), {"num_inference_steps": 1001}, r"from 1 to 1000 \(num_train_timesteps\), got 1001"),
         (DDIMScheduler(), {"num_inference_steps": 0}, "from 1 to 1000 .* got 0"),
         (DDIMScheduler(), {"num_inference_steps": 2.5}, "whole number .* got 2.5"),

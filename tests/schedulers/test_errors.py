@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_steps_are_given_in_one_way_only(name: str) -> None:
     low, high = sorted(getattr(schedulers, name)().explicit_range)
     pair = [low, high] if ascends(name) else [high, low]
     message = refusal(name, num_inference_steps=5, timesteps=pair)
-    assert "exactly one of" in message and "num_inference_steps=5 but timesteps has 2" in message
+    assert "exactly one of" in message and re.search(r"num_inference_steps=5, but timesteps give [12]$", message)
     assert "got timesteps and sigmas" in refusal(name, timesteps=[3, 1], sigmas=[3.0, 1.0])
 
 
