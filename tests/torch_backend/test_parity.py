@@ -138,16 +138,23 @@ def test_a_wrong_scale_of_latents_shows_in_the_pixels(sides: parity.Sides, tmp_p
     assert not result.first
 
 
-def test_every_pipeline_is_compared_without_code_for_its_task(tmp_path: Path) -> None:
-    """Lists of networks too: a fault in the second ControlNet is found there."""
+# The ordinary suite has the run from an image in the test of several control images below.
+FROM_IMAGES = ("StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+
+@pytest.mark.parametrize("name", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in FROM_IMAGES)])
+def test_every_pipeline_is_compared_without_code_for_its_task(name: str, tmp_path: Path) -> None:
     folder = folders.controlled(tmp_path / "sd", nets=2)
-    for name in ("", "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
-        options = {"num_inference_steps": 2, "seed": 0} | ({"strength": 0.9} if name else {})
-        sides = parity.open_sides(str(folder), device="cpu", pipeline_name=name or None)
-        result = parity.check(sides, parity.Request(["a cat"], options))
-        assert result.ok, (name, result.rows, result.differences)
-        rows = {row.name for row in result.rows}
-        assert name == "StableDiffusionInpaintPipeline" or {"controlnet.0 embed", "controlnet.1 embed"} <= rows
+    options = {"num_inference_steps": 2, "seed": 0} | ({"strength": 0.9} if name else {})
+    sides = parity.open_sides(str(folder), device="cpu", pipeline_name=name or None)
+    result = parity.check(sides, parity.Request(["a cat"], options))
+    assert result.ok, (name, result.rows, result.differences)
+    rows = {row.name for row in result.rows}
+    assert name == "StableDiffusionInpaintPipeline" or {"controlnet.0 embed", "controlnet.1 embed"} <= rows
+
+
+def test_a_fault_in_one_of_a_list_of_networks_is_found_there(tmp_path: Path) -> None:
+    folder = folders.controlled(tmp_path / "sd", nets=2)
     broken = faults.copied(
         folder, tmp_path / "bad", "controlnet_1", faults.permuted("mid_block.resnets.0.conv1.weight")
     )

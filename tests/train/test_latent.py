@@ -82,13 +82,14 @@ def test_text_to_image_learns_twelve_images(
 
 
 def test_text_to_image_resumes_bit_for_bit(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device: checkpoints of several are tested in tests/training/test_checkpoint.py."""
     options = {"train_data_dir": EMOJI, "train_text_encoder": True, "use_ema": True, "random_flip": True,
-               "train_batch_size": 1, "mesh_fsdp": 2,  # on each of eight virtual devices
+               "train_batch_size": 4,
                "proportion_empty_prompts": 0.5, "checkpointing_steps": 2, "max_train_steps": 3}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(monkeypatch, "text_to_image.py", **flags(sd, whole, **options))
+    run(monkeypatch, "text_to_image.py", devices=1, **flags(sd, whole, **options))
     shutil.copytree(whole / "checkpoint-2", parts / "checkpoint-2")
-    run(monkeypatch, "text_to_image.py", **flags(sd, parts, resume_from_checkpoint="latest", **options))
+    run(monkeypatch, "text_to_image.py", devices=1, **flags(sd, parts, resume_from_checkpoint="latest", **options))
     assert log(whole)[2:] == log(parts)
     for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
         end, again, before = (numbers(folder, kind, part) for folder in (whole, parts, sd))

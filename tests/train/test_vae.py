@@ -117,9 +117,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     """Of both networks that are trained; the perceptual loss has no state."""
     kept = {name: value for name, value in judged.items() if not name.startswith("perceptual")}
     wanted = kept | {"max_train_steps": 4, "checkpointing_steps": 2, "discriminator_start": 3, "crop_size": 16}
-    run(monkeypatch, "vae.py", **wanted)
+    run(monkeypatch, "vae.py", devices=1, **wanted)
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    run(monkeypatch, "vae.py", **wanted | {"output_dir": tmp_path / "again", "resume_from_checkpoint": "latest"})
+    run(
+        monkeypatch,
+        "vae.py",
+        devices=1,
+        **wanted | {"output_dir": tmp_path / "again", "resume_from_checkpoint": "latest"},
+    )
     assert log(tmp_path / "again") == log(tmp_path / "out")[2:]
     ends = (numbers(tmp_path / name, AutoencoderKL, "vae") for name in ("out", "again"))
     for a, b in zip(*ends, strict=True):
