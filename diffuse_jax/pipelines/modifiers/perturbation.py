@@ -9,8 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from diffuse_jax.pipelines.inputs import one_per_image
-from diffuse_jax.pipelines.method import Params, all_parts
-from diffuse_jax.pipelines.modifiers.request import Number, changed, numbers, with_guidance, with_network
+from diffuse_jax.pipelines.method import all_parts
+from diffuse_jax.pipelines.modifiers.request import (
+    Number,
+    changed,
+    numbers,
+    require_layers,
+    with_guidance,
+    with_network,
+)
 from diffuse_jax.pipelines.parts import features
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
 from diffuse_jax.pipelines.parts.self_attention import AttentionMap, SelfAttention
@@ -36,7 +43,7 @@ class PerturbedAttention:
     adaptive: Number = 0.0
 
     def __call__(self, request: Request, pipe: Any) -> Request:
-        layers = self_attentions(pipe.params["unet"], [self.layers] if isinstance(self.layers, str) else self.layers)
+        layers = self_attentions(pipe, [self.layers] if isinstance(self.layers, str) else self.layers)
         count = [0]
 
         def guided(guidance: ClassifierFree) -> ClassifierFree:
@@ -50,13 +57,14 @@ class PerturbedAttention:
         return changed(request, rows, lambda d: with_network(with_guidance(d, guided), wrap))
 
 
-def self_attentions(unet: Params, names: Sequence[str]) -> tuple[str, ...]:
-    """The paths of the self-attentions inside the modules of these names, or whose name a regular expression is in.
+def self_attentions(pipe: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """The paths of the UNet's self-attentions inside the modules of these names, or with a regular expression in theirs.
 
     Raises:
       ValueError: a name matches none, or is neither a name nor an expression.
     """
-    every = sorted({"/".join(path[:-2]) for path in flatten(unet) if "attn1" in path})
+    require_layers(pipe.components["unet"])
+    every = sorted({"/".join(path[:-2]) for path in flatten(pipe.params["unet"]) if "attn1" in path})
     kinds = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
     found: list[str] = []
     for name in names:
@@ -93,7 +101,7 @@ class SelfAttentionGuidance:
     scale: Number = 0.75
 
     def __call__(self, request: Request, pipe: Any) -> Request:
-        self_attentions(pipe.params["unet"], ["mid"])
+        self_attentions(pipe, ["mid"])
         if any(isinstance(part, SelfAttention) for part in all_parts(request.method.denoiser)):
             raise ValueError("SelfAttentionGuidance is given twice; give one, with the sum of the scales")
         patch = 2 ** (len(pipe.components["unet"].config.block_out_channels) - 1)

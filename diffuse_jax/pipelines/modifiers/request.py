@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -82,9 +83,20 @@ def with_guidance(denoiser: Any, change: Callable[[ClassifierFree], Any]) -> Any
     return change(ClassifierFree(denoiser))
 
 
+def require_layers(unet: Any) -> None:
+    """Refuse a network whose layers cannot be changed.
+
+    Raises:
+      ValueError: it is not a Flax module, but for example one of PyTorch's.
+    """
+    if not isinstance(unet, nn.Module):
+        raise ValueError(f"a modifier changes the layers of a UNet, which a {type(unet).__name__} does not let it do")
+
+
 def with_network(denoiser: Any, wrap: Callable[[Any], Any]) -> Any:
     """The denoiser with ``wrap`` around its UNet, inside of guidance, control and everything else."""
     if isinstance(denoiser, UNet):
+        require_layers(denoiser.net.model)
         return wrap(denoiser)
     fields = {f.name: getattr(denoiser, f.name) for f in dataclasses.fields(denoiser)}
     inner = {name: with_network(value, wrap) for name, value in fields.items() if isinstance(value, Part)}
