@@ -58,7 +58,7 @@ class PerturbedAttention:
 
 
 def self_attentions(pipe: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """The paths of the UNet's self-attentions inside the modules of these names, or with a regular expression in theirs.
+    """The paths of the UNet's self-attentions inside the modules of these names, or matching an expression.
 
     Raises:
       ValueError: a name matches none, or is neither a name nor an expression.
