@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.quick_xla import xla_flags
@@ -28,15 +29,26 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ["DIFFUSE_JAX_COMPILATION_CACHE"] = "0"  # commands that tests call leave that folder as it is
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# PyTorch, transformers and thousands of collected tests are objects that stay; looking through them again and again for
-# garbage takes a tenth of the time.
-gc.set_threshold(100_000, 50, 100)
+# Looking for garbage takes a tenth of the time, as PyTorch, transformers and thousands of collected tests are objects
+# that stay. They are left out, and the rest, compiled programs among it, is looked through after each file.
+gc.set_threshold(100_000, 50, 1_000)
 
 # The same examples every time, so that a change is judged by what it changed; DIFFUSE_JAX_TEST_RANDOM=1 looks for new
 # ones (as `make test-slow` does) and prints the blob that repeats a failure.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("random" if os.environ.get("DIFFUSE_JAX_TEST_RANDOM") == "1" else "fixed")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_garbage() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @pytest.fixture
