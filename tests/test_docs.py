@@ -45,7 +45,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one namespace and in an empty folder; a failure points at the line of the page."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(PROGRAMS, "_folders", [])  # a page that saves programs does not decide how later tests compile
+    # A page that saves its programs saves none of other tests, and does not decide how they compile.
+    for name, empty in {"_programs": {}, "_to_save": [], "_folders": []}.items():
+        monkeypatch.setattr(PROGRAMS, name, empty)
     names: dict[str, object] = {"__name__": "__main__"}
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     try:
