@@ -82,6 +82,7 @@ class Adapters:
         """
         names = [names] if isinstance(names, str) else [*names]
         self.check(names)
+        weights = plain(weights)
         each: list[Any] = [*weights] if isinstance(weights, list | tuple) else [weights] * len(names)
         if len(each) != len(names):
             raise ValueError(f"{len(names)} adapters, {', '.join(names)}, have {len(each)} weights, {brief(each)}")
@@ -214,13 +215,23 @@ def weight_at(weight: Weight, network: str, path: Path) -> float:
     return checked(of_block[int(number)])
 
 
+def plain(value: Any) -> Any:
+    """A copy whose numbers and arrays of NumPy and JAX are numbers and lists of Python, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+
+
 def checked(weight: Any) -> float:
     """A finite number as a float.
 
     Raises:
       ValueError: it is not one.
     """
-    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+    weight = plain(weight)
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not np.isfinite(weight):
         raise ValueError(f"the weight of an adapter must be a finite number, got {brief(weight)}")
     return float(weight)

@@ -13,7 +13,7 @@ import numpy as np
 from diffuse_jax.adapters import tokens
 from diffuse_jax.adapters.lora_file import read_adapter, torch_shape
 from diffuse_jax.adapters.merging import KERNEL, difference, merged
-from diffuse_jax.adapters.named import Adapters, by_layer, live_params
+from diffuse_jax.adapters.named import Adapters, by_layer, checked, live_params
 from diffuse_jax.models import Model, Params
 from diffuse_jax.models.image_attention import check_fits
 from diffuse_jax.pipelines.inputs import one_per_image
@@ -23,6 +23,7 @@ from diffuse_jax.weights.names import flatten, unflatten
 
 def with_lora(pipe: Any, source: str | Path, scale: float, **options: Any) -> dict[str, Any]:
     """The networks that a LoRA file targets, with its weights merged; see ``DiffusionPipeline.load_lora_weights``."""
+    scale = checked(scale)
     adapter = read_adapter(source, adaptable(pipe), **options)
     return {
         name: (pipe.components[name], merged(pipe.params[name], changes, scale)) for name, changes in adapter.items()
@@ -77,7 +78,7 @@ def refreshed(pipe: Any, before: Mapping[str, Params]) -> Any:
 
 def fused(pipe: Any, scale: float, names: str | Sequence[str] | None, safe: bool) -> Any:
     """See ``DiffusionPipeline.fuse_lora``."""
-    adapters = pipe.adapters
+    adapters, scale = pipe.adapters, checked(scale)
     names = [*adapters.weights] if names is None else [names] if isinstance(names, str) else [*names]
     adapters.check(names)
     if not names:

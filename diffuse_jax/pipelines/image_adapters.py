@@ -12,6 +12,7 @@ import numpy as np
 from diffuse_jax import weights
 from diffuse_jax.adapters.changes import Change, problem
 from diffuse_jax.adapters.lora_file import Adapter, stem_of, torch_shape
+from diffuse_jax.adapters.named import plain
 from diffuse_jax.errors import bad
 from diffuse_jax.layouts import read_ip_adapter
 from diffuse_jax.messages import brief
@@ -202,6 +203,7 @@ def scale_of_each(pipe: Any, scale: Any) -> tuple[Scale, ...]:
     count = len(pipe.image_adapters.nets)
     if not count:
         raise ValueError("no IP-Adapter is loaded; call load_ip_adapter first")
+    scale = plain(scale)
     given = [*scale] if isinstance(scale, list | tuple) else [scale] * count
     if len(given) != count:
         raise ValueError(f"{count} IP-Adapters have {len(given)} scales, {brief(given)}; give one, or one for each")
@@ -267,7 +269,7 @@ def checked(scale: Any) -> Any:
     """
     if isinstance(scale, list | tuple) and scale and not any(isinstance(one, list | tuple) for one in scale):
         return [checked(one) for one in scale]
-    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number or not np.isfinite(scale):
         raise ValueError(f"the scale of an IP-Adapter must be a finite number, got {brief(scale)}")
     return float(scale)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.images import rgb, upright, upright_size
-from diffuse_jax.messages import warn
+from diffuse_jax.messages import brief, warn
 from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.sharding import spans_processes
@@ -60,13 +60,28 @@ def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.
 
     Raises:
       ValueError: their number is wrong, or one is not finite.
+      TypeError: one is not a number.
     """
-    array = np.asarray(value, np.float32)
+    array = finite(value, name).astype(np.float32)
     if array.shape not in ((), (images,)):
         raise ValueError(f"{name} has {array.size} entries for {images} images; give one number, or one per image")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {value!r}")
     return np.broadcast_to(array, (images,))
+
+
+def finite(value: Any, name: str) -> np.ndarray:
+    """A number or a list of numbers as float64.
+
+    Raises:
+      ValueError: one is not finite.
+      TypeError: one is not a number.
+    """
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}") from None
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {brief(value)}")
+    return array
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:

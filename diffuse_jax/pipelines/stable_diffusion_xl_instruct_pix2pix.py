@@ -51,7 +51,8 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLPipeline):
         require_image(image, "image")
         scale = vae_of(self).config.scale
         if is_latents(image, vae_of(self)):
-            height, width = height or image.shape[1] * scale, width or image.shape[2] * scale
+            height = image.shape[1] * scale if height is None else height
+            width = image.shape[2] * scale if width is None else width
         size = output_size(self, height, width)
         arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **options}
         scaled = bool(self.options.get("is_cosxl_edit", False))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines.family import output_size
-from diffuse_jax.pipelines.inputs import ImageInput, image_size, per_prompt, pixels
+from diffuse_jax.pipelines.inputs import ImageInput, finite, image_size, per_prompt, pixels
 from diffuse_jax.pipelines.method import Net
 from diffuse_jax.pipelines.parts.control import Steered
 from diffuse_jax.pipelines.running import Request
@@ -52,10 +52,10 @@ def steered(request: Request, pipe: Any, images: ImageInput, options: Mapping[st
     )
     scale = options.get("adapter_conditioning_scale", 1.0)
     scales = one_per_net(scale, len(nets), "adapter_conditioning_scale", "T2I-Adapter")
-    factor = options.get("adapter_conditioning_factor", 1.0)
-    if not 0 <= factor <= 1:
-        raise ValueError(f"adapter_conditioning_factor must be from 0 to 1, got {factor:g}")
-    evaluations = int(int(request.plan.num_evaluations) * factor)
+    factor = finite(options.get("adapter_conditioning_factor", 1.0), "adapter_conditioning_factor")
+    if factor.shape or not 0 <= factor <= 1:
+        raise ValueError(f"adapter_conditioning_factor must be one number from 0 to 1, got {factor}")
+    evaluations = int(int(request.plan.num_evaluations) * float(factor))
     rows = {
         "adapter_images": control,
         "adapter_scale": np.tile(np.array(scales, np.float32), (request.images, 1)),
@@ -75,7 +75,7 @@ def adapter_size(pipe: Any, images: ImageInput, height: int | None, width: int |
     nets = nets_of(pipe, "adapter")
     multiple = math.lcm(nets[0].config.downscale_factor, vae_of(pipe).config.scale)
     default = image_size(by_adapter(nets, images)[0], "image", multiple)
-    return output_size(pipe, height or default[0], width or default[1])
+    return output_size(pipe, default[0] if height is None else height, default[1] if width is None else width)
 
 
 def by_adapter(nets: tuple[Net, ...], images: Any) -> list[Any]:

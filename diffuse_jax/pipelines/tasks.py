@@ -12,6 +12,7 @@ import numpy as np
 from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
+    finite,
     image_list,
     image_size,
     per_prompt,
@@ -87,9 +88,9 @@ def images_by_net(images: Any, nets: int) -> list[Any]:
     rows = images if isinstance(images, list | tuple) else [images]
     nested = any(isinstance(row, list | tuple) for row in rows)
     lists = [row if isinstance(row, list | tuple) else [row] for row in rows] if nested else [rows]
-    if wrong := next((len(row) for row in lists if len(row) != nets), 0):
+    if wrong := [len(row) for row in lists if len(row) != nets]:
         raise ValueError(
-            f"there are {nets} ControlNets and {wrong} control images; give a list with one per ControlNet"
+            f"there are {nets} ControlNets and {wrong[0]} control images; give a list with one per ControlNet"
         )
     return [[row[k] for row in lists] for k in range(nets)] if nested else list(rows)
 
@@ -192,12 +193,13 @@ def one_per_net(value: float | Sequence[float], nets: int, name: str, kind: str 
     """One value per network of a ``kind``, from a single number or a list.
 
     Raises:
-      ValueError: the list does not have one value per network.
+      ValueError: the list does not have one value per network, or a value is not finite.
+      TypeError: a value is not a number.
     """
-    values = [float(v) for v in np.ravel(value)]
-    if len(values) not in (1, nets) or (np.ndim(value) and len(values) != nets):
-        raise ValueError(f"{name} has {len(values)} entries for {nets} {kind}s; give one number, or one per {kind}")
-    return values * (nets if len(values) == 1 else 1)
+    array = finite(value, name)
+    if array.shape not in ((), (nets,)):
+        raise ValueError(f"{name} has {array.size} entries for {nets} {kind}s; give one number, or one per {kind}")
+    return [float(v) for v in np.broadcast_to(array, (nets,))]
 
 
 def window(start: float, end: float, evaluations: int) -> tuple[int, int]:
@@ -231,4 +233,4 @@ def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, w
     if images is not None and isinstance(nets := pipe.components["controlnet"], tuple | list):
         images = images_by_net(images, len(nets))[0]
     default = input_size(pipe, images, name)
-    return output_size(pipe, height or default[0], width or default[1])
+    return output_size(pipe, default[0] if height is None else height, default[1] if width is None else width)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,6 +132,16 @@ def test_names(pipe: Any) -> None:
     assert pipe.unload_lora_weights().get_list_adapters() == {}
 
 
+def test_weights_may_be_numbers_of_numpy_and_jax(pipe: Any) -> None:
+    expected = pipe.set_adapters(["a", "b"], [0.5, 0.25]).adapters.weights
+    by_block = {"unet": {"up": jnp.float32(0.5)}}
+    for given in (np.array([0.5, 0.25]), jnp.array([0.5, 0.25]), [np.float32(0.5), jnp.float32(0.25)]):
+        assert pipe.set_adapters(["a", "b"], given).adapters.weights == expected
+    kept = pipe.set_adapters("a", by_block).adapters.weights
+    by_block["unet"]["up"] = jnp.float32(9)
+    assert kept == {"a": {"unet": {"up": 0.5}}}, "pipelines are immutable"
+
+
 def test_fusing_changes_nothing_and_unfusing_restores_every_bit(pipe: Any) -> None:
     mixed = pipe.set_adapters(["a", "b"], [0.5, 0.6])
     fused = mixed.fuse_lora(lora_scale=0.7)
@@ -214,6 +225,8 @@ def test_impossible_adapters_are_refused(pipe: Any, files: Mapping[str, Path]) -
         (lambda: PLAIN.set_adapters("c"), "there are none; load with adapter_name="),
         (lambda: pipe.set_adapters(["a", "b"], [1.0]), "2 adapters, a, b, have 1 weights"),
         (lambda: pipe.set_adapters("a", float("inf")), "must be a finite number, got inf"),
+        (lambda: pipe.fuse_lora(lora_scale=float("nan")), "must be a finite number, got nan"),
+        (lambda: pipe.load_lora_weights("any", scale=float("nan")), "must be a finite number, got nan"),
         (lambda: PLAIN("a", lora_scale=0.5), "lora_scale needs an active live adapter"),
         (lambda: pipe.disable_lora()("a", lora_scale=0.5), "lora_scale needs an active live adapter"),
         (lambda: PLAIN.fuse_lora(), "no active adapter to fuse"),

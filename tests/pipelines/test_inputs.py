@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffuse_jax.pipelines.inputs import mask_pixels, pixels
+from diffuse_jax.pipelines.tasks import images_by_net, one_per_net
 
 SIZE = (2, 3)
 WHITE = np.array([[True, False, False], [False, True, True]])
@@ -44,3 +46,30 @@ def test_an_image_of_zeros_and_ones_is_black_with_a_warning() -> None:
         assert pixels(edges.astype(np.uint8), SIZE, "control image").max() == np.float32(1 / 255)
     np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
     assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"
+
+
+def test_each_network_has_a_number() -> None:
+    for given in (0.5, np.float32(0.5), jnp.float32(0.5), [0.5, 0.5], (0.5, np.array(0.5)), jnp.full(2, 0.5)):
+        assert one_per_net(given, 2, "scale") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "scale must be finite, got None"),
+        ([1.0, np.inf], r"scale must be finite, got \[1.0, inf\]"),
+        ("strong", "scale must be a number, or a list of numbers, got 'strong'"),
+        ([[1.0], 2.0], "scale must be a number, or a list of numbers"),
+        ([[1.0, 2.0]], "scale has 2 entries for 2 ControlNets"),
+        ([], "scale has 0 entries for 2 ControlNets"),
+    ],
+)
+def test_what_is_no_number_for_each_network_is_refused(value: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        one_per_net(value, 2, "scale")
+
+
+@pytest.mark.parametrize("images", [[], [[], []], [["a"], []]])
+def test_lists_without_control_images_are_refused(images: Any) -> None:
+    with pytest.raises(ValueError, match="there are 2 ControlNets and [01] control images"):
+        images_by_net(images, 2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -176,6 +177,15 @@ def test_loading_again_replaces_and_unloading_restores(pipe: StableDiffusionPipe
     kept = loaded(own, adapters, "plus").unload_ip_adapter()
     assert kept.components["image_encoder"] is own.components["image_encoder"], "it was there before"
     assert bare.unload_ip_adapter() is bare
+
+
+def test_scales_may_be_numbers_of_numpy_and_jax(pipe: StableDiffusionPipeline) -> None:
+    for half in (np.float32(0.5), np.array(0.5), jnp.float32(0.5), np.array([0.5]), [jnp.array(0.5)]):
+        assert pipe.set_ip_adapter_scale(half).image_adapters.scales == (0.5,)
+    by_block = {"up": np.array([0.5, 0.25])}
+    kept = pipe.set_ip_adapter_scale(by_block).image_adapters.scales
+    by_block["up"][0] = 9
+    assert kept == ({"up": [0.5, 0.25]},), "pipelines are immutable"
 
 
 EMBEDS = np.zeros((2, 1, 12), np.float32)
