@@ -60,6 +60,8 @@ def with_ip_adapters(
     hub: Mapping[str, Any],
 ) -> Any:
     """The pipeline with the adapters of some files; see ``DiffusionPipeline.load_ip_adapter``."""
+    if pipe.family is not None and "ip_adapter_image" not in pipe.family.options.__annotations__:
+        raise ValueError(f"{type(pipe).__name__} takes no IP-Adapters: its calls have no ip_adapter_image")
     unet = pipe.components.get("unet")
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"IP-Adapters need a UNet2DConditionModel; {type(pipe).__name__} has {type(unet).__name__}")

@@ -11,7 +11,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax import weights
-from diffuse_jax.models import Model, Params
+from diffuse_jax.models import (
+    CLIPVisionModelWithProjection,
+    ControlNetModel,
+    DPTForDepthEstimation,
+    Model,
+    Params,
+    StableDiffusionSafetyChecker,
+    T2IAdapter,
+)
 from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.processors import ImageProcessor
@@ -23,6 +31,15 @@ from diffuse_jax.writing import naming
 
 OURS: Mapping[str, type] = {"scheduler": Scheduler, "feature_extractor": ImageProcessor}
 """Components that have to be of a class of this library -> the class."""
+
+ROLES: Mapping[str, type[Model]] = {
+    "controlnet": ControlNetModel,
+    "adapter": T2IAdapter,
+    "image_encoder": CLIPVisionModelWithProjection,
+    "safety_checker": StableDiffusionSafetyChecker,
+    "depth_estimator": DPTForDepthEstimation,
+}
+"""Components that no other network of this library can be -> their class."""
 
 Parts = dict[str, Any]
 """Component name -> network, tuple of networks, scheduler, tokenizer or None."""
@@ -115,7 +132,8 @@ def with_overrides(
     A network is given as ``(model, params)``, a list of networks as a list of such pairs.
 
     Raises:
-      TypeError: a network was given without parameters, or a scheduler or feature extractor is not one of this library.
+      TypeError: a network was given without parameters or in the place of another kind, or a scheduler or feature
+        extractor is not one of this library.
     """
     parts, params = dict(parts), dict(params)
     for name, part in given.items():
@@ -136,7 +154,20 @@ def with_overrides(
             parts[name] = part
             if part is None:
                 params.pop(name, None)
+        check_role(name, parts[name])
     return parts, params
+
+
+def check_role(name: str, part: Any) -> None:
+    """Refuse a network of this library, or a list with one, in the place of another kind.
+
+    Raises:
+      TypeError: it says which kind it should be.
+    """
+    for net in part if isinstance(part, tuple | list) else (part,):
+        own = type(net).__module__.startswith("diffuse_jax.")
+        if name in ROLES and own and not isinstance(net, ROLES[name]):
+            raise TypeError(f"{name} must be a {ROLES[name].__name__}, got {type(net).__name__}")
 
 
 def is_pair(part: Any) -> bool:

@@ -10,6 +10,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.method import Net
 from diffuse_jax.pipelines.parts.safety import Checked
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.processors import CLIPImageProcessor
 
 CHECKER, PROCESSOR = "safety_checker", "feature_extractor"
 REQUIRED = "requires_safety_checker"
@@ -20,9 +21,17 @@ def check_processor(kind: type, components: Mapping[str, Any]) -> None:
     """Refuse a safety checker without the processor that prepares images for it.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or it prepares images for another network.
     """
-    if components.get(CHECKER) is not None and components.get(PROCESSOR) is None:
+    if components.get(CHECKER) is None:
+        return
+    processor = components.get(PROCESSOR)
+    if processor is not None and not isinstance(processor, CLIPImageProcessor):
+        raise ValueError(
+            f"{kind.__name__} has a safety_checker, for which a CLIPImageProcessor prepares the images, but its "
+            f"feature_extractor is a {type(processor).__name__}; leave the checker out with safety_checker=None"
+        )
+    if processor is None:
         raise ValueError(
             f"{kind.__name__} has a safety_checker but no feature_extractor, which prepares the images for it; give "
             "one (a CLIPImageProcessor), or leave the checker out with safety_checker=None"

@@ -13,7 +13,13 @@ import transformers
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
 from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection
-from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines import (
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImageVariationPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffuse_jax.pipelines.catalogue import OPTIONAL
 from diffuse_jax.processors import CLIPImageProcessor
 from diffuse_jax.sharding import make_mesh
@@ -84,6 +90,26 @@ def test_an_image_encoder_of_other_sizes_is_refused(folder: Path, tmp_path: Path
     weights.write_json(saved / "image_encoder" / "config.json", config | {"hidden_size": 32})
     with pytest.raises(WeightsError, match="image_encoder"):
         DiffusionPipeline.from_pretrained(saved)
+
+
+def test_a_network_in_the_place_of_another_is_refused(pipe: StableDiffusionPipeline) -> None:
+    unet = pipe.components["unet"], pipe.params["unet"]
+    for name, kind in (("image_encoder", "CLIPVisionModelWithProjection"), ("safety_checker", "\\w+SafetyChecker")):
+        with pytest.raises(TypeError, match=f"{name} must be a {kind}, got UNet2DConditionModel"):
+            pipe.replace(**{name: unet})
+    for given in (unet, [unet, unet]):
+        with pytest.raises(TypeError, match="controlnet must be a ControlNetModel, got UNet2DConditionModel"):
+            StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=given)
+
+
+def test_variations_need_an_encoder_of_the_unets_width_and_take_no_image_adapters(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    variation = StableDiffusionImageVariationPipeline.from_pipe(pipe)
+    with pytest.raises(ValueError, match="the image_encoder has embeddings of width 512, and the UNet attends to 16"):
+        variation.request(np.zeros((8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match="StableDiffusionImageVariationPipeline takes no IP-Adapters"):
+        variation.load_ip_adapter(tmp_path)
 
 
 def test_they_are_on_the_mesh(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from diffuse_jax.convert import convert
 from diffuse_jax.models import CLIPVisionConfig, StableDiffusionSafetyChecker
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionImg2ImgPipeline
-from diffuse_jax.processors import CLIPImageProcessor
+from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.latent import open_pipeline
 from diffuse_jax.weights import WeightsError
@@ -120,6 +120,11 @@ def test_it_is_saved_opened_and_left_out_on_request(pipe: Any, tmp_path: Path) -
     shutil.rmtree(folder / "safety_checker")
     with pytest.raises(WeightsError, match="no such folder; pass safety_checker=None to open without it"):
         DiffusionPipeline.from_pretrained(folder)
+
+
+def test_what_prepares_images_for_a_depth_estimator_is_refused(plain: Any) -> None:
+    with pytest.raises(ValueError, match="its feature_extractor is a DPTImageProcessor; leave the checker out"):
+        plain.replace(safety_checker=(CHECKER, {}), feature_extractor=DPTImageProcessor(size=(16, 16)))
 
 
 def test_training_neither_loads_it_nor_warns(pipe: Any, tmp_path: Path) -> None:

@@ -42,7 +42,17 @@ class ImageVariationFamily(ClipFamily):
     """A family whose prompts are images."""
 
     def text_rows(self, pipe: Any, call: Call, branches: tuple[str, ...], checked: tuple[str, ...] = ()) -> Rows:
-        """The image of each row, in the place of its prompt."""
+        """The image of each row, in the place of its prompt.
+
+        Raises:
+          ValueError: the image encoder is for another UNet, or something is not an image.
+        """
+        encoder, unet = pipe.components["image_encoder"].config, pipe.components["unet"].config
+        if encoder.projection_dim != unet.cross_attention_dim:
+            raise ValueError(
+                f"the image_encoder has embeddings of width {encoder.projection_dim}, and the UNet attends to "
+                f"{unet.cross_attention_dim}; it was made for another UNet"
+            )
         array = encoder_pixels(pipe, call.get("image"), "image")[:, None]
         return {"image_pixels": array, "prompted": prompted(call.prompts, len(branches) > 1)}
 
