@@ -165,7 +165,7 @@ def check_role(name: str, part: Any) -> None:
       TypeError: it says which kind it should be.
     """
     for net in part if isinstance(part, tuple | list) else (part,):
-        own = type(net).__module__.startswith("diffuse_jax.")
+        own = isinstance(net, Model) and type(net).__module__.startswith("diffuse_jax.")
         if name in ROLES and own and not isinstance(net, ROLES[name]):
             raise TypeError(f"{name} must be a {ROLES[name].__name__}, got {type(net).__name__}")
 
