@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
+from diffuse_jax.models import Model
 from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.method import Part, Rows, all_parts
 from diffuse_jax.pipelines.parts.features import DeepCache
@@ -87,9 +87,9 @@ def require_layers(unet: Any) -> None:
     """Refuse a network whose layers cannot be changed.
 
     Raises:
-      ValueError: it is not a Flax module, but for example one of PyTorch's.
+      ValueError: it is not a :class:`~diffuse_jax.models.Model`, but for example one of PyTorch's.
     """
-    if not isinstance(unet, nn.Module):
+    if not isinstance(unet, Model):
         raise ValueError(f"a modifier changes the layers of a UNet, which a {type(unet).__name__} does not let it do")
 
 
