@@ -25,7 +25,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.models import Model
 from diffuse_jax.models.base import floating_type, network_class, network_names
 from diffuse_jax.pipelines import catalogue
-from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, open_tokenizers
+from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, NOT_IN_FILES, open_tokenizers
 from diffuse_jax.weights import WeightsError, names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS, unchanged
@@ -198,7 +198,7 @@ def open_source(
 
 def without_optional(source: OpenedCheckpoint) -> OpenedCheckpoint:
     """The checkpoint without the networks that no single file has a place for, which is said in a warning."""
-    if left := [name for name in source.networks if name in catalogue.OPTIONAL]:
+    if left := [name for name in source.networks if name in NOT_IN_FILES]:
         warn(f"a single file has no place for {', '.join(left)}, which is left out")
     kept = {name: network for name, network in source.networks.items() if name not in left}
     return dataclasses.replace(source, networks=kept)
@@ -228,6 +228,8 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
 def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> OpenedCheckpoint:
     """A pipeline from a single file, which contains no tokenizers, or one network."""
     if kind := layouts.network_in(path):
+        if tokenizer is not None or prediction_type is not None:
+            raise ValueError(f"{path} holds only a {kind}; a tokenizer and a prediction type belong to whole pipelines")
         return OpenedCheckpoint("", _networks({"": layouts.read_network(path, kind)}, path))
     file = layouts.read_single_file(path, prediction_type=prediction_type)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)

@@ -157,6 +157,8 @@ def extract_lora(
         raise ValueError(f"rank must be at least 1 and energy above 0 and at most 1, got rank={rank}, energy={energy}")
     dst = new_file(dst)
     old, new = (adaptable(open_source(source).networks) for source in (base, tuned))
+    if not old.keys() & new.keys():
+        raise WeightsError(f"{base} and {tuned} have no network in common that a LoRA can change; give whole pipelines")
     adapter: dict[str, dict[names.Path, Change]] = {}
     for network in old.keys() & new.keys():
         a, b = old[network].views, new[network].views

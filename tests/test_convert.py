@@ -28,6 +28,7 @@ from tests.weights.tiny import same_bits, views
 CLASSES = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
+    "v2-depth": "StableDiffusionDepth2ImgPipeline",
     "xl": "StableDiffusionXLPipeline",
     "xl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
@@ -39,7 +40,7 @@ def pipeline(folder: Path, family: str = "v1") -> Path:
     for name, model in FAMILIES[family].items():
         params = weights.names.unflatten(views(model, np.random.default_rng(1)))
         model.save_pretrained(folder / name, params)
-        entries[name] = ("transformers" if name.startswith("text") else "diffusers", type(model).__name__)
+        entries[name] = (model.library(), type(model).__name__)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", "x": 1})
     weights.write_json(folder / "tokenizer" / "vocab.json", {"a": 0})
     weights.write_json(folder / "watermark" / "config.json", {})
@@ -145,6 +146,13 @@ def test_one_network(tmp_path: Path) -> None:
     _, params = UNet2DConditionModel.from_pretrained(out, param_dtype="float32")
     assert params
     assert_same_network(src / "unet", convert(src / "unet", tmp_path / "unet.safetensors", to="single-file"))
+    with pytest.raises(ValueError, match="holds only a UNet2DConditionModel; a tokenizer and a prediction type"):
+        convert(tmp_path / "unet.safetensors", tmp_path / "x", prediction_type="epsilon")
+    more = read_safetensors(tmp_path / "unet.safetensors") | {"image_encoder.x": np.zeros(1, np.float32)}
+    shapes = {key: (array.dtype, array.shape) for key, array in more.items()}
+    write_safetensors(tmp_path / "more.safetensors", shapes, more.values())
+    with pytest.raises(WeightsError, match="not a complete Stable Diffusion checkpoint"):
+        convert(tmp_path / "more.safetensors", tmp_path / "x")
     tiny = AutoencoderTiny()
     tiny.save_pretrained(tmp_path / "tiny", jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tiny.shapes()))
     with pytest.raises(WeightsError, match="AutoencoderTiny has no single-file layout; those that have are UNet2DC"):

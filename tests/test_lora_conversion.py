@@ -99,6 +99,9 @@ def test_a_lora_is_extracted_from_two_checkpoints(model: Path, tmp_path: Path, r
     assert {change.rank for changes in less.values() for change in changes.values()} <= {1, 2}
     with pytest.raises(WeightsError, match="there is nothing to extract"):
         extract_lora(model, model, tmp_path / "none.safetensors", rank=1)
+    lone = PIPE.components["unet"].save_single_file(tmp_path / "unet.safetensors", PIPE.params["unet"])
+    with pytest.raises(WeightsError, match="have no network in common that a LoRA can change; give whole pipelines"):
+        extract_lora(model, lone, tmp_path / "none.safetensors", rank=1)
     for wrong, message in (({}, "give rank="), ({"rank": 0}, "at least 1"), ({"energy": 1.5}, "at most 1")):
         with pytest.raises(ValueError, match=message):
             extract_lora(model, folder, tmp_path / "x.safetensors", **wrong)  # type: ignore[arg-type]

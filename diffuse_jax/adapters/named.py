@@ -224,8 +224,8 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
-def checked(weight: Any) -> float:
-    """A finite number as a float.
+def checked(weight: Any, what: str = "the weight of an adapter") -> float:
+    """A finite number as a float; ``what`` it is, for the message.
 
     Raises:
       ValueError: it is not one.
@@ -233,5 +233,5 @@ def checked(weight: Any) -> float:
     weight = plain(weight)
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not np.isfinite(weight):
-        raise ValueError(f"the weight of an adapter must be a finite number, got {brief(weight)}")
+        raise ValueError(f"{what} must be a finite number, got {brief(weight)}")
     return float(weight)

@@ -284,7 +284,7 @@ def family_for(
 
     Args:
       networks: the configurations of its networks.
-      schedulers: those of its schedulers, by which families of the same networks are told apart.
+      schedulers: those of its schedulers, which distinguish families with the same networks.
 
     Raises:
       WeightsError: the original layout cannot hold such a pipeline.
@@ -301,7 +301,12 @@ def family_for(
             f"the components {', '.join(sorted(networks))} fit none of the single-file layouts {', '.join(FAMILIES)}"
         )
     sampler = (schedulers or {}).get("scheduler", {})
-    own = (name for name in fitting if sampler and FAMILIES[name].scheduler.items() <= sampler.items())
+    predicts = sampler.get("prediction_type", "epsilon")
+    own = (
+        name
+        for name in fitting
+        if FAMILIES[name].prediction_type == predicts and FAMILIES[name].scheduler.items() <= sampler.items()
+    )
     return next(own, fitting[0])
 
 

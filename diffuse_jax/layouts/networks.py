@@ -26,7 +26,7 @@ from diffuse_jax.layouts.original import (
 )
 from diffuse_jax.layouts.record import make_record, read_record
 from diffuse_jax.layouts.rows import Table, to_diffusers
-from diffuse_jax.layouts.single_file import Part, open_file, without_last_layer
+from diffuse_jax.layouts.single_file import Part, is_unused, open_file, without_last_layer
 from diffuse_jax.layouts.single_file_writer import original_names, write_tensors
 from diffuse_jax.messages import warn
 from diffuse_jax.weights.load import Checkpoint
@@ -83,10 +83,7 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
     layout = NETWORKS[kind]
     noun = layout.what.split(" ", 1)[1]
     path, tensors = open_file(path)
-    prefix, own = next(
-        ((prefix, own) for prefix in layout.places if (own := _below(tensors, prefix)) and _is_there(own, layout)),
-        (None, {}),
-    )
+    prefix = next((prefix for prefix in layout.places if _is_there(tensors, prefix, layout)), None)
     if prefix is None:
         after = " or ".join(repr(prefix) for prefix in layout.places if prefix)
         raise bad(
@@ -95,7 +92,7 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
             f"{held(tensors, f'{layout.what},')}",
         )
     try:
-        found, config = layout.read(own, Opened(path, tensors, prefix, given))
+        found, config = layout.read(_below(tensors, prefix), Opened(path, tensors, prefix, given))
     except (KeyError, ValueError, IndexError, StopIteration) as error:
         raise bad(
             path,
@@ -135,14 +132,18 @@ def write_network(
 
 
 def network_in(path: Path | str) -> str | None:
-    """The class of the only network in a file; None if there are several, as in a whole checkpoint, or none."""
+    """The class of the network that a file consists of; None if it holds none, several or other tensors."""
     _, tensors = open_file(path)
     found: dict[str, str] = {}
     for kind, layout in NETWORKS.items():
         for prefix in layout.places:
-            if prefix not in found and _is_there(_below(tensors, prefix), layout):
+            if prefix not in found and _is_there(tensors, prefix, layout):
                 found[prefix] = kind
-    return next(iter(found.values())) if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    ((prefix, kind),) = found.items()
+    others = (key for key in tensors if not key.startswith(prefix) and not is_unused(key))
+    return kind if next(others, None) is None else None
 
 
 def _below(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
@@ -150,8 +151,8 @@ def _below(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): array for key, array in tensors.items() if key.startswith(prefix)}
 
 
-def _is_there(own: Tensors, layout: NetworkLayout) -> bool:
-    return any(marker in own for marker in layout.markers)
+def _is_there(tensors: Tensors, prefix: str, layout: NetworkLayout) -> bool:
+    return any(prefix + marker in tensors for marker in layout.markers)
 
 
 def _controlnet(own: dict[str, np.ndarray], file: Opened) -> Found:
@@ -295,7 +296,7 @@ NETWORKS: dict[str, NetworkLayout] = {
     "DPTForDepthEstimation": NetworkLayout(
         "a depth network",
         {"depth_model.model.": "depth_estimator", "": ""},
-        ("pretrained.model.cls_token",),
+        ("pretrained.model.cls_token", "dpt.embeddings.cls_token"),
         _depth,
         lambda keys, config: midas_table(keys),
         library="transformers",

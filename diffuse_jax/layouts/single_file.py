@@ -88,7 +88,7 @@ def read_single_file(
       path: a ``.safetensors`` or ``.ckpt`` file.
       prediction_type: ``"epsilon"`` or ``"v_prediction"``. If None, a marker tensor in the file decides
         (:mod:`~diffuse_jax.layouts.markers`), else the family; a Stable Diffusion 2 ``.ckpt``, where both kinds have
-        the same tensors, is told apart by its training step.
+        the same tensors, is classified by its training step.
       ema: use the UNet's EMA weights (``model_ema.``), which some files hold beside the last ones.
       configs: component name -> values that override the file's metadata and what its tensors imply.
       given: component name -> configuration (may be empty) of the components that the caller provides. The file need
@@ -172,7 +172,7 @@ def _prediction_type(path: Path, family: Family, channels: int) -> str:
         return family.prediction_type
     found = read_torch_object(path)
     step = found.get("global_step") if isinstance(found, Mapping) else None
-    return "epsilon" if step in EPSILON_STEPS else family.prediction_type
+    return "epsilon" if isinstance(step, int) and step in EPSILON_STEPS else family.prediction_type
 
 
 def _with_ema(path: Path, tensors: Tensors) -> dict[str, np.ndarray]:
@@ -189,13 +189,18 @@ def _with_ema(path: Path, tensors: Tensors) -> dict[str, np.ndarray]:
     return result
 
 
+def is_unused(key: str) -> bool:
+    """Whether a tensor is one that training left in a file and no network needs."""
+    return bool(BUFFERS.search(key) or IGNORED.search(key))
+
+
 def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
     """Component name -> its tensors without their prefix; keys that belong to none must be known buffers."""
     prefixes = {part: prefix for part, (prefix, _) in family.places.items()}
     groups: dict[str, dict[str, np.ndarray]] = {part: {} for part in prefixes}
     unknown = []
     for key, array in tensors.items():
-        if BUFFERS.search(key) or IGNORED.search(key):
+        if is_unused(key):
             continue
         part = next((part for part, prefix in prefixes.items() if key.startswith(prefix)), None)
         if part is None:

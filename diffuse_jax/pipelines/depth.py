@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.pipelines.editing import check_channels
-from diffuse_jax.pipelines.inputs import ImageInput, image_list, per_prompt
+from diffuse_jax.pipelines.inputs import ImageInput, eight_bit, per_prompt
 from diffuse_jax.pipelines.method import Net
 from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.depth import DepthMap
@@ -45,18 +45,11 @@ def keeping_depth(request: Request, pipe: Any, image: ImageInput, depth_map: Any
             raise ValueError("give depth_map: the depth of an image that is given as latents cannot be estimated")
         part = DepthMap((height, width), Net("depth_estimator", pipe.components["depth_estimator"]))
         prepare = pipe.components["feature_extractor"]
-        row, array = "depth_images", prepare([eight_bit(one) for one in image_list(image, "image")])
+        row, array = "depth_images", prepare(eight_bit(image, "image"))
     rows = {row: per_prompt(array, request.images, request.copies, "image" if depth_map is None else "depth_map")}
     conditions = (*request.method.conditions, part)
     denoiser = below_guidance(request.method.denoiser, lambda inner: Beside(inner, ("depth_map",)))
     return changed(request, rows, conditions=conditions, denoiser=denoiser)
-
-
-def eight_bit(image: Any) -> Any:
-    """An image as image processors take it: an array in [0, 1] as uint8, anything else as it is."""
-    if isinstance(image, Image.Image) or image.dtype == np.uint8:
-        return image
-    return np.round(np.asarray(image, np.float32) * 255).astype(np.uint8)
 
 
 def depth_maps(value: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.pipelines.families.clip import repeat_rows
+from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows
 from diffuse_jax.pipelines.family import STEPS, Call, make_plan, text_to_image
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
@@ -19,7 +19,6 @@ from diffuse_jax.pipelines.inputs import (
     mask_pixels,
     noise_rows,
     number_of_prompts,
-    one_per_image,
     per_prompt,
 )
 from diffuse_jax.pipelines.options import check_names
@@ -129,17 +128,14 @@ def masking(
     ]
     if counts[0] != counts[1]:
         raise ValueError(f"there are {counts[0]} target prompts and {counts[1]} source prompts; give the same number")
-    call = Call(
-        {**given, "guidance_scale": guidance_scale}, counts[0], num_maps_per_mask, input_size(pipe, image, "image")
-    )
+    call = Call(given, counts[0], num_maps_per_mask, input_size(pipe, image, "image"))
     first = 0 if pipe.family.uses_guidance(pipe, call) else 1
     branches = (*SOURCE[first:], *TARGET[first:])
     rows = pipe.family.text_rows(pipe, call, branches, (*SOURCE, *TARGET))
     method = pipe.family.method(pipe, call, rows)
     denoiser = method.denoiser.inner if isinstance(method.denoiser, Guidance) else method.denoiser
     rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
-    for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", 0.0)):
-        rows[name] = one_per_image(value, call.images, name)
+    rows |= guidance_rows(call, first == 0)
     noise, seeds = noise_rows(call.images, given, method.latent_shape, pipe.mesh)
     plan = make_plan(pipe.scheduler, given, STEPS, strength=mask_encode_strength)
     plan = dataclasses.replace(plan, num_evaluations=np.int32(1))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines.family import default_steps, text_to_image
-from diffuse_jax.pipelines.inputs import ImageInput, image_size, one_per_image, per_prompt, pixels
+from diffuse_jax.pipelines.inputs import ImageInput, image_size, one_per_image, per_prompt, pixels, signed
 from diffuse_jax.pipelines.modifiers.request import combined, more_negatives, with_copy
 from diffuse_jax.pipelines.parts.combine import TwoScales
 from diffuse_jax.pipelines.parts.control import Beside
@@ -77,7 +77,7 @@ def upscaling(pipe: Any, image: ImageInput, noise_level: int, arguments: Mapping
     low = image_size(image, "image", 1)
     scale = vae_of(pipe).config.scale
     request = text_to_image(pipe, default_steps(arguments, 75), (low[0] * scale, low[1] * scale))
-    array = pixels(image, low, "image") * 2 - 1
+    array = signed(pixels(image, low, "image"))
     level = pipe.components["low_res_scheduler"].train_levels()[noise_level]
     rows = {
         "low_res_image": per_prompt(array, request.images, request.copies, "image"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax import weights
+from diffuse_jax.adapters import named
 from diffuse_jax.adapters.changes import Change, problem
 from diffuse_jax.adapters.lora_file import Adapter, stem_of, torch_shape
 from diffuse_jax.adapters.named import plain
@@ -271,7 +272,4 @@ def checked(scale: Any) -> Any:
     """
     if isinstance(scale, list | tuple) and scale and not any(isinstance(one, list | tuple) for one in scale):
         return [checked(one) for one in scale]
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not np.isfinite(scale):
-        raise ValueError(f"the scale of an IP-Adapter must be a finite number, got {brief(scale)}")
-    return float(scale)
+    return named.checked(scale, "the scale of an IP-Adapter")

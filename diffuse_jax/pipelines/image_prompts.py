@@ -10,7 +10,7 @@ import numpy as np
 
 from diffuse_jax.pipelines.family import Call
 from diffuse_jax.pipelines.image_adapters import scale_of_each, scale_row
-from diffuse_jax.pipelines.inputs import image_list, mask_pixels, per_prompt, pixels
+from diffuse_jax.pipelines.inputs import eight_bit, image_list, mask_pixels, per_prompt
 from diffuse_jax.pipelines.method import Net, Params, Rows
 from diffuse_jax.pipelines.parts.guidance import Branches, is_branches
 from diffuse_jax.pipelines.parts.ip_adapter import COMPONENT, EncodeImages, ImagePrompted, encoded
@@ -126,8 +126,7 @@ def encoder_pixels(pipe: Any, images: Any, name: str) -> np.ndarray:
     Raises:
       ValueError, TypeError: something is not an image, or the feature extractor makes another size than the encoder's.
     """
-    arrays = [np.rint(pixels(image, None, name)[0] * 255).astype(np.uint8) for image in image_list(images, name)]
-    found = pipe.components["feature_extractor"](arrays)
+    found = pipe.components["feature_extractor"](eight_bit(images, name))
     edge = pipe.components["image_encoder"].config.image_size
     if found.shape[1:3] != (edge, edge):
         raise ValueError(f"the feature_extractor makes {found.shape[1:3]} pixels, and the image_encoder takes {edge}")

@@ -256,6 +256,11 @@ def pixels(
     return np.stack([_pixels(image, size, channels, name, holes, resample) for image in image_list(images, name)])
 
 
+def eight_bit(images: ImageInput, name: str) -> list[np.ndarray]:
+    """Images as uint8 ``[H,W,3]``, each in its own size, as image processors take them; errors as of :func:`pixels`."""
+    return [np.rint(np.asarray(pixels(one, None, name)[0]) * 255).astype(np.uint8) for one in image_list(images, name)]
+
+
 def stays_on_device(array: Any) -> bool:
     """Whether an array can go from its device to the program. Those on explicit axes go through host memory, because
     operations on them would have to say how their results are sharded."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffuse_jax.pipelines.editing import check_channels
 from diffuse_jax.pipelines.family import default_steps, text_to_image
-from diffuse_jax.pipelines.inputs import ImageInput, as_list, per_prompt, pixels
+from diffuse_jax.pipelines.inputs import ImageInput, as_list, per_prompt, pixels, signed
 from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.latent_upscaler import SCALE, Preconditioned, SmallImage
 from diffuse_jax.pipelines.running import Request
@@ -21,8 +21,8 @@ def latents_upscaled(pipe: Any, image: ImageInput, arguments: Mapping[str, Any])
     """Upscale ``image`` by two in the space of latents.
 
     Args:
-      pipe: the pipeline; its UNet takes the small image's latents as further channels, and a sampler that is told the
-        clean sample.
+      pipe: the pipeline; its UNet takes the small image's latents as further channels, and its sampler
+        has ``prediction_type="sample"``.
       image: the image, or one per prompt; or scaled latents ``[B,h,w,c]``.
       arguments: of the call.
 
@@ -39,7 +39,7 @@ def latents_upscaled(pipe: Any, image: ImageInput, arguments: Mapping[str, Any])
         small = (height // vae.config.scale, width // vae.config.scale, vae.config.latent_channels)
         rows = {"image_latents": latent_rows(image, request, "image", small)}
     else:
-        array = pixels(image, (height, width), "image", resample=Image.Resampling.BICUBIC) * 2 - 1
+        array = signed(pixels(image, (height, width), "image", resample=Image.Resampling.BICUBIC))
         rows = {"image": per_prompt(array, request.images, request.copies, "image")}
     conditions = (*request.method.conditions, SmallImage(vae))
     wrap = lambda inner: Preconditioned(Beside(inner, ("small_image",)))

@@ -241,8 +241,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         )
         index = weights.read_index(folder)
         target = pipeline_class(index.class_name, folder / "model_index.json") if cls is DiffusionPipeline else cls
-        required = components.pop(REQUIRED, index.options.get(REQUIRED, CHECKER in index.components))
         options, components = split_settings(target, index.options, components)
+        required = components.pop(REQUIRED, options.get(REQUIRED, CHECKER in index.components))
         known = {*index.components, *index.absent, *target.required, *OPTIONAL, *NOT_LOADED}
         unknown = sorted(set(components) - known)
         if unknown:
@@ -295,8 +295,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         file = read_file(path, components, prediction_type=prediction_type, ema=ema)
         own = pipeline_class(file.class_name, path)
         target = own if cls is DiffusionPipeline else cls
-        settings = {name: components.pop(name) for name in {*target.settings, REQUIRED} & {*components}}
-        options = file.options | {name: value for name, value in settings.items() if name in target.settings}
+        options, components = split_settings(target, file.options, components)
+        components.pop(REQUIRED, None)  # there is no checker in a single file to miss
         refuse_other(target, own, file, components, path)
         found = open_single_file(
             path,

@@ -72,7 +72,9 @@ def place_rows(mesh: Mesh | None, rows: Rows) -> Rows:
 
 def _is_elsewhere(x: Any) -> bool:
     """Whether an array is on another device than the default one, so that a program could not take it."""
-    default = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
     keys = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     return isinstance(x, jax.Array) and not keys and x.devices() != {default}
 

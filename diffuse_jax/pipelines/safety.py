@@ -8,6 +8,7 @@ from typing import Any
 
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.method import Net
+from diffuse_jax.pipelines.parts.decode import Raw
 from diffuse_jax.pipelines.parts.safety import Checked
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.processors import CLIPImageProcessor
@@ -15,6 +16,9 @@ from diffuse_jax.processors import CLIPImageProcessor
 CHECKER, PROCESSOR = "safety_checker", "feature_extractor"
 REQUIRED = "requires_safety_checker"
 """The setting of ``model_index.json`` that says whether to warn of a missing safety checker."""
+
+SETTING = {REQUIRED: "honoured: false means no warning without a checker"}
+"""It as an entry of a pipeline's ``settings``."""
 
 
 def check_processor(kind: type, components: Mapping[str, Any]) -> None:
@@ -39,9 +43,9 @@ def check_processor(kind: type, components: Mapping[str, Any]) -> None:
 
 
 def with_check(pipe: Any, request: Request) -> Request:
-    """A request whose images are checked, if the pipeline has a safety checker; latents are not."""
+    """A request whose images are checked, if the pipeline has a safety checker; what is not decoded is no image."""
     checker = pipe.components.get(CHECKER)
-    if checker is None or request.output_type == "latent":
+    if checker is None or request.output_type == "latent" or isinstance(request.method.decode, Raw):
         return request
     decode = Checked(request.method.decode, Net(CHECKER, checker), pipe.components[PROCESSOR])
     return request._replace(method=replace(request.method, decode=decode))

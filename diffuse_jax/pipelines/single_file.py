@@ -33,6 +33,9 @@ PAD_WITH_EXCLAMATION_MARK = {
 }
 """``(family, component)`` of tokenizers that pad with "!" (id 0), as OpenCLIP was trained, not with the end token."""
 
+NOT_IN_FILES = {*OPTIONAL} - {name for family in layouts.FAMILIES.values() for name in family.places}
+"""Optional components that no layout of single files has a place for."""
+
 
 class Contents(NamedTuple):
     """The contents of a file, as a pipeline's folder would hold them."""
@@ -175,9 +178,9 @@ def open_tokenizer(source: Any, key: tuple[str, str], **hub: Any) -> Any:
 def save_single_file(pipe: Any, path: str | Path, dtype: DTypeLike | None) -> Path:
     """Write a pipeline's networks to one file; see :meth:`DiffusionPipeline.save_single_file`."""
     path, dtype = safetensors_path(path), None if dtype is None else floating_type(dtype)
-    if left := [name for name in pipe.params if name in OPTIONAL]:
+    if left := [name for name in pipe.params if name in NOT_IN_FILES]:
         warn(f"a single file has no place for {', '.join(left)}, which is left out")
-    parts = {name: part for name, part in pipe.components.items() if part is not None and name not in OPTIONAL}
+    parts = {name: part for name, part in pipe.components.items() if part is not None and name not in NOT_IN_FILES}
     configs = {name: part.config_json() for name, part in parts.items() if isinstance(part, Model)}
     schedulers = {name: part.to_json() for name, part in parts.items() if isinstance(part, Scheduler)}
     family = layouts.family_for(configs, schedulers)

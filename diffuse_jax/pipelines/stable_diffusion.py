@@ -12,15 +12,14 @@ from diffuse_jax.pipelines.inversion import invert
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline, verb
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.pipelines.safety import SETTING
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
     """Images from prompts with one CLIP text encoder."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    settings: ClassVar[Mapping[str, str]] = {
-        "requires_safety_checker": "honoured: false means no warning without a checker"
-    }
+    settings: ClassVar[Mapping[str, str]] = SETTING
     sampler_settings: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     family = STABLE_DIFFUSION
 

@@ -11,6 +11,7 @@ from diffuse_jax.pipelines.inputs import ImageInput, image_list
 from diffuse_jax.pipelines.options import ImageVariationOptions, check_names
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.pipelines.safety import SETTING
 from diffuse_jax.pipelines.tasks import require_image
 
 
@@ -18,7 +19,7 @@ class StableDiffusionImageVariationPipeline(DiffusionPipeline):
     """Images that resemble an image, which a CLIP vision encoder sees; there is no prompt."""
 
     required: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
-    settings: ClassVar[Mapping[str, str]] = {"requires_safety_checker": "no effect: images are not checked"}
+    settings: ClassVar[Mapping[str, str]] = SETTING
     family = IMAGE_VARIATION
 
     def compose(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.parts.latent_upscaler import SCALE
 
 CONTROLS: dict[str, Callable[[Any], int]] = {
     "controlnet": lambda config: config.conditioning_channels,
@@ -18,7 +19,7 @@ CONTROLS: dict[str, Callable[[Any], int]] = {
 
 UPSCALING: dict[str, Callable[[int], int]] = {
     "StableDiffusionUpscalePipeline": lambda scale: scale,
-    "StableDiffusionLatentUpscalePipeline": lambda scale: 2,
+    "StableDiffusionLatentUpscalePipeline": lambda scale: SCALE,
 }
 """Pipelines whose images are larger than the one they take -> how many times, from the autoencoder's factor."""
 

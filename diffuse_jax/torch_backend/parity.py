@@ -51,7 +51,7 @@ class Request:
         takes = inspect.signature(pipe.compose).parameters
         given = {"prompt": list(self.prompts), "batch_size": len(self.prompts)}
         prompts = {name: value for name, value in given.items() if name in takes}
-        missing = {k: image for k, image in default_images(pipe).items() if k in takes and k not in self.options}
+        missing = {k: image for k, image in default_images(pipe).items() if k not in self.options}
         return prompts | missing | self.options
 
 

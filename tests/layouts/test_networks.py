@@ -190,6 +190,14 @@ def test_an_autoencoder_alone_may_be_of_any_family(tmp_path: Path, rng: np.rando
         AutoencoderKL.from_single_file(save(tmp_path, torch_tensors(many, rng)))
 
 
+def test_a_depth_network_may_have_the_names_of_its_folder(tmp_path: Path, rng: np.random.Generator) -> None:
+    net = DPTForDepthEstimation(DEPTH)
+    params = names.unflatten(views(net, rng))
+    net.save_pretrained(tmp_path, params)
+    found = DPTForDepthEstimation.from_single_file(tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found[1], params)
+
+
 def test_text_encoders_are_found_in_files_of_a_whole_clip(tmp_path: Path, rng: np.random.Generator) -> None:
     encoder = CLIPTextModelWithProjection(OPENCLIP.replace(projection_dim=64))
     params = names.unflatten(views(encoder, rng))

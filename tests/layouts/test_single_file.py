@@ -85,6 +85,14 @@ def test_names_and_shapes_are_those_of_published_files(name: str, tmp_path: Path
     assert fused == ([] if name == "v1" else [(192, 64)])
 
 
+def test_sd_turbo_is_recognised_by_its_sampler_and_prediction() -> None:
+    networks = {part: model.config_json() for part, model in FAMILIES["v2"].items()}
+    trailing = dict(layouts.FAMILIES["v2-turbo"].scheduler)
+    assert family_for(networks, {"scheduler": trailing}) == "v2-turbo"
+    assert family_for(networks, {"scheduler": trailing | {"prediction_type": "v_prediction"}}) == "v2"
+    assert family_for(networks) == "v2"
+
+
 def stored_family(name: str, rng: np.random.Generator, folder: Path) -> dict[str, np.ndarray]:
     write_single_file(folder / "plain.safetensors", family_tensors(name, rng), name)
     return read_safetensors(folder / "plain.safetensors")
@@ -161,8 +169,10 @@ def test_prediction_type_of_stable_diffusion_2(tmp_path: Path, rng: np.random.Ge
         strides = tuple(s // 4 for s in array.strides)
         program += text(key) + tensor(storage(str(i), array.size), 0, array.shape, strides)
         storages[str(i)] = array.tobytes()
-    for step, kind in ((875000, "epsilon"), (140000, "v_prediction")):
-        whole = mapping(state_dict=b"}(" + program + b"u", global_step=number(step))
+    storages["step"] = np.float32(875000).tobytes()
+    tensor_step = tensor(storage("step", 1), 0, (), ())  # as some trainers store it; it says nothing here
+    for step, kind in ((number(875000), "epsilon"), (number(140000), "v_prediction"), (tensor_step, "v_prediction")):
+        whole = mapping(state_dict=b"}(" + program + b"u", global_step=step)
         write_zip(tmp_path / "model.ckpt", whole, storages)
         assert read_single_file(tmp_path / "model.ckpt").schedulers["scheduler"]["prediction_type"] == kind
 
@@ -297,8 +307,9 @@ def test_what_is_given_need_not_be_in_the_file(name: str, tmp_path: Path, rng: n
             path = save(tmp_path, {key: array for key, array in stored.items() if not key.startswith(gone)})
             configs = {part: FAMILIES[name][part].config_json() for part in names}
             file = read_single_file(path, given=configs)
-            told = "v2" if name == "v2-turbo" and "text_encoder" in names else name  # only its names' prefix tells
-            assert (file.family, [*file.networks]) == (told, [part for part in parts if part not in names])
+            # SD Turbo differs from 2.x only in the prefix of its text encoder's names.
+            family = "v2" if name == "v2-turbo" and "text_encoder" in names else name
+            assert (file.family, [*file.networks]) == (family, [part for part in parts if part not in names])
             with pytest.raises(WeightsError, match=rf"for {name}: {names[0]} \("):
                 read_single_file(path)
 

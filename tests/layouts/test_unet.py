@@ -43,6 +43,12 @@ def test_configurations_of_published_unets_are_in_their_tensors(name: str) -> No
     assert {field for field in vars(found) if getattr(found, field) != getattr(PUBLISHED[name], field)} <= UNKNOWN
 
 
+@pytest.mark.parametrize("channels", [5, 9])
+def test_depth_and_inpainting_unets_of_2_are_for_512_pixels(channels: int) -> None:
+    config = identified(tensors_of(presets.SD21_UNET.replace(in_channels=channels)))[1]
+    assert (config["sample_size"], config["in_channels"]) == (64, channels)
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "original", "whole checkpoint"])
 def test_both_layouts_are_read(layout: str, tmp_path: Path, rng: np.random.Generator) -> None:
     model = UNet2DConditionModel(tiny.UNET)

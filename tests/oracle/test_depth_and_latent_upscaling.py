@@ -140,7 +140,7 @@ def test_latent_upscaler(tmp_path: Path) -> None:
             pipe.request(**small | changes)
     with pytest.raises(ValueError, match="needs a scheduler with prediction_type='sample', got 'epsilon'"):
         pipe.replace(scheduler=DDIMScheduler()).request(**small)
-    # Any sampler that is told the clean sample will do: at its smallest steps the result is the same.
+    # Any sampler for networks that predict the clean sample will do: at its smallest steps the result is the same.
     ddim = pipe.replace(scheduler=DDIMScheduler(prediction_type="sample", clip_sample=False, **BETAS))
     euler = pipe(seed=[3], output_type="np", **small | {"num_inference_steps": 150}).images
     other = ddim(seed=[3], output_type="np", **small | {"num_inference_steps": 150}).images

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.pipelines.inputs import mask_pixels, pixels
+from diffuse_jax.pipelines.inputs import eight_bit, mask_pixels, pixels
 from diffuse_jax.pipelines.tasks import images_by_net, one_per_net
 
 SIZE = (2, 3)
@@ -73,3 +73,12 @@ def test_what_is_no_number_for_each_network_is_refused(value: Any, message: str)
 def test_lists_without_control_images_are_refused(images: Any) -> None:
     with pytest.raises(ValueError, match="there are 2 ControlNets and [01] control images"):
         images_by_net(images, 2)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_image_processors_get_eight_bits_of_any_array(kind: Any) -> None:
+    image = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    for given in (kind(image), kind(image.astype(np.float32) / 255)):
+        found = eight_bit(given, "image")
+        assert all(isinstance(one, np.ndarray) and one.dtype == np.uint8 for one in found)
+        np.testing.assert_array_equal(found, image)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.pipelines import StableDiffusionPipeline
+from diffuse_jax.pipelines.placement import place_rows
 from diffuse_jax.sharding import make_mesh, param_shardings
 from tests.pipelines.tiny import pipeline
 
@@ -77,3 +78,9 @@ def test_a_callback_sees_the_images_of_the_request(pipe: StableDiffusionPipeline
     wrong = lambda pipe, i, t, values: {"latents": jnp.zeros((4, 8, 8, 4))}
     with pytest.raises(ValueError, match=r"returned latents of shape \(4, 8, 8, 4\), expected \(3, 8, 8, 4\)"):
         pipe(["a"] * 3, **request, callback_on_step_end=wrong)
+
+
+def test_rows_on_a_default_device_that_is_named_stay() -> None:
+    row = jnp.ones(3)
+    with jax.default_device("cpu"):
+        assert place_rows(None, {"row": row})["row"].unsafe_buffer_pointer() == row.unsafe_buffer_pointer()

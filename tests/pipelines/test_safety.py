@@ -13,11 +13,11 @@ import pytest
 
 from diffuse_jax.convert import convert
 from diffuse_jax.models import CLIPVisionConfig, StableDiffusionSafetyChecker
-from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionDiffEditPipeline, StableDiffusionImg2ImgPipeline
 from diffuse_jax.processors import CLIPImageProcessor, DPTImageProcessor
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.latent import open_pipeline
-from diffuse_jax.weights import WeightsError
+from diffuse_jax.weights import WeightsError, read_json, write_json
 from tests.models.filling import random_params
 from tests.pipelines import tiny
 
@@ -125,6 +125,24 @@ def test_it_is_saved_opened_and_left_out_on_request(pipe: Any, tmp_path: Path) -
 def test_what_prepares_images_for_a_depth_estimator_is_refused(plain: Any) -> None:
     with pytest.raises(ValueError, match="its feature_extractor is a DPTImageProcessor; leave the checker out"):
         plain.replace(safety_checker=(CHECKER, {}), feature_extractor=DPTImageProcessor(size=(16, 16)))
+
+
+def test_a_mask_of_diffedit_is_no_image_to_check(pipe: Any) -> None:
+    edit = StableDiffusionDiffEditPipeline.from_pipe(pipe)
+    mask = edit.generate_mask(np.zeros((32, 32, 3), np.float32), "a", "b", num_maps_per_mask=2, seed=1)
+    assert mask.shape[0] == 1
+    assert {*np.unique(mask)} <= {0, 1}
+
+
+def test_the_setting_is_saved(plain: Any, tmp_path: Path) -> None:
+    folder = plain.save_pretrained(tmp_path / "model")
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"requires_safety_checker": True})
+    with pytest.warns(UserWarning, match="there is no safety_checker"):
+        DiffusionPipeline.from_pretrained(folder)
+    with warnings.catch_warnings(action="error"):
+        off = DiffusionPipeline.from_pretrained(folder, requires_safety_checker=False)
+        DiffusionPipeline.from_pretrained(off.save_pretrained(tmp_path / "off"))
 
 
 def test_training_neither_loads_it_nor_warns(pipe: Any, tmp_path: Path) -> None:

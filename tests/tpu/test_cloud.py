@@ -1,4 +1,4 @@
-"""Creating and deleting slices, and what users are told when it does not work."""
+"""Creating and deleting slices, and the messages when that fails."""
 
 from __future__ import annotations
 

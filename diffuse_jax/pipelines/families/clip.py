@@ -68,11 +68,8 @@ class ClipFamily:
         branches = (NEGATIVE, POSITIVE) if self.uses_guidance(pipe, call) else (POSITIVE,)
         rows = self.text_rows(pipe, call, branches) | self.conditioning(pipe, call, branches)
         rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
-        for name, default in (("guidance_scale", 1.0), ("guidance_rescale", 0.0)):
-            rows[name] = one_per_image(call.get(name, default), call.images, name)
-        if len(branches) > 1:  # 1 or less turns guidance off, in a batch too
-            rows["guidance_scale"] = np.maximum(rows["guidance_scale"], 1.0)
-        return rows | image_prompt_rows(pipe, call, len(branches) > 1)
+        guided = len(branches) > 1
+        return rows | guidance_rows(call, guided) | image_prompt_rows(pipe, call, guided)
 
     def uses_guidance(self, pipe: Any, call: Call) -> bool:
         """Whether to use classifier-free guidance: if a scale is above 1, and the network does not take it as an
@@ -260,6 +257,14 @@ def sequence_length(tokens: Rows) -> int:
     """The number of prompt embeddings of each prompt."""
     ids = next(iter(tokens["ids"].values()))
     return ids.shape[-1] * (1 if ids.ndim == 2 else ids.shape[-2])
+
+
+def guidance_rows(call: Call, guided: bool) -> Rows:
+    """The scale and the rescaling of the guidance of each image."""
+    defaults = {"guidance_scale": 1.0, "guidance_rescale": 0.0}
+    rows = {name: one_per_image(call.get(name, default), call.images, name) for name, default in defaults.items()}
+    # 1 or less turns guidance off, in a batch too.
+    return rows | {"guidance_scale": np.maximum(rows["guidance_scale"], 1.0)} if guided else rows
 
 
 def stack_branches(branches: list[np.ndarray]) -> np.ndarray | Branches:

@@ -89,7 +89,8 @@ def decode_latents(
     z = unscale_latents(latents.astype(jnp.float32), vae.config)
     width = z.shape[2]
     if wrap:
-        z = jnp.take(z, jnp.arange(-wrap, width + wrap) % width, axis=2)
+        joined = lambda x, n: jnp.take(x, jnp.arange(-n, x.shape[2] + n) % x.shape[2], axis=2)
+        z, known = joined(z, wrap), tuple(joined(x, wrap * vae.config.scale) for x in known)
     given = (z, *known)
     images = jax.lax.map(lambda row: decode(*(x[None] for x in row))[0], given) if slices else decode(*given)
     scale = images.shape[2] // z.shape[2]
