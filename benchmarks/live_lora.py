@@ -4,7 +4,7 @@ Stable Diffusion 1.5's UNet with random weights, and random pairs for the layers
 blocks.
 Each side has its own process and they take turns; see ``common.py``::
 
-    python benchmarks/live_lora.py                        # 2 x 64 x 64 latents, ranks 8 and 64; 12 GB of memory
+    python benchmarks/live_lora.py                        # 2 x 64 x 64 latents, ranks 8 and 64
     python benchmarks/live_lora.py --narrow 2 --size 32   # half the channels, 1.1 GB
 """
 
@@ -34,7 +34,7 @@ def network(narrow: int) -> Any:
 
 
 def side(narrow: int, size: int, batch: int, rank: int, live: bool) -> Run:
-    """A step with an adapter of a rank, live or merged; without one at rank 0."""
+    """A step with an adapter of a rank, live or merged."""
     import jax
 
     from diffuse_jax.adapters import lora
@@ -43,12 +43,10 @@ def side(narrow: int, size: int, batch: int, rank: int, live: bool) -> Run:
     model = network(narrow)
     params = unflatten({path: jax.device_put(array) for path, array in weights(model).items()})
     arrays = jax.device_put(inputs("sd15", size, batch))
-    pairs: Any = {}
-    if rank:
-        rng = np.random.default_rng(2)
-        shapes = lora.init(model.shapes(), rank, jax.random.key(0), TARGETS)
-        pairs = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) * (0.5 / x.shape[0]) ** 0.5, shapes)
-    if pairs and not live:
+    rng = np.random.default_rng(2)
+    shapes = lora.init(model.shapes(), rank, jax.random.key(0), TARGETS)
+    pairs: Any = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32) * (0.5 / x.shape[0]) ** 0.5, shapes)
+    if not live:
         params, pairs = lora.merge(params, pairs), {}
     scale = np.ones(batch, np.float32)  # as in a call, one strength for each image
 

@@ -30,7 +30,7 @@ if str(HERE.parent) not in sys.path:
     sys.path.append(str(HERE.parent))
 
 MATMUL_SHARE, REDUCE_SHARE = 0.5, 0.05
-"""Less than this part of the peak is a failure. A healthy chip reaches 0.7 or more in a matrix product. What an
+"""Less than this part of the peak is a failure. Both are deliberately low; they have not been tuned on TPUs. What an
 all-reduce can reach depends on the shape of the slice: one with few links per chip cannot use them all."""
 PROMPT = "a red apple"
 
@@ -113,7 +113,7 @@ def versions(args: argparse.Namespace) -> Result:
 
 
 def devices(args: argparse.Namespace) -> Result:
-    """Every chip of a slice is there, and has the memory that it should have."""
+    """Every chip of a slice is there; the memory of each is reported."""
     import jax
 
     from tpu.slices import generation_of, slices_of

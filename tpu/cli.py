@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tpu import cloud, jobs, keep, remote, slices
-from tpu.cloud import CAPACITIES, Order
+from tpu.cloud import Order
 from tpu.gcloud import INSTALL, PROGRAM, Failed, Gcloud, say
 from tpu.remote import Job, Source
 
@@ -108,7 +108,7 @@ def _order(one: argparse.ArgumentParser) -> None:
     one.add_argument("--reserved", action="store_true", help="use the project's reservation")
     one.add_argument("--runtime", help="software version of the machines; that of the type if omitted")
     one.add_argument("--valid-until", metavar="TIME", help="withdraw the request if it waits so long, e.g. 6h")
-    what = "further flag for gcloud's create command, e.g. --gcloud=--internal-ips; may be repeated"
+    what = "further flag for gcloud's create command, e.g. --gcloud=--network=NAME; may be repeated"
     one.add_argument("--gcloud", action="append", default=[], metavar="FLAG", help=what)
 
 
@@ -169,7 +169,7 @@ def _delete(one: argparse.ArgumentParser) -> None:
 def _cluster(one: argparse.ArgumentParser) -> None:
     one.add_argument("--image", required=True, help="container image, for example from tpu/Dockerfile")
     one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
-    one.add_argument("--slices", type=_count, default=1, help="how many work together (1)")
+    one.add_argument("--slices", type=_count, default=1, help="how many work together (1); more than one is untested")
     one.add_argument("--restarts", type=_natural, default=100, help="after failures and preemptions (100)")
     one.add_argument("--bucket", help="mounted at /bucket")
     one.add_argument("--service-account", help="of Kubernetes, which may use the bucket")
@@ -214,7 +214,6 @@ def _order_of(args: argparse.Namespace) -> Order:
     if now and args.valid_until:
         raise Failed("--valid-until is for a request that waits; --now does not wait")
     capacity = "spot" if args.spot else "reserved" if args.reserved else "on-demand"
-    assert capacity in CAPACITIES
     return Order(
         name=args.name,
         slice=slices.parse_slice(args.type),

@@ -6,14 +6,13 @@ A slice is made by a *queued resource*, a request that waits until chips are fre
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tpu.gcloud import PROGRAM, Failed, Gcloud, say
+from tpu.gcloud import Failed, Gcloud, call, say
 from tpu.slices import Slice
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -148,9 +147,9 @@ def create(gcloud: Gcloud, order: Order, *, wait: bool = True, poll: float = 30)
     gcloud.note("refused if one of these finds something")
     there = state_of(gcloud, order.name)
     if there.request or there.node:
-        how = f"wait for it: {_call(gcloud, 'wait', order.name)}" if there.pending else "use it"
+        how = f"wait for it: {call(gcloud, 'wait', order.name)}" if there.pending else "use it"
         raise Failed(
-            f"{order.name} exists already ({there}); {how}, or delete it: {_call(gcloud, 'delete', order.name)}"
+            f"{order.name} exists already ({there}); {how}, or delete it: {call(gcloud, 'delete', order.name)}"
         )
     if not gcloud.dry_run:
         say(f"creating {order.name}: {order.slice.accelerator_type}, {order.slice.hosts} worker(s), {order.capacity}")
@@ -166,7 +165,7 @@ def left(gcloud: Gcloud, name: str) -> str:
     """What remains when waiting ends early, and what it costs."""
     return (
         f"{name} is still requested or running: once its state is ACTIVE or READY it costs money. "
-        f"Wait for it: {_call(gcloud, 'wait', name)}   Give it up: {_call(gcloud, 'delete', name)}"
+        f"Wait for it: {call(gcloud, 'wait', name)}   Give it up: {call(gcloud, 'delete', name)}"
     )
 
 
@@ -182,11 +181,11 @@ def await_ready(gcloud: Gcloud, name: str, *, poll: float = 30) -> State:
         now = state_of(gcloud, name)
         if gcloud.dry_run or now.ready:
             if not gcloud.dry_run:
-                end = _call(gcloud, "delete", name)
+                end = call(gcloud, "delete", name)
                 say(f"{name} is ready with {now.workers} worker(s). It costs money until: {end}")
             return now
         if not now.pending:
-            there = f" It is still listed: {_call(gcloud, 'delete', name)}" if now.request or now.node else ""
+            there = f" It is still listed: {call(gcloud, 'delete', name)}" if now.request or now.node else ""
             raise Failed(f"{name} will not become ready ({now}).{there}")
         if now != last:
             say(f"[{time.monotonic() - began:5.0f} s] {now}")
@@ -226,14 +225,3 @@ def listing(gcloud: Gcloud) -> None:
     """Print all requests and nodes of the zone: what may cost money."""
     gcloud.run(gcloud.command("queued-resources", "list"))
     gcloud.run(gcloud.command("tpu-vm", "list"))
-
-
-def dump(state: State) -> str:
-    """The state as JSON."""
-    return json.dumps(state._asdict())
-
-
-def _call(gcloud: Gcloud, verb: str, name: str) -> str:
-    """This program's command for the same place, for a message."""
-    place = [f"--{flag} {value}" for flag in ("zone", "project") if (value := getattr(gcloud, flag))]
-    return " ".join([PROGRAM, verb, name, *place])

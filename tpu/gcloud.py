@@ -109,3 +109,9 @@ def _short(command: Sequence[str]) -> str:
     """The verbs of a command, without its flags."""
     verbs = [word for word in command if not word.startswith("-")]
     return " ".join(verbs[:6])
+
+
+def call(gcloud: Gcloud, verb: str, name: str) -> str:
+    """This program's command for the same place, for a message."""
+    place = [f"--{flag} {value}" for flag in ("zone", "project") if (value := getattr(gcloud, flag))]
+    return " ".join([PROGRAM, verb, name, *place])

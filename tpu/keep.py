@@ -13,7 +13,7 @@ import time
 
 from tpu import cloud, remote
 from tpu.cloud import Order, State
-from tpu.gcloud import PROGRAM, Failed, Gcloud, say
+from tpu.gcloud import Failed, Gcloud, call, say
 from tpu.remote import Job, Source
 
 TROUBLES = 5
@@ -136,7 +136,7 @@ def settle(gcloud: Gcloud, name: str, source: Source, job: Job) -> None:
             remote.stop(gcloud, name, job.name)  # the others would wait for that worker for ever
             say("\n".join(map(remote.describe_job, records)))
             how = "failed" if record["state"] == "failed" else "was stopped"
-            logs = f"{PROGRAM} logs {name} --job {job.name} --worker {record['worker']}"
+            logs = call(gcloud, "logs", f"{name} --job {job.name} --worker {record['worker']}")
             raise Ended(
                 f"{job.name} {how} on worker {record['worker']}; its log: {logs}. {cloud.left(gcloud, name)}",
                 record["code"] or 1,

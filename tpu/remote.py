@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpu.gcloud import PROGRAM, Failed, Gcloud, environment, say
+from tpu.gcloud import PROGRAM, Failed, Gcloud, call, environment, say
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "diffuse_jax.tar"
@@ -80,7 +80,8 @@ def install(gcloud: Gcloud, name: str, source: Source) -> None:
     gcloud.run(["tar", "-cf", str(archive), "-C", str(ROOT), "--exclude=__pycache__", *contents])
     gcloud.run(gcloud.command("tpu-vm", "scp", str(archive), *map(str, files), f"{name}:", "--worker=all"))
     setup = f"--setup {shlex.quote(source.setup)} " if source.setup else ""
-    unpack = f"mkdir -p diffuse_jax && tar -xf {ARCHIVE} -C diffuse_jax"
+    old = " ".join(f"diffuse_jax/{part}" for part in (*PACKAGE, *SCRIPTS))  # modules that are gone must not stay
+    unpack = f"mkdir -p diffuse_jax && rm -rf {old} && tar -xf {ARCHIVE} -C diffuse_jax"
     gcloud.run(ssh_command(gcloud, name, f"{unpack} && {WORKER} install {setup}-- {shlex.join(requirement)}"))
 
 
@@ -139,7 +140,7 @@ def run(gcloud: Gcloud, name: str, job: Job) -> None:
     gcloud.run(run_command(gcloud, name, job))
     if not gcloud.dry_run:
         rest = f"{name} --job {job.name}"
-        say(f"follow it: {PROGRAM} logs {rest} --follow   end it: {PROGRAM} stop {rest}")
+        say(f"follow it: {call(gcloud, 'logs', rest)} --follow   end it: {call(gcloud, 'stop', rest)}")
 
 
 def logs(gcloud: Gcloud, name: str, job: str, *, worker: str, lines: int, follow: bool) -> None:

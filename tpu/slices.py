@@ -28,7 +28,6 @@ class Generation:
       gke: the value of GKE's label ``gke-tpu-accelerator``.
       machine: GKE's machine type, with ``{}`` for the number of chips.
       interconnect: bytes per second that a chip can send over all its links, half of the bidirectional bandwidth.
-      memory: bytes of HBM on a chip.
       device_kinds: what ``jax.Device.device_kind`` says.
     """
 
@@ -42,7 +41,6 @@ class Generation:
     gke: str
     machine: str
     interconnect: float
-    memory: float
     device_kinds: tuple[str, ...]
 
 
@@ -61,7 +59,6 @@ GENERATIONS = (
         gke="tpu-v4-podslice",
         machine="ct4p-hightpu-{}t",
         interconnect=300e9,
-        memory=32e9,
         device_kinds=("TPU v4",),
     ),
     Generation(
@@ -75,7 +72,6 @@ GENERATIONS = (
         gke="tpu-v5-lite-podslice",
         machine="ct5lp-hightpu-{}t",
         interconnect=200e9,
-        memory=16e9,
         device_kinds=("TPU v5 lite", "TPU v5e"),
     ),
     Generation(
@@ -89,7 +85,6 @@ GENERATIONS = (
         gke="tpu-v5p-slice",
         machine="ct5p-hightpu-{}t",
         interconnect=600e9,
-        memory=95e9,
         device_kinds=("TPU v5p", "TPU v5"),
     ),
     Generation(
@@ -103,7 +98,6 @@ GENERATIONS = (
         gke="tpu-v6e-slice",
         machine="ct6e-standard-{}t",
         interconnect=400e9,
-        memory=32e9,
         device_kinds=("TPU v6 lite", "TPU v6e"),
     ),
 )

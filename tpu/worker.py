@@ -235,7 +235,7 @@ def stop(args: argparse.Namespace) -> int:
         (folder_of(args.job) / "stop").touch()
     if "child" in record:
         os.killpg(record["child"], signal.SIGTERM)
-    tell(f"worker {number()}: told {args.job} to stop")
+    tell(f"worker {number()}: asked {args.job} to stop")
     return 0
 
 

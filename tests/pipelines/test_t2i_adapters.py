@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffuse_jax.models import ControlNetModel, T2IAdapter, T2IAdapterConfig
 from diffuse_jax.pipelines import StableDiffusionAdapterPipeline, modifiers
-from diffuse_jax.pipelines.options import AdapterOptions, ControlOptions, split_options
+from diffuse_jax.pipelines.options import ControlOptions, split_options
 from diffuse_jax.pipelines.parts.windows import Windows
 from diffuse_jax.pipelines.tasks import controlled
 from diffuse_jax.sharding import make_mesh
@@ -142,4 +142,3 @@ def test_what_is_refused_with_several(both: StableDiffusionAdapterPipeline) -> N
     coarse = StableDiffusionAdapterPipeline.from_pipe(both, adapter=adapter(downscale_factor=8))
     with pytest.raises(ValueError, match="height and width must be multiples of 8 for this T2I-Adapter, got 18"):
         coarse.request("ab", image(0), height=18)
-    assert {*AdapterOptions.__annotations__} <= {"adapter_conditioning_scale", "adapter_conditioning_factor"}

@@ -16,6 +16,10 @@ from tpu import remote
 from tpu.slices import parse_slice
 
 WORKER = "python3 diffuse_jax/tpu/worker.py"
+OLD = (
+    "rm -rf diffuse_jax/diffuse_jax diffuse_jax/train diffuse_jax/tpu diffuse_jax/benchmarks "
+    "diffuse_jax/pyproject.toml diffuse_jax/README.md diffuse_jax/LICENSE"
+)
 SSH = "gcloud compute tpus tpu-vm ssh my-tpu"
 FILES = "train tpu benchmarks pyproject.toml README.md LICENSE"
 SHELLCHECK = shutil.which("shellcheck")
@@ -43,19 +47,19 @@ gcloud compute tpus tpu-vm create my-tpu --version=tpu-ubuntu2204-base --acceler
 mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
 tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ diffuse_jax {FILES}
 gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all
-{SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
+{SSH} --worker=all '--command=mkdir -p diffuse_jax && {OLD} && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install -- --editable '"'"'.[tpu,train]'"'"''""",
     "install my-tpu --version 0.1.0 --extras tpu --project p": f"""
 mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
 tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
 gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all --project=p
-{SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
+{SSH} --worker=all '--command=mkdir -p diffuse_jax && {OLD} && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install -- '"'"'diffusejax[tpu]==0.1.0'"'"'' --project=p""",
     "install my-tpu --git https://h/n.git@main --setup 'mkdir ~/b && gcsfuse b ~/b'": f"""
 mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
 tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
 gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all
-{SSH} --worker=all '--command=mkdir -p diffuse_jax && tar -xf diffuse_jax.tar -C diffuse_jax && \
+{SSH} --worker=all '--command=mkdir -p diffuse_jax && {OLD} && tar -xf diffuse_jax.tar -C diffuse_jax && \
 {WORKER} install --setup '"'"'mkdir ~/b && gcsfuse b ~/b'"'"' -- \
 '"'"'diffusejax[tpu,train] @ git+https://h/n.git@main'"'"''""",
     "run my-tpu --job a --env A='b c' --sync runs=gs://b/r -- python train/vae.py --x '$HOME'": f"""
