@@ -13,6 +13,8 @@ import pytest
 from diffuse_jax.models import AsymmetricAutoencoderKL, AutoencoderTiny, presets
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.pipelines import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines import Net
+from diffuse_jax.pipelines.parts.decode import decode_latents
 from diffuse_jax.weights import match, place, read_checkpoint
 from diffuse_jax.weights.load import Checkpoint
 from tests.oracle import twins
@@ -233,3 +235,12 @@ def test_the_real_weights_of_flux_2(shared_data: Path) -> None:
     assert difference(pixels, channel_last(restored) * 2 - 1) <= TOLERANCE
     error = np.mean((np.clip(pixels, -1, 1) - images) ** 2, axis=(1, 2, 3))
     assert (10 * np.log10(4 / error)).min() > 18, "decibels of signal over noise: the images are there again"
+
+
+def test_a_panorama_may_have_a_known_part() -> None:
+    """The known part is continued past the seam as the latents are."""
+    model = AsymmetricAutoencoderKL(AsymmetricAutoencoderKL.config_class(**twins.ASYMMETRICS["widths double"]))
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, "float32")
+    known = (shape(1, 32, 32, 3), shape(1, 32, 32, 1))
+    decode = lambda p, z, known: decode_latents(Net("vae", model), {"vae": p}, z, wrap=2, known=known)
+    assert jax.eval_shape(decode, model.shapes(), shape(1, 8, 8, 4), known).shape == (1, 32, 32, 3)
