@@ -12,8 +12,7 @@ import pytest
 
 from diffuse_jax.models import AsymmetricAutoencoderKL, AutoencoderTiny, presets
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
-from diffuse_jax.pipelines import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from diffuse_jax.pipelines import Net
+from diffuse_jax.pipelines import Net, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffuse_jax.pipelines.parts.decode import decode_latents
 from diffuse_jax.weights import match, place, read_checkpoint
 from diffuse_jax.weights.load import Checkpoint
