@@ -8,17 +8,22 @@ The rule in ``diffuse_jax/kernels/convolution.py`` is based on these results::
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from common import write
 
 from diffuse_jax.kernels import conv2d
 from diffuse_jax.kernels.convolution import choose_algorithm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.conv_cpu
+
+from common import write
 
 SHAPES = [  # batch, height and width, channels in and out, window, stride
     (2, 8, 1280, 1280, 3, 1),

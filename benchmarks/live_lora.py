@@ -13,9 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.live_lora
+
 from common import compete, write
 from unet_step import Run, inputs, weights
 

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.pipeline
+
 from common import RESULTS, make_venv, write
 from folders import make_folder
 

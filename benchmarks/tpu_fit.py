@@ -22,15 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.tpu_fit
+
+from common import RESULTS, write
+from trainers import METHODS, MODELS, batch_shapes, make_trainer
+
 # Before importing JAX: this process only compiles, possibly next to others.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
 import jax.numpy as jnp
-from common import RESULTS, write
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from trainers import METHODS, MODELS, batch_shapes, make_trainer
 
 from diffuse_jax.kernels import target_platform
 from diffuse_jax.models.remat import POLICIES

@@ -18,9 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.train_step
+
 from common import RESULTS, compete, write
 from unet_step import weights
 

@@ -16,9 +16,13 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.unet_step
+
 from common import RESULTS, compete, write
 
 Run = Callable[[], np.ndarray]

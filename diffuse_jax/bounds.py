@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
+
+from diffuse_jax.messages import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +75,39 @@ def number(kind: Number) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def whole(value: Any, name: str) -> int:
+    """An integer of Python, NumPy or JAX as Python's.
+
+    Raises:
+      ValueError: it is not an integer of up to :data:`LARGEST`; ``name`` says which argument it is.
+    """
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and abs(found := operator.index(value)) <= LARGEST:
+            return found
+    raise ValueError(f"{name} must be an integer (less than 2^31), got {brief(value)}")
+
+
+def real(value: Any, name: str) -> float:
+    """A finite number of Python, NumPy or JAX as Python's.
+
+    Raises:
+      ValueError: it is not a finite number.
+    """
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool | str | bytes) and math.isfinite(value):
+            return float(value)
+    raise ValueError(f"{name} must be a finite number, got {brief(value)}")
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False of Python, NumPy or JAX, or 1 or 0, as Python's; text such as "false" is neither.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        if value in (False, True):
+            return bool(value)
+    raise ValueError(f"{name} must be True or False, got {brief(value)}")

@@ -24,6 +24,7 @@ from diffuse_jax.command import run_command
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
+from diffuse_jax.writing import expanded
 
 SHIPPED_MODEL = "diffuse-jax/emoji"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, Path):
-            setattr(args, name, value.expanduser())  # shells leave the ~ of --output=~/images alone
+            setattr(args, name, expanded(value))  # shells leave the ~ of --output=~/images alone
 
     return run_command(
         f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=SMALLER.get(args.command, "")
@@ -103,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
     say(f"loading {args.model}")
     start = time.perf_counter()
     pipe = open_pipeline(args)
-    if args.scheduler:
+    if args.scheduler is not None:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
     for source, scale in args.lora or ():
         pipe = pipe.load_lora_weights(source, scale=scale)
@@ -218,8 +219,8 @@ def scheduler_class(name: str) -> Any:
 def cache_folder() -> Path:
     """``$DIFFUSE_JAX_CACHE``, else ``$XDG_CACHE_HOME/diffuse_jax``, else ``~/.cache/diffuse_jax``."""
     if folder := os.environ.get("DIFFUSE_JAX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "diffuse_jax"
+        return expanded(folder)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "diffuse_jax"
 
 
 def compilation_cache_wanted() -> bool:
@@ -258,7 +259,7 @@ def convert(args: argparse.Namespace) -> None:
 def parity(args: argparse.Namespace) -> None:
     """Compare a checkpoint here and in PyTorch: print a table, and fail if the results differ."""
     keep_compilations(args)
-    parity_command.run(args, scheduler_class(args.scheduler) if args.scheduler else None)
+    parity_command.run(args, None if args.scheduler is None else scheduler_class(args.scheduler))
 
 
 def env(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS, unchanged
 from diffuse_jax.weights.msgpack import write_msgpack
 from diffuse_jax.weights.save import save_tensors
-from diffuse_jax.writing import naming, only_writer
+from diffuse_jax.writing import expanded, naming, only_writer
 
 LAYOUTS = ("diffusers", "flax-msgpack", "single-file")
 SCHEDULER = "scheduler_config.json"
@@ -114,16 +114,16 @@ def convert(
     """
     if to not in LAYOUTS:
         raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
-    dst = Path(dst)
+    dst = expanded(dst)
     if to == "single-file" and dst.suffix != ".safetensors":
         raise ValueError(f"a single file is written as safetensors; {dst} does not end in .safetensors")
     refuse_existing(dst, to)
-    if tokenizer is not None and (to == "single-file" or not Path(src).is_file()):
+    if tokenizer is not None and (to == "single-file" or not expanded(src).is_file()):
         raise ValueError("tokenizer= is only for converting a single file to a folder; a folder has its own")
     dtype = None if dtype is None else floating_type(dtype)
-    with finished(dst, to) as partial, unchanged(*places(Path(src))):
+    with finished(dst, to) as partial, unchanged(*places(expanded(src))):
         source = open_source(src, variant=variant, prediction_type=prediction_type, tokenizer=tokenizer)
-        if Path(src).is_file() and source.class_name and to != "single-file" and tokenizer is None:
+        if expanded(src).is_file() and source.class_name and to != "single-file" and tokenizer is None:
             warn(
                 f"{src} holds no tokenizer, so {dst} will not have one, but pipelines need it; pass tokenizer= "
                 f"(--tokenizer), for example {CLIP_TOKENIZER!r}"
@@ -171,8 +171,8 @@ def open_source(
     tokenizer: str | Path | None = None,
 ) -> OpenedCheckpoint:
     """Find, open and check a checkpoint in any layout; tensors stay in their files until they are used."""
-    if Path(src).is_file():
-        return _open_single_file(Path(src), prediction_type, tokenizer)
+    if expanded(src).is_file():
+        return _open_single_file(expanded(src), prediction_type, tokenizer)
     folder = weights.resolve(src, variant=variant, skip=LEFT_OUT)
     if not (folder / "model_index.json").is_file():
         config = weights.read_json(folder / "config.json")
@@ -191,6 +191,8 @@ def open_source(
             networks[member.folder.name] = _open_network(
                 entry.library, kind, member.folder, folder / "model_index.json", variant
             )
+    if not networks:
+        raise WeightsError(f"{folder / 'model_index.json'}: names no network, so there is nothing to convert")
     lists = {name: entry for name, entry in index.components.items() if entry.class_name in catalogue.LISTS}
     absent = (*index.absent, *sorted(LEFT_OUT & set(index.components)))
     return OpenedCheckpoint(index.class_name, networks, folders, absent=absent, options=index.options, lists=lists)

@@ -22,6 +22,7 @@ from diffuse_jax.text.presets import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H
 from diffuse_jax.weights import names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.load import read_checkpoint
+from diffuse_jax.writing import expanded
 
 PUBLISHED: dict[str, dict[str, tuple[type[Model], Any]]] = {
     WIDTHS[768]: {"unet": (UNet2DConditionModel, SD15_UNET), "text_encoder": (CLIPTextModel, CLIP_L)},
@@ -53,7 +54,7 @@ def convert_lora(
       FileExistsError: ``dst`` exists.
     """
     dst = new_file(dst)
-    shapes = shapes_of(adapter_file(Path(src))) if model is None else shapes_in(model)
+    shapes = shapes_of(adapter_file(expanded(src))) if model is None else shapes_in(model)
     adapter = read_adapter(src, shapes)
     narrow = adapter if dtype is None else cast(adapter, floating_type(dtype))
     try:
@@ -72,7 +73,7 @@ def new_file(dst: str | Path) -> Path:
       ValueError: it does not end in ``.safetensors``.
       FileExistsError: it exists.
     """
-    dst = Path(dst)
+    dst = expanded(dst)
     if dst.suffix != ".safetensors":
         raise ValueError(f"a LoRA is written as safetensors; {dst} does not end in .safetensors")
     if dst.exists():

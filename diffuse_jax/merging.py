@@ -21,6 +21,7 @@ from diffuse_jax.weights import names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import unchanged
 from diffuse_jax.weights.save import save_tensors
+from diffuse_jax.writing import expanded
 
 METHODS = ("weighted", "add-difference")
 
@@ -52,10 +53,10 @@ def merge(
       FileExistsError: ``dst`` exists.
     """
     factors = factors_of(len(sources), weights, method)
-    dst = Path(dst)
+    dst = expanded(dst)
     refuse_existing(dst, "diffusers")
     dtype = None if dtype is None else floating_type(dtype)
-    files = [place for source in sources for place in places(Path(source))]
+    files = [place for source in sources for place in places(expanded(source))]
     with finished(dst, "diffusers") as partial, unchanged(*files):
         opened = [open_source(source) for source in sources]
         for name, network in opened[0].networks.items():

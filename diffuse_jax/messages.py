@@ -25,7 +25,9 @@ class _Brief(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         # A subclass is shown as its base class; reprlib would call its unbounded __repr__.
         plain = next((kind for kind in (tuple, list, dict, set, str) if isinstance(x, kind)), None)
-        return getattr(self, f"repr_{plain.__name__}")(x, level) if plain else super().repr1(x, level)
+        if plain:
+            return str(getattr(self, f"repr_{plain.__name__}")(x, level))
+        return " ".join(super().repr1(x, level).split())  # arrays are shown over several lines
 
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() <= MAX_BITS else f"an integer of {x.bit_length()} bits"

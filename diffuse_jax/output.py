@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.writing import naming, partial_file, write_all
+from diffuse_jax.writing import expanded, naming, partial_file, write_all
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ def writable(folder: Path) -> Path:
     Raises:
       OSError: files cannot be written there.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -22,6 +22,7 @@ from diffuse_jax.allowed import Range
 from diffuse_jax.config import Config
 from diffuse_jax.images import rgb
 from diffuse_jax.weights import WeightsError, read_json, write_json
+from diffuse_jax.writing import expanded
 
 FILE = "preprocessor_config.json"
 
@@ -84,7 +85,7 @@ class ImageProcessor(Config):
         Raises:
           WeightsError: the file is missing or malformed, or has values that are refused.
         """
-        file = Path(folder) / FILE
+        file = expanded(folder) / FILE
         data = read_json(file)
         try:
             return cls.from_json(data)
@@ -93,7 +94,7 @@ class ImageProcessor(Config):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``preprocessor_config.json``, which transformers opens."""
-        write_json(Path(folder) / FILE, self.to_json())
+        write_json(expanded(folder) / FILE, self.to_json())
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size, (height, width), that an image is resized to."""

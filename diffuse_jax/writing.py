@@ -23,6 +23,17 @@ except ImportError:  # no locks on this system, so leftovers are not removed the
 SUFFIX = ".partial"
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with a leading ``~`` replaced by the home folder; unchanged if there is no such user, or no home.
+
+    Raises:
+      TypeError: it is not a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a path must be a string or a Path, got {type(path).__name__}")
+    return Path(os.path.expanduser(path))
+
+
 class Partial(NamedTuple):
     """A file that does not have its final name yet: its temporary path, and the open file."""
 

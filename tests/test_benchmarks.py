@@ -22,6 +22,18 @@ def test_the_table_of_samplers_has_them_all() -> None:
     assert sorted(f"{name}Scheduler" for name in USES) == sorted(EVERY)
 
 
+def test_benchmarks_also_run_as_modules() -> None:
+    """What a benchmark imports from beside it, it finds after saying where that is."""
+    beside = {path.stem for path in BENCHMARKS.glob("*.py")}
+    scripts = [path for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(scripts) > 20
+    for path in scripts:
+        lines = path.read_text().splitlines()
+        imports = [i for i, line in enumerate(lines) if line.strip().startswith("from ") and line.split()[1] in beside]
+        said = [i for i, line in enumerate(lines) if "sys.path.insert(" in line]
+        assert not imports or (said and said[0] < imports[0]), path.name
+
+
 def test_pipeline_tiny(tmp_path: Path) -> None:
     """Two steps of the tiny folder: nothing is compiled twice, and the next process compiles nothing at all."""
     options = ["--folders", "tiny", "--sides", "ours", "--steps", "2", "--repeats", "1", "--print-only"]

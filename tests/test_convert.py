@@ -237,3 +237,11 @@ def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"src/vae: 1 missing, 0 unexpected, e\.g\. 'quant_conv.bias'"):
         convert(src, tmp_path / "out")
     assert os.listdir(tmp_path) == ["src"]
+
+
+def test_a_pipeline_without_networks_is_not_converted(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(WeightsError, match="names no network, so there is nothing to convert"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

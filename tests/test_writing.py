@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffuse_jax.output import save_images
 from diffuse_jax.weights.safetensors import write_safetensors
-from diffuse_jax.writing import atomic_file, only_writer
+from diffuse_jax.writing import atomic_file, expanded, only_writer
 from tests.conftest import ROOT
 from tests.disk import disk_of
 
@@ -89,7 +89,7 @@ def test_files_of_other_threads_keep_their_permissions(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from diffuse_jax.writing import atomic_file, only_writer
+from diffuse_jax.writing import atomic_file, expanded, only_writer
 path = Path(sys.argv[2])
 with {"file": atomic_file, "folder": only_writer}[sys.argv[1]](path):
     print("writing", flush=True)
@@ -140,3 +140,11 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match="another process"), only_writer(path):
             raise AssertionError("two writers")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_tilde_is_the_home_folder_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/model") == Path("/home/me/model")
+    assert expanded("~no-such-user/model") == Path("~no-such-user/model")
+    with pytest.raises(TypeError, match="a path must be a string or a Path, got NoneType"):
+        expanded(None)  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from diffuse_jax.weights.load import read_checkpoint
 from diffuse_jax.weights.names import Path as LayerPath
 from diffuse_jax.weights.names import flatten, from_torch, to_torch, unflatten
 from diffuse_jax.weights.torch_file import read_torch_object
+from diffuse_jax.writing import expanded
 
 FILE = "pytorch_lora_weights.safetensors"
 OLD_FILE = "pytorch_lora_weights.bin"
@@ -63,7 +64,7 @@ def read_adapter(
       WeightsError: the file does not exist, has keys that belong to no layer, factors that do not fit their layer, or
         settings that match nothing in it. Nothing is loaded in part.
     """
-    file = adapter_file(Path(source), weight_name)
+    file = adapter_file(expanded(source), weight_name)
     tensors = dict(read_checkpoint([file]).tensors) | _numbers(file)
     find = finder(shapes)
     found: dict[tuple[str, LayerPath], dict[str, np.ndarray]] = {}
@@ -195,7 +196,7 @@ def save_lora(folder: str | Path, pairs: Mapping[str, Params], *, to: str = "dif
       The file.
     """
     adapter = {network: changes_of(tree) for network, tree in pairs.items()}
-    return write_adapter(Path(folder) / FILE, adapter, to, two_encoders="text_encoder_2" in pairs)
+    return write_adapter(expanded(folder) / FILE, adapter, to, two_encoders="text_encoder_2" in pairs)
 
 
 def changes_of(pairs: Params) -> dict[LayerPath, Change]:

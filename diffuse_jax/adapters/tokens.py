@@ -26,6 +26,7 @@ from diffuse_jax.text.tokenizer import stateless, unpadded_ids
 from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
+from diffuse_jax.writing import expanded
 
 FILE = "learned_embeds.safetensors"
 
@@ -136,7 +137,7 @@ def _replace_table(params: Params, change: Any) -> Params:
 
 def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
     """Write ``{token: rows [n,D]}`` as safetensors, for ``load_textual_inversion`` here and in PyTorch diffusers."""
-    path, array = Path(file), np.asarray(jax.device_get(rows))
+    path, array = expanded(file), np.asarray(jax.device_get(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {token: (array.dtype, array.shape)}, iter([array]))
     return path
@@ -157,7 +158,7 @@ def load_rows(source: str | Path, token: str | None = None) -> tuple[str, np.nda
     """
     word, rows = load_word(source, token)
     if len(rows) != 1:
-        raise bad(Path(source), f"holds embeddings for {len(rows)} text encoders ({', '.join(rows)}); expected one")
+        raise bad(expanded(source), f"holds embeddings for {len(rows)} text encoders ({', '.join(rows)}); expected one")
     return word, next(iter(rows.values()))
 
 
@@ -178,7 +179,7 @@ def load_word(source: str | Path, token: str | None = None) -> tuple[str, dict[s
     Raises:
       WeightsError: the file does not exist, or does not hold the embeddings of one word.
     """
-    path = Path(source)
+    path = expanded(source)
     if path.is_dir():
         names = [FILE, "learned_embeds.bin"]
         path = next((path / name for name in names if (refuse_links(path) / name).is_file()), path / FILE)

@@ -20,6 +20,7 @@ from diffuse_jax.errors import bad
 from diffuse_jax.layouts.single_file import Part
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import Renames, rename
+from diffuse_jax.writing import expanded
 
 SPELLINGS: Renames = (
     (r"^image_proj\.image_embeds\.", "image_proj.proj."),
@@ -59,7 +60,7 @@ def read_ip_adapter(path: Path | str) -> IPAdapterFile:
     Raises:
       WeightsError: a damaged or hostile file, or there is no IP-Adapter in it.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         raise bad(path, "is a folder, and the file of an IP-Adapter is wanted; from_pretrained opens folders")
     tensors = read_checkpoint([path]).tensors

@@ -23,6 +23,7 @@ from diffuse_jax.messages import brief
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import IGNORED
 from diffuse_jax.weights.torch_file import read_torch_object
+from diffuse_jax.writing import expanded
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -138,7 +139,7 @@ def open_file(path: Path | str) -> tuple[Path, dict[str, np.ndarray]]:
             f"{path}: is an address, but a local file is needed; download it, for example with "
             "huggingface_hub.hf_hub_download"
         )
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
     if not path.exists():

@@ -15,6 +15,7 @@ from diffuse_jax.layouts.record import Configs, make_record
 from diffuse_jax.layouts.rows import Table, combine, combined_shape, to_original
 from diffuse_jax.weights.copy import check_whole, compact
 from diffuse_jax.weights.safetensors import write_safetensors
+from diffuse_jax.writing import expanded
 
 Sources = dict[str, list[tuple[np.ndarray, str]]]
 """Name in the file -> the tensors that make it up, each with its operation (:mod:`diffuse_jax.layouts.rows`)."""
@@ -71,7 +72,7 @@ def write_tensors(path: Path | str, sources: Sources, cast: Any, metadata: dict[
     """Write tensors of the original layout; each is made up and cast as it is written."""
     specs = {key: (np.dtype(cast(parts[0][0])), combined_shape(parts)) for key, parts in sorted(sources.items())}
     arrays = (_read(sources[key], dtype) for key, (dtype, _) in specs.items())
-    write_safetensors(Path(path), specs, arrays, metadata)
+    write_safetensors(expanded(path), specs, arrays, metadata)
 
 
 def _read(parts: list[tuple[np.ndarray, str]], dtype: np.dtype) -> np.ndarray:

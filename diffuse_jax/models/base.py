@@ -22,6 +22,7 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
 from diffuse_jax.weights.files import unchanged
+from diffuse_jax.writing import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +176,9 @@ class Model(nn.Module):
           ValueError: ``dtype`` is not a floating-point type.
         """
         dtype = floating_type(dtype)
-        file = "config" if isinstance(source, Mapping) else Path(source) / "config.json"
-        data = source if isinstance(source, Mapping) else weights.read_json(refuse_links(Path(source)) / "config.json")
+        folder = None if isinstance(source, Mapping) else refuse_links(expanded(source))
+        file = "config" if folder is None else folder / "config.json"
+        data: Any = source if folder is None else weights.read_json(folder / "config.json")
         named = [data["_class_name"]] if "_class_name" in data else data.get("architectures") or []
         if not isinstance(named, list):
             raise weights.WeightsError(f"{file}: architectures must be a list of names, got {brief(named)}")
@@ -221,7 +223,7 @@ class Model(nn.Module):
         weights.save_params(
             folder, params, stem=self.weights_name, dtype=dtype, variant=variant, max_shard_size=max_shard_size
         )
-        weights.write_json(Path(folder) / "config.json", self.config_json())
+        weights.write_json(expanded(folder) / "config.json", self.config_json())
 
     def config_json(self) -> dict[str, Any]:
         """The object that :meth:`save_pretrained` writes to ``config.json``."""

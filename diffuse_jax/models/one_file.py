@@ -17,6 +17,7 @@ from diffuse_jax.layouts import Part
 from diffuse_jax.models.base import Model, Params, floating_type
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.weights import names
+from diffuse_jax.writing import expanded
 
 Network = TypeVar("Network", bound=Model)
 
@@ -43,7 +44,7 @@ def open_part(
     """
     dtype = floating_type(dtype)
     if config is not None and not isinstance(config, Mapping):
-        config = weights.read_json(Path(config) / "config.json")
+        config = weights.read_json(expanded(config) / "config.json")
     try:
         model = cls.from_config(part.config | dict(config or {}), dtype=dtype)
         shapes = model.shapes()
@@ -94,7 +95,7 @@ class OneFile:
         if unknown:
             raise TypeError(f"from_single_file has no argument {', '.join(sorted(unknown))}")
         if config is not None and not isinstance(config, Mapping):
-            config = weights.read_json(Path(config) / "config.json")
+            config = weights.read_json(expanded(config) / "config.json")
         part = layouts.read_network(path, cls.__name__, config or ())
         return open_part(cls, part, path, config=config, dtype=dtype, param_dtype=param_dtype, mesh=mesh)  # type: ignore
 
@@ -132,7 +133,7 @@ def safetensors_path(path: str | Path) -> Path:
     Raises:
       ValueError: it does not end in ``.safetensors``.
     """
-    if (path := Path(path)).suffix != ".safetensors":
+    if (path := expanded(path)).suffix != ".safetensors":
         raise ValueError(f"a single file is written as safetensors; {path} does not end in .safetensors")
     return path
 

@@ -11,6 +11,7 @@ from diffuse_jax.adapters.lora_file import FILE, read_adapter
 from diffuse_jax.adapters.lora_writer import write_adapter
 from diffuse_jax.adapters.named import Adapters, Weight, checked
 from diffuse_jax.pipelines import adapting
+from diffuse_jax.writing import expanded
 
 Names = str | Sequence[str]
 
@@ -151,7 +152,7 @@ class AdapterMethods:
             have = f"there are {', '.join(names)}" if names else "there is none"
             raise ValueError(f"adapter_name must say which live adapter to save; {have}")
         two = "text_encoder_2" in self.params
-        return write_adapter(Path(folder) / FILE, self.adapters.named[names[0]], to, two_encoders=two)
+        return write_adapter(expanded(folder) / FILE, self.adapters.named[names[0]], to, two_encoders=two)
 
     def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
         """A pipeline with one more word in its vocabulary (textual inversion).

@@ -115,8 +115,8 @@ def masking(
     check_names(type(pipe), options, MaskOptions)
     if output_type not in ("np", "pil"):
         raise ValueError(f'output_type must be "np" or "pil", got {output_type!r}')
-    if not isinstance(num_maps_per_mask, int) or isinstance(num_maps_per_mask, bool) or num_maps_per_mask < 1:
-        raise ValueError(f"num_maps_per_mask must be a positive integer, got {num_maps_per_mask!r}")
+    if num_maps_per_mask < 1:
+        raise ValueError(f"num_maps_per_mask must be at least 1, got {num_maps_per_mask}")
     if not mask_thresholding_ratio > 0:
         raise ValueError(f"mask_thresholding_ratio must be positive, got {mask_thresholding_ratio!r}")
     named: dict[str, Any] = {"target_prompt": target_prompt, "source_prompt": source_prompt}

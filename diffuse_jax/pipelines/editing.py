@@ -71,7 +71,7 @@ def upscaling(pipe: Any, image: ImageInput, noise_level: int, arguments: Mapping
     """
     require_image(image, "image")
     most = int(pipe.options.get("max_noise_level", 350))
-    if not isinstance(noise_level, int | np.integer) or not 0 <= noise_level <= most:
+    if not 0 <= noise_level <= most:
         raise ValueError(f"noise_level must be an integer from 0 to {most}, got {noise_level!r}")
     check_channels(pipe, 3, "the image")
     low = image_size(image, "image", 1)

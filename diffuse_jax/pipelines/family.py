@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
 from diffuse_jax.pipelines.method import Method, Rows
 from diffuse_jax.pipelines.options import check_names
@@ -132,6 +134,9 @@ def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return dict(options) if given else {**options, "num_inference_steps": steps}
 
 
+LONGEST_SIDE, MOST_PIXELS = 1 << 16, 1 << 28
+"""Limits of an image's size: the compiler takes minutes for more, and then memory runs out."""
+
 OUTPUTS = ("pil", "np", "jax", "latent")
 
 
@@ -151,7 +156,8 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
 
     Raises:
       ValueError: a side is not a positive multiple of the autoencoder's downsampling factor (the message gives the
-        nearest valid sizes), or the checkpoint has no default.
+        nearest valid sizes) or longer than :data:`LONGEST_SIDE`, the image has more than :data:`MOST_PIXELS`, or the
+        checkpoint has no default.
     """
     scale = pipe.components["vae"].config.scale
     default = pipe.components["unet"].config.sample_size
@@ -161,10 +167,14 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
         if given is None and latents is None:
             raise ValueError(f"the checkpoint has no default size (sample_size); give {name}")
         size = latents * scale if given is None else given
+        if size > LONGEST_SIDE:
+            raise ValueError(f"{name} must be at most {LONGEST_SIDE}, got {brief(size)}")
         if size < scale or size % scale:
             below = max(scale, size // scale * scale)
             raise ValueError(f"{name} must be a multiple of {scale}, got {size}; try {below} or {below + scale}")
         sizes.append(int(size))
+    if math.prod(sizes) > MOST_PIXELS:
+        raise ValueError(f"an image may have {MOST_PIXELS} pixels, got {sizes[0]}x{sizes[1]}")
     return sizes[0], sizes[1]
 
 

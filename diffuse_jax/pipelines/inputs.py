@@ -77,7 +77,7 @@ def finite(value: Any, name: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {brief(value)}")
@@ -152,8 +152,9 @@ def image_seeds(seed: int | Sequence[int] | None, images: int, limit: int = 2**3
     values = [given] * images if shared else [_plain(value) for value in given]
     if len(values) != images:
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one per image")
-    if any(not isinstance(v, int) or not 0 <= v < limit for v in values):
-        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {seed!r}; pass a JAX key as key=")
+    if any(not isinstance(v, int) or isinstance(v, bool) or not 0 <= v < limit for v in values):
+        larger = "" if limit > 2**32 else '; noise="torch" takes seeds up to 2**64 - 1, and key= a key of JAX'
+        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {brief(seed)}{larger}")
     return np.array(values, np.uint64), np.arange(images, dtype=np.uint32) * np.uint32(shared)
 
 
@@ -163,7 +164,7 @@ def _plain(value: Any) -> Any:
         return value
     if hasattr(value, "tolist"):
         return value.tolist()
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
 
 
 def noise_rows(
@@ -196,7 +197,10 @@ def noise_rows(
         raise ValueError("give seed or key, not both")
     rows: Rows = {}
     if latents is not None:
-        rows["noise"] = np.asarray(latents, np.float32)
+        try:
+            rows["noise"] = np.asarray(latents, np.float32)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"latents must be an array of numbers, got {brief(latents)}") from None
         if rows["noise"].shape != (images, *latent_shape):
             raise ValueError(f"latents must be {(images, *latent_shape)} (channel-last), got {rows['noise'].shape}")
     if key is not None:

@@ -288,15 +288,30 @@ def check_names(owner: type, given: Mapping[str, Any], known: type) -> None:
 
 
 def argument_names(owner: type) -> set[str]:
-    """All arguments of a pipeline's calls: those that its ``compose`` names, and those of the ``TypedDict`` that it
-    unpacks. If it passes on untyped options, those of the class that it extends are included."""
-    found: set[str] = set()
-    for compose in (vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)):
-        _, *parameters = inspect.signature(compose).parameters.values()  # without self
-        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        rest = next((p.name for p in parameters if p.kind == p.VAR_KEYWORD), None)
-        with contextlib.suppress(NameError):  # an annotation that only type checkers resolve
-            rest = typing.get_type_hints(compose).get(rest, rest) if rest else None
-        if not isinstance(rest, str):
-            return found | {name for kind in typing.get_args(rest) for name in kind.__annotations__}
+    """All arguments of a pipeline's calls; see :func:`argument_hints`."""
+    return set(argument_hints(owner))
+
+
+def argument_hints(owner: type, compose: Any = None) -> dict[str, Any]:
+    """Argument of a pipeline's calls -> annotation, the positional ones first: those that its ``compose`` names, and
+    those of the ``TypedDict`` that it unpacks. If it passes on untyped options, those of the class that it extends are
+    included.
+
+    Args:
+      owner: the pipeline's class.
+      compose: what makes the request instead of the class's own.
+    """
+    found: dict[str, Any] = {}
+    composes = [vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)]
+    for function in composes if compose is None else [compose]:
+        _, *parameters = inspect.signature(function).parameters.values()  # without self
+        hints: dict[str, Any] = {}
+        with contextlib.suppress(NameError, TypeError):  # only type checkers resolve it, or it is a partial function
+            hints = typing.get_type_hints(function)
+        named = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        rest = next((hints.get(p.name) for p in parameters if p.kind == p.VAR_KEYWORD), ())
+        for hints_there in (named, *map(typing.get_type_hints, typing.get_args(rest))):
+            found |= {name: hint for name, hint in hints_there.items() if name not in found}
+        if rest is not None:
+            return found
     return found

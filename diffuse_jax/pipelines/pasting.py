@@ -56,9 +56,9 @@ def region(image: Any, mask: Any, size: tuple[int, int], pad: int, output_type: 
         raise ValueError(f"padding_mask_crop takes one PIL image and one PIL mask of the same size, got {kinds}")
     if output_type != "pil":
         raise ValueError(f'padding_mask_crop puts PIL images together; it needs output_type="pil", got {output_type!r}')
-    if not isinstance(pad, int | np.integer) or pad < 0:
+    if pad < 0:
         raise ValueError(f"padding_mask_crop must be a number of pixels of at least 0, got {pad!r}")
-    return Region(rgb(image, "image"), mask, fitting.crop_region(mask, *size, int(pad)))
+    return Region(rgb(image, "image"), mask, fitting.crop_region(mask, *size, pad))
 
 
 def cut_control_images(cut: Region, images: ImageInput, size: tuple[int, int]) -> list[Any]:

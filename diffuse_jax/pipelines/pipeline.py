@@ -21,6 +21,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
+from diffuse_jax.pipelines.arguments import plain_arguments
 from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL, not_downloaded
 from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
@@ -40,6 +41,7 @@ from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, check_data_axis
 from diffuse_jax.weights import WeightsError
+from diffuse_jax.writing import expanded
 
 PIPELINES = Registry("pipeline")
 """Pipeline classes by their name in ``model_index.json``; a class is registered when it is defined."""
@@ -161,7 +163,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
                 f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
             )
         pipe = self if lora_scale is None else adapting.at_scale(self, lora_scale)
-        composed = (type(pipe).compose if compose is None else compose)(pipe, *args, **options)
+        positional, options = plain_arguments(type(pipe), compose, args, options)
+        composed = (type(pipe).compose if compose is None else compose)(pipe, *positional, **options)
         if not isinstance(composed, Request):
             name = f"{type(self).__name__}.compose" if compose is None else getattr(compose, "__name__", "compose")
             raise TypeError(f"{name} must return a Request, got {type(composed).__name__}")
@@ -380,7 +383,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
           dtype: cast floating-point tensors to this dtype; None leaves them unchanged.
         """
         self._warn_of_adapters()
-        folder = Path(folder)
+        folder = expanded(folder)
         folder.mkdir(parents=True, exist_ok=True)
         entries = save_components(folder, self.components, self.params, variant=variant, dtype=dtype)
         weights.write_index(folder, type(self).__name__, entries, self.options)

@@ -22,6 +22,7 @@ from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.identity import Context, identity
 from diffuse_jax.pipelines.saved_programs import Key, UnstableReprError, placement
 from diffuse_jax.sharding import automatic_shardings
+from diffuse_jax.writing import expanded
 
 
 class Programs:
@@ -102,7 +103,7 @@ class Programs:
         A program whose method contains a closure, a lambda or a third-party network is skipped with a warning: it has
         no description that is stable across processes.
         """
-        folder = saved_programs.require_trusted(Path(folder), make=True)
+        folder = saved_programs.require_trusted(expanded(folder), make=True)
         files = []
         for key, shapes, build in self._to_save:
             try:
@@ -122,7 +123,7 @@ class Programs:
         Raises:
           PermissionError: other users can write to the folder.
         """
-        self._folders.append(saved_programs.require_trusted(Path(folder)))
+        self._folders.append(saved_programs.require_trusted(expanded(folder)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         return self  # executables are shared: they contain no pipeline data

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from PIL import Image
 
+from diffuse_jax.bounds import whole
 from diffuse_jax.pipelines import method as methods
 from diffuse_jax.pipelines.adapting import live_part
 from diffuse_jax.pipelines.method import Method, Params, Rows
@@ -220,7 +221,7 @@ def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterato
     """Split rows into chunks of at most ``batch_size`` images, each padded to the same size; yields ``(number of images
     without padding, padded rows)``."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (batch_size := whole(batch_size, "batch_size")) < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     size = padded_size(count if batch_size is None else min(batch_size, count), devices)
     for begin in range(0, count, size):

@@ -17,6 +17,7 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import settings as st
+from diffuse_jax.writing import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +205,8 @@ class SchedulerConfig(Config):
             raise TypeError(f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}; it has {known}")
         from diffuse_jax.weights.files import read_json  # imports JAX
 
-        if Path(source).is_dir():
-            folder = Path(source) / (subfolder or "")
+        if expanded(source).is_dir():
+            folder = expanded(source) / (subfolder or "")
         else:
             from diffuse_jax.weights import resolve  # imports JAX
 
@@ -223,7 +224,7 @@ class SchedulerConfig(Config):
         """Write ``folder/scheduler_config.json`` (whole or not at all) and return its path."""
         from diffuse_jax.weights.files import write_json  # imports JAX
 
-        path = Path(folder) / CONFIG_NAME
+        path = expanded(folder) / CONFIG_NAME
         write_json(path, self.to_json())
         return path
 

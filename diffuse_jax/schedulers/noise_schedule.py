@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffuse_jax.messages import brief
+
 Array = NDArray[np.float64]
 
 COORDINATES = ("preserving", "exploding", "flow")
@@ -189,20 +191,22 @@ def beta_sigmas(sigma_min: float, sigma_max: float, n: int, alpha: float = 0.6, 
 
 
 def check_ordered(
-    values: Sequence[float], name: str, *, ascending: bool = False, lower: float = 0.0, upper: float | None = None
+    values: Sequence[float], name: str, *, ascending: bool = False, lower: float = 0.0, upper: float = 1e9
 ) -> Array:
     """``values`` as an array, or an error naming the first entry that is not smaller than the one before it.
 
     With ``ascending``, not larger. No entry may be smaller than ``lower`` or larger than ``upper``.
     """
-    array = np.asarray(values, np.float64)
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a list of numbers, got {brief(values)}") from None
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must be a non-empty flat list of numbers, got shape {array.shape}")
     bad = np.flatnonzero(~(np.diff(array) > 0 if ascending else np.diff(array) < 0))
     if bad.size:
         i, order = int(bad[0]), "ascend" if ascending else "descend"
         raise ValueError(f"{name} must {order}, but entry {i + 1} is {array[i + 1]:g} after {array[i]:g}")
-    if not array.min() >= lower or (upper is not None and array.max() > upper):
-        limit = f"at least {lower:g}" if upper is None else f"between {lower:g} and {upper:g}"
-        raise ValueError(f"{name} must lie {limit}, got {array[0]:g} ... {array[-1]:g}")
+    if not (array.min() >= lower and array.max() <= upper):
+        raise ValueError(f"{name} must lie between {lower:g} and {upper:g}, got {array[0]:g} ... {array[-1]:g}")
     return array

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from diffuse_jax.bounds import flag, real, whole
+from diffuse_jax.messages import brief
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.noise_schedule import Array
 
@@ -30,6 +32,18 @@ class Limits(Protocol):
     def grid_options(self) -> tuple[str, ...]: ...
     @property
     def step_options(self) -> tuple[str, ...]: ...
+
+
+MAX_STEPS = 100_000
+"""The largest number of steps of samplers that may take more than the network was trained with."""
+
+OPTIONS: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("eta", "mu", "grid_strength", "s_churn", "s_tmin", "s_noise"), real),
+    "s_tmax": lambda value, name: value if value == np.inf else real(value, name),
+    **dict.fromkeys(("original_inference_steps", "order", "jump_length", "jump_n_sample"), whole),
+    **dict.fromkeys(("as_published", "strided", "use_clipped_model_output"), flag),
+}
+"""Option of samplers -> what reads it as a Python number; an option that is something else is not here."""
 
 
 def chosen_steps(
@@ -62,18 +76,18 @@ def chosen_steps(
         if scheduler.final_sigma_given and len(array) < 2:
             raise ValueError(f"sigmas needs one entry per step and the final one, got {len(array)}")
         return len(array) - scheduler.final_sigma_given, None, array
-    most = scheduler.num_train_timesteps if scheduler.limits_steps else np.inf
-    if not isinstance(n, int | np.integer) or isinstance(n, bool) or not 1 <= n <= most:
-        limit = f"from 1 to {most} (num_train_timesteps)" if scheduler.limits_steps else "above 0"
-        raise ValueError(f"num_inference_steps must be a whole number {limit}, got {n!r}")
-    return int(n), None, None
+    most = scheduler.num_train_timesteps if scheduler.limits_steps else MAX_STEPS
+    if not 1 <= (n := whole(n, "num_inference_steps")) <= most:
+        source = " (num_train_timesteps)" if scheduler.limits_steps else ""
+        raise ValueError(f"num_inference_steps must be a whole number from 1 to {most}{source}, got {brief(n)}")
+    return n, None, None
 
 
 def split_options(scheduler: Limits, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that go to ``grid`` and those that go to ``evaluations``.
+    """The options that go to ``grid`` and those that go to ``evaluations``; those that are None have their defaults.
 
     Raises:
-      ValueError: an option that the scheduler does not have.
+      ValueError: an option that the scheduler does not have, or of the wrong kind.
     """
     possible = [*scheduler.grid_options, *scheduler.step_options]
     unknown = set(options) - {*possible}
@@ -81,13 +95,22 @@ def split_options(scheduler: Limits, options: Mapping[str, Any]) -> tuple[dict[s
         raise ValueError(
             f"{scheduler.class_name} has no option {', '.join(sorted(unknown))}; its options: {possible or 'none'}"
         )
-    grid = {name: options[name] for name in scheduler.grid_options if name in options}
-    return grid, {name: options[name] for name in scheduler.step_options if name in options}
+    read = lambda name, value: OPTIONS[name](value, name) if name in OPTIONS else value
+    given = {name: read(name, value) for name, value in options.items() if value is not None}
+    grid = {name: given[name] for name in scheduler.grid_options if name in given}
+    return grid, {name: given[name] for name in scheduler.step_options if name in given}
+
+
+def check_share(share: Any, name: str) -> float:
+    """A share of a run as a number between 0 and 1, or an error."""
+    if not 0 < real(share, name) < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {share}")
+    return real(share, name)
 
 
 def check_strength(strength: float | None, name: str = "strength") -> None:
     """Refuse a strength outside (0, 1]."""
-    if strength is not None and not 0 < strength <= 1:
+    if strength is not None and not 0 < real(strength, name) <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {strength}")
 
 

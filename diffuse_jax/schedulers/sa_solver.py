@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from diffuse_jax.allowed import INFINITY, Range
+from diffuse_jax.bounds import real
 from diffuse_jax.schedulers.ddpm import VARIANCE_TYPES
 from diffuse_jax.schedulers.exponential import ExponentialIntegrator
 from diffuse_jax.schedulers.multistep import adams_weights, exponential_step, log_snr_half
@@ -76,8 +77,8 @@ class SASolverScheduler(ExponentialIntegrator):
             left = n - i if self.lower_order_final else n
             predictor = 1 if grid.target[i, 1] == 0 else min(self.predictor_order, left, i - begin + 1)
             corrector = min(self.corrector_order, left + 1, i - begin + 2)
-            amount = float(tau(e.timestep) if callable(tau) else tau)
-            if not 0 <= amount < np.inf:
+            amount = real(tau(e.timestep) if callable(tau) else tau, "tau")
+            if amount < 0:
                 raise ValueError(f"tau must be at least 0, got {amount} at timestep {e.timestep:g}")
             nodes = grid.source[i - predictor + 1 : i + 1][::-1]
             after = self._update(x, e.noise, amount, grid.source[i], grid.target[i], outputs, nodes)

@@ -211,8 +211,7 @@ class Scheduler(SchedulerConfig, abstract=True):
 
     def _cutoff(self, name: str, share: float) -> float:
         """The timestep at which a share of the training schedule is done."""
-        if not 0 < share < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, got {share}")
+        share = request.check_share(share, name)
         low, high = self.timestep_range
         if (low, high) == (0, self.num_train_timesteps - 1):
             return round(self.num_train_timesteps - share * self.num_train_timesteps)

@@ -249,7 +249,7 @@ class Style:
     long: bool = dataclasses.field(default=False, compare=False)  # nothing that is compiled depends on it
 
     def __post_init__(self) -> None:
-        if self.syntax is not None and self.syntax not in SYNTAXES:
+        if self.syntax is not None and self.syntax not in [*SYNTAXES]:
             raise ValueError(f"prompt_syntax must be None or one of {', '.join(SYNTAXES)}, got {self.syntax!r}")
         if not isinstance(self.long, bool):
             raise TypeError(f"long_prompts must be True or False, got {self.long!r}")

@@ -7,13 +7,13 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
+from diffuse_jax.writing import expanded
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 """The tokenizer classes of transformers that can be opened."""
@@ -34,8 +34,8 @@ def clip_tokenizer(source: Any, **options: Any) -> Any:
     Raises:
       WeightsError: ``source`` has no tokenizer or a damaged one, or links that lead out of the folder.
     """
-    if Path(str(source)).is_dir():
-        refuse_links(Path(source))
+    if (folder := expanded(str(source))).is_dir():
+        source = refuse_links(folder)
     try:
         tokenizer = _transformers().CLIPTokenizer.from_pretrained(source, **options)
     except Exception as error:  # the tokenizers library raises plain Exception

@@ -12,7 +12,7 @@ from typing import Any
 from diffuse_jax.errors import WeightsError
 from diffuse_jax.weights.files import STEMS, advice, choose_weights, is_plain_name, read_json, variants
 from diffuse_jax.weights.load import READERS
-from diffuse_jax.writing import atomic_file
+from diffuse_jax.writing import atomic_file, expanded
 
 SHIPPED = {"diffuse-jax/emoji": Path(__file__).parents[1] / "assets" / "emoji"}
 """Ids of models that open from the installed package, without network access."""
@@ -54,7 +54,9 @@ def resolve(
     """
     if subfolder is not None and not is_plain_path(subfolder):
         raise WeightsError(f"subfolder {subfolder!r} is not a plain path inside the model")
-    folder = SHIPPED.get(str(source), Path(source).expanduser())
+    if source == "":
+        raise WeightsError("the model's name is empty; give a folder or a Hub id")
+    folder = SHIPPED.get(str(source), expanded(source))
     if folder.is_dir() and revision in PRECISIONS:
         raise WeightsError(
             f"{source}: a local folder has no revisions; pass variant={revision!r} (--variant {revision})"
@@ -99,7 +101,7 @@ def resolve_file(
     """
     if not is_plain_path(name):
         raise WeightsError(f"{name!r} is not a plain path inside {source}")
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")

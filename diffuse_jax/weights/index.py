@@ -10,6 +10,7 @@ from typing import Any
 from diffuse_jax.errors import bad
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights.files import is_plain_name, read_json, write_json
+from diffuse_jax.writing import expanded
 
 FILE = "model_index.json"
 
@@ -95,7 +96,7 @@ def write_index(
     Raises:
       WeightsError: a component's name is not a plain folder name.
     """
-    file = Path(folder) / FILE
+    file = expanded(folder) / FILE
     for name in components:
         if not is_plain_name(name):
             raise bad(file, f"component {name!r} is not the plain name of a subfolder")

@@ -16,6 +16,7 @@ from diffuse_jax.weights import names as naming
 from diffuse_jax.weights.copy import compact
 from diffuse_jax.weights.files import write_json
 from diffuse_jax.weights.safetensors import write_safetensors
+from diffuse_jax.writing import expanded
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -88,7 +89,7 @@ def save_tensors(
     Returns:
       The files written, the index last if there is one.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     dot = f".{variant}" if variant else ""
     groups = _split(specs, parse_size(max_shard_size))
 

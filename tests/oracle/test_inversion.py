@@ -252,7 +252,7 @@ def test_what_diffedit_refuses(diffedit: Path, images: list[Any]) -> None:
         (prompts | {"image": None}, "give image: a PIL image"),
         (prompts | {"source_prompt": None}, "give either source_prompt or source_prompt_embeds"),
         (prompts | {"source_prompt": ["a", "b"]}, "there are 1 target prompts and 2 source prompts"),
-        (prompts | {"num_maps_per_mask": 0}, "num_maps_per_mask must be a positive integer, got 0"),
+        (prompts | {"num_maps_per_mask": 0}, "num_maps_per_mask must be at least 1, got 0"),
         (prompts | {"mask_thresholding_ratio": 0}, "mask_thresholding_ratio must be positive, got 0"),
         (prompts | {"mask_encode_strength": 2}, "strength must lie in"),
         (prompts | {"output_type": "latent"}, 'output_type must be "np" or "pil"'),

@@ -98,7 +98,7 @@ def test_churn_adds_the_noise_of_the_raised_level() -> None:
             lambda: schedulers.CosineDPMSolverMultistepScheduler(algorithm_type="dpmsolver++"),
             "no setting algorithm_type",
         ),
-        (lambda: schedulers.EDMEulerScheduler().table(0), "a whole number above 0, got 0"),
+        (lambda: schedulers.EDMEulerScheduler().table(0), "a whole number from 1 to 100000, got 0"),
         (lambda: schedulers.EDMEulerScheduler().table(timesteps=[2.0, 1.0]), "between -1.55365 and 1.09551, got 2"),
     ],
 )

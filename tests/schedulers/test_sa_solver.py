@@ -83,7 +83,7 @@ def test_sigmas_may_end_at_zero() -> None:
         (lambda: SASolverScheduler(predictor_order=5), r"predictor_order must be one of \[1, 2, 3, 4\], got 5"),
         (lambda: SASolverScheduler(corrector_order=0), "corrector_order must be a whole number from 1 to .*, got 0"),
         (lambda: SASolverScheduler().table(5, tau=-1), "tau must be at least 0, got -1.0 at timestep"),
-        (lambda: SASolverScheduler().table(5, tau=lambda t: float("nan")), "tau must be at least 0, got nan"),
+        (lambda: SASolverScheduler().table(5, tau=lambda t: float("nan")), "tau must be a finite number, got nan"),
     ],
 )
 def test_impossible_values_are_refused(make: Any, message: str) -> None:
