@@ -32,6 +32,8 @@ LEVELS = {
     "habits": 0,
     "images": 0,
     "fitting": 0,
+    "interpolation": 0,
+    "rounding": 0,
     "control_images": 0,
     "utils": 0,
     "noise": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_variations_need_an_encoder_of_the_unets_width_and_take_no_image_adapter
         variation.request(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="StableDiffusionImageVariationPipeline takes no IP-Adapters"):
         variation.load_ip_adapter(tmp_path)
+
+
+def test_variations_leave_text_encoders_behind(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """What is saved opens again; a class that takes prompts ignores no text encoder."""
+    variation = StableDiffusionImageVariationPipeline.from_pipe(pipe)
+    assert not {"text_encoder", "tokenizer"} & {*variation.components, *variation.params}
+    assert variation.params["unet"] is pipe.params["unet"]
+    opened = DiffusionPipeline.from_pretrained(variation.save_pretrained(tmp_path / "variation"))
+    assert type(opened) is StableDiffusionImageVariationPipeline
+    second = (pipe.components["text_encoder"], pipe.params["text_encoder"])
+    components = {**pipe.components, "text_encoder_2": second[0]}
+    several = dataclasses.replace(pipe, components=components, params={**pipe.params, "text_encoder_2": second[1]})
+    with pytest.raises(TypeError, match="has text_encoder_2, which StableDiffusionImg2ImgPipeline does not use"):
+        StableDiffusionImg2ImgPipeline.from_pipe(several)
+    assert StableDiffusionImg2ImgPipeline.from_pipe(several, text_encoder_2=None).params["unet"] is pipe.params["unet"]
 
 
 def test_they_are_on_the_mesh(folder: Path) -> None:
