@@ -13,12 +13,14 @@ import transformers
 
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
-from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection
+from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection, UNet2DConditionModel
 from diffuse_jax.pipelines import (
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
 from diffuse_jax.pipelines.catalogue import OPTIONAL
@@ -27,7 +29,7 @@ from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.latent import open_pipeline
 from diffuse_jax.weights import WeightsError
 from tests.models.filling import random_params
-from tests.pipelines.tiny import pipeline
+from tests.pipelines.tiny import UNET, pipeline
 
 VISION = CLIPVisionConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
@@ -140,6 +142,18 @@ def test_they_are_on_the_mesh(folder: Path) -> None:
 def test_training_leaves_them_in_their_folders(folder: Path) -> None:
     opened = open_pipeline(folder, trainable=["unet"], mesh=make_mesh(data=1, devices=jax.devices()[:1]))
     assert {opened.components.get(name) for name in OPTIONAL} == {None}
+
+
+@pytest.mark.parametrize(
+    ("cls", "channels"), [(StableDiffusionInpaintPipeline, 9), (StableDiffusionInstructPix2PixPipeline, 8)]
+)
+def test_training_refuses_a_unet_that_takes_more_than_latents(
+    cls: type, channels: int, pipe: StableDiffusionPipeline, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    net = UNet2DConditionModel(UNET.replace(in_channels=channels))
+    folder = cls.from_pipe(pipe, unet=(net, random_params(net.shapes(), rng))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a {cls.__name__} whose UNet has {channels} input channels; this trainer"):
+        open_pipeline(folder, trainable=["unet"], mesh=make_mesh(data=1, devices=jax.devices()[:1]))
 
 
 def test_conversion_keeps_them_in_folders(folder: Path, tmp_path: Path) -> None:
