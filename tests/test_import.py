@@ -55,6 +55,7 @@ LEVELS = {
     "merging": 6,
     "lora_conversion": 6,
     "weights_commands": 6,
+    "image_flags": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -103,7 +103,9 @@ def refuse_other_inputs(index: weights.PipelineIndex, source: Any) -> None:
       ValueError: it is one for inpainting, editing, depth maps or upscaling.
     """
     kinds = {name: catalogue.network(index.components[name]) for name in ("unet", "vae") if name in index.components}
-    found = {name: kind.from_config(index.components[name].folder).config for name, kind in kinds.items() if kind}
+    found: dict[str, Any] = {
+        name: kind.from_config(index.components[name].folder).config for name, kind in kinds.items() if kind
+    }
     takes, latents = (found.get(name) for name in ("unet", "vae"))
     if takes and latents and takes.in_channels != latents.latent_channels:
         raise ValueError(
