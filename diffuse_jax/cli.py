@@ -21,6 +21,7 @@ import diffuse_jax
 from diffuse_jax import weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
+from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, for_images
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
@@ -53,7 +54,7 @@ SMALLER = {
 }
 """What helps against a lack of memory, by command."""
 FROM_FOLDER = ("dtype", "revision", "variant")
-FROM_SINGLE_FILE = ("dtype", "revision", "tokenizer", "prediction_type")
+FROM_SINGLE_FILE = ("dtype", "revision", "tokenizer", "prediction_type", "ema")
 TO_CONVERT = ("dtype", "variant", "prediction_type", "tokenizer")
 TO_CALL = (
     "prompt",
@@ -71,6 +72,7 @@ TO_CALL = (
     "seed",
     "noise",
     "progress_bar",
+    *NUMBERS,
 )
 
 
@@ -108,6 +110,8 @@ def generate(args: argparse.Namespace) -> None:
         pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
     for source, scale in args.lora or ():
         pipe = pipe.load_lora_weights(source, scale=scale)
+    pipe, images = for_images(pipe, args)
+    call |= images
     if keep:
         pipe.load_compiled(cache_folder() / "programs")
     loaded = time.perf_counter()
@@ -149,6 +153,7 @@ def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) ->
     sizes = ("height", "width", "num_inference_steps")
     names = ("noise", "guidance_rescale", "clip_skip", "prompt_syntax", "long_prompts", *sizes, "guidance_scale")
     shared = {"model": str(args.model), "scheduler": type(pipe.scheduler).__name__, **given(args, names)}
+    shared |= given(args, (*NUMBERS, *IMAGES, "controlnet"))
     if args.lora:
         shared["lora"] = {str(source): scale for source, scale in args.lora}
     negatives = args.negative_prompt or [""]
@@ -335,6 +340,7 @@ def add_generate(commands: Any) -> None:
         help="folder or Hub id with the tokenizer that a single file lacks",
     )
     add("--prediction-type", choices=PREDICTIONS, help="prediction type, if a single file does not say it")
+    add("--ema", action="store_true", default=None, help="use the averaged weights of a single file for training")
     add("--dtype", choices=DTYPES, help="dtype that the networks compute in")
     add("--scheduler", metavar="NAME", help="scheduler to use instead of the model's, e.g. EulerDiscrete or ddim")
     add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
@@ -358,6 +364,7 @@ def add_generate(commands: Any) -> None:
     add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
+    add_flags(add)
     add("--mesh", type=mesh_axes, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
     add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")

@@ -229,11 +229,12 @@ def _class(library: str, kind: str, named_in: Path) -> type[Model]:
 
 def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | Path | None) -> OpenedCheckpoint:
     """A pipeline from a single file, which contains no tokenizers, or one network."""
-    if kind := layouts.network_in(path):
+    _, tensors = layouts.open_file(path)
+    if kind := layouts.network_in(tensors):
         if tokenizer is not None or prediction_type is not None:
             raise ValueError(f"{path} holds only a {kind}; a tokenizer and a prediction type belong to whole pipelines")
-        return OpenedCheckpoint("", _networks({"": layouts.read_network(path, kind)}, path))
-    file = layouts.read_single_file(path, prediction_type=prediction_type)
+        return OpenedCheckpoint("", _networks({"": layouts.read_network(path, kind, tensors=tensors)}, path))
+    file = layouts.read_single_file(path, prediction_type=prediction_type, tensors=tensors)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
     networks = _networks(file.networks, path)
     return OpenedCheckpoint(

@@ -4,13 +4,13 @@ attention."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
+from diffuse_jax.interpolation import query_grid, weights
 from diffuse_jax.messages import warn
 
 RESAMPLE = {
@@ -235,23 +235,9 @@ def mask_for_queries(masks: Any, queries: int) -> NDArray[np.float32]:
     array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
     if array.ndim != 3 or 0 in array.shape or queries < 1:
         raise ValueError(f"masks must be [N,H,W] or [N,H,W,1] and queries at least 1, got {array.shape} and {queries}")
-    rows = max(int(math.sqrt(queries / (array.shape[2] / array.shape[1]))), 1)
-    rows += queries % rows != 0
-    columns = queries // rows
+    rows, columns = query_grid(array.shape[1], array.shape[2], queries)
     if rows * columns != queries:
         warn(f"{queries} queries have another aspect ratio than the masks of {array.shape[1]}x{array.shape[2]} pixels")
-    across, down = _bicubic(array.shape[2], columns), _bicubic(array.shape[1], rows)
+    down, across = weights(array.shape[1], rows, cubic=True), weights(array.shape[2], columns, cubic=True)
     small = (down @ array @ across.T).reshape(len(array), -1)[:, :queries]
     return np.pad(small, ((0, 0), (0, queries - small.shape[1])))
-
-
-def _bicubic(given: int, wanted: int) -> NDArray[np.float32]:
-    """Weights ``[wanted,given]`` of cubic convolution (Keys 1981) with PyTorch's a = -0.75; edges are repeated."""
-    place = (np.arange(wanted) + 0.5) * given / wanted - 0.5
-    weights = np.zeros((wanted, given))
-    for offset in (-1, 0, 1, 2):
-        pixel = np.floor(place) + offset
-        x = np.abs(place - pixel)
-        near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
-        np.add.at(weights, (np.arange(wanted), np.clip(pixel, 0, given - 1).astype(int)), np.where(x <= 1, near, far))
-    return weights.astype(np.float32)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import reprlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
@@ -37,8 +40,25 @@ brief = _Brief().repr
 """The ``repr`` of a value, limited to a few items, levels and characters."""
 
 
+_given: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("warnings given", default=None)
+
+
+@contextlib.contextmanager
+def warning_once() -> Iterator[None]:
+    """A context in which equal warnings of :func:`warn` are given once."""
+    token = _given.set(set())
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 def warn(text: str) -> None:
     """Emit a warning that points to the user's code: the nearest caller outside this package."""
+    if (given := _given.get()) is not None:
+        if text in given:
+            return
+        given.add(text)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
         frame, level = frame.f_back, level + 1

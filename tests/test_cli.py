@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import diffuse_jax
-from diffuse_jax import cli, output
+from diffuse_jax import cli, image_flags, output
 from tests.pipelines import tiny
 
 COMMANDS = ("generate", "convert", "convert-lora", "extract-lora", "merge", "parity", "env")
@@ -233,6 +233,70 @@ def test_an_image_records_how_it_was_generated(tmp_path: Path) -> None:
     )
     assert settings["noise"] == "cuda"
     assert info["parameters"].endswith("RNG: NV")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, a ControlNet ``net``, and images."""
+    folder = tmp_path_factory.mktemp("drawn")
+    pipe = tiny.pipeline()
+    pipe.save_pretrained(folder / "model")
+    net, params = diffuse_jax.ControlNetModel.from_unet(
+        pipe.components["unet"], pipe.params["unet"], conditioning_embedding_out_channels=(4, 8)
+    )
+    net.save_pretrained(folder / "net", params)
+    rng = np.random.default_rng(0)
+    for name in ("photo", "edges"):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{name}.png")
+    Image.fromarray(np.eye(16, dtype=bool)).save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "images"),
+    [
+        (["--image"], "Img2Img", {"image": "photo"}),
+        (["--image", "--mask-image"], "Inpaint", {"image": "photo", "mask_image": "mask"}),
+        (["--control-image"], "ControlNet", {"image": "edges"}),
+        (["--image", "--control-image"], "ControlNetImg2Img", {"image": "photo", "control_image": "edges"}),
+    ],
+)
+def test_images_choose_the_pipeline(flags: list[str], kind: str, images: dict[str, str], drawn: Path) -> None:
+    """The request is that of the class for these images."""
+    files = {"--image": "photo.png", "--mask-image": "mask.png", "--control-image": "edges.png"}
+    words = [str(word) for flag in flags for word in (flag, drawn / files[flag])]
+    words += ["--controlnet", str(drawn / "net")] if "ControlNet" in kind else []
+    args = cli.build_parser().parse_args(["generate", "--prompt", "a cat", *words])
+    pipe, given = image_flags.for_images(tiny.pipeline(), args)
+    assert type(pipe).__name__ == f"StableDiffusion{kind}Pipeline"
+    assert given.keys() == images.keys()
+    for name, file in images.items():
+        np.testing.assert_array_equal(given[name], Image.open(drawn / f"{file}.png").convert("RGB"))
+    pipe.request("a cat", **given)
+
+
+def test_an_image_is_changed_from_the_command_line(drawn: Path, tmp_path: Path) -> None:
+    words = ["--image", drawn / "photo.png", "--strength", 0.5, "--num-inference-steps", 2, "--seed", 3]
+    assert run("generate", "--model", drawn / "model", "--prompt", "a", *words, "--output", tmp_path / "out") == 0
+    pipe = diffuse_jax.AutoPipelineForImage2Image.from_pretrained(drawn / "model")
+    (wanted,) = pipe("a", image=Image.open(drawn / "photo.png"), strength=0.5, num_inference_steps=2, seed=3).images
+    made = Image.open(tmp_path / "out" / "image-0001.png")
+    assert np.abs(np.asarray(made).astype(int) - np.asarray(wanted)).max() <= 1
+    settings = json.loads(made.info["diffuse_jax"])
+    assert (settings["strength"], settings["image"]) == (0.5, [str(drawn / "photo.png")])
+
+
+def test_images_that_nothing_takes_are_refused(drawn: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ("generate", "--model", drawn / "model", "--prompt", "a", "--output", tmp_path)
+    for flags, message in (
+        (("--control-image", drawn / "edges.png"), "--control-image needs --controlnet"),
+        (("--controlnet", drawn / "net"), "--controlnet needs --control-image"),
+        (("--depth-map", drawn / "edges.png"), "--depth-map takes a .npy file"),
+        (("--strength", 0.5), "has no argument strength"),
+        (("--ema",), "--ema: not for a folder"),
+    ):
+        assert run(*words, *flags) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_path: Path, capsys: Any) -> None:

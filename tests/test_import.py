@@ -32,6 +32,8 @@ LEVELS = {
     "habits": 0,
     "images": 0,
     "fitting": 0,
+    "interpolation": 0,
+    "rounding": 0,
     "control_images": 0,
     "utils": 0,
     "noise": 0,
@@ -53,6 +55,7 @@ LEVELS = {
     "merging": 6,
     "lora_conversion": 6,
     "weights_commands": 6,
+    "image_flags": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -21,6 +21,7 @@ from diffuse_jax.adapters.lora_file import Adapter, flax_pair
 from diffuse_jax.adapters.merging import KERNEL, difference
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
+from diffuse_jax.rounding import power_of_two
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
 Weight = float | Mapping[str, Any]
@@ -121,7 +122,7 @@ class Adapters:
             for path, found in changes.items():
                 old = table.get(path, Slot())
                 rank = sum(change.pair_rank for change, _ in found if change.low_rank)
-                room = max(old.rank, 1 << (rank - 1).bit_length(), max_rank) if rank else old.rank
+                room = max(old.rank, power_of_two(rank), max_rank) if rank else old.rank
                 table[path] = Slot(room, old.whole or not all(change.low_rank for change, _ in found))
         return dataclasses.replace(self, slots=slots)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from diffuse_jax.layouts.families import FAMILIES, family_for
 from diffuse_jax.layouts.ip_adapter import IPAdapterFile, read_ip_adapter
 from diffuse_jax.layouts.networks import NETWORKS, network_in, read_network, write_network
-from diffuse_jax.layouts.single_file import Part, SingleFile, read_single_file
+from diffuse_jax.layouts.single_file import Part, SingleFile, open_file, read_single_file
 from diffuse_jax.layouts.single_file_writer import write_single_file
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SingleFile",
     "family_for",
     "network_in",
+    "open_file",
     "read_ip_adapter",
     "read_network",
     "read_single_file",

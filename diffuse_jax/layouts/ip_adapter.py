@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.errors import bad
-from diffuse_jax.layouts.single_file import Part
-from diffuse_jax.weights.load import Checkpoint, read_checkpoint
+from diffuse_jax.layouts.single_file import Part, open_file
+from diffuse_jax.weights.load import Checkpoint
 from diffuse_jax.weights.names import Renames, rename
-from diffuse_jax.writing import expanded
 
 SPELLINGS: Renames = (
     (r"^image_proj\.image_embeds\.", "image_proj.proj."),
@@ -33,6 +32,9 @@ SPELLINGS: Renames = (
     (r"\.to_out\.0\.", ".to_out."),
 )
 """Names as PyTorch diffusers has them in memory, which some files have too -> those of most published files."""
+
+HALVES = ("image_proj.", "ip_adapter.")
+"""How the names of an adapter's tensors begin."""
 
 HEAD_WIDTH = 64
 """Of a resampler's attention; no published one has another."""
@@ -60,23 +62,27 @@ def read_ip_adapter(path: Path | str) -> IPAdapterFile:
     Raises:
       WeightsError: a damaged or hostile file, or there is no IP-Adapter in it.
     """
-    path = expanded(path)
-    if path.is_dir():
-        raise bad(path, "is a folder, and the file of an IP-Adapter is wanted; from_pretrained opens folders")
-    tensors = read_checkpoint([path]).tensors
-    missing = [name for name in ("image_proj", "ip_adapter") if not any(key.startswith(f"{name}.") for key in tensors)]
-    if missing:
-        raise bad(path, f"holds no IP-Adapter: no tensor's name begins with {' or '.join(map(repr, missing))}")
-    lora = {(int(m[1]), m[2], m[3]): array for key, array in tensors.items() if (m := LORA.fullmatch(key))}
-    own = {rename(key, SPELLINGS): array for key, array in tensors.items() if not LORA.fullmatch(key)}
+    path, tensors = open_file(path)
     try:
-        own = _fused(own)
-        config = ip_adapter_config(own)
+        own, config = read_tensors(tensors)
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise bad(
-            path, f"cannot read an IP-Adapter's configuration off its tensors; missing or misshapen: {error}"
+            path, f"holds no IP-Adapter whose configuration its tensors show; missing or misshapen: {error}"
         ) from error
+    lora = {(int(m[1]), m[2], m[3]): array for key, array in tensors.items() if (m := LORA.fullmatch(key))}
     return IPAdapterFile(Part("diffuse_jax", "IPAdapter", config, Checkpoint(own, dict.fromkeys(own, path))), lora)
+
+
+def read_tensors(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of an adapter under the names of published files, and its ``config.json``.
+
+    Raises:
+      KeyError, ValueError, IndexError, ZeroDivisionError: they are not those of an IP-Adapter.
+    """
+    if missing := [name for name in HALVES if not any(key.startswith(name) for key in tensors)]:
+        raise KeyError(f"{missing[0]}*")
+    own = _fused({rename(key, SPELLINGS): array for key, array in tensors.items() if not LORA.fullmatch(key)})
+    return own, ip_adapter_config(own)
 
 
 def _fused(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ KINDS = (
     (r"\.(diff_b|lora_[AB](\.\w+)?\.bias|lora_(up|down)\.bias)$", "changed biases, which are not supported"),
     (r"\.(w_norm|b_norm)$", "changed norms, which are not supported"),
     (r"\.lokr_t1$", "a LoKr whose first factor has a core, which no trainer writes"),
-    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which load_ip_adapter of a pipeline reads"),
     (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter, which T2IAdapter.from_single_file opens"),
     (r"^(style_embedding$|transformer_layes\.)", f"a style adapter of T2I-Adapter, {NO}"),
     (r"input_hint_block\.|^controlnet_cond_embedding\.", "a ControlNet, which ControlNetModel.from_single_file opens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.errors import bad
-from diffuse_jax.layouts import t2i_adapter, unet
+from diffuse_jax.layouts import ip_adapter, t2i_adapter, unet
 from diffuse_jax.layouts.configs import Tensors, controlnet_config, text_config, vae_config
 from diffuse_jax.layouts.families import CLASS_LABELS, FAMILIES, SIZE_LABELS, UNET, V1, VAE, XL, Family
 from diffuse_jax.layouts.kinds import held
@@ -58,6 +59,8 @@ class NetworkLayout:
       table: (its names, its configuration) -> the table of the original layout.
       written: the prefix of published files.
       library: the library of its class.
+      beside: pattern of keys that files of this network alone may have besides it -> what they are part of; a warning
+        says that they are left out.
     """
 
     what: str
@@ -67,13 +70,15 @@ class NetworkLayout:
     table: Callable[[Collection[str], Mapping[str, Any]], Table]
     written: str = ""
     library: str = "diffusers"
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Part:
+def read_network(path: Path | str, kind: str, given: Collection[str] = (), *, tensors: Tensors | None = None) -> Part:
     """Open a file that contains a network, ignoring any other networks in it.
 
     Args:
       path: a ``.safetensors``, ``.bin``, ``.ckpt``, ``.pt`` or ``.pth`` file.
+      tensors: those of the file, if it is open already (:func:`~diffuse_jax.layouts.single_file.open_file`).
       kind: the network's class, one of :data:`NETWORKS`.
       given: names of the settings that the caller knows, so that they need not be guessed.
 
@@ -82,7 +87,7 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
     """
     layout = NETWORKS[kind]
     noun = layout.what.split(" ", 1)[1]
-    path, tensors = open_file(path)
+    path, tensors = open_file(path) if tensors is None else (Path(path), tensors)
     prefix = next((prefix for prefix in layout.places if _is_there(tensors, prefix, layout)), None)
     if prefix is None:
         after = " or ".join(repr(prefix) for prefix in layout.places if prefix)
@@ -93,12 +98,15 @@ def read_network(path: Path | str, kind: str, given: Collection[str] = ()) -> Pa
         )
     try:
         found, config = layout.read(_below(tensors, prefix), Opened(path, tensors, prefix, given))
-    except (KeyError, ValueError, IndexError, StopIteration) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, StopIteration) as error:
         raise bad(
             path,
             f"cannot infer the configuration of its {noun} from its tensors; missing or misshapen: {error}."
             f"{held(tensors, f'{layout.what},')}",
         ) from error
+    for pattern, what in layout.beside.items():
+        if not prefix and any(re.search(pattern, key) for key in tensors):
+            warn(f"{path} also holds {what}; it is left out, because a {kind} has no place for it")
     config |= read_record(path).get("configs", {}).get(layout.places[prefix], {})
     return Part(layout.library, kind, config, Checkpoint(found, dict.fromkeys(found, path)))
 
@@ -131,9 +139,8 @@ def write_network(
     write_tensors(path, sources, cast, make_record({layout.places.get(start, ""): config}, None))
 
 
-def network_in(path: Path | str) -> str | None:
-    """The class of the network that a file consists of; None if it holds none, several or other tensors."""
-    _, tensors = open_file(path)
+def network_in(tensors: Tensors) -> str | None:
+    """The class of the network that a file of these tensors consists of; None if it holds none, several or others."""
     found: dict[str, str] = {}
     for kind, layout in NETWORKS.items():
         for prefix in layout.places:
@@ -162,6 +169,10 @@ def _controlnet(own: dict[str, np.ndarray], file: Opened) -> Found:
 
 def _t2i_adapter(own: dict[str, np.ndarray], file: Opened) -> Found:
     return t2i_adapter.read_tensors(own)
+
+
+def _ip_adapter(own: dict[str, np.ndarray], file: Opened) -> Found:
+    return ip_adapter.read_tensors(own)
 
 
 def _depth(own: dict[str, np.ndarray], file: Opened) -> Found:
@@ -205,6 +216,8 @@ def _vae_family(vae: Tensors, file: Opened) -> Family:
 
 NOT_TEXT = ("visual.", "vision_model.", "visual_projection.", "logit_scale", "attn_mask")
 """What files of a whole CLIP hold besides the text encoder."""
+
+IMAGE_ENCODER = {r"^(visual|vision_model|visual_projection)\.": "CLIP's image encoder"}
 
 
 def _text(projects: bool) -> Callable[[dict[str, np.ndarray], Opened], Found]:
@@ -269,6 +282,15 @@ NETWORKS: dict[str, NetworkLayout] = {
         _t2i_adapter,
         lambda keys, config: t2i_adapter.t2i_adapter_table(keys),
     ),
+    "IPAdapter": NetworkLayout(
+        "an IP-Adapter",
+        {"": ""},
+        ("ip_adapter.1.to_k_ip.weight",),
+        _ip_adapter,
+        lambda keys, config: [(key, key, "same") for key in keys],
+        library="diffuse_jax",
+        beside={ip_adapter.LORA.pattern: "a LoRA of the UNet, which load_ip_adapter of a pipeline reads"},
+    ),
     "CLIPTextModelWithProjection": NetworkLayout(
         "a text encoder with a projection",
         {
@@ -280,6 +302,7 @@ NETWORKS: dict[str, NetworkLayout] = {
         _text(projects=True),
         _text_table,
         library="transformers",
+        beside=IMAGE_ENCODER,
     ),
     "CLIPTextModel": NetworkLayout(
         "a text encoder",
@@ -292,6 +315,7 @@ NETWORKS: dict[str, NetworkLayout] = {
         _text(projects=False),
         _text_table,
         library="transformers",
+        beside=IMAGE_ENCODER,
     ),
     "DPTForDepthEstimation": NetworkLayout(
         "a depth network",

@@ -81,6 +81,7 @@ def read_single_file(
     ema: bool = False,
     configs: Configs | None = None,
     given: Configs | None = None,
+    tensors: Tensors | None = None,
 ) -> SingleFile:
     """Open a checkpoint in the original layout: Stable Diffusion 1.x, 2.x, the x4 upscaler, SDXL base and refiner, and
     their inpainting, editing and depth models.
@@ -94,11 +95,12 @@ def read_single_file(
       configs: component name -> values that override the file's metadata and what its tensors imply.
       given: component name -> configuration (may be empty) of the components that the caller provides. The file need
         not contain these; if it does, they are ignored.
+      tensors: those of the file, if it is open already (:func:`open_file`).
 
     Raises:
       WeightsError: the file is damaged or hostile, fits no known family, or has tensors that belong to no component.
     """
-    path, tensors = open_file(path)
+    path, tensors = open_file(path) if tensors is None else (Path(path), tensors)
     given = given or {}
     name, lacks = identify(tensors, given)
     if name is None:

@@ -7,16 +7,14 @@ arrays, so changing them compiles nothing.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from diffuse_jax.interpolation import query_grid, weights
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapterConfig
@@ -152,27 +150,9 @@ def resized_mask(mask: jax.Array, count: int) -> jax.Array:
     layer's, positions at the end are 0 or positions of the mask are left out, with a warning.
     """
     B, H, W = mask.shape
-    height = int(math.sqrt(count / (W / H))) or 1
-    height += count % height != 0
-    width = count // height
-    rows, columns = bicubic_weights(H, height), bicubic_weights(W, width)
+    height, width = query_grid(H, W, count)
+    rows, columns = weights(H, height, cubic=True), weights(W, width, cubic=True)
     small = jnp.einsum("hi,bij,wj->bhw", rows, jnp.asarray(mask, jnp.float32), columns).reshape(B, -1)
     if height * width != count:
         logger.warning("a mask of %d x %d has another aspect than the image; pass masks of the image's aspect", H, W)
     return jnp.pad(small, ((0, 0), (0, max(0, count - height * width))))[:, :count]
-
-
-@functools.lru_cache(maxsize=256)
-def bicubic_weights(size: int, new: int) -> np.ndarray:
-    """The matrix ``[new,size]`` float32 of bicubic interpolation without antialiasing (Keys 1981, a = -0.75)."""
-    a = -0.75
-    near = lambda d: (a + 2) * d**3 - (a + 3) * d**2 + 1
-    far = lambda d: a * (d**3 - 5 * d**2 + 8 * d - 4)
-    at = (np.arange(new) + 0.5) * size / new - 0.5
-    matrix = np.zeros((new, size))
-    for tap in range(-1, 3):
-        index = np.floor(at).astype(int) + tap
-        distance = np.abs(at - index)
-        weight = np.where(distance <= 1, near(distance), far(distance))
-        np.add.at(matrix, (np.arange(new), index.clip(0, size - 1)), weight)
-    return matrix.astype(np.float32)

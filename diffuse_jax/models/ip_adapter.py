@@ -4,24 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Layers, Length
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.kernels import attention
-from diffuse_jax.layouts import read_ip_adapter
 from diffuse_jax.layouts.ip_adapter import HEAD_WIDTH
-from diffuse_jax.models.base import Model, Params
+from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, parameter
-from diffuse_jax.models.one_file import open_part
+from diffuse_jax.models.one_file import OneFile
 
 PROJECTIONS = ("linear", "mlp", "face", "resampler", "face_resampler")
 
@@ -187,7 +184,7 @@ class KeyValue(Layer):
         return project("to_k_ip"), project("to_v_ip")
 
 
-class IPAdapter(Model):
+class IPAdapter(OneFile, Model):
     """Computes keys and values of images for a UNet, once for all steps; the names are those of published files.
 
     A folder that :meth:`save_pretrained` writes is opened by PyTorch diffusers with
@@ -196,30 +193,6 @@ class IPAdapter(Model):
 
     config: IPAdapterConfig = IPAdapterConfig()
     config_class: ClassVar[type[Config]] = IPAdapterConfig
-
-    @classmethod
-    def from_single_file(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        config: str | pathlib.Path | Mapping[str, Any] | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
-    ) -> tuple[Self, Params]:
-        """The IP-Adapter of a published file, such as ``ip-adapter_sd15.safetensors`` or ``ip-adapter-plus_sd15.bin``.
-
-        Args:
-          path: the file; all sizes are read off its tensors.
-          config: what the tensors do not show: ``{"shortcut": True}`` for version 2 of face ID plus.
-          dtype, param_dtype, mesh: as in :meth:`from_pretrained`.
-
-        Raises:
-          WeightsError: a damaged file, one without an IP-Adapter, or tensors that do not fit it one to one.
-          ValueError: ``dtype`` is not a floating-point type.
-        """
-        part = read_ip_adapter(path).part
-        return open_part(cls, part, path, config=config, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
 
     def example_inputs(self) -> dict[str, Any]:
         c = self.config

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from diffuse_jax import weights
 from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
+from diffuse_jax.pipelines.tasks import vae_of
 
 FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel"
 NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)Pipeline")
@@ -41,23 +42,46 @@ class AutoPipeline:
         chosen = {name: value for name, value in options.items() if name in hub}
         folder = weights.resolve(source, **chosen, skip=not_downloaded(options))
         target = cls.pipeline_for(weights.read_index(folder).class_name, source, options)
-        return target.from_pretrained(folder, **{k: v for k, v in options.items() if k != "enable_pag"})
+        pipe = target.from_pretrained(folder, **{k: v for k, v in options.items() if k != "enable_pag"})
+        return cls.checked(pipe, source)
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """The task's pipeline with the components of another pipeline; parameters are shared, not copied.
+        """The task's pipeline with the components of another pipeline; parameters are shared, not copied. Pipelines of
+        other tasks (T2I-Adapters, panoramas, self-attention guidance, DiffEdit) become the plain one of their family.
 
         Raises:
           WeightsError: the architecture does not support the task.
         """
-        target = cls.pipeline_for(type(pipe).__name__, "this pipeline", components)
-        return target.from_pipe(pipe, **{k: v for k, v in components.items() if k != "enable_pag"})
+        target = cls.pipeline_for(type(pipe), "this pipeline", components)
+        made = target.from_pipe(pipe, **{k: v for k, v in components.items() if k != "enable_pag"})
+        return cls.checked(made, f"this {type(pipe).__name__}")
 
     @classmethod
-    def pipeline_for(cls, name: str, source: Any, given: Mapping[str, Any]) -> type[DiffusionPipeline]:
-        """The class for this task and the architecture of the class ``name``, with or without a ControlNet and
-        perturbed-attention guidance."""
-        found = NAME.fullmatch(name)
+    def checked(cls, pipe: DiffusionPipeline, source: Any) -> DiffusionPipeline:
+        """The pipeline, if its UNet takes what the task gives it.
+
+        Raises:
+          WeightsError: it takes more, such as the depth of an image.
+        """
+        latents = vae_of(pipe).config.latent_channels
+        channels = pipe.components["unet"].config.in_channels
+        takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" else (latents,)
+        if channels not in takes:
+            raise weights.WeightsError(
+                f"{source} has a UNet with {channels} input channels, and a {type(pipe).__name__} gives it "
+                f"{' or '.join(map(str, takes))}; pass the UNet of a plain checkpoint, unet=(model, params)"
+            )
+        return pipe
+
+    @classmethod
+    def pipeline_for(cls, own: str | type, source: Any, given: Mapping[str, Any]) -> type[DiffusionPipeline]:
+        """The class for this task and the architecture of a class, or of the one of a name, with or without a
+        ControlNet and perturbed-attention guidance. A class of no such task counts as what it inherits from."""
+        if isinstance(own, str) and own in PIPELINES and not NAME.fullmatch(own):
+            own = pipeline_class(own, source)
+        names = [own] if isinstance(own, str) else [base.__name__ for base in own.__mro__]
+        name, found = names[0], next((match for base in names if (match := NAME.fullmatch(base))), None)
         if found is None:
             known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
             raise weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")

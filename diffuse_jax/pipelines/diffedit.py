@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.family import STEPS, Call, make_plan, text_to_image
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
     Prompt,
-    image_list,
+    image_sizes,
     mask_pixels,
     noise_rows,
     number_of_prompts,
@@ -30,6 +30,7 @@ from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
 from diffuse_jax.pipelines.parts.step import KeepInverted, Predict
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.tasks import changed, image_rows, input_size, vae_of
+from diffuse_jax.rounding import power_of_two
 
 SOURCE, TARGET = ("source_negative_", "source_"), ("target_negative_", "target_")
 """The branches of guidance for each prompt, as prefixes of the arguments' names."""
@@ -113,6 +114,10 @@ def masking(
       ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
     """
     check_names(type(pipe), options, MaskOptions)
+    if pipe.image_adapters.nets:
+        raise ValueError(
+            "generate_mask compares prompts and takes no images of IP-Adapters; call it on pipe.unload_ip_adapter()"
+        )
     if output_type not in ("np", "pil"):
         raise ValueError(f'output_type must be "np" or "pil", got {output_type!r}')
     if num_maps_per_mask < 1:
@@ -223,7 +228,7 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
             "give invert and the call the same num_inference_steps, inpaint_strength and number of prompts"
         )
     masks = [*mask] if isinstance(mask, np.ndarray | jax.Array) and mask.ndim == 3 else mask
-    wrong = [found for found in map(height_and_width, image_list(masks, "mask_image")) if found != latent_size]
+    wrong = [found for found in image_sizes(masks, "mask_image") if found != latent_size]
     if wrong:
         shown = "{}x{}".format
         raise ValueError(
@@ -236,13 +241,3 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
     each = lambda array: np.repeat(array, request.copies, axis=0)
     rows = {"latents": each(inverted[:, 0]), "inverted": each(room), "latent_mask": shades}
     return changed(request, rows, start=FromLatents(), advance=KeepInverted(request.method.advance))
-
-
-def height_and_width(image: Any) -> tuple[int, int]:
-    """Of an image or an array ``[H,W,...]``."""
-    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-
-
-def power_of_two(count: int) -> int:
-    """The smallest one that is at least ``count``, so that few numbers of steps compile a program of their own."""
-    return 1 << (count - 1).bit_length()

@@ -15,10 +15,11 @@ from diffuse_jax.adapters.changes import Change, problem
 from diffuse_jax.adapters.lora_file import Adapter, stem_of, torch_shape
 from diffuse_jax.adapters.named import plain
 from diffuse_jax.errors import bad
-from diffuse_jax.layouts import read_ip_adapter
+from diffuse_jax.layouts import IPAdapterFile, read_ip_adapter
 from diffuse_jax.messages import brief
 from diffuse_jax.models import CLIPVisionModelWithProjection, IPAdapter, UNet2DConditionModel
 from diffuse_jax.models.image_attention import check_fits, cross_attentions
+from diffuse_jax.models.one_file import open_part
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 from diffuse_jax.pipelines.adapting import with_adapters
 from diffuse_jax.pipelines.parts.ip_adapter import COMPONENT
@@ -71,11 +72,13 @@ def with_ip_adapters(
     for where, folder, name in places:
         file = weights.resolve_file(where, Path(folder or "", name).as_posix(), **hub)
         settings = own_config(file) | dict(config or {})
-        net, params = IPAdapter.from_single_file(file, config=settings, dtype=unet.dtype, mesh=pipe.mesh)
+        found = read_ip_adapter(file)
+        options = {"config": settings, "dtype": unet.dtype, "param_dtype": None, "mesh": pipe.mesh}
+        net, params = open_part(IPAdapter, found.part, file, **options)
         check_fits(net.config, unet.config)
         nets.append(net)
         trees.append(params)
-        loras.append(face_lora(file, unet))
+        loras.append(face_lora(found, file, unet))
     pipe = without_ip_adapters(pipe)
     added = encoder_parts(pipe, *places[0][:2], image_encoder_folder, hub)
     pipe = pipe.replace(**added) if added else pipe
@@ -146,13 +149,13 @@ def without_ip_adapters(pipe: Any) -> Any:
 # The LoRA of face ID
 
 
-def face_lora(file: Path, unet: Any) -> Adapter:
+def face_lora(opened: IPAdapterFile, file: Path, unet: Any) -> Adapter:
     """The LoRA of a UNet in a face adapter's file; empty in most.
 
     Raises:
       WeightsError: it does not fit the UNet.
     """
-    tensors = read_ip_adapter(file).lora
+    tensors = opened.lora
     crossing, kernels = [*cross_attentions(unet.config)], flatten(unet.shapes()) if tensors else {}
     found: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for (number, layer, half), array in tensors.items():

@@ -328,12 +328,37 @@ def image_list(images: ImageInput, name: str) -> list[Any]:
     Raises:
       TypeError: there is no image, or something that is not an image.
     """
+    return [one for found in whole_images(images, name) for one in (found if is_batch(found) else [found])]
+
+
+def image_sizes(images: ImageInput, name: str) -> list[tuple[int, int]]:
+    """Height and width in pixels of each of the images of :func:`image_list`; batches on a device are not touched."""
+    sizes: list[tuple[int, int]] = []
+    for found in whole_images(images, name):
+        if isinstance(found, Image.Image):
+            sizes.append(upright_size(found))
+        else:
+            sizes += [found.shape[1:3]] * len(found) if is_batch(found) else [found.shape[:2]]
+    return sizes
+
+
+def is_batch(image: Any) -> bool:
+    """Whether it is an array ``[B,H,W,C]``."""
+    return not isinstance(image, Image.Image) and image.ndim == 4
+
+
+def whole_images(images: ImageInput, name: str) -> list[Any]:
+    """The ``PIL.Image`` and arrays ``[H,W]``, ``[H,W,C]`` or ``[B,H,W,C]`` that were given, as one list.
+
+    Raises:
+      TypeError: as of :func:`image_list`.
+    """
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
-        return [image for item in images for image in image_list(item, name)]
+        return [image for item in images for image in whole_images(item, name)]
     if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4):
-        return list(images) if images.ndim == 4 else [images]
+        return [images]
     given = f"an array with {images.ndim} axes" if hasattr(images, "ndim") else type(images).__name__
     raise TypeError(f"{name} must be a PIL image, an array [H,W,3] or [B,H,W,3], or a list of them, got {given}")
 
@@ -344,8 +369,7 @@ def image_size(images: ImageInput, name: str, multiple: int) -> tuple[int, int]:
     Raises:
       ValueError: a side is smaller than ``multiple``.
     """
-    first = image_list(images, name)[0]
-    height, width = upright_size(first) if isinstance(first, Image.Image) else first.shape[:2]
+    height, width = image_sizes(images, name)[0]
     if height < multiple or width < multiple:
         raise ValueError(f"{name} is {height}x{width}; it must be at least {multiple}x{multiple} pixels")
     return height // multiple * multiple, width // multiple * multiple

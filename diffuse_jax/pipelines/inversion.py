@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from diffuse_jax.pipelines.family import text_to_image
-from diffuse_jax.pipelines.inputs import ImageInput, Prompt, image_list
+from diffuse_jax.pipelines.inputs import ImageInput, Prompt, image_sizes
 from diffuse_jax.pipelines.options import TextOptions, XLOptions
 from diffuse_jax.pipelines.parts.decode import Raw
 from diffuse_jax.pipelines.parts.start import FromCleanImage
@@ -43,7 +43,7 @@ def inverting(
     size, sampler = input_size(pipe, image, "image"), inverse_of(pipe, scheduler)
     given = {**arguments, "output_type": "latent"}
     if given.get("prompt_embeds") is None and isinstance(given.get("prompt") or "", str):
-        given["prompt"] = [given.get("prompt") or ""] * len(image_list(image, "image"))
+        given["prompt"] = [given.get("prompt") or ""] * len(image_sizes(image, "image"))
     request = text_to_image(pipe, given, size, scheduler=sampler, strength=strength)
     return changed(request, image_rows(request, pipe, image, "image"), start=FromCleanImage(vae), decode=Raw("latents"))
 

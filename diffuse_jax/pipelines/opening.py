@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,38 @@ def refuse_family(target: Any, index: weights.PipelineIndex, given: Collection[s
     Raises:
       TypeError: the checkpoint has unused text encoders; the message says which class to open it with.
     """
-    encoders = getattr(target.family, "encoders", None)
-    entries = [name for name in index.components if name.startswith("text_encoder") and name not in given]
-    if encoders is not None and (unused := [name for name in entries if name not in encoders]):
+    entries = [name for name in index.components if name not in given]
+    if unused := unused_encoders(target, entries):
         raise TypeError(
             f"{source} is a {index.class_name} with {', '.join(unused)}, which {target.__name__} does not use; open it "
             "with DiffusionPipeline or AutoPipelineForText2Image, which choose the right class"
         )
+
+
+def unused_encoders(target: Any, names: Iterable[str]) -> list[str]:
+    """The text encoders among names of components that a pipeline class does not use."""
+    encoders = getattr(target.family, "encoders", None)
+    return [] if encoders is None else [x for x in names if x.startswith("text_encoder") and x not in encoders]
+
+
+def without_unused_text(
+    target: Any, source: type, parts: Parts, params: dict[str, Params]
+) -> tuple[Parts, dict[str, Params]]:
+    """Components and parameters of a ``source`` pipeline as a ``target`` uses them: one that takes no prompts has
+    neither text encoders nor tokenizers.
+
+    Raises:
+      TypeError: the target takes prompts, but would ignore a text encoder of the source.
+    """
+    unused = unused_encoders(target, [name for name, part in parts.items() if part is not None])
+    if unused and target.family.encoders:
+        raise TypeError(
+            f"a {source.__name__} has {', '.join(unused)}, which {target.__name__} does not use; take a class of its "
+            "family (AutoPipelineForText2Image chooses one), or leave them out (None)"
+        )
+    left = [name for name in parts if unused and name.startswith(("text_encoder", "tokenizer"))]
+    kept = lambda table: {name: value for name, value in table.items() if name not in left}
+    return kept(parts), kept(params)
 
 
 def open_components(

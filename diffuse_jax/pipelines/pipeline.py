@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 from jax import tree
@@ -28,7 +28,13 @@ from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
 from diffuse_jax.pipelines.image_adapters import ImageAdapters
 from diffuse_jax.pipelines.method import Replace, check_rows
 from diffuse_jax.pipelines.modifiers import modified
-from diffuse_jax.pipelines.opening import open_components, refuse_family, save_components, with_overrides
+from diffuse_jax.pipelines.opening import (
+    open_components,
+    refuse_family,
+    save_components,
+    with_overrides,
+    without_unused_text,
+)
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.placement import params_to_default_device, params_to_mesh
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
@@ -42,6 +48,8 @@ from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.sharding import automatic, check_data_axis
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
+
+T = TypeVar("T")
 
 PIPELINES = Registry("pipeline")
 """Pipeline classes by their name in ``model_index.json``; a class is registered when it is defined."""
@@ -327,9 +335,11 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
 
         Raises:
           ValueError: a component is missing.
+          TypeError: ``pipe`` is of a family with more text encoders than this class uses.
         """
         options, components = split_settings(cls, pipe.options, components)
         parts, params = with_overrides(pipe.components, pipe.params, components)
+        parts, params = without_unused_text(cls, type(pipe), parts, params)
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(DiffusionPipeline)}
         made = cls(**fields | {"components": corrected(cls, parts), "params": params, "options": options})
         return cast(Self, adapting.refreshed(made, pipe.params))
@@ -449,10 +459,23 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         return {}
 
 
+def described_by(compose: Callable[..., Request], returns: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator of what runs the request of ``compose``: its signature and docstring, but with the annotation
+    ``returns``."""
+
+    def decorate(call: Callable[..., T]) -> Callable[..., T]:
+        call = functools.wraps(compose)(call)
+        call.__annotations__ = {**compose.__annotations__, "return": returns}
+        call.__signature__ = inspect.signature(compose).replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
 def call_from_compose(compose: Callable[..., Request]) -> Callable[..., Output]:
     """The ``__call__`` of a pipeline, with the signature and docstring of its ``compose``."""
 
-    @functools.wraps(compose)
+    @described_by(compose, Output)
     def call(self: DiffusionPipeline, *args: Any, **options: Any) -> Output:
         return DiffusionPipeline.__call__(self, *args, **options)
 
@@ -464,7 +487,7 @@ def verb(compose: Callable[..., Request]) -> Callable[..., Output]:
     """A method of pipelines besides calling them, which runs the request of ``compose(pipe, *args, **options)`` and
     takes the arguments that every call takes (``modifiers``, ``callback_on_step_end`` ...)."""
 
-    @functools.wraps(compose)
+    @described_by(compose, Output)
     def call(self: DiffusionPipeline, *args: Any, **options: Any) -> Output:
         return DiffusionPipeline.__call__(self, *args, compose=compose, **options)
 

@@ -14,6 +14,7 @@ import numpy as np
 from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.pipelines.inputs import check_vocabulary, warn_of_cut
 from diffuse_jax.pipelines.method import Rows
+from diffuse_jax.rounding import power_of_two
 from diffuse_jax.text.prompts import SYNTAXES, ParsedPrompt, Piece, Style, parse_plain
 from diffuse_jax.text.tokenizer import padded_ids, unpadded_ids
 
@@ -253,7 +254,7 @@ def aligned(several: Sequence[Rows], layouts: Mapping[str, Layout], chunks: int 
     """
     shapes = [array.shape[-3:-1] for rows in several for array in rows["ids"].values()]
     versions, chunks = max(v for v, _ in shapes), max(chunks, *(k for _, k in shapes))
-    versions = 1 << (versions - 1).bit_length()
+    versions = power_of_two(versions)
     blanks = {name: layout.blank(versions, chunks) for name, layout in layouts.items()}
     for blank in blanks.values():
         blank.weights[0] = 1

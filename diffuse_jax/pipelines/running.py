@@ -19,6 +19,7 @@ from diffuse_jax.pipelines.method import Method, Params, Rows
 from diffuse_jax.pipelines.parts.safety import FLAGGED, warn_of_flagged
 from diffuse_jax.pipelines.placement import REPLICATED, ROWS, params_on_devices, place_plan, place_rows
 from diffuse_jax.pipelines.programs import signature_of
+from diffuse_jax.rounding import power_of_two
 from diffuse_jax.schedulers.plan import Plan
 from diffuse_jax.sharding import readable
 
@@ -231,7 +232,7 @@ def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterato
 
 def padded_size(images: int, devices: int) -> int:
     """The smallest ``devices * 2**k`` that is at least ``images``: few sizes mean few compilations."""
-    return devices * (1 << max(0, -(-images // devices) - 1).bit_length())
+    return devices * power_of_two(-(-images // devices))
 
 
 def _pad(array: Any, size: int) -> Any:

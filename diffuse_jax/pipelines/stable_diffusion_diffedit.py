@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
@@ -16,7 +15,7 @@ from diffuse_jax.pipelines.inversion import inverse_of, inverting
 from diffuse_jax.pipelines.method import Params, Rows
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.parts.decode import ToImages
-from diffuse_jax.pipelines.pipeline import verb
+from diffuse_jax.pipelines.pipeline import described_by, verb
 from diffuse_jax.pipelines.running import Output, Request, apply, as_images
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import vae_of
@@ -80,7 +79,7 @@ class StableDiffusionDiffEditPipeline(StableDiffusionPipeline):
         arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
         return inside_mask(self, mask_image, image_latents, inpaint_strength, arguments)
 
-    @functools.wraps(masking)
+    @described_by(masking, np.ndarray | list[Image.Image])
     def generate_mask(self, *args: Any, **options: Any) -> np.ndarray | list[Image.Image]:
         return verb(masking)(self, *args, **options).images
 

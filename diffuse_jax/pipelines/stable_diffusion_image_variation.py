@@ -7,7 +7,7 @@ from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.families.image_variation import IMAGE_VARIATION
 from diffuse_jax.pipelines.family import output_size, request_of
-from diffuse_jax.pipelines.inputs import ImageInput, image_list
+from diffuse_jax.pipelines.inputs import ImageInput, image_sizes
 from diffuse_jax.pipelines.options import ImageVariationOptions, check_names
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request
@@ -46,4 +46,4 @@ class StableDiffusionImageVariationPipeline(DiffusionPipeline):
         require_image(image, "image")
         given = {"image": image, "guidance_scale": guidance_scale, **options}
         given = {name: value for name, value in given.items() if value is not None}
-        return request_of(self, given, len(image_list(image, "image")), output_size(self, height, width))
+        return request_of(self, given, len(image_sizes(image, "image")), output_size(self, height, width))

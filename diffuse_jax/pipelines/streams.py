@@ -13,6 +13,7 @@ from diffuse_jax.pipelines.parts.latent_upscaler import SCALE, SmallImage
 from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.rounding import power_of_two
 
 PURPOSES = ("low res image", "image", "small image", "noise", "masked image")
 """What diffusers draws before the loop, in its order; "noise" is the start, the others are for encoded images."""
@@ -73,7 +74,7 @@ def with_noise(request: Request, scheduler: Any, options: Mapping[str, Any]) -> 
     found: Rows = dict(zip(map(row_name, purposes), arrays, strict=False))
     if steps:
         # Room for a power of two, so that few numbers of steps compile a program of their own.
-        size = 1 << (int(request.plan.num_evaluations) - 1).bit_length()
+        size = power_of_two(int(request.plan.num_evaluations))
         found[noise_row("step")] = np.zeros((request.images, size, *shape), np.float32)
         found[noise_row("step")][:, steps] = np.stack(arrays[len(purposes) :], 1)
     return request._replace(rows=rows | {name: a for name, a in found.items() if name not in unread(request)})

@@ -13,7 +13,6 @@ from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
     finite,
-    image_list,
     image_size,
     per_prompt,
     pixels,
@@ -186,7 +185,7 @@ def input_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
     vae = vae_of(pipe)
     if is_latents(image, vae):
         return image.shape[1] * vae.config.scale, image.shape[2] * vae.config.scale
-    return image_size(image_list(image, name)[0], name, vae.config.scale)
+    return image_size(image, name, vae.config.scale)
 
 
 def one_per_net(value: float | Sequence[float], nets: int, name: str, kind: str = "ControlNet") -> list[float]:

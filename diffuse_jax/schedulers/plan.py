@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.rounding import power_of_two
 from diffuse_jax.schedulers import brownian
 from diffuse_jax.schedulers.table import MEMORY, Table
 
@@ -268,7 +269,7 @@ def _columns(c: Any, sample: Any) -> tuple[Any, Any]:
 
 def room(evaluations: int) -> int:
     """Rows that a plan of so many evaluations has."""
-    return max(CAPACITY, 1 << (evaluations - 1).bit_length())
+    return max(CAPACITY, power_of_two(evaluations))
 
 
 def pad(array: np.ndarray, length: int) -> np.ndarray:

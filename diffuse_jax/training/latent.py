@@ -69,6 +69,7 @@ def open_pipeline(
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
     family_of(index.class_name, source)
+    refuse_other_inputs(index, source)
     parts: dict[str, Any] = {name: None for name in index.components if name in {*NOT_LOADED, *OPTIONAL}}
     for name, entry in index.components.items():
         if name not in parts and (kind := catalogue.network(entry)) is not None:
@@ -93,6 +94,24 @@ def family_of(class_name: str, source: Any) -> ClipFamily:
     if class_name not in families:
         raise ValueError(f"{source} is a {class_name}; this trainer supports {', '.join(families)}")
     return families[class_name]
+
+
+def refuse_other_inputs(index: weights.PipelineIndex, source: Any) -> None:
+    """Refuse a checkpoint whose UNet takes more than noisy latents, by its configurations.
+
+    Raises:
+      ValueError: it is one for inpainting, editing, depth maps or upscaling.
+    """
+    kinds = {name: catalogue.network(index.components[name]) for name in ("unet", "vae") if name in index.components}
+    found: dict[str, Any] = {
+        name: kind.from_config(index.components[name].folder).config for name, kind in kinds.items() if kind
+    }
+    takes, latents = (found.get(name) for name in ("unet", "vae"))
+    if takes and latents and takes.in_channels != latents.latent_channels:
+        raise ValueError(
+            f"{source} is a {index.class_name} whose UNet has {takes.in_channels} input channels; this trainer gives "
+            f"it noisy latents alone ({latents.latent_channels}), as a checkpoint for text to image takes"
+        )
 
 
 def _open(

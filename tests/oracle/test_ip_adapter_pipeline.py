@@ -122,20 +122,27 @@ def test_hidden_states_of_several_images_without_guidance(
 
 
 def test_sdxl_with_hidden_states(images: list[Image.Image], tmp_path: Path) -> None:
-    """The negative branch sees the hidden states of a black image; two images of the prompt."""
+    """The negative branch sees the hidden states of a black image; two images of the prompt, and image to image."""
     model = folders.stable_diffusion_xl(tmp_path / "model")
     unet = UNet2DConditionModel.from_pretrained(model / "unet")[0]
     adapters = written(tmp_path / "adapters", unet, {"plus": ".safetensors"})
     pipe, twin = opened("StableDiffusionXLPipeline", model, adapters, "plus.safetensors")
     compare(pipe, twin, ip_adapter_image=images[0], num_images_per_prompt=2, **REQUEST)
+    pipe, twin = opened("StableDiffusionXLImg2ImgPipeline", model, adapters, "plus.safetensors")
+    compare(pipe, twin, ip_adapter_image=images[0], image=folders.images(3, EDGE)[2], strength=0.7, **REQUEST)
 
 
-@pytest.mark.parametrize("task", ["ControlNet", "InstructPix2Pix"])
+@pytest.mark.parametrize("task", ["ControlNet", "InstructPix2Pix", "Img2Img", "Inpaint"])
 def test_other_tasks_take_images_too(
     task: str, model: Path, adapters: Path, images: list[Image.Image], tmp_path: Path
 ) -> None:
-    """ControlNets do not see the images; the guidance of InstructPix2Pix has three branches."""
+    """ControlNets do not see the images; the guidance of InstructPix2Pix has three branches; with an image to start
+    from, adapters act in the steps that are left."""
     inputs: dict[str, Any] = {"image": folders.images(3, EDGE)[2]}
+    if task in ("Img2Img", "Inpaint"):
+        inputs["strength"] = 0.7
+    if task == "Inpaint":
+        inputs["mask_image"] = folders.masks(EDGE)[0]
     if task == "ControlNet":
         model = folders.controlled(tmp_path / "model", 1)
     if task == "InstructPix2Pix":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import types
+import typing
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffuse_jax import (
@@ -13,9 +16,20 @@ from diffuse_jax import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
 )
-from diffuse_jax.pipelines import PIPELINES
+from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.pipelines import (
+    PIPELINES,
+    Output,
+    Request,
+    StableDiffusionDiffEditPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionSAGPipeline,
+)
 from diffuse_jax.pipelines.pipeline import pipeline_class
 from diffuse_jax.weights import WeightsError
+from tests.models.filling import random_params
+from tests.pipelines.tiny import UNET, pipeline
 
 TASKS = {AutoPipelineForText2Image: "", AutoPipelineForImage2Image: "Img2Img", AutoPipelineForInpainting: "Inpaint"}
 
@@ -35,6 +49,45 @@ def test_the_task_changes_and_the_controlnet_stays(auto: Any, task: str, saved_f
     assert auto.pipeline_for(f"StableDiffusionXL{saved_for}Pipeline", "x", {}).__name__ == plain.replace(
         "on", "onXL", 1
     )
+
+
+@pytest.mark.parametrize("family", ["", "XL"])
+@pytest.mark.parametrize("kind", ["Adapter", "SAG", "Panorama", "DiffEdit"])
+def test_other_tasks_become_the_plain_one_of_their_family(kind: str, family: str) -> None:
+    name = f"StableDiffusion{family}{kind}Pipeline"
+    if name in PIPELINES:
+        for auto, task in TASKS.items():
+            assert auto.pipeline_for(name, "x", {}).__name__ == f"StableDiffusion{family}{task}Pipeline"
+
+
+def test_the_plain_one_shares_parameters() -> None:
+    sag = StableDiffusionSAGPipeline.from_pipe(pipeline())
+    for auto, task in TASKS.items():
+        plain = auto.from_pipe(sag)
+        assert type(plain).__name__ == f"StableDiffusion{task}Pipeline"
+        assert all(plain.params[name] is tree for name, tree in sag.params.items())
+
+
+def test_a_unet_that_takes_more_than_the_task_gives_it_is_refused(rng: np.random.Generator) -> None:
+    wide = lambda channels: UNet2DConditionModel(UNET.replace(in_channels=channels))
+    own = lambda channels: (wide(channels), random_params(wide(channels).shapes(), rng))
+    masked = pipeline().replace(unet=own(9))
+    assert type(AutoPipelineForInpainting.from_pipe(masked)) is StableDiffusionInpaintPipeline
+    message = "has a UNet with 9 input channels, and a StableDiffusionImg2ImgPipeline gives it 4; pass the UNet"
+    with pytest.raises(WeightsError, match=message):
+        AutoPipelineForImage2Image.from_pipe(masked)
+    assert AutoPipelineForImage2Image.from_pipe(masked, unet=own(4)).components["unet"].config.in_channels == 4
+    edit = StableDiffusionInstructPix2PixPipeline.from_pipe(masked, unet=own(8))
+    with pytest.raises(WeightsError, match="this StableDiffusionInstructPix2PixPipeline has a UNet with 8 input"):
+        AutoPipelineForInpainting.from_pipe(edit)
+
+
+def test_a_call_is_annotated_with_what_it_returns() -> None:
+    for call in (StableDiffusionSAGPipeline.__call__, StableDiffusionSAGPipeline.invert):
+        assert inspect.signature(call).return_annotation is typing.get_type_hints(call)["return"] is Output
+    assert inspect.signature(pipeline().__call__).return_annotation is Output
+    assert "self" not in inspect.signature(pipeline().__call__).parameters
+    assert inspect.signature(StableDiffusionDiffEditPipeline.generate_mask).return_annotation is not Request
 
 
 def test_a_missing_pipeline_is_named() -> None:

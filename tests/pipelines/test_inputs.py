@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.pipelines.inputs import eight_bit, mask_pixels, pixels
+from diffuse_jax.pipelines.inputs import eight_bit, image_size, image_sizes, mask_pixels, pixels
 from diffuse_jax.pipelines.tasks import images_by_net, one_per_net
 
 SIZE = (2, 3)
@@ -46,6 +47,15 @@ def test_an_image_of_zeros_and_ones_is_black_with_a_warning() -> None:
         assert pixels(edges.astype(np.uint8), SIZE, "control image").max() == np.float32(1 / 255)
     np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
     assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"
+
+
+def test_sizes_of_images_on_a_device_are_read_without_computing() -> None:
+    def sizes(batch: jax.Array) -> jax.Array:
+        assert image_sizes([batch, Image.new("L", (4, 2))], "image") == [(6, 8), (6, 8), (2, 4)]
+        assert image_size(batch, "image", 4) == (4, 8)
+        return batch
+
+    assert not jax.make_jaxpr(sizes)(np.zeros((2, 6, 8, 3), np.float32)).jaxpr.eqns
 
 
 def test_each_network_has_a_number() -> None:

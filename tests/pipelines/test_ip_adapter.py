@@ -19,7 +19,11 @@ from diffuse_jax.models import (
     UNet2DConditionModel,
 )
 from diffuse_jax.models.image_attention import cross_attentions
-from diffuse_jax.pipelines import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines import (
+    StableDiffusionDiffEditPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from diffuse_jax.pipelines.image_adapters import at_layers
 from diffuse_jax.pipelines.modifiers import FreeU, PerturbedAttention, Regions, Windows
 from diffuse_jax.sharding import make_mesh
@@ -244,6 +248,9 @@ def test_what_cannot_be_loaded_or_used_says_why(pipe: StableDiffusionPipeline, a
     other = pipe.replace(image_encoder=(narrow, {}))
     with pytest.raises(ValueError, match="takes embeddings of width 12, and the image encoder's are 8"):
         other("a", ip_adapter_image=photo(0))
+    edit = StableDiffusionDiffEditPipeline.from_pipe(pipe)
+    with pytest.raises(ValueError, match="takes no images of IP-Adapters; call it on pipe.unload_ip_adapter"):
+        edit.generate_mask(photo(0), "a", "b")
     masked = {"ip_adapter_image": photo(0), "ip_adapter_masks": [photo(1)]}
     with pytest.raises(ValueError, match="Windows and ImagePrompted cannot be used together"):
         pipe.request("a", modifiers=Windows(size=4, stride=4), **masked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import transformers
 
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
-from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection
+from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection, UNet2DConditionModel
 from diffuse_jax.pipelines import (
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
 from diffuse_jax.pipelines.catalogue import OPTIONAL
@@ -26,7 +29,7 @@ from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.latent import open_pipeline
 from diffuse_jax.weights import WeightsError
 from tests.models.filling import random_params
-from tests.pipelines.tiny import pipeline
+from tests.pipelines.tiny import UNET, pipeline
 
 VISION = CLIPVisionConfig(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
@@ -112,6 +115,21 @@ def test_variations_need_an_encoder_of_the_unets_width_and_take_no_image_adapter
         variation.load_ip_adapter(tmp_path)
 
 
+def test_variations_leave_text_encoders_behind(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """What is saved opens again; a class that takes prompts ignores no text encoder."""
+    variation = StableDiffusionImageVariationPipeline.from_pipe(pipe)
+    assert not {"text_encoder", "tokenizer"} & {*variation.components, *variation.params}
+    assert variation.params["unet"] is pipe.params["unet"]
+    opened = DiffusionPipeline.from_pretrained(variation.save_pretrained(tmp_path / "variation"))
+    assert type(opened) is StableDiffusionImageVariationPipeline
+    second = (pipe.components["text_encoder"], pipe.params["text_encoder"])
+    components = {**pipe.components, "text_encoder_2": second[0]}
+    several = dataclasses.replace(pipe, components=components, params={**pipe.params, "text_encoder_2": second[1]})
+    with pytest.raises(TypeError, match="has text_encoder_2, which StableDiffusionImg2ImgPipeline does not use"):
+        StableDiffusionImg2ImgPipeline.from_pipe(several)
+    assert StableDiffusionImg2ImgPipeline.from_pipe(several, text_encoder_2=None).params["unet"] is pipe.params["unet"]
+
+
 def test_they_are_on_the_mesh(folder: Path) -> None:
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     opened = DiffusionPipeline.from_pretrained(folder, mesh=mesh)
@@ -124,6 +142,18 @@ def test_they_are_on_the_mesh(folder: Path) -> None:
 def test_training_leaves_them_in_their_folders(folder: Path) -> None:
     opened = open_pipeline(folder, trainable=["unet"], mesh=make_mesh(data=1, devices=jax.devices()[:1]))
     assert {opened.components.get(name) for name in OPTIONAL} == {None}
+
+
+@pytest.mark.parametrize(
+    ("cls", "channels"), [(StableDiffusionInpaintPipeline, 9), (StableDiffusionInstructPix2PixPipeline, 8)]
+)
+def test_training_refuses_a_unet_that_takes_more_than_latents(
+    cls: type, channels: int, pipe: StableDiffusionPipeline, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    net = UNet2DConditionModel(UNET.replace(in_channels=channels))
+    folder = cls.from_pipe(pipe, unet=(net, random_params(net.shapes(), rng))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"a {cls.__name__} whose UNet has {channels} input channels; this trainer"):
+        open_pipeline(folder, trainable=["unet"], mesh=make_mesh(data=1, devices=jax.devices()[:1]))
 
 
 def test_conversion_keeps_them_in_folders(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from diffuse_jax.pipelines import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffuse_jax.pipelines.families import STABLE_DIFFUSION_XL
+from diffuse_jax.pipelines.family import Call
 from diffuse_jax.pipelines.inputs import image_seeds
 from diffuse_jax.pipelines.options import argument_names
 from diffuse_jax.pipelines.programs import Programs
@@ -184,6 +187,16 @@ def test_a_prompt_that_is_too_long_is_cut_and_the_rest_named(pipe: StableDiffusi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(long, pixels(pipe, " ".join("abcdefghijklmn"), seed=0))
+
+
+def test_two_encoders_warn_once_of_what_they_both_cut(pipe: StableDiffusionPipeline):
+    second = {"text_encoder_2": pipe.components["text_encoder"], "tokenizer_2": pipe.components["tokenizer"]}
+    both = types.SimpleNamespace(components={**pipe.components, **second})
+    call = Call({"prompt": " ".join("abcdefghijklmnopq")}, 1, 1, (16, 16))
+    with pytest.warns(UserWarning, match="'o p q'") as caught:
+        ids = STABLE_DIFFUSION_XL.text_rows(both, call, ("",))["ids"]
+    assert len(caught) == 1
+    assert {*ids} == {"text_encoder", "text_encoder_2"}
 
 
 def test_guidance_of_one_is_the_conditional_prediction_alone(pipe: StableDiffusionPipeline):

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.messages import warning_once
 from diffuse_jax.pipelines.family import Call, check_output
 from diffuse_jax.pipelines.image_prompts import image_encoders, image_prompt_rows, with_image_prompts
 from diffuse_jax.pipelines.inputs import one_per_image, one_per_prompt, token_mask, tokenize
@@ -96,7 +97,8 @@ class ClipFamily:
         prompts = {branch: self.prompts(call, branch) for branch in checked}
         embeds = {branch: embeds[branch] for branch in branches}
         style = style_of(call)
-        texts = {branch: self.tokens(pipe, prompts[branch], style) for branch in branches}
+        with warning_once():  # encoders have the same tokenizer, and cut the same words of a prompt
+            texts = {branch: self.tokens(pipe, prompts[branch], style) for branch in branches}
         if not style.is_plain:
             layouts = self.layouts(pipe)
             length = next(iter(layouts.values())).length
