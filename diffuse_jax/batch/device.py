@@ -170,7 +170,7 @@ class Device:
         return Batch(pipe, request, images, kind)
 
     def _with_adapters(self, mix: tuple[tuple[str, float], ...]) -> Any:
-        """The pipeline with live adapters, and with nothing that other rows loaded: an image depends on its row alone."""
+        """The pipeline with live adapters, those of these rows alone, so that an image depends on nothing else."""
         if not mix:
             return self.pipe
         if mix not in self._adapted:

@@ -208,6 +208,8 @@ class Rules(NamedTuple):
 
 def _storable(kept: Fields) -> Fields:
     """What is kept as it comes back from a line of metadata."""
+    if not kept:
+        return {}
     try:
         text = json.dumps(kept, ensure_ascii=False)
         text.encode()

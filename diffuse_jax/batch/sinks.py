@@ -241,9 +241,7 @@ class ShardBlock:
 def last_named(folder: Path, pattern: re.Pattern[str]) -> int:
     """The largest number in the names of a folder's entries that fit a pattern; -1 if there is none."""
     try:
-        return max(
-            (int(found[1]) for entry in os.scandir(folder) if (found := pattern.fullmatch(entry.name))), default=-1
-        )
+        names = [pattern.fullmatch(entry.name) for entry in os.scandir(folder)]
     except FileNotFoundError:
         return -1
     return max((int(found[1]) for found in names if found), default=-1)
