@@ -139,8 +139,15 @@ def sample_many(
     device = Device(pipe, batch_size)
     try:
         settings = {"layout": layout, "image_format": image_format, "quality": quality, "seed": seed, "keep": [*keep]}
-        blocks = agree(output, {**settings, **shared, **rules.defaults}, lines, rows_per_block, count)
-        job = Job(lines, rules, LAYOUTS[layout](output), image_format, quality, blocks, (index, count))
+        sink, file = LAYOUTS[layout](output), output / SETTINGS
+        begun = any(LAYOUTS[one](output).last() >= 0 for one in LAYOUTS)
+        settings = agree(
+            file, {**settings, **shared, **rules.defaults}, lines, rows_per_block, count, begun=begun
+        )  # fmt: skip
+        if not dry_run:
+            with atomic_file(file) as to:
+                to.write(json.dumps(settings, indent=1).encode())
+        job = Job(lines, rules, sink, image_format, quality, settings["rows_per_block"], (index, count))
         return sample(job, device, failures_file(output, process), report=report, stop=stop, dry_run=dry_run)
     finally:
         device.close()
@@ -186,35 +193,41 @@ def _report(
     )
 
 
-def agree(output: Path, settings: Mapping[str, Any], lines: Lines, rows_per_block: int | None, processes: int) -> int:
-    """Compare the settings of a job with those that its folder was begun with, or write them; returns the rows per
-    block.
+def agree(
+    path: Path, settings: Mapping[str, Any], lines: Lines, rows_per_block: int | None, processes: int, *, begun: bool
+) -> dict[str, Any]:
+    """The settings of a job with its rows per block, compared with those that it was begun with.
+
+    Args:
+      path: the file with those.
+      settings: what this run was given.
+      lines: the prompts.
+      rows_per_block: if they were given too.
+      processes: how many share the job.
+      begun: whether there are images of the job; if not, the file does not matter.
 
     Raises:
-      ValueError: they differ.
+      ValueError: the settings differ.
     """
-    path = output / SETTINGS
-    if path.exists():
-        try:
-            before = json.loads(path.read_bytes())
-        except ValueError:
-            raise ValueError(f"{path} is damaged; remove it to continue the job with its present settings") from None
-        now = {**json.loads(json.dumps(settings)), "rows_per_block": rows_per_block or before.get("rows_per_block")}
-        for name in (*now, *before):
-            if (name in now, now.get(name)) != (name in before, before.get(name)):
-                raise ValueError(
-                    f"{output} has images with {name} {before.get(name)!r}, not {now.get(name)!r}; continue with the "
-                    "same settings, or choose another output folder"
-                )
-        return int(now["rows_per_block"])
+    now = json.loads(json.dumps({**settings, "rows_per_block": rows_per_block}))
+    if not begun or not path.exists():
+        if rows_per_block is None:
+            last = max((row.number for row in lines.rows()), default=1) if processes > 1 else ROWS_PER_BLOCK
+            now["rows_per_block"] = min(ROWS_PER_BLOCK, -(-last // processes)) if processes > 1 else ROWS_PER_BLOCK
+        return now
+    try:
+        before = json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} is damaged; remove it to continue the job with its present settings") from None
     if rows_per_block is None:
-        rows_per_block = ROWS_PER_BLOCK
-        if processes > 1:
-            last = max((row.number for row in lines.rows()), default=1)
-            rows_per_block = min(ROWS_PER_BLOCK, -(-last // processes))
-    with atomic_file(path) as file:
-        file.write(json.dumps({**settings, "rows_per_block": rows_per_block}, indent=1).encode())
-    return rows_per_block
+        now["rows_per_block"] = before.get("rows_per_block")
+    for name in (*now, *before):
+        if (name in now, now.get(name)) != (name in before, before.get(name)):
+            raise ValueError(
+                f"{path.parent} has images with {name} {before.get(name)!r}, not {now.get(name)!r}; continue with the "
+                "same settings, or choose another output folder"
+            )
+    return now
 
 
 def check_choice(value: Any, known: Mapping[str, Any], name: str) -> None:

@@ -31,6 +31,9 @@ class Stub:
         self.largest, self.pause, self.shape, self.clock = largest, pause, shape, Clock()
         self.batches: list[list[str]] = []
 
+    def close(self) -> None:
+        pass
+
     def group(self, image: Image) -> Hashable:
         return image.job.group
 
