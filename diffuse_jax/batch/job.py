@@ -138,7 +138,7 @@ def sample_many(
     output = writable(Path(output))
     device = Device(pipe, batch_size)
     try:
-        settings = {"layout": layout, "image_format": image_format, "quality": quality, "seed": seed, "keep": [*keep]}
+        settings: dict[str, Any] = {"layout": layout, "image_format": image_format, "quality": quality, "seed": seed, "keep": [*keep]}
         sink, file = LAYOUTS[layout](output), output / SETTINGS
         begun = any(LAYOUTS[one](output).last() >= 0 for one in LAYOUTS)
         settings = agree(

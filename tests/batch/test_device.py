@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +72,7 @@ def lora_file(pipe: Any, path: Path, rank: int) -> str:
 
 def test_lora_weights_are_data(pipe: Any, tmp_path: Path) -> None:
     """Rows with other weights of a file share its batches, rows with other files of the same rank its program."""
-    a, b = (lora_file(pipe, tmp_path / f"{name}.safetensors", 2) for name in "ab")
+    a, b = (lora_file(pipe, tmp_path / f"style-{name}", 2) for name in "ab")
     device = Device(pipe, 4)
     weak, strong, other, mixed, none = images(
         {"lora": {a: 0.2}}, {"lora": {a: 1}}, {"lora": b}, {"lora": {a: 1, b: 2}}, {}
@@ -84,8 +84,8 @@ def test_lora_weights_are_data(pipe: Any, tmp_path: Path) -> None:
     signature = lambda image: device.batch([image]).pipe.signature_of(device.batch([image]).pipe.params)
     assert signature(weak) == signature(other) != signature(mixed)
     assert device.batch([none]).pipe is pipe
-    with pytest.raises((ValueError, OSError), match=r"none.safetensors"):
-        device.batch(images({"lora": str(tmp_path / "none.safetensors")}))
+    with pytest.raises((ValueError, OSError), match="none"):
+        device.batch(images({"lora": str(tmp_path / "none")}))
     device.close()
 
 
@@ -115,7 +115,7 @@ def memory_error() -> Exception:
 
 
 @pytest.fixture
-def fake_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def fake_calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Device calls that make grey images, up to a size at which memory ends; says which sizes were tried."""
     state = SimpleNamespace(sizes=[], fits=10**6, at_once=False, needs=100.0)
 
@@ -134,7 +134,7 @@ def fake_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     monkeypatch.setattr(devices, "device_call", call)
     monkeypatch.setattr(devices.jax, "block_until_ready", ready)
-    yield state
+    return state
 
 
 def made(device: Device, rows: Sequence[Image]) -> list[str]:
