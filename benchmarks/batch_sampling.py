@@ -58,8 +58,9 @@ def main() -> None:
 
     from diffuse_jax import DiffusionPipeline
     from diffuse_jax.batch import sample_many
+    from diffuse_jax.sharding import make_mesh
 
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe = DiffusionPipeline.from_pretrained(args.model, mesh=make_mesh())
     rows = prompts(args.images - args.images % args.batch_size)
     few = {"guidance_scale": 3.0, "num_inference_steps": args.steps, "batch_size": args.batch_size}
     pipe.compile([row["prompt"] for row in rows[: args.batch_size]], **few)

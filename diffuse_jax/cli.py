@@ -216,10 +216,7 @@ def local_mesh(axes: dict[str, int] | None) -> Any:
     """
     import jax
 
-    devices = jax.local_devices()
-    if axes is None:
-        return None if len(devices) == 1 else make_mesh({"data": len(devices)}, devices)
-    return make_mesh(axes, devices)
+    return make_mesh({"data": -1} if axes is None else axes, jax.local_devices())
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.parts.safety import FLAGGED
 from diffuse_jax.pipelines.running import Request, device_call
-from diffuse_jax.sharding import spans_processes
+from diffuse_jax.sharding import make_mesh, spans_processes
 
 AUTO = "auto"
 
@@ -120,11 +120,10 @@ class Device:
 
     def __init__(self, pipe: Any, batch_size: int | str) -> None:
         check_pipeline(pipe)
-        self.pipe, self.clock = pipe, Clock()
-        self._data = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
+        self.pipe, self.clock = on_a_mesh(pipe), Clock()
+        self._data = self.pipe.mesh.shape["data"]
         self._auto = batch_size == AUTO
-        platform = jax.local_devices()[0].platform if pipe.mesh is None else pipe.mesh.devices.flat[0].platform
-        self._measures = self._auto and platform != "cpu"
+        self._measures = self._auto and self.pipe.mesh.devices.flat[0].platform != "cpu"
         if self._measures:
             self.largest = MOST * self._data
         else:
@@ -303,6 +302,16 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
+def on_a_mesh(pipe: Any) -> Any:
+    """A pipeline without a mesh on one of its single device, because the program for a share of a mesh rounds as that
+    for any other share does, but not as one without a mesh."""
+    if pipe.mesh is not None:
+        return pipe
+    arrays = (x for x in jax.tree.leaves(dict(pipe.params)) if isinstance(x, jax.Array))
+    device = next((next(iter(x.devices())) for x in arrays), jax.local_devices()[0])
+    return pipe.replace(mesh=make_mesh(devices=[device]))
+
+
 def needed_memory(program: Any) -> float | None:
     """Bytes that a program takes on a device besides its arguments; None if the compiler does not say."""
     try:
@@ -314,8 +323,7 @@ def needed_memory(program: Any) -> float | None:
 
 def free_memory(pipe: Any) -> float | None:
     """Bytes that are free on the fullest device of a pipeline; None if the device does not say."""
-    devices = jax.local_devices()[:1] if pipe.mesh is None else pipe.mesh.local_devices
-    stats = [device.memory_stats() for device in devices]
+    stats = [device.memory_stats() for device in pipe.mesh.local_devices]
     if not all(one and "bytes_limit" in one for one in stats):
         return None
     return float(min(one["bytes_limit"] - one["bytes_in_use"] for one in stats))

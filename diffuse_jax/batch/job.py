@@ -138,12 +138,11 @@ def sample_many(
     output = writable(Path(output))
     device = Device(pipe, batch_size)
     try:
-        settings: dict[str, Any] = {"layout": layout, "image_format": image_format, "quality": quality, "seed": seed, "keep": [*keep]}
+        files = {"layout": layout, "image_format": image_format, "quality": quality}
+        given = {**files, "seed": seed, "keep": [*keep], **shared, **rules.defaults}
         sink, file = LAYOUTS[layout](output), output / SETTINGS
         begun = any(LAYOUTS[one](output).last() >= 0 for one in LAYOUTS)
-        settings = agree(
-            file, {**settings, **shared, **rules.defaults}, lines, rows_per_block, count, begun=begun
-        )  # fmt: skip
+        settings = agree(file, given, lines, rows_per_block, count, begun=begun)
         if not dry_run:
             with atomic_file(file) as to:
                 to.write(json.dumps(settings, indent=1).encode())
