@@ -19,6 +19,7 @@ from typing import Any
 
 import diffuse_jax
 from diffuse_jax import weights_commands
+from diffuse_jax.batch import command as batch_command
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
 from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, for_images
@@ -34,6 +35,7 @@ PREDICTIONS = ("epsilon", "v_prediction")
 EXTRAS = {
     "train": ("datasets", "grain", "tensorboard", "resvg-py"),
     "torch": ("torch", "diffusers", "accelerate", "peft"),
+    "parquet": ("pyarrow",),
     "docs": ("sphinx", "myst-nb", "sphinx-book-theme"),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }
@@ -99,21 +101,18 @@ def say(message: str) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Generate images from prompts: paths to stdout, timings to stderr."""
+    batch_command.check_flags(args)
     keep = keep_compilations(args)
+    if args.prompts_file is not None:
+        open_it = lambda: ready_pipeline(args, keep, local_mesh(args.mesh))[0]
+        batch_command.generate(args, given(args, TO_CALL), open_it, lambda pipe: keep_programs(pipe, keep))
+        return
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
     folder = writable(args.output)  # fail here rather than after minutes of sampling
-    say(f"loading {args.model}")
     start = time.perf_counter()
-    pipe = open_pipeline(args)
-    if args.scheduler is not None:
-        pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
-    for source, scale in args.lora or ():
-        pipe = pipe.load_lora_weights(source, scale=scale)
-    pipe, images = for_images(pipe, args)
+    pipe, images = ready_pipeline(args, keep, None if args.mesh is None else make_mesh(args.mesh))
     call |= images
-    if keep:
-        pipe.load_compiled(cache_folder() / "programs")
     loaded = time.perf_counter()
     say(f"sampling {len(args.prompt) * call.get('num_images_per_prompt', 1)} image(s); the first run compiles")
     with compile_seconds() as compiling:
@@ -122,8 +121,7 @@ def generate(args: argparse.Namespace) -> None:
 
     for path in save_images(out.images, folder, image_settings(args, pipe, out.seeds)):
         print(path)
-    if keep:
-        pipe.save_compiled(cache_folder() / "programs")
+    keep_programs(pipe, keep)
     sampling = done - loaded - compiling()
     seeds = " ".join(map(str, dict.fromkeys(out.seeds)))
     say(
@@ -132,7 +130,30 @@ def generate(args: argparse.Namespace) -> None:
     )
 
 
-def open_pipeline(args: argparse.Namespace) -> Any:
+def ready_pipeline(args: argparse.Namespace, keep: bool, mesh: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with the sampler, the LoRA files and the task of the flags, and the images for its call.
+
+    Programs that were kept are loaded into it.
+    """
+    say(f"loading {args.model}")
+    pipe = open_pipeline(args, mesh)
+    if args.scheduler is not None:
+        pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    for source, scale in args.lora or ():
+        pipe = pipe.load_lora_weights(source, scale=scale)
+    pipe, images = for_images(pipe, args)
+    if keep:
+        pipe.load_compiled(cache_folder() / "programs")
+    return pipe, images
+
+
+def keep_programs(pipe: Any, keep: bool) -> None:
+    """Keep the compiled programs on disk, if that is wanted."""
+    if keep:
+        pipe.save_compiled(cache_folder() / "programs")
+
+
+def open_pipeline(args: argparse.Namespace, mesh: Any) -> Any:
     """The model's pipeline, from a single file in the original layout, a folder or the Hub."""
     single = Path(args.model).suffix in (".safetensors", ".ckpt")
     allowed, others = (FROM_SINGLE_FILE, FROM_FOLDER) if single else (FROM_FOLDER, FROM_SINGLE_FILE)
@@ -141,10 +162,10 @@ def open_pipeline(args: argparse.Namespace) -> Any:
         raise ValueError(f"{flags}: not for {'a single file' if single else 'a folder or a Hub id'}")
     pipeline = diffuse_jax.DiffusionPipeline
     open_it = pipeline.from_single_file if single else pipeline.from_pretrained
-    mesh = {} if args.mesh is None else {"mesh": make_mesh(args.mesh)}
+    on_mesh = {} if mesh is None else {"mesh": mesh}
     off: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     off = off if args.no_safety_checker and not single else {}
-    return open_it(args.model, **given(args, allowed), **mesh, **off)
+    return open_it(args.model, **given(args, allowed), **on_mesh, **off)
 
 
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -182,8 +203,8 @@ def mesh_axes(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(f"expected AXIS=SIZE pairs such as data=4,fsdp=2, got {text!r}") from None
 
 
-def make_mesh(axes: dict[str, int]) -> Any:
-    """The mesh of ``--mesh``.
+def make_mesh(axes: dict[str, int], devices: Any = None) -> Any:
+    """The mesh of ``--mesh``, over all devices if none are given.
 
     Raises:
       ValueError: an unknown axis, or sizes that do not fit the number of devices.
@@ -193,7 +214,18 @@ def make_mesh(axes: dict[str, int]) -> Any:
     if unknown := sorted(set(axes) - set(sharding.MESH_AXES)):
         raise ValueError(f"--mesh has no axis {unknown[0]}; there are {', '.join(sharding.MESH_AXES)}")
     sizes: dict[str, Any] = {"data": 1} | axes
-    return sharding.make_mesh(**sizes)
+    return sharding.make_mesh(**sizes, devices=devices)
+
+
+def local_mesh(axes: dict[str, int] | None) -> Any:
+    """The mesh of ``--mesh`` over the devices of this process; without the flag, images are divided over all of them.
+
+    Raises:
+      ValueError: as :func:`make_mesh`.
+    """
+    import jax
+
+    return make_mesh({"data": -1} if axes is None else axes, jax.local_devices())
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -326,8 +358,11 @@ def add_command(commands: Any, name: str, run: Any, purpose: str, example: str) 
 
 def add_generate(commands: Any) -> None:
     example = 'diffuse-jax generate --prompt "a red apple, noto style" --num-inference-steps 20 --seed 0'
-    add = add_command(commands, "generate", generate, "generate images from prompts", example).add_argument
-    add("--prompt", action="append", required=True, metavar="TEXT", help="prompt; repeat for several")
+    command = add_command(commands, "generate", generate, "generate images from prompts", example)
+    add, source = command.add_argument, command.add_mutually_exclusive_group(required=True).add_argument
+    source("--prompt", action="append", metavar="TEXT", help="prompt; repeat for several")
+    about = "a prompt per line or row (.txt, .jsonl, .csv, .parquet): a job that can be interrupted and continued"
+    source("--prompts-file", type=Path, metavar="FILE", help=about)
     add("--negative-prompt", action="append", metavar="TEXT", help="negative prompt; once, or once per prompt")
     about = "folder, Hub id or single file (default: %(default)s)"
     add("--model", type=os.path.expanduser, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
@@ -357,8 +392,9 @@ def add_generate(commands: Any) -> None:
     about = "encode prompts of any length, in chunks, instead of cutting what does not fit"
     add("--long-prompts", action="store_true", default=None, help=about)
     add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
-    add("--batch-size", type=number(COUNT), metavar="N", help="maximum number of images at once (default: all)")
-    about = "one seed, or one per image (default: random, and reported)"
+    about = "maximum number of images at once (default: all; with --prompts-file: auto, what fits into memory)"
+    add("--batch-size", type=batch_command.batch_size, metavar="N", help=about)
+    about = "one seed, or one per image (default: random, and reported); with --prompts-file, row n has SEED + n"
     add("--seed", type=number(TORCH_SEED), nargs="+", metavar="N", help=about)
     add("--noise", choices=("torch", "cuda"), help="draw the noise that PyTorch draws for the seed, on CPU or GPU")
     add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
@@ -374,6 +410,7 @@ def add_generate(commands: Any) -> None:
         default=None,
         help="show a progress bar; each step then runs as a separate program",
     )
+    batch_command.add_flags(command)
     add_no_compilation_cache(add)
 
 

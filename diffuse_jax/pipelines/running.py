@@ -135,6 +135,24 @@ def run(
     return Output(found, request.seeds)
 
 
+def device_call(pipe: Any, request: Request, begin: int, end: int, size: int) -> tuple[Any, Callable[[], Any]]:
+    """The program of a device call, compiled, and the call: ``images [begin, end)`` of a request, padded to ``size``.
+
+    The call returns at once with arrays that are being computed, one row per image and for the padding.
+
+    Args:
+      pipe: the pipeline.
+      request: the request; :func:`~diffuse_jax.pipelines.method.check_rows` has passed it.
+      begin, end: the images.
+      size: the number of images that the program takes, a multiple of the devices along ``data``.
+    """
+    params = params_on_devices(pipe, request.method.networks)
+    part = jax.tree.map(lambda array: _pad(_part(array, begin, end), size), request.rows)
+    rows, plan = place_rows(pipe.mesh, part), place_plan(pipe.mesh, request.plan)
+    program = _program(pipe, methods.sample, request.method, (ROWS, REPLICATED), params, (rows, plan))
+    return program, lambda: program(params, rows, plan)
+
+
 def compile_request(pipe: Any, request: Request, batch_size: int | None = None) -> None:
     """Compile the program of a request without running it."""
     methods.check_rows(request.method, request.rows)
