@@ -7,6 +7,7 @@ import mmap
 from pathlib import Path
 
 SIMPLE_FUSIONS = "xla_cpu_use_fusion_emitters"
+WHOLE_MODULES = "xla_cpu_parallel_codegen_split_count"
 
 
 def is_known(flag: str) -> bool:
@@ -21,8 +22,11 @@ def is_known(flag: str) -> bool:
     return False
 
 
-# Compilation is most of the tests' time, and this emitter of fused loops nearly half of that.
-FLAGS = "--xla_backend_optimization_level=0" + (f" --{SIMPLE_FUSIONS}=false" if is_known(SIMPLE_FUSIONS) else "")
+# Compilation is most of the tests' time, and this emitter of fused loops nearly half of that. Splitting a program to
+# compile its pieces in parallel is a sixth of the rest; with as many test processes as cores it gains nothing.
+FLAGS = "--xla_backend_optimization_level=0"
+FLAGS += f" --{SIMPLE_FUSIONS}=false" if is_known(SIMPLE_FUSIONS) else ""
+FLAGS += f" --{WHOLE_MODULES}=1" if is_known(WHOLE_MODULES) else ""
 
 
 def xla_flags(devices: int = 1) -> str:

@@ -45,8 +45,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one namespace and in an empty folder; a failure points at the line of the page."""
     monkeypatch.chdir(tmp_path)
-    # A page that saves its programs saves none of other tests, and does not decide how they compile.
-    for name, empty in {"_programs": {}, "_to_save": [], "_folders": []}.items():
+    # A page that saves its programs saves all of its own and none of other tests, and does not decide how they compile.
+    saves = any("_compiled(" in code for _, code in blocks(page))
+    for name, empty in {"_to_save": [], "_folders": [], **({"_programs": {}} if saves else {})}.items():
         monkeypatch.setattr(PROGRAMS, name, empty)
     names: dict[str, object] = {"__name__": "__main__"}
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]

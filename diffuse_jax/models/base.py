@@ -20,6 +20,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
+from diffuse_jax.models.layers import SHAPES_ONLY
 from diffuse_jax.sharding import on_automatic_axes, param_shardings
 from diffuse_jax.weights.files import unchanged
 from diffuse_jax.writing import expanded
@@ -266,9 +267,14 @@ def floating_type(dtype: DTypeLike) -> jnp.dtype:
     raise ValueError(f"dtype must be a floating-point type such as 'float32', 'bfloat16' or 'float16', got {dtype!r}")
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 def _shapes(model: Model) -> Params:
     """Cached, because tracing a large network takes a second, and loading, checking and saving all need its shapes."""
-    shapes = jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs)["params"], model.example_inputs())
+    token = SHAPES_ONLY.set(True)
+    try:
+        init = lambda inputs: model.init(jax.random.key(0), **inputs)["params"]
+        shapes = jax.eval_shape(init, model.example_inputs())
+    finally:
+        SHAPES_ONLY.reset(token)
     # Under jax.set_mesh the shapes carry the current mesh, which need not be that of later calls.
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)

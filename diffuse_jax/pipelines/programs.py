@@ -88,7 +88,7 @@ class Programs:
         shapes = jax.tree.map(_shape_of, args)
         build = lambda: jax.jit(_bound(key)).lower(*shapes).compile()
         self.compilations += 1
-        if self._folders:  # it may be saved later, so compile an executable that can be serialized
+        if self._folders or not saved_programs.compilation_cache_in_use():  # then it can be serialized as it is
             with saved_programs.without_compilation_cache():
                 program = build()
             self._to_save.append((key, shapes, lambda: program))

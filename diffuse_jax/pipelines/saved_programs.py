@@ -224,6 +224,12 @@ def read(file: Path, args: Any, mesh: Mesh | None) -> Any:
         return None
 
 
+def compilation_cache_in_use() -> bool:
+    """Whether JAX keeps what it compiles in a folder, or takes it from there."""
+    config: Any = jax.config
+    return bool(config.jax_compilation_cache_dir) and config.jax_enable_compilation_cache
+
+
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
     """Disable JAX's compilation cache. On CPU, an executable loaded from that cache runs but cannot be serialized

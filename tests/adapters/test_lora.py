@@ -52,7 +52,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     assert down.std() == pytest.approx(1 / 4, rel=0.05)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_live_and_merged_pairs_compute_the_same(remat: str, rng: np.random.Generator) -> None:
     params, own = initial_params(SMALL.shapes(), 0, zero=()), pairs(SMALL, rng)
     model = SMALL.clone(remat=remat)

@@ -21,6 +21,10 @@ from tests.models.filling import random_params
 from tests.models.small import one_level
 from tests.models.test_precision import UNET
 
+RECOMPUTED = [pytest.param("blocks", marks=pytest.mark.slow) if name == "blocks" else name for name in POLICIES]
+"""All policies for networks that are compiled; the ordinary suite has the one that keeps most and the one that keeps
+least."""
+
 WEIGHT = 0.6
 """What the second attention of the tests is multiplied by."""
 
@@ -82,7 +86,7 @@ def test_a_second_cross_attention_equals_one_written_out(rng: np.random.Generato
     assert np.abs(ours - block.apply({"params": params}, x, text)).max() > 0.1
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize("remat", RECOMPUTED)
 def test_attending_twice_to_the_text_counts_it_more(remat: str, rng: np.random.Generator) -> None:
     """A second attention with the same projections and text equals the first; gradients reach its projections."""
     model, params, inputs = unet_case(rng, remat, one_level(UNET))
@@ -108,7 +112,7 @@ def test_attending_twice_to_the_text_counts_it_more(remat: str, rng: np.random.G
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize("remat", RECOMPUTED)
 def test_inputs_of_a_join_can_be_changed(remat: str, rng: np.random.Generator) -> None:
     """Scaling the first join's features and skip (FreeU) is adding a multiple of each where they come from."""
     model, params, inputs = unet_case(rng, remat)

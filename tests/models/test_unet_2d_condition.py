@@ -106,16 +106,15 @@ def test_residuals_are_added_where_they_belong(rng: np.random.Generator) -> None
             mid_block_additional_residual=middle,
         )
     )
-    plain = model.apply({"params": params}, **inputs)
+    plain = jax.jit(model.apply)({"params": params}, **inputs)
     zeros = [jnp.zeros(shape) for shape in [*SKIPS, SKIPS[-1]]]
     np.testing.assert_allclose(run(zeros[:-1], zeros[-1]), plain, atol=1e-5)
-    for i, zero in enumerate(zeros):
-        pooled = jnp.asarray(rng.standard_normal((2, 1, 1, zero.shape[-1])), jnp.float32)
-        full = [*zeros[:i], jnp.broadcast_to(pooled, zero.shape), *zeros[i + 1 :]]
-        output = run(full[:-1], full[-1])
-        assert np.abs(output - plain).max() > 0.01
-        given = [*zeros[:i], pooled, *zeros[i + 1 :]]
-        np.testing.assert_allclose(run(given[:-1], given[-1]), output, atol=1e-5)
+    pooled = [jnp.asarray(rng.standard_normal((2, 1, 1, zero.shape[-1])), jnp.float32) for zero in zeros]
+    full = [jnp.broadcast_to(one, zero.shape) for one, zero in zip(pooled, zeros, strict=True)]
+    for i in range(len(zeros)):
+        given = [*zeros[:i], full[i], *zeros[i + 1 :]]
+        assert np.abs(run(given[:-1], given[-1]) - plain).max() > 0.01
+    np.testing.assert_allclose(run(pooled[:-1], pooled[-1]), run(full[:-1], full[-1]), atol=1e-5)
 
 
 def test_tree_does_not_depend_on_the_size_of_example_inputs() -> None:

@@ -182,13 +182,20 @@ def test_inpainting_with_nine_channels(name: str, tmp_path: Path, images, masks,
     assert pipe.programs.compilations == 1
 
 
+@pytest.fixture(scope="module")
+def programs() -> Programs:
+    """For tests that run the same programs with other data."""
+    return Programs()
+
+
 @pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_tasks_with_other_samplers(sd1: Path, sampler: str, images, masks, compare: Compare):
+def test_tasks_with_other_samplers(sd1: Path, sampler: str, programs: Programs, images, masks, compare: Compare):
     from diffuse_jax import schedulers
 
     for task, encoded in (("Img2Img", ["image"]), ("Inpaint", ["image", "masked image"])):
         pipe, twin = both(class_of("sd1", task), sd1)
-        pipe = pipe.replace(scheduler=getattr(schedulers, sampler).from_config(pipe.scheduler))
+        scheduler = getattr(schedulers, sampler).from_config(pipe.scheduler)
+        pipe = pipe.replace(scheduler=scheduler, programs=programs)
         twin.scheduler = getattr(diffusers, sampler).from_config(twin.scheduler.config)
         request = SHORT | {"prompt": PROMPTS, "image": images[:2], "strength": 0.75, "num_inference_steps": 8}
         request |= {"mask_image": masks, "height": EDGE, "width": EDGE} if task == "Inpaint" else {}
@@ -245,6 +252,12 @@ def test_controlnet(controlled, images, compare: Compare):
     assert 255 * np.abs(on - off).mean() > 3, "a ControlNet that changes nothing proves nothing"
 
 
+# Several nets are one for each; the ordinary suite has the tasks with two.
+ONE_OR_TWO = [pytest.param(1, id="one net", marks=pytest.mark.slow), pytest.param(2, id="two nets")]
+tasks_with_nets = pytest.mark.parametrize("controlled", ONE_OR_TWO, indirect=True)
+
+
+@tasks_with_nets
 def test_controlnet_with_image_to_image(controlled, images, compare: Compare):
     nets, folder = controlled
     pipe, twin = both("StableDiffusionControlNetImg2ImgPipeline", folder)
@@ -254,6 +267,7 @@ def test_controlnet_with_image_to_image(controlled, images, compare: Compare):
     assert pipe.programs.compilations == 1
 
 
+@tasks_with_nets
 def test_controlnet_with_inpainting(controlled, images, masks, compare: Compare):
     nets, folder = controlled
     pipe, twin = both("StableDiffusionControlNetInpaintPipeline", folder)
@@ -266,6 +280,7 @@ def test_controlnet_with_inpainting(controlled, images, masks, compare: Compare)
     assert pipe.programs.compilations == 1
 
 
+@tasks_with_nets
 def test_controlnet_with_inpainting_of_nine_channels(controlled, tmp_path: Path, images, masks, compare: Compare):
     import shutil
 

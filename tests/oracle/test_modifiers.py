@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl") / "model")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    opened.cache_clear()
+
+
 Compare = Callable[..., Any]
 
 
@@ -64,7 +71,9 @@ def compare(rng: np.random.Generator) -> Compare:
     return check
 
 
+@functools.cache
 def opened(name: str, folder: Path) -> Any:
+    """One pipeline for all tests, so that its runs without a modifier are compiled once."""
     return getattr(pipelines, name).from_pretrained(folder).replace(programs=Programs())
 
 
@@ -109,7 +118,9 @@ def test_perturbed_attention_of_named_layers_without_guidance(sd1: Path, compare
         pipe("a", modifiers=modifiers.PerturbedAttention(2.0, layers="up_blocks.0"))
 
 
-@pytest.mark.parametrize("scale", [5.0, 1.0], ids=["guided", "alone"])
+@pytest.mark.parametrize(
+    "scale", [pytest.param(5.0, id="guided"), pytest.param(1.0, id="alone", marks=pytest.mark.slow)]
+)
 def test_self_attention_guidance(sd1: Path, scale: float, compare: Compare) -> None:
     pipe, twin = opened("StableDiffusionPipeline", sd1), twin_of("StableDiffusionSAGPipeline", sd1)
     pipe, twin = with_ddim(pipe, twin)
@@ -117,18 +128,27 @@ def test_self_attention_guidance(sd1: Path, scale: float, compare: Compare) -> N
     compare(pipe, twin, modifiers.SelfAttentionGuidance(1.5), _sag_scale=1.5, **request)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_freeu(family: str, request: pytest.FixtureRequest, compare: Compare) -> None:
     kind = "XL" if family == "sdxl" else ""
     pipe, twin = (f(f"StableDiffusion{kind}Pipeline", request.getfixturevalue(family)) for f in (opened, twin_of))
+    compiled = []
     for values in ({"s1": 0.6, "s2": 0.4, "b1": 1.1, "b2": 1.3}, {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6}):
         twin.enable_freeu(**values)
         compare(pipe, twin, modifiers.FreeU(**values), **REQUEST)
-    assert pipe.programs.compilations == 2, "with and without; the factors are data"
+        compiled.append(pipe.programs.compilations)
+    assert compiled[0] == compiled[1], "the factors are data"
 
 
-@pytest.mark.parametrize("circular", [False, True], ids=["flat", "circular"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "circular"),
+    [
+        pytest.param(1, False, id="1-flat"),
+        pytest.param(3, True, id="3-circular"),
+        pytest.param(1, True, id="1-circular", marks=pytest.mark.slow),
+        pytest.param(3, False, id="3-flat", marks=pytest.mark.slow),
+    ],
+)
 def test_windows(
     sd1: Path, circular: bool, batch: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,9 +266,10 @@ def test_intervals_and_schedules_as_a_guider(rng: np.random.Generator, sd1: Path
         return pipe(PROMPTS, latents=noise, output_type="latent", modifiers=given, **REQUEST | more).images
 
     inside = run(modifiers.GuidanceInterval(0.25, 0.75))
+    compiled = pipe.programs.compilations
     by_hand = run(modifiers.GuidanceSchedule([1.0, 5.0, 5.0, 1.0]))
     np.testing.assert_array_equal(inside, by_hand)
-    assert pipe.programs.compilations == 1
+    assert pipe.programs.compilations == compiled
     constant = run(modifiers.GuidanceSchedule(lambda share: 5.0))
     np.testing.assert_array_equal(constant, run(modifiers.GuidanceSchedule([5.0] * 4)))
     np.testing.assert_allclose(constant, run(), atol=1e-5)

@@ -95,7 +95,11 @@ SIZED = {
 }
 
 
-@pytest.mark.parametrize("name", SIZED)
+# These differ from others in the channels of their first convolution.
+OTHER_INPUTS = ("SD15_INPAINT_UNET", "SD15_PIX2PIX_UNET", "SD20_DEPTH_UNET")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHER_INPUTS)) for n in SIZED])
 def test_names_and_shapes_at_real_sizes(name: str) -> None:
     """Of the original's names that we write, diffusers makes the names and shapes of the folder that we began with."""
     config = SIZED[name]

@@ -12,7 +12,13 @@ from diffuse_jax.torch_backend.training_report import verdict
 cases = pytest.importorskip("tests.oracle.training_cases", reason="needs PyTorch diffusers and transformers")
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+# What these combine is in the other cases: pairs in text to image with XL, prior preservation in DreamBooth.
+COMBINED = ("text to image with LoRA, SD", "DreamBooth with LoRA and prior preservation, SDXL")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMBINED)) for name in cases.CASES]
+)
 def test_one_training_step(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     if "LoRA" in name:
         pytest.importorskip("peft", reason="PyTorch diffusers loads LoRA through peft")

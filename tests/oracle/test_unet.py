@@ -12,8 +12,13 @@ import pytest
 from tests.oracle import twins
 from tests.oracle.comparisons import TOLERANCE, compare_unet, difference, run_torch_unet, run_unet, unet_inputs
 
+# They differ from others in the channels of their input alone, as InstructPix2Pix does.
+OTHER_CHANNELS = ("inpainting, 9 channels", "depth, 5 channels")
 
-@pytest.mark.parametrize("name", twins.UNETS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in OTHER_CHANNELS)) for name in twins.UNETS]
+)
 def test_output_equals_pytorch(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     twin = twins.unet_twin(name, tmp_path)
     inputs = unet_inputs(twin[1], rng)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from diffuse_jax.kernels import current_platform, target_platform
 from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig
 from diffuse_jax.models.intercept import changed_layers
+from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.pipelines.saved_programs import stable_repr
@@ -116,6 +117,29 @@ def test_a_saved_program_is_found_on_the_device_that_it_was_compiled_for(device:
     other = jax.device_put(x, jax.devices()[5])
     assert programs.get(times, Scale(2.0), None, (), (other,))(other).devices() == other.devices()
     assert programs.compilations == 1, "for the other device"
+
+
+TRACED: list[Any] = []
+
+
+def noted(method: Scale, x: jax.Array) -> jax.Array:
+    TRACED.append(method)
+    return times(method, x)
+
+
+@pytest.mark.parametrize(("cached", "compilations"), [(False, 1), (True, 2)])
+def test_a_program_is_compiled_again_for_a_file_only_if_it_may_be_from_the_cache_of_jax(
+    cached: bool, compilations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_programs, "compilation_cache_in_use", lambda: cached)
+    saver, programs, x = Programs(), Programs(), np.float32(1)
+    TRACED.clear()
+    saver.get(noted, Scale(3.0), None, (), (x,))
+    saver.save(tmp_path)
+    assert len(TRACED) == compilations
+    programs.load(tmp_path)
+    assert programs.get(noted, Scale(3.0), None, (), (x,))(x) == 3
+    assert programs.compilations == 0
 
 
 def test_committed_arrays_choose_the_device() -> None:

@@ -127,7 +127,8 @@ def test_components_are_copied_without_the_name_of_their_variant(sd: Path, tmp_p
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(copied), jax.tree.leaves(params), strict=True))
 
 
-@pytest.mark.parametrize("which", ["sd", "sdxl"])
+# The ordinary suite has pairs for SD in the test of DreamBooth below, and those of text encoders in XL.
+@pytest.mark.parametrize("which", [pytest.param("sd", marks=pytest.mark.slow), "sdxl"])
 def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
     which: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def alone() -> tuple[list[float], Any]:
 
 
 # "all" divides along each axis at once; the others alone find out which one is wrong.
-EACH_MESH = [pytest.param(MESHES[name], marks=() if name in ("data", "all") else pytest.mark.slow) for name in MESHES]
+EACH_MESH = [pytest.param(MESHES[name], marks=() if name == "all" else pytest.mark.slow) for name in MESHES]
 
 
 @pytest.mark.parametrize("axes", EACH_MESH, ids=MESHES)
