@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 from jax.typing import DTypeLike
 
-from diffuse_jax.kernels import conv2d
+from diffuse_jax.kernels import conv2d, group_mean
 from diffuse_jax.sharding import gathered
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -105,9 +105,9 @@ def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Ar
     *lead, channels = x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
-    grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, groups, channels // groups)
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
-    return centred, jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + eps)
+    grouped = x.reshape(lead[0], -1, groups, channels // groups)
+    centred = jnp.asarray(grouped, jnp.float32) - group_mean(grouped, x.dtype)
+    return centred, jax.lax.rsqrt(group_mean(jnp.square(centred), x.dtype) + eps)
 
 
 class GroupNorm(nn.Module):
