@@ -105,9 +105,10 @@ def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Ar
     *lead, channels = x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
-    grouped = x.reshape(lead[0], -1, groups, channels // groups)
-    centred = jnp.asarray(grouped, jnp.float32) - group_mean(grouped, x.dtype)
-    return centred, jax.lax.rsqrt(group_mean(jnp.square(centred), x.dtype) + eps)
+    grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, groups, channels // groups)
+    centred = grouped - group_mean(x, groups, x.dtype)
+    variance = group_mean(jnp.square(centred).reshape(x.shape), groups, x.dtype)
+    return centred, jax.lax.rsqrt(variance + eps)
 
 
 class GroupNorm(nn.Module):
