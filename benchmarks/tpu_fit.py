@@ -15,34 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.tpu_fit
 
 from common import RESULTS, write
-from trainers import METHODS, MODELS, batch_shapes, make_trainer
+from tpu_programs import needs, refusal, slice_mesh, training_step
+from trainers import METHODS, MODELS
 
-# Before importing JAX: this process only compiles, possibly next to others.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh
-
-from diffuse_jax.kernels import target_platform
 from diffuse_jax.models.remat import POLICIES
-from diffuse_jax.sharding import make_mesh, param_shardings, train_batch_sharding
-from diffuse_jax.training.flops import count_flops
-from diffuse_jax.training.optimizer import OPTIMIZERS, make_optimizer
-from diffuse_jax.training.state import init_state, make_step, mean_gradient
+from diffuse_jax.training.optimizer import OPTIMIZERS
 
-GIB = 1 << 30
 ABOUT = (
     "What one chip of the slice needs for a training step, in GiB, by `memory_analysis()` of the program that libtpu "
     "compiled on a CPU; it has not run on a TPU. `state` is what persists between steps (parameters, optimiser state "
@@ -55,8 +44,7 @@ ABOUT = (
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    devices = topologies.get_topology_desc(args.topology, "tpu").devices
-    mesh = make_mesh(data=-1, fsdp=args.fsdp or len(devices), devices=devices)
+    mesh = slice_mesh(args.topology, **({"fsdp": args.fsdp} if args.fsdp else {"data": 1, "fsdp": -1}))
     row = label(args, mesh) | measure(args, mesh)
     print(json.dumps(row), file=sys.stderr)
     if args.print_only:
@@ -113,68 +101,33 @@ def label(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     """Compile the step and read what it needs on one chip."""
-    trainer = make_trainer(
-        args.model, args.method, dtype=jnp.bfloat16, remat=args.remat, rank=args.rank, cached=args.cached
-    )
-    optimizer = make_optimizer(args.optimizer, lambda _: jnp.float32(1e-5))
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, args.ema), trainer.trainable)
-    shardings = param_shardings(state, mesh)
-    step = make_step(trainer.loss, optimizer, 0, shardings=shardings)
-    batch = batch_shapes(args.model, args.batch * mesh.size, args.pixels, cached=args.cached)
-    parts = {name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for name, x in batch.items()}
-    gradient = lambda *shapes: mean_gradient(trainer.loss, *shapes, jax.random.key(0))
-    flops = count_flops(gradient, trainer.trainable, trainer.frozen, parts) / mesh.size
-
-    placed = lambda tree, shardings: jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
-    )
-    batch_shardings = jax.tree.map(lambda _: train_batch_sharding(mesh), parts)
-    inputs = (
-        placed(state, shardings),
-        placed(trainer.frozen, param_shardings(trainer.frozen, mesh)),
-        placed(parts, batch_shardings),
-    )
     start = time.perf_counter()
-    with target_platform("tpu"):
-        lowered = step.trace(*inputs).lower(lowering_platforms=("tpu",))
+    step = training_step(
+        args.model,
+        args.method,
+        mesh,
+        args.batch,
+        args.pixels,
+        remat=args.remat,
+        rank=args.rank,
+        cached=args.cached,
+        ema=args.ema,
+        optimizer=args.optimizer,
+    )
     print(
-        f"traced in {time.perf_counter() - start:.0f} s, {flops / 1e12:.2f} TFLOP per chip", file=sys.stderr, flush=True
+        f"traced in {time.perf_counter() - start:.0f} s, {step.flops / 1e12:.2f} TFLOP per chip",
+        file=sys.stderr,
+        flush=True,
     )
     jax.config.update("jax_optimization_level", args.effort)
     try:
-        compiled = lowered.compile()
+        compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return refusal(str(error)) | {"TFLOP": flops / 1e12}
+        return refusal(str(error)) | {"TFLOP": step.flops / 1e12}
     seconds = time.perf_counter() - start
     if args.dump:
         args.dump.write_text(compiled.as_text())
-    return needs(compiled) | {"TFLOP": flops / 1e12, "compile_seconds": round(seconds)}
-
-
-def needs(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Memory and arithmetic of a compiled program on one device."""
-    memory = compiled.memory_analysis()
-    state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = state + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    cost = compiled.cost_analysis() or {}
-    return {
-        "fits": True,
-        "state": state / GIB,
-        "temporary": memory.temp_size_in_bytes / GIB,
-        "program": memory.generated_code_size_in_bytes / GIB,
-        "total": total / GIB,
-        "peak": memory.peak_memory_in_bytes / GIB,
-        "compiler_TFLOP": cost.get("flops", float("nan")) / 1e12,
-    }
-
-
-def refusal(message: str) -> dict[str, Any]:
-    """The row of a program that does not fit, from the compiler's message; other errors are raised."""
-    found = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
-    if found is None:
-        raise RuntimeError(message)
-    print(message, file=sys.stderr)
-    return {"fits": False, "total": float(found[1])}
+    return needs(compiled) | {"TFLOP": step.flops / 1e12, "compile_seconds": round(seconds)}
 
 
 if __name__ == "__main__":

@@ -50,6 +50,19 @@ def test_pipeline_tiny(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_both_sides_of_image_tasks_make_the_same_images(tmp_path: Path) -> None:
+    """Image to image, ControlNet and a live LoRA of the tiny folder, in both libraries."""
+    pytest.importorskip("diffusers")
+    options = ["--folder", "tiny", "--steps", "2", "--rounds", "1", "--print-only", "--cache", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "image_tasks.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert [row["side"] for row in rows] == ["PyTorch diffusers", "diffuse_jax"] * 3
+    assert max(row["difference"] for row in rows) < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_training_steps_of_both_sides_are_the_same_work(method: str) -> None:
     """Small networks: the gradient of the first step is PyTorch's, so what is timed is comparable."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.errors import ScopeParamShapeError
 from jax.typing import DTypeLike
 
-from diffuse_jax.kernels import conv2d
+from diffuse_jax.kernels import conv2d, group_mean
 from diffuse_jax.sharding import gathered
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -113,8 +113,9 @@ def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Ar
     if channels % groups:
         raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
     grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, groups, channels // groups)
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
-    return centred, jax.lax.rsqrt(jnp.square(centred).mean((1, 3), keepdims=True) + eps)
+    centred = grouped - group_mean(x, groups, x.dtype)
+    variance = group_mean(jnp.square(centred).reshape(x.shape), groups, x.dtype)
+    return centred, jax.lax.rsqrt(variance + eps)
 
 
 class GroupNorm(nn.Module):

@@ -125,10 +125,11 @@ CONTROL = {k: v for k, v in UNET.items() if k not in ("sample_size", "up_block_t
 }
 
 
-def control_net(seed: int) -> Any:
-    """A ControlNet whose exits are far from zero, so that it matters."""
+def control_net(seed: int, unet: Any = None) -> Any:
+    """A ControlNet for Stable Diffusion 1, or for ``unet``, whose exits are far from zero, so that it matters."""
     torch.manual_seed(seed)
-    net = lively(diffusers.ControlNetModel(**CONTROL))
+    copy = lambda: diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    net = lively(diffusers.ControlNetModel(**CONTROL) if unet is None else copy())
     with torch.no_grad():
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
             layer.weight.mul_(8)

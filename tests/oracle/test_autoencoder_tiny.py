@@ -17,6 +17,7 @@ from diffuse_jax.pipelines.parts.decode import decode_latents
 from diffuse_jax.weights import match, place, read_checkpoint
 from diffuse_jax.weights.load import Checkpoint
 from tests.oracle import twins
+from tests.oracle.agreement import require_same
 from tests.oracle.comparisons import (
     TOLERANCE,
     channel_first,
@@ -154,19 +155,19 @@ def test_pipelines_take_a_tiny_autoencoder(tmp_path: Path, rng: np.random.Genera
     request: dict[str, Any] = {"prompt": ["a cat", "two dogs!"], "num_inference_steps": 4, "output_type": "np"}
     with torch.no_grad():
         expected = theirs(latents=channel_first(latents), **request).images
-    assert expected.std() > 0.05
-    assert 255 * np.abs(ours(latents=latents, **request).images - expected).mean() < 0.5
+    require_same(ours, ours(latents=latents, **request).images, expected)
 
     image = rng.uniform(0, 1, (1, 32, 32, 3)).astype(np.float32)
     request |= {"prompt": "a cat", "strength": 0.6}
-    found = StableDiffusionImg2ImgPipeline.from_pipe(ours)(image=image, latents=latents[:1], **request).images
+    painter = StableDiffusionImg2ImgPipeline.from_pipe(ours)
+    found = painter(image=image, latents=latents[:1], **request).images
     again = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
     again.set_progress_bar_config(disable=True)
     module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.randn_tensor"
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(module, lambda *args, **kwargs: channel_first(latents[:1]))
         expected = again(image=channel_first(image), **request).images
-    assert 255 * np.abs(found - expected).mean() < 0.5
+    require_same(painter, found, expected)
 
     ours.save_pretrained(tmp_path / "again")
     assert type(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "again", **off).vae) is type(tiny)

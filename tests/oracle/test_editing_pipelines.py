@@ -15,11 +15,11 @@ from PIL import Image
 from diffuse_jax import pipelines
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import require_same
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = folders.torch, folders.diffusers
 
-TOLERANCE = 0.02  # of 255, mean over all pixels
 SEEDS, EDGE = [3, 4], 32
 SHORT = {"prompt": ["a cat", "two dogs!"], "num_inference_steps": 4, "guidance_scale": 5.0}
 NEGATIVE = {"negative_prompt": ["bad", ""]}
@@ -50,9 +50,7 @@ def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, **reques
     with torch.no_grad():
         wanted = twin(generator=generators, output_type="np", **request | (theirs or {})).images
     ours = pipe(seed=SEEDS, noise="torch", output_type="np", **request).images
-    assert wanted.std() > 0.05, "an image without content proves nothing"
-    assert ours.shape == wanted.shape
-    assert 255 * np.abs(ours - wanted).mean() < TOLERANCE
+    require_same(pipe, ours, wanted)
 
 
 # ControlNets
@@ -62,19 +60,7 @@ def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, **reques
 def sdxl_controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     plain = folders.stable_diffusion_xl(tmp_path_factory.mktemp("xl") / "plain")
     unet = diffusers.UNet2DConditionModel.from_pretrained(plain / "unet")
-    nets = []
-    for seed in range(request.param):
-        torch.manual_seed(seed)
-        net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-        net = folders.lively(net)
-        with torch.no_grad():
-            for layer in (
-                *net.controlnet_down_blocks,
-                net.controlnet_mid_block,
-                net.controlnet_cond_embedding.conv_out,
-            ):
-                layer.weight.mul_(8)
-        nets.append(net)
+    nets = [folders.control_net(seed, unet) for seed in range(request.param)]
     folder = plain.with_name("model")
     pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(
         plain, controlnet=nets if request.param > 1 else nets[0]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from diffuse_jax import UNet2DConditionModel, pipelines, schedulers
 from diffuse_jax.layouts.original import unet_table
 from diffuse_jax.layouts.rows import to_original
 from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import require_same
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 pytest.importorskip("peft")
@@ -186,10 +186,7 @@ def check(pipe: Any, twin: Any, **call: Any) -> None:
     with torch.no_grad():
         wanted = twin(generator=torch.Generator().manual_seed(SEED), output_type="np", **call).images
     ours = pipe(seed=SEED, noise="torch", output_type="np", **call).images
-    assert wanted.std() > 0.05, "an image without content proves nothing"
-    assert ours.shape == wanted.shape
-    found = float(255 * np.abs(ours - wanted).mean())
-    assert found < TIGHT
+    require_same(pipe, ours, wanted, TIGHT)
 
 
 @pytest.mark.parametrize("name", MODELS)

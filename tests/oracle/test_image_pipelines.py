@@ -18,12 +18,11 @@ from PIL import Image
 from diffuse_jax import pipelines
 from diffuse_jax.pipelines import DiffusionPipeline, draw
 from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import require_same
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = folders.torch, folders.diffusers
 
-MEAN_TOLERANCE = 0.5  # of 255, mean over all pixels
-TIGHT = 0.02  # what it really is, of 255; a difference between this and the tolerance is worth a look
 PROMPTS = ["a cat", "two dogs!"]
 SEEDS = [3, 4]
 EDGE, LATENTS = 32, (16, 16, 4)
@@ -94,13 +93,6 @@ def theirs(twin: Any, monkeypatch: pytest.MonkeyPatch, first: np.ndarray, encode
         return twin(output_type="np", **request).images
 
 
-def difference(ours: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean absolute difference of pixels in units of 1/255."""
-    assert ours.shape == wanted.shape
-    assert wanted.std() > 0.05, "an image without content proves nothing"
-    return float(255 * np.abs(ours - wanted).mean())
-
-
 Compare = Callable[..., None]
 
 
@@ -114,9 +106,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> Compar
         first = rng.standard_normal((2, *LATENTS)).astype(np.float32)
         wanted = theirs(twin, monkeypatch, first, _encoded, **request)
         ours = pipe(seed=SEEDS, latents=first, output_type="np", **request).images
-        found = difference(ours, wanted)
-        assert found < MEAN_TOLERANCE, (type(pipe).__name__, found)
-        assert found < TIGHT, (type(pipe).__name__, found)
+        require_same(pipe, ours, wanted)
 
     return check
 
@@ -212,7 +202,7 @@ def test_latents_as_images(sd1: Path, rng, compare: Compare):
         tensor = torch.tensor(latents.transpose(0, 3, 1, 2))
         wanted = theirs(twin, patch, first, [], image=tensor, **request)
     ours = pipe(image=latents, latents=first, output_type="np", **request).images
-    assert difference(ours, wanted) < TIGHT
+    require_same(pipe, ours, wanted)
 
 
 # ControlNets

@@ -13,6 +13,7 @@ from PIL import Image
 from diffuse_jax import pipelines
 from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import TOLERANCE, require_same
 from tests.oracle.test_ip_adapter import published, write
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -20,7 +21,6 @@ torch, diffusers, transformers = folders.torch, folders.diffusers, folders.trans
 
 from diffuse_jax.torch_backend import parity  # noqa: E402
 
-TOLERANCE = 0.02  # of 255, mean over all pixels
 EDGE, SEED = 32, 5
 FORMS = {"plain": ".safetensors", "plus": ".bin"}
 REQUEST = {"prompt": "a cat", "num_inference_steps": 3, "guidance_scale": 5.0}
@@ -83,9 +83,7 @@ def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, **reques
         generator = torch.Generator().manual_seed(SEED)
         wanted = twin(generator=generator, output_type="np", **request, **theirs or {}).images
     ours = pipe(seed=SEED, noise="torch", output_type="np", **request, **ours_only).images
-    assert wanted.std() > 0.05, "an image without content proves nothing"
-    assert ours.shape == wanted.shape
-    assert 255 * np.abs(ours - wanted).mean() < TOLERANCE
+    require_same(pipe, ours, wanted)
     return ours
 
 

@@ -16,11 +16,11 @@ from diffuse_jax import AutoPipelineForText2Image, pipelines
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.options import argument_names
 from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import require_same
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = folders.torch, folders.diffusers
 
-TOLERANCE = 0.02  # of 255, mean over all pixels
 SEEDS, EDGE = [3, 4], 32
 SHORT = {"prompt": ["a cat", "two dogs!"], "num_inference_steps": 4, "guidance_scale": 5.0}
 NEGATIVE = {"negative_prompt": ["bad", ""]}
@@ -55,8 +55,7 @@ def compare(pipe: Any, twin: Any, **request: Any) -> np.ndarray:
     with torch.no_grad():
         wanted = twin(generator=generators, output_type="np", **request).images
     ours = pipe(seed=seeds, noise="torch", output_type="np", **request).images
-    assert wanted.std() > 0.05, "an image without content proves nothing"
-    assert 255 * np.abs(ours - wanted).mean() < TOLERANCE
+    require_same(pipe, ours, wanted)
     return ours
 
 
@@ -95,6 +94,26 @@ def test_perturbed_attention_with_sdxl_from_images(tmp_path: Path, images: list[
     folder = folders.stable_diffusion_xl(tmp_path / "model")
     pipe, twin = opened("StableDiffusionXLPAGImg2ImgPipeline", folder, tmp_path / "saved")
     compare(pipe, twin, **SHORT | NEGATIVE, image=images[:2], strength=0.8, pag_scale=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PERTURBED)
+def test_every_class_with_perturbed_attention(name: str, tmp_path: Path, images: list[Any]) -> None:
+    xl, control = "XL" in name, "ControlNet" in name
+    folder = (folders.stable_diffusion_xl if xl else folders.stable_diffusion)(tmp_path / "model")
+    given: dict[str, Any] = {}
+    if control:
+        unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        given["controlnet"] = folders.control_net(0, unet) if xl else folders.control_net(0)
+    pipe, twin = opened(name, folder, tmp_path / "saved", **given)
+    request: dict[str, Any] = SHORT | NEGATIVE | {"pag_scale": 2.0}
+    if "Img2Img" in name or "Inpaint" in name:
+        request |= {"image": images[:2], "strength": 0.8}
+    if "Inpaint" in name:
+        request |= {"mask_image": folders.masks(EDGE), "height": EDGE, "width": EDGE}
+    if control:
+        request["control_image" if "image" in request else "image"] = images[2:]
+    compare(pipe, twin, **request)
 
 
 @pytest.mark.parametrize("name", PERTURBED)
