@@ -7,7 +7,6 @@ statistics in float32 whatever ``dtype`` is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import flax.linen as nn
 import jax
@@ -29,10 +28,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
-SHAPES_ONLY: ContextVar[bool] = ContextVar("SHAPES_ONLY", default=False)
-"""True while only the shapes of a network's parameters are wanted, which need no random values. Tracing their
-initialisers is half the time of finding them."""
-
 
 def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The parameter ``name`` of a module, initialised by ``init(key, shape, dtype)`` where there is none yet.
@@ -44,8 +39,6 @@ def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shap
       flax.errors.ScopeParamShapeError: the given parameter has another shape.
     """
     if not module.has_variable("params", name):
-        if SHAPES_ONLY.get():
-            return module.variable("params", name, jnp.zeros, shape, module.param_dtype).value
         return module.param(name, init, shape, module.param_dtype)
     value = nn.meta.unbox(module.get_variable("params", name))
     if value.shape != shape:
@@ -112,10 +105,9 @@ def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Ar
     *lead, channels = x.shape
     if channels % groups:
         raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
-    grouped = jnp.asarray(x, jnp.float32).reshape(lead[0], -1, groups, channels // groups)
-    centred = grouped - group_mean(x, groups, x.dtype)
-    variance = group_mean(jnp.square(centred).reshape(x.shape), groups, x.dtype)
-    return centred, jax.lax.rsqrt(variance + eps)
+    grouped = x.reshape(lead[0], -1, groups, channels // groups)
+    centred = jnp.asarray(grouped, jnp.float32) - group_mean(grouped, x.dtype)
+    return centred, jax.lax.rsqrt(group_mean(jnp.square(centred), x.dtype) + eps)
 
 
 class GroupNorm(nn.Module):
