@@ -7,6 +7,7 @@ statistics in float32 whatever ``dtype`` is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
+SHAPES_ONLY: ContextVar[bool] = ContextVar("SHAPES_ONLY", default=False)
+"""True while only the shapes of a network's parameters are wanted, which need no random values. Tracing their
+initialisers is half the time of finding them."""
+
 
 def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The parameter ``name`` of a module, initialised by ``init(key, shape, dtype)`` where there is none yet.
@@ -39,6 +44,8 @@ def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shap
       flax.errors.ScopeParamShapeError: the given parameter has another shape.
     """
     if not module.has_variable("params", name):
+        if SHAPES_ONLY.get():
+            return module.variable("params", name, jnp.zeros, shape, module.param_dtype).value
         return module.param(name, init, shape, module.param_dtype)
     value = nn.meta.unbox(module.get_variable("params", name))
     if value.shape != shape:
