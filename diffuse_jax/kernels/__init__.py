@@ -2,7 +2,7 @@
 
 from diffuse_jax.kernels.convolution import conv2d
 from diffuse_jax.kernels.dot_product import attention
-from diffuse_jax.kernels.group_mean import group_mean
+from diffuse_jax.kernels.moments import group_mean
 from diffuse_jax.kernels.platform import current_platform, target_platform
 
 __all__ = ["attention", "conv2d", "current_platform", "group_mean", "target_platform"]
