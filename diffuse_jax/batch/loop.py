@@ -23,9 +23,6 @@ from diffuse_jax.pipelines.parts.safety import FLAGGED
 WINDOW = 4096
 """How many images are looked at to find those that can share a batch."""
 
-AHEAD = 2
-"""Device calls that wait behind the one that runs."""
-
 WRITERS = 8
 """Threads that encode and write, at most one for each core."""
 
@@ -34,6 +31,7 @@ class Maker(Protocol):
     """What makes the images: :class:`~diffuse_jax.batch.device.Device`."""
 
     largest: int
+    ahead: int
     clock: Clock
 
     def group(self, image: Image) -> Hashable: ...
@@ -267,11 +265,14 @@ def run(
         missing = _missing(job, maker, writing, failures, stop)
         for images in batches(missing, maker.largest, max(WINDOW, 2 * maker.largest)):
             for batch in _requests(maker, writing, images):
-                for call in () if stop() else maker.start(batch):
-                    under_way.append(call)
-                    deliver(AHEAD)
-                    if stop():
+                calls = maker.start(batch)
+                while not stop():
+                    deliver(
+                        maker.ahead
+                    )  # the batch was prepared while they ran
+                    if (call := next(calls, None)) is None:
                         break
+                    under_way.append(call)
             writing.check()
             if stop():
                 break

@@ -72,7 +72,7 @@ def test_flags_are_the_settings_of_rows_without_their_own(opened: dict[str, Any]
     assert out == f"{tmp_path / 'out'}\n"
     assert "2 images made" in err
     names = ("seed", "height", "num_inference_steps", "negative_prompt", "id")
-    first, second = written(tmp_path / "out")
+    first, second = sorted(written(tmp_path / "out"), key=lambda one: one["line"])
     assert [first.get(name) for name in names] == [101, 8, 4, "blurry", None]
     assert [second.get(name) for name in names] == [102, 16, 4, "blurry", 3]
     assert first["model"] == "diffuse-jax/emoji"

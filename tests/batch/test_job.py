@@ -44,7 +44,7 @@ def test_an_image_for_each_row_and_seed_with_its_settings(tmp_path: Path, layout
     assert (report.images, report.made, report.before, report.failed) == (20, 20, 0, 0)
     expected = [(n, s) for n in range(1, 16) for s in ([5, 7] if n % 3 == 2 else [n])]
     assert keys(tmp_path / "out", layout) == expected
-    assert next(one for one in records(tmp_path / "out", layout) if one["line"] == 2) == {
+    assert next(one for one in records(tmp_path / "out", layout) if one["file_name"] == "00000002-7.png") == {
         "file_name": "00000002-7.png", "text": "a dog", "line": 2, "seed": 7, "model": "stub", "prompt": "a dog",
         "height": 8, "guidance_scale": 2, "negative_prompt": "",
     }  # fmt: skip
