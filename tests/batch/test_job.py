@@ -137,6 +137,17 @@ def test_an_image_that_cannot_be_written(tmp_path: Path, layout: str) -> None:
     assert not list((tmp_path / "out").rglob(".*.partial"))
 
 
+def test_what_the_safety_checker_says_is_stored(tmp_path: Path) -> None:
+    class Checked(Stub):
+        def finish(self, call: Any) -> Any:
+            return [made._replace(flagged=made.image.job.number == 2) for made in super().finish(call)]
+
+    assert run(["a", "b", "c"], tmp_path / "out", Checked()).flagged == 1
+    flags = {one["line"]: one["nsfw_content_detected"] for one in records(tmp_path / "out", "folder")}
+    assert flags == {1: False, 2: True, 3: False}
+    assert run(["a", "b", "c"], tmp_path / "out").before == 3, "what was found out is no setting"
+
+
 def test_a_disk_that_stays_full_ends_the_job(tmp_path: Path) -> None:
     class Broken(Folders):
         def open(self, block: int) -> Any:
