@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import diffuse_jax
-from diffuse_jax import weights_commands
-from diffuse_jax.batch import command as batch_command
+from diffuse_jax import batch_command, weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
 from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, for_images

@@ -68,20 +68,20 @@ def save_images(
 
 def _save(image: Image.Image, folder: Path, settings: Mapping[str, Any]) -> Path:
     """Write one image under the next free number."""
-    info = png_info(settings, image.size)
+    info = png_info(settings, image)
     with naming(folder), partial_file(folder, "image") as partial:
         image.save(partial.file, format="PNG", pnginfo=info)
         partial.file.close()
         return _claim(partial.path, folder)
 
 
-def png_info(settings: Mapping[str, Any], size: tuple[int, int]) -> PngImagePlugin.PngInfo:
-    """The settings of an image of a size (width, height) as texts for its PNG; none if there are no settings."""
+def png_info(settings: Mapping[str, Any], image: Image.Image) -> PngImagePlugin.PngInfo:
+    """The settings of an image as texts for its PNG; none if there are no settings."""
     from PIL import PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_itxt("parameters", a1111_parameters(settings, size))
+        info.add_itxt("parameters", a1111_parameters(settings, image.size))
         info.add_itxt("diffuse_jax", json.dumps(dict(settings), ensure_ascii=False))
     return info
 

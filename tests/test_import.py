@@ -54,8 +54,10 @@ LEVELS = {
     "convert": 6,
     "merging": 6,
     "lora_conversion": 6,
+    "batch": 6,
     "weights_commands": 6,
     "image_flags": 6,
+    "batch_command": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -22,6 +22,8 @@ from diffuse_jax.sharding import make_mesh, spans_processes
 
 AUTO = "auto"
 
+AHEAD = 2
+
 ON_CPU = 4
 """Images for each device where memory does not set the limit: more of them make a CPU no faster."""
 
@@ -115,6 +117,7 @@ class Device:
 
     Attributes:
       largest: the number of images that a batch should have.
+      ahead: how many calls may wait behind the one that runs. A CPU would run them all at the same time.
       clock: when the device worked.
     """
 
@@ -123,7 +126,9 @@ class Device:
         self.pipe, self.clock = on_a_mesh(pipe), Clock()
         self._data = self.pipe.mesh.shape["data"]
         self._auto = batch_size == AUTO
-        self._measures = self._auto and self.pipe.mesh.devices.flat[0].platform != "cpu"
+        on_cpu = self.pipe.mesh.devices.flat[0].platform == "cpu"
+        self._measures = self._auto and not on_cpu
+        self.ahead = 0 if on_cpu else AHEAD
         if self._measures:
             self.largest = MOST * self._data
         else:

@@ -30,7 +30,7 @@ def encoded(pixels: np.ndarray, settings: Mapping[str, Any], kind: str, quality:
     (image,) = as_images(pixels[None])
     buffer = io.BytesIO()
     if kind == "png":
-        image.save(buffer, "PNG", pnginfo=png_info(settings, image.size))
+        image.save(buffer, "PNG", pnginfo=png_info(settings, image))
         return buffer.getvalue()
     exif = image.getexif()
     text = a1111_parameters(settings, image.size)

@@ -12,7 +12,7 @@ from diffuse_jax.batch.device import AUTO, Device
 from diffuse_jax.batch.encoding import SUFFIXES
 from diffuse_jax.batch.jobs import FIELDS, Rules, checked
 from diffuse_jax.batch.lines import Lines, lines_of
-from diffuse_jax.batch.loop import Job, Maker, Survey, run, survey
+from diffuse_jax.batch.loop import Job, Maker, Ran, Survey, run, survey
 from diffuse_jax.batch.reporting import Failure, Failures, Status, failures_file, few_warnings
 from diffuse_jax.batch.sinks import Folders, Shards, Sink
 from diffuse_jax.output import writable
@@ -37,6 +37,7 @@ class Report(NamedTuple):
       images: how many the prompts ask this process for.
       before: how many were there already.
       made: how many this run made.
+      flagged: of these, those that the safety checker flagged; they are black.
       failed: rows and images that failed.
       failures: the first of them; all are in ``failures_file``.
       failures_file: one JSON object per line; None if nothing failed.
@@ -48,6 +49,7 @@ class Report(NamedTuple):
     images: int
     before: int
     made: int
+    flagged: int
     failed: int
     failures: Sequence[Failure]
     failures_file: Path | None
@@ -166,27 +168,26 @@ def sample(
     with few_warnings():
         counted = survey(job)
         if dry_run:
-            return _report(counted, 0, None, False, start, 0.0)
+            return _report(counted, Ran(0, 0, False), None, start, 0.0)
         failures = Failures(failures_path)
         try:
-            made, stopped = run(job, device, counted, failures, report=report, stop=stop)
+            ran = run(job, device, counted, failures, report=report, stop=stop)
         finally:
             failures.close()
-    return _report(counted, made, failures, stopped, start, device.clock.share)
+    return _report(counted, ran, failures, start, device.clock.share)
 
 
-def _report(
-    counted: Survey, made: int, failures: Failures | None, stopped: bool, start: float, waited: float
-) -> Report:
+def _report(counted: Survey, ran: Ran, failures: Failures | None, start: float, waited: float) -> Report:
     failed = counted.malformed if failures is None else failures.count
     return Report(
         images=counted.images,
         before=counted.done,
-        made=made,
+        made=ran.made,
+        flagged=ran.flagged,
         failed=failed,
         failures=() if failures is None else tuple(failures.first),
         failures_file=failures.path if failures is not None and failed else None,
-        stopped=stopped,
+        stopped=ran.stopped,
         seconds=time.perf_counter() - start,
         waited=waited,
     )

@@ -23,9 +23,6 @@ from diffuse_jax.pipelines.parts.safety import FLAGGED
 WINDOW = 4096
 """How many images are looked at to find those that can share a batch."""
 
-AHEAD = 2
-"""Device calls that wait behind the one that runs."""
-
 WRITERS = 8
 """Threads that encode and write, at most one for each core."""
 
@@ -34,6 +31,7 @@ class Maker(Protocol):
     """What makes the images: :class:`~diffuse_jax.batch.device.Device`."""
 
     largest: int
+    ahead: int
     clock: Clock
 
     def group(self, image: Image) -> Hashable: ...
@@ -95,6 +93,20 @@ class Survey(NamedTuple):
     malformed: int
 
 
+class Ran(NamedTuple):
+    """What a run did.
+
+    Attributes:
+      made: images that it made.
+      flagged: of these, those that the safety checker flagged.
+      stopped: whether it was stopped before the end.
+    """
+
+    made: int
+    flagged: int
+    stopped: bool
+
+
 def survey(job: Job) -> Survey:
     """Read all prompts of this process and compare them with the images that are there.
 
@@ -147,7 +159,11 @@ def changed(name: str, how: str) -> ValueError:
 
 
 class Writing:
-    """The blocks that are open, and the threads that encode and write."""
+    """The blocks that are open, and the threads that encode and write.
+
+    Attributes:
+      flagged: how many images the safety checker has flagged.
+    """
 
     def __init__(self, job: Job, failures: Failures, progress: Progress, threads: int) -> None:
         self._job, self._failures, self._progress = job, failures, progress
@@ -156,6 +172,7 @@ class Writing:
         self._pool = ThreadPoolExecutor(threads, "write")
         self._room = threading.BoundedSemaphore(4 * threads)  # images in memory that wait to be written
         self._bug: BaseException | None = None
+        self.flagged = 0
 
     def expect(self, image: Image) -> None:
         """An image of a block will follow."""
@@ -176,6 +193,7 @@ class Writing:
 
     def write(self, made: Made) -> None:
         """Encode and write an image, soon; waits if many are on their way."""
+        self.flagged += bool(made.flagged)
         self._room.acquire()
         try:
             self._pool.submit(self._write, made).add_done_callback(self._note)
@@ -252,8 +270,8 @@ def run(
     *,
     report: Callable[[Status], None] | None,
     stop: Callable[[], bool],
-) -> tuple[int, bool]:
-    """Make the images that are missing; returns how many were made, and whether it was stopped before the end."""
+) -> Ran:
+    """Make the images that are missing."""
     progress = Progress(counted.images, counted.done, failures, report)
     writing = Writing(job, failures, progress, min(WRITERS, os.cpu_count() or 1))
     under_way: deque[Call] = deque()
@@ -267,11 +285,12 @@ def run(
         missing = _missing(job, maker, writing, failures, stop)
         for images in batches(missing, maker.largest, max(WINDOW, 2 * maker.largest)):
             for batch in _requests(maker, writing, images):
-                for call in () if stop() else maker.start(batch):
-                    under_way.append(call)
-                    deliver(AHEAD)
-                    if stop():
+                calls = maker.start(batch)
+                while not stop():
+                    deliver(maker.ahead)  # the batch was prepared while they ran
+                    if (call := next(calls, None)) is None:
                         break
+                    under_way.append(call)
             writing.check()
             if stop():
                 break
@@ -279,7 +298,8 @@ def run(
     finally:
         writing.close()
     writing.check()
-    return progress.made, stop() and progress.done + failures.count < counted.images + counted.malformed
+    stopped = stop() and progress.done + failures.count < counted.images + counted.malformed
+    return Ran(progress.made, writing.flagged, stopped)
 
 
 def _missing(

@@ -28,7 +28,7 @@ class Stub:
     """Refuses prompts with the word "refused"; notes the batches that it made."""
 
     def __init__(self, largest: int = 4, pause: float = 0.0, shape: tuple[int, int, int] = (8, 8, 3)) -> None:
-        self.largest, self.pause, self.shape, self.clock = largest, pause, shape, Clock()
+        self.largest, self.pause, self.shape, self.ahead, self.clock = largest, pause, shape, 2, Clock()
         self.batches: list[list[str]] = []
 
     def close(self) -> None:

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,9 @@ import diffuse_jax
 from diffuse_jax import cli
 from diffuse_jax.batch import job
 from tests.batch.stub import Stub
+from tests.quick_xla import xla_flags
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakePipeline:
@@ -66,7 +72,7 @@ def test_flags_are_the_settings_of_rows_without_their_own(opened: dict[str, Any]
     assert out == f"{tmp_path / 'out'}\n"
     assert "2 images made" in err
     names = ("seed", "height", "num_inference_steps", "negative_prompt", "id")
-    first, second = written(tmp_path / "out")
+    first, second = sorted(written(tmp_path / "out"), key=lambda one: one["line"])
     assert [first.get(name) for name in names] == [101, 8, 4, "blurry", None]
     assert [second.get(name) for name in names] == [102, 16, 4, "blurry", 3]
     assert first["model"] == "diffuse-jax/emoji"
@@ -168,3 +174,22 @@ def test_independent_processes_divide_small_jobs_evenly(opened: dict[str, Any], 
         assert run(*line, 3, "--process-id", process) == 0
     assert sorted(one["line"] for one in written(tmp_path / "out")) == [*range(1, 11)]
     assert len(list((tmp_path / "out").glob("*/metadata.jsonl"))) == 3
+
+
+def test_processes_that_jax_joins_divide_the_job(tmp_path: Path) -> None:
+    """Each on its own devices; the one that is done first waits for the other."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    line = [sys.executable, "-m", "tests.batch.joined", "--output", str(tmp_path / "out")]
+    line += ["--prompts-file", str(prompts(tmp_path, *map(str, range(12)))), "--no-compilation-cache"]
+    line += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(2)}
+    both = [
+        subprocess.Popen([*line, str(i)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
+    assert all("6 images made" in text for text in errors)
+    assert sorted(one["line"] for one in written(tmp_path / "out")) == [*range(1, 13)]

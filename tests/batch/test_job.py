@@ -44,7 +44,7 @@ def test_an_image_for_each_row_and_seed_with_its_settings(tmp_path: Path, layout
     assert (report.images, report.made, report.before, report.failed) == (20, 20, 0, 0)
     expected = [(n, s) for n in range(1, 16) for s in ([5, 7] if n % 3 == 2 else [n])]
     assert keys(tmp_path / "out", layout) == expected
-    assert next(one for one in records(tmp_path / "out", layout) if one["line"] == 2) == {
+    assert next(one for one in records(tmp_path / "out", layout) if one["file_name"] == "00000002-7.png") == {
         "file_name": "00000002-7.png", "text": "a dog", "line": 2, "seed": 7, "model": "stub", "prompt": "a dog",
         "height": 8, "guidance_scale": 2, "negative_prompt": "",
     }  # fmt: skip
@@ -135,6 +135,17 @@ def test_an_image_that_cannot_be_written(tmp_path: Path, layout: str) -> None:
     assert (again.made, again.before, again.failed) == (1, 5, 0)
     assert len(keys(tmp_path / "out", layout)) == 6
     assert not list((tmp_path / "out").rglob(".*.partial"))
+
+
+def test_what_the_safety_checker_says_is_stored(tmp_path: Path) -> None:
+    class Checked(Stub):
+        def finish(self, call: Any) -> Any:
+            return [made._replace(flagged=made.image.job.number == 2) for made in super().finish(call)]
+
+    assert run(["a", "b", "c"], tmp_path / "out", Checked()).flagged == 1
+    flags = {one["line"]: one["nsfw_content_detected"] for one in records(tmp_path / "out", "folder")}
+    assert flags == {1: False, 2: True, 3: False}
+    assert run(["a", "b", "c"], tmp_path / "out").before == 3, "what was found out is no setting"
 
 
 def test_a_disk_that_stays_full_ends_the_job(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def conclude(report: Report, stop: list[int]) -> None:
         f"{report.made:,} images made in {report.seconds:.0f} s{rate}, {there:,} of {report.images:,} there; the "
         f"device waited {100 * report.waited:.1f} % of the time"
     )
+    if report.flagged:
+        say(f"{report.flagged:,} images were flagged by the safety checker and are black")
     if report.stopped:
         say("to continue, run the same command again")
         raise SystemExit(128 + stop[0])
