@@ -21,6 +21,7 @@ import diffuse_jax
 from diffuse_jax import weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
+from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
@@ -136,10 +137,9 @@ def open_pipeline(args: argparse.Namespace) -> Any:
         raise ValueError(f"{flags}: not for {'a single file' if single else 'a folder or a Hub id'}")
     pipeline = diffuse_jax.DiffusionPipeline
     open_it = pipeline.from_single_file if single else pipeline.from_pretrained
-    mesh = {} if args.mesh is None else {"mesh": make_mesh(args.mesh)}
     off: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     off = off if args.no_safety_checker and not single else {}
-    return open_it(args.model, **given(args, allowed), **mesh, **off)
+    return open_it(args.model, **given(args, (*allowed, "mesh")), **off)
 
 
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -166,28 +166,6 @@ def lora_source(text: str) -> tuple[str, float]:
         return (source, float(scale)) if source else (text, 1.0)
     except ValueError:
         return text, 1.0
-
-
-def mesh_axes(text: str) -> dict[str, int]:
-    """An argparse type: ``data=4,fsdp=2``."""
-    try:
-        return {name: int(size) for name, size in (pair.split("=") for pair in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected AXIS=SIZE pairs such as data=4,fsdp=2, got {text!r}") from None
-
-
-def make_mesh(axes: dict[str, int]) -> Any:
-    """The mesh of ``--mesh``.
-
-    Raises:
-      ValueError: an unknown axis, or sizes that do not fit the number of devices.
-    """
-    from diffuse_jax import sharding
-
-    if unknown := sorted(set(axes) - set(sharding.MESH_AXES)):
-        raise ValueError(f"--mesh has no axis {unknown[0]}; there are {', '.join(sharding.MESH_AXES)}")
-    sizes: dict[str, Any] = {"data": 1} | axes
-    return sharding.make_mesh(**sizes)
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -262,7 +240,7 @@ def parity(args: argparse.Namespace) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    """Print what a bug report needs, one ``name: value`` per line."""
+    """Print what a bug report needs, one ``name: value`` per line; with a mesh or a model, also where parameters go."""
     import jax
 
     print(f"diffuse_jax: {diffuse_jax.__version__}")
@@ -276,6 +254,11 @@ def env(args: argparse.Namespace) -> None:
     for extra, names in EXTRAS.items():
         found = ", ".join(f"{name} {version(name)}" for name in names)
         print(f"extra {extra}: {found}")
+    if args.mesh is not None or args.model is not None:
+        from diffuse_jax.placement_table import print_placement
+
+        model, mesh = args.model or SHIPPED_MODEL, args.mesh or "data=1"
+        print_placement(model, mesh, **given(args, ("dtype", "revision")))
 
 
 def version(name: str) -> str:
@@ -300,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     weights_commands.add_commands(commands, add_command, DTYPES)
     add_parity(commands)
-    add_command(commands, "env", env, "show versions, devices, cache folder and optional packages", "diffuse-jax env")
+    add_env(commands)
     return parser
 
 
@@ -357,7 +340,7 @@ def add_generate(commands: Any) -> None:
     add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
-    add("--mesh", type=mesh_axes, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
+    add("--mesh", type=mesh_text, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
     add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
     add(
@@ -398,3 +381,15 @@ def add_parity(commands: Any) -> None:
     command = add_command(commands, "parity", parity, purpose, example)
     parity_command.add_flags(command, DTYPES)
     add_no_compilation_cache(command.add_argument)
+
+
+def add_env(commands: Any) -> None:
+    purpose = "show versions, devices, cache folder and optional packages, and how a mesh divides a model"
+    example = "diffuse-jax env --mesh fsdp=8 --model stabilityai/stable-diffusion-xl-base-1.0"
+    add = add_command(commands, "env", env, purpose, example).add_argument
+    about = "show where each parameter goes on this mesh, e.g. data=2,fsdp=4; its devices need not be there"
+    add("--mesh", type=mesh_text, metavar="AXES", help=about)
+    about = f"folder, Hub id or single file to show, whose weights are not read (default: {SHIPPED_MODEL})"
+    add("--model", type=os.path.expanduser, metavar="SOURCE", help=about)
+    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    add("--dtype", choices=DTYPES, help="dtype of the parameters (default: float32)")

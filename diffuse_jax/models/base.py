@@ -20,7 +20,7 @@ from diffuse_jax.config import Config
 from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
-from diffuse_jax.sharding import on_automatic_axes, param_shardings
+from diffuse_jax.sharding import as_mesh, on_automatic_axes, param_shardings
 from diffuse_jax.weights.files import unchanged
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Model(nn.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         variant: str | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         shardings: Any = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -123,8 +123,9 @@ class Model(nn.Module):
           dtype: the dtype of computations.
           param_dtype: the dtype that floating-point parameters are cast to on loading; ``dtype`` if None.
           variant: for example ``"fp16"``: only weight files of that variant are used.
-          mesh: the mesh to shard parameters over, by :func:`diffuse_jax.sharding.param_shardings`; its axes may be
-            automatic or explicit (``jax.make_mesh``). Each device reads only its part.
+          mesh: the mesh to shard parameters over, by :func:`diffuse_jax.sharding.param_shardings`: a mesh, whose axes
+            may be automatic or explicit (``jax.make_mesh``), or its text, such as ``"data=4,fsdp=2"``. Each device
+            reads only its part.
           shardings: instead of ``mesh``, a ``jax.sharding.Sharding`` for all parameters or a tree of them.
           revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
           unknown: nothing; an argument of other libraries is answered with what to write here.
@@ -144,6 +145,7 @@ class Model(nn.Module):
             raise TypeError(f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}")
         if mesh is not None and shardings is not None:
             raise ValueError("mesh and shardings exclude each other; pass only one of them")
+        mesh = as_mesh(mesh)
         folder = weights.resolve(
             source,
             subfolder=subfolder,

@@ -205,7 +205,7 @@ class IPAdapter(Model):
         config: str | pathlib.Path | Mapping[str, Any] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
     ) -> tuple[Self, Params]:
         """The IP-Adapter of a published file, such as ``ip-adapter_sd15.safetensors`` or ``ip-adapter-plus_sd15.bin``.
 
