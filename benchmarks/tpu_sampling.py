@@ -1,7 +1,7 @@
 """How much memory of a TPU chip sampling takes on a mesh, from compiling it for a slice that need not be attached.
 
-The denoising loop with guidance (Euler) and the decoder are compiled by libtpu on a CPU, for a UNet whose parameters are
-sharded as a pipeline shards them; nothing is allocated. It answers whether a network that is larger than one chip
+The denoising loop with guidance (Euler) and the decoder are compiled by libtpu on a CPU, for networks whose parameters
+are sharded as a pipeline shards them; nothing is allocated. It answers whether a network that is larger than one chip
 samples on several. A whole SDXL takes tens of minutes on one core; ``--layers`` compiles fewer transformer blocks::
 
     python benchmarks/tpu_sampling.py --model small --pixels 64            # a quick trial

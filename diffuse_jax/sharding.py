@@ -44,7 +44,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, for all remaining devices.
 
-    ``devices`` defaults to ``jax.devices()``. Nothing is sharded along ``sequence`` unless custom rules say so.
+    ``devices`` defaults to ``jax.devices()``. Along ``sequence``
+    images are divided by rows and long attention by queries.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -304,6 +305,24 @@ def shard_batch(x: jax.Array) -> jax.Array:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     return lax.with_sharding_constraint(x, PartitionSpec(over, *free))
+
+
+def shard_rows(tree: Tree) -> Tree:
+    """Images ``[B,H,W,C]`` with their rows sharded along ``sequence`` of the current mesh, if it divides them evenly.
+
+    Networks do this to what enters them, and the compiler follows: convolutions exchange the rows at the seams, and
+    norms the sums of their groups. Other arrays are unchanged.
+    """
+    if "sequence" not in automatic_axes():
+        return tree
+    size, free = jax.sharding.get_abstract_mesh().shape["sequence"], PartitionSpec.UNCONSTRAINED
+
+    def shard(x: Any) -> Any:
+        if not isinstance(x, jax.Array | np.ndarray) or x.ndim != 4 or x.shape[1] % size:
+            return x
+        return lax.with_sharding_constraint(x, PartitionSpec(free, "sequence", free, free))
+
+    return jax.tree.map(shard, tree)
 
 
 def automatic_axes() -> set[str]:
