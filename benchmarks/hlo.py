@@ -12,10 +12,19 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16, "f16": 16}
 BITS |= {"bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -151,14 +160,41 @@ def cycles(program: Program) -> int:
     return sum(times * (one.cycles or 0) for one, times in program.executed())
 
 
-def collectives(program: Program) -> dict[str, tuple[int, int]]:
-    """Collective operations by kind: how many one run makes, and the bytes of their results."""
+class Collective(NamedTuple):
+    """An instruction that moves data between devices.
+
+    Attributes:
+      kind: one of :data:`COLLECTIVES`.
+      bytes: size of its result on one device.
+    """
+
+    kind: str
+    bytes: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives in ``compiled.as_text()``, those of a loop's body once; one that is started and waited for
+    counts once."""
+    instructions = (found for line in text.splitlines() if (found := _INSTRUCTION.match(line)))
+    return [found for one in instructions if (found := _collective(_instruction(one[1], one[2])))]
+
+
+def _collective(one: Instruction) -> Collective | None:
+    kind = one.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    # The result of one that is only started holds its operand beside what it will be.
+    sizes = [size(array) for array in re.findall(r"\w+\[[\d,<=]*\]", one.shape)]
+    return Collective(kind, max(sizes, default=0) if one.opcode.endswith("-start") else sum(sizes))
+
+
+def sent(program: Program) -> dict[str, tuple[int, int]]:
+    """Collectives by kind: how many one run makes, and the bytes of their results."""
     found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for one, times in program.executed():
-        kind = one.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            found[kind][0] += times
-            found[kind][1] += times * size(one.shape)
+        if each := _collective(one):
+            found[each.kind][0] += times
+            found[each.kind][1] += times * each.bytes
     return {kind: (count, moved) for kind, (count, moved) in sorted(found.items())}
 
 

@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, topology: str, model: str, kind: str) -> t
         "GiB": memory["total"],
         "compile_seconds": round(time.perf_counter() - start),
     }
-    sent = hlo.collectives(program)
+    sent = hlo.sent(program)
     profile = named | {"attention": attention} | {name: to_ms(n) for name, n in hlo.profile(program).items()}
     return row, profile | {f"{name} MiB": moved / 2**20 for name, (_, moved) in sent.items()}
 

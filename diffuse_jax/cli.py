@@ -22,6 +22,7 @@ from diffuse_jax import batch_command, weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command
 from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, for_images
+from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
@@ -110,7 +111,7 @@ def generate(args: argparse.Namespace) -> None:
 
     folder = writable(args.output)  # fail here rather than after minutes of sampling
     start = time.perf_counter()
-    pipe, images = ready_pipeline(args, keep, None if args.mesh is None else make_mesh(args.mesh))
+    pipe, images = ready_pipeline(args, keep, args.mesh)
     call |= images
     loaded = time.perf_counter()
     say(f"sampling {len(args.prompt) * call.get('num_images_per_prompt', 1)} image(s); the first run compiles")
@@ -194,37 +195,18 @@ def lora_source(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def mesh_axes(text: str) -> dict[str, int]:
-    """An argparse type: ``data=4,fsdp=2``."""
-    try:
-        return {name: int(size) for name, size in (pair.split("=") for pair in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected AXIS=SIZE pairs such as data=4,fsdp=2, got {text!r}") from None
-
-
-def make_mesh(axes: dict[str, int], devices: Any = None) -> Any:
-    """The mesh of ``--mesh``, over all devices if none are given.
-
-    Raises:
-      ValueError: an unknown axis, or sizes that do not fit the number of devices.
-    """
-    from diffuse_jax import sharding
-
-    if unknown := sorted(set(axes) - set(sharding.MESH_AXES)):
-        raise ValueError(f"--mesh has no axis {unknown[0]}; there are {', '.join(sharding.MESH_AXES)}")
-    sizes: dict[str, Any] = {"data": 1} | axes
-    return sharding.make_mesh(**sizes, devices=devices)
-
-
-def local_mesh(axes: dict[str, int] | None) -> Any:
+def local_mesh(text: str | None) -> Any:
     """The mesh of ``--mesh`` over the devices of this process; without the flag, images are divided over all of them.
 
     Raises:
-      ValueError: as :func:`make_mesh`.
+      ValueError: the sizes do not fit the number of devices.
     """
     import jax
 
-    return make_mesh({"data": -1} if axes is None else axes, jax.local_devices())
+    from diffuse_jax.mesh_axes import parse_axes, with_data
+    from diffuse_jax.sharding import make_mesh
+
+    return make_mesh(**with_data(parse_axes(text or "data=-1")), devices=jax.local_devices())
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -299,7 +281,7 @@ def parity(args: argparse.Namespace) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    """Print what a bug report needs, one ``name: value`` per line."""
+    """Print what a bug report needs, one ``name: value`` per line; with a mesh or a model, also where parameters go."""
     import jax
 
     print(f"diffuse_jax: {diffuse_jax.__version__}")
@@ -313,6 +295,11 @@ def env(args: argparse.Namespace) -> None:
     for extra, names in EXTRAS.items():
         found = ", ".join(f"{name} {version(name)}" for name in names)
         print(f"extra {extra}: {found}")
+    if args.mesh is not None or args.model is not None:
+        from diffuse_jax.placement_table import print_placement
+
+        model, mesh = args.model or SHIPPED_MODEL, args.mesh or "data=1"
+        print_placement(model, mesh, **given(args, ("dtype", "revision")))
 
 
 def version(name: str) -> str:
@@ -337,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     weights_commands.add_commands(commands, add_command, DTYPES)
     add_parity(commands)
-    add_command(commands, "env", env, "show versions, devices, cache folder and optional packages", "diffuse-jax env")
+    add_env(commands)
     return parser
 
 
@@ -400,7 +387,7 @@ def add_generate(commands: Any) -> None:
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
     add_flags(add)
-    add("--mesh", type=mesh_axes, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
+    add("--mesh", type=mesh_text, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
     add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
     add(
@@ -442,3 +429,15 @@ def add_parity(commands: Any) -> None:
     command = add_command(commands, "parity", parity, purpose, example)
     parity_command.add_flags(command, DTYPES)
     add_no_compilation_cache(command.add_argument)
+
+
+def add_env(commands: Any) -> None:
+    purpose = "show versions, devices, cache folder and optional packages, and how a mesh divides a model"
+    example = "diffuse-jax env --mesh fsdp=8 --model stabilityai/stable-diffusion-xl-base-1.0"
+    add = add_command(commands, "env", env, purpose, example).add_argument
+    about = "show where each parameter goes on this mesh, e.g. data=2,fsdp=4; its devices need not be there"
+    add("--mesh", type=mesh_text, metavar="AXES", help=about)
+    about = f"folder, Hub id or single file to show, whose weights are not read (default: {SHIPPED_MODEL})"
+    add("--model", type=os.path.expanduser, metavar="SOURCE", help=about)
+    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    add("--dtype", choices=DTYPES, help="dtype of the parameters (default: float32)")

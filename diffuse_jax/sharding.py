@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-Tree = TypeVar("Tree")
+from diffuse_jax.mesh_axes import MESH_AXES, parse_axes, with_data
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+Tree = TypeVar("Tree")
 
 LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(to_[qkv]|to_[kv]_ip|[qkv]_proj)/kernel$", ("embed", "heads")),
@@ -44,7 +44,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, for all remaining devices.
 
-    ``devices`` defaults to ``jax.devices()``. Nothing is sharded along ``sequence`` unless custom rules say so.
+    ``devices`` defaults to ``jax.devices()``. Along ``sequence``
+    images are divided by rows and long attention by queries.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -66,6 +67,39 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a text such as ``"data=4,fsdp=2"`` describes, over ``devices`` (all of them by default).
+
+    An axis that is not named has size 1, except ``data``, which takes the devices that the other axes leave. Wherever
+    the library takes ``mesh=``, it takes such a text too.
+
+    Raises:
+      ValueError: the text is not of this form, or the sizes do not multiply to the number of devices.
+    """
+    return make_mesh(**with_data(parse_axes(text)), devices=devices)
+
+
+def abstract_mesh(text: str) -> AbstractMesh:
+    """The mesh that a text describes, of devices that need not be there; only a size of -1 counts those that are.
+
+    Raises:
+      ValueError: as for :func:`parse_mesh`.
+    """
+    sizes = parse_axes(text)
+    if -1 in sizes.values():
+        return parse_mesh(text).abstract_mesh
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+def as_mesh(mesh: Mesh | str | None) -> Mesh | None:
+    """A mesh from what a caller passed as ``mesh=``: a mesh, or the text of one for :func:`parse_mesh`.
+
+    Raises:
+      ValueError: as for :func:`parse_mesh`.
+    """
+    return parse_mesh(mesh) if isinstance(mesh, str) else mesh
+
+
 def automatic(mesh: Mesh) -> Mesh:
     """The same mesh with automatic axes, where the compiler partitions the work, as pipelines and training expect.
 
@@ -75,18 +109,20 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def check_data_axis(mesh: Mesh | None) -> None:
-    """Check that a pipeline's images can be divided over a mesh; None is no mesh.
+def mesh_of_images(mesh: Mesh | str | None) -> Mesh | None:
+    """The mesh of a pipeline (:func:`as_mesh`), over which its images can be divided; None is no mesh.
 
     Raises:
-      ValueError: the mesh has no axis ``data``.
+      ValueError: the mesh has no axis ``data``, or as for :func:`parse_mesh`.
     """
+    mesh = as_mesh(mesh)
     if mesh is not None and "data" not in mesh.shape:
         sizes, names = (1, *mesh.shape.values()), ("data", *mesh.shape)
         raise ValueError(
             f"a pipeline divides images along the mesh axis 'data', but the mesh has only {dict(mesh.shape)}; rename "
             f"an axis, or add one: jax.make_mesh({sizes}, {names})"
         )
+    return mesh
 
 
 def automatic_shardings(tree: Tree) -> Tree:
@@ -177,13 +213,17 @@ def _sharded_batch(tree: Any, mesh: AbstractMesh) -> tuple[int | None, Any]:
     return next(sharded, (None, None))
 
 
+def logical_axes(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+    """The logical axes of the parameter at ``path``: one name, or None, for each of its dimensions."""
+    named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
+    return next(named, BY_RANK.get(len(shape), (None,) * len(shape)))
+
+
 def param_spec(
     path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Mapping[str, str] = RULES
 ) -> PartitionSpec:
     """How to shard the parameter at ``path`` (joined with ``/``); axes that do not divide evenly are not sharded."""
-    named = (axes for pattern, axes in LOGICAL_AXES if re.search(pattern, path) and len(axes) == len(shape))
-    logical = next(named, BY_RANK.get(len(shape), (None,) * len(shape)))
-    spec = [rules.get(name) if name else None for name in logical]
+    spec = [rules.get(name) if name else None for name in logical_axes(path, shape)]
     fits = lambda axis, size: axis in mesh.shape and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
     return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(spec, shape, strict=True)))
 
@@ -265,6 +305,24 @@ def shard_batch(x: jax.Array) -> jax.Array:
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     return lax.with_sharding_constraint(x, PartitionSpec(over, *free))
+
+
+def shard_rows(tree: Tree) -> Tree:
+    """Images ``[B,H,W,C]`` with their rows sharded along ``sequence`` of the current mesh, if it divides them evenly.
+
+    Networks do this to what enters them, and the compiler follows: convolutions exchange the rows at the seams, and
+    norms the sums of their groups. Other arrays are unchanged.
+    """
+    if "sequence" not in automatic_axes():
+        return tree
+    size, free = jax.sharding.get_abstract_mesh().shape["sequence"], PartitionSpec.UNCONSTRAINED
+
+    def shard(x: Any) -> Any:
+        if not isinstance(x, jax.Array | np.ndarray) or x.ndim != 4 or x.shape[1] % size:
+            return x
+        return lax.with_sharding_constraint(x, PartitionSpec(free, "sequence", free, free))
+
+    return jax.tree.map(shard, tree)
 
 
 def automatic_axes() -> set[str]:

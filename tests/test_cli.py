@@ -305,11 +305,11 @@ def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_p
     words = ("generate", "--prompt", "a cat", "--output", tmp_path)
     assert run(*words, "--lora", "a.safetensors", "--lora", "b=0.5", "--mesh", "data=4,fsdp=2") == 0
     assert loaded == [("a.safetensors", 1.0), ("b", 0.5)]
-    assert dict(pipeline.options["mesh"].shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
-    assert run(*words, "--mesh", "model=2") == 1
-    assert "--mesh has no axis model; there are data, fsdp" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(*words, "--mesh", "4")
+    assert pipeline.options["mesh"] == "data=4,fsdp=2"
+    for wrong, message in (("model=2", "no axis 'model'; there are data, fsdp"), ("4", "pairs such as data=4,fsdp=2")):
+        with pytest.raises(SystemExit):
+            run(*words, "--mesh", wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(
@@ -486,6 +486,24 @@ def test_env_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert report["cache"] == str(tmp_path)
     assert report["devices"].startswith("1 x ")
     assert set(report) >= {f"extra {name}" for name in cli.EXTRAS}
+
+
+def test_env_shows_where_parameters_go_on_devices_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every parameter is listed once, and the columns of bytes add up to the totals."""
+    assert run("env", "--mesh", "fsdp=16,tensor=4", "--dtype", "bfloat16") == 0
+    *_, table, totals, last = capsys.readouterr().out.split("\n\n")
+    head, *rows = [re.split(r" {2,}", line) for line in table.splitlines()]
+    assert head == ["parameter", "shape", "logical axes", "cut along", "bytes per device"]
+    by_path = {row[0]: row[1:] for row in rows}
+    query = "unet/down_blocks_1/attentions_0/transformer_blocks_0/attn1/to_q/kernel"
+    assert by_path[query] == ["96x96", "embed,heads", "fsdp,tensor", "288"]
+    assert by_path["unet/conv_norm_out/bias"][1:3] == ["-", "-"]
+    number = lambda text: int(text.replace(",", ""))
+    sizes = {line.split()[0]: [number(n) for n in line.split()[1:]] for line in totals.splitlines()[1:]}
+    unet = [number(row[-1]) for path, row in by_path.items() if path.startswith("unet/")]
+    assert sizes["unet"] == [4_808_692, 2 * 4_808_692, sum(unet)]
+    assert sizes["total"][2] == sum(number(row[-1]) for row in by_path.values()) < sizes["total"][1] / 4
+    assert "on 64 devices (fsdp 16, tensor 4)" in last
 
 
 @pytest.mark.slow

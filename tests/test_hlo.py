@@ -75,7 +75,7 @@ def test_the_profile_says_what_fusions_contain(hlo: ModuleType) -> None:
 
 
 def test_collectives_have_a_count_and_bytes(hlo: ModuleType) -> None:
-    assert hlo.collectives(hlo.parse(TEXT)) == {"all-reduce": (25, 25 * 64 * 4)}
+    assert hlo.sent(hlo.parse(TEXT)) == {"all-reduce": (25, 25 * 64 * 4)}
 
 
 def test_attention_is_counted_with_heads_of_whole_lanes(hlo: ModuleType) -> None:

@@ -96,19 +96,18 @@ def _direct(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Ar
 
 
 def _matmul(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+    return x @ kernel[0, 0]
 
 
 @partial(jax.checkpoint, static_argnums=(2, 3))  # or the backward pass would store the windows, nine times the input
 def _patches(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Array:
-    """All windows as a matrix [B H' W', kh kw C], times the kernel as a matrix."""
-    (kh, kw, channels, features), batch = kernel.shape, x.shape[0]
+    """All windows [B, H', W', kh kw C], times the kernel as a matrix. Rows stay rows, so that they can be sharded."""
+    kh, kw, channels, features = kernel.shape
     height, width = _output_size(x.shape[1:3], (kh, kw), strides, pads)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     window = lambda i, j: padded[:, i : i + height * strides[0] : strides[0], j : j + width * strides[1] : strides[1]]
     columns = [window(i, j)[:, :height, :width] for i in range(kh) for j in range(kw)]
-    matrix = jnp.concatenate(columns, -1).reshape(batch * height * width, kh * kw * channels)
-    return (matrix @ kernel.reshape(-1, features)).reshape(batch, height, width, features)
+    return jnp.concatenate(columns, -1) @ kernel.reshape(kh * kw * channels, features)
 
 
 _ALGORITHMS: dict[str, Callable[[Array, Array, tuple[int, int], Pads], Array]] = {

@@ -12,6 +12,9 @@ GPU            blocked    float32 and larger heads, which cuDNN does not take
 TPU            flash      at least 1024 queries and 1024 keys; a mask, if any, is shared by heads and queries
 TPU            blocked    shorter sequences (the 77 text tokens, small images), where a dense block is faster
 =============  =========  ==================================================================================
+
+On a mesh with an axis ``sequence``, each device along it computes its part of the queries, with the implementation that
+is chosen for all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from jax import Array
 from diffuse_jax.kernels.blocked import blocked_attention
 from diffuse_jax.kernels.flash import cudnn_attention, flash_attention, is_key_mask
 from diffuse_jax.kernels.platform import current_platform
+from diffuse_jax.kernels.sequence import each_its_queries, is_divided
 
 Implementation = Literal["blocked", "cudnn", "flash"]
 
@@ -63,10 +67,14 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    chosen = implementation or choose_implementation(query, key, mask)
-    if chosen not in _FUNCTIONS:
-        raise ValueError(f"implementation must be one of {sorted(_FUNCTIONS)} or None, got {chosen!r}")
-    return _FUNCTIONS[chosen](query, key, value, mask, is_causal, scale)
+    if implementation is not None and implementation not in _FUNCTIONS:
+        raise ValueError(f"implementation must be one of {sorted(_FUNCTIONS)} or None, got {implementation!r}")
+
+    function = _FUNCTIONS[implementation or choose_implementation(query, key, mask)]
+    run = lambda query, key, value, mask: function(query, key, value, mask, is_causal, scale)
+    if is_causal or not is_divided(query.shape[1]):  # causal attention is that of text, which is short
+        return run(query, key, value, mask)
+    return each_its_queries(run, query, key, value, mask)
 
 
 def choose_implementation(query: Array, key: Array, mask: Array | None) -> Implementation:

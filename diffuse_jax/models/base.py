@@ -21,7 +21,7 @@ from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.layers import SHAPES_ONLY
-from diffuse_jax.sharding import on_automatic_axes, param_shardings
+from diffuse_jax.sharding import as_mesh, on_automatic_axes, param_shardings, shard_rows
 from diffuse_jax.weights.files import unchanged
 from diffuse_jax.writing import expanded
 
@@ -87,7 +87,11 @@ class Model(nn.Module):
         Raises:
           ValueError: parameters and inputs are on different meshes.
         """
-        run = lambda variables, args, kwargs: super(Model, self).apply(variables, *args, **kwargs)
+
+        def run(variables: Any, args: Any, kwargs: Any) -> Any:
+            args, kwargs = shard_rows((args, kwargs))
+            return super(Model, self).apply(variables, *args, **kwargs)
+
         return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
 
     @nn.nowrap
@@ -109,7 +113,7 @@ class Model(nn.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         variant: str | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         shardings: Any = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -125,8 +129,9 @@ class Model(nn.Module):
           dtype: the dtype of computations.
           param_dtype: the dtype that floating-point parameters are cast to on loading; ``dtype`` if None.
           variant: for example ``"fp16"``: only weight files of that variant are used.
-          mesh: the mesh to shard parameters over, by :func:`diffuse_jax.sharding.param_shardings`; its axes may be
-            automatic or explicit (``jax.make_mesh``). Each device reads only its part.
+          mesh: the mesh to shard parameters over, by :func:`diffuse_jax.sharding.param_shardings`: a mesh, whose axes
+            may be automatic or explicit (``jax.make_mesh``), or its text, such as ``"data=4,fsdp=2"``. Each device
+            reads only its part.
           shardings: instead of ``mesh``, a ``jax.sharding.Sharding`` for all parameters or a tree of them.
           revision, local_files_only, token, cache_dir: for the Hub, as in :func:`diffuse_jax.weights.resolve`.
           unknown: nothing; an argument of other libraries is answered with what to write here.
@@ -146,6 +151,7 @@ class Model(nn.Module):
             raise TypeError(f"{cls.__name__}.from_pretrained has no argument {', '.join(unknown)}")
         if mesh is not None and shardings is not None:
             raise ValueError("mesh and shardings exclude each other; pass only one of them")
+        mesh = as_mesh(mesh)
         folder = weights.resolve(
             source,
             subfolder=subfolder,

@@ -15,7 +15,7 @@ from diffuse_jax import layouts, weights
 from diffuse_jax.habits import refuse_habits
 from diffuse_jax.layouts import Part
 from diffuse_jax.models.base import Model, Params, floating_type
-from diffuse_jax.sharding import param_shardings
+from diffuse_jax.sharding import as_mesh, param_shardings
 from diffuse_jax.weights import names
 from diffuse_jax.writing import expanded
 
@@ -30,7 +30,7 @@ def open_part(
     config: str | Path | Mapping[str, Any] | None,
     dtype: DTypeLike,
     param_dtype: DTypeLike | None,
-    mesh: Mesh | None,
+    mesh: Mesh | str | None,
 ) -> tuple[Network, Params]:
     """The network of class ``cls`` that a layout's reader found in the file at ``path``.
 
@@ -50,6 +50,7 @@ def open_part(
         shapes = model.shapes()
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise weights.WeightsError(f"{path}: its tensors fit no valid {cls.__name__} ({error})") from error
+    mesh = as_mesh(mesh)
     views = weights.match(part.checkpoint, shapes, label=str(path))
     return model, weights.place(
         views,
@@ -69,7 +70,7 @@ class OneFile:
         config: str | Path | Mapping[str, Any] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         **unknown: Any,
     ) -> tuple[Self, Params]:
         """The network of one ``.safetensors``, ``.bin``, ``.ckpt`` or ``.pth`` file, alone or in a whole checkpoint, in

@@ -45,7 +45,7 @@ from diffuse_jax.pipelines.single_file import open_single_file, read_file, refus
 from diffuse_jax.pipelines.streams import with_noise
 from diffuse_jax.registry import Registry
 from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.sharding import automatic, check_data_axis
+from diffuse_jax.sharding import automatic, mesh_of_images
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
 
@@ -66,9 +66,9 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
       components: name -> network, tuple of networks, scheduler, tokenizer or None.
       params: name -> tree of ``jax.Array`` for the networks (a tuple of trees for a tuple of networks).
       options: the other values of ``model_index.json``.
-      mesh: the device mesh to run on, with an axis ``data`` (images) and, to shard the networks, ``fsdp`` and
-        ``tensor``; parameters on other devices are moved to it. If None, runs take place where the parameters are;
-        ``replace(mesh=None)`` moves them to JAX's default device.
+      mesh: the device mesh to run on, or its text (``"data=4,fsdp=2"``), with an axis ``data`` (images) and, to shard
+        the networks, ``fsdp`` and ``tensor``; parameters on other devices are moved to it. If None, runs take place
+        where the parameters are; ``replace(mesh=None)`` moves them to JAX's default device.
       vae_tiling: edge length in latent pixels of the tiles in which images are decoded; None decodes without tiling.
       vae_slicing: decode one image at a time, which needs the memory of only one.
       adapters: the live adapters; see :meth:`load_lora_weights`.
@@ -116,9 +116,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
                 f"{self.vae_tiling!r}"
             )
         check_processor(type(self), self.components)
-        check_data_axis(self.mesh)
-        if self.mesh is not None:
-            object.__setattr__(self, "mesh", automatic(self.mesh))
+        if (mesh := mesh_of_images(self.mesh)) is not None:
+            object.__setattr__(self, "mesh", automatic(mesh))
         object.__setattr__(self, "params", params_to_mesh(self.params, self.mesh))
 
     @property
@@ -207,7 +206,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         source: str | Path,
         *,
         dtype: DTypeLike = "float32",
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -220,7 +219,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         Args:
           source: a local folder, a Hub id, or ``"diffuse-jax/emoji"``, the model that ships with the package.
           dtype: the dtype that networks compute in and that parameters are cast to as they are read.
-          mesh: the devices to run on (see :func:`diffuse_jax.sharding.make_mesh`); each reads only its shard.
+          mesh: the devices to run on: a mesh (see :func:`diffuse_jax.sharding.make_mesh`), or its text, such as
+            ``"data=4,fsdp=2"``. Each device reads only its shard.
           variant: variant of the weight files to read, for example ``"fp16"``.
           revision, local_files_only, token, cache_dir: options for the Hub.
           **components: components to use instead of the folder's: ``scheduler=...``, ``safety_checker=None``. Pass a
@@ -240,7 +240,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
             image = pipe("a red apple, noto style", seed=0).images[0]
         """
         refuse_habits(components)
-        check_data_axis(mesh)
+        mesh = mesh_of_images(mesh)
         folder = weights.resolve(
             source,
             variant=variant,
@@ -273,7 +273,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         path: str | Path,
         *,
         dtype: DTypeLike = "float32",
-        mesh: Mesh | None = None,
+        mesh: Mesh | str | None = None,
         tokenizer: Any = None,
         prediction_type: str | None = None,
         ema: bool = False,
@@ -302,7 +302,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
           TypeError: the file is for another pipeline class.
         """
         refuse_habits(components)
-        check_data_axis(mesh)
+        mesh = mesh_of_images(mesh)
         file = read_file(path, components, prediction_type=prediction_type, ema=ema)
         own = pipeline_class(file.class_name, path)
         target = own if cls is DiffusionPipeline else cls

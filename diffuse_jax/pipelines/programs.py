@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines import saved_programs
@@ -23,6 +23,8 @@ from diffuse_jax.pipelines.identity import Context, identity
 from diffuse_jax.pipelines.saved_programs import Key, UnstableReprError, placement
 from diffuse_jax.sharding import automatic_shardings
 from diffuse_jax.writing import expanded
+
+ROWS = PartitionSpec("data")
 
 
 class Programs:
@@ -86,7 +88,9 @@ class Programs:
 
     def _compile(self, key: Key, args: Any) -> Any:
         shapes = jax.tree.map(_shape_of, args)
-        build = lambda: jax.jit(_bound(key)).lower(*shapes).compile()
+        # Without this, the compiler may shard results along the other axes too, differently in each program.
+        out = None if key.mesh is None else NamedSharding(key.mesh, ROWS)
+        build = lambda: jax.jit(_bound(key), out_shardings=out).lower(*shapes).compile()
         self.compilations += 1
         if self._folders or not saved_programs.compilation_cache_in_use():  # then it can be serialized as it is
             with saved_programs.without_compilation_cache():
@@ -147,7 +151,7 @@ def _bound(key: Key) -> Callable[..., Any]:
     """The function with its method bound, mapped over the shards of the ``data`` axis if there is a mesh.
 
     Inside, each device sees only its own images, so no kernel needs to know about the mesh. The other axes (``fsdp``,
-    ``tensor``) are left to the compiler, which follows the placement of the parameters.
+    ``tensor``, ``sequence``) are left to the compiler, which follows the placement of the parameters.
     """
     fn, method, mesh, specs = key.fn, key.method, key.mesh, key.specs
 
@@ -157,8 +161,7 @@ def _bound(key: Key) -> Callable[..., Any]:
     bound.__name__ = fn.__name__
     if mesh is None:
         return bound
-    out = PartitionSpec("data")
-    return jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=out, axis_names={"data"}, check_vma=False)
+    return jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=ROWS, axis_names={"data"}, check_vma=False)
 
 
 PROGRAMS = Programs()

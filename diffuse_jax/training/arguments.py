@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.training.flags import Accepted, Parser, Refused
 from diffuse_jax.training.settings import (
     BatchSettings,
@@ -145,6 +146,8 @@ def _add_average(parser: Parser) -> None:
 
 def _add_mesh(parser: Parser) -> None:
     add = parser.group("devices", DeviceSettings, ProcessSettings)
+    about = "the mesh as text, such as data=4,fsdp=2, instead of --mesh_data, --mesh_fsdp and --mesh_tensor"
+    add("--mesh", type=mesh_text, metavar="AXES", help=about)
     add("--mesh_data", help="number of devices across which batches are divided; -1 means all remaining ones")
     add("--mesh_fsdp", help="number of devices across which batches, parameters and optimiser state are divided")
     add("--mesh_tensor", help="number of devices across which wide layers are divided")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
-from diffuse_jax.sharding import make_mesh
+from diffuse_jax.sharding import make_mesh, parse_mesh
 from diffuse_jax.training.distributed import initialize_distributed
 from diffuse_jax.training.settings import DeviceSettings
 
@@ -22,4 +22,6 @@ def mesh_from(settings: DeviceSettings) -> Mesh:
     initialize_distributed(settings.processes)
     if settings.ccache:
         jax.config.update("jax_compilation_cache_dir", str(settings.ccache))
+    if settings.mesh is not None:
+        return parse_mesh(settings.mesh)
     return make_mesh(data=settings.mesh_data, fsdp=settings.mesh_fsdp, tensor=settings.mesh_tensor)

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffuse_jax.models.base import Params
-from diffuse_jax.sharding import param_shardings, put_params, readable
+from diffuse_jax.sharding import param_shardings, parse_mesh, put_params, readable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.checkpoint import Checkpoints, Position, shapes_of
@@ -39,7 +39,7 @@ Validate = Callable[[Params], Images]
 
 def fit(
     run: RunSettings,
-    mesh: Mesh,
+    mesh: Mesh | str,
     *,
     trainable: Params,
     frozen: Params,
@@ -58,7 +58,8 @@ def fit(
 
     Args:
       run: settings of the run; :func:`~diffuse_jax.training.flags.settings_from` builds them from a script's flags.
-      mesh: from :func:`~diffuse_jax.training.devices.mesh_from` or :func:`~diffuse_jax.sharding.make_mesh`.
+      mesh: from :func:`~diffuse_jax.training.devices.mesh_from` or :func:`~diffuse_jax.sharding.make_mesh`, or its
+        text, such as ``"data=4,fsdp=2"``.
       trainable: parameters to train, float32.
       frozen: other parameters of the loss, which get neither gradients nor optimiser state.
       loss: ``loss(trainable, frozen, batch, key) -> (scalar, metrics)``.
@@ -89,6 +90,7 @@ def fit(
       Interrupted: a signal ended the run (a ``SystemExit``).
     """
     output, alone = Path(run.output_dir), jax.process_count() == 1
+    mesh = parse_mesh(mesh) if isinstance(mesh, str) else mesh
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(interruptions(BEFORE))
         compiling = stack.enter_context(compile_seconds())

@@ -35,6 +35,7 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     skip: Iterable[str] = (),
+    only_small: bool = False,
 ) -> Path:
     """The local folder of a model; downloads the files that are needed and no others.
 
@@ -47,6 +48,7 @@ def resolve(
       token: a Hub token, or True for the one that ``hf auth login`` stored.
       cache_dir: the Hub cache to use instead of the default.
       skip: folders of a pipeline that are not downloaded.
+      only_small: download configurations and tokenizers, no weights.
 
     Raises:
       WeightsError: there is no such folder or repository, access is denied, or the download failed; the message says
@@ -72,7 +74,7 @@ def resolve(
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))
-        choose = functools.partial(needed_files, keep=keep, variant=variant)
+        choose = functools.partial(needed_files, keep=keep, variant=variant, weights=not only_small)
         folder = _download(str(source), choose, revision, local_files_only, token, cache_dir)
     folder = folder / (subfolder or "")
     if not folder.is_dir():
@@ -193,8 +195,9 @@ def _wanted(subfolder: str | None, skip: frozenset[str], folder: str) -> bool:
     return folder == subfolder if subfolder else "/" not in folder and folder not in skip
 
 
-def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | None) -> list[str]:
-    """The files of a repository that loading needs: configurations, tokenizers, and one weight file per folder."""
+def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | None, weights: bool = True) -> list[str]:
+    """The files of a repository that loading needs: configurations, tokenizers, and one weight file per folder unless
+    ``weights`` is False."""
     folders: dict[str, list[str]] = {}
     for name in names:
         folder, _, base = name.rpartition("/")
@@ -202,14 +205,15 @@ def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | N
             folders.setdefault(folder, []).append(base)
     wanted = []
     for folder, files in folders.items():
-        weights = [choose_weights(files, stem, variant) for stem in STEMS]
+        chosen_weights = [choose_weights(files, stem, variant) for stem in STEMS] if weights else []
         chosen = [file for file in files if Path(file).suffix in SMALL and ".index." not in file]
-        missing = [stem for stem in STEMS if variant is None and not any(weights) and variants(files, stem)]
+        expected = weights and variant is None and not any(chosen_weights)
+        missing = [stem for stem in STEMS if expected and variants(files, stem)]
         if folder and missing:
             raise WeightsError(f"{folder} has only weights of a variant{advice(variants(files, missing[0]))}")
         # Weight files at the top of a pipeline's repository are the same weights in another layout.
         if folder or "model_index.json" not in files:
-            chosen += [file for file in weights if file]
+            chosen += [file for file in chosen_weights if file]
         wanted += [f"{folder}/{file}" if folder else file for file in chosen]
     return wanted
 

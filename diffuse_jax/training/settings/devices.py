@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from diffuse_jax.bounds import COUNT, DEVICES, NATURAL
+from diffuse_jax.mesh_axes import parse_axes
 from diffuse_jax.training.checks import Checked
 
 EXPLICIT = ("coordinator_address", "num_processes", "process_id")
@@ -53,15 +54,30 @@ class DeviceSettings(Checked):
     """The mesh over the devices of all processes, and the cache of compiled programs.
 
     Attributes:
+      mesh: the whole mesh as text, such as ``data=4,fsdp=2``, instead of the three numbers.
       mesh_data: number of devices across which batches are divided; -1 for all remaining ones.
       mesh_fsdp: number of devices across which batches, parameters and optimiser state are divided.
       mesh_tensor: number of devices across which wide layers are divided.
       ccache: folder in which compiled programs are kept for the next start; None for JAX's own setting.
       processes: the processes of the run.
+
+    Raises:
+      ValueError: ``mesh`` is not of this form, or one of the three numbers is given too.
     """
 
+    mesh: str | None = None
     mesh_data: Annotated[int, DEVICES] = -1
     mesh_fsdp: Annotated[int, COUNT] = 1
     mesh_tensor: Annotated[int, COUNT] = 1
     ccache: str | Path | None = None
     processes: ProcessSettings = field(default_factory=ProcessSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mesh is None:
+            return
+        parse_axes(self.mesh)
+        sizes = {"mesh_data": self.mesh_data, "mesh_fsdp": self.mesh_fsdp, "mesh_tensor": self.mesh_tensor}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if given := [f"--{name}" for name, size in sizes.items() if size != defaults[name]]:
+            raise ValueError(f"--mesh {self.mesh} describes the whole mesh; leave out {', '.join(given)}")
