@@ -169,7 +169,7 @@ def test_every_kind_of_data_set_may_have_control_images(tmp_path: Path) -> None:
         source = pickle.loads(pickle.dumps(source_from(flags(*line, conditioning_image_column="control"))))
         assert [first_value(source[n].conditioning) for n in range(3)] == [100, 101, 102]
         assert source_from(flags(*line))[0].conditioning is None
-        with pytest.raises(ValueError, match=r"--conditioning_image_column|no \.depth\.jpg"):
+        with pytest.raises(ValueError, match=r"--conditioning_image_column|no \.depth\.png"):
             source_from(flags(*line, conditioning_image_column="depth"))
 
 
