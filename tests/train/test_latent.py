@@ -299,7 +299,8 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
 def test_what_cannot_work_is_refused_before_anything_is_written(
     script: str, wrong: dict[str, Any], message: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = flags(sd, tmp_path / "out", max_train_steps=1)
+    model = save_sd(tmp_path / "model", middle=MIDDLE) if script == "controlnet.py" else sd
+    options = flags(model, tmp_path / "out", max_train_steps=1)
     if not script.startswith("dreambooth"):
         options["train_data_dir"] = EMOJI
     with pytest.raises(ValueError) as caught:
