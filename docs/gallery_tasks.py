@@ -65,7 +65,7 @@ def inpainting(pipe: Any) -> Sheet:
 
 
 def ip_adapter(pipe: Any) -> Sheet:
-    """An IP-Adapter that was never trained: it changes the image with its strength, but knows nothing of its image."""
+    """An IP-Adapter that was never trained: it has learned nothing of images."""
     scales, prompt = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), "grinning face, noto style"
     names = ("red-apple", "tiger-face", "rocket")
     with tempfile.TemporaryDirectory() as folder:

@@ -114,7 +114,7 @@ def control_validation(
         )
     count = max(len(prompts), len(paths))
     images = control_images(paths, data)
-    prompts, images = (values * (count // len(values)) for values in (prompts, images))
+    prompts, images = prompts * (count // len(prompts)), images * (count // len(images))
     seen = [(f"{prompt} (control image)", Image.fromarray(image)) for prompt, image in zip(prompts, images)]
     shown = dataclasses.replace(shown, validation_prompt=tuple(prompts))
     sample = validation_from(shown, model, pipe, lambda trained: trained, seed, images)

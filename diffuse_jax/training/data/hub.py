@@ -132,9 +132,9 @@ def undecoded(
             f"{features[caption_column]}; the columns are {sorted(features)}"
         )
     dataset = dataset.select_columns(list(wanted.values()))
-    for column in (image_column, conditioning_column):
-        if column is not None and isinstance(features[column], datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    for name in (image_column, conditioning_column):
+        if name is not None and isinstance(features[name], datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
 
 
