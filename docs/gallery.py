@@ -2,43 +2,30 @@
 
 Nothing is picked: prompts, seeds and settings stand below. Example:
 
-    python docs/gallery.py            # all of it
+    python docs/gallery.py            # all that need only the shipped model
     python docs/gallery.py --only steps previews
+    python docs/gallery.py --only control loras --trained runs/gallery --data_dir runs/emoji/data
 """
 
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from gallery_sheets import SETTINGS, Sheet, draw, in_rows, thing
+from gallery_tasks import IMAGE_PARTS, TRAINED_PARTS
 
 from diffuse_jax import DiffusionPipeline, DPMSolverMultistepScheduler
 from diffuse_jax.pipelines import Net
-from diffuse_jax.pipelines.parts.decode import decode_latents, to_uint8
+from diffuse_jax.pipelines.parts.decode import decode_latents
 from diffuse_jax.weights.files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent / "images"
 STYLES = ("noto", "blob", "fluent", "fluent flat", "twemoji", "emojione", "fxemoji", "streamline")
-EDGE, GAP = 128, 8  # pixels that an image of 64 is drawn with, and between two: pages show both at half that size
-TOP, LEFT, SIZE = 40, 190, 26  # pixels above and beside the images for labels, and the size of their letters
-WRAP = 14  # letters that fit beside the images
-SETTINGS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "output_type": "np", "batch_size": 8}
-
-ImageRow = list[np.ndarray]
-
-
-class Sheet(NamedTuple):
-    """Images ``[H,W,3]`` in [0, 1] by rows, with a label for each row and, where given, for each column."""
-
-    rows: list[ImageRow]
-    beside: Sequence[str]
-    above: Sequence[str] = ()
 
 
 def main() -> None:
@@ -48,7 +35,8 @@ def main() -> None:
         path = Path(args.output_dir) / f"gallery_{name}.webp"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            draw(PARTS[name](pipe)).save(file, format="WEBP", quality=88, method=6)
+            sheet = TRAINED_PARTS[name](pipe, args) if name in TRAINED_PARTS else PARTS[name](pipe)
+            draw(sheet).save(file, format="WEBP", quality=88, method=6)
         print(path)
 
 
@@ -56,7 +44,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
     parser.add_argument("--output_dir", default=FOLDER, help="where the images go (default: docs/images)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="draw these (default: all)")
+    known = [*PARTS, *TRAINED_PARTS]
+    parser.add_argument("--only", nargs="+", choices=known, default=list(PARTS), help=f"default: {' '.join(PARTS)}")
+    what = "folder with the networks that the page of the gallery trains (for control and loras)"
+    parser.add_argument("--trained", default="runs/gallery", help=what)
+    parser.add_argument("--data_dir", default="runs/emoji/data", help="what make_dataset.py wrote (for control)")
     return parser.parse_args()
 
 
@@ -133,35 +125,9 @@ def encoded(pipe: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(encoder.apply({"params": pipe.params["text_encoder"]}, jnp.asarray(ids)).last_hidden_state)
 
 
-def in_rows(images: np.ndarray) -> list[ImageRow]:
-    """Rows of eight."""
-    return [list(images[i : i + 8]) for i in range(0, len(images), 8)]
-
-
-def thing(prompt: str) -> str:
-    """What a prompt asks for, without its style."""
-    return prompt.partition(",")[0]
-
-
-def draw(sheet: Sheet) -> Image.Image:
-    """The images side by side and enlarged, with their labels, on white."""
-    step, top = EDGE + GAP, TOP if sheet.above else 0
-    page = Image.new("RGB", (LEFT + len(sheet.rows[0]) * step - GAP, top + len(sheet.rows) * step - GAP), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(SIZE)
-    for x, label in enumerate(sheet.above):
-        pen.text((LEFT + x * step + EDGE // 2, top // 2), label, "#202020", font, anchor="mm")
-    for y, (label, row) in enumerate(zip(sheet.beside, sheet.rows, strict=True)):
-        middle = top + y * step + EDGE // 2
-        pen.multiline_text((4, middle), textwrap.fill(label, WRAP), "#202020", font, anchor="lm", spacing=6)
-        for x, image in enumerate(row):
-            small = Image.fromarray(np.asarray(to_uint8(jnp.asarray(image))))
-            page.paste(small.resize((EDGE, EDGE), Image.Resampling.LANCZOS), (LEFT + x * step, top + y * step))
-    return page
-
-
 PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (styles, guidance, steps, previews, between)
-}
+} | IMAGE_PARTS
 
 if __name__ == "__main__":
     main()

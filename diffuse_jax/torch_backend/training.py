@@ -177,9 +177,11 @@ class RecordingUNet(NamedTuple):
     model: Any
     seen: dict[str, jax.Array]
 
-    def apply(self, variables: Mapping[str, Any], x: jax.Array, t: jax.Array, states: jax.Array, added: Any) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], x: jax.Array, t: jax.Array, states: jax.Array, added: Any, **control: Any
+    ) -> Any:
         """Like ``model.apply``."""
-        prediction = self.model.apply(variables, x, t, states, added)
+        prediction = self.model.apply(variables, x, t, states, added, **control)
         self.seen.update({"prompt embeddings": states, "noised latents": x, "prediction": prediction})
         if added is not None:
             self.seen["pooled embeddings"] = added["text_embeds"]

@@ -154,7 +154,8 @@ def text_to_image_loss(
     """The loss of a batch of images and captions, with our noise and timesteps.
 
     Args:
-      pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its scheduler determines the prediction type.
+      pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its scheduler determines the prediction type. If the
+        batch has ``conditioning``, its ``controlnet`` reads it.
       objective: loss weighting, see :func:`loss_at`.
       batch: as for our step.
       seed: seed of the noise and timesteps.
@@ -176,13 +177,24 @@ def text_to_image_loss(
         added = {"text_embeds": text.pooled, "time_ids": to_torch(batch["time_ids"], device)}
 
     def predict(x: Any, t: Any) -> Any:
+        given: dict[str, Any] = {"encoder_hidden_states": text.states, "added_cond_kwargs": added}
         with half():
-            return channels_last(pipe.unet(channels_first(x), t, text.states, added_cond_kwargs=added).sample)
+            more = control_residuals(pipe, batch, channels_first(x), t, given)
+            return channels_last(pipe.unet(channels_first(x), t, **given, **more).sample)
 
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
     return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
+
+
+def control_residuals(pipe: Any, batch: Batch, x: Any, t: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ControlNet adds inside the UNet, by the UNet's arguments; nothing if the batch has no control images."""
+    if "conditioning" not in batch:
+        return {}
+    images = channels_first(to_torch(batch["conditioning"], x.device)) / 255
+    down, middle = pipe.controlnet(x, t, controlnet_cond=images, **given, return_dict=False)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 class Text(NamedTuple):

@@ -138,7 +138,8 @@ def latent_cache(
     time_ids: TimeIds,
     true_sizes: bool,
 ) -> Callable[[Example], Batch]:
-    """A cache of ``moments [h,w,2c]`` of every image's latent distribution and, for SDXL, of ``time_ids [6]``."""
+    """A cache of ``moments [h,w,2c]`` of every image's latent distribution, for SDXL also of ``time_ids [6]``, and of
+    the control images ``conditioning [H,W,3]`` if there are any."""
     vae, params = component_from(model, pipe, "vae")
     encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
 
@@ -147,9 +148,13 @@ def latent_cache(
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
         parts = [encode(params, pixels[i : i + at_once]) for i in range(0, len(pixels), at_once)]
         found = {"moments": np.concatenate([np.asarray(part, np.float32) for part in parts])}
+        if control := [example.conditioning for example in examples if example.conditioning is not None]:
+            found["conditioning"] = np.stack(control)
         return found | ({"time_ids": np.stack([time_ids(example) for example in examples])} if time_ids else {})
 
     key = {"vae": network_key(vae, params), "sizes": true_sizes if time_ids else None}
+    if (control := data.conditioning or data.conditioning_image_column) is not None:
+        key["conditioning"] = control
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
     return cache_images(folder, "latents", key, source, transform_from(data), compute, buckets)
 

@@ -197,7 +197,8 @@ def finish(
     Args:
       tokenizers: the tokenizers, which make token ids int32 ``[L]`` under each text encoder's name.
       time_ids: makes SDXL's ``time_ids``; None for other models.
-      latents: a cache that replaces ``pixel_values`` uint8 ``[h,w,3]`` (and ``time_ids``); None without one.
+      latents: a cache that replaces ``pixel_values`` and ``conditioning`` uint8 ``[h,w,3]`` (and ``time_ids``); None
+        without one.
       texts: a cache that replaces the token ids; None without one.
       example: the image and its caption.
     """
@@ -208,6 +209,8 @@ def finish(
     if latents is not None:
         return arrays | latents(example)
     arrays["pixel_values"] = example.pixels
+    if example.conditioning is not None:
+        arrays["conditioning"] = example.conditioning
     return arrays if time_ids is None else arrays | {"time_ids": time_ids(example)}
 
 
@@ -242,7 +245,8 @@ def denoising_loss(
 
     ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
     distribution; token ids ``[B,L]`` under each text encoder's name, or the prompt embeddings ``states [B,L,D]`` and,
-    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; and with prior preservation ``prior [B]``.
+    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet
+    the images ``conditioning [B,H,W,3]`` uint8.
     """
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
@@ -253,8 +257,28 @@ def denoising_loss(
         added = {"text_embeds": text["pooled"], "time_ids": batch["time_ids"]}
     drawn = draw(objective, k_draw, x0)
     x = noised(objective, x0, drawn)
-    prediction = models["unet"].apply({"params": params["unet"]}, x, drawn.t, text["states"], added)
+    inputs = x, drawn.t, text["states"]
+    control = control_residuals(models, params, batch, inputs, added)
+    prediction = models["unet"].apply({"params": params["unet"]}, *inputs, added, **control)
     return errors(objective, prediction, x0, drawn, batch.get("prior"))
+
+
+def control_residuals(
+    models: Mapping[str, Any],
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    inputs: tuple[jax.Array, jax.Array, jax.Array],
+    added: Mapping[str, jax.Array] | None,
+) -> dict[str, Any]:
+    """What the ControlNet adds inside the UNet, by the names of the UNet's arguments; nothing without control images.
+
+    ``inputs`` and ``added`` are those of the UNet: the sample, the timesteps and the prompt embeddings, and SDXL's.
+    """
+    if "conditioning" not in batch:
+        return {}
+    images = batch["conditioning"].astype(jnp.float32) / 255
+    down, middle = models["controlnet"].apply({"params": params["controlnet"]}, *inputs, images, added)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
@@ -289,8 +313,9 @@ def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> 
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's networks by name: the text encoders in their order, the UNet and the autoencoder."""
-    names = [*pipe.family.encoders, "unet", "vae"]
+    """The pipeline's networks by name: the text encoders in their order, the UNet, the autoencoder and, if it has one,
+    the ControlNet."""
+    names = [*pipe.family.encoders, "unet", "vae", "controlnet"]
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.training.arguments import add_objective, make_parser
-from diffuse_jax.training.data.flags import add_data
-from diffuse_jax.training.flags import Parser
+from diffuse_jax.training.data.flags import add_conditioning, add_data
+from diffuse_jax.training.flags import Accepted, Parser, Refused
 from diffuse_jax.training.settings import (
+    ControlSettings,
     DreamBoothSettings,
     InversionSettings,
     LoraSettings,
@@ -58,6 +59,22 @@ def add_lora(parser: Parser) -> None:
     add = parser.group("LoRA", LoraSettings)
     add("--rank", help="rank of the LoRA matrices")
     add("--lora_targets", help="regular expression for the paths of the layers to adapt")
+
+
+def add_control(parser: Parser) -> None:
+    """Add the flags of a ControlNet and of its data; images are cropped at the centre, as in diffusers."""
+    add = parser.group("model", ControlSettings)
+    add("--controlnet_model_name_or_path", help="start from this ControlNet: folder or Hub id; a new one if omitted")
+    add("--controlnet_revision", help="branch, tag or commit of that ControlNet on the Hub")
+    add("--controlnet_from_pt", action=Accepted, note="PyTorch weights are read directly")
+    add = parser.group("monitoring", ControlSettings)
+    what = "images for the validation prompts, one for all or one for each: control images, or with --conditioning "
+    add("--validation_image", nargs="+", help=f"{what}the images that they are made from")
+    add_data(parser, caches=True, center_crop=True)
+    add_conditioning(parser)
+    advice = "the model always sees the images as uncropped, as pipelines do by default"
+    for side in ("h", "w"):
+        parser.group("data")(f"--crops_coords_top_left_{side}", action=Refused, advice=advice)
 
 
 def add_dreambooth(parser: Parser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diffuse_jax.models import Params
@@ -19,6 +19,7 @@ def validation_from(
     pipe: DiffusionPipeline,
     merged: Callable[[Any], Mapping[str, Params]],
     seed: int = 0,
+    images: Sequence[Any] | None = None,
 ) -> Callable[[Any], list[tuple[str, Any]]] | None:
     """A function that generates validation images, for :func:`~diffuse_jax.training.loop.fit`; None without a prompt.
 
@@ -28,6 +29,7 @@ def validation_from(
       pipe: the pipeline whose networks, tokenizers and frozen parameters are used.
       merged: maps trained parameters to the parameters of the networks that they change.
       seed: seed of the images; the noise is the same at every validation.
+      images: what the pipeline takes as ``image``, for each prompt; None if it takes none.
 
     Raises:
       ValueError: the sampler does not support this number of steps.
@@ -37,6 +39,7 @@ def validation_from(
     prompts = settings.validation_prompt
     sampler = Scheduler.from_pretrained(source_folder(model), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
+    given = {} if images is None else {"image": list(images)}
     sampler.plan(settings.validation_inference_steps)  # raises here instead of at the first validation
 
     def validate(trained: Any) -> list[tuple[str, Any]]:
@@ -48,6 +51,7 @@ def validation_from(
             num_inference_steps=settings.validation_inference_steps,
             guidance_scale=settings.validation_guidance_scale,
             seed=seed,
+            **given,
         )
 
     return validate

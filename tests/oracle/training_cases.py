@@ -15,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.adapters import tokens
+from diffuse_jax.models import ControlNetModel
+from diffuse_jax.pipelines import AutoPipelineForText2Image
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend import training_torch as twin
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared, compare_updates
 from diffuse_jax.training.data import Example
+from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import networks, open_pipeline, with_tokens
 from diffuse_jax.training.objective import Objective
 from tests.oracle import twins
-from tests.train.latent_models import SIZE, save_sd, save_sdxl
+from tests.train.latent_models import MIDDLE, SIZE, save_sd, save_sdxl
 
 torch = twins.torch
 
@@ -51,7 +54,11 @@ class Case:
 
     def batch(self) -> dict[str, np.ndarray]:
         size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), strict=True)
-        examples = [Example(x, text, tuple(own), (1, 2), size, 0, 0, "") for x, text, own in rows]
+        control = self.images[::-1] if "controlnet" in self.pipe.components else [None] * len(self.images)
+        examples = [
+            Example(x, text, tuple(own), (1, 2), size, 0, 0, "", image)
+            for (x, text, own), image in zip(rows, control, strict=True)
+        ]
         made = training.batch_of(self.pipe, examples)
         return made if self.prior is None else made | {"prior": self.prior}
 
@@ -102,6 +109,19 @@ def inversion(folder: Path, rng: np.random.Generator) -> Compared:
     return case.compare(trained, {"rows": table})
 
 
+def controlnet(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
+    """All parameters of a ControlNet, whose folder PyTorch opens; none is zero, so all of them have gradients."""
+    case = Case(save(folder, fresh=False, middle=MIDDLE), rng)
+    unet, params = case.pipe.components["unet"], case.pipe.params["unet"]
+    net, _ = ControlNetModel.from_unet(unet, params, conditioning_embedding_out_channels=(4, 8))
+    params = initial_params(net.shapes(), 1, ())
+    net.save_pretrained(folder / "controlnet", params)
+    case.pipe = AutoPipelineForText2Image.from_pipe(case.pipe, controlnet=(net, params))
+    case.theirs.controlnet = twins.diffusers.ControlNetModel.from_pretrained(folder / "controlnet")
+    names = ["controlnet"]
+    return case.compare(training.full(case.pipe, names), twin.full_parameters(case.theirs, names))
+
+
 CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "text to image, SD": functools.partial(full, save=save_sd),
     "text to image, SDXL": functools.partial(full, save=save_sdxl),
@@ -110,5 +130,7 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "DreamBooth with prior preservation": functools.partial(full, save=save_sd, prior=True),
     "DreamBooth with LoRA and prior preservation, SDXL": functools.partial(low_rank, save=save_sdxl, prior=True),
     "textual inversion": inversion,
+    "ControlNet, SD": functools.partial(controlnet, save=save_sd),
+    "ControlNet, SDXL": functools.partial(controlnet, save=save_sdxl),
 }
 """One training step of each trainer, by its name in the documentation."""

@@ -25,6 +25,8 @@ UNET = UNet2DConditionConfig(
     up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, norm_num_groups=2, cross_attention_dim=16,
     num_attention_heads=2, mid_block_type=None,
 )  # fmt: skip
+MIDDLE = "UNetMidBlock2DCrossAttn"
+"""The middle block of UNets that ControlNets are made for."""
 XL_UNET = dataclasses.replace(
     UNET, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
     projection_class_embeddings_input_dim=6 * 4 + 16, use_linear_projection=True,
@@ -48,15 +50,16 @@ def networks(unet: UNet2DConditionConfig, encoders: dict[str, type[CLIPTextModel
     return {name: (model, params[name]) for name, model in models.items()}
 
 
-def save_sd(folder: Path, *, fresh: bool = True) -> Path:
+def save_sd(folder: Path, *, fresh: bool = True, middle: str | None = None) -> Path:
     """The folder of a Stable Diffusion."""
-    pairs = networks(UNET, {"text_encoder": CLIPTextModel}, fresh)
+    pairs = networks(UNET.replace(mid_block_type=middle), {"text_encoder": CLIPTextModel}, fresh)
     return saved(folder, StableDiffusionPipeline, pairs, {"tokenizer": tiny.tokenizer()})
 
 
-def save_sdxl(folder: Path, *, fresh: bool = True) -> Path:
+def save_sdxl(folder: Path, *, fresh: bool = True, middle: str | None = None) -> Path:
     """The folder of a Stable Diffusion XL."""
-    pairs = networks(XL_UNET, {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}, fresh)
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    pairs = networks(XL_UNET.replace(mid_block_type=middle), encoders, fresh)
     words = {name: tiny.tokenizer() for name in ("tokenizer", "tokenizer_2")}
     return saved(folder, StableDiffusionXLPipeline, pairs, words)
 

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffuse_jax import DiffusionPipeline
+from diffuse_jax import AutoPipelineForText2Image, DiffusionPipeline
 from diffuse_jax.adapters import tokens
-from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
+from diffuse_jax.control_images import canny
+from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel
 from diffuse_jax.training.latent_model import copy_component
 from tests.train.helpers import EMOJI, log, numbers, run
-from tests.train.latent_models import SIZE, save_sd, save_sdxl
+from tests.train.latent_models import MIDDLE, SIZE, save_sd, save_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,68 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
     assert tokens.load_rows(tmp_path / "out" / "checkpoint-4")[0] == "<cat>"
 
 
+def edges_of(folder: Path, output: Path) -> Path:
+    """An image folder with the same images and captions, and their edges as control images."""
+    shutil.copytree(folder, output)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (output / "edges").mkdir()
+    for line in lines:
+        line["conditioning_image"] = f"edges/{line['file_name']}"
+        Image.fromarray(canny(Image.open(output / line["file_name"]))).save(output / line["conditioning_image"])
+    (output / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return output
+
+
+def test_a_controlnet_learns_from_a_column_of_edges_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = save_sd(tmp_path / "model", fresh=False, middle=MIDDLE), edges_of(EMOJI, tmp_path / "data")
+    apple = data / "edges" / "red-apple.png"
+    options = {"train_data_dir": data, "max_train_steps": 20, "checkpointing_steps": 15, "random_flip": True,
+               "proportion_empty_prompts": 0.3, "learning_rate": 1e-2, "validation_prompt": ["heart", "cat"],
+               "validation_image": apple, "num_validation_images": 1, "validation_inference_steps": 2}  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(monkeypatch, "controlnet.py", devices=1, **flags(model, whole, **options))
+    assert fell(log(whole)) < 0.95
+    assert len(list((whole / "validation").rglob("*.png"))) == 2 * 2, "the control images are shown too"
+
+    shutil.copytree(whole / "checkpoint-15", parts / "checkpoint-15")
+    run(monkeypatch, "controlnet.py", devices=1, **flags(model, parts, resume_from_checkpoint="latest", **options))
+    assert log(whole)[15:] == log(parts)
+    net, params = ControlNetModel.from_pretrained(whole)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(ControlNetModel.from_pretrained(parts)[1]), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+    pipe = DiffusionPipeline.from_pretrained(model)
+    steered = AutoPipelineForText2Image.from_pipe(pipe, controlnet=(net, params))
+    shared = {"num_inference_steps": 2, "seed": 0, "output_type": "np", "height": SIZE, "width": SIZE}
+    draw = lambda image: steered("heart", image=image, **shared).images
+    edges = np.asarray(Image.open(apple).resize((SIZE, SIZE)))
+    assert np.abs(draw(edges) - draw(edges[::-1])).max() > 1e-4
+
+
+def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For XL: the first step of a new ControlNet leaves the model as it is, so both ways give the same loss."""
+    model = save_sdxl(tmp_path / "model", fresh=False, middle=MIDDLE)
+    options = {"train_data_dir": EMOJI, "conditioning": "canny", "max_train_steps": 1}
+    run(monkeypatch, "controlnet.py", devices=1, **flags(model, tmp_path / "plain", **options))
+    options |= {"cache_latents": True, "cache_text_embeddings": True}
+    run(monkeypatch, "controlnet.py", devices=1, **flags(model, tmp_path / "cached", **options))
+    np.testing.assert_allclose(log(tmp_path / "plain"), log(tmp_path / "cached"), rtol=1e-5)
+    options["controlnet_model_name_or_path"] = tmp_path / "plain"
+    run(monkeypatch, "controlnet.py", devices=1, **flags(model, tmp_path / "further", **options))
+    assert log(tmp_path / "further")[0] != log(tmp_path / "cached")[0]
+
+    shutil.copytree(tmp_path / "plain", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"addition_embed_type": None}))
+    options["controlnet_model_name_or_path"] = tmp_path / "other"
+    with pytest.raises(ValueError):
+        run(monkeypatch, "controlnet.py", devices=1, **flags(model, tmp_path / "wrong", **options))
+
+
 @pytest.mark.parametrize(
     ("script", "wrong", "message"),
     [
@@ -211,6 +274,12 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
         ("text_to_image.py", {"aspect_ratio_buckets": True, "bucket_step": 1}, "--bucket_step must be a multiple of 2"),
         ("text_to_image.py", {"train_batch_size": 1, "validation_prompt": "a", "validation_inference_steps": 1001},
          "num_inference_steps"),
+        ("controlnet.py", {"conditioning": "canny", "conditioning_image_column": "edges"},
+         "leave out --conditioning_image_column edges"),
+        ("controlnet.py", {}, "no control image under 'conditioning_image' (--conditioning_image_column)"),
+        ("controlnet.py", {"conditioning": "canny", "validation_prompt": ["a", "b", "c"],
+                           "validation_image": ["a.png", "b.png"]}, "got 2 images and 3 prompts"),
+        ("controlnet.py", {"conditioning": "canny", "validation_image": "a.png"}, "got 1 images and 0 prompts"),
         ("dreambooth.py", {"instance_data_dir": "nowhere", "instance_prompt": "x"}, "has no images"),
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "with_prior_preservation": True},
          "needs --class_data_dir and --class_prompt"),
@@ -231,7 +300,8 @@ def test_textual_inversion_changes_the_rows_of_the_new_word_only(
 def test_what_cannot_work_is_refused_before_anything_is_written(
     script: str, wrong: dict[str, Any], message: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = flags(sd, tmp_path / "out", max_train_steps=1)
+    model = save_sd(tmp_path / "model", middle=MIDDLE) if script == "controlnet.py" else sd
+    options = flags(model, tmp_path / "out", max_train_steps=1)
     if not script.startswith("dreambooth"):
         options["train_data_dir"] = EMOJI
     with pytest.raises(ValueError) as caught:

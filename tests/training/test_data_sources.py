@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from diffuse_jax.training.data import (
     write_array_record,
     write_tar,
 )
-from diffuse_jax.training.data.shards import braces
-from diffuse_jax.training.data.transform import decode
+from diffuse_jax.training.data.shards import braces, shard_source
+from diffuse_jax.training.data.transform import Record, decode
 
 from .data_sets import finish, flags, flat_image, image_folder, per_device, png, table
 
@@ -134,6 +135,63 @@ def test_captions_may_be_lists_and_columns_have_names(tmp_path: Path) -> None:
     assert [source[i].captions for i in range(2)] == [("one", "two"), ("three",)]
     write_tar(tmp_path / "a.tar", [("0.png", png(flat_image(0)), ["a", "b"])])
     assert source_from(flags("--train_shards", str(tmp_path / "a.tar")))[0].captions == ("a", "b")
+
+
+def with_control_images(folder: Path, key: str = "control") -> Path:
+    """An image folder whose control image number n has the value 100 + n."""
+    image_folder(folder, 3)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "edges").mkdir()
+    for n, line in enumerate(lines):
+        flat_image(100 + n).save(folder / "edges" / f"{n}.png")
+        line[key] = f"edges/{n}.png"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_every_kind_of_data_set_may_have_control_images(tmp_path: Path) -> None:
+    members = [(f"{n}.{suffix}", content) for n in range(3) for suffix, content in
+               (("png", png(flat_image(n))), ("control.png", png(flat_image(100 + n))), ("txt", b"a"))]  # fmt: skip
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    images = [{"bytes": png(flat_image(100 + n)), "path": None} for n in range(3)]
+    rows = table(3, control=images)
+    rows.cast_column("control", datasets.Image()).save_to_disk(tmp_path / "saved")
+    for line in (
+        ["--train_data_dir", str(with_control_images(tmp_path / "folder"))],
+        ["--train_data_dir", str(with_control_images(tmp_path / "hub", "control_file_name"))],
+        ["--train_shards", str(tmp_path / "a.tar")],
+        ["--load_from_disk", "--train_data_dir", str(tmp_path / "saved")],
+    ):
+        source = pickle.loads(pickle.dumps(source_from(flags(*line, conditioning_image_column="control"))))
+        assert [first_value(source[n].conditioning) for n in range(3)] == [100, 101, 102]
+        assert source_from(flags(*line))[0].conditioning is None
+        with pytest.raises(ValueError, match=r"--conditioning_image_column|no \.depth\.png"):
+            source_from(flags(*line, conditioning_image_column="depth"))
+
+
+def first_value(image: bytes | str | None) -> int:
+    assert image is not None
+    return int(np.asarray(decode(Record(image, (), "")))[0, 0, 0])
+
+
+def test_a_changed_control_image_is_another_data_set_and_a_missing_one_an_error(tmp_path: Path) -> None:
+    folder = with_control_images(tmp_path / "a")
+    before = FolderSource(folder, "text", "control").fingerprint
+    flat_image(7, 9, 9).save(folder / "edges" / "1.png")
+    assert FolderSource(folder, "text", "control").fingerprint != before
+    (folder / "edges" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl:2: .*edges/1.png does not exist"):
+        FolderSource(folder, "text", "control")
+
+
+def test_array_records_have_no_control_images(tmp_path: Path) -> None:
+    (tmp_path / "a.array_record").touch()
+    with pytest.raises(ValueError, match="ArrayRecord files hold no control images"):
+        shard_source([str(tmp_path / "a.array_record")], None, "control")
 
 
 def test_images_alone_need_no_metadata(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffuse_jax.control_images import canny
 from diffuse_jax.training.data.transform import Record, Transform, cover, decode, image_size
 
 from .data_sets import flat_image, png
@@ -54,6 +56,24 @@ def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generato
         assert top == 0 <= left <= 5
         seen[left, flip] += 1
     assert len(seen) == 2 * 6, "every place, both ways"
+
+
+def test_control_images_are_cropped_and_mirrored_like_their_images(rng: np.random.Generator) -> None:
+    """Pixel by pixel, also if the file of the control image is larger."""
+    pixels, transform = noise(rng, 8, 13), Transform(8, random_flip=True)
+    large = Image.fromarray(255 - pixels).resize((26, 16), Image.Resampling.NEAREST)
+    for control in (Image.fromarray(255 - pixels), large):
+        row = record(pixels)._replace(conditioning=png(control))
+        nearest = dataclasses.replace(transform, interpolation="nearest")
+        for example in (nearest(row, 0, position) for position in range(20)):
+            assert example.conditioning is not None
+            np.testing.assert_array_equal(example.conditioning, 255 - example.pixels)
+    assert transform(record(pixels), 0, 0).conditioning is None
+
+
+def test_control_images_are_computed_from_the_crop(rng: np.random.Generator) -> None:
+    example = Transform(8, random_flip=True, conditioning="canny")(record(noise(rng, 16, 26)), 0, 3)
+    np.testing.assert_array_equal(example.conditioning, canny(example.pixels))
 
 
 def test_a_smaller_square_can_be_cut(rng: np.random.Generator) -> None:

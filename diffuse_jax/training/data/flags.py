@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.training.data.settings import CacheSettings, DataSettings, ImageSettings
-from diffuse_jax.training.data.transform import INTERPOLATIONS
+from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 from diffuse_jax.training.flags import Parser, settings_from
 
 
@@ -63,14 +63,25 @@ def add_data(parser: Parser, *, captions: bool = True, caches: bool = False, **d
     parser.set_defaults(**defaults)
 
 
+def add_conditioning(parser: Parser) -> None:
+    """Add the flags of control images to the group "data"."""
+    add = parser.group("data", DataSettings)
+    what = "column of the control images, conditioning_image if omitted; in image folders, the key of their paths"
+    add("--conditioning_image_column", help=what)
+    add("--conditioning", choices=CONDITIONS, help="make the control images from the training images instead")
+
+
 def data_from(args: argparse.Namespace) -> DataSettings:
     """The settings that these flags describe.
 
-    A script without captions has no column for them, and caches are in ``OUTPUT/cache`` by default.
+    A script without captions has no column for them, and caches are in ``OUTPUT/cache`` by default. A script with
+    control images reads them from the column ``conditioning_image`` unless its flags say otherwise.
 
     Raises:
       ValueError: a value is out of range, or two flags exclude each other.
     """
     cache = args.data_cache_dir or Path(args.output_dir) / "cache"
     values = {"caption_column": None, **vars(args), "data_cache_dir": cache}
+    if "conditioning" in values and values["conditioning"] is values["conditioning_image_column"] is None:
+        values["conditioning_image_column"] = "conditioning_image"
     return settings_from(argparse.Namespace(**values), DataSettings)

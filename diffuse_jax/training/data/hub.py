@@ -14,11 +14,17 @@ from diffuse_jax.training.data.transform import Record
 class TableSource:
     """The rows of a ``datasets.Dataset``, whose table stays on disk, in worker processes too."""
 
-    def __init__(self, dataset: Any, image_column: str = "image", caption_column: str | None = "text") -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str = "image",
+        caption_column: str | None = "text",
+        conditioning_column: str | None = None,
+    ) -> None:
         """See :func:`undecoded` for the errors."""
         self._name = str(dataset.info.dataset_name or "row")
-        self._dataset = undecoded(dataset, image_column, caption_column)
-        self._image_column, self._caption_column = image_column, caption_column
+        self._columns = image_column, caption_column, conditioning_column
+        self._dataset = undecoded(dataset, *self._columns)
         self.fingerprint = fingerprint("table", [self._dataset._fingerprint])
 
     def __len__(self) -> int:
@@ -26,7 +32,7 @@ class TableSource:
 
     def __getitem__(self, index: int) -> Record:
         where = f"{self._name}[{index}]"
-        return record_of(self._dataset[int(index)], self._image_column, self._caption_column, where)
+        return record_of(self._dataset[int(index)], *self._columns, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Stream:
       dataset: a ``datasets.IterableDataset``.
       image_column: column of the images.
       caption_column: column of the captions; None if they are not needed.
+      conditioning_column: column of the control images; None if they are not needed.
       seed: seed of the order.
       window: number of rows that are shuffled with each other.
       count: number of rows to use, the first ones after the files are shuffled; all if None.
@@ -47,11 +54,17 @@ class Stream:
     dataset: Any
     image_column: str = "image"
     caption_column: str | None = "text"
+    conditioning_column: str | None = None
     seed: int = 0
     window: int = 1000
     count: int | None = None
     part: int = 0
     parts: int = 1
+
+    @property
+    def columns(self) -> tuple[str, str | None, str | None]:
+        """The columns of images, captions and control images."""
+        return self.image_column, self.caption_column, self.conditioning_column
 
     def share(self, part: int, parts: int) -> Stream:
         """A share of this share."""
@@ -91,8 +104,10 @@ def load_saved(folder: str | Path, split: str = "train") -> Any:
     return loaded
 
 
-def undecoded(dataset: Any, image_column: str, caption_column: str | None) -> Any:
-    """The image and caption columns of a data set or stream, with images as undecoded files.
+def undecoded(
+    dataset: Any, image_column: str, caption_column: str | None, conditioning_column: str | None = None
+) -> Any:
+    """The columns of a data set or stream that are used, with images as undecoded files.
 
     Raises:
       ValueError: a column is missing, or captions are neither strings nor lists of strings.
@@ -102,7 +117,11 @@ def undecoded(dataset: Any, image_column: str, caption_column: str | None) -> An
     if dataset.features is None:  # streams of files without a schema
         dataset = dataset._resolve_features()
     features = dataset.features
-    columns = {"--image_column": image_column, "--caption_column": caption_column}
+    columns = {
+        "--image_column": image_column,
+        "--caption_column": caption_column,
+        "--conditioning_image_column": conditioning_column,
+    }
     wanted = {flag: column for flag, column in columns.items() if column is not None}
     for flag, column in wanted.items():
         if column not in features:
@@ -113,8 +132,9 @@ def undecoded(dataset: Any, image_column: str, caption_column: str | None) -> An
             f"{features[caption_column]}; the columns are {sorted(features)}"
         )
     dataset = dataset.select_columns(list(wanted.values()))
-    if isinstance(features[image_column], datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    for name in (image_column, conditioning_column):
+        if name is not None and isinstance(features[name], datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
 
 
@@ -123,19 +143,28 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def record_of(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> Record:
+def record_of(
+    row: dict[str, Any], image_column: str, caption_column: str | None, conditioning_column: str | None, where: str
+) -> Record:
     """The record of a row of an :func:`undecoded` data set.
 
     Raises:
       ValueError: the row has neither the bytes nor the path of an image, or no caption.
     """
-    value = row[image_column]
+    image, path = _image(row, image_column, "--image_column", where)
+    control = None
+    if conditioning_column is not None:
+        control, _ = _image(row, conditioning_column, "--conditioning_image_column", where)
+    name = f"{where} ({path})" if isinstance(path, str) else where
+    return Record(image, captions_of(row, caption_column, where), name, control)
+
+
+def _image(row: dict[str, Any], column: str, flag: str, where: str) -> tuple[bytes | str, Any]:
+    """The image of a row, as the bytes of its file or its path, and the path if it is known."""
+    value = row[column]
     path = value.get("path") if isinstance(value, dict) else value
     image = value.get("bytes") if isinstance(value, dict) else value
     image = image if image is not None else path
     if not isinstance(image, bytes | str):
-        raise ValueError(
-            f"{where}: {image_column!r} is not an image file but {type(value).__name__}; see --image_column"
-        )
-    name = f"{where} ({path})" if isinstance(path, str) else where
-    return Record(image, captions_of(row, caption_column, where), name)
+        raise ValueError(f"{where}: {column!r} is not an image file but {type(value).__name__}; see {flag}")
+    return image, path

@@ -77,18 +77,19 @@ def source_from(data: DataSettings) -> Source:
       FileNotFoundError: files are missing.
     """
     check_named(data)
+    columns = data.image_column, data.caption_column, data.conditioning_image_column
     source: Source
     if data.train_shards:
-        source = shard_source(data.train_shards, data.caption_column)
+        source = shard_source(data.train_shards, data.caption_column, data.conditioning_image_column)
     elif data.dataset_name:
         table = hub.load(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
-        source = hub.TableSource(table, data.image_column, data.caption_column)
+        source = hub.TableSource(table, *columns)
     else:
         assert data.train_data_dir  # check_named
         if data.load_from_disk:
-            source = hub.TableSource(hub.load_saved(data.train_data_dir), data.image_column, data.caption_column)
+            source = hub.TableSource(hub.load_saved(data.train_data_dir), *columns)
         else:
-            source = FolderSource(data.train_data_dir, data.caption_column)
+            source = FolderSource(data.train_data_dir, data.caption_column, data.conditioning_image_column)
     return source if data.max_train_samples is None else sample(source, data.max_train_samples, data.seed)
 
 
@@ -100,6 +101,7 @@ def stream_from(data: DataSettings) -> Stream:
         hub.load(data.dataset_name, data.dataset_config_name, streaming=True, cache_dir=data.cache_dir),
         image_column=data.image_column,
         caption_column=data.caption_column,
+        conditioning_column=data.conditioning_image_column,
         seed=data.seed,
         window=data.shuffle_buffer_size,
         count=data.max_train_samples,
@@ -116,6 +118,7 @@ def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: 
         interpolation=data.images.image_interpolation_mode,
         empty_share=data.proportion_empty_prompts,
         pixels=pixels,
+        conditioning=data.conditioning,
         seed=data.seed,
     )
 

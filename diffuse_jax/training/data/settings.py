@@ -10,7 +10,7 @@ from typing import Annotated
 from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
-from diffuse_jax.training.data.transform import INTERPOLATIONS
+from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,11 @@ class DataSettings(Checked):
       image_column: column of the images (not used for image folders and shards).
       caption_column: column of the caption, or of a list of captions of which one is chosen at random; None if captions
         are not needed.
+      conditioning: makes the control image from the training image, one of
+        :data:`~diffuse_jax.training.data.transform.CONDITIONS`; None if there are no control images, or a column of
+        them.
+      conditioning_image_column: column of the control images; None if there is none. In image folders, the key of
+        their paths.
       proportion_empty_prompts: fraction of captions replaced by the empty string.
       max_train_samples: use a random subset of this many images, determined by ``seed``; all if None.
       dataloader_num_workers: number of processes that prepare batches; 0 for threads of this process.
@@ -101,6 +106,8 @@ class DataSettings(Checked):
     shuffle_buffer_size: Annotated[int, COUNT] = 1000
     image_column: str = "image"
     caption_column: str | None = "text"
+    conditioning: str | None = None
+    conditioning_image_column: str | None = None
     proportion_empty_prompts: Annotated[float, SHARE] = 0.0
     max_train_samples: Annotated[int, COUNT] | None = None
     dataloader_num_workers: Annotated[int, NATURAL] = 0
@@ -111,6 +118,12 @@ class DataSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(CONDITIONS, conditioning=self.conditioning)
+        if self.conditioning is not None and self.conditioning_image_column is not None:
+            raise ValueError(
+                f"--conditioning {self.conditioning} computes the control images; leave out "
+                f"--conditioning_image_column {self.conditioning_image_column}"
+            )
         if self.caches.cache_latents and self.images.random_flip:
             raise ValueError("--cache_latents stores one version of each image; leave out --random_flip")
         everything = {

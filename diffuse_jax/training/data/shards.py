@@ -1,7 +1,8 @@
 """Data sets in a few large files with random access: WebDataset tar files and ArrayRecord files.
 
 A tar file contains the members of a sample next to each other, with the same key and different suffixes: ``000.jpg``,
-``000.txt``. All member headers are read once at the start, so that samples can be read in any order without unpacking.
+``000.txt``, and for control images ``000.conditioning_image.png``. All member headers are read once at the start, so
+that samples can be read in any order without unpacking.
 
 A record of an ArrayRecord file is one line of JSON, such as ``{"text": "a caption", "name": "000.jpg"}``, the end of
 the line, and the bytes of the image file.
@@ -60,17 +61,22 @@ def braces(pattern: str) -> Iterator[str]:
         yield from braces(pattern[: match.start()] + part + pattern[match.end() :])
 
 
-def shard_source(patterns: Sequence[str], caption_column: str | None) -> TarSource | ArrayRecordSource:
+def shard_source(
+    patterns: Sequence[str], caption_column: str | None, conditioning_column: str | None = None
+) -> TarSource | ArrayRecordSource:
     """Open files that are either all tar files or all ArrayRecord files, according to their names.
 
     Raises:
       FileNotFoundError: no file matches a pattern.
-      ValueError: the names are neither those of tar files nor those of ArrayRecord files.
+      ValueError: the names are neither those of tar files nor those of ArrayRecord files, or the latter are to have
+        control images.
     """
     paths = expand(patterns)
     if all(path.suffix == ".tar" for path in paths):
-        return TarSource(paths, caption_column)
+        return TarSource(paths, caption_column, conditioning_column)
     if all(re.search(r"\.array_?record", path.name) for path in paths):
+        if conditioning_column is not None:
+            raise ValueError("ArrayRecord files hold no control images; use .tar files, or compute: --conditioning")
         return ArrayRecordSource(paths, caption_column)
     names = ", ".join(path.name for path in paths[:3])
     raise ValueError(f"--train_shards must name .tar files (not compressed) or .array_record files, got {names}")
@@ -86,14 +92,20 @@ class Place(NamedTuple):
 class TarSource:
     """The samples of WebDataset tar files: an image and its caption, in a text file or in a field of a JSON file."""
 
-    def __init__(self, paths: Sequence[str | Path], caption_column: str | None = "text") -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        caption_column: str | None = "text",
+        conditioning_column: str | None = None,
+    ) -> None:
         """Read the headers of all members. Samples without an image are skipped, with a warning.
 
         Raises:
-          ValueError: a sample has no caption although captions are needed, a file is not a tar file or is damaged, or
-            there are no images.
+          ValueError: a sample has no caption or control image although these are needed, a file is not a tar file or is
+            damaged, or there are no images.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
+        self._controlled, controls = conditioning_column is not None, []
         rows, keys, skipped = [], [], []
         for number, path in enumerate(self._paths):
             for key, members in _samples(path):
@@ -104,14 +116,21 @@ class TarSource:
                 text, line = _first(members, TEXTS), members.get("json")
                 if caption_column is not None and text is None and line is None:
                     raise ValueError(f"{path}: {key} has no caption: no .{', .'.join(TEXTS)} and no .json")
+                if conditioning_column is not None:
+                    suffixes = [f"{conditioning_column}.{suffix}" for suffix in IMAGES]
+                    control = _first(members, suffixes)
+                    if control is None:
+                        raise ValueError(f"{path}: {key} has no control image: no .{', .'.join(suffixes)}")
+                    controls.append(control)
                 caption = text or line or Place(0, 0)
                 rows.append((number, *image, *caption, text is not None))
                 keys.append(key.encode())
         if not rows:
             raise ValueError(f"no images (.{', .'.join(IMAGES)}) in {self._paths[0]} and the other shards")
         warn_of(Skipped(len(skipped), skipped[0] if skipped else ""), f"{self._paths[0]} and the other shards")
-        self._rows, self._keys = np.array(rows, np.int64), np.array(keys)
-        self.fingerprint = fingerprint(f"tar {caption_column}", map(file_identity, self._paths))
+        self._rows, self._keys, self._controls = np.array(rows, np.int64), np.array(keys), np.array(controls, np.int64)
+        columns = caption_column if conditioning_column is None else f"{caption_column} {conditioning_column}"
+        self.fingerprint = fingerprint(f"tar {columns}", map(file_identity, self._paths))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -122,11 +141,12 @@ class TarSource:
         name = f"{self._keys[index].decode()} in {path}"
         with path.open("rb") as file:
             image = _bytes(file, Place(start, size), name)
+            control = _bytes(file, Place(*self._controls[index].tolist()), name) if self._controlled else None
             if self._column is None:
-                return Record(image, ("",), name)
+                return Record(image, ("",), name, control)
             text = _bytes(file, Place(caption, length), name)
         row = {self._column: _decoded(text, name).strip()} if plain else _object(_decoded(text, name), name)
-        return Record(image, captions_of(row, self._column, name), name)
+        return Record(image, captions_of(row, self._column, name), name, control)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:

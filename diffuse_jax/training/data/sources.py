@@ -42,36 +42,42 @@ class FolderSource:
     can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
     """
 
-    def __init__(self, folder: str | Path, caption_column: str | None = "text") -> None:
+    def __init__(
+        self, folder: str | Path, caption_column: str | None = "text", conditioning_column: str | None = None
+    ) -> None:
         """Find the images and check every line; warns about files that are skipped.
 
         Args:
           folder: the image folder.
           caption_column: key of the caption; None if captions are not needed.
+          conditioning_column: key of the path of the control image, or the same with ``_file_name`` as in Hugging
+            Face's image folders; None if control images are not needed.
 
         Raises:
           FileNotFoundError: the folder, the ``metadata.jsonl`` or an image that it names does not exist, or there are
             no images.
-          ValueError: a line has no ``file_name`` or caption, an image is outside the folder, a link leaves it, a
+          ValueError: a line lacks one of these keys, an image is outside the folder, a link leaves it, a
             caption is not a string, or there are no lines.
         """
-        self.folder, self.caption_column = Path(folder), caption_column
+        self.folder, self.caption_column, self._control = Path(folder), caption_column, conditioning_column
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
         refuse_links(self.folder, deep=True)
         self._metadata = _metadata_files(self.folder)
         if not self._metadata:
-            self._images = _uncaptioned_images(self.folder, caption_column)
+            self._images = _uncaptioned_images(self.folder, caption_column, conditioning_column)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
         places, digest = [], []
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))
-                image, captions = self._parse(line, path, where)
-                if not image.is_file():
-                    raise FileNotFoundError(f"{where}: {image} does not exist")
-                digest.append(f"{file_identity(image)} {captions}")
+                image, captions, control = self._parse(line, path, where)
+                files = [image] if control is None else [image, control]
+                for file in files:
+                    if not file.is_file():
+                        raise FileNotFoundError(f"{where}: {file} does not exist")
+                digest.append(f"{' '.join(map(file_identity, files))} {captions}")
         if not places:
             raise ValueError(f"{self._metadata[0]} is empty")
         self._places = np.array(places, np.int64)
@@ -87,17 +93,30 @@ class FolderSource:
         number, offset = self._places[index]
         path = self._metadata[number]
         _, line, where = next(_lines(path, int(offset)))
-        image, captions = self._parse(line, path, where)
-        return Record(str(image), captions, str(image))
+        image, captions, control = self._parse(line, path, where)
+        return Record(str(image), captions, str(image), None if control is None else str(control))
 
-    def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...]]:
-        name = line.get("file_name")
+    def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...], Path | None]:
+        image, control = self._file(line, "file_name", path, where), None
+        if self._control is not None:
+            key = self._control if self._control in line else f"{self._control}_file_name"
+            if key not in line:
+                raise ValueError(
+                    f"{where}: no control image under {self._control!r} (--conditioning_image_column); it has "
+                    f"{sorted(line)}"
+                )
+            control = self._file(line, key, path, where)
+        return image, captions_of(line, self.caption_column, where), control
+
+    def _file(self, line: dict[str, Any], key: str, path: Path, where: str) -> Path:
+        """The file that a line names under a key, relative to its metadata file ``path``."""
+        name = line.get(key)
         if not isinstance(name, str) or not name:
-            raise ValueError(f'{where}: needs a "file_name", got {str(line)[:100]}')
-        image = Path(os.path.normpath(path.parent / name))  # not resolved: ".." after a link would lead elsewhere
-        if not image.is_relative_to(os.path.normpath(self.folder)):
-            raise ValueError(f"{where}: file_name {name!r} leaves the folder {self.folder}; keep images inside it")
-        return image, captions_of(line, self.caption_column, where)
+            raise ValueError(f'{where}: needs a "{key}", got {str(line)[:100]}')
+        file = Path(os.path.normpath(path.parent / name))  # not resolved: ".." after a link would lead elsewhere
+        if not file.is_relative_to(os.path.normpath(self.folder)):
+            raise ValueError(f"{where}: {key} {name!r} leaves the folder {self.folder}; keep images inside it")
+        return file
 
 
 def _metadata_files(folder: Path) -> list[Path]:
@@ -119,11 +138,12 @@ def _metadata_files(folder: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _uncaptioned_images(folder: Path, caption_column: str | None) -> list[Path]:
-    if caption_column is not None:
+def _uncaptioned_images(folder: Path, caption_column: str | None, conditioning_column: str | None) -> list[Path]:
+    wanted = {caption_column: "a caption", conditioning_column: "edges/a.png"}
+    if keys := {key: value for key, value in wanted.items() if key is not None}:
         raise FileNotFoundError(
             f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per image there: "
-            f'{{"file_name": "a.png", "{caption_column}": "a caption"}}'
+            f"{json.dumps({'file_name': 'a.png', **keys})}"
         )
     files, skipped = find_images(folder)
     if not files:

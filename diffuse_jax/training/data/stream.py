@@ -51,7 +51,7 @@ class Records:
         row, number = self._window[self._at["taken"]], self._at["number"]
         self._at = self._at | {"taken": self._at["taken"] + 1, "number": number + 1}
         where = f"row {number} of share {self._stream.part} of the stream"
-        return number, record_of(row, self._stream.image_column, self._stream.caption_column, where)
+        return number, record_of(row, *self._stream.columns, where)
 
     def get_state(self) -> dict[str, Any]:
         """The position after the row returned last."""
@@ -67,7 +67,7 @@ class Records:
         # The shuffle buffer of ``datasets`` has one row here, so the warning that restoring loses it does not apply.
         logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)
         stream = self._stream
-        dataset = undecoded(stream.dataset, stream.image_column, stream.caption_column)
+        dataset = undecoded(stream.dataset, *stream.columns)
         # Recent versions would mix rows of several files here: a different order, and seconds of sleep at every end.
         recent = "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters
         dataset = dataset.shuffle(seed=stream.seed, buffer_size=1, **({"max_buffer_input_shards": 1} if recent else {}))

@@ -17,6 +17,9 @@ from diffuse_jax import images
 ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
 """Purposes of random streams; part of the seed, so that the streams are independent."""
 
+CONDITIONS = ("canny", "blur")
+"""Functions of :mod:`diffuse_jax.control_images` that make a control image from an example's pixels alone."""
+
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")}
 
 Size = tuple[int, int]
@@ -30,11 +33,13 @@ class Record(NamedTuple):
       image: the bytes of an image file, or its path.
       captions: the captions, of which one is chosen each time.
       name: name in error messages: a path, or a key and the file that contains it.
+      conditioning: the control image, in the same form as ``image``; None if there is none.
     """
 
     image: bytes | str
     captions: tuple[str, ...]
     name: str
+    conditioning: bytes | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Example:
       index: row of the source.
       caption_index: index of the caption among those of the row; -1 if it was dropped.
       name: name in error messages.
+      conditioning: the control image, uint8 ``[h,w,3]``, cropped and mirrored like ``pixels``; None if there is none.
     """
 
     pixels: np.ndarray | None
@@ -61,6 +67,7 @@ class Example:
     index: int
     caption_index: int
     name: str
+    conditioning: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,8 @@ class Transform:
       interpolation: a key of ``INTERPOLATIONS``.
       empty_share: fraction of captions replaced by "".
       pixels: False skips reading images, for latents from a cache.
+      conditioning: one of ``CONDITIONS``, which makes the control image from the cropped image; None takes that of the
+        record.
       seed: seed of all random choices.
     """
 
@@ -85,6 +94,7 @@ class Transform:
     interpolation: str = "bilinear"
     empty_share: float = 0.0
     pixels: bool = True
+    conditioning: str | None = None
     seed: int = 0
 
     def __call__(self, record: Record, index: int, position: int, size: Size | None = None) -> Example:
@@ -115,12 +125,27 @@ class Transform:
             return Example(None, caption, (0, 0), (0, 0), target, index, number, record.name)
         image = decode(record)
         original = image.height, image.width
-        image = cover(image, covered, self.interpolation)
-        top, left = corner((image.height, image.width), target, place)
-        pixels = np.asarray(image)[top : top + target[0], left : left + target[1]]
-        if flip:
-            pixels, left = pixels[:, ::-1], image.width - target[1] - left
-        return Example(pixels, caption, original, (top, left), target, index, number, record.name)
+
+        def cropped(image: Image.Image) -> tuple[np.ndarray, Size]:
+            image = cover(image, covered, self.interpolation)
+            top, left = corner((image.height, image.width), target, place)
+            pixels = np.asarray(image)[top : top + target[0], left : left + target[1]]
+            return (pixels[:, ::-1], (top, image.width - target[1] - left)) if flip else (pixels, (top, left))
+
+        pixels, crop = cropped(image)
+        control = None
+        if self.conditioning is not None:
+            control = condition(self.conditioning, pixels)
+        elif record.conditioning is not None:
+            control, _ = cropped(decode(Record(record.conditioning, (), f"the control image of {record.name}")))
+        return Example(pixels, caption, original, crop, target, index, number, record.name, control)
+
+
+def condition(name: str, pixels: np.ndarray) -> np.ndarray:
+    """The control image uint8 ``[h,w,3]`` that one of ``CONDITIONS`` makes from an image uint8 ``[h,w,3]``."""
+    from diffuse_jax import control_images  # SciPy is slow to import
+
+    return np.asarray(getattr(control_images, name)(np.ascontiguousarray(pixels)))
 
 
 def decode(record: Record) -> Image.Image:

@@ -6,6 +6,7 @@ once.
 
 from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSettings
 from diffuse_jax.training.settings.methods import (
+    ControlSettings,
     DreamBoothSettings,
     InversionSettings,
     ObjectiveSettings,
@@ -33,6 +34,7 @@ __all__ = [
     "Average",
     "BatchSettings",
     "ComputeSettings",
+    "ControlSettings",
     "DeviceSettings",
     "DreamBoothSettings",
     "EmaSettings",

@@ -61,6 +61,22 @@ class ValidationSettings(Checked):
     validation_guidance_scale: Annotated[float, NONNEGATIVE] = 7.5
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlSettings(Checked):
+    """The ControlNet to train, and the control images of the validation.
+
+    Attributes:
+      controlnet_model_name_or_path: start from this ControlNet, a folder or a Hub id; None for a new one, made from the
+        UNet.
+      controlnet_revision: its branch, tag or commit on the Hub; the main branch if None.
+      validation_image: paths of the images: one for all validation prompts, or one for each.
+    """
+
+    controlnet_model_name_or_path: str | Path | None = None
+    controlnet_revision: str | None = None
+    validation_image: tuple[str, ...] | None = None
+
+
 OTHER_DATA = (
     "train_data_dir",
     "dataset_name",
