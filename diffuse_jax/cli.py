@@ -1,4 +1,4 @@
-"""The ``diffuse-jax`` command: ``generate``, ``convert``, ``parity``, ``env``, and those of :mod:`weights_commands`.
+"""The ``diffuse-jax`` command: ``generate``, ``warmup``, ``convert``, ``parity``, ``env``, and :mod:`weights_commands`.
 
 Results go to stdout or to files, messages to stderr, and the exit status is 0 only on success. Building the parser
 imports nothing heavy, so ``--help`` answers at once.
@@ -77,6 +77,19 @@ TO_CALL = (
     *NUMBERS,
 )
 
+OF_PROGRAMS = (
+    "height",
+    "width",
+    "guidance_scale",
+    "guidance_rescale",
+    "clip_skip",
+    "prompt_syntax",
+    "long_prompts",
+    "noise",
+    *NUMBERS,
+)
+"""Arguments of a call that ``warmup`` passes on."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
@@ -128,6 +141,22 @@ def generate(args: argparse.Namespace) -> None:
         f"seed {seeds}: load {loaded - start:.1f} s, compile {compiling():.1f} s, "
         f"sample {sampling:.1f} s ({sampling / len(out.images):.2f} s per image)"
     )
+
+
+def warmup(args: argparse.Namespace) -> None:
+    """Compile the programs of calls without running them, and keep them: the new files to stdout, times to stderr."""
+    if not compilation_cache_wanted():
+        raise ValueError("DIFFUSE_JAX_COMPILATION_CACHE turns off what warmup fills; unset it")
+    use_compilation_cache(cache_folder() / "xla")
+    args.lora = None  # weights are data, so a program fits every LoRA that generate merges
+    pipe, images = ready_pipeline(args, True, args.mesh)
+    call = given(args, OF_PROGRAMS) | images
+    for count in dict.fromkeys(args.images):
+        start = time.perf_counter()
+        pipe.compile(**call, num_images_per_prompt=count)
+        say(f"program for {count} image(s): {time.perf_counter() - start:.1f} s")
+    for path in pipe.save_compiled(cache_folder() / "programs"):
+        print(path)
 
 
 def ready_pipeline(args: argparse.Namespace, keep: bool, mesh: Any) -> tuple[Any, dict[str, Any]]:
@@ -321,6 +350,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffuse-jax {diffuse_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_generate(commands)
+    add_warmup(commands)
     add_convert(commands)
     weights_commands.add_commands(commands, add_command, DTYPES)
     add_parity(commands)
@@ -350,6 +380,28 @@ def add_generate(commands: Any) -> None:
     about = "a prompt per line or row (.txt, .jsonl, .csv, .parquet): a job that can be interrupted and continued"
     source("--prompts-file", type=Path, metavar="FILE", help=about)
     add("--negative-prompt", action="append", metavar="TEXT", help="negative prompt; once, or once per prompt")
+    add_model_flags(add)
+    add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
+    add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
+    about = "maximum number of images at once (default: all; with --prompts-file: auto, what fits into memory)"
+    add("--batch-size", type=batch_command.batch_size, metavar="N", help=about)
+    about = "one seed, or one per image (default: random, and reported); with --prompts-file, row n has SEED + n"
+    add("--seed", type=number(TORCH_SEED), nargs="+", metavar="N", help=about)
+    add_program_flags(add)
+    add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    add(
+        "--progress-bar",
+        action="store_true",
+        default=None,
+        help="show a progress bar; each step then runs as a separate program",
+    )
+    batch_command.add_flags(command)
+    add_no_compilation_cache(add)
+
+
+def add_model_flags(add: Any) -> None:
+    """Add the flags of :func:`open_pipeline` and the sampler."""
     about = "folder, Hub id or single file (default: %(default)s)"
     add("--model", type=os.path.expanduser, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
@@ -364,7 +416,15 @@ def add_generate(commands: Any) -> None:
     add("--ema", action="store_true", default=None, help="use the averaged weights of a single file for training")
     add("--dtype", choices=DTYPES, help="dtype that the networks compute in")
     add("--scheduler", metavar="NAME", help="scheduler to use instead of the model's, e.g. EulerDiscrete or ddim")
-    add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
+    add("--mesh", type=mesh_text, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
+    add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
+
+
+def add_program_flags(add: Any) -> None:
+    """Add the flags of a call that its compiled program depends on, besides the number of images."""
+    add("--noise", choices=("torch", "cuda"), help="draw the noise that PyTorch draws for the seed, on CPU or GPU")
+    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
+    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--guidance-scale", type=number(FINITE), metavar="X", help="strength of the guidance; 1 or less turns it off")
     add(
         "--guidance-rescale",
@@ -377,27 +437,17 @@ def add_generate(commands: Any) -> None:
     add("--prompt-syntax", choices=("a1111", "compel"), help=about)
     about = "encode prompts of any length, in chunks, instead of cutting what does not fit"
     add("--long-prompts", action="store_true", default=None, help=about)
-    add("--num-images-per-prompt", type=number(COUNT), metavar="N", help="images per prompt")
-    about = "maximum number of images at once (default: all; with --prompts-file: auto, what fits into memory)"
-    add("--batch-size", type=batch_command.batch_size, metavar="N", help=about)
-    about = "one seed, or one per image (default: random, and reported); with --prompts-file, row n has SEED + n"
-    add("--seed", type=number(TORCH_SEED), nargs="+", metavar="N", help=about)
-    add("--noise", choices=("torch", "cuda"), help="draw the noise that PyTorch draws for the seed, on CPU or GPU")
-    add("--height", type=number(COUNT), metavar="PIXELS", help="height of the images")
-    add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
-    add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
     add_flags(add)
-    add("--mesh", type=mesh_text, metavar="AXES", help="device mesh, e.g. data=4 or data=2,fsdp=4")
-    add("--no-safety-checker", action="store_true", help="do not load the model's safety checker")
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
-    add(
-        "--progress-bar",
-        action="store_true",
-        default=None,
-        help="show a progress bar; each step then runs as a separate program",
-    )
-    batch_command.add_flags(command)
-    add_no_compilation_cache(add)
+
+
+def add_warmup(commands: Any) -> None:
+    purpose = "compile what generate would compile, and keep it for later processes"
+    example = "diffuse-jax warmup --model stabilityai/stable-diffusion-xl-base-1.0 --dtype bfloat16 --images 1 4"
+    add = add_command(commands, "warmup", warmup, purpose, example).add_argument
+    about = "numbers of images of a call, a program for each (default: 1)"
+    add("--images", type=number(COUNT), nargs="+", default=[1], metavar="N", help=about)
+    add_model_flags(add)
+    add_program_flags(add)
 
 
 def add_no_compilation_cache(add: Any) -> None:

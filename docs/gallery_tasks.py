@@ -95,8 +95,15 @@ def random_ip_adapter(pipe: Any, folder: Path) -> str:
 
 
 def random_params(shapes: Params) -> Params:
+    """Weights that keep the scale of what they are applied to, so that the adapter's tokens are as large as text's."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes)
+
+    def leaf(path: tuple[Any, ...], x: Any) -> np.ndarray:
+        if x.ndim == 1:
+            return np.full(x.shape, path[-1].key == "scale", np.float32)
+        return rng.standard_normal(x.shape, np.float32) * np.float32(np.prod(x.shape[:-1])) ** -0.5
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def control(pipe: Any, args: argparse.Namespace) -> Sheet:

@@ -521,3 +521,28 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     one, two = (Image.open(path) for path in sorted((tmp_path / "out").glob("*.png")))
     assert one.tobytes() == two.tobytes()
     assert len(list((tmp_path / "cache" / "programs").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_what_is_warmed_up_is_not_compiled_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "DIFFUSE_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    environment.pop("DIFFUSE_JAX_COMPILATION_CACHE", None)
+    call = lambda *words: subprocess.run(
+        [sys.executable, "-m", "diffuse_jax", *words], env=environment, capture_output=True, text=True, check=True
+    )
+    size = ["--height", "32", "--width", "32"]
+    files = call("warmup", *size, "--images", "1", "2").stdout.split()
+    assert len(files) == 2
+    assert all(Path(file).parent == tmp_path / "cache" / "programs" for file in files)
+    assert call("warmup", *size, "--images", "1", "2").stdout == ""
+    prompts = ["--prompt", "a red apple, noto style", "--prompt", "pizza, noto style", "--num-inference-steps", "2"]
+    made = call("generate", *size, *prompts, "--output", str(tmp_path / "out"))
+    assert float(re.search(r"compile (\S+) s", made.stderr)[1]) < 1
+
+
+def test_nothing_is_warmed_up_where_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFUSE_JAX_COMPILATION_CACHE", "0")
+    assert run("warmup") == 1
+    assert "DIFFUSE_JAX_COMPILATION_CACHE turns off what warmup fills" in capsys.readouterr().err
