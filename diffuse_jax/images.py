@@ -94,6 +94,8 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
             f"{_named(image, name)} has {kind} values (mode {image.mode!r}) of unknown range; scale them to 0 to 255 "
             "and convert the image to 8 bits (mode 'L' or 'RGB')"
         )
+    if image.mode == "La":  # greyscale multiplied by its alpha, which Pillow converts to nothing else
+        image = image.convert("LA")
     return image.convert("RGB")
 
 
@@ -117,6 +119,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow turns it as it decodes it, and states its upright size before that
+        return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except (*UNREADABLE, KeyError):  # damaged EXIF, or a list instead of a number: the orientation is unknown
