@@ -147,7 +147,7 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     """The images in a folder and its subfolders, sorted by path, and what was skipped.
 
     Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
-    of an image but do not begin like one are skipped, as are links to folders.
+    of an image but do not begin like one are skipped, as are links to folders and folders that cannot be read.
 
     Raises:
       WeightsError: a link that leaves the folder.
@@ -155,7 +155,8 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     refuse_links(folder, deep=True)
     found: list[Path] = []
     skipped: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    unreadable = lambda error: skipped.append(Path(error.filename))
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
         below = [Path(parent, name) for name in folders]
         skipped += [path for path in below if path.name.startswith(".") or path.is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".")]

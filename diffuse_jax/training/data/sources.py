@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffuse_jax.images import SUFFIXES, find_images, warn_of
-from diffuse_jax.limits import refuse_links
+from diffuse_jax.limits import open_regular, parse_json, refuse_links
+from diffuse_jax.messages import warn
 from diffuse_jax.training.data.transform import SUBSET, Record
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a pair of UTF-16, which JSON can express but no tokenizer reads."""
 
 
 class Source(Protocol):
@@ -38,16 +41,16 @@ class FolderSource:
 
     ``metadata.csv`` with these columns works as well. Either may be in the folder or in subfolders; ``file_name`` is
     relative to it. Only the offset of each line is kept in memory. If captions are not needed, a folder without
-    metadata
-    can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
+    metadata can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
     """
 
-    def __init__(self, folder: str | Path, caption_column: str | None = "text") -> None:
-        """Find the images and check every line; warns about files that are skipped.
+    def __init__(self, folder: str | Path, caption_column: str | None = "text", *, metadata: bool = True) -> None:
+        """Find the images and check every line; warns about images and other files that are left out.
 
         Args:
           folder: the image folder.
           caption_column: key of the caption; None if captions are not needed.
+          metadata: False reads all images, whether a metadata file names them or not.
 
         Raises:
           FileNotFoundError: the folder, the ``metadata.jsonl`` or an image that it names does not exist, or there are
@@ -59,21 +62,23 @@ class FolderSource:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
         refuse_links(self.folder, deep=True)
-        self._metadata = _metadata_files(self.folder)
+        self._metadata = _metadata_files(self.folder) if metadata else []
         if not self._metadata:
             self._images = _uncaptioned_images(self.folder, caption_column)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
-        places, digest = [], []
+        places, digest, named = [], [], set()
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))
                 image, captions = self._parse(line, path, where)
-                if not image.is_file():
+                if not os.path.isfile(image):  # unlike is_file, also for names that no file can have
                     raise FileNotFoundError(f"{where}: {image} does not exist")
                 digest.append(f"{file_identity(image)} {captions}")
+                named.add(str(image))
         if not places:
             raise ValueError(f"{self._metadata[0]} is empty")
+        _warn_of_unnamed(self.folder, named)
         self._places = np.array(places, np.int64)
         self.fingerprint = fingerprint("lines", digest)
 
@@ -133,13 +138,26 @@ def _uncaptioned_images(folder: Path, caption_column: str | None) -> list[Path]:
     return files
 
 
+def _warn_of_unnamed(folder: Path, named: set[str]) -> None:
+    """Warn about images that no line of the metadata names. They are told by their suffix, without opening them."""
+    left, first = 0, ""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.normpath(os.path.join(parent, name))
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES) and path not in named:
+                left, first = left + 1, first or path
+    if left:
+        warn(f"{folder}: {left} images are left out because no metadata names them, for example {first}")
+
+
 def _lines(path: Path, start: int | None = None) -> Iterator[tuple[int, dict[str, Any], str]]:
     """The offset, content and description of every line that is not blank, from the offset ``start`` on."""
     return (_csv_lines if path.suffix == ".csv" else _json_lines)(path, start)
 
 
 def _json_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         offset = file.seek(start or 0)
         for number, text in enumerate(file, 1):
             where = f"{path}:{number}" if start is None else str(path)
@@ -149,10 +167,7 @@ def _json_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, 
 
 
 def _json_object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a line of JSON: {error}") from error
+    line = parse_json(where, text, what="the line", unique=True)
     if not isinstance(line, dict):
         raise ValueError(f'{where}: needs a "file_name", got {text.decode(errors="replace").strip()[:100]}')
     return line
@@ -160,11 +175,14 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 def _csv_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
     """:func:`_lines` of a CSV file, whose first line names the columns; a caption may have several lines."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         # The reader requests one line at a time, so after each row the file is at the beginning of the next one.
-        reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")), strict=True)
+        reader = csv.reader((line.decode("utf-8-sig") for line in iter(file.readline, b"")), strict=True)
         try:
-            columns = [name.removeprefix("\ufeff") for name in next(reader, [])]
+            columns = next(reader, [])
+            twice = next((name for name in columns if name and columns.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{path}: several columns have the name {twice!r}")
             if start is not None:
                 file.seek(start)
             offset = file.tell()
@@ -193,6 +211,8 @@ def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[st
     texts = tuple(value) if isinstance(value, list | tuple | np.ndarray) else (value,)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: {column!r} must be a text or a list of texts, got {value!r}")
+    if any(map(SURROGATE.search, texts)):
+        raise ValueError(f"{where}: {column!r} is not valid Unicode (half of a surrogate pair), got {value!r}")
     return texts
 
 
@@ -227,7 +247,7 @@ def fingerprint(kind: str, parts: Iterable[str]) -> str:
     """A hash of some texts in their order."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
-        digest.update(b"\0" + part.encode())
+        digest.update(b"\0" + part.encode(errors="surrogateescape"))  # file names need not be UTF-8
     return digest.hexdigest()[:32]
 
 
