@@ -37,6 +37,9 @@ MAX_ELEMENTS = 1 << 48
 PACKAGE = Path(__file__).parent
 """This package, including the models it ships with; some installers make its files links."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON and Python can express but no tokenizer reads."""
+
 MAX_NAME = 1000
 """Maximum length of a tensor's name in characters."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffuse_jax.images import SUFFIXES, find_images, warn_of
-from diffuse_jax.limits import open_regular, parse_json, refuse_links
+from diffuse_jax.limits import SURROGATE, open_regular, parse_json, refuse_links
 from diffuse_jax.messages import warn
 from diffuse_jax.training.data.transform import SUBSET, Record
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a pair of UTF-16, which JSON can express but no tokenizer reads."""
 
 
 class Source(Protocol):
