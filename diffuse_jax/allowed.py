@@ -88,7 +88,7 @@ class Rule:
             return self.flag
         if isinstance(value, str):
             return self.text and len(value) <= MAX_TEXT
-        if isinstance(value, Integral) and abs(value) > sys.float_info.max:  # has no floating-point value
+        if isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:  # has no floating-point value
             return False
         if isinstance(value, int | float | Real):
             ranges = (self.whole if isinstance(value, Integral) else None, self.real)
