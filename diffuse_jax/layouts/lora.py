@@ -37,7 +37,9 @@ HARMLESS = (
     *("inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias"),
     *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_config"),
     *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
-    *("runtime_config", "lora_bias", "target_parameters", "ensure_weight_tying"),
+    *("runtime_config", "lora_bias", "target_parameters", "ensure_weight_tying", "qalora_group_size"),
+    *("init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout"),  # of LoHa and LoKr
+    *("use_effective_conv2d", "decompose_both", "decompose_factor"),
 )
 """Settings of PEFT that say which layers are trained, how, or from which values; their tensors are in the file anyway.
 
