@@ -51,7 +51,12 @@ Index = Annotated[int, Range(0, 65_536)]
 """An integer that may be 0: an offset, an index, padding."""
 TokenId = Annotated[int, Range(-1, 2**31 - 1)]
 Signed = Annotated[float, Range(-1e9, 1e9)]
+Positive = Annotated[float, Range(1e-9, 1e9)]
+"""A number that something is divided by, or raised to the power of its inverse."""
 Share = Annotated[float, Range(0, 1)]
+
+MAX_TEXT = 500
+"""Maximum number of characters of a text: a name, never a document."""
 
 MAX_REPEATED = 192
 """Maximum number of layers: the product of all fields that repeat something. Stable Diffusion XL has 60; tracing a
@@ -82,7 +87,9 @@ class Rule:
         if isinstance(value, bool):
             return self.flag
         if isinstance(value, str):
-            return self.text
+            return self.text and len(value) <= MAX_TEXT
+        if isinstance(value, Integral) and abs(int(value)) > sys.float_info.max:  # has no floating-point value
+            return False
         if isinstance(value, int | float | Real):
             ranges = (self.whole if isinstance(value, Integral) else None, self.real)
             return any(r is not None and r.low <= value <= r.high for r in ranges)  # type: ignore[operator]
@@ -98,7 +105,7 @@ class Rule:
 
     def __str__(self) -> str:
         kinds = [
-            "text" if self.text else "",
+            f"text of up to {MAX_TEXT} characters" if self.text else "",
             "true or false" if self.flag else "",
             "null" if self.none else "",
             f"a whole number from {self.whole.low:,} to {self.whole.high:,}" if self.whole else "",

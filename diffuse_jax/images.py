@@ -94,6 +94,8 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
             f"{_named(image, name)} has {kind} values (mode {image.mode!r}) of unknown range; scale them to 0 to 255 "
             "and convert the image to 8 bits (mode 'L' or 'RGB')"
         )
+    if image.mode == "La":  # greyscale multiplied by its alpha, which Pillow converts to nothing else
+        image = image.convert("LA")
     return image.convert("RGB")
 
 
@@ -117,6 +119,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow turns it as it decodes it, and states its upright size before that
+        return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except (*UNREADABLE, KeyError):  # damaged EXIF, or a list instead of a number: the orientation is unknown
@@ -143,7 +147,7 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     """The images in a folder and its subfolders, sorted by path, and what was skipped.
 
     Hidden files and folders (``._a.png``, ``.ipynb_checkpoints``), files of other names, and files that have the name
-    of an image but do not begin like one are skipped, as are links to folders.
+    of an image but do not begin like one are skipped, as are links to folders and folders that cannot be read.
 
     Raises:
       WeightsError: a link that leaves the folder.
@@ -151,7 +155,8 @@ def find_images(folder: Path) -> tuple[list[Path], Skipped]:
     refuse_links(folder, deep=True)
     found: list[Path] = []
     skipped: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    unreadable = lambda error: skipped.append(Path(error.filename))
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
         below = [Path(parent, name) for name in folders]
         skipped += [path for path in below if path.name.startswith(".") or path.is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -37,6 +37,9 @@ MAX_ELEMENTS = 1 << 48
 PACKAGE = Path(__file__).parent
 """This package, including the models it ships with; some installers make its files links."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON and Python can express but no tokenizer reads."""
+
 MAX_NAME = 1000
 """Maximum length of a tensor's name in characters."""
 
@@ -69,11 +72,11 @@ def read_bounded(path: Path, limit: int = MAX_JSON) -> bytes:
     return data
 
 
-def parse_json(path: Path, text: bytes | str, *, what: str = "it", unique: bool = False) -> Any:
+def parse_json(path: Path | str, text: bytes | str, *, what: str = "it", unique: bool = False) -> Any:
     """Parse a JSON text.
 
     Args:
-      path: the file that errors name.
+      path: the file, or the place in it, that errors name.
       text: a string, or UTF-8 bytes.
       what: what errors call the text, for example ``"header"``.
       unique: refuse an object with duplicate keys.
@@ -98,7 +101,7 @@ def parse_json(path: Path, text: bytes | str, *, what: str = "it", unique: bool 
     return data
 
 
-def _unique(path: Path, what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(path: Path | str, what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -107,7 +110,7 @@ def _unique(path: Path, what: str, pairs: list[tuple[str, Any]]) -> dict[str, An
     return found
 
 
-def _check_depth(path: Path, data: Any, what: str) -> None:
+def _check_depth(path: Path | str, data: Any, what: str) -> None:
     level: list[Any] = [data]
     for _ in range(MAX_DEPTH + 1):
         level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pytest
 
 from diffuse_jax import schedulers
-from diffuse_jax.allowed import Layers, Levels, Range, Rule, Signed, rule_of, rules_of
+from diffuse_jax.allowed import Layers, Levels, Positive, Range, Rule, Signed, rule_of, rules_of
 from diffuse_jax.config import Config
 from diffuse_jax.models import (
     ADMUNet,
@@ -73,12 +73,13 @@ def test_what_a_field_cannot_hold_is_refused(name: str, field: str) -> None:
         (float, [0, 0.5, 1e9], [-0.5, 1e10, float("inf"), float("nan"), False, None]),
         (Signed, [-3, 0.5], [-1e10, float("-inf")]),
         (bool, [True, False, None], [0, 1, "true"]),  # null in published files means false
-        (str, ["", "x"], [1, None]),
+        (str, ["", "x"], [1, None, "x" * 501]),
+        (Positive, [1e-9, 1], [0, -1, float("nan")]),
         (str | None, ["x", None], [0, False]),
         (tuple[int, ...], [(), (1, 2)], [(0,), (1, "x"), (1,) * 65, 1, "1"]),
         (int | tuple[int, ...], [3, (3, 4)], [(), "3", ((3,),)][1:]),
         (tuple[int, int], [(1, 2)], [(1,), (1, 2, 3)]),
-        (Annotated[float, Range(0, float("inf"))], [float("inf")], [float("nan"), -1]),
+        (Annotated[float, Range(0, float("inf"))], [float("inf")], [float("nan"), -1, 10**400]),
         (Layers, [1, 64], [0, 65]),
         (Levels, [(1,) * 16], [(1,) * 17, (0,)]),
     ],
@@ -92,7 +93,7 @@ def test_what_annotations_mean(hint: Any, good: list[Any], bad: list[Any]) -> No
 def test_an_annotation_without_a_rule_is_an_error_of_the_class() -> None:
     with pytest.raises(TypeError, match="no rule for fields annotated"):
         rule_of(dict[str, int])
-    assert str(Rule(text=True, none=True)) == "text or null"
+    assert str(Rule(text=True, none=True)) == "text of up to 500 characters or null"
     assert str(rule_of(Layers | tuple[Layers, ...])) == (
         "a whole number from 1 to 64 or a list of up to 64 entries, each a whole number from 1 to 64"
     )

@@ -163,6 +163,11 @@ def test_a_grid_of_wrong_numbers_or_sizes_is_refused() -> None:
         utils.make_image_grid([small, large], 1, 2)
 
 
+def test_greyscale_multiplied_by_its_alpha_is_divided_by_it() -> None:
+    image = Image.new("LA", (1, 1), (100, 128)).convert("La")
+    assert abs(images.rgb(image, "image").getpixel((0, 0))[0] - 100) <= 1  # type: ignore[index]
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_values_of_unknown_range_are_refused_with_the_name_of_the_file(mode: str, tmp_path: Path) -> None:
     file = tmp_path / "depth.tiff"
@@ -177,16 +182,18 @@ def test_values_of_unknown_range_are_refused_with_the_name_of_the_file(mode: str
             read(image, (2, 2), "image")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])  # Pillow itself turns what it decodes from a TIFF
 @pytest.mark.parametrize("orientation", [*range(11), 65535])
-def test_every_orientation_is_turned_upright_or_left(orientation: int, rng: np.random.Generator) -> None:
+def test_every_orientation_is_turned_upright_or_left(orientation: int, kind: str, rng: np.random.Generator) -> None:
     """Pillow's own function is the second opinion; 0 and those over 8 are not defined."""
     pixels = rng.integers(0, 256, (4, 6, 3), np.uint8)
     exif = Image.Exif()
     exif[images.ORIENTATION] = orientation
-    content = stored(Image.fromarray(pixels), exif=exif)
+    content = stored(Image.fromarray(pixels), kind, exif=exif)
     record = Record(content, ("",), "a")
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(stored(Image.fromarray(pixels), exif=exif))) as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
+    with Image.open(io.BytesIO(content)) as image:
         assert image_size(record) == wanted.shape[:2]
         np.testing.assert_array_equal(np.asarray(decode(record)), wanted)
         np.testing.assert_array_equal(inputs.pixels(image, None, "image")[0], np.float32(wanted) / 255)

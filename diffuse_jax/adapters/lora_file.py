@@ -88,6 +88,8 @@ def read_adapter(
         if strict or not found:
             raise WeightsError(message)
         warn(message)
+    if not found:
+        raise bad(file, "holds no tensors of a LoRA")
     settings = read_settings(file, names_in_file)
     kernels = {name: flatten(tree) for name, tree in shapes.items()}
     adapter: Adapter = {}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.errors import WeightsError, bad
-from diffuse_jax.limits import check_name, refuse_links
+from diffuse_jax.limits import SURROGATE, check_name, refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
@@ -64,22 +64,30 @@ def expand_words(prompt: str, tokenizer: Any) -> str:
 
 
 def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """The tokens of a prompt in order, each with its start and end; slow tokenizers give the new words only."""
+    """The tokens of a prompt in order, each with its start and end, and "" for those that are no new words, which slow
+    tokenizers leave out."""
     if not getattr(tokenizer, "is_fast", False):  # only fast tokenizers report offsets
         longest = sorted(known, key=len, reverse=True)
         return [(m[0], m.start(), m.end()) for m in re.finditer("|".join(map(re.escape, longest)), prompt)]
     call = stateless(tokenizer, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     read = call([prompt])
-    names = tokenizer.convert_ids_to_tokens(read["input_ids"][0])
-    return [(name, *place) for name, place in zip(names, read["offset_mapping"][0], strict=True)]
+    names = {number: word for word, number in known.items()}  # as they were added; the tokenizer's are in lower case
+    found = zip(read["input_ids"][0], read["offset_mapping"][0], strict=True)
+    return [(names.get(number, ""), *place) for number, place in found]
 
 
 def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
     """A copy of the tokenizer with the words of ``token`` added.
 
     Raises:
-      ValueError: ``vectors`` is less than 1, or the tokenizer already knows one of the words.
+      TypeError: ``token`` is not a string.
+      ValueError: ``vectors`` is less than 1, or the tokenizer already knows one of the words, if only in other letters
+        (upper and lower case are the same to CLIP's), or cannot read it.
     """
+    if not isinstance(token, str):
+        raise TypeError(f"the word for new embeddings must be a string, got {brief(token)}")
+    if not token.strip() or SURROGATE.search(token):
+        raise ValueError(f"the word for new embeddings must be readable text, got {token!r}; choose another")
     if vectors < 1:
         raise ValueError(f"num_vectors must be at least 1, got {vectors}")
     new, known = words(token, vectors), tokenizer.get_vocab()
@@ -88,6 +96,9 @@ def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
             raise ValueError(f"the tokenizer already knows {word!r}; choose another placeholder_token")
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(new)
+    read = unpadded_ids(extended, new, add_special_tokens=False)
+    if read != [[number] for number in extended.convert_tokens_to_ids(new)]:
+        raise ValueError(f"the tokenizer reads {token!r} as another word; choose another placeholder_token")
     return extended
 
 
@@ -191,7 +202,9 @@ def load_word(source: str | Path, token: str | None = None) -> tuple[str, dict[s
     name = None
     if "string_to_param" in data:
         name, data = data.get("name"), data["string_to_param"]
-        data = {name or word: rows for word, rows in data.items()}
+        if not isinstance(data, dict):
+            raise bad(path, f"string_to_param is a {type(data).__name__}, not a dict with the embeddings of one word")
+        data = {name or word: rows for word, rows in data.items()} if len(data) == 1 else data
     if len(data) != 1 and data.keys() != ENCODERS.keys():
         raise bad(path, f"holds {len(data)} tensors; expected the embeddings of one word")
     for word, rows in data.items():
@@ -220,3 +233,5 @@ def check_embeddings(path: Path, word: Any, rows: Any) -> None:
         raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
     if rows.ndim == 2 and len(rows) > MAX_ROWS:
         raise bad(path, f"{brief(word)} has {len(rows)} rows; the maximum is {MAX_ROWS}")
+    if not np.isfinite(rows.astype(np.float32)).all():
+        raise bad(path, f"the embeddings of {brief(word)} hold NaN or infinity")

@@ -31,6 +31,20 @@ SETTINGS = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
 """PEFT's settings, in a file beside ``adapter_model.safetensors``."""
 
+HONOURED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+HARMLESS = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_config"),
+    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    *("runtime_config", "lora_bias", "target_parameters", "ensure_weight_tying", "qalora_group_size"),
+    *("init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout"),  # of LoHa and LoKr
+    *("use_effective_conv2d", "decompose_both", "decompose_factor"),
+)
+"""Settings of PEFT that say which layers are trained, how, or from which values; their tensors are in the file anyway.
+
+Others change what is computed, or do not exist; they are accepted only if they are off."""
+
 MAX_ALPHA = 1e6
 MAX_PATTERNS = (5000, 32)
 """Maximum number of keys of an ``alpha_pattern``, and of those among them that are not plain names."""
@@ -46,11 +60,12 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
       layers: the file's layers, as named by ``diffuse_jax.adapters.lora_file.stem_of`` -> as named in the file.
 
     Raises:
-      WeightsError: the settings are damaged, or refer to a network or layers without a pair in the file.
+      WeightsError: the settings are damaged, unknown or contradictory, or refer to a network or layers without a pair
+        in the file.
     """
     networks = {stem.partition(".")[0] for stem in layers}
     text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
-    flat = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})")
+    flat = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})", unique=True)
     if not isinstance(flat, dict):
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not an object")
     beside = file.parent / CONFIG
@@ -65,7 +80,13 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
                 f"its metadata ({SETTINGS!r}) has {key!r}, but the file has no pairs for {network!r}, only for "
                 f"{', '.join(sorted(networks))}; a setting that matches nothing would be ignored",
             )
-        settings.setdefault(network, {})[name] = value
+        if name not in (*HONOURED, *HARMLESS) and value:
+            raise bad(file, f"its metadata ({SETTINGS!r}) has {brief(key)}, which is no setting that is supported")
+        if name.startswith("use_") and not isinstance(value, bool | None):
+            raise bad(file, f"its metadata ({SETTINGS!r}) has {key!r}, which must be true or false, got {brief(value)}")
+        if name in settings.setdefault(network, {}):
+            raise bad(file, f"its metadata ({SETTINGS!r}) has {name!r} of {network} twice, with different prefixes")
+        settings[network][name] = value
     for network, of_network in settings.items():
         _check_patterns(file, network, of_network, layers)
     return settings

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffuse_jax.allowed import Layers, Levels
+from diffuse_jax.allowed import Layers, Levels, Positive
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig, Posterior, check_images, check_latents
 from diffuse_jax.models.autoencoder_layers import Decoder, Encoder
@@ -51,7 +51,7 @@ class AsymmetricAutoencoderKLConfig(Config):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 32
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
 
     def __post_init__(self) -> None:
         super().__post_init__()

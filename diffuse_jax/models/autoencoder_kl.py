@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from diffuse_jax.allowed import Layers, Length, Levels, Signed
+from diffuse_jax.allowed import Layers, Length, Levels, Positive, Signed
 from diffuse_jax.config import NOT_QUANTIZED, Config
+from diffuse_jax.messages import brief
 from diffuse_jax.models.autoencoder_layers import Decoder, Encoder
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.layers import ACTIVATIONS, Conv
@@ -38,10 +39,10 @@ class AutoencoderKLConfig(Config):
     latent_channels: int = 4
     norm_num_groups: int = 32
     sample_size: int = 32
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     shift_factor: Signed | None = None
     latents_mean: Annotated[tuple[Signed, ...], Length(65_536)] | None = None
-    latents_std: Annotated[tuple[float, ...], Length(65_536)] | None = None
+    latents_std: Annotated[tuple[Positive, ...], Length(65_536)] | None = None
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -59,6 +60,12 @@ class AutoencoderKLConfig(Config):
                 f"AutoencoderKL: {len(self.down_block_types)} down and {len(self.up_block_types)} up blocks "
                 f"for {len(self.block_out_channels)} entries of block_out_channels"
             )
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(
+                    f"AutoencoderKL: {name} must have one number for each of the "
+                    f"latent_channels={self.latent_channels}, got {brief(values)}"
+                )
 
     @property
     def scale(self) -> int:

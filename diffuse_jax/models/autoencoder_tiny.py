@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffuse_jax.allowed import Range, Signed
+from diffuse_jax.allowed import Positive, Range, Signed
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.autoencoder_kl import check_images, check_latents
 from diffuse_jax.models.base import Model
@@ -51,10 +51,10 @@ class AutoencoderTinyConfig(Config):
     upsampling_scaling_factor: Annotated[int, Range(1, 16)] = 2
     num_encoder_blocks: tuple[Annotated[int, Range(0, 64)], ...] = (1, 3, 3, 3)
     num_decoder_blocks: tuple[Annotated[int, Range(0, 64)], ...] = (3, 3, 3, 1)
-    latent_magnitude: float = 3
+    latent_magnitude: Positive = 3
     latent_shift: Signed = 0.5
     force_upcast: bool = False
-    scaling_factor: float = 1.0
+    scaling_factor: Positive = 1.0
     shift_factor: Signed | None = 0.0
     use_midblock_gn: bool = False
 

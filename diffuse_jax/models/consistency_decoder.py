@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from diffuse_jax.allowed import Index, Layers, Levels, Share
+from diffuse_jax.allowed import Index, Layers, Levels, Positive, Share
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.autoencoder_kl import AutoencoderKLConfig, Encoder, Posterior, check_images
 from diffuse_jax.models.base import Model
@@ -35,7 +35,7 @@ class ConsistencyDecoderVAEConfig(Config):
     fixed: ClassVar[Mapping[str, Any]] = {**NOT_QUANTIZED, "encoder_double_z": True}
     harmless: ClassVar[Mapping[str, str]] = AutoencoderKLConfig.harmless
 
-    scaling_factor: float = 0.18215
+    scaling_factor: Positive = 0.18215
     latent_channels: int = 4
     sample_size: int = 32
     encoder_act_fn: str = "silu"

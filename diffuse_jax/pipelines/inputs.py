@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffuse_jax.adapters.tokens import expand_words
 from diffuse_jax.images import rgb, upright, upright_size
+from diffuse_jax.limits import SURROGATE
 from diffuse_jax.messages import brief, warn
 from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import Rows
@@ -25,10 +26,13 @@ def as_list(value: Prompt, name: str) -> list[str]:
 
     Raises:
       TypeError: it is neither.
+      ValueError: a prompt has half of a surrogate pair.
     """
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
+    if any(map(SURROGATE.search, values)):
+        raise ValueError(f"{name} is not valid Unicode (half of a surrogate pair), got {brief(value)}")
     return values
 
 

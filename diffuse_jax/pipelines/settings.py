@@ -13,6 +13,12 @@ from diffuse_jax.messages import brief
 
 logger = logging.getLogger(__name__)
 
+FLAGS = (
+    *("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"),
+    *("add_watermarker", "is_cosxl_edit"),
+)
+"""Settings that are true or false."""
+
 
 def log_ignored(kind: Any, options: Mapping[str, Any], source: str | Path) -> None:
     """Log settings of ``model_index.json`` that have no effect although the user may expect one.
@@ -33,9 +39,20 @@ def split_settings(
     kind: Any, options: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The settings of ``model_index.json`` with those among the caller's arguments that the class ``kind`` knows in
-    their place, and the caller's other arguments."""
+    their place, and the caller's other arguments.
+
+    Raises:
+      ValueError: a setting that is true or false has another value.
+    """
     own = {name: value for name, value in given.items() if name in kind.settings}
-    return ({**options, **own} if own else options), {k: v for k, v in given.items() if k not in own}
+    settings = {**options, **own} if own else options
+    for name in FLAGS:
+        if not isinstance(value := settings.get(name), bool | None):
+            raise ValueError(
+                f"{kind.__name__}: {name} (in model_index.json or as an argument) must be true or false, got "
+                f"{brief(value)}"
+            )
+    return settings, {k: v for k, v in given.items() if k not in own}
 
 
 def corrected(kind: Any, parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Positive
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
@@ -42,7 +43,7 @@ class CMStochasticIterativeScheduler(ContinuousScheduler):
     sigma_max: float = 80.0
     sigma_data: float = 0.5  # type: ignore[misc]  # a class attribute of others
     s_noise: float = 1.0
-    rho: float = 7.0
+    rho: Positive = 7.0
     clip_denoised: bool = True
 
     coordinates: ClassVar[str] = "exploding"

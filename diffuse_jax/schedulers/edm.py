@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Positive
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
@@ -28,7 +29,7 @@ class EDMScheduler(ContinuousScheduler, abstract=True):
     sigma_max: float = 80.0
     sigma_data: float = 0.5  # type: ignore[misc]  # a class attribute of others
     sigma_schedule: str = "karras"
-    rho: float = 7.0
+    rho: Positive = 7.0
     final_sigmas_type: str = "zero"
 
     coordinates: ClassVar[str] = "exploding"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from diffuse_jax.allowed import Positive
 from diffuse_jax.schedulers import flow
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers import sigmas as sg
@@ -47,7 +48,7 @@ class ExponentialIntegrator(Scheduler, abstract=True):
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     use_flow_sigmas: bool = False
-    flow_shift: float = 1.0
+    flow_shift: Positive = 1.0
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"prediction_type": (*ns.PREDICTION_TYPES, "flow_prediction")}
     karras_flow: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.allowed import INFINITY, Range
+from diffuse_jax.allowed import INFINITY, Positive, Range
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.edm import check_sigma_range
@@ -39,7 +39,7 @@ class KarrasEDMScheduler(ContinuousScheduler):
     s_tmin: float = 0.0
     s_tmax: Annotated[float, Range(0, INFINITY)] = float("inf")
     s_noise: float = 1.0
-    rho: float = 7.0
+    rho: Positive = 7.0
     clip_sample: bool = False
     clip_sample_range: float = 1.0
 

@@ -11,6 +11,7 @@ from diffuse_jax.bounds import flag, real, whole
 from diffuse_jax.messages import brief
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.table import Table
 
 
 class Limits(Protocol):
@@ -28,6 +29,7 @@ class Limits(Protocol):
     def limits_steps(self) -> bool: ...
     @property
     def final_sigma_given(self) -> bool: ...
+    def settings(self) -> dict[str, Any]: ...
     @property
     def grid_options(self) -> tuple[str, ...]: ...
     @property
@@ -129,6 +131,17 @@ def check_one_way(scheduler: Limits, timesteps: Array) -> None:
         raise ValueError(
             f"{scheduler.class_name} goes back to more noise between its steps and is run as a whole, without"
             " strength=, denoising_start= and denoising_end="
+        )
+
+
+def check_finite(scheduler: Limits, table: Table) -> None:
+    """Refuse a run that would turn every sample into NaN, because a level has no signal or no noise to divide by."""
+    with np.errstate(over="ignore"):
+        used = (np.float32(array) for array in (table.to_x0, table.levels[:-1], table.rows, table.init_scale))
+    if not all(np.isfinite(array).all() for array in used):
+        raise ValueError(
+            f"{scheduler.class_name}: this run has coefficients that are infinite or NaN, since its noise schedule "
+            f"reaches a level without signal or without noise; its settings are {brief(scheduler.settings())}"
         )
 
 

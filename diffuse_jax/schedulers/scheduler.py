@@ -184,6 +184,7 @@ class Scheduler(SchedulerConfig, abstract=True):
         rows = self.evaluations(grid, begin, **step_options)
         learned = self.learned_variance
         table = Table.build(rows, grid.init_scale, grid.final, **self._correction(), learned_variance=learned)
+        request.check_finite(self, table)
         if self.ascends and strength is not None:
             return table.cut(request.steps_to_run(n, strength))
         return table if denoising_end is None else self._stop(table, denoising_end)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from diffuse_jax.allowed import Index
+from diffuse_jax.allowed import Index, Positive
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Evaluation, Grid, Level, Row
@@ -44,8 +44,8 @@ class ScoreSdeVeScheduler(ContinuousScheduler):
 
     num_train_timesteps: int = 2000
     snr: float = 0.15
-    sigma_min: float = 0.01
-    sigma_max: float = 1348.0
+    sigma_min: Positive = 0.01
+    sigma_max: Positive = 1348.0
     sampling_eps: float = 1e-5
     correct_steps: Index = 1
 

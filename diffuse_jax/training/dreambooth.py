@@ -61,10 +61,10 @@ def refuse_other_data(data: DataSettings, folder: str) -> None:
 
 
 class FixedPrompts:
-    """All images of a folder with the same captions; a ``metadata.jsonl`` is ignored."""
+    """All images of a folder with the same captions; metadata files are ignored."""
 
     def __init__(self, folder: str | Path, captions: tuple[str, ...]) -> None:
-        self._source, self._captions = FolderSource(folder, caption_column=None), captions
+        self._source, self._captions = FolderSource(folder, caption_column=None, metadata=False), captions
         self.fingerprint = f"{self._source.fingerprint}-{hashlib.sha1(repr(captions).encode()).hexdigest()}"
 
     def __len__(self) -> int:

@@ -190,12 +190,21 @@ def test_settings_that_match_nothing_are_refused(tmp_path: Path, rng: np.random.
     cases = [
         ({"text_encoder.lora_alpha": 6}, "'text_encoder.lora_alpha', but the file has no pairs for 'text_encoder'"),
         ({"transformer.lora_alpha": 6}, "'transformer.lora_alpha', but the file has no pairs for"),
+        ({"unet.lora_alhpa": 6}, "'unet.lora_alhpa', which is no setting that is supported"),
+        ({"": 6}, "'', which is no setting"),
+        ({"unet.lora_alpha": 6, "lora_alpha": 3}, "'lora_alpha' of unet twice, with different prefixes"),
         ({"unet.alpha_pattern": {"to_nothing": 6}}, "alpha_pattern 'to_nothing' .* matches no layer of unet"),
     ]
     for settings, message in cases:
         save_file(tensors, tmp_path / "odd.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
         with pytest.raises(WeightsError, match=message):
             load_lora(tmp_path / "odd.safetensors", {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()})
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(WeightsError, match=r"empty\.safetensors: holds no tensors of a LoRA"):
+        load_lora(tmp_path / "empty.safetensors", {"unet": UNET.shapes()})
 
 
 def test_settings_that_are_damaged_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -252,6 +261,8 @@ def test_text_encoders_take_pairs_too(rng: np.random.Generator) -> None:
         ('{"unet.lora_alpha": Infinity}', "alpha is inf, not a number from"),
         ('{"unet.lora_alpha": "8"}', "alpha is '8', not a number from"),
         ('{"unet.lora_alpha": true}', "alpha is True, not a number from"),
+        ('{"unet.lora_alpha": 1, "unet.lora_alpha": 2}', "names 'unet.lora_alpha' twice"),
+        ('{"unet.use_rslora": "false"}', "'unet.use_rslora', which must be true or false, got 'false'"),
         ('{"unet.alpha_pattern": [1]}', "alpha_pattern in its metadata is .1., not an object"),
         ('{"unet.alpha_pattern": {"[": 1}}', "the alpha_pattern '.' in its metadata is not supported"),
         ('{"unet.alpha_pattern": {"(((((((((((a+)+)+)+)+)+)+)+)+)+)+b": 1}}', "nested more than 8"),

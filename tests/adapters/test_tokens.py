@@ -49,6 +49,14 @@ def test_of_words_that_begin_alike_the_longest_is_meant(order: tuple[str, str], 
     assert tokenizer.convert_ids_to_tokens(ids) == wanted
 
 
+@pytest.mark.parametrize("word", ["EasyNegative", "a\nb", "\u00e9", "two words", "日本"])
+def test_all_rows_of_a_word_are_used_however_the_tokenizer_normalises_it(word: str) -> None:
+    tokenizer = tokens.with_words(tiny.tokenizer(), word, 3)
+    for prompt in (word, word.upper(), word.lower()):
+        ids = tokenizer(tokens.expand_words(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        assert ids == list(range(len(tokenizer) - 3, len(tokenizer)))
+
+
 def test_the_name_of_the_last_row_does_not_go_on_into_what_follows() -> None:
     tokenizer = tokens.with_words(tiny.tokenizer(), "<a>", 2)
     assert tokens.expand_words("<a>0 <a>, <a>", tokenizer) == "<a> <a>_1 0 <a> <a>_1, <a> <a>_1"
@@ -69,6 +77,13 @@ def test_impossible_words_are_refused() -> None:
         tokens.with_words(tokens.with_words(old, "<cat>", 1), "<cat>", 1)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         tokens.with_words(old, "<cat>", 0)
+    with pytest.raises(ValueError, match="reads 'MyStyle' as another word"):
+        tokens.with_words(tokens.with_words(old, "mystyle", 2), "MyStyle", 2)
+    for word in ("", " ", "\ud800"):
+        with pytest.raises(ValueError, match="must be readable text, got"):
+            tokens.with_words(old, word, 2)
+    with pytest.raises(TypeError, match=r"must be a string, got \['a'\]"):
+        tokens.with_words(old, ["a"], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="single token, but 'toy' is 't', 'o', 'y</w>'"):
         tokens.token_id(old, "toy")
 
@@ -103,8 +118,17 @@ def test_files_of_several_programs_are_read(tmp_path: Path, rng: np.random.Gener
         tokens.load_rows(tmp_path / "two.safetensors")
     with pytest.raises(WeightsError, match="no such file"):
         tokens.load_rows(tmp_path / "none.bin")
+    save_file({"a": np.full((1, 16), np.nan, np.float16)}, tmp_path / "nan.safetensors")
+    with pytest.raises(WeightsError, match="the embeddings of 'a' hold NaN or infinity"):
+        tokens.load_rows(tmp_path / "nan.safetensors")
     torch = pytest.importorskip("torch")
-    for content, message in [([1, 2], "holds a list"), ({"<cat>": "x"}, "'<cat>' is a str; expected a tensor")]:
+    several = {"name": "a", "string_to_param": {"*": torch.ones(1, 16), "+": torch.ones(1, 16)}}
+    for content, message in [
+        ([1, 2], "holds a list"),
+        ({"<cat>": "x"}, "'<cat>' is a str; expected a tensor"),
+        ({"string_to_param": torch.ones(1, 16)}, "string_to_param is a ndarray, not a dict"),
+        (several, "holds 2 tensors"),
+    ]:
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(WeightsError, match=message):
             tokens.load_rows(tmp_path / "odd.pt")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from diffuse_jax.models import UNet2DConfig, UNet2DModel
-from diffuse_jax.pipelines import StableDiffusionXLPipeline
-from diffuse_jax.pipelines.settings import corrected, log_ignored
+from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.pipelines.settings import corrected, log_ignored, split_settings
 from diffuse_jax.schedulers import DDIMScheduler
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModel
 from diffuse_jax.training.networks import warn_of_dropout
+from diffuse_jax.weights import WeightsError
 from tests.pipelines import tiny
 
 
@@ -28,6 +31,25 @@ def test_values_of_the_index(options: dict[str, object], message: str, caplog: p
         log_ignored(StableDiffusionXLPipeline, options, "folder")
     assert message in caplog.text
     assert bool(message) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("value", ["false", 0, [True]])
+def test_flags_are_true_or_false(value: object) -> None:
+    with pytest.raises(ValueError, match="force_zeros_for_empty_prompt .* must be true or false, got"):
+        split_settings(StableDiffusionXLPipeline, {"force_zeros_for_empty_prompt": value}, {})
+    assert split_settings(StableDiffusionXLPipeline, {"add_watermarker": None}, {"unet": 1})[1] == {"unet": 1}
+
+
+@pytest.mark.parametrize("entry", [None, [None, None], ["diffusers"], 5])
+def test_a_folder_without_a_component_is_refused_before_anything_is_opened(entry: object, tmp_path: Path) -> None:
+    names = {
+        **{name: ["diffusers", "Anything"] for name in ("vae", "text_encoder", "tokenizer", "scheduler")},
+        "unet": entry,
+    }
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **names}))
+    with pytest.raises(WeightsError, match=r"model_index\.json: has no unet, which StableDiffusionPipeline needs; add"):
+        DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_a_swap_is_taken_as_it_is() -> None:

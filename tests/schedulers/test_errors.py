@@ -130,3 +130,19 @@ def test_a_share_is_a_number() -> None:
     assert "denoising_end must be a finite number, got 'x'" in refusal(
         "DDIMScheduler", num_inference_steps=5, denoising_end="x"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {"beta_start": 0.5}),  # no signal is left in float32
+        ("EulerDiscreteScheduler", {"beta_end": 0.5}),
+        ("DDIMScheduler", {"beta_start": 0.0}),  # no noise to divide by
+        ("ScoreSdeVpScheduler", {"sampling_eps": 0.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_noise_schedules_that_end_in_nan(name: str, settings: dict[str, float]) -> None:
+    (setting,) = settings
+    with pytest.raises(ValueError, match=rf"{name}: this run has coefficients that are infinite .*{setting}"):
+        getattr(schedulers, name)(**settings).table(3)

@@ -164,7 +164,7 @@ def test_contradictions(name: str, config: dict[str, Any], message: str) -> None
         (lambda: UniPCMultistepScheduler(**FLOW).table(5, mu=0.8), "got mu=0.8 but has use_dynamic_shifting=False"),
         (lambda: UniPCMultistepScheduler().table(5, mu=0.8), "got mu=0.8 but has use_dynamic_shifting=False"),
         (lambda: SASolverScheduler(**FLOW).table(5, mu=0.8), "SASolverScheduler has no option mu"),
-        (lambda: UniPCMultistepScheduler(**FLOW, flow_shift=0.0).table(5), "positive factor"),
+        (lambda: UniPCMultistepScheduler(**FLOW, flow_shift=0.0), "flow_shift must be a number from 1e-09"),
     ],
 )
 def test_impossible_values_are_refused(make: Any, message: str) -> None:

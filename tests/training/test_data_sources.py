@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffuse_jax.images import find_images
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.data import (
     DataSettings,
@@ -28,7 +30,9 @@ from diffuse_jax.training.data import (
     write_tar,
 )
 from diffuse_jax.training.data.shards import braces, shard_source
+from diffuse_jax.training.data.sources import METADATA
 from diffuse_jax.training.data.transform import Record, decode
+from diffuse_jax.training.dreambooth import FixedPrompts
 
 from .data_sets import finish, flags, flat_image, image_folder, per_device, png, table
 
@@ -217,13 +221,70 @@ def test_braces() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [({"file_name": "0.png"}, "no column 'text'"), ({"file_name": "0.png", "text": 3}, "must be a text"),
-     ({"file_name": "0.png", "text": []}, "must be a text"), ({"text": "a"}, 'needs a "file_name"')],
+     ({"file_name": "0.png", "text": []}, "must be a text"), ({"text": "a"}, 'needs a "file_name"'),
+     ({"file_name": "0.png", "text": "\ud83d"}, "not valid Unicode"),
+     ({"file_name": "x" * 5000, "text": "a"}, "does not exist")],
 )  # fmt: skip
 def test_bad_lines_are_named(tmp_path: Path, line: dict[str, object], message: str) -> None:
     image_folder(tmp_path, 1)
     (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps(line))
-    with pytest.raises(ValueError, match=rf"metadata.jsonl:2: .*{message}"):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"metadata.jsonl:2: .*{message}"):
         FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("[" * 100_000, "nested more than 64 levels"), ('{"file_name": "0.png", "text": "", "text": ""}', "'text' twice")],
+)
+def test_lines_that_are_not_plain_json_are_named(tmp_path: Path, line: str, message: str) -> None:
+    image_folder(tmp_path, 1)
+    (tmp_path / "metadata.jsonl").write_text("\n" + line)
+    with pytest.raises(ValueError, match=rf"metadata.jsonl:2: the line .*{message}"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_a_pipe_instead_of_metadata_is_refused(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: is not a regular file"):
+        FolderSource(tmp_path)
+
+
+def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    path.write_bytes(png(flat_image(7)))
+    source = FolderSource(tmp_path, caption_column=None)
+    assert [np.asarray(decode(source[0]))[0, 0, 0], len(source.fingerprint)] == [7, 32]
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.add(path, "\udcff.png")
+    assert np.asarray(decode(TarSource([tmp_path / "a.tar"], None)[0]))[0, 0, 0] == 7
+
+
+def test_images_that_no_metadata_names_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    image_folder(tmp_path, 2)
+    image_folder(tmp_path / "below", 3)  # its metadata is not read either
+    with pytest.warns(UserWarning, match=r"3 images are left out because no metadata names them, .*below.0\.png"):
+        assert len(FolderSource(tmp_path)) == 2
+    assert len(FolderSource(tmp_path, caption_column=None, metadata=False)) == 5
+    assert len(FixedPrompts(tmp_path, ("a",))) == 5, "DreamBooth reads no metadata"
+
+
+def test_folders_that_cannot_be_read_are_skipped_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_folder(tmp_path, 1)
+    (tmp_path / "lost+found").mkdir()
+    listed = os.scandir
+
+    def scandir(folder: str) -> Any:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(13, "Permission denied", folder)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found, skipped = find_images(tmp_path)
+    assert [len(found), skipped.count] == [1, 2]
+    assert skipped.first.endswith("lost+found")
 
 
 def test_hidden_and_other_files_are_skipped_with_a_warning(tmp_path: Path) -> None:
@@ -247,7 +308,7 @@ def test_metadata_in_hidden_folders_is_not_read(tmp_path: Path) -> None:
 def test_metadata_may_be_comma_separated(tmp_path: Path) -> None:
     image_folder(tmp_path, 3)
     (tmp_path / "metadata.jsonl").unlink()
-    lines = ["\ufefffile_name,text", '1.png,"a, ""b""\nand c"', "", "0.png,ä", '"2.png",']
+    lines = ['\ufeff"file_name","text"', '1.png,"a, ""b""\nand c"', "", "0.png,ä", '"2.png",']
     (tmp_path / "metadata.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
     source = pickle.loads(pickle.dumps(FolderSource(tmp_path)))
     read = [(Path(source[i].name).name, source[i].captions) for i in (2, 0, 1)]
@@ -257,6 +318,7 @@ def test_metadata_may_be_comma_separated(tmp_path: Path) -> None:
         ("file,text\n0.png,a\n", r'metadata.csv:2: needs a "file_name"'),
         ("file_name\n0.png\n", r"metadata.csv:2: no column 'text'"),
         ('file_name,text\n0.png,"a\n', r"metadata.csv:\d: not comma-separated values"),
+        ("file_name,text,text\n0.png,a,b\n", r"metadata.csv: several columns have the name 'text'"),
         ("file_name,text\n", r"metadata.csv is empty"),
         ("", r"metadata.csv is empty"),
     ]:
@@ -387,7 +449,7 @@ def test_bad_shards(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("0.txt", b"caf\xe9", "the caption is not UTF-8"),
-        ("0.json", b'{"text": ', "its .json cannot be read"),
+        ("0.json", b'{"text": ', "its .json is not JSON"),
         ("0.json", b'["a"]', "its .json must be an object"),
     ],
 )

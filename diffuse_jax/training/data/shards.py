@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffuse_jax.images import SUFFIXES, Skipped, warn_of
+from diffuse_jax.limits import parse_json
 from diffuse_jax.training.data.sources import captions_of, file_identity, fingerprint
 from diffuse_jax.training.data.transform import Record
 
@@ -124,7 +125,7 @@ class TarSource:
                     controls.append(control)
                 caption = text or line or Place(0, 0)
                 rows.append((number, *image, *caption, text is not None))
-                keys.append(key.encode())
+                keys.append(key.encode(errors="surrogateescape"))  # names need not be UTF-8
         if not rows:
             raise ValueError(f"no images (.{', .'.join(IMAGES)}) in {self._paths[0]} and the other shards")
         warn_of(Skipped(len(skipped), skipped[0] if skipped else ""), f"{self._paths[0]} and the other shards")
@@ -138,7 +139,8 @@ class TarSource:
     def __getitem__(self, index: int) -> Record:
         number, start, size, caption, length, plain = self._rows[index].tolist()
         path = self._paths[number]
-        name = f"{self._keys[index].decode()} in {path}"
+        key = self._keys[index].decode(errors="surrogateescape")
+        name = f"{key} in {path}"
         with path.open("rb") as file:
             image = _bytes(file, Place(start, size), name)
             control = _bytes(file, Place(*self._controls[index].tolist()), name) if self._controlled else None
@@ -214,10 +216,7 @@ def _decoded(text: bytes, name: str) -> str:
 
 
 def _object(text: str, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: its .json cannot be read: {error}") from error
+    row = parse_json(name, text, what="its .json", unique=True)
     if not isinstance(row, dict):
         raise ValueError(f"{name}: its .json must be an object, got {text[:100]}")
     return row
@@ -240,7 +239,7 @@ class ArrayRecordSource:
         head, found, image = self._records[int(index)].partition(b"\n")
         where = f"record {index} of {self._name}"
         try:
-            line = json.loads(head)
+            line = parse_json(where, head, unique=True)
         except ValueError:
             line = None
         if not found or not isinstance(line, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffuse_jax.images import SUFFIXES, find_images, warn_of
-from diffuse_jax.limits import refuse_links
+from diffuse_jax.limits import SURROGATE, open_regular, parse_json, refuse_links
+from diffuse_jax.messages import warn
 from diffuse_jax.training.data.transform import SUBSET, Record
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -38,20 +38,25 @@ class FolderSource:
 
     ``metadata.csv`` with these columns works as well. Either may be in the folder or in subfolders; ``file_name`` is
     relative to it. Only the offset of each line is kept in memory. If captions are not needed, a folder without
-    metadata
-    can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
+    metadata can be read too: all images in it and its subfolders, sorted by name. Hidden files and folders are skipped.
     """
 
     def __init__(
-        self, folder: str | Path, caption_column: str | None = "text", conditioning_column: str | None = None
+        self,
+        folder: str | Path,
+        caption_column: str | None = "text",
+        conditioning_column: str | None = None,
+        *,
+        metadata: bool = True,
     ) -> None:
-        """Find the images and check every line; warns about files that are skipped.
+        """Find the images and check every line; warns about images and other files that are left out.
 
         Args:
           folder: the image folder.
           caption_column: key of the caption; None if captions are not needed.
           conditioning_column: key of the path of the control image, or the same with ``_file_name`` as in Hugging
             Face's image folders; None if control images are not needed.
+          metadata: False reads all images, whether a metadata file names them or not.
 
         Raises:
           FileNotFoundError: the folder, the ``metadata.jsonl`` or an image that it names does not exist, or there are
@@ -63,23 +68,25 @@ class FolderSource:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
         refuse_links(self.folder, deep=True)
-        self._metadata = _metadata_files(self.folder)
+        self._metadata = _metadata_files(self.folder) if metadata else []
         if not self._metadata:
             self._images = _uncaptioned_images(self.folder, caption_column, conditioning_column)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
-        places, digest = [], []
+        places, digest, named = [], [], set()
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))
                 image, captions, control = self._parse(line, path, where)
                 files = [image] if control is None else [image, control]
                 for file in files:
-                    if not file.is_file():
+                    if not os.path.isfile(file):  # unlike is_file, also for names that no file can have
                         raise FileNotFoundError(f"{where}: {file} does not exist")
                 digest.append(f"{' '.join(map(file_identity, files))} {captions}")
+                named.update(map(str, files))
         if not places:
             raise ValueError(f"{self._metadata[0]} is empty")
+        _warn_of_unnamed(self.folder, named)
         self._places = np.array(places, np.int64)
         self.fingerprint = fingerprint("lines", digest)
 
@@ -153,13 +160,26 @@ def _uncaptioned_images(folder: Path, caption_column: str | None, conditioning_c
     return files
 
 
+def _warn_of_unnamed(folder: Path, named: set[str]) -> None:
+    """Warn about images that no line of the metadata names. They are told by their suffix, without opening them."""
+    left, first = 0, ""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.normpath(os.path.join(parent, name))
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES) and path not in named:
+                left, first = left + 1, first or path
+    if left:
+        warn(f"{folder}: {left} images are left out because no metadata names them, for example {first}")
+
+
 def _lines(path: Path, start: int | None = None) -> Iterator[tuple[int, dict[str, Any], str]]:
     """The offset, content and description of every line that is not blank, from the offset ``start`` on."""
     return (_csv_lines if path.suffix == ".csv" else _json_lines)(path, start)
 
 
 def _json_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         offset = file.seek(start or 0)
         for number, text in enumerate(file, 1):
             where = f"{path}:{number}" if start is None else str(path)
@@ -169,10 +189,7 @@ def _json_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, 
 
 
 def _json_object(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a line of JSON: {error}") from error
+    line = parse_json(where, text, what="the line", unique=True)
     if not isinstance(line, dict):
         raise ValueError(f'{where}: needs a "file_name", got {text.decode(errors="replace").strip()[:100]}')
     return line
@@ -180,11 +197,14 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 def _csv_lines(path: Path, start: int | None) -> Iterator[tuple[int, dict[str, Any], str]]:
     """:func:`_lines` of a CSV file, whose first line names the columns; a caption may have several lines."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         # The reader requests one line at a time, so after each row the file is at the beginning of the next one.
-        reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")), strict=True)
+        reader = csv.reader((line.decode("utf-8-sig") for line in iter(file.readline, b"")), strict=True)
         try:
-            columns = [name.removeprefix("\ufeff") for name in next(reader, [])]
+            columns = next(reader, [])
+            twice = next((name for name in columns if name and columns.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{path}: several columns have the name {twice!r}")
             if start is not None:
                 file.seek(start)
             offset = file.tell()
@@ -213,6 +233,8 @@ def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[st
     texts = tuple(value) if isinstance(value, list | tuple | np.ndarray) else (value,)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: {column!r} must be a text or a list of texts, got {value!r}")
+    if any(map(SURROGATE.search, texts)):
+        raise ValueError(f"{where}: {column!r} is not valid Unicode (half of a surrogate pair), got {value!r}")
     return texts
 
 
@@ -247,7 +269,7 @@ def fingerprint(kind: str, parts: Iterable[str]) -> str:
     """A hash of some texts in their order."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
-        digest.update(b"\0" + part.encode())
+        digest.update(b"\0" + part.encode(errors="surrogateescape"))  # file names need not be UTF-8
     return digest.hexdigest()[:32]
 
 
