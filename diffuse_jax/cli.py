@@ -101,11 +101,12 @@ def generate(args: argparse.Namespace) -> None:
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
     folder = writable(args.output)  # fail here rather than after minutes of sampling
+    scheduler = None if args.scheduler is None else scheduler_class(args.scheduler)
     say(f"loading {args.model}")
     start = time.perf_counter()
     pipe = open_pipeline(args)
-    if args.scheduler is not None:
-        pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    if scheduler is not None:
+        pipe = pipe.replace(scheduler=scheduler.from_config(pipe.scheduler))
     for source, scale in args.lora or ():
         pipe = pipe.load_lora_weights(source, scale=scale)
     if keep:
