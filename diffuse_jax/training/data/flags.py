@@ -73,4 +73,9 @@ def data_from(args: argparse.Namespace) -> DataSettings:
     """
     cache = args.data_cache_dir or Path(args.output_dir) / "cache"
     values = {"caption_column": None, **vars(args), "data_cache_dir": cache}
-    return settings_from(argparse.Namespace(**values), DataSettings)
+    data = settings_from(argparse.Namespace(**values), DataSettings)
+    if "dataset_name" in args:
+        from diffuse_jax.training.data.opening import check_named  # not needed for `--help`
+
+        check_named(data)  # before the model is loaded
+    return data
