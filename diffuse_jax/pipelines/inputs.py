@@ -25,10 +25,14 @@ def as_list(value: Prompt, name: str) -> list[str]:
 
     Raises:
       TypeError: it is neither.
+      ValueError: a prompt has bytes of a command line that are not UTF-8, which Python keeps as lone surrogates.
     """
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
+    for text in values:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} must be valid Unicode text (UTF-8 on the command line), got {text!a}")
     return values
 
 

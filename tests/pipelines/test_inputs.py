@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.pipelines.inputs import eight_bit, mask_pixels, pixels
+from diffuse_jax.pipelines.inputs import as_list, eight_bit, mask_pixels, pixels
 from diffuse_jax.pipelines.tasks import images_by_net, one_per_net
 
 SIZE = (2, 3)
@@ -46,6 +46,12 @@ def test_an_image_of_zeros_and_ones_is_black_with_a_warning() -> None:
         assert pixels(edges.astype(np.uint8), SIZE, "control image").max() == np.float32(1 / 255)
     np.testing.assert_array_equal(pixels(edges.astype(np.float32), SIZE, "image")[0], edges)
     assert pixels(np.zeros((*SIZE, 3), np.uint8), SIZE, "image").max() == 0, "black is an image too"
+
+
+def test_a_prompt_that_is_no_unicode_is_refused_and_any_other_text_is_not() -> None:
+    assert as_list("café 🍎", "prompt") == ["café 🍎"]
+    with pytest.raises(ValueError, match=r"negative_prompt must be valid Unicode text .*, got 'caf.udce9'"):
+        as_list(["fine", b"caf\xe9".decode(errors="surrogateescape")], "negative_prompt")
 
 
 def test_each_network_has_a_number() -> None:
