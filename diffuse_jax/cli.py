@@ -164,10 +164,11 @@ def ready_pipeline(args: argparse.Namespace, keep: bool, mesh: Any) -> tuple[Any
 
     Programs that were kept are loaded into it.
     """
+    scheduler = None if args.scheduler is None else scheduler_class(args.scheduler)
     say(f"loading {args.model}")
     pipe = open_pipeline(args, mesh)
-    if args.scheduler is not None:
-        pipe = pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
+    if scheduler is not None:
+        pipe = pipe.replace(scheduler=scheduler.from_config(pipe.scheduler))
     for source, scale in args.lora or ():
         pipe = pipe.load_lora_weights(source, scale=scale)
     pipe, images = for_images(pipe, args)

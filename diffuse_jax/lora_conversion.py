@@ -17,6 +17,7 @@ from diffuse_jax.layouts.lora_names import WIDTHS, made_for
 from diffuse_jax.models import Model, Params, UNet2DConditionModel
 from diffuse_jax.models.base import floating_type
 from diffuse_jax.models.presets import SD15_UNET, SD21_UNET, SDXL_UNET
+from diffuse_jax.output import writable
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text.presets import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H
 from diffuse_jax.weights import names
@@ -67,9 +68,10 @@ def convert_lora(
 
 
 def new_file(dst: str | Path) -> Path:
-    """A path that can be written.
+    """A path that can be written, checked before anything is read.
 
     Raises:
+      OSError: files cannot be written beside it.
       ValueError: it does not end in ``.safetensors``.
       FileExistsError: it exists.
     """
@@ -78,6 +80,7 @@ def new_file(dst: str | Path) -> Path:
         raise ValueError(f"a LoRA is written as safetensors; {dst} does not end in .safetensors")
     if dst.exists():
         raise FileExistsError(f"{dst} exists; remove it or choose another path")
+    writable(next(folder for folder in dst.parents if folder.exists()))
     return dst
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.writing import expanded, naming, partial_file, write_all
+from diffuse_jax.writing import expanded, make_folder, naming, partial_file, write_all
 
 if TYPE_CHECKING:
     from PIL import Image, PngImagePlugin
@@ -28,11 +28,10 @@ def writable(folder: Path) -> Path:
     """
     folder = expanded(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=make_folder(folder)):
             return folder
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} cannot be a folder: it, or part of its path, is a file") from None
+    except NotADirectoryError:
+        raise
     except OSError as error:
         raise type(error)(error.errno, f"{folder} cannot be written: {error.strerror}") from None
 

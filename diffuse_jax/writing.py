@@ -28,10 +28,26 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
     Raises:
       TypeError: it is not a path.
+      ValueError: it is empty, which would silently mean the current folder.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a path must be a string or a Path, got {type(path).__name__}")
+    if path == "":
+        raise ValueError("a path must not be empty; the current folder is '.'")
     return Path(os.path.expanduser(path))
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, created with its parents if needed.
+
+    Raises:
+      NotADirectoryError: it, or a part of its path, is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} cannot be a folder: it, or part of its path, is a file") from None
+    return folder
 
 
 class Partial(NamedTuple):
@@ -69,7 +85,7 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     Raises:
       OSError: the file cannot be written; names it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with naming(path), partial_file(path.parent, path.name, mode=mode) as partial:
         yield partial.file
         partial.file.close()
@@ -146,7 +162,7 @@ def only_writer(path: Path) -> Iterator[Path]:
       FileExistsError: another process is writing ``path``, or may be, on a file system without locks.
       OSError: the folder cannot be created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     folder = path.with_name(f".{path.name}{SUFFIX}")
     handle = _claim(folder, path)
     try:

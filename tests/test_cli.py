@@ -424,6 +424,7 @@ def test_an_unknown_scheduler_names_the_known(
     err = capsys.readouterr().err
     assert "'runge'" in err
     assert "DDIMScheduler" in err
+    assert "loading" not in err
 
 
 def test_compile_seconds_unites_nested_traces() -> None:

@@ -114,6 +114,12 @@ def times(factor: float) -> Any:
     return PIPE.replace(unet=(PIPE.components["unet"], jax.tree.map(lambda x: factor * x, PIPE.params["unet"])))
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(NotADirectoryError, match="a-file cannot be a folder"):
+        extract_lora("no-such-model", "nor-this", tmp_path / "a-file" / "x.safetensors", rank=1)
+
+
 def test_checkpoints_are_merged(model: Path, tmp_path: Path) -> None:
     two, four = (times(n).save_pretrained(tmp_path / str(n)) for n in (2.0, 4.0))
     cases = [

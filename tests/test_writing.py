@@ -148,3 +148,13 @@ def test_a_tilde_is_the_home_folder_if_there_is_one(monkeypatch: pytest.MonkeyPa
     assert expanded("~no-such-user/model") == Path("~no-such-user/model")
     with pytest.raises(TypeError, match="a path must be a string or a Path, got NoneType"):
         expanded(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a path must not be empty; the current folder is '.'"):
+        expanded("")
+
+
+@pytest.mark.parametrize("place", ["a-file/new", "a-file/folder/new"])
+def test_a_path_through_a_file_is_named(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    for writer in (atomic_file, only_writer):
+        with pytest.raises(NotADirectoryError, match="a-file.* cannot be a folder"), writer(tmp_path / place):
+            pass

@@ -26,13 +26,14 @@ def as_list(value: Prompt, name: str) -> list[str]:
 
     Raises:
       TypeError: it is neither.
-      ValueError: a prompt has half of a surrogate pair.
+      ValueError: a prompt has half of a surrogate pair, as Python keeps bytes of a command line that are not UTF-8.
     """
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
-    if any(map(SURROGATE.search, values)):
-        raise ValueError(f"{name} is not valid Unicode (half of a surrogate pair), got {brief(value)}")
+    for text in values:
+        if SURROGATE.search(text):
+            raise ValueError(f"{name} must be valid Unicode text (UTF-8 on the command line), got {brief(ascii(text))}")
     return values
 
 

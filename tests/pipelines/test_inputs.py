@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.pipelines.inputs import eight_bit, image_size, image_sizes, mask_pixels, pixels
+from diffuse_jax.pipelines.inputs import as_list, eight_bit, image_size, image_sizes, mask_pixels, pixels
 from diffuse_jax.pipelines.tasks import images_by_net, one_per_net
 
 SIZE = (2, 3)
@@ -56,6 +56,12 @@ def test_sizes_of_images_on_a_device_are_read_without_computing() -> None:
         return batch
 
     assert not jax.make_jaxpr(sizes)(np.zeros((2, 6, 8, 3), np.float32)).jaxpr.eqns
+
+
+def test_a_prompt_that_is_no_unicode_is_refused_and_any_other_text_is_not() -> None:
+    assert as_list("café 🍎", "prompt") == ["café 🍎"]
+    with pytest.raises(ValueError, match=r"negative_prompt must be valid Unicode text .*caf.udce9"):
+        as_list(["fine", b"caf\xe9".decode(errors="surrogateescape")], "negative_prompt")
 
 
 def test_each_network_has_a_number() -> None:

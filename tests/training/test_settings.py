@@ -32,6 +32,7 @@ from diffuse_jax.training.settings import (
     ComputeSettings,
     DreamBoothSettings,
     HubSettings,
+    LoraSettings,
     NetworkSettings,
     OptimizerSettings,
     ProcessSettings,
@@ -143,6 +144,9 @@ def test_data_of_a_script() -> None:
     assert (data.images, data.train_shards) == (ImageSettings(resolution=64), ("a.tar",))
     args = argparse.Namespace(output_dir="out", data_cache_dir="there", caption_column="words")
     assert data_from(args) == DataSettings(caches=CacheSettings(data_cache_dir="there"), caption_column="words")
+    args = argparse.Namespace(output_dir="out", data_cache_dir=None, train_data_dir=None, dataset_name=None)
+    with pytest.raises(ValueError, match="give exactly one of --train_data_dir, .*; got none"):
+        data_from(args)  # before the script loads its model
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -181,6 +185,7 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (ProcessSettings, {"num_processes": 2}, r"needs? .*\['--coordinator_address', '--process_id'\] is missing"),
         (ImageSettings, {"image_interpolation_mode": "box"}, "must be one of bilinear, bicubic, lanczos, nearest"),
         (DataSettings, {"proportion_empty_prompts": -0.1}, "must be a number from 0 to 1, got -0.1"),
+        (LoraSettings, {"lora_targets": "to_[q"}, r"must be a regular expression, got 'to_\[q': unterm"),
         (NetworkSettings, {"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "leave out"),
         (DreamBoothSettings, {"instance_data_dir": "a", "instance_prompt": "b", "with_prior_preservation": True,
                               "class_prompt": "c"}, "needs --class_data_dir$"),

@@ -84,4 +84,9 @@ def data_from(args: argparse.Namespace) -> DataSettings:
     values = {"caption_column": None, **vars(args), "data_cache_dir": cache}
     if "conditioning" in values and values["conditioning"] is values["conditioning_image_column"] is None:
         values["conditioning_image_column"] = "conditioning_image"
-    return settings_from(argparse.Namespace(**values), DataSettings)
+    data = settings_from(argparse.Namespace(**values), DataSettings)
+    if "dataset_name" in args:
+        from diffuse_jax.training.data.opening import check_named  # not needed for `--help`
+
+        check_named(data)  # before the model is loaded
+    return data

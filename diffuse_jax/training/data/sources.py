@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ class FolderSource:
             self._images = _uncaptioned_images(self.folder, caption_column, conditioning_column)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
-        places, digest, named = [], [], set()
+        places, digest = [], []
+        named: set[str] = set()
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -169,8 +170,15 @@ class LoraSettings(Checked):
       lora_targets: regular expression for the paths of the layers to adapt.
 
     Raises:
-      ValueError: the rank is not positive.
+      ValueError: the rank is not positive, or the targets are no regular expression.
     """
 
     rank: Annotated[int, COUNT] = 4
     lora_targets: str = TARGETS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.lora_targets)
+        except re.error as error:
+            raise ValueError(f"lora_targets must be a regular expression, got {self.lora_targets!r}: {error}") from None
