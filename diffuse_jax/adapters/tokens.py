@@ -96,8 +96,10 @@ def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
             raise ValueError(f"the tokenizer already knows {word!r}; choose another placeholder_token")
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(new)
-    read = unpadded_ids(extended, new, add_special_tokens=False)
-    if read != [[number] for number in extended.convert_tokens_to_ids(new)]:
+    before = [*tokenizer.get_added_vocab()]  # of two words that differ in case, either may be read as the other
+    expected = unpadded_ids(tokenizer, before, add_special_tokens=False) if before else []
+    expected += [[number] for number in extended.convert_tokens_to_ids(new)]
+    if unpadded_ids(extended, [*before, *new], add_special_tokens=False) != expected:
         raise ValueError(f"the tokenizer reads {token!r} as another word; choose another placeholder_token")
     return extended
 

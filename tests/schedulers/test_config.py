@@ -235,7 +235,7 @@ ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing
         (DDIMScheduler(), {"num_inference_steps": 5, "timesteps": [1]}, "num_inference_steps=5, but timesteps give 1"),
         (DDIMScheduler(), {"num_inference_steps": 1001}, r"from 1 to 1000 \(num_train_timesteps\), got 1001"),
         (DDIMScheduler(), {"num_inference_steps": 0}, "from 1 to 1000 .* got 0"),
-        (DDIMScheduler(), {"num_inference_steps": 2.5}, "whole number .* got 2.5"),
+        (DDIMScheduler(), {"num_inference_steps": 2.5}, "must be an integer .* got 2.5"),
         (DDIMScheduler(), {"timesteps": [10, 20]}, "timesteps must descend, but entry 1 is 20 after 10"),
         (DDIMScheduler(), {"timesteps": [20, 20]}, "timesteps must descend, but entry 1 is 20 after 20"),
         (DDIMScheduler(), {"timesteps": [1000, 20]}, "timesteps must lie between 0 and 999, got 1000"),

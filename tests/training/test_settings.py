@@ -52,6 +52,8 @@ SCRIPTS = sorted(path.name for path in (ROOT / "train").glob("*.py"))
 
 PARSED = {
     "cli.py": "a command",
+    "batch_command.py": "the flags of a job",
+    "image_flags.py": "the flags of images",
     "torch_backend/command.py": "a command",
     "torch_backend/training_command.py": "a command",
     "training/command.py": "reads the flags of a script before the rest of it is loaded",
