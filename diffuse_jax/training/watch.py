@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 BEAT = 3.0
 """Seconds between two signs of life of a process."""
 
-SILENCE = 40.0
+SILENCE = 25.0
 """Seconds without a sign of life after which a process counts as dead."""
 
 FALLBACK = 55

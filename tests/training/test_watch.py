@@ -20,7 +20,7 @@ def test_one_that_falls_silent_is_named_after_some_time() -> None:
     signs[1] = Sign("host-a", "2")
     assert watch.trouble(signs, now=SILENCE) is None
     message = watch.trouble(signs | {1: Sign("host-a", "3")}, now=SILENCE + 2)
-    assert message == "process 2 of 3 on host-b has not been heard of for 40 s: it has died or is cut off"
+    assert message == "process 2 of 3 on host-b has not been heard of for 25 s: it has died or is cut off"
 
 
 def test_one_that_never_shows_up_is_named() -> None:
