@@ -307,22 +307,19 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return lax.with_sharding_constraint(x, PartitionSpec(over, *free))
 
 
-def shard_rows(tree: Tree) -> Tree:
-    """Images ``[B,H,W,C]`` with their rows sharded along ``sequence`` of the current mesh, if it divides them evenly.
+def shard_rows(x: jax.Array, multiple: int = 1) -> jax.Array:
+    """Images ``[B,H,W,C]`` with their rows sharded along ``sequence`` of the current mesh, or whole if it does not
+    divide ``H / multiple`` evenly.
 
-    Networks do this to what enters them, and the compiler follows: convolutions exchange the rows at the seams, and
-    norms the sums of their groups. Other arrays are unchanged.
+    Convolutions do this to their inputs (with their stride) and results, and the compiler divides the rest accordingly:
+    devices exchange the rows at the seams, and norms the sums of their groups. Left alone, the compiler would divide
+    small images unevenly; in a loop it then computed wrong values (jaxlib 0.10.2, stride 2 from one row per device).
     """
     if "sequence" not in automatic_axes():
-        return tree
+        return x
     size, free = jax.sharding.get_abstract_mesh().shape["sequence"], PartitionSpec.UNCONSTRAINED
-
-    def shard(x: Any) -> Any:
-        if not isinstance(x, jax.Array | np.ndarray) or x.ndim != 4 or x.shape[1] % size:
-            return x
-        return lax.with_sharding_constraint(x, PartitionSpec(free, "sequence", free, free))
-
-    return jax.tree.map(shard, tree)
+    axis = "sequence" if x.shape[1] % (size * multiple) == 0 else None
+    return lax.with_sharding_constraint(x, PartitionSpec(free, axis, free, free))
 
 
 def automatic_axes() -> set[str]:

@@ -17,8 +17,12 @@ Run = Callable[[Array, Array, Array, Array | None], Array]
 
 
 def is_divided(queries: int) -> bool:
-    """Whether so many queries are divided over the axis ``sequence`` of the current mesh: if it divides them evenly."""
-    return AXIS in automatic_axes() and queries % jax.sharding.get_abstract_mesh().shape[AXIS] == 0
+    """Whether so many queries are divided over the axis ``sequence`` of the current mesh: if it divides them evenly,
+    and there are enough for a square image whose rows it divides evenly."""
+    if AXIS not in automatic_axes():
+        return False
+    size = jax.sharding.get_abstract_mesh().shape[AXIS]
+    return queries % size == 0 and queries >= size**2
 
 
 def each_its_queries(run: Run, query: Array, key: Array, value: Array, mask: Array | None) -> Array:

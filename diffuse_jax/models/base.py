@@ -21,7 +21,7 @@ from diffuse_jax.habits import refuse_habits
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.layers import SHAPES_ONLY
-from diffuse_jax.sharding import as_mesh, on_automatic_axes, param_shardings, shard_rows
+from diffuse_jax.sharding import as_mesh, on_automatic_axes, param_shardings
 from diffuse_jax.weights.files import unchanged
 from diffuse_jax.writing import expanded
 
@@ -88,10 +88,7 @@ class Model(nn.Module):
           ValueError: parameters and inputs are on different meshes.
         """
 
-        def run(variables: Any, args: Any, kwargs: Any) -> Any:
-            args, kwargs = shard_rows((args, kwargs))
-            return super(Model, self).apply(variables, *args, **kwargs)
-
+        run = lambda variables, args, kwargs: super(Model, self).apply(variables, *args, **kwargs)
         return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
 
     @nn.nowrap

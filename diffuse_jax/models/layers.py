@@ -16,7 +16,7 @@ from flax.errors import ScopeParamShapeError
 from jax.typing import DTypeLike
 
 from diffuse_jax.kernels import conv2d, group_mean
-from diffuse_jax.sharding import gathered
+from diffuse_jax.sharding import gathered, shard_rows
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -91,7 +91,10 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
         kernel = gathered((*self.path, "kernel"), jnp.asarray(kernel, self.dtype))
-        y = conv2d(jnp.asarray(x, self.dtype), self.used(kernel), stride=self.stride, padding=self.padding)
+        # A convolution with disjoint windows makes patches, which become tokens.
+        shard = shard_rows if self.stride < self.kernel_size or self.kernel_size == 1 else lambda x, stride=1: x
+        x = shard(jnp.asarray(x, self.dtype), self.stride)
+        y = shard(conv2d(x, self.used(kernel), stride=self.stride, padding=self.padding))
         if not self.use_bias:
             return y
         bias = parameter(self, "bias", nn.initializers.zeros_init(), (self.features,))

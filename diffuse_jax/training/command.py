@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffuse_jax.command import run_command
+from diffuse_jax.training import watch
 from diffuse_jax.training.interruption import BEFORE, interruptions
 
 SMALLER = (
@@ -53,4 +54,4 @@ def train(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and exit: status 0 for success, 1 for failure, 2 for wrong flags, 128 + n for signal
     n."""
     with _listening, interruptions(BEFORE, owner=True):
-        sys.exit(run_command(Path(sys.argv[0]).name, main, smaller=SMALLER))
+        watch.leave(run_command(Path(sys.argv[0]).name, watch.outcome_told()(main), smaller=SMALLER))

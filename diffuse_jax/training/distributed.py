@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from diffuse_jax.training.settings import ProcessSettings
+from diffuse_jax.training.watch import FALLBACK, watch_processes
 
 
 def initialize_distributed(settings: ProcessSettings) -> None:
@@ -20,9 +21,15 @@ def initialize_distributed(settings: ProcessSettings) -> None:
     if jax.distributed.is_initialized():
         return
     if settings.coordinator_address is not None:
-        jax.distributed.initialize(settings.coordinator_address, settings.num_processes, settings.process_id)
+        _join(settings.coordinator_address, settings.num_processes, settings.process_id)
     elif settings.distributed or (settings.distributed is None and on_tpu_machine()):
-        _join()
+        try:
+            _join()
+        except ValueError as error:
+            raise RuntimeError(
+                f"the other processes of this run cannot be found ({error}); specify them with "
+                "--coordinator_address, --num_processes and --process_id, or --no-distributed if there are none"
+            ) from None
 
 
 def say(text: str) -> None:
@@ -31,14 +38,10 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _join() -> None:
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        raise RuntimeError(
-            f"the other processes of this run cannot be found ({error}); specify them with "
-            "--coordinator_address, --num_processes and --process_id, or --no-distributed if there are none"
-        ) from None
+def _join(address: str | None = None, count: int | None = None, process: int | None = None) -> None:
+    """Join the processes, and end this one when another dies."""
+    jax.distributed.initialize(address, count, process, heartbeat_timeout_seconds=FALLBACK)
+    watch_processes()
 
 
 def on_tpu_machine() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.base import Model
+from diffuse_jax.models.layers import Conv
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.sharding import make_mesh, param_shardings
 from tests.models.test_explicit_meshes import CASES, PARAMS, loss_of, runner
@@ -65,6 +67,32 @@ def test_gradients_of_a_network() -> None:
     jax.tree.map(lambda ours, one: np.testing.assert_allclose(ours, one, atol=1e-5), made, wanted)
 
 
+class Levels(nn.Module):
+    """Three levels down by convolutions of stride 2, and up again."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        skips = [x]
+        for i in range(3):
+            skips.append(Conv(4, stride=2, name=f"down_{i}")(skips[-1]))
+        h = skips.pop()
+        for i in range(3):
+            h = Conv(4, name=f"up_{i}")(jnp.repeat(jnp.repeat(h, 2, 1), 2, 2)) + skips.pop()
+        return jnp.tanh(h)
+
+
+@pytest.mark.parametrize(("rows", "devices"), [(16, 8), (8, 4), (24, 8), (8, 8)])
+def test_levels_with_fewer_rows_than_devices_in_a_loop(rows: int, devices: int) -> None:
+    """Such levels stay whole: what XLA computed with uneven parts in a loop was wrong, and right outside of one."""
+    levels, x = Levels(), RNG.standard_normal((1, rows, 16, 4)).astype(np.float32)
+    params = levels.init(jax.random.key(0), x)
+    run = lambda params, x: jax.lax.fori_loop(0, 2, lambda _, x: levels.apply(params, x), x)
+    wanted, mesh = jax.jit(run)(params, x), make_mesh(data=1, sequence=devices, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        made = jax.jit(run)(*jax.device_put((params, x), NamedSharding(mesh, PartitionSpec())))
+    np.testing.assert_allclose(made, wanted, atol=1e-6)
+
+
 CALL: dict[str, Any] = {"num_inference_steps": 2, "seed": [0, 1], "output_type": "np"}
 
 
@@ -73,7 +101,7 @@ def test_a_pipeline_gives_the_images_of_one_device(size: int) -> None:
     """Also step by step, and where an image has rows that the axis does not divide at some level (12, 6)."""
     alone, sizes = tiny.pipeline(), {"height": size, "width": size}
     wanted = alone(["a", "b"], **CALL, **sizes).images
-    there = alone.replace(mesh="data=2,sequence=4")
+    there = alone.replace(mesh="data=2,sequence=4" if size == 24 else "data=1,sequence=8")
     np.testing.assert_allclose(there(["a", "b"], **CALL, **sizes).images, wanted, atol=1e-4)
     if size == 16:
         by_steps = there(["a", "b"], **CALL, **sizes, callback_on_step_end=lambda pipe, i, t, values: None)
@@ -81,12 +109,11 @@ def test_a_pipeline_gives_the_images_of_one_device(size: int) -> None:
 
 
 def test_each_device_needs_less_memory_for_activations() -> None:
-    """Twice the devices along the axis, at most 0.7 of the temporary memory of a run."""
+    """Four devices along the axis, at most 0.55 of the temporary memory of a run; gathered keys are part of it."""
     pipe, needed = tiny.pipeline(), []
-    for size in (1, 2, 4):
+    for size in (1, 4):
         there = pipe.replace(mesh=make_mesh(data=1, sequence=size, devices=jax.devices()[:size]), programs=Programs())
         there.compile("a", height=64, width=64, num_inference_steps=2, seed=0)
         (program,) = [p for key, p in there.programs._programs.items() if key.fn.__name__ == "sample"]
         needed.append(program.memory_analysis().temp_size_in_bytes)
-    assert needed[1] < 0.7 * needed[0], needed
-    assert needed[2] < 0.7 * needed[1], needed
+    assert needed[1] < 0.55 * needed[0], needed

@@ -82,6 +82,17 @@ def worker_batches(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Indexed
     return batches
 
 
+def failing(batches: IndexedBatches) -> IndexedBatches:
+    """The same until step 2, whose data cannot be read."""
+
+    def batch(n: int) -> Batch:
+        if n == 2:
+            raise ValueError("the disk is gone")
+        return next(batches)
+
+    return IndexedBatches(batch)
+
+
 def save(folder: Path, params: Any) -> None:
     """A stand-in for the model in inference format."""
     (folder / "line").mkdir(parents=True, exist_ok=True)
@@ -117,9 +128,12 @@ def main() -> None:
     parser = make_parser(__doc__, output_dir="line", **FLAGS)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--worker", action="store_true")
+    parser.add_argument("--fails", type=int, help="index of a process whose data ends in an error at step 2")
     args = parser.parse_args()
     mesh = line_mesh(args)
     batches = worker_batches(args, mesh) if args.worker else line_batches(args, mesh, args.pause)
+    if args.fails == jax.process_index():
+        batches = failing(batches)
     train_line(args, mesh=mesh, batches=batches)
     print("finished")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,6 +53,15 @@ def run(output: Path, processes: int, *flags: str, timeout: float = 120, **optio
     assert [process.returncode for process in started] == [0] * processes, "\n".join(texts)
 
 
+def wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Wait until so many steps are in the log of a run."""
+    log, deadline = folder / "log.jsonl", time.monotonic() + 180
+    while not (log.is_file() and len(log.read_text().splitlines()) >= steps):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.1)
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
 
@@ -88,16 +98,54 @@ def test_two_processes_train_as_one(tmp_path: Path, mesh: str) -> None:
         np.testing.assert_allclose(value, before[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
+def test_four_processes_train_as_one_and_two_continue(tmp_path: Path) -> None:
+    flags = ("--max_train_steps", "6", "--checkpointing_steps", "4", "--mesh", "data=4,fsdp=2")
+    run(tmp_path / "one", 1, *flags)
+    run(tmp_path / "four", 4, *flags, timeout=600)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=1e-6)
+    before = params(tmp_path / "four")
+    assert {p.name for p in (tmp_path / "four" / "checkpoint-4").glob("data-*")} == {f"data-{i}.json" for i in range(4)}
+    run(tmp_path / "four", 2, *flags, "--resume_from_checkpoint", "checkpoint-4", timeout=600)
+    for name, value in params(tmp_path / "four").items():
+        np.testing.assert_allclose(value, before[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_error_on_one_process_ends_the_other_with_its_reason(tmp_path: Path) -> None:
+    address, flags = f"localhost:{free_port()}", ("--max_train_steps", "9", "--fails", "1")
+    both = [start(tmp_path / "run", i, 2, address, *flags) for i in range(2)]
+    texts = [process.communicate(timeout=120)[0] for process in both]
+    assert "line.py: the disk is gone" in texts[1]
+    assert re.search("process 1 of 2 on .* failed: the disk is gone; .*--resume_from_checkpoint latest", texts[0])
+    assert [process.returncode for process in both] == [1, 1], "\n".join(texts)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_all_within_a_minute_and_fewer_continue(tmp_path: Path) -> None:
+    """Four processes, one killed; the others name it, and two continue from the last checkpoint."""
+    address, folder = f"localhost:{free_port()}", tmp_path / "run"
+    flags = ("--max_train_steps", "100000", "--pause", "0.05", "--checkpointing_steps", "5")
+    all_four = [start(folder, i, 4, address, *flags) for i in range(4)]
+    wait_for_steps(folder, 12, all_four)
+    all_four[2].kill()
+    killed = time.monotonic()
+    texts = [process.communicate(timeout=120)[0] for process in all_four]
+    assert time.monotonic() - killed < 60, "\n".join(texts)
+    for i in (0, 1, 3):
+        assert re.search("process 2 of 4 on .* has not been heard of for 25 s", texts[i]), texts[i]
+        assert all_four[i].returncode == 1
+    done = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    assert done >= 5
+    flags = ("--max_train_steps", str(done + 2), "--resume_from_checkpoint", "latest")
+    run(folder, 2, *flags, timeout=600)
+    assert losses(folder)[-1][0] == done + 2
+
+
 def test_sigterm_of_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
     address = f"localhost:{free_port()}"
     flags = ("--max_train_steps", "100000", "--pause", "0.05")
     both = [start(tmp_path / "run", i, 2, address, *flags) for i in range(2)]
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 90
-    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in both), both[0].communicate()[0]
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run", 4, both)
     both[1].send_signal(signal.SIGTERM)
     texts = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [143, 143], "\n".join(texts)
