@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -95,16 +96,12 @@ def measure(model: str, dtype: str, folder: Path) -> dict[str, Any]:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     file = folder / "program"
     if file.exists():
-        import pickle
-
         parts = pickle.loads(file.read_bytes())  # what this benchmark wrote
         timed("saved", lambda: deserialize_and_load(*parts))
     traced = timed("trace", lambda: jax.jit(lambda *args: sample(request.method, *args)).trace(*shapes))
     lowered = timed("lower", traced.lower)
     program = timed("compile", lowered.compile)
     if not file.exists():
-        import pickle
-
         file.write_bytes(pickle.dumps(serialize(program)))
     return found | {"MiB": file.stat().st_size / 2**20}
 

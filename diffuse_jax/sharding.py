@@ -44,8 +44,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes ``data, fsdp, tensor, sequence``; one of the sizes may be -1, for all remaining devices.
 
-    ``devices`` defaults to ``jax.devices()``. Along ``sequence``
-    images are divided by rows and long attention by queries.
+    ``devices`` defaults to ``jax.devices()``. Along ``sequence``, images are divided by rows and long attention by
+    queries.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.

@@ -23,6 +23,10 @@ from diffuse_jax.sharding import make_mesh, spans_processes
 AUTO = "auto"
 
 AHEAD = 2
+"""How many calls wait behind the one that runs, so that the device is never without work."""
+
+ADAPTED = 4
+"""How many mixtures of LoRA files are kept ready."""
 
 ON_CPU = 4
 """Images for each device where memory does not set the limit: more of them make a CPU no faster."""
@@ -271,10 +275,6 @@ class Device:
         """The largest power of two for each device that is not more than ``size`` in all; at least one."""
         each = max(1, min(size // self._data, MOST))
         return self._data << (each.bit_length() - 1)
-
-
-ADAPTED = 4
-"""How many mixtures of LoRA files are kept ready."""
 
 
 def arguments(images: Sequence[Image]) -> dict[str, Any]:

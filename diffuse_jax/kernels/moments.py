@@ -13,8 +13,8 @@ from diffuse_jax.kernels.platform import current_platform
 def group_mean(x: Array, dtype: DTypeLike) -> Array:
     """The mean over positions and the channels of each group.
 
-    On TPUs, for networks that compute in bfloat16, the sums over positions are matrix products with a row of ones: the
-    matrix units add up what would take the vector units several times as long. float32 values are split into two
+    On TPUs, for networks that compute in bfloat16, the sums over positions are matrix products with a row of ones,
+    which by the compiler's estimate takes a fraction of the time of the vector units. float32 values are split into two
     bfloat16 parts, so that their relative error stays below 2**-16; products are accumulated in float32.
 
     Args:

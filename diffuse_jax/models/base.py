@@ -87,7 +87,6 @@ class Model(nn.Module):
         Raises:
           ValueError: parameters and inputs are on different meshes.
         """
-
         run = lambda variables, args, kwargs: super(Model, self).apply(variables, *args, **kwargs)
         return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
 

@@ -91,10 +91,15 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
         kernel = gathered((*self.path, "kernel"), jnp.asarray(kernel, self.dtype))
-        # A convolution with disjoint windows makes patches, which become tokens.
-        shard = shard_rows if self.stride < self.kernel_size or self.kernel_size == 1 else lambda x, stride=1: x
-        x = shard(jnp.asarray(x, self.dtype), self.stride)
-        y = shard(conv2d(x, self.used(kernel), stride=self.stride, padding=self.padding))
+        makes_patches = self.stride >= self.kernel_size > 1  # its windows are disjoint, and become tokens
+        x = jnp.asarray(x, self.dtype)
+        y = conv2d(
+            x if makes_patches else shard_rows(x, self.stride),
+            self.used(kernel),
+            stride=self.stride,
+            padding=self.padding,
+        )
+        y = y if makes_patches else shard_rows(y)
         if not self.use_bias:
             return y
         bias = parameter(self, "bias", nn.initializers.zeros_init(), (self.features,))

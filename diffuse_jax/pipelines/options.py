@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import typing
 from collections.abc import Mapping, Sequence
@@ -301,9 +302,18 @@ def argument_hints(owner: type, compose: Any = None) -> dict[str, Any]:
       owner: the pipeline's class.
       compose: what makes the request instead of the class's own.
     """
+    return _own_hints(owner) if compose is None else _hints([compose])
+
+
+@functools.cache  # it is asked for in every call
+def _own_hints(owner: type) -> dict[str, Any]:
+    return _hints([vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)])
+
+
+def _hints(composes: Sequence[Any]) -> dict[str, Any]:
+    """:func:`argument_hints` of the functions that make a request, each of which extends the next."""
     found: dict[str, Any] = {}
-    composes = [vars(cls)["compose"] for cls in owner.__mro__ if "compose" in vars(cls)]
-    for function in composes if compose is None else [compose]:
+    for function in composes:
         _, *parameters = inspect.signature(function).parameters.values()  # without self
         hints: dict[str, Any] = {}
         with contextlib.suppress(NameError, TypeError):  # only type checkers resolve it, or it is a partial function

@@ -29,7 +29,7 @@ RESUME = "this process ends too; start all again with --resume_from_checkpoint l
 
 
 class Sign(NamedTuple):
-    """What a process last told the others.
+    """What a process last said to the others.
 
     Attributes:
       host: the name of its machine.

@@ -163,7 +163,8 @@ def _uncaptioned_images(folder: Path, caption_column: str | None, conditioning_c
 
 
 def _warn_of_unnamed(folder: Path, named: set[str]) -> None:
-    """Warn about images that no line of the metadata names. They are told by their suffix, without opening them."""
+    """Warn about images that no line of the metadata names. They are recognised by their suffix, and not
+    opened."""
     left, first = 0, ""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
