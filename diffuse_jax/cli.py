@@ -148,7 +148,6 @@ def warmup(args: argparse.Namespace) -> None:
     if not compilation_cache_wanted():
         raise ValueError("DIFFUSE_JAX_COMPILATION_CACHE turns off what warmup fills; unset it")
     use_compilation_cache(cache_folder() / "xla")
-    args.lora = None  # weights are data, so a program fits every LoRA that generate merges
     pipe, images = ready_pipeline(args, True, args.mesh)
     call = given(args, OF_PROGRAMS) | images
     for count in dict.fromkeys(args.images):
@@ -444,7 +443,9 @@ def add_program_flags(add: Any) -> None:
 def add_warmup(commands: Any) -> None:
     purpose = "compile what generate would compile, and keep it for later processes"
     example = "diffuse-jax warmup --model stabilityai/stable-diffusion-xl-base-1.0 --dtype bfloat16 --images 1 4"
-    add = add_command(commands, "warmup", warmup, purpose, example).add_argument
+    command = add_command(commands, "warmup", warmup, purpose, example)
+    command.set_defaults(lora=None)  # weights are data, so a program fits every LoRA that generate merges
+    add = command.add_argument
     about = "numbers of images of a call, a program for each (default: 1)"
     add("--images", type=number(COUNT), nargs="+", default=[1], metavar="N", help=about)
     add_model_flags(add)

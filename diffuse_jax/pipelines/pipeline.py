@@ -260,13 +260,13 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
             raise TypeError(
                 f"{target.__name__} has no component {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
+        refuse_family(target, index, {*components}, source)
         absent = [name for name in target.required if name not in index.components and components.get(name) is None]
         if absent:
             raise weights.WeightsError(
                 f"{folder / 'model_index.json'}: has no {' and no '.join(absent)}, which {target.__name__} needs; add "
                 f"the entry, or pass {absent[0]}="
             )
-        refuse_family(target, index, {*components}, source)
         given = {name: None if name in NOT_LOADED else part for name, part in components.items()}
         parts, params = open_components(index, given, dtype=dtype, mesh=mesh, variant=variant)
         log_ignored(target, options, source)
