@@ -48,7 +48,8 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
 
 def main() -> None:
     args = parse_args()
-    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    run, model = settings_from(args, RunSettings), settings_from(args, ModelSettings)
+    data = data_from(args, named=False)
     taught = settings_from(args, DreamBoothSettings)
     check_dreambooth(taught, data)
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)

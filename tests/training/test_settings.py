@@ -145,7 +145,8 @@ def test_data_of_a_script() -> None:
     assert data.caption_column is None, "the script has no flag for it"
     assert (data.images, data.train_shards) == (ImageSettings(resolution=64), ("a.tar",))
     args = argparse.Namespace(output_dir="out", data_cache_dir="there", caption_column="words")
-    assert data_from(args) == DataSettings(caches=CacheSettings(data_cache_dir="there"), caption_column="words")
+    unnamed = data_from(args, named=False)
+    assert unnamed == DataSettings(caches=CacheSettings(data_cache_dir="there"), caption_column="words")
     args = argparse.Namespace(output_dir="out", data_cache_dir=None, train_data_dir=None, dataset_name=None)
     with pytest.raises(ValueError, match="give exactly one of --train_data_dir, .*; got none"):
         data_from(args)  # before the script loads its model
@@ -159,7 +160,7 @@ def test_every_flag_is_read(script: str, monkeypatch: pytest.MonkeyPatch) -> Non
     attributes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "args"}
     made = {kind for kind in all_settings() if f"settings_from(args, {kind.__name__})" in text}
-    made |= {DataSettings} if "data_from(args)" in text else set()
+    made |= {DataSettings} if "data_from(args" in text else set()
     flags = {a.dest for a in parser._actions if a.default is not argparse.SUPPRESS} - {"config", "debug"}
     known = read | {name for kind in made for name in fields_of(kind)}
     assert flags - known == set(), "nothing reads these"

@@ -71,21 +71,25 @@ def add_conditioning(parser: Parser) -> None:
     add("--conditioning", choices=CONDITIONS, help="make the control images from the training images instead")
 
 
-def data_from(args: argparse.Namespace) -> DataSettings:
+def data_from(args: argparse.Namespace, *, named: bool = True) -> DataSettings:
     """The settings that these flags describe.
 
     A script without captions has no column for them, and caches are in ``OUTPUT/cache`` by default. A script with
     control images reads them from the column ``conditioning_image`` unless its flags say otherwise.
 
+    Args:
+      args: the parsed flags.
+      named: whether they must name a data set; False for scripts that make theirs from other images.
+
     Raises:
-      ValueError: a value is out of range, or two flags exclude each other.
+      ValueError: a value is out of range, two flags exclude each other, or not exactly one data set is named.
     """
     cache = args.data_cache_dir or Path(args.output_dir) / "cache"
     values = {"caption_column": None, **vars(args), "data_cache_dir": cache}
     if "conditioning" in values and values["conditioning"] is values["conditioning_image_column"] is None:
         values["conditioning_image_column"] = "conditioning_image"
     data = settings_from(argparse.Namespace(**values), DataSettings)
-    if "dataset_name" in args:
+    if named:
         from diffuse_jax.training.data.opening import check_named  # not needed for `--help`
 
         check_named(data)  # before the model is loaded
