@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.models.resampling import bicubic, bilinear, weights
+from diffuse_jax.interpolation import weights
+from diffuse_jax.models.resampling import bicubic, bilinear
 
 torch = pytest.importorskip("torch")
 
@@ -28,4 +29,4 @@ def test_equals_pytorch(mode: str, size: tuple[int, int], rng: np.random.Generat
 @pytest.mark.parametrize("cubic", [False, True])
 def test_a_constant_stays_constant(cubic: bool) -> None:
     for old, new in ((1, 4), (5, 3), (6, 13)):
-        np.testing.assert_allclose(weights(old, new, False, cubic).sum(1), 1, atol=1e-6)
+        np.testing.assert_allclose(weights(old, new, cubic=cubic).sum(1), 1, atol=1e-6)
