@@ -65,6 +65,6 @@ def test_mistakes_are_found_before_anything_is_compiled(pipe: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             pipe("a", **call)
-    with pytest.raises(TypeError, match="long_prompts must be True or False"):
+    with pytest.raises(ValueError, match="long_prompts must be True or False"):
         pipe("a", long_prompts=3)
     assert pipe.programs.compilations == before
