@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainers import MODELS, batch_shapes, make_trainer
 
-from diffuse_jax.kernels import target_platform
+from diffuse_jax.kernels import compiler_options, target_platform
 from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.sharding import make_mesh, param_shardings, train_batch_sharding
 from diffuse_jax.training.flops import count_flops
@@ -66,7 +66,8 @@ def sampling_step(model: str, mesh: Mesh, batch: int, pixels: int) -> Step:
         placed(timestep, everywhere),
     )
     with jax.set_mesh(mesh), target_platform("tpu"):
-        return Step(jax.jit(step).trace(*arguments).lower(lowering_platforms=("tpu",)), flops)
+        traced = jax.jit(step, compiler_options=compiler_options()).trace(*arguments)
+        return Step(traced.lower(lowering_platforms=("tpu",)), flops)
 
 
 def training_step(
@@ -87,7 +88,8 @@ def training_step(
     made = make_optimizer(optimizer, lambda _: jnp.float32(1e-5))
     state = jax.eval_shape(lambda p: init_state(p, made, ema), trainer.trainable)
     shardings = param_shardings(state, mesh)
-    step = make_step(trainer.loss, made, 0, shardings=shardings)
+    with target_platform("tpu"):
+        step = make_step(trainer.loss, made, 0, shardings=shardings)
     parts = {
         name: jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
         for name, x in batch_shapes(model, batch * mesh.size, pixels, cached=cached).items()

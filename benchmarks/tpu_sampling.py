@@ -30,7 +30,7 @@ from hlo import collectives
 from tpu_programs import GIB, needs, placed, refusal, slice_mesh
 from trainers import MODELS
 
-from diffuse_jax.kernels import target_platform
+from diffuse_jax.kernels import compiler_options, target_platform
 from diffuse_jax.mesh_axes import parse_axes
 from diffuse_jax.models import AutoencoderKL, UNet2DConditionModel
 from diffuse_jax.sharding import param_shardings
@@ -97,7 +97,8 @@ def measure(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     params = placed(shapes, param_shardings(shapes, mesh))
     start = time.perf_counter()
     with target_platform("tpu"):
-        lowered = jax.jit(run).trace(params, inputs).lower(lowering_platforms=("tpu",))
+        program = jax.jit(run, compiler_options=compiler_options()).trace(params, inputs)
+        lowered = program.lower(lowering_platforms=("tpu",))
     print(f"traced in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     jax.config.update("jax_optimization_level", args.effort)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / GIB

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffuse_jax.kernels import compiler_options
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines import saved_programs
 from diffuse_jax.pipelines.identity import Context, identity
@@ -90,7 +91,8 @@ class Programs:
         shapes = jax.tree.map(_shape_of, args)
         # Without this, the compiler may shard results along the other axes too, differently in each program.
         out = None if key.mesh is None else NamedSharding(key.mesh, ROWS)
-        build = lambda: jax.jit(_bound(key), out_shardings=out).lower(*shapes).compile()
+        run = jax.jit(_bound(key), out_shardings=out, compiler_options=compiler_options())
+        build = lambda: run.lower(*shapes).compile()
         self.compilations += 1
         if self._folders or not saved_programs.compilation_cache_in_use():  # then it can be serialized as it is
             with saved_programs.without_compilation_cache():

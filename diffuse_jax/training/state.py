@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from diffuse_jax.kernels import compiler_options
 from diffuse_jax.models.base import Params
 from diffuse_jax.sharding import automatic, automatic_shardings, param_shardings
 from diffuse_jax.training.settings import Average
@@ -91,7 +91,6 @@ def make_step(
     shardings = automatic_shardings(shardings)
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh.abstract_mesh
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Kernels that XLA cannot partition and layers with sharded parameters look up the mesh.
@@ -104,7 +103,8 @@ def make_step(
         ema = None if state.ema is None else ema_update(state.ema, params, ema_rate(done, average))
         return TrainState(done, params, opt_state, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
-    return step
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=compiler_options())
 
 
 def mean_gradient(loss: Loss, params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[Params, Metrics]:

@@ -1,4 +1,4 @@
-"""Attention compiles for TPUs that are not here: libtpu is a compiler as well as a driver."""
+"""What is compiled for TPUs that are not here: libtpu is a compiler as well as a driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 PYTHON = os.environ.get("DIFFUSE_JAX_TPU_PYTHON", sys.executable if LIBTPU else "")
 """An interpreter with ``jax[tpu]``; where the tests' own lacks it, another one can be named."""
 
-SCRIPT = """
+ATTENTION = """
     import re, sys, jax, jax.numpy as jnp
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -70,12 +70,40 @@ SCRIPT = """
 """
 
 
+RESIDUAL_BLOCK = """
+    import re, jax, jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+    from diffuse_jax.kernels import compiler_options, target_platform
+    from diffuse_jax.models.resnet import ResnetBlock
+
+    place = SingleDeviceSharding(topologies.get_topology_desc("v5e:2x4", "tpu").devices[0])
+    block = ResnetBlock(640, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 640), jnp.bfloat16)
+    put = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    params = put(jax.eval_shape(block.init, jax.random.key(0), x))
+
+    def cycles(options):
+        with target_platform("tpu"):
+            traced = jax.jit(block.apply, compiler_options=options).trace(params, put(x))
+            program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        return sum(map(int, re.findall(r'"estimated_cycles":"(\\d+)"', program.split("ENTRY")[1])))
+
+    with target_platform("tpu"):
+        options = compiler_options()
+    ours, default = cycles(options), cycles(None)
+    print(ours, default)
+    assert 0 < ours < 0.8 * default
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON, reason="needs libtpu (the tpu extra), here or in DIFFUSE_JAX_TPU_PYTHON")
-def test_attention_compiles_for_tpus():
+@pytest.mark.parametrize("script", [ATTENTION, RESIDUAL_BLOCK], ids=["attention", "residual block"])
+def test_it_compiles_for_tpus(script: str):
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
     result = subprocess.run(
-        [PYTHON, "-c", textwrap.dedent(SCRIPT)], env=os.environ | quiet, capture_output=True, text=True, timeout=900
+        [PYTHON, "-c", textwrap.dedent(script)], env=os.environ | quiet, capture_output=True, text=True, timeout=900
     )
     print(result.stdout)
     assert result.returncode == 0, result.stderr[-3000:]
