@@ -45,6 +45,8 @@ PACKAGE = __name__.partition(".")[0]
 
 Layers = Annotated[int, Range(1, 64), Repeats()]
 """A number of consecutive layers."""
+Depth = Annotated[int, Range(0, 64), Repeats()]
+"""The same where there may be none."""
 Levels = Annotated[tuple[int, ...], Length(16), Repeats()]
 """The width of each level."""
 Index = Annotated[int, Range(0, 65_536)]
@@ -101,7 +103,7 @@ class Rule:
         """How often the value repeats something; 1 if the field does not repeat anything."""
         if isinstance(value, tuple):
             return max([len(value) if self.repeats else 1, *map((self.items or self).repeated, value)])
-        return int(value) if self.repeats and isinstance(value, Integral) else 1
+        return max(1, int(value)) if self.repeats and isinstance(value, Integral) else 1
 
     def __str__(self) -> str:
         kinds = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ Tensors = Mapping[str, np.ndarray]
 
 def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
     """``config.json`` of a UNet from its tensors under diffusers' names."""
-    encoder, up = encoder_config(unet, family.heads), {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
+    encoder = encoder_config(unet, family.heads)
+    up = [_depths(unet, f"up_blocks.{i}") for i in range(_levels(unet, "up_blocks"))]
     distilled = unet.get("time_embedding.cond_proj.weight")
     return (
         encoder
@@ -25,9 +27,18 @@ def unet_config(unet: Tensors, family: Family) -> dict[str, Any]:
             "_class_name": "UNet2DConditionModel",
             "sample_size": family.latent_size,
             "out_channels": _outputs(unet, "conv_out.weight"),
-            "up_block_types": [up.get(kind, "UpBlock2D") for kind in reversed(encoder["down_block_types"])],
+            "up_block_types": ["CrossAttnUpBlock2D" if depths else "UpBlock2D" for depths in up],
         }
+        | _reversed(encoder["transformer_layers_per_block"], up)
     )
+
+
+def _reversed(down: Any, up: list[list[int]]) -> dict[str, Any]:
+    """The part of the config for attention in the upward path, where it does not mirror the downward path."""
+    mirrored = [down] * len(up) if isinstance(down, int) else down[::-1]
+    own = [_shortest(depths) if depths else depth for depths, depth in zip(up, mirrored, strict=True)]
+    nested = any(isinstance(depth, list) for depth in mirrored)
+    return {"reverse_transformer_layers_per_block": own} if nested or own != mirrored else {}
 
 
 def controlnet_config(net: Tensors) -> dict[str, Any]:
@@ -36,7 +47,7 @@ def controlnet_config(net: Tensors) -> dict[str, Any]:
     Like Stable Diffusion 1, networks whose attention projections are convolutions have 8 heads at every level.
     """
     hint = "controlnet_cond_embedding"
-    encoder = encoder_config(net, None if net["mid_block.attentions.0.proj_in.weight"].ndim == 2 else 8)
+    encoder = encoder_config(net, None if linear_projection(net) else 8)
     inner = range(1, _levels(net, f"{hint}.blocks"), 2) if f"{hint}.blocks.0.weight" in net else ()
     return encoder | {
         "_class_name": "ControlNetModel",
@@ -51,21 +62,23 @@ def encoder_config(unet: Tensors, heads: int | None) -> dict[str, Any]:
     """The part of ``config.json`` for the encoder of a UNet, which a ControlNet shares."""
     levels = _levels(unet, "down_blocks")
     channels = [_outputs(unet, f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)]
-    depths = [_depth(unet, f"down_blocks.{i}.attentions.0") for i in range(levels)]
-    mid = _depth(unet, "mid_block.attentions.0")
-    known = {depth for depth in (*depths, mid) if depth}
+    depths = [_depths(unet, f"down_blocks.{i}") for i in range(levels)]
+    mid = _depths(unet, "mid_block")
+    # A level without attention needs a value too; the last level's is also the middle block's.
+    each = [_shortest(level or (mid if i + 1 == levels else []) or [1]) for i, level in enumerate(depths)]
+    used = [depth for depth, level in zip(each, (*depths[:-1], depths[-1] or mid)) if level]
     attention = next(key for key in unet if key.endswith("attn2.to_k.weight"))
     context = unet[attention].shape[1]
     config = {
         "in_channels": unet["conv_in.weight"].shape[1],
         "block_out_channels": channels,
         "layers_per_block": _layers(unet, "down_blocks"),
-        "down_block_types": [("CrossAttnDownBlock2D" if depth else "DownBlock2D") for depth in depths],
+        "down_block_types": ["CrossAttnDownBlock2D" if level else "DownBlock2D" for level in depths],
+        "mid_block_type": _middle(unet, mid),
         "attention_head_dim": heads or [max(1, width // 64) for width in channels],
         "cross_attention_dim": context,
-        "use_linear_projection": unet["mid_block.attentions.0.proj_in.weight"].ndim == 2,
-        # A level without attention needs a value too; the last level's is also the middle block's.
-        "transformer_layers_per_block": known.pop() if len(known) == 1 else [*(d or 1 for d in depths[:-1]), mid],
+        "use_linear_projection": linear_projection(unet),
+        "transformer_layers_per_block": used[0] if isinstance(used[0], int) and used == used[:1] * len(used) else each,
         "only_cross_attention": _only_cross(unet, levels, context),
     }
     return config | _label_config(unet)
@@ -158,7 +171,26 @@ def _layers(tensors: Tensors, prefix: str) -> int:
     return _levels(tensors, f"{prefix}.0.resnets")
 
 
-def _depth(tensors: Tensors, attention: str) -> int | None:
-    """The number of transformer blocks of an attention, or None if there is no such attention."""
-    present = any(key.startswith(f"{attention}.transformer_blocks.") for key in tensors)
-    return _levels(tensors, f"{attention}.transformer_blocks") if present else None
+def _depths(tensors: Tensors, block: str) -> list[int]:
+    """The number of transformer blocks of each attention of a block; empty if it has no attention."""
+    attentions = (f"{block}.attentions.{i}" for i in itertools.count())
+    present = itertools.takewhile(lambda attention: f"{attention}.norm.weight" in tensors, attentions)
+    has_blocks = lambda attention: any(key.startswith(f"{attention}.transformer_blocks.") for key in tensors)
+    return [_levels(tensors, f"{each}.transformer_blocks") if has_blocks(each) else 0 for each in present]
+
+
+def _shortest(depths: list[int]) -> int | list[int]:
+    """One number if all are the same."""
+    return depths[0] if len(set(depths)) == 1 else depths
+
+
+def _middle(tensors: Tensors, depths: list[int]) -> str | None:
+    """The kind of the middle block; it is absent from a few distilled networks."""
+    if "mid_block.resnets.0.conv1.weight" not in tensors:
+        return None
+    return "UNetMidBlock2DCrossAttn" if depths else "UNetMidBlock2D"
+
+
+def linear_projection(tensors: Tensors) -> bool:
+    """Whether the projections around attention are linear rather than convolutions."""
+    return tensors[next(key for key in tensors if key.endswith(".proj_in.weight"))].ndim == 2

@@ -182,7 +182,7 @@ FAMILIES = {
 """Families by name; if a file fits several equally well, the first is taken."""
 
 MARKERS = {
-    "unet": ("input_blocks.0.0.weight", "time_embed.0.weight", "middle_block.1.norm.weight", "out.2.weight"),
+    "unet": ("input_blocks.0.0.weight", "time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight", "out.2.weight"),
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight"),
     "clip": (
         "embeddings.token_embedding.weight",
@@ -269,9 +269,8 @@ def _fit(
     """How well a complete file fits a family: the number of its networks, and whether the kind and the input channels
     of its UNet agree."""
     networks = sum(_is_there(tensors, prefix, table) for prefix, table in family.places.values())
-    projection, first = (
-        tensors.get(UNET + key) for key in ("middle_block.1.proj_in.weight", "input_blocks.0.0.weight")
-    )
+    projections = (a for key, a in tensors.items() if key.startswith(UNET) and key.endswith(".proj_in.weight"))
+    projection, first = next(projections, None), tensors.get(f"{UNET}input_blocks.0.0.weight")
     channels = given.get("unet", {}).get("in_channels") if first is None or first.ndim != 4 else first.shape[1]
     linear = projection is not None and (projection.ndim == 2) == family.linear_projection
     return networks, linear, channels in family.pipelines

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.layouts.configs import Tensors, unet_config
+from diffuse_jax.layouts.configs import Tensors, linear_projection, unet_config
 from diffuse_jax.layouts.families import FAMILIES, V1, V2, V2_EPSILON, XL, Family
 from diffuse_jax.layouts.original import unet_table
 from diffuse_jax.layouts.rows import to_diffusers
@@ -33,6 +33,6 @@ def family_of(unet: Tensors) -> Family:
         return XL
     if "class_embedding.weight" in unet:
         return FAMILIES["x4-upscaler"]
-    if np.ndim(unet["mid_block.attentions.0.proj_in.weight"]) != 2:
+    if not linear_projection(unet):
         return V1
     return V2 if unet["conv_in.weight"].shape[1] == 4 else V2_EPSILON  # depth and inpainting

@@ -55,8 +55,8 @@ def cross_attentions(config: UNet2DConditionConfig) -> dict[Path, int]:
     return {
         (block, f"attentions_{j}", f"transformer_blocks_{k}", "attn2"): level.channels
         for block, level in (*down, *up, *middle)
-        for j in range(level.layers if level.depth else 0)
-        for k in range(level.depth)
+        for j, depth in enumerate(level.depths)
+        for k in range(depth)
     }
 
 

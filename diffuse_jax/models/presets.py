@@ -98,6 +98,14 @@ SDXL_REFINER_UNET = SDXL_UNET.replace(
     cross_attention_dim=1280,
     projection_class_embeddings_input_dim=2560,
 )
+#: 1,331,334,404; Segmind's SSD-1B, with fewer transformer blocks and none in the middle
+SSD_1B_UNET = SDXL_UNET.replace(
+    mid_block_type="UNetMidBlock2D",
+    transformer_layers_per_block=(1, (2, 2), (4, 4)),
+    reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+)
+#: 745,225,604; Segmind's Vega
+VEGA_UNET = SDXL_UNET.replace(mid_block_type="UNetMidBlock2D", transformer_layers_per_block=(1, 1, 2))
 
 SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
 SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; pools its residuals

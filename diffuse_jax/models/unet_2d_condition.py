@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffuse_jax.allowed import Range, Share
+from diffuse_jax.allowed import MAX_REPEATED, Range, Share
 from diffuse_jax.config import NO_DROPOUT, Config
 from diffuse_jax.models import k_blocks
 from diffuse_jax.models.k_blocks import GROUP, KLevel
@@ -21,13 +21,17 @@ from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
 from diffuse_jax.models.unet_config import HAS_ATTENTION, MIDDLES, EncoderConfig, Level
 from diffuse_jax.models.unet_encoder import EncoderModel
 
+UpDepth = Annotated[int, Range(0, 64)]  # not Repeats: a UNet has either this or the mirrored downward path, not both
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNet2DConditionConfig(EncoderConfig):
     """``config.json`` of a ``UNet2DConditionModel``; a field that may differ by level is one value or one per level.
 
     ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer in every published file.
-    ``cross_attention_dim`` is the width of the prompt embeddings, ``sample_size`` the edge of the latents.
+    ``cross_attention_dim`` is the width of the prompt embeddings, ``sample_size`` the edge of the latents. An entry of
+    ``transformer_layers_per_block`` is one number, or one for each residual block of the level; in the upward path,
+    coarsest level first, ``reverse_transformer_layers_per_block`` takes its place if it is not None.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
@@ -59,7 +63,7 @@ class UNet2DConditionConfig(EncoderConfig):
     center_input_sample: bool = False
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     dropout: Share = 0.0
-    reverse_transformer_layers_per_block: tuple[Annotated[int, Range(1, 64)], ...] | None = None
+    reverse_transformer_layers_per_block: tuple[UpDepth | tuple[UpDepth, ...], ...] | None = None
     time_embedding_type: str = "positional"
     time_embedding_dim: int | None = None
     timestep_post_act: str | None = None
@@ -78,6 +82,8 @@ class UNet2DConditionConfig(EncoderConfig):
             raise ValueError(f"{name}: blocks of k-diffusion (K...) do not go together with others")
         if self.has_k_blocks:
             self._check_k_blocks()
+        elif sum(sum(level.depths) for level in self.up_levels()) > MAX_REPEATED:
+            raise ValueError(f"{name}: the upward path has more than {MAX_REPEATED} transformer blocks")
 
     def _check_k_blocks(self) -> None:
         """The combinations for which PyTorch diffusers has consistent shapes."""
@@ -108,10 +114,16 @@ class UNet2DConditionConfig(EncoderConfig):
 
     def up_levels(self) -> list[Level]:
         """The levels of the upward path, coarsest first; each has one residual block more than in the downward path."""
-        depth = self.reverse_transformer_layers_per_block
-        depths = self.transformer_layers_per_block if depth is None else depth[::-1]
-        levels = self._levels(self.up_block_types[::-1], depths)[::-1]
-        return [level._replace(layers=level.layers + 1) for level in levels]
+        if self.reverse_transformer_layers_per_block is not None:
+            name = "reverse_transformer_layers_per_block"
+            return self.levels(self.up_block_types, name, coarsest_first=True, more=1)
+        name = "transformer_layers_per_block"
+        if any(isinstance(depth, tuple) for depth in self.per_level(name)):
+            raise ValueError(
+                f"{self.class_name}: {name} differs within a level, so reverse_{name} must say what the upward path "
+                "has: one entry per level, coarsest first"
+            )
+        return self.levels(self.up_block_types[::-1], name, more=1)[::-1]
 
     may_have_k_blocks: ClassVar[bool] = True
 

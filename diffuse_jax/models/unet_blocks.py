@@ -55,11 +55,11 @@ class Block(nn.Module):
         )(x, temb)
 
     def attend(self, i: int, x: jax.Array, context: jax.Array) -> jax.Array:
-        if not self.level.depth:
+        if not self.level.depths:
             return x
         return Transformer2D(
             self.level.heads,
-            self.level.depth,
+            self.level.depths[i],
             self.config.groups,
             self.config.use_linear_projection,
             self.level.only_cross_attention,
@@ -85,7 +85,7 @@ class DownBlock(Block):
         for i in range(self.level.layers):
             x = self.attend(i, self.resnet(i, x, temb), context)
             skips.append(x)
-        if self.level.depth:
+        if self.level.depths:
             skips[-1] = x = self.added(x, residual)
         if self.downsample:
             x = Downsample(
@@ -96,7 +96,7 @@ class DownBlock(Block):
                 name="downsamplers_0",
             )(x)
             skips.append(x)
-        if not self.level.depth:
+        if not self.level.depths:
             skips[-1] = x = self.added(x, residual)
         return x, skips
 
@@ -110,7 +110,7 @@ class MidBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
         x = self.resnet(0, x, temb)
-        return self.resnet(1, self.attend(0, x, context), temb) if self.level.depth else x
+        return self.resnet(1, self.attend(0, x, context), temb) if self.level.depths else x
 
 
 class Join(nn.Module):

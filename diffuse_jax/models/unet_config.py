@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
-from diffuse_jax.allowed import Index, Layers, Levels, Share, Signed
+from diffuse_jax.allowed import Depth, Index, Layers, Levels, Share, Signed
 from diffuse_jax.config import NOT_QUANTIZED, Config, thaw
 
 HAS_ATTENTION = {
@@ -31,7 +31,7 @@ class Level(NamedTuple):
     channels: int
     layers: int
     heads: int
-    depth: int  # transformer blocks after each residual block; 0 where there is no attention
+    depths: tuple[int, ...]  # transformer blocks after each residual block; empty where there is no attention
     only_cross_attention: bool
 
 
@@ -40,7 +40,8 @@ class EncoderConfig(Config):
     """JSON fields that UNets and ControlNets share; a field that may differ by level is one value or one per level.
 
     ``num_attention_heads`` is what the JSON calls ``attention_head_dim``, a misnomer in every published file.
-    ``cross_attention_dim`` is the width of the prompt embeddings.
+    ``cross_attention_dim`` is the width of the prompt embeddings. An entry of ``transformer_layers_per_block`` is one
+    number, or one for each residual block of the level; the middle block has the last entry's first.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {
@@ -72,7 +73,7 @@ class EncoderConfig(Config):
     norm_num_groups: int | None = 32
     norm_eps: Share = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: Layers | tuple[Layers | tuple[Layers, ...], ...] = 1
+    transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
     num_attention_heads: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     class_embed_type: str | None = None
@@ -126,32 +127,43 @@ class EncoderConfig(Config):
 
     def down_levels(self) -> list[Level]:
         """The levels of the downward path, finest first."""
-        return self._levels(self.down_block_types, self.transformer_layers_per_block)
+        return self.levels(self.down_block_types, "transformer_layers_per_block")
 
     def mid_level(self) -> Level:
         """The middle block: like the coarsest level, with attention if ``mid_block_type`` has it."""
-        depths = self.per_level("transformer_layers_per_block")
-        level = self.down_levels()[-1]
+        name = "transformer_layers_per_block"
         attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
-        return level._replace(layers=1, depth=depths[-1] if attends else 0, only_cross_attention=False)
+        depths = self._depths(name, self.per_level(name)[-1], 1) if attends else ()
+        return self.down_levels()[-1]._replace(layers=1, depths=depths, only_cross_attention=False)
 
-    def _levels(self, kinds: tuple[str, ...], depths: int | tuple[Any, ...]) -> list[Level]:
-        n = len(self.block_out_channels)
-        depths = (depths,) * n if isinstance(depths, int) else depths
-        if not all(isinstance(depth, int) for depth in depths):
+    def levels(
+        self, kinds: tuple[str, ...], depths: str, *, coarsest_first: bool = False, more: int = 0
+    ) -> list[Level]:
+        """The levels with blocks of these kinds, in their order.
+
+        Args:
+          kinds: the type of block of each level.
+          depths: the field with the numbers of transformer blocks; in the order of ``kinds`` if it differs by level.
+          coarsest_first: the order of ``kinds``; fields other than ``depths`` are in the opposite one.
+          more: how many residual blocks each level has beyond ``layers_per_block``.
+        """
+        order = -1 if coarsest_first else 1
+        names = ("block_out_channels", "layers_per_block", "num_attention_heads", "only_cross_attention")
+        fields = [self.per_level(name)[::order] for name in names]
+        return [
+            Level(width, n + more, heads, self._depths(depths, depth, n + more) if HAS_ATTENTION[kind] else (), only)
+            for kind, depth, width, n, heads, only in zip(kinds, self.per_level(depths), *fields, strict=True)
+        ]
+
+    def _depths(self, name: str, depth: int | tuple[int, ...], blocks: int) -> tuple[int, ...]:
+        """An entry of the field ``name`` as one number per residual block; like diffusers it may have more."""
+        depths = (depth,) * blocks if isinstance(depth, int) else depth[:blocks]
+        if len(depths) < blocks:
             raise ValueError(
-                f"{self.class_name}: transformer_layers_per_block must be one number or one per level, got "
-                f"{thaw(depths)}; one number per block of a level is not supported"
+                f"{self.class_name}: {name} has {thaw(depth)} for a level of {blocks} residual blocks; expected one "
+                f"number, or {blocks}"
             )
-        rows = zip(
-            self.block_out_channels,
-            self.per_level("layers_per_block"),
-            self.per_level("num_attention_heads"),
-            [d if HAS_ATTENTION[k] else 0 for d, k in zip(depths, kinds, strict=True)],
-            self.per_level("only_cross_attention"),
-            strict=True,
-        )
-        return [Level(*row) for row in rows]
+        return depths
 
     def per_level(self, name: str) -> tuple[Any, ...]:
         """The field ``name`` as one value per level."""

@@ -34,7 +34,7 @@ def plain_arguments(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a call, with every single number as a Python number, also if NumPy's or JAX's was given.
 
-    What has another annotation (text, images, seeds) is returned as it is, and so is None.
+    What has another annotation (text, images, seeds) is returned as it is, and so is None where it is allowed.
 
     Args:
       owner: the pipeline's class.
@@ -45,7 +45,7 @@ def plain_arguments(
       ValueError, TypeError: an argument annotated as a number is not one, or not finite.
     """
     hints = argument_hints(owner, compose)
-    read = lambda name, value: value if value is None else _reader(hints.get(name))(value, name)
+    read = lambda name, value: _reader(hints.get(name))(value, name)
     named = zip(hints, args, strict=False)  # the positional ones come first
     positional = [read(name, value) for name, value in named]
     return [*positional, *args[len(positional) :]], {name: read(name, value) for name, value in options.items()}
@@ -54,7 +54,8 @@ def plain_arguments(
 def _reader(hint: Any) -> Reader:
     """What reads an argument with this annotation."""
     either = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return READERS.get(frozenset(either) - {types.NoneType}, _unchanged)
+    reader = READERS.get(frozenset(either) - {types.NoneType}, _unchanged)
+    return lambda value, name: value if value is None and types.NoneType in either else reader(value, name)
 
 
 def _unchanged(value: Any, name: str) -> Any:

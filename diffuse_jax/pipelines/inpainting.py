@@ -16,11 +16,11 @@ from diffuse_jax.pipelines.method import Rows
 from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.decode import ToImages
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
-from diffuse_jax.pipelines.parts.start import FromImage
+from diffuse_jax.pipelines.parts.start import FromImage, FromLatents
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.pasting import PasteBack, region
 from diffuse_jax.pipelines.running import Request
-from diffuse_jax.pipelines.tasks import below_guidance, changed, image_rows, latent_rows, vae_of
+from diffuse_jax.pipelines.tasks import below_guidance, changed, continued, image_rows, latent_rows, vae_of
 
 
 def inpainting(
@@ -30,6 +30,8 @@ def inpainting(
     strength: float,
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
+    *,
+    denoising_start: float | None = None,
 ) -> Request:
     """Repaint ``image`` where ``mask`` is white, and keep the rest.
 
@@ -42,28 +44,35 @@ def inpainting(
       strength: in (0, 1].
       options: the arguments of :class:`~diffuse_jax.pipelines.options.InpaintOptions`.
       arguments: the remaining arguments of the call.
+      denoising_start: continue a run that another model began, from ``image`` as its noisy latents; instead of
+        ``strength``.
 
     Raises:
-      ValueError: the UNet has input channels for something else.
+      ValueError: the UNet has input channels for something else, or a run cannot be continued from such an image.
     """
     size = output_size(pipe, options.get("height"), options.get("width"))
     pad, output_type = options.get("padding_mask_crop"), arguments.get("output_type", "pil")
     cut = None if pad is None else region(image, mask, size, pad, output_type)
     if cut is not None:
         image, mask = cut.cut(cut.image, size), cut.cut(mask, size)
-    request = text_to_image(pipe, arguments, size, strength=strength)._replace(finish=cut)
+    begin = {"strength": strength} if denoising_start is None else {"denoising_start": denoising_start}
+    request = text_to_image(pipe, arguments, size, **begin)._replace(finish=cut)
     if options.get("keep_unmasked") and cut is None:
         request = request._replace(finish=pasting_back(request, image, mask, size))
     unet, vae = pipe.components["unet"].config, vae_of(pipe)
     latents = vae.config.latent_channels
+    start: Any = FromImage(vae)
     rows = image_rows(request, pipe, image, "image")
+    if denoising_start is None:
+        rows["pure_noise"] = np.full(request.images, strength == 1)
+    else:
+        start, rows["latents"] = FromLatents(), continued(rows, vae)
     rows["mask"] = per_prompt(mask_pixels(mask, size, "mask_image"), request.images, request.copies, "mask_image")
     request = decoded_around(request, rows)
-    rows["pure_noise"] = np.full(request.images, strength == 1)
     method, conditions = request.method, (*request.method.conditions, LatentMask(vae.config.scale))
     if unet.in_channels == latents:
         advance = KeepKnown(method.advance)
-        return changed(request, rows, start=FromImage(vae), conditions=conditions, advance=advance)
+        return changed(request, rows, start=start, conditions=conditions, advance=advance)
     if unet.in_channels != 2 * latents + 1:
         raise ValueError(
             f"the UNet has {unet.in_channels} input channels; inpainting takes {latents}, or {2 * latents + 1} "
@@ -76,7 +85,7 @@ def inpainting(
     beside = lambda inner: Beside(inner, ("latent_mask", "masked_image_latents"))
     denoiser = below_guidance(method.denoiser, beside)
     conditions = (*conditions, EncodeMaskedImage(vae))
-    return changed(request, rows, start=FromImage(vae), conditions=conditions, denoiser=denoiser)
+    return changed(request, rows, start=start, conditions=conditions, denoiser=denoiser)
 
 
 def decoded_around(request: Request, rows: Rows) -> Request:

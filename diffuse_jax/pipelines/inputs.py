@@ -81,9 +81,12 @@ def finite(value: Any, name: str) -> np.ndarray:
       TypeError: one is not a number.
     """
     try:
-        array = np.asarray(value, np.float64)
+        given, array = np.asarray(value), np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}") from None
+        given = array = None
+    # NumPy converts text that looks like a number, and None to NaN.
+    if given is None or array is None or given.dtype.kind in "US" or None in given.ravel().tolist():
+        raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {brief(value)}")
     return array
@@ -362,9 +365,11 @@ def whole_images(images: ImageInput, name: str) -> list[Any]:
         return [images]
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
         return [image for item in images for image in whole_images(item, name)]
-    if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4):
+    if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4) and images.size:
         return [images]
-    given = f"an array with {images.ndim} axes" if hasattr(images, "ndim") else type(images).__name__
+    given = f"an array of shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
+    if type(images).__module__ == "torch":
+        given = "a tensor of PyTorch; channel-last it is an array: x.permute(0, 2, 3, 1).numpy(), with values in [0, 1]"
     raise TypeError(f"{name} must be a PIL image, an array [H,W,3] or [B,H,W,3], or a list of them, got {given}")
 
 

@@ -251,7 +251,14 @@ class XLOptions(PooledTextOptions, total=False):
 
 
 class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
-    """:class:`XLOptions` and :class:`InpaintOptions`."""
+    """:class:`XLOptions` and :class:`InpaintOptions`.
+
+    Attributes:
+      denoising_start: fraction in (0, 1) of the schedule that another model has already run; ``image`` is then its
+        noisy latents ``[B,h,w,c]``, no noise is added, and ``strength`` is ignored.
+    """
+
+    denoising_start: float | None
 
 
 class XLControlTextOptions(XLOptions, ControlOptions, GuidanceOptions, total=False):
@@ -285,7 +292,19 @@ def check_names(owner: type, given: Mapping[str, Any], known: type) -> None:
     """
     if unknown := sorted(set(given) - set(known.__annotations__)):
         names = ", ".join(sorted(argument_names(owner)))
-        raise TypeError(f"{owner.__name__} has no argument {', '.join(unknown)}; it has {names}")
+        hints = "".join(f"; {INSTEAD[name]}" for name in unknown if name in INSTEAD)
+        raise TypeError(f"{owner.__name__} has no argument {', '.join(unknown)}{hints}; it has {names}")
+
+
+INSTEAD = {
+    "generator": 'give seed= (with noise="torch" or noise="cuda", PyTorch\'s noise for that seed)',
+    "return_dict": "a call returns an Output, whose images are .images",
+    "callback": "give callback_on_step_end=",
+    "callback_steps": "callback_on_step_end= is called after every step",
+    "callback_on_step_end_tensor_inputs": "callback_on_step_end= gets the latents",
+    "cross_attention_kwargs": "give lora_scale= instead of its scale",
+}
+"""Argument of PyTorch diffusers' calls that ours do not have -> what to do instead."""
 
 
 def argument_names(owner: type) -> set[str]:

@@ -37,12 +37,14 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline):
           image, mask_image, guidance_scale: as for Stable Diffusion inpainting.
           strength: in (0, 1]; a value just below 1 starts from noise with a trace of the image, as SDXL's inpainting
             checkpoints were trained.
-          **options: see :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
+          **options: see :class:`~diffuse_jax.pipelines.options.XLInpaintOptions`,
+            :class:`~diffuse_jax.pipelines.options.InpaintOptions` and
             :class:`~diffuse_jax.pipelines.options.XLOptions`.
 
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         inpaint, others = split_options(options, InpaintOptions)
+        start = others.pop("denoising_start", None)
         arguments = {"prompt": prompt, "prompt_2": prompt_2, "guidance_scale": guidance_scale, **others}
-        return inpainting(self, image, mask_image, strength, inpaint, arguments)
+        return inpainting(self, image, mask_image, strength, inpaint, arguments, denoising_start=start)

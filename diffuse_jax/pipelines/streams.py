@@ -90,7 +90,7 @@ def drawn_before(request: Request) -> list[str]:
         "low res image": "low_res_image" in rows,
         "image": "image" in rows and encoded and (not pure or bool(kept)),
         "small image": "image" in rows and any(isinstance(part, SmallImage) for part in request.method.conditions),
-        "noise": "noise" not in rows and "latents" not in rows,
+        "noise": "noise" not in rows and ("latents" not in rows or "mask" in rows),
         "masked image": "image" in rows and "mask" in rows and "masked_image_latents" not in rows,
     }
     return [name for name in PURPOSES if drawn[name]]

@@ -40,6 +40,7 @@ def steered(request: Request, pipe: Any, images: ImageInput, options: Mapping[st
     nets = nets_of(pipe, "adapter")
     size = request_size(request, vae_of(pipe))
     check_size(nets, size)
+    check_channels(nets, pipe.components["unet"].config.block_out_channels)
     each = zip(nets, by_adapter(nets, images), strict=True)
     control = tuple(
         per_prompt(
@@ -90,6 +91,22 @@ def by_adapter(nets: tuple[Net, ...], images: Any) -> list[Any]:
         given = f"{len(images)}" if isinstance(images, list | tuple) else type(images).__name__
         raise ValueError(f"there are {len(nets)} T2I-Adapters; give a list with the control image of each, got {given}")
     return list(images)
+
+
+def check_channels(nets: tuple[Net, ...], unet: tuple[int, ...]) -> None:
+    """Check that the features of the adapters have the channels of the UNet's levels and of its middle block.
+
+    Raises:
+      ValueError: an adapter is for another UNet.
+    """
+    levels = (*unet, unet[-1])
+    for net in nets:
+        channels = tuple(stage.channels for stage in net.config.stages())
+        if channels != levels[: len(channels)]:
+            raise ValueError(
+                f"this T2I-Adapter is for another UNet: its features have {channels} channels, finest first, and the "
+                f"UNet's levels {unet}"
+            )
 
 
 def check_size(nets: tuple[Net, ...], size: tuple[int, int]) -> None:

@@ -221,10 +221,19 @@ def from_latents(request: Request, pipe: Any, latents: Any) -> Request:
     Raises:
       ValueError: they are not latents, or do not have the request's size.
     """
-    vae = vae_of(pipe)
-    if not is_latents(latents, vae):
+    rows = image_rows(request, pipe, latents, "image")
+    return changed(request, {"latents": continued(rows, vae_of(pipe))}, start=FromLatents())
+
+
+def continued(rows: Rows, vae: Net) -> Any:
+    """The latents of a run to continue, among the rows of its image.
+
+    Raises:
+      ValueError: the image is pixels.
+    """
+    if "image_latents" not in rows:
         raise ValueError(f"denoising_start needs image= as latents [B,h,w,{vae.config.latent_channels}]")
-    return changed(request, {"latents": latent_rows(latents, request, "image")}, start=FromLatents())
+    return rows["image_latents"]
 
 
 def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:

@@ -225,8 +225,10 @@ class Table:
             raise ValueError(f"cannot keep {n} of {len(self)} evaluations; keep between 1 and {len(self)}")
         n += int(np.argmin(self.inner[n - 1 :]))
         names = ("timesteps", "input_scale", "to_x0", "rows", "log_variance", "interval", "inner")
-        ends = {name: getattr(self, name)[: n + 1] for name in ("levels", "known")}
-        return dataclasses.replace(self, **ends, **{name: getattr(self, name)[:n] for name in names})
+        # Like diffusers, a run that is cut ends with the known image clean: it goes on as the image of another run.
+        known = np.array([*self.known[:n], (1.0, 0.0)])
+        parts = {name: getattr(self, name)[:n] for name in names}
+        return dataclasses.replace(self, levels=self.levels[: n + 1], known=known, **parts)
 
     def run(
         self, model: Callable[[Array, float], Array], sample: Array, noise: Sequence[Array] | None = None

@@ -33,11 +33,29 @@ SIZED = {
     "xl": networks.SDXL_UNET,
     "xl-refiner": networks.SDXL_REFINER_UNET,
 }
+SMALL_XL = networks.SDXL_UNET.replace(block_out_channels=(64, 128, 256), num_attention_heads=(1, 2, 4))
+PRUNED = {  # depths within a level, of SSD-1B, Vega, KOALA 700M and 1B; no attention, nothing, attention in the middle
+    "ssd": SMALL_XL.replace(
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=(1, (2, 1), 4),
+        reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
+    ),
+    "vega": SMALL_XL.replace(mid_block_type="UNetMidBlock2D", transformer_layers_per_block=(1, 1, 2)),
+    "koala-700m": SMALL_XL.replace(mid_block_type=None, layers_per_block=1, transformer_layers_per_block=(1, 2, 5)),
+    "koala-1b": SMALL_XL.replace(layers_per_block=1, transformer_layers_per_block=(1, 2, 6)),
+    "other upward path": SMALL_XL.replace(
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        reverse_transformer_layers_per_block=((0, 1, 2), 1, 1),
+    ),
+}
 
 
-@pytest.mark.parametrize("name", SIZED)
-def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) -> None:
-    shapes = names.flatten(UNet2DConditionModel(SIZED[name]).shapes())
+@pytest.mark.parametrize(
+    ("family", "config"), [*SIZED.items(), *[pytest.param("xl", config, id=name) for name, config in PRUNED.items()]]
+)
+def test_configs_are_read_off_the_shapes(family: str, config: UNet2DConditionConfig) -> None:
+    shapes = names.flatten(UNet2DConditionModel(config).shapes())
     empty = {  # arrays of the right shape that take no memory
         key: names.to_torch(path, np.broadcast_to(np.zeros((), np.float32), shapes[path].shape))
         for key, path in names.torch_keys(shapes).items()
@@ -48,8 +66,8 @@ def test_configs_of_the_published_networks_are_read_off_their_shapes(name: str) 
     stored = {old: combine(parts) for old, parts in members.items()}
     back = to_diffusers(stored, unet_table(groups))
     assert {key: array.shape for key, array in back.items()} == {key: array.shape for key, array in empty.items()}
-    config = UNet2DConditionConfig.from_json(unet_config(back, FAMILIES[name]))
-    assert config.replace(extra=SIZED[name].extra) == SIZED[name]
+    found = UNet2DConditionConfig.from_json(unet_config(back, FAMILIES[family]))
+    assert found.replace(extra=config.extra) == config
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ SDXL = (
 
 UNETS: dict[str, dict[str, Any]] = {
     "SD15_UNET": OLD,
+    "SSD_1B_UNET": SDXL
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "VEGA_UNET": SDXL | {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
     "SD15_INPAINT_UNET": OLD | {"_name_or_path": "./stable-diffusion-v1-5-inpainting/unet", "in_channels": 9},
     "SD15_PIX2PIX_UNET": OLD | {"_diffusers_version": "0.12.0.dev0", "upcast_attention": False, "in_channels": 8},
     "SD15_LCM_UNET": OLD | NEW | {"_diffusers_version": "0.22.0.dev0", "sample_size": 96, "time_cond_proj_dim": 256},

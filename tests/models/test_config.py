@@ -36,13 +36,15 @@ def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
     n = draw(st.integers(1, 4))
     per_level = lambda values: st.lists(values, min_size=n, max_size=n)
     one_or_each = lambda values: values | per_level(values)
+    nested = st.integers(0, 4) | st.lists(st.integers(0, 4), min_size=4, max_size=4)
     return {
         "block_out_channels": draw(per_level(st.sampled_from([32, 64, 320]))),
         "down_block_types": draw(per_level(st.sampled_from(["DownBlock2D", "CrossAttnDownBlock2D"]))),
         "up_block_types": draw(per_level(st.sampled_from(["UpBlock2D", "CrossAttnUpBlock2D"]))),
         "attention_head_dim": draw(one_or_each(st.sampled_from([1, 2, 4, 8]))),
         "layers_per_block": draw(one_or_each(st.integers(1, 3))),
-        "transformer_layers_per_block": draw(one_or_each(st.integers(1, 10))),
+        "transformer_layers_per_block": draw(one_or_each(st.integers(1, 10)) | per_level(nested)),
+        "reverse_transformer_layers_per_block": draw(per_level(nested)),
         "only_cross_attention": draw(one_or_each(st.booleans())),
         "upcast_attention": draw(st.none() | st.booleans()),
         "sample_size": draw(st.none() | st.integers(8, 128)),
@@ -118,8 +120,23 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         (UNet2DConditionConfig, {"mid_block_type": "DownBlock2D"}, "mid_block_type='DownBlock2D'; expected one of"),
         (
             UNet2DConditionConfig,
-            {"transformer_layers_per_block": [1, [2, 2], [4, 4], 1]},  # SSD-1B and others made by pruning
-            r"one number or one per level, got \[1, \[2, 2\], \[4, 4\], 1\]",
+            {"transformer_layers_per_block": [1, [2, 2], [4, 4], 1]},
+            "differs within a level, so reverse_transformer_layers_per_block must say",
+        ),
+        (
+            UNet2DConditionConfig,
+            {"transformer_layers_per_block": [1, [2], 1, 1], "reverse_transformer_layers_per_block": [1, 1, 1, 1]},
+            r"transformer_layers_per_block has \[2\] for a level of 2 residual blocks; expected one number, or 2",
+        ),
+        (
+            UNet2DConditionConfig,
+            {"reverse_transformer_layers_per_block": [1, [2, 2], 1, 1]},
+            r"reverse_transformer_layers_per_block has \[2, 2\] for a level of 3 residual blocks",
+        ),
+        (
+            UNet2DConditionConfig,
+            {"reverse_transformer_layers_per_block": [64, 64, 64, 64]},
+            "the upward path has more than 192 transformer blocks",
         ),
         (UNet2DConditionConfig, {"block_out_channels": [320, 640]}, "4 entries for 2 levels"),
         (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "num_attention_heads has 2 entries for 4 levels"),

@@ -92,6 +92,7 @@ SIZED = {
     "SD20_DEPTH_UNET": presets.SD20_DEPTH_UNET,
     "SDXL_UNET": presets.SDXL_UNET,
     "SDXL_REFINER_UNET": presets.SDXL_REFINER_UNET,
+    "SSD_1B_UNET": presets.SSD_1B_UNET,
     "X4_UPSCALER_UNET": presets.X4_UPSCALER_UNET,
     "SD_VAE": presets.SD_VAE,
 }

@@ -61,6 +61,21 @@ UNETS: dict[str, dict[str, Any]] = {
     "SD 1.x": SMALL | {"layers_per_block": 2},
     "SD 2.x": SD2,
     "SDXL base": SDXL,
+    "SDXL pruned": SDXL
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (0, (2, 1, 5)),  # like diffusers', entries beyond the blocks count for nothing
+        "reverse_transformer_layers_per_block": ((1, 0, 2), 3),
+    },
+    "no middle": SDXL
+    | {
+        "mid_block_type": None,
+        "down_block_types": (CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (UP, CROSS_UP),
+        "transformer_layers_per_block": (2, 1),
+        "reverse_transformer_layers_per_block": (1, (1, 2)),
+    },
     "SDXL refiner": SDXL
     | {
         "block_out_channels": (16, 32, 32),
