@@ -184,7 +184,7 @@ def keep_programs(pipe: Any, keep: bool) -> None:
 
 def open_pipeline(args: argparse.Namespace, mesh: Any) -> Any:
     """The model's pipeline, from a single file in the original layout, a folder or the Hub."""
-    single = Path(args.model).suffix in (".safetensors", ".ckpt")
+    single = Path(args.model).suffix.lower() in (".safetensors", ".ckpt")
     allowed, others = (FROM_SINGLE_FILE, FROM_FOLDER) if single else (FROM_FOLDER, FROM_SINGLE_FILE)
     if wrong := given(args, [name for name in others if name not in allowed]):
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)

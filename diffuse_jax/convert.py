@@ -20,12 +20,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from diffuse_jax import layouts, weights
+from diffuse_jax.errors import parsing
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.messages import warn
 from diffuse_jax.models import Model
 from diffuse_jax.models.base import floating_type, network_class, network_names
 from diffuse_jax.pipelines import catalogue
 from diffuse_jax.pipelines.single_file import CLIP_TOKENIZER, NOT_IN_FILES, open_tokenizers
+from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.weights import WeightsError, names
 from diffuse_jax.weights.copy import compact, forget
 from diffuse_jax.weights.files import STEMS, unchanged
@@ -208,7 +210,7 @@ def without_optional(source: OpenedCheckpoint) -> OpenedCheckpoint:
 
 def _has_weights(folder: Path) -> bool:
     endings = {".safetensors", ".bin", ".msgpack", ".ckpt", ".pt"}
-    return folder.is_dir() and any(path.suffix in endings for path in folder.iterdir())
+    return folder.is_dir() and any(path.suffix.lower() in endings for path in folder.iterdir())
 
 
 def _open_network(library: str, kind: str, folder: Path, named_in: Path, variant: str | None) -> Network:
@@ -237,6 +239,9 @@ def _open_single_file(path: Path, prediction_type: str | None, tokenizer: str | 
     file = layouts.read_single_file(path, prediction_type=prediction_type, tensors=tensors)
     tokenizers = {} if tokenizer is None else open_tokenizers(file, tokenizer)
     networks = _networks(file.networks, path)
+    with parsing(path):  # the file's metadata may hold a configuration that no scheduler has
+        for config in file.schedulers.values():
+            Scheduler.from_config(config)
     return OpenedCheckpoint(
         file.class_name, networks, schedulers=file.schedulers, tokenizers=tokenizers, options=file.options
     )

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def open_regular(path: Path) -> int:
     return handle
 
 
+def absence(path: Path) -> str:
+    """Why a path is not a file that can be opened, for error messages that begin with the path."""
+    if os.path.exists(path):
+        return "is not a regular file (a folder, a device or a pipe?)"
+    return "is a link that leads to no file" if os.path.islink(path) else "no such file"
+
+
 def read_bounded(path: Path, limit: int = MAX_JSON) -> bytes:
     """Read a regular file of at most ``limit`` bytes.
 
@@ -96,9 +104,21 @@ def parse_json(path: Path | str, text: bytes | str, *, what: str = "it", unique:
     except RecursionError as error:
         raise bad(path, f"{what} is nested more than {MAX_DEPTH} levels deep") from error
     except ValueError as error:  # not UTF-8, not JSON, or an integer with more digits than Python converts
+        if problem := _long_integer(text):
+            raise bad(path, f"{what} cannot be read: {problem}") from error
         raise bad(path, f"{what} is not JSON ({error})") from error
     _check_depth(path, data, what)
     return data
+
+
+def _long_integer(text: bytes | str) -> str:
+    """What is wrong with the first integer that Python refuses to convert, and the key before it; empty without one."""
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    if not (limit := sys.get_int_max_str_digits()) or not (found := re.search(rf"\d{{{limit + 1},}}", text)):
+        return ""
+    keys = re.findall(r'"([^"\\]{1,100})"\s*:', text[max(0, found.start() - 1000) : found.start()])
+    digits = f"an integer of {len(found[0])} digits"
+    return f"{keys[-1]} has {digits}" if keys else digits
 
 
 def _unique(path: Path | str, what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,9 +80,15 @@ def png_info(settings: Mapping[str, Any], image: Image.Image) -> PngImagePlugin.
 
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_itxt("parameters", a1111_parameters(settings, image.size))
-        info.add_itxt("diffuse_jax", json.dumps(dict(settings), ensure_ascii=False))
+        parameters = a1111_parameters(settings, image.size).replace("\0", "\ufffd")  # texts of PNG hold no NUL
+        info.add_itxt("parameters", in_utf8(parameters).decode())
+        info.add_itxt("diffuse_jax", in_utf8(json.dumps(dict(settings), ensure_ascii=False)).decode())
     return info
+
+
+def in_utf8(text: str) -> bytes:
+    """UTF-8, with half a surrogate pair (a byte of a file name that is not UTF-8) as JSON writes it: ``\\udc80``."""
+    return text.encode(errors="backslashreplace")
 
 
 def _claim(partial: Path, folder: Path) -> Path:
@@ -106,7 +112,7 @@ def _claim(partial: Path, folder: Path) -> Path:
 def _append(path: Path, text: str) -> None:
     """Append lines in one write, so that lines of several processes do not mix."""
     with naming(path), path.open("ab", buffering=0) as file:
-        write_all(path, file, text.encode())
+        write_all(path, file, in_utf8(text))
 
 
 A1111_NAMES = {
@@ -131,5 +137,10 @@ def a1111_parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
     lines = [str(settings.get("prompt", ""))]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    pairs = [f"{word}: {values[name]}" for name, word in A1111_NAMES.items() if values.get(name) is not None]
+    pairs = [f"{word}: {_quoted(values[name])}" for name, word in A1111_NAMES.items() if values.get(name) is not None]
     return "\n".join([*lines, ", ".join(pairs)])
+
+
+def _quoted(value: Any) -> str:
+    """A value as the web UI writes it: as JSON if it has characters that separate values."""
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text := str(value)) else text

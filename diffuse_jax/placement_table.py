@@ -67,7 +67,7 @@ def component_shapes(source: str | Path, revision: str | None = None) -> dict[st
     Raises:
       WeightsError: there is no such model, or it is damaged.
     """
-    if Path(source).suffix in READERS:
+    if Path(source).suffix.lower() in READERS:
         parts = layouts.read_single_file(source).networks
         return {name: open_model(source, part, jnp.float32).shapes() for name, part in parts.items()}
     folder = weights.resolve(source, revision=revision, only_small=True)

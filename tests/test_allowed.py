@@ -122,6 +122,43 @@ def test_messages(cls: type[Config], data: dict[str, Any], message: str) -> None
         cls.from_json(data)
 
 
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (ADMUNet, {"channel_mult": []}, "channel_mult must have at least one entry"),
+        (ADMUNet, {"channel_mult": [0, 1]}, "channel_mult must be a list of up to 16 entries"),
+        (ADMUNet, {"channel_mult": [1e-9]}, "model_channels=128 times channel_mult must be multiples of 32, got [0]"),
+        (ADMUNet, {"num_head_channels": 0}, "num_head_channels must be -1 or a whole number from 1"),
+        (ADMUNet, {"num_heads": 7}, "256 channels cannot be split into heads (num_heads=7"),
+        (AutoencoderKL, {"norm_num_groups": 7}, "64 channels cannot be split into 7 groups of equal size (norm_"),
+        (AutoencoderKL, {"up_block_types": ["UpBlock"]}, "up_block_types must be 'UpDecoderBlock2D' at every level"),
+        (ControlNetModel, {"transformer_layers_per_block": [1]}, "transformer_layers_per_block has 1 entries for 4 "),
+        (UNet2DConditionModel, {"attention_head_dim": "8"}, "(files call it attention_head_dim)"),
+        (UNet2DConditionModel, {"attention_head_dim": 7}, "width 320 cannot be split into 7 heads (attention_head_"),
+        (DPTForDepthEstimation, {"image_size": 65_536}, "image_size=65536, patch_size=16 and reassemble_factors="),
+        (DPTForDepthEstimation, {"image_size": 7}, "make maps of 0 pixels per side"),
+        (CLIPTextModel, {"hidden_size": 10**4000}, "hidden_size must be a whole number from 1 to 65,536, got an int"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_name_their_fields(
+    cls: type[Model], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(cls().config_json() | changes))
+    with bounded(memory=4 << 30), pytest.raises(WeightsError, match=re.escape(message)) as error:
+        cls.from_config(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_an_integer_of_thousands_of_digits_names_its_field(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for value in ("1" * 5000, "[1, -" + "1" * 5000 + "]"):
+        file.write_text(f'{{"act_fn": "silu", "layers_per_block": {value}, "sample_size": 64}}')
+        with pytest.raises(WeightsError, match="cannot be read: layers_per_block has an integer of 5000 digits"):
+            UNet2DConditionModel.from_config(tmp_path)
+
+
 def test_numbers_in_files_are_accepted() -> None:
     assert DPMSolverMultistepScheduler.from_json({"lambda_min_clipped": float("-inf")}).lambda_min_clipped < -1e300
     assert CLIPTextConfig.from_json({"pad_token_id": None, "bos_token_id": None}).pad_token_id is None

@@ -176,6 +176,9 @@ def test_a_single_file_is_opened_as_one(
     flags = ("--tokenizer", "words", "--prediction-type", "v_prediction")
     assert run(*words, "model.safetensors", *flags) == 0
     assert (pipeline.opened, pipeline.source) == ("from_single_file", "model.safetensors")
+    assert run(*words, "model.CKPT") == 0
+    assert (pipeline.opened, pipeline.source) == ("from_single_file", "model.CKPT")
+    assert run(*words, "model.safetensors", *flags) == 0
     assert pipeline.options == {"tokenizer": "words", "prediction_type": "v_prediction"}
     assert run(*words, "model.ckpt", "--variant", "fp16") == 1
     assert "--variant: not for a single file" in capsys.readouterr().err
@@ -328,6 +331,24 @@ def test_images_are_added_never_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in first + second] == ["image-0001.png", "image-0002.png", "image-0003.png"]
     assert Image.open(first[0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(list((tmp_path / "new").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["two\nlines", "a, b: c\nSteps: 20", "a\0b", b"caf\xe9".decode(errors="surrogateescape"), "e\u0301"]
+)
+def test_any_text_is_stored_with_an_image(text: str, tmp_path: Path) -> None:
+    """Names of models are paths, whose bytes need not be UTF-8; as settings of the web UI they are quoted."""
+    settings = {"prompt": text, "seed": 3, "model": text}
+    (path,) = output.save_images([Image.new("L", (2, 2))], tmp_path, [settings])
+    info = Image.open(path).info
+    assert json.loads(info["diffuse_jax"]) == settings
+    lines = (tmp_path / "metadata.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line)["model"] for line in lines[:-1]] == [text]
+    pairs = info["parameters"].splitlines()[-1]
+    assert pairs.startswith("Seed: 3, Size: 2x2, Model: ")
+    if "\n" in text:
+        assert pairs.endswith(json.dumps(text))
+    assert "\0" not in info["parameters"]
 
 
 def test_several_writers_share_a_folder(tmp_path: Path) -> None:

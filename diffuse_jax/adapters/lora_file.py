@@ -26,7 +26,7 @@ from diffuse_jax.layouts.lora_names import (
     made_for,
     split_suffix,
 )
-from diffuse_jax.limits import refuse_links
+from diffuse_jax.limits import absence, refuse_links
 from diffuse_jax.messages import brief, warn
 from diffuse_jax.models.base import Params
 from diffuse_jax.weights.load import read_checkpoint
@@ -149,20 +149,22 @@ def adapter_file(source: Path, weight_name: str | None = None) -> Path:
     elif weight_name is not None:
         file = refuse_links(source) / weight_name
     else:
-        names = sorted(path.name for path in refuse_links(source).iterdir() if path.suffix in ENDINGS)
+        names = sorted(path.name for path in refuse_links(source).iterdir() if path.suffix.lower() in ENDINGS)
         names = [name for name in names if not any(word in name for word in NOT_WEIGHTS)]
         known = [name for name in (FILE, OLD_FILE, *PEFT_FILES) if name in names] or names
         if len(known) > 1 and known == names and names[0] not in (FILE, OLD_FILE, *PEFT_FILES):
             raise WeightsError(f"{source}: holds {brief(names)}; choose one with weight_name=")
         file = source / (known[0] if known else FILE)
     if not file.is_file():
-        raise WeightsError(f"{file}: no such file; expected a .safetensors, .bin or .pt file, or a folder with {FILE}")
+        raise WeightsError(
+            f"{file}: {absence(file)}; expected a .safetensors, .bin or .pt file, or a folder with {FILE}"
+        )
     return file
 
 
 def _numbers(file: Path) -> dict[str, np.ndarray]:
     """The plain numbers of a pickle that are some layer's alpha; its tensors are read without them."""
-    tree = read_torch_object(file) if file.suffix not in (".safetensors", ".msgpack") else {}
+    tree = read_torch_object(file) if file.suffix.lower() not in (".safetensors", ".msgpack") else {}
     while isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
         tree = tree["state_dict"]
     found = tree.items() if isinstance(tree, dict) else ()

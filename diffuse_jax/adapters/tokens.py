@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.errors import WeightsError, bad
-from diffuse_jax.limits import SURROGATE, check_name, refuse_links
+from diffuse_jax.limits import SURROGATE, absence, check_name, refuse_links
 from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
@@ -197,8 +197,8 @@ def load_word(source: str | Path, token: str | None = None) -> tuple[str, dict[s
         names = [FILE, "learned_embeds.bin"]
         path = next((path / name for name in names if (refuse_links(path) / name).is_file()), path / FILE)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; expected learned embeddings (.safetensors, .bin, .pt)")
-    data: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_object(path)
+        raise WeightsError(f"{path}: {absence(path)}; expected learned embeddings (.safetensors, .bin, .pt)")
+    data: Any = read_safetensors(path) if path.suffix.lower() == ".safetensors" else read_torch_object(path)
     if not isinstance(data, dict):
         raise bad(path, f"holds a {type(data).__name__}; expected a dict with the embeddings of one word")
     name = None

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from diffuse_jax.output import METADATA
+from diffuse_jax.output import METADATA, in_utf8
 from diffuse_jax.writing import SUFFIX, atomic_file, lock, naming, write_all
 
 Record = dict[str, Any]
@@ -53,7 +53,7 @@ class Sink(Protocol):
 
 def dumped(record: Mapping[str, Any]) -> bytes:
     """A line of metadata."""
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return in_utf8(json.dumps(record, ensure_ascii=False)) + b"\n"
 
 
 def records_in(path: Path) -> Iterator[Record]:

@@ -10,8 +10,8 @@ from diffuse_jax.kernels.platform import current_platform
 from diffuse_jax.messages import warn
 
 # For small batches the TPU compiler moves pieces of the image to the batch axis before each convolution and back after
-# it. With channels in hundreds, the copies cost more than they gain: by its own estimate for v5e, two residual blocks on
-# [2, 64, 64, 320] take half the time without. It takes both options to turn it off.
+# it. With channels in hundreds, the copies cost more than they gain: by its own estimate for v5e, two residual blocks
+# on [2, 64, 64, 320] take half the time without. It takes both options to turn it off.
 OPTIONS: dict[str, dict[str, bool]] = {
     "tpu": {"xla_tpu_run_space_to_batch": False, "xla_tpu_run_space_to_batch_on_new_platforms": False}
 }

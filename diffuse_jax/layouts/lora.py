@@ -64,7 +64,7 @@ def read_settings(file: Path, layers: Mapping[str, str]) -> dict[str, dict[str, 
         in the file.
     """
     networks = {stem.partition(".")[0] for stem in layers}
-    text = read_metadata(file).get(SETTINGS, "{}") if file.suffix == ".safetensors" else "{}"
+    text = read_metadata(file).get(SETTINGS, "{}") if file.suffix.lower() == ".safetensors" else "{}"
     flat = parse_json(file, text, what=f"the settings in its metadata ({SETTINGS!r})", unique=True)
     if not isinstance(flat, dict):
         raise bad(file, f"the settings in its metadata ({SETTINGS!r}) are not an object")

@@ -43,12 +43,13 @@ PLAYGROUND = {
     "solver_type": "midpoint",
 }
 PLAYGROUND_VAE_SCALE = 0.5
+COSXL_SIGMA_MIN = 0.002
 COSXL = {
     "_class_name": "EDMEulerScheduler",
     "num_train_timesteps": 1000,
     "prediction_type": "v_prediction",
     "sigma_data": 1.0,
-    "sigma_min": 0.002,
+    "sigma_min": COSXL_SIGMA_MIN,
     "sigma_schedule": "exponential",
 }
 
@@ -87,6 +88,10 @@ def read_markers(path: Path, tensors: Tensors, family: Family, prediction_type: 
         sigmas = {name.rpartition(".")[2]: _numbers(path, tensors, name, 1)[0] for name in edm}
         if "sigma_max" not in sigmas:
             raise bad(path, f"has {SIGMA_MIN!r} but not {SIGMA_MAX!r}")
+        low, high = sigmas.get("sigma_min", COSXL_SIGMA_MIN), sigmas["sigma_max"]
+        if not 0 < low < high <= 1e9:
+            limits = f"{SIGMA_MAX!r} must be above {SIGMA_MIN!r}, which must be above 0"
+            raise bad(path, f"{limits}, got {high:g} and {low:g}")
         edit = {"StableDiffusionXLInstructPix2PixPipeline": {"is_cosxl_edit": True}}
         return Marks(COSXL | sigmas | asked, options=edit)
     predicted = prediction_type or ("v_prediction" if V_PREDICTION in tensors else default)
@@ -104,6 +109,8 @@ def _latents(path: Path, tensors: Tensors) -> dict[str, Any]:
     decoder = tensors.get("first_stage_model.decoder.conv_in.weight")
     count = 4 if decoder is None else decoder.shape[1]
     mean, std = (_numbers(path, tensors, name, count) for name in (LATENTS_MEAN, LATENTS_STD))
+    if min(std) <= 0:
+        raise bad(path, f"{LATENTS_STD!r} must hold numbers above 0, got {std}")
     return {"latents_mean": mean, "latents_std": std, "scaling_factor": PLAYGROUND_VAE_SCALE}
 
 

@@ -31,7 +31,7 @@ def read_record(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     Raises:
       WeightsError: the record is damaged.
     """
-    if path.suffix != ".safetensors" or KEY not in (metadata := read_metadata(path)):
+    if path.suffix.lower() != ".safetensors" or KEY not in (metadata := read_metadata(path)):
         return {}
     found = parse_json(path, metadata[KEY], what=f"the configurations in its metadata ({KEY!r})")
     try:

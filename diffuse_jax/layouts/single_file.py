@@ -19,6 +19,7 @@ from diffuse_jax.layouts.midas import depth_config
 from diffuse_jax.layouts.original import TABLES
 from diffuse_jax.layouts.record import Configs, read_record
 from diffuse_jax.layouts.rows import to_diffusers
+from diffuse_jax.limits import absence
 from diffuse_jax.messages import brief
 from diffuse_jax.weights.load import Checkpoint, read_checkpoint
 from diffuse_jax.weights.names import IGNORED
@@ -106,7 +107,7 @@ def read_single_file(
     if name is None:
         raise bad(path, _no_family(lacks) + f".{held(tensors)}")
     family = FAMILIES[name]
-    groups = _groups(path, _with_ema(path, tensors) if ema else tensors, family, given)
+    groups = _groups(path, _with_ema(path, tensors) if ema else tensors, name, given)
     networks = {part: _network(path, part, group, family) for part, group in groups.items()}
     unet = networks["unet"].config if "unet" in networks else given["unet"]
     channels = unet.get("in_channels", min(family.pipelines))
@@ -145,7 +146,7 @@ def open_file(path: Path | str) -> tuple[Path, dict[str, np.ndarray]]:
     if path.is_dir():
         raise bad(path, "is a folder, but a single-file checkpoint is needed; from_pretrained opens folders")
     if not path.exists():
-        raise bad(path, "no such file")
+        raise bad(path, absence(path))
     return path, read_checkpoint([path]).tensors
 
 
@@ -171,7 +172,7 @@ def _prediction_type(path: Path, family: Family, channels: int) -> str:
     """The family's, unless the UNet's channels, or the training step of a ``.ckpt`` (SD 2 base), says otherwise."""
     if channels in family.epsilon_channels:
         return "epsilon"
-    if not family.epsilon_sizes or path.suffix == ".safetensors":
+    if not family.epsilon_sizes or path.suffix.lower() == ".safetensors":
         return family.prediction_type
     found = read_torch_object(path)
     step = found.get("global_step") if isinstance(found, Mapping) else None
@@ -197,9 +198,9 @@ def is_unused(key: str) -> bool:
     return bool(BUFFERS.search(key) or IGNORED.search(key))
 
 
-def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
+def _groups(path: Path, tensors: Tensors, name: str, given: Collection[str]) -> dict[str, dict[str, np.ndarray]]:
     """Component name -> its tensors without their prefix; keys that belong to none must be known buffers."""
-    prefixes = {part: prefix for part, (prefix, _) in family.places.items()}
+    prefixes = {part: prefix for part, (prefix, _) in FAMILIES[name].places.items()}
     groups: dict[str, dict[str, np.ndarray]] = {part: {} for part in prefixes}
     unknown = []
     for key, array in tensors.items():
@@ -212,7 +213,9 @@ def _groups(path: Path, tensors: Tensors, family: Family, given: Collection[str]
             groups[part][key.removeprefix(prefixes[part])] = array
     if unknown:
         examples = ", ".join(map(repr, unknown[:3]))
-        raise bad(path, f"{len(unknown)} tensors belong to no component, e.g. {examples}.{held(unknown)}")
+        raise bad(
+            path, f"{len(unknown)} tensors belong to no component of {name} files, e.g. {examples}.{held(unknown)}"
+        )
     return {part: group for part, group in groups.items() if part not in given}
 
 

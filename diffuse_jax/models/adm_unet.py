@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from diffuse_jax.allowed import Layers, Length, Range, Repeats
+from diffuse_jax.allowed import Layers, Length, Positive, Range, Repeats
 from diffuse_jax.config import Config
 from diffuse_jax.kernels import attention
+from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.embeddings import Embedding, sinusoidal_embedding
 from diffuse_jax.models.layers import Conv, Dense, GroupNorm, parameter
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, ResnetNames, Upsample, change_size
 
+GROUPS = 32
+"""The number of groups of every norm."""
 NAMES = ResnetNames("in_layers_0", "in_layers_2", "emb_layers_1", "out_layers_0", "out_layers_3", "skip_connection")
 
 
@@ -68,7 +71,7 @@ class ADMUNetConfig(Config):
     out_channels: int = 3
     num_res_blocks: Layers | tuple[Layers, ...] = 2
     attention_resolutions: tuple[int, ...] = (2, 4, 8)
-    channel_mult: Annotated[tuple[float, ...], Length(16), Repeats()] = (1, 2, 4, 8)
+    channel_mult: Annotated[tuple[Positive, ...], Length(16), Repeats()] = (1, 2, 4, 8)
     conv_resample: bool = True
     resblock_updown: bool = False
     num_classes: int | None = None
@@ -86,6 +89,15 @@ class ADMUNetConfig(Config):
         if self.attention_dims not in (1, 2):
             raise ValueError(f"ADMUNet: attention_dims={self.attention_dims}; expected 1 or 2")
         n = len(self.channel_mult)
+        if n == 0:
+            raise ValueError("ADMUNet: channel_mult must have at least one entry")
+        if wrong := [width for width in map(self._channels, range(n)) if width < GROUPS or width % GROUPS]:
+            raise ValueError(
+                f"ADMUNet: model_channels={self.model_channels} times channel_mult must be multiples of {GROUPS}, "
+                f"got {brief(wrong)}"
+            )
+        if self.num_head_channels == 0:
+            raise ValueError("ADMUNet: num_head_channels must be -1 or a whole number from 1 to 65,536, got 0")
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != n:
             raise ValueError(f"ADMUNet: num_res_blocks has {len(self.num_res_blocks)} entries for {n} levels")
 
@@ -119,10 +131,11 @@ class ADMUNetConfig(Config):
         Raises:
           ValueError: the channels do not split evenly into heads.
         """
-        heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
-        width = channels // heads if self.num_head_channels == -1 else self.num_head_channels
-        if heads * width != channels:
-            raise ValueError(f"ADMUNet: {channels} channels cannot be split into {heads} heads of width {width}")
+        width = self.num_head_channels
+        heads = self.num_heads if width == -1 else channels // width
+        if heads == 0 or channels % heads or width not in (-1, channels // heads):
+            how = f"num_heads={self.num_heads}, num_head_channels={width}"
+            raise ValueError(f"ADMUNet: {channels} channels cannot be split into heads ({how})")
         return heads
 
     def _residual(self, level: int) -> tuple[Layer, ...]:

@@ -29,7 +29,7 @@ class Attention(nn.Module):
         """``x [B,L,D]``, ``context [B,K,E]`` -> ``[B,L,D]``; ``D`` must be a multiple of ``heads``."""
         B, L, D = x.shape
         if D % self.heads:
-            raise ValueError(f"width {D} cannot be split into {self.heads} attention heads")
+            raise ValueError(f"width {D} cannot be split into {self.heads} heads (attention_head_dim)")
         context = x if context is None else context
         if self.context_norm:
             context = LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm_cross")(context)

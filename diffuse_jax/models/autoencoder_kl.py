@@ -50,15 +50,15 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = set(self.down_block_types) - {"DownEncoderBlock2D"} | set(self.up_block_types) - {"UpDecoderBlock2D"}
-        if kinds:
-            raise ValueError(f"AutoencoderKL: unknown block types {sorted(kinds)}")
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if unknown := set(getattr(self, name)) - {kind}:
+                raise ValueError(f"AutoencoderKL: {name} must be {kind!r} at every level, got {brief(sorted(unknown))}")
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(f"AutoencoderKL: act_fn={self.act_fn!r}; expected one of {tuple(ACTIVATIONS)}")
         if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
             raise ValueError(
-                f"AutoencoderKL: {len(self.down_block_types)} down and {len(self.up_block_types)} up blocks "
-                f"for {len(self.block_out_channels)} entries of block_out_channels"
+                f"AutoencoderKL: down_block_types has {len(self.down_block_types)} and up_block_types "
+                f"{len(self.up_block_types)} entries for the {len(self.block_out_channels)} of block_out_channels"
             )
         for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
             if values is not None and len(values) != self.latent_channels:

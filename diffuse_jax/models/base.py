@@ -197,7 +197,8 @@ class Model(nn.Module):
                 model.shapes()  # so that impossible sizes are reported as an error of this file
             return model
         except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise weights.WeightsError(f"{file}: not a config of {cls.__name__}: {error}") from error
+            first = str(error).partition("\n")[0]  # errors of JAX continue with advice for programmers
+            raise weights.WeightsError(f"{file}: not a config of {cls.__name__}: {first}") from error
 
     def save_pretrained(
         self,

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from diffuse_jax.allowed import Index, Layers, Range, Share
 from diffuse_jax.config import NO_DROPOUT, NOT_QUANTIZED, Config
 from diffuse_jax.kernels import attention
+from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Model
 from diffuse_jax.models.bit import STRIDE, BitBackbone, BitConfig
 from diffuse_jax.models.clip_layers import HARMLESS
@@ -24,6 +25,8 @@ from diffuse_jax.models.resampling import bilinear
 
 READOUTS = ("ignore", "add", "project")
 HEAD_WIDTH = 32
+MAX_EDGE = 2048
+"""The largest map of features, in pixels per side: weights for resizing are computed when the network is traced."""
 SEGMENTATION = ("auxiliary_loss_weight", "semantic_classifier_dropout", "semantic_loss_ignore_index")
 
 
@@ -96,6 +99,13 @@ class DPTConfig(Config):
             if int(max(factor, 1 / factor)) != max(factor, 1 / factor):
                 raise ValueError(f"DPT: reassemble_factors must be whole numbers or 1 over one, got {factor}")
         self._check_backbone()
+        edge = self.image_size // self.patch_size
+        finest = max(edge * max(self.reassemble_factors), self.image_size / 4 if self.is_hybrid else 0)
+        if not edge >= 1 or finest > MAX_EDGE:
+            raise ValueError(
+                f"DPT: image_size={self.image_size}, patch_size={self.patch_size} and reassemble_factors="
+                f"{brief(self.reassemble_factors)} make maps of {finest:g} pixels per side; from 1 to {MAX_EDGE} work"
+            )
 
     def _check_backbone(self) -> None:
         if self.is_hybrid != (self.backbone_config is not None):

@@ -119,7 +119,7 @@ def normalised(x: jax.Array, groups: int, eps: float) -> tuple[jax.Array, jax.Ar
     """
     *lead, channels = x.shape
     if channels % groups:
-        raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
+        raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size (norm_num_groups)")
     grouped = x.reshape(lead[0], -1, groups, channels // groups)
     centred = jnp.asarray(grouped, jnp.float32) - group_mean(grouped, x.dtype)
     return centred, jax.lax.rsqrt(group_mean(jnp.square(centred), x.dtype) + eps)

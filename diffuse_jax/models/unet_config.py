@@ -94,7 +94,12 @@ class EncoderConfig(Config):
         heads = data.pop("attention_head_dim", 8)
         if data.get("num_attention_heads") is None:
             data["num_attention_heads"] = heads
-        return super().from_json(data)
+        try:
+            return super().from_json(data)
+        except ValueError as error:
+            if "num_attention_heads" not in str(error):
+                raise
+            raise ValueError(f"{error} (files call it attention_head_dim)") from error
 
     def to_json(self) -> dict[str, Any]:
         data = super().to_json()
@@ -123,7 +128,9 @@ class EncoderConfig(Config):
         if unknown:
             raise ValueError(f"{self.class_name}: unknown block type {unknown[0]!r} in {name}; known: {known}")
         if len(kinds) != levels:
-            raise ValueError(f"{self.class_name}: {name} has {len(kinds)} entries for {levels} levels")
+            raise ValueError(
+                f"{self.class_name}: {name} has {len(kinds)} entries for {levels} levels of block_out_channels"
+            )
 
     def down_levels(self) -> list[Level]:
         """The levels of the downward path, finest first."""

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffuse_jax.errors import WeightsError
+from diffuse_jax.limits import absence
 from diffuse_jax.weights.files import STEMS, advice, choose_weights, is_plain_name, read_json, variants
 from diffuse_jax.weights.load import READERS
 from diffuse_jax.writing import atomic_file, expanded
@@ -69,8 +70,8 @@ def resolve(
                 f"{source}: is a file, but a model folder is needed; open single-file checkpoints with "
                 "from_single_file, or convert them to folders with `diffuse-jax convert`"
             )
-        if folder.suffix in READERS:
-            raise WeightsError(f"{source}: no such file")
+        if folder.suffix.lower() in READERS:
+            raise WeightsError(f"{source}: {absence(folder)}")
         if not HUB_ID.fullmatch(str(source)):
             raise WeightsError(f"{source}: no such folder, and not a Hub id of the form 'owner/name'{_hint(folder)}")
         keep = functools.partial(_wanted, subfolder, frozenset(skip))

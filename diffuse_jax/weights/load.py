@@ -58,10 +58,10 @@ def read_checkpoint(files: Iterable[Path]) -> Checkpoint:
     origin: dict[str, Path] = {}
     flax = False
     for file in files:
-        if file.suffix not in READERS:
+        if (kind := file.suffix.lower()) not in READERS:
             raise bad(file, f"unknown file type {file.suffix!r}; expected one of {', '.join(READERS)}")
-        flax = file.suffix == ".msgpack"
-        for name, array in READERS[file.suffix](file).items():
+        flax = kind == ".msgpack"
+        for name, array in READERS[kind](file).items():
             if name in tensors:
                 raise bad(file, f"{name!r} is also in {origin[name].name}")
             tensors[name], origin[name] = array, file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax import layouts
+from diffuse_jax.convert import open_source
 from diffuse_jax.layouts import family_for, read_single_file, write_single_file
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.weights import WeightsError, match
@@ -104,6 +106,28 @@ def save(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def write_state_dict(path: Path, tensors: dict[str, np.ndarray], **others: bytes) -> None:
+    """A ``.ckpt`` with these tensors and other values; the storage ``step`` holds one number."""
+    program, storages = b"", {"step": np.float32(875000).tobytes()}
+    for i, (key, array) in enumerate(tensors.items()):
+        strides = tuple(s // 4 for s in array.strides)
+        program += text(key) + tensor(storage(str(i), array.size), 0, array.shape, strides)
+        storages[str(i)] = array.tobytes()
+    write_zip(path, mapping(state_dict=b"}(" + program + b"u", **others), storages)
+
+
+@pytest.mark.parametrize("suffix", [".SAFETENSORS", ".CKPT"])
+def test_suffixes_may_be_capitals(suffix: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    stored = stored_family("v1", rng, tmp_path)
+    path = tmp_path / f"MODEL{suffix}"
+    if suffix == ".CKPT":
+        write_state_dict(path, stored)
+    else:
+        save(tmp_path, stored).rename(path)
+    assert read_single_file(path).family == "v1"
+    assert open_source(path).class_name == "StableDiffusionPipeline"
+
+
 def test_what_training_left_behind_is_not_read(tmp_path: Path, rng: np.random.Generator) -> None:
     stored = stored_family("v1", rng, tmp_path)
     leftovers = (
@@ -164,16 +188,9 @@ def test_prediction_type_of_stable_diffusion_2(tmp_path: Path, rng: np.random.Ge
         assert file.schedulers["scheduler"]["prediction_type"] == kind
         assert file.networks["unet"].config["sample_size"] == size
     # A .ckpt remembers how long it was trained, which tells the two kinds apart.
-    program, storages = b"", {}
-    for i, (key, array) in enumerate(stored.items()):
-        strides = tuple(s // 4 for s in array.strides)
-        program += text(key) + tensor(storage(str(i), array.size), 0, array.shape, strides)
-        storages[str(i)] = array.tobytes()
-    storages["step"] = np.float32(875000).tobytes()
     tensor_step = tensor(storage("step", 1), 0, (), ())  # as some trainers store it; it says nothing here
     for step, kind in ((number(875000), "epsilon"), (number(140000), "v_prediction"), (tensor_step, "v_prediction")):
-        whole = mapping(state_dict=b"}(" + program + b"u", global_step=step)
-        write_zip(tmp_path / "model.ckpt", whole, storages)
+        write_state_dict(tmp_path / "model.ckpt", stored, global_step=step)
         assert read_single_file(tmp_path / "model.ckpt").schedulers["scheduler"]["prediction_type"] == kind
 
 
@@ -221,14 +238,14 @@ def test_what_tensors_do_not_say_is_kept_in_the_metadata(tmp_path: Path, rng: np
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "a tensor of nobody": (
         {"lora.weight": np.zeros(2, np.float32)},
-        "1 tensors belong to no component, e.g. 'lora.weight'",
+        "1 tensors belong to no component of v1 files, e.g. 'lora.weight'",
     ),
     "no autoencoder": ({"first_stage_model.": None}, "missing are for v1: vae (first_stage_model.*); for"),
     "no text encoder": ({"cond_stage_model.": None}, "for v1: text_encoder (cond_stage_model.transformer.*)"),
     "no UNet": ({"model.diffusion_model.": None}, "missing are for v1: unet (model.diffusion_model.*); for"),
     "one key of another family": (
         {"conditioner.embedders.0.model.ln_final.weight": np.zeros(64, np.float32)},
-        "1 tensors belong to no component, e.g. 'conditioner.embedders.0.model.ln_final.weight'",
+        "1 tensors belong to no component of v1 files, e.g. 'conditioner.embedders.0.model.ln_final.weight'",
     ),
     "half a UNet": (
         {"model.diffusion_model.input_blocks.1": None},
@@ -268,6 +285,13 @@ def test_a_folder_is_not_a_single_file(tmp_path: Path) -> None:
         read_single_file(tmp_path)
     with pytest.raises(WeightsError, match=r"nowhere\.ckpt: no such file"):
         read_single_file(tmp_path / "nowhere.ckpt")
+    (tmp_path / "link.ckpt").symlink_to(tmp_path / "link.ckpt")
+    with pytest.raises(WeightsError, match=r"link\.ckpt: is a link that leads to no file"):
+        read_single_file(tmp_path / "link.ckpt")
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for read in (read_single_file, open_source):
+        with pytest.raises(WeightsError, match=r"pipe\.ckpt: is not a regular file"):
+            read(tmp_path / "pipe.ckpt")
     for address in ("https://huggingface.co/owner/name/blob/main/a.safetensors", "hf.co/owner/name/a.safetensors"):
         with pytest.raises(WeightsError, match="is an address, but a local file is needed; download it"):
             read_single_file(address)
@@ -368,7 +392,9 @@ def test_playgrounds_markers_have_the_statistics_of_its_latents(tmp_path: Path, 
         ({"edm_mean": mean}, "'edm_std' is missing"),
         ({"edm_mean": mean[:3], "edm_std": std}, "'edm_mean' must hold 4 finite numbers"),
         ({"edm_mean": mean, "edm_std": std * np.float16(np.nan)}, "'edm_std' must hold 4 finite numbers"),
+        ({"edm_mean": mean, "edm_std": std * 0}, "'edm_std' must hold numbers above 0"),
         ({"edm_vpred.sigma_min": np.float32(1)[None]}, "but not 'edm_vpred.sigma_max'"),
+        ({"edm_vpred.sigma_max": np.float32(0)[None]}, "'edm_vpred.sigma_max' must be above 'edm_vpred.sigma_min'"),
     ):
         with pytest.raises(WeightsError, match=message):
             read_single_file(save(tmp_path, stored | wrong))

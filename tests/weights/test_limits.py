@@ -197,7 +197,7 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "an integer of 5,000 digits": (
         lambda: b'{"a": ' + json.dumps(ENTRY).encode().replace(b"[2]", b"[" + b"1" * 5000 + b"]") + b"}",
-        "header is not JSON .*4300",
+        "header cannot be read: shape has an integer of 5000 digits",
     ),
     "names repeated 300,000 times": (
         lambda: b"{" + b",".join(b'"%d":0,"a%d":0' % (i, i) for i in range(150_000)) + b',"a3":1}',
