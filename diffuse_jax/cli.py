@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from typing import Any
 import diffuse_jax
 from diffuse_jax import batch_command, weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
-from diffuse_jax.command import run_command
-from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, for_images
+from diffuse_jax.command import run_command, silent_without_readers
+from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, configured_controlnet, for_images
 from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
-from diffuse_jax.writing import expanded
+from diffuse_jax.writing import expanded, path_flag, path_text
 
 SHIPPED_MODEL = "diffuse-jax/emoji"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,16 +93,13 @@ OF_PROGRAMS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+    """Run one command and return its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 unread.
 
     Args:
       argv: the arguments after ``diffuse-jax``; those of the process if None.
     """
-    args = build_parser().parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, Path):
-            setattr(args, name, expanded(value))  # shells leave the ~ of --output=~/images alone
-
+    with silent_without_readers():  # of --help
+        args = build_parser().parse_args(argv)
     return run_command(
         f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=SMALLER.get(args.command, "")
     )
@@ -117,12 +115,14 @@ def generate(args: argparse.Namespace) -> None:
     batch_command.check_flags(args)
     keep = keep_compilations(args)
     if args.prompts_file is not None:
+        check_call(args, given(args, TO_CALL) | {"prompt": ""})
         open_it = lambda: ready_pipeline(args, keep, local_mesh(args.mesh))[0]
         batch_command.generate(args, given(args, TO_CALL), open_it, lambda pipe: keep_programs(pipe, keep))
         return
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
     folder = writable(args.output)  # fail here rather than after minutes of sampling
+    check_call(args, call)
     start = time.perf_counter()
     pipe, images = ready_pipeline(args, keep, args.mesh)
     call |= images
@@ -148,6 +148,7 @@ def warmup(args: argparse.Namespace) -> None:
     if not compilation_cache_wanted():
         raise ValueError("DIFFUSE_JAX_COMPILATION_CACHE turns off what warmup fills; unset it")
     use_compilation_cache(cache_folder() / "xla")
+    check_call(args, given(args, OF_PROGRAMS) | {"prompt": ""})
     pipe, images = ready_pipeline(args, True, args.mesh)
     call = given(args, OF_PROGRAMS) | images
     for count in dict.fromkeys(args.images):
@@ -163,17 +164,49 @@ def ready_pipeline(args: argparse.Namespace, keep: bool, mesh: Any) -> tuple[Any
 
     Programs that were kept are loaded into it.
     """
-    scheduler = None if args.scheduler is None else scheduler_class(args.scheduler)
     say(f"loading {args.model}")
-    pipe = open_pipeline(args, mesh)
-    if scheduler is not None:
-        pipe = pipe.replace(scheduler=scheduler.from_config(pipe.scheduler))
+    pipe = with_sampler(open_pipeline(args, mesh), args)
     for source, scale in args.lora or ():
         pipe = pipe.load_lora_weights(source, scale=scale)
     pipe, images = for_images(pipe, args)
     if keep:
         pipe.load_compiled(cache_folder() / "programs")
     return pipe, images
+
+
+def check_call(args: argparse.Namespace, call: dict[str, Any]) -> None:
+    """Check a call and all files that the flags name, by configurations alone: no weights are downloaded or read.
+
+    Args:
+      args: the flags.
+      call: the arguments of the call, without the images of the flags.
+
+    Raises:
+      ValueError, TypeError, OSError: as for opening the pipeline and for its call.
+    """
+    if args.scheduler is not None:
+        scheduler_class(args.scheduler)
+    options, off = how_to_open(args)
+    from diffuse_jax.adapters.lora_file import read_adapter
+    from diffuse_jax.pipelines.adapting import adaptable
+    from diffuse_jax.pipelines.configured import configured_pipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come with the call itself
+        known = {name: value for name, value in options.items() if name not in ("dtype", "variant")}
+        pipe = with_sampler(configured_pipeline(args.model, **known, **off), args)
+        for source, _ in args.lora or ():
+            read_adapter(source, adaptable(pipe))
+        pipe, images = for_images(pipe, args, configured_controlnet)
+        of_run = ("batch_size", "progress_bar")
+        pipe.request(**{name: value for name, value in call.items() if name not in of_run}, **images)
+
+
+def with_sampler(pipe: Any, args: argparse.Namespace) -> Any:
+    """The pipeline with the sampler of the flags, if they name one."""
+    if args.scheduler is None:
+        return pipe
+    return pipe.replace(scheduler=scheduler_class(args.scheduler).from_config(pipe.scheduler))
 
 
 def keep_programs(pipe: Any, keep: bool) -> None:
@@ -184,17 +217,31 @@ def keep_programs(pipe: Any, keep: bool) -> None:
 
 def open_pipeline(args: argparse.Namespace, mesh: Any) -> Any:
     """The model's pipeline, from a single file in the original layout, a folder or the Hub."""
-    single = Path(args.model).suffix.lower() in (".safetensors", ".ckpt")
+    options, off = how_to_open(args)
+    pipeline = diffuse_jax.DiffusionPipeline
+    open_it = pipeline.from_single_file if is_single(args.model) else pipeline.from_pretrained
+    on_mesh = {} if mesh is None else {"mesh": mesh}
+    return open_it(args.model, **options, **on_mesh, **off)
+
+
+def is_single(model: str) -> bool:
+    """Whether a model is a single file, by its name."""
+    return Path(model).suffix.lower() in (".safetensors", ".ckpt")
+
+
+def how_to_open(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options with which the model is opened, and the components that it is opened without.
+
+    Raises:
+      ValueError: a flag is not for this kind of model.
+    """
+    single = is_single(args.model)
     allowed, others = (FROM_SINGLE_FILE, FROM_FOLDER) if single else (FROM_FOLDER, FROM_SINGLE_FILE)
     if wrong := given(args, [name for name in others if name not in allowed]):
         flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
         raise ValueError(f"{flags}: not for {'a single file' if single else 'a folder or a Hub id'}")
-    pipeline = diffuse_jax.DiffusionPipeline
-    open_it = pipeline.from_single_file if single else pipeline.from_pretrained
-    on_mesh = {} if mesh is None else {"mesh": mesh}
     off: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    off = off if args.no_safety_checker and not single else {}
-    return open_it(args.model, **given(args, allowed), **on_mesh, **off)
+    return given(args, allowed), off if args.no_safety_checker and not single else {}
 
 
 def image_settings(args: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -219,9 +266,9 @@ def lora_source(text: str) -> tuple[str, float]:
     """An argparse type: ``PATH`` or ``PATH=SCALE``."""
     source, _, scale = text.rpartition("=")
     try:
-        return (source, float(scale)) if source else (text, 1.0)
+        return (path_text(source), float(scale)) if source else (path_text(text), 1.0)
     except ValueError:
-        return text, 1.0
+        return path_text(text), 1.0
 
 
 def local_mesh(text: str | None) -> Any:
@@ -378,7 +425,7 @@ def add_generate(commands: Any) -> None:
     add, source = command.add_argument, command.add_mutually_exclusive_group(required=True).add_argument
     source("--prompt", action="append", metavar="TEXT", help="prompt; repeat for several")
     about = "a prompt per line or row (.txt, .jsonl, .csv, .parquet): a job that can be interrupted and continued"
-    source("--prompts-file", type=Path, metavar="FILE", help=about)
+    source("--prompts-file", type=path_flag, metavar="FILE", help=about)
     add("--negative-prompt", action="append", metavar="TEXT", help="negative prompt; once, or once per prompt")
     add_model_flags(add)
     add("--num-inference-steps", type=number(COUNT), metavar="N", help="denoising steps")
@@ -389,7 +436,13 @@ def add_generate(commands: Any) -> None:
     add("--seed", type=number(TORCH_SEED), nargs="+", metavar="N", help=about)
     add_program_flags(add)
     add("--lora", type=lora_source, action="append", metavar="PATH[=SCALE]", help="LoRA weights; repeat for several")
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    add(
+        "--output",
+        type=path_flag,
+        default=Path("outputs"),
+        metavar="DIR",
+        help="where the PNGs go (default: %(default)s)",
+    )
     add(
         "--progress-bar",
         action="store_true",
@@ -403,12 +456,12 @@ def add_generate(commands: Any) -> None:
 def add_model_flags(add: Any) -> None:
     """Add the flags of :func:`open_pipeline` and the sampler."""
     about = "folder, Hub id or single file (default: %(default)s)"
-    add("--model", type=os.path.expanduser, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
+    add("--model", type=path_text, default=SHIPPED_MODEL, metavar="SOURCE", help=about)
     add("--variant", metavar="NAME", help="variant of the weight files, e.g. fp16")
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
     add(
         "--tokenizer",
-        type=os.path.expanduser,
+        type=path_text,
         metavar="SOURCE",
         help="folder or Hub id with the tokenizer that a single file lacks",
     )
@@ -461,15 +514,15 @@ def add_convert(commands: Any) -> None:
     add = add_command(
         commands, "convert", convert, "convert a checkpoint to another layout and verify the result", example
     ).add_argument
-    add("src", type=os.path.expanduser, metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
-    add("dst", type=os.path.expanduser, metavar="DST", help="folder or file to write")
+    add("src", type=path_text, metavar="SRC", help="folder, single .safetensors or .ckpt file, or Hub id")
+    add("dst", type=path_text, metavar="DST", help="folder or file to write")
     add("--to", choices=LAYOUTS, default="diffusers", help="layout to write (default: %(default)s)")
     add("--dtype", choices=DTYPES, help="cast floating-point tensors (default: unchanged)")
     add("--variant", metavar="NAME", help="variant of the weight files to read, e.g. fp16")
     add("--prediction-type", choices=PREDICTIONS, help="prediction type, if a single file does not say it")
     add(
         "--tokenizer",
-        type=os.path.expanduser,
+        type=path_text,
         metavar="SOURCE",
         help="folder or Hub id with the tokenizer that a single file lacks",
     )
@@ -490,6 +543,6 @@ def add_env(commands: Any) -> None:
     about = "show where each parameter goes on this mesh, e.g. data=2,fsdp=4; its devices need not be there"
     add("--mesh", type=mesh_text, metavar="AXES", help=about)
     about = f"folder, Hub id or single file to show, whose weights are not read (default: {SHIPPED_MODEL})"
-    add("--model", type=os.path.expanduser, metavar="SOURCE", help=about)
+    add("--model", type=path_text, metavar="SOURCE", help=about)
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
     add("--dtype", choices=DTYPES, help="dtype of the parameters (default: float32)")

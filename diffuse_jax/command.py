@@ -1,26 +1,36 @@
-"""Error handling of commands: a user's mistake ends in one line and an exit status, a bug in a traceback."""
+"""Error handling of commands: a user's mistake ends in one line and an exit status, a bug in a traceback.
+
+A command whose reader has gone (``diffuse-jax env | head -1``) ends silently, like every other one in a pipe.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import os
 import re
+import select
+import signal
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 
 MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError)
 """Exceptions that are raised deliberately, besides system errors."""
 
+UNREAD = 128 + getattr(signal, "SIGPIPE", 13)
+"""Exit status of a command that writes into a closed pipe, as shells show it for commands that the system ends."""
+
 PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = tuple(Path(path) for path in sysconfig.get_paths().values())
 
 
 def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None = None, *, smaller: str = "") -> int:
-    """Run a command and return the exit status of the process: 0 success, 1 failure, 130 after Ctrl-C.
+    """Run a command and return the exit status of the process: 0 success, 1 failure, 130 after Ctrl-C, 141 if nobody
+    reads its output any more.
 
     System errors, such as a missing file, errors that this package or the user's code raises deliberately, and running
     out of memory become one line on stderr; ``--debug`` or ``DIFFUSE_JAX_DEBUG=1`` shows their traceback. Any other
@@ -34,6 +44,16 @@ def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None 
     """
     debug = os.environ.get("DIFFUSE_JAX_DEBUG") or "--debug" in (sys.argv if argv is None else argv)
     try:
+        with silent_without_readers():
+            return _status(name, work, bool(debug), smaller)
+    except SystemExit as ended:
+        if ended.code != UNREAD:
+            raise
+        return UNREAD
+
+
+def _status(name: str, work: Callable[[], None], debug: bool, smaller: str) -> int:
+    try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
             work()
@@ -41,7 +61,7 @@ def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None 
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and unread()):
             raise
         if lacks_memory(error):
             text = f"out of memory ({first_line(error)})" + (f"; {smaller}" if smaller else "")
@@ -52,6 +72,36 @@ def run_command(name: str, work: Callable[[], None], argv: Sequence[str] | None 
         print(f"{name}: {text}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def silent_without_readers() -> Iterator[None]:
+    """End the process with the status :data:`UNREAD`, and without a word, if its output is a pipe that has been closed.
+
+    Output is flushed at the end of the block, because Python itself would complain if it failed later.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # it is if the shell closed it (>&-)
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not (closed := unread()):
+            raise  # another pipe, such as one to a worker process
+        for number in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # what is still buffered goes nowhere
+        raise SystemExit(UNREAD) from None
+
+
+def unread() -> list[int]:
+    """Which of stdout and stderr are pipes that nobody reads any more, as file descriptors."""
+    if not hasattr(select, "poll"):
+        return []
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return [number for number, event in poll.poll(0) if event & select.POLLERR]
 
 
 def lacks_memory(error: Exception) -> bool:

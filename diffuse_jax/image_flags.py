@@ -10,6 +10,7 @@ from typing import Any
 
 import diffuse_jax
 from diffuse_jax.bounds import FINITE, SHARE, Number, number
+from diffuse_jax.writing import path_text
 
 IMAGES: Mapping[str, str] = {
     "image": "image to start from, to edit or to enlarge",
@@ -30,9 +31,9 @@ NUMBERS: Mapping[str, tuple[Number, str]] = {
 def add_flags(add: Callable[..., Any]) -> None:
     """Add the flags to a parser, whose ``add_argument`` this is."""
     for name, about in IMAGES.items():
-        add(flag(name), type=os.path.expanduser, action="append", metavar="FILE", help=f"{about}; repeat for several")
+        add(flag(name), type=path_text, action="append", metavar="FILE", help=f"{about}; repeat for several")
     about = "folder, Hub id or single file of a ControlNet; repeat for several"
-    add("--controlnet", type=os.path.expanduser, action="append", metavar="SOURCE", help=about)
+    add("--controlnet", type=path_text, action="append", metavar="SOURCE", help=about)
     for name, (kind, about) in NUMBERS.items():
         add(flag(name), type=number(kind), metavar="X", help=about)
 
@@ -42,10 +43,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def for_images(pipe: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def for_images(
+    pipe: Any, args: argparse.Namespace, open_controlnet: Callable[[str, Any], Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The pipeline for the images and ControlNets of the command line, and the images by the name of their argument.
 
-    A pipeline that takes no such image becomes that of its family for the task.
+    A pipeline that takes no such image becomes that of its family for the task. ``open_controlnet(source, pipe)`` opens
+    a ControlNet with its parameters; :func:`controlnet` if None.
 
     Raises:
       ValueError: a control image without a ControlNet, or the reverse.
@@ -62,7 +66,7 @@ def for_images(pipe: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
         raise ValueError("--controlnet needs --control-image")
     if args.controlnet or any(name in given and name not in takes for name in ("image", "mask_image")):
         task = "Inpainting" if "mask_image" in given else "Image2Image" if "image" in given else "Text2Image"
-        nets = [controlnet(source, pipe) for source in args.controlnet or ()]
+        nets = [(open_controlnet or controlnet)(source, pipe) for source in args.controlnet or ()]
         added = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
         pipe = getattr(diffuse_jax, f"AutoPipelineFor{task}").from_pipe(pipe, **added)
         takes = inspect.signature(pipe.compose).parameters
@@ -82,6 +86,16 @@ def opened(name: str, path: str) -> Any:
     from diffuse_jax.utils import load_image
 
     return load_image(path)
+
+
+def configured_controlnet(source: str, pipe: Any) -> Any:
+    """A ControlNet and the shapes of its parameters, for a pipeline that has only shapes itself."""
+    if os.path.isfile(source):
+        return controlnet(source, pipe)  # its configuration follows from its tensors
+    from diffuse_jax import weights
+
+    net = diffuse_jax.ControlNetModel.from_config(weights.resolve(source, only_small=True))
+    return net, net.shapes()
 
 
 def controlnet(source: str, pipe: Any) -> Any:

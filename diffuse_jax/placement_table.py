@@ -12,11 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from diffuse_jax import layouts, weights
-from diffuse_jax.pipelines import catalogue
-from diffuse_jax.pipelines.single_file import open_model
+from diffuse_jax.pipelines.configured import configured_networks
 from diffuse_jax.sharding import abstract_mesh, logical_axes, param_spec
-from diffuse_jax.weights.load import READERS
 from diffuse_jax.weights.names import flatten
 
 
@@ -67,18 +64,11 @@ def component_shapes(source: str | Path, revision: str | None = None) -> dict[st
     Raises:
       WeightsError: there is no such model, or it is damaged.
     """
-    if Path(source).suffix.lower() in READERS:
-        parts = layouts.read_single_file(source).networks
-        return {name: open_model(source, part, jnp.float32).shapes() for name, part in parts.items()}
-    folder = weights.resolve(source, revision=revision, only_small=True)
     found: dict[str, Any] = {}
-    for name, entry in weights.read_index(folder).components.items():
-        catalogue.check(name, entry)
-        if name in catalogue.NOT_LOADED or (cls := catalogue.network(entry)) is None:
-            continue
-        members = list(catalogue.folders(name, entry))
+    for name, network in configured_networks(source, revision=revision).items():
+        members = network if isinstance(network, list) else [network]
         names = [name] if len(members) == 1 else [f"{name}[{k}]" for k in range(len(members))]
-        found |= {n: cls.from_config(e.folder).shapes() for n, e in zip(names, members, strict=True)}
+        found |= {n: model.shapes() for n, model in zip(names, members, strict=True)}
     return found
 
 

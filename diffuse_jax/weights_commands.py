@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffuse_jax.bounds import COUNT, FINITE, PORTION, number
+from diffuse_jax.writing import path_text
 
 LAYOUTS = ("diffusers", "peft", "kohya")
 METHODS = ("weighted", "add-difference")
@@ -37,7 +37,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def add_commands(commands: Any, add_command: Callable[..., argparse.ArgumentParser], dtypes: Sequence[str]) -> None:
     """Add the commands to a parser's."""
-    path: dict[str, Any] = {"type": os.path.expanduser}
+    path: dict[str, Any] = {"type": path_text}
 
     example = "diffuse-jax convert-lora style.safetensors style-diffusers.safetensors --to diffusers"
     purpose = "convert a LoRA file to another layout and verify the result"

@@ -6,6 +6,7 @@ however it dies, so the next writer of ``NAME`` can tell leftovers from files be
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import secrets
@@ -35,6 +36,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     if path == "":
         raise ValueError("a path must not be empty; the current folder is '.'")
     return Path(os.path.expanduser(path))
+
+
+def path_text(text: str) -> str:
+    """An argparse type: a path with its leading ``~`` expanded, or a Hub id, as it was written otherwise.
+
+    Shells leave the ``~`` of ``--output=~/images`` alone.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path must not be empty; the current folder is '.'")
+    return os.path.expanduser(text)
+
+
+def path_flag(text: str) -> Path:
+    """An argparse type: :func:`path_text` of files and folders alone."""
+    return Path(path_text(text))
 
 
 def make_folder(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -59,6 +60,14 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
 
     kinds = {kind: opener(kind) for kind in ("from_pretrained", "from_single_file")}
     monkeypatch.setitem(vars(diffuse_jax), "DiffusionPipeline", SimpleNamespace(**kinds))
+
+    def check_call(args: argparse.Namespace, call: dict[str, Any]) -> None:
+        """What needs no model."""
+        cli.how_to_open(args)
+        if args.scheduler is not None:
+            cli.scheduler_class(args.scheduler)
+
+    monkeypatch.setattr(cli, "check_call", check_call)
     return fake
 
 
@@ -102,6 +111,24 @@ def test_every_number_has_bounds(command: str, capsys: pytest.CaptureFixture[str
             with pytest.raises(SystemExit):
                 parser.parse_args([f"{flag}={text}"])
             assert re.search(rf"argument {flag}: must be a .*number.*, got {text}\n", capsys.readouterr().err)
+
+
+def test_no_path_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would mean the current folder."""
+    commands = next(action for action in cli.build_parser()._actions if action.dest == "command").choices
+    kinds = ("DIR", "FILE", "SOURCE", "SRC", "DST", "MODEL", "BASE", "TUNED", "PATH[=SCALE]")
+    found = 0
+    for name in COMMANDS:
+        for action in commands[name]._actions:  # type: ignore[index, call-overload]
+            if action.metavar in kinds:
+                found += 1
+                with pytest.raises(argparse.ArgumentTypeError, match="a path must not be empty"):
+                    action.type("")
+    assert found > 25
+    with pytest.raises(SystemExit) as stop:
+        run("generate", "--prompt", "x", "--output", "")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("argument --output: a path must not be empty; the current folder is '.'\n")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +327,45 @@ def test_images_that_nothing_takes_are_refused(drawn: Path, tmp_path: Path, caps
     ):
         assert run(*words, *flags) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", 1, 2], "seed"),
+        (["--num-images-per-prompt", 3, "--seed", 1, 2], "seed"),
+        (["--height", 15], "height"),
+        (["--width", 15], "width"),
+        (["--negative-prompt", "a", "--negative-prompt", "b"], "negative_prompt"),
+        (["--num-inference-steps", 2000], "num_inference_steps"),
+        (["--clip-skip", 9], "clip_skip"),
+        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--strength", 0.5], "strength"),
+        (["--control-image", "{}/edges.png"], "--control-image needs --controlnet"),
+        (["--control-image", "{}/edges.png", "--controlnet", "{}/model/vae"], "ControlNet"),
+        (["--scheduler", "runge"], "'runge'"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["folder", "file"])
+def test_a_call_is_refused_before_weights_are_read(
+    flags: list[Any], message: str, layout: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = drawn / "model", []
+    if layout == "file":
+        model, tokenizer = drawn / "model.safetensors", ["--tokenizer", drawn / "model" / "tokenizer"]
+        if not model.exists():
+            diffuse_jax.DiffusionPipeline.from_pretrained(drawn / "model").save_single_file(model)
+        if "--model" in flags:
+            flags = ["--model", "nowhere.safetensors"]
+            message = "nowhere.safetensors: no such file"
+    flags = [str(word).format(drawn) for word in flags]
+    words = ["generate", "--prompt", "a", "--model", model, *tokenizer, "--output", tmp_path / "out", *flags]
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1, "nothing is said about loading"
 
 
 def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_path: Path, capsys: Any) -> None:

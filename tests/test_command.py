@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -41,3 +44,42 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("draw", lambda: warnings.warn("it is late", stacklevel=1), []) == 0
     assert capsys.readouterr().err == "warning: it is late\n"
     assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    ("work", "stream"),
+    [
+        ("print('word')", "stdout"),
+        ("print('word ' * 100_000)", "stdout"),
+        ("(print('word'), 1 / 0)", "stdout"),
+        ("sys.exit('word')", "stderr"),
+        ("print('word', file=sys.stderr, flush=True)", "stderr"),
+        ("[][0]", "stderr"),
+        ("open('/no/file')", "stderr"),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_command_silently(work: str, stream: str) -> None:
+    """As the system ends ``yes | head -1``, whether it is noticed at once or only when the rest is written."""
+    code = f"import sys; from diffuse_jax.command import run_command; sys.exit(run_command('x', lambda: {work}, []))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+    ended = subprocess.run([sys.executable, "-c", code], **streams, text=True)  # type: ignore[call-overload]
+    os.close(writer)
+    if stream == "stdout" and "/" not in work:
+        assert (ended.returncode, ended.stderr) == (141, "")
+    assert ended.returncode != 0
+    assert "Exception ignored" not in (ended.stderr or "")
+
+
+def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def to_a_worker() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            os.write(writer, b"task")
+        finally:
+            os.close(writer)
+
+    assert run_command("draw", to_a_worker, []) == 1
+    assert capsys.readouterr().err == "draw: [Errno 32] Broken pipe\n"

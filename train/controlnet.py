@@ -27,11 +27,13 @@ def parse_args() -> argparse.Namespace:
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.training.cached import inputs_from
-    from diffuse_jax.training.control import control_validation, controlled_from, save_controlnet
+    from diffuse_jax.training.checked import checked_source
+    from diffuse_jax.training.control import control_shapes, control_validation, controlled_from, save_controlnet
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, whole
+    from diffuse_jax.training.latent_model import configured_from
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
@@ -53,10 +55,14 @@ def main() -> None:
     control = settings_from(args, ControlSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
+    plan = configured_from(model)
+    shapes = {"controlnet": control_shapes(control, model, plan)}
+    control_validation(shown, control, model, data, plan)  # checks the prompts and images
+    source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes)
     pipe = controlled_from(control, model, mesh, run.seed)
     validate = control_validation(shown, control, model, data, pipe, run.seed)
 
-    inputs = inputs_from(data, model, pipe, trained=("controlnet",), true_sizes=False)
+    inputs = inputs_from(data, model, pipe, trained=("controlnet",), source=source, true_sizes=False)
     objective = objective_from(learned, pipe.scheduler)
     fit(
         run,

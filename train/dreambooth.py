@@ -25,12 +25,13 @@ def parse_args() -> argparse.Namespace:
 
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
+    from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
-    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_images
+    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, instance_source, make_class_images
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
-    from diffuse_jax.training.latent_model import pipeline_from, save_rest, trained_names
+    from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest, trained_names
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
@@ -55,11 +56,14 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
+    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    shapes, instance = {name: plan.params[name] for name in names}, instance_source(taught, run.batch, mesh)
+    source, times = instance
+    checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
     make_class_images(taught, model, run.seed)
-    names = trained_names(model, run.optimizer)
     pipe = pipeline_from(model, mesh, float32=names)
 
-    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names)
+    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names, instance=instance)
     objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
     fit(
         run,

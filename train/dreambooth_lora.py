@@ -26,14 +26,15 @@ def parse_args() -> argparse.Namespace:
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.adapters.lora_file import save_lora
+    from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
-    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, make_class_images
+    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, instance_source, make_class_images
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, with_lora
-    from diffuse_jax.training.latent_model import pipeline_from, trained_names
+    from diffuse_jax.training.latent_model import configured_from, pipeline_from, trained_names
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.low_rank import lora_from, merged_lora
+    from diffuse_jax.training.low_rank import lora_from, lora_shapes, merged_lora
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
         DeviceSettings,
@@ -59,11 +60,15 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
+    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    shapes, instance = lora_shapes(lora, plan, names), instance_source(taught, run.batch, mesh)
+    source, times = instance
+    checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
     make_class_images(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(lora, pipe, trained_names(model, run.optimizer), run.seed)
+    pairs = lora_from(lora, pipe, names, run.seed)
 
-    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=tuple(pairs))
+    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names, instance=instance)
     objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
     fit(
         run,

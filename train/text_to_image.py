@@ -28,11 +28,12 @@ def parse_args() -> argparse.Namespace:
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.training.cached import inputs_from
+    from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
-    from diffuse_jax.training.latent_model import pipeline_from, save_rest, trained_names
+    from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest, trained_names
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
@@ -53,11 +54,15 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names = trained_names(model, run.optimizer)
+    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    shapes = {name: plan.params[name] for name in names}
+    source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown)
     pipe = pipeline_from(model, mesh, float32=names)
     trainable = {name: pipe.params[name] for name in names}
 
-    inputs = inputs_from(data, model, pipe, trained=names)  # images and captions, or what was computed from them before
+    inputs = inputs_from(
+        data, model, pipe, trained=names, source=source
+    )  # images and captions, or what was computed from them before
     frozen = {name: params for name, params in pipe.params.items() if name not in (*names, *inputs.unused)}
     objective = objective_from(learned, pipe.scheduler)
     fit(

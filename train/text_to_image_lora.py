@@ -28,13 +28,14 @@ def parse_args() -> argparse.Namespace:
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.adapters.lora_file import save_lora
     from diffuse_jax.training.cached import inputs_from
+    from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import loss_of, networks, with_lora
-    from diffuse_jax.training.latent_model import pipeline_from, trained_names
+    from diffuse_jax.training.latent_model import configured_from, pipeline_from, trained_names
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.low_rank import lora_from, merged_lora
+    from diffuse_jax.training.low_rank import lora_from, lora_shapes, merged_lora
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
         DeviceSettings,
@@ -56,10 +57,13 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
+    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    shapes = lora_shapes(lora, plan, names)
+    source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown)
     pipe = pipeline_from(model, mesh, float32=())
-    pairs = lora_from(lora, pipe, trained_names(model, run.optimizer), run.seed)
+    pairs = lora_from(lora, pipe, names, run.seed)
 
-    inputs = inputs_from(data, model, pipe, trained=tuple(pairs))
+    inputs = inputs_from(data, model, pipe, trained=names, source=source)
     objective = objective_from(learned, pipe.scheduler)
     fit(
         run,

@@ -32,12 +32,19 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.pipelines import DiffusionPipeline
     from diffuse_jax.sharding import readable
     from diffuse_jax.training.cached import inputs_from
+    from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
-    from diffuse_jax.training.inversion import combined, inversion_source, save_embeddings, with_placeholder
+    from diffuse_jax.training.inversion import (
+        combined,
+        inversion_source,
+        row_shapes,
+        save_embeddings,
+        with_placeholder,
+    )
     from diffuse_jax.training.latent import loss_of, networks, save_networks, with_tokens
-    from diffuse_jax.training.latent_model import pipeline_from, save_rest
+    from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
@@ -62,6 +69,11 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
+    plan = configured_from(model)
+    shapes = {"text_encoder": row_shapes(word, plan)}
+    checked_source(
+        run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=images, times=word.repeats
+    )
     pipe, rows = with_placeholder(word, pipeline_from(model, mesh, float32=()))
 
     inputs = inputs_from(data, model, pipe, trained=("text_encoder",), source=images, times=word.repeats)

@@ -68,11 +68,11 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import normalised
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.networks import network_folder, open_network
+    from diffuse_jax.training.networks import configured_network, network_folder, open_network
     from diffuse_jax.training.objective import Objective, draw, errors, noised, objective_from
     from diffuse_jax.training.pixels import pixel_values
     from diffuse_jax.training.settings import DeviceSettings, NetworkSettings, ObjectiveSettings, RunSettings
-    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.start import check_output, check_run
     from diffuse_jax.training.state import Metrics
     from diffuse_jax.training.upload import push_to_hub
 
@@ -87,20 +87,24 @@ def main() -> None:
     run, network, data = settings_from(args, RunSettings), settings_from(args, NetworkSettings), data_from(args)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run)
-    unet, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
+    unet = configured_network(UNet2DModel, network, "unet", DEFAULT)
     warn_of_size(data.images, unet.config.sample_size)
     unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
     check_network(unet.config)
     scheduler = scheduler_from(args, network)
+    objective, validate = objective_of(args, scheduler), validation_from(args, unet, scheduler, mesh)
+    batches = batches_from(data, run.batch, mesh, pixel_values)
+    check_run(run, mesh, getattr(batches, "total", None), unet.shapes())
+    _, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
     fit(
         run,
         mesh,
         trainable=params,
         frozen={},
-        loss=functools.partial(pixel_loss, unet, objective_of(args, scheduler)),
-        batches=batches_from(data, run.batch, mesh, pixel_values),
+        loss=functools.partial(pixel_loss, unet, objective),
+        batches=batches,
         export=lambda folder, params: pipeline(unet, scheduler, params).save_pretrained(folder),
-        validate=validation_from(args, unet, scheduler, mesh),
+        validate=validate,
         config=vars(args),
     )
     print(run.output_dir)
@@ -134,7 +138,7 @@ def scheduler_from(args: argparse.Namespace, network: NetworkSettings) -> DDPMSc
     }
     scheduler, source = DDPMScheduler(), network.pretrained_model_name_or_path
     if source is not None:
-        folder = network_folder(network.hub, source, "scheduler")
+        folder = network_folder(network.hub, source, "scheduler", only_small=True)
         if (folder / "scheduler_config.json").is_file():
             scheduler = DDPMScheduler.from_pretrained(folder)
     return scheduler.replace(**{name: value for name, value in flags.items() if value is not None})

@@ -23,6 +23,7 @@ from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE
 from diffuse_jax.training.arguments import add_network, make_parser
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.data.flags import add_data
+from diffuse_jax.writing import path_text
 
 
 @functools.cache
@@ -41,7 +42,9 @@ def parse_args() -> argparse.Namespace:
     )
     add("--perceptual_weight", type=NONNEGATIVE, default=0.0, help="weight of the perceptual loss")
     add(
-        "--perceptual_model_path", help="file of the perceptual network: torchvision's or LPIPS's VGG16, or MobileNetV2"
+        "--perceptual_model_path",
+        type=path_text,
+        help="file of the perceptual network: torchvision's or LPIPS's VGG16, or MobileNetV2",
     )
     what = (
         "weight of the adversarial loss, on top of its adaptive balance with the other losses; 0 for no discriminator"
@@ -51,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     add("--discriminator_layers", type=COUNT, default=3, help="strided layers; with 3, its patches are 70 pixels wide")
     add("--discriminator_channels", type=COUNT, default=64, help="channels of the discriminator's first layer")
     add = parser.group("monitoring")
-    add("--validation_image", nargs="+", help="image files to show with their reconstructions")
+    add("--validation_image", type=path_text, nargs="+", help="image files to show with their reconstructions")
     add(
         "--num_validation_images",
         type=NATURAL,
@@ -87,11 +90,11 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.initial import initial_params
     from diffuse_jax.training.latent import normalised
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.networks import open_network
+    from diffuse_jax.training.networks import configured_network, open_network
     from diffuse_jax.training.perceptual import NETWORKS, read_features
     from diffuse_jax.training.pixels import first_images, pixel_values, read_images, sheet, to_uint8
     from diffuse_jax.training.settings import ComputeSettings, DeviceSettings, NetworkSettings, RunSettings
-    from diffuse_jax.training.start import check_output
+    from diffuse_jax.training.start import check_output, check_run
     from diffuse_jax.training.upload import push_to_hub
     from diffuse_jax.weights import write_json
 
@@ -106,26 +109,29 @@ def main() -> None:
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run)
     default = SD_VAE.replace(sample_size=data.images.resolution)
-    vae, params = open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)
-    vae = vae.clone(remat=network.compute.remat)
-    trained, kept = split_decoder(params) if args.train_decoder_only else (params, {})
-    trainable, frozen = {"vae": trained}, {"vae": kept}
-    whole = lambda params: {**kept, **params["vae"]}
-    terms = Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight)
-    terms, frozen = add_perceptual(terms, frozen, args)
-    terms, trainable = add_discriminator(terms, trainable, args)
+    vae = configured_network(AutoencoderKL, network, "vae", default).clone(remat=network.compute.remat)
+    split = split_decoder if args.train_decoder_only else lambda params: (params, {})
+    terms = with_discriminator(Terms(vae=vae, kl_weight=args.kl_weight, edge_weight=args.edge_weight), args)
     check_sizes(terms, data.images, args.crop_size)
-
     batches: Batches = batches_from(data, run.batch, mesh, pixel_values, crop_size=args.crop_size)
+    shown = validation_images(args, data)
+    discriminator = {} if terms.discriminator is None else {"discriminator": terms.discriminator.shapes()}
+    check_run(run, mesh, getattr(batches, "total", None), {"vae": split(vae.shapes())[0], **discriminator})
+
+    terms, perceptual = with_perceptual(terms, args)
+    check_sizes(terms, data.images, args.crop_size)
+    trained, kept = split(open_network(AutoencoderKL, network, mesh, "vae", default, run.seed)[1])
+    discriminator = {name: initial_params(shapes, args.seed) for name, shapes in discriminator.items()}
+    whole = lambda params: {**kept, **params["vae"]}
     fit(
         run,
         mesh,
-        trainable=trainable,
-        frozen=frozen,
+        trainable={"vae": trained, **discriminator},
+        frozen={"vae": kept, **perceptual},
         loss=functools.partial(autoencoder_loss, terms),
         batches=batches if terms.discriminator is None else WithStepIndex(batches),
         export=lambda folder, params: vae.save_pretrained(folder / "vae", whole(params)),
-        validate=validation_from(args, data, vae, whole),
+        validate=validation_from(shown, vae, whole),
         # Unchanged latents keep their scaling factor, with which denoising networks were trained.
         finish=None if kept else functools.partial(save_measured, run, data, vae),
         config=vars(args),
@@ -134,29 +140,27 @@ def main() -> None:
     push_to_hub(run.upload, run.output_dir)
 
 
-def add_perceptual(terms: Terms, frozen: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
-    """Add the frozen network of ``--perceptual_model_path``, if one is given."""
+def with_perceptual(terms: Terms, args: argparse.Namespace) -> tuple[Terms, Params]:
+    """The terms with the frozen network of ``--perceptual_model_path``, if one is given, and its parameters."""
     if args.perceptual_model_path is None:
-        return terms, frozen
+        return terms, {}
     say(f"loading the network of the perceptual loss from {args.perceptual_model_path}")
     features = read_features(args.perceptual_model_path)
     terms = dataclasses.replace(terms, perceptual=features.network, perceptual_weight=args.perceptual_weight)
-    return terms, {**frozen, "perceptual": features.params}
+    return terms, {"perceptual": features.params}
 
 
-def add_discriminator(terms: Terms, trainable: Params, args: argparse.Namespace) -> tuple[Terms, Params]:
-    """Add a new discriminator, if ``--discriminator_weight`` is not 0."""
+def with_discriminator(terms: Terms, args: argparse.Namespace) -> Terms:
+    """The terms with a new discriminator, if ``--discriminator_weight`` is not 0."""
     if not args.discriminator_weight:
-        return terms, trainable
+        return terms
     config = PatchDiscriminatorConfig(channels=args.discriminator_channels, layers=args.discriminator_layers)
-    network = PatchDiscriminator(config=config, dtype=settings_from(args, ComputeSettings).dtype)
-    terms = dataclasses.replace(
+    return dataclasses.replace(
         terms,
-        discriminator=network,
+        discriminator=PatchDiscriminator(config=config, dtype=settings_from(args, ComputeSettings).dtype),
         discriminator_weight=args.discriminator_weight,
         discriminator_start=args.discriminator_start,
     )
-    return terms, {**trainable, "discriminator": initial_params(network.shapes(), args.seed)}
 
 
 def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> None:
@@ -179,14 +183,17 @@ def check_sizes(terms: Terms, images: ImageSettings, crop_size: int | None) -> N
         raise ValueError(f"{terms.perceptual} needs images of {NETWORKS[terms.perceptual][1]} pixels, got {size}")
 
 
+def validation_images(args: argparse.Namespace, data: DataSettings) -> list[np.ndarray]:
+    """The images of ``--validation_image``, or the first ones of the data set."""
+    if args.validation_image:
+        return read_images(args.validation_image, data)
+    return list(first_images(data, args.num_validation_images))
+
+
 def validation_from(
-    args: argparse.Namespace, data: DataSettings, vae: AutoencoderKL, whole: Callable[[Params], Params]
+    images: list[np.ndarray], vae: AutoencoderKL, whole: Callable[[Params], Params]
 ) -> Callable[[Params], list[tuple[str, Any]]] | None:
     """A function that shows images above their reconstructions from the mode of the latents; None without images."""
-    if args.validation_image:
-        images = read_images(args.validation_image, data)
-    else:
-        images = list(first_images(data, args.num_validation_images))
     if not images:
         return None
     originals = np.stack(images)

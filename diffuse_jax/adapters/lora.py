@@ -39,7 +39,7 @@ def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> P
       targets: regular expression that is searched for in the layers' paths, such as ``a/b/to_q``.
 
     Raises:
-      ValueError: the rank is not positive, or no dense layer matches.
+      ValueError: no dense layer matches, or the rank is not positive, or above what any of the layers can have.
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
@@ -48,6 +48,12 @@ def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> P
     if not chosen:
         raise ValueError(f"no dense layer matches the LoRA targets {targets!r}; the network has, for example, "
                          + ", ".join("/".join(path) for path in list(layers)[:3]))  # fmt: skip
+    widest = max(chosen, key=lambda path: min(layers[path]))
+    if rank > (limit := min(layers[widest])):
+        raise ValueError(
+            f"the LoRA rank must be at most {limit} here, got {rank}: a change of a layer has no higher rank than its "
+            f"narrower side, and the widest layer, {'/'.join(widest)}, is {' x '.join(map(str, layers[widest]))}"
+        )
     flat: dict[Path, jax.Array] = {}
     for path, k in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         rows, columns = layers[path]

@@ -29,6 +29,7 @@ from diffuse_jax.layouts.lora_names import (
 from diffuse_jax.limits import absence, refuse_links
 from diffuse_jax.messages import brief, warn
 from diffuse_jax.models.base import Params
+from diffuse_jax.weights.copy import refuse_not_finite
 from diffuse_jax.weights.load import read_checkpoint
 from diffuse_jax.weights.names import Path as LayerPath
 from diffuse_jax.weights.names import flatten, from_torch, to_torch, unflatten
@@ -61,8 +62,8 @@ def read_adapter(
       strict: refuse files with keys that belong to no layer; otherwise these are left out with one warning.
 
     Raises:
-      WeightsError: the file does not exist, has keys that belong to no layer, factors that do not fit their layer, or
-        settings that match nothing in it. Nothing is loaded in part.
+      WeightsError: the file does not exist, has keys that belong to no layer, factors that do not fit their layer or
+        are not finite, or settings that match nothing in it. Nothing is loaded in part.
     """
     file = adapter_file(expanded(source), weight_name)
     tensors = dict(read_checkpoint([file]).tensors) | _numbers(file)
@@ -98,6 +99,9 @@ def read_adapter(
         stem = stem_of(network, path)
         if wrong := problem(parts, shape):
             raise bad(file, f"{stem}: {wrong}{_hint(tensors, shapes)}")
+        for part, tensor in parts.items():
+            if part != "alpha":  # a setting, whose range is checked with those of PEFT
+                refuse_not_finite(file, f"{part} of {stem}", tensor)
         factor = pair_factor(file, stem, names_in_file[stem], rank_of(parts), parts.get("alpha"), settings)
         adapter.setdefault(network, {})[path] = Change(parts, shape, factor)
     return adapter

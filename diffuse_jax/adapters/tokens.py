@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from diffuse_jax.messages import brief
 from diffuse_jax.models.base import Params
 from diffuse_jax.text.clip import CLIPTextModel
 from diffuse_jax.text.tokenizer import stateless, unpadded_ids
-from diffuse_jax.weights.copy import compact
+from diffuse_jax.weights.copy import compact, refuse_not_finite
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
 from diffuse_jax.writing import expanded
@@ -51,6 +52,7 @@ def expand_words(prompt: str, tokenizer: Any) -> str:
     several = {word for word in known if f"{word}_1" in known}
     if not several:
         return prompt
+    prompt = _composed(prompt, tokenizer)
     found = _occurrences(prompt, tokenizer, known)
     following = [word for word, _, _ in found[1:]] + [""]  # if there are no words, this is one too long
     text, done = "", 0
@@ -61,6 +63,19 @@ def expand_words(prompt: str, tokenizer: Any) -> str:
             text += " " if prompt[stop : stop + 1].isalnum() else ""  # keeps the last token's name from running on
             done = stop
     return text + prompt[done:]
+
+
+def _composed(prompt: str, tokenizer: Any) -> str:
+    """The prompt with letters and their accents as one character each, if the tokenizer reads that as the same.
+
+    It reports places in the prompt as if it did not contain an accent that stands by itself (``e`` and U+0301), so a
+    word that ends in one would seem to end before it.
+    """
+    composed = unicodedata.normalize("NFC", prompt)
+    if composed == prompt:
+        return prompt
+    before, after = unpadded_ids(tokenizer, [prompt, composed], add_special_tokens=False)
+    return composed if before == after else prompt
 
 
 def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[tuple[str, int, int]]:
@@ -225,7 +240,7 @@ def check_embeddings(path: Path, word: Any, rows: Any) -> None:
     """Check that a file's entry is a name with an array ``[n,D]`` or ``[D]``.
 
     Raises:
-      WeightsError: it is not, or has too many rows.
+      WeightsError: it is not, has too many rows, or values that are not finite.
     """
     if not isinstance(rows, np.ndarray):
         raise bad(path, f"{word!r} is a {type(rows).__name__}; expected a tensor [n,D] or [D]")
@@ -235,5 +250,4 @@ def check_embeddings(path: Path, word: Any, rows: Any) -> None:
         raise bad(path, f"{brief(word)} has shape {list(rows.shape)}; expected [n,D] or [D]")
     if rows.ndim == 2 and len(rows) > MAX_ROWS:
         raise bad(path, f"{brief(word)} has {len(rows)} rows; the maximum is {MAX_ROWS}")
-    if not np.isfinite(rows.astype(np.float32)).all():
-        raise bad(path, f"the embeddings of {brief(word)} hold NaN or infinity")
+    refuse_not_finite(path, word, rows)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffuse_jax.bounds import COUNT, FINITE, SEED, SHARE, number
 from diffuse_jax.torch_backend import load, training_command
+from diffuse_jax.writing import path_flag, path_text
 
 if TYPE_CHECKING:
     from diffuse_jax.torch_backend.parity import Request, Result, Sides
@@ -44,9 +45,10 @@ def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
     """
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder in diffusers layout or Hub id, e.g. diffuse-jax/emoji")
+    add("model", type=path_text, metavar="MODEL", help="folder in diffusers layout or Hub id, e.g. diffuse-jax/emoji")
     add(
         "--reference",
+        type=path_text,
         metavar="SOURCE",
         help="checkpoint that PyTorch reads instead, e.g. the one that MODEL was converted from",
     )
@@ -59,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
     add("--pipeline", metavar="CLASS", help="pipeline class to run, e.g. StableDiffusionInpaintPipeline")
     for name, what in IMAGES.items():
         about = f"{what}; repeat for several"
-        add(f"--{name.replace('_', '-')}", type=Path, action="append", metavar="FILE", help=about)
+        add(f"--{name.replace('_', '-')}", type=path_flag, action="append", metavar="FILE", help=about)
     add("--strength", type=number(SHARE), metavar="X", help="strength, for pipelines that start from an image")
     about = "prompt; repeat for several (default: two for the shipped model)"
     add("--prompt", action="append", metavar="TEXT", help=about)
@@ -71,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
     add("--width", type=number(COUNT), metavar="PIXELS", help="width of the images")
     add("--component", nargs="+", metavar="NAME", default=[], help="compare only these networks, e.g. unet vae")
     add("--bisect", action="store_true", help="find the first layer where a network diverges from PyTorch's")
-    add("--report", type=Path, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
+    add("--report", type=path_flag, metavar="DIR", help="write parity.json and parity.png (or training.json) there")
     training_command.add_flags(parser)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffuse_jax.bounds import COUNT, POSITIVE, number
 from diffuse_jax.torch_backend import load
+from diffuse_jax.writing import path_flag
 
 if TYPE_CHECKING:
     from diffuse_jax.torch_backend.training_report import Compared
@@ -37,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     about = (
         "image folder with captions (default: images decoded from noise by the model's VAE, captioned with --prompt)"
     )
-    add("--train-data-dir", type=Path, metavar="DIR", help=about)
+    add("--train-data-dir", type=path_flag, metavar="DIR", help=about)
 
 
 def check_flags(args: argparse.Namespace) -> None:

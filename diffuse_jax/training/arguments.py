@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from diffuse_jax.training.settings import (
 from diffuse_jax.training.settings.methods import TIMESTEP_BIASES
 from diffuse_jax.training.settings.model import REMAT_POLICIES, check_precision
 from diffuse_jax.training.settings.run import OPTIMIZERS, SCHEDULES, TRACKERS
+from diffuse_jax.writing import path_text
 
 SEVERAL_PROCESSES = "processes are set with --coordinator_address, --num_processes and --process_id"
 EVERY_CHECKPOINT = "every checkpoint contains the model: use --checkpointing_steps"
@@ -47,7 +47,9 @@ def make_parser(description: str | None, output_dir: str, **defaults: Any) -> Pa
     ``parser.group("model")("--flag", ...)`` adds a flag to a group.
     """
     parser = Parser(description=description)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with flags; the command line overrides it")
+    parser.add_argument(
+        "--config", type=path_text, metavar="FILE", help="YAML or JSON file with flags; the command line overrides it"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, not only its message")
     for add_flags in (
         _add_model,
@@ -78,7 +80,6 @@ def _add_output(parser: Parser) -> None:
     add = parser.group("output", RunSettings)
     add(
         "--output_dir",
-        type=os.path.expanduser,
         help="folder for checkpoints, logs and the trained model; all processes must be able to access it",
     )
     add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ import numpy as np
 
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import (
     DataSettings,
@@ -26,7 +25,6 @@ from diffuse_jax.training.data import (
     fingerprint_params,
     source_from,
     transform_from,
-    warn_of_size,
 )
 from diffuse_jax.training.data.sources import Record
 from diffuse_jax.training.latent import (
@@ -102,12 +100,8 @@ def inputs_from(
     Raises:
       ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
     """
-    encoders = [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
-    if data.caches.cache_text_embeddings and set(encoders) & set(trained):
-        raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
-    check_sides(data.images, pipe.components["vae"].config.scale)
-    if pipe.components["unet"].config.sample_size is not None:
-        warn_of_size(data.images, output_size(pipe, None, None))
+    check_inputs(data, pipe, trained)
+    encoders = encoders_of(pipe)
     time_ids: TimeIds = None
     if pipe.components["unet"].config.addition_embed_type == "text_time":
         time_ids = functools.partial(micro_conditioning, true_sizes)
@@ -123,6 +117,22 @@ def inputs_from(
         make = functools.partial(finish_repeated, make, len(rows))
         rows = RepeatedSource(rows, times)
     return Inputs(rows, make, latents is None, tuple(unused))
+
+
+def encoders_of(pipe: DiffusionPipeline) -> list[str]:
+    """The names of a pipeline's text encoders."""
+    return [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
+
+
+def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[str]) -> None:
+    """Check that the images and caches suit the networks, by their configurations.
+
+    Raises:
+      ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
+    """
+    if data.caches.cache_text_embeddings and set(encoders_of(pipe)) & set(trained):
+        raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
+    check_sides(data.images, pipe.components["vae"].config.scale)
 
 
 def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:

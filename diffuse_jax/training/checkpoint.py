@@ -51,9 +51,7 @@ class Position(NamedTuple):
 
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
     """The checkpoints of a run that can be resumed, by number of training steps, oldest first."""
-    found = {
-        int(m[1]): p for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-    }
+    found = {n: p for p in Path(output_dir).glob("checkpoint-*") if (n := step_of(p)) is not None}
     return {n: found[n] for n in sorted(found) if (found[n] / STATE).is_dir()}
 
 
@@ -246,12 +244,32 @@ def load_checkpoint(folder: Path, like: Any) -> TrainState:
     """
     wanted, path = shapes_of(like), folder.resolve()
     with in_use(path), not_replaced(path), ocp.StandardCheckpointer() as checkpointer:
-        with _undamaged(folder):
-            verify(path)
-            saved = _table(checkpointer.metadata(path / STATE).item_metadata.tree)
-        _compare(folder, saved, _table(wanted))
+        compare_checkpoint(folder, wanted)
         with _undamaged(folder):
             return checkpointer.restore(path / STATE, wanted)
+
+
+def compare_checkpoint(folder: Path, like: Any) -> None:
+    """Check that a checkpoint is undamaged and holds the arrays of a training state, without loading them.
+
+    Args:
+      folder: ``checkpoint-N``.
+      like: a state, or its shapes and dtypes.
+
+    Raises:
+      ValueError: it is damaged, or contains other arrays; the message names them.
+    """
+    path = folder.resolve()
+    with _undamaged(folder), ocp.StandardCheckpointer() as checkpointer:
+        verify(path)
+        saved = _table(checkpointer.metadata(path / STATE).item_metadata.tree)
+    _compare(folder, saved, _table(like))
+
+
+def step_of(folder: Path) -> int | None:
+    """The number of completed steps that the name of a checkpoint says; None for other names."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else None
 
 
 @contextmanager
@@ -261,8 +279,8 @@ def _undamaged(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax does not wrap the exceptions of the libraries that it uses
-        number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        older = [p.name for n, p in checkpoints(folder.parent).items() if number and n < int(number[1])]
+        number = step_of(folder)
+        older = [p.name for n, p in checkpoints(folder.parent).items() if number is not None and n < number]
         advice = f"; to go back to an older one: --resume_from_checkpoint {older[-1]}" if older else ""
         raise ValueError(f"{folder} cannot be read: {error or type(error).__name__}{advice}") from error
 

@@ -1,4 +1,4 @@
-"""Validation of training settings: ranges of numbers, and names from a list.
+"""Validation of training settings: ranges of numbers, paths, and names from a list.
 
 A range is written once, in the annotation of a settings field (``learning_rate: Annotated[float, NONNEGATIVE]``). The
 flag of the same name has the same range.
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffuse_jax.bounds import Number
@@ -29,12 +30,23 @@ def _number(hint: Any) -> Number | None:
     return next((part for part in inside if isinstance(part, Number)), None)
 
 
+@functools.cache
+def paths_of(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass with ``Path`` in their annotation: paths or Hub ids, or tuples of them."""
+    hints = typing.get_type_hints(kind)
+    return tuple(field.name for field in dataclasses.fields(kind) if _has_path(hints[field.name]))
+
+
+def _has_path(hint: Any) -> bool:
+    return hint is Path or any(map(_has_path, typing.get_args(hint)))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Base class of settings, which checks their numbers on construction. None, where allowed, means unset.
+    """Base class of settings, which checks their numbers and paths on construction. None, where allowed, means unset.
 
     Raises:
-      ValueError: a number is out of range; the message names the first one.
+      ValueError: a number is out of range, or a path is empty; the message names the first one.
     """
 
     def __post_init__(self) -> None:
@@ -42,6 +54,9 @@ class Checked:
             value = getattr(self, name)
             if value is not None and not number.allows(value):
                 raise ValueError(f"{name} must be {number.words}, got {value}")
+        for name in paths_of(type(self)):  # type: ignore[arg-type]
+            if "" in (value if isinstance(value := getattr(self, name), tuple) else (value,)):
+                raise ValueError(f"{name} must not be empty; the current folder is '.'")
 
 
 def one_of(choices: Iterable[str], **values: str | None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffuse_jax.command import run_command
+from diffuse_jax.command import run_command, silent_without_readers
 from diffuse_jax.training import watch
 from diffuse_jax.training.interruption import BEFORE, interruptions
 
@@ -42,8 +42,9 @@ def flags_first(parse_args: Callable[[], Namespace]) -> Iterator[None]:
         return
     _listening.enter_context(interruptions(BEFORE, owner=True))
     try:
-        parse_args()
-        print("loading JAX and the library", file=sys.stderr, flush=True)
+        with silent_without_readers():
+            parse_args()
+            print("loading JAX and the library", file=sys.stderr, flush=True)
         yield
     except BaseException:
         _listening.close()
@@ -52,6 +53,6 @@ def flags_first(parse_args: Callable[[], Namespace]) -> Iterator[None]:
 
 def train(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and exit: status 0 for success, 1 for failure, 2 for wrong flags, 128 + n for signal
-    n."""
+    n, 141 if nobody reads the output any more."""
     with _listening, interruptions(BEFORE, owner=True):
         watch.leave(run_command(Path(sys.argv[0]).name, watch.outcome_told()(main), smaller=SMALLER))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
 from diffuse_jax.training.data import DataSettings, Record, transform_from
 from diffuse_jax.training.latent_model import pipeline_from
-from diffuse_jax.training.networks import open_network
+from diffuse_jax.training.networks import configured_network, open_network
 from diffuse_jax.training.settings import ControlSettings, ModelSettings, NetworkSettings, ValidationSettings
 from diffuse_jax.training.validation import validation_from
 
@@ -37,32 +37,48 @@ def controlled_from(control: ControlSettings, model: ModelSettings, mesh: Mesh, 
     """
     new = control.controlnet_model_name_or_path is None
     pipe = pipeline_from(model, mesh, float32=("unet",) if new else ())
-    net, params = _new(pipe, seed) if new else _opened(control, model, mesh)
+    net, params = _new(pipe, pipe.params["unet"], seed) if new else _opened(control, model, mesh)
     check_fit(net, pipe)
     unet = pipe.components["unet"]
     lowered = jax.tree.map(lambda x: x.astype(unet.dtype), pipe.params["unet"])  # it is frozen
     return AutoPipelineForText2Image.from_pipe(pipe, unet=(unet, lowered), controlnet=(net, params))
 
 
-def _new(pipe: DiffusionPipeline, seed: int) -> tuple[ControlNetModel, Params]:
-    """A ControlNet that embeds images at the resolution of the latents."""
+def control_shapes(control: ControlSettings, model: ModelSettings, pipe: DiffusionPipeline) -> Params:
+    """The shapes of the ControlNet of :func:`controlled_from`, for a pipeline that may have only shapes itself.
+
+    Raises:
+      WeightsError, ValueError: as for :func:`controlled_from`, except those about weights.
+    """
+    if control.controlnet_model_name_or_path is None:
+        return jax.eval_shape(lambda params: _new(pipe, params, 0)[1], pipe.params["unet"])
+    net = configured_network(ControlNetModel, _source(control, model), "controlnet", ControlNetConfig())
+    check_fit(net, pipe)
+    return net.shapes()
+
+
+def _new(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[ControlNetModel, Params]:
+    """A ControlNet that embeds images at the resolution of the latents, from the parameters of the UNet."""
     levels = pipe.components["vae"].config.scale.bit_length()
     widths = tuple(WIDTHS[min(level, len(WIDTHS) - 1)] for level in range(levels))
-    unet, params = pipe.components["unet"], pipe.params["unet"]
-    key = jax.random.key(seed)
+    unet, key = pipe.components["unet"], jax.random.key(seed)
     return ControlNetModel.from_unet(unet, params, conditioning_embedding_out_channels=widths, key=key)
 
 
 def _opened(control: ControlSettings, model: ModelSettings, mesh: Mesh) -> tuple[ControlNetModel, Params]:
-    """The ControlNet of the settings; it is a model of its own, so it has neither the variant nor the revision of the
+    """The ControlNet of the settings."""
+    net, params = open_network(ControlNetModel, _source(control, model), mesh, "controlnet", ControlNetConfig())
+    return net.clone(remat=model.compute.remat), params
+
+
+def _source(control: ControlSettings, model: ModelSettings) -> NetworkSettings:
+    """Where the ControlNet is; it is a model of its own, so it has neither the variant nor the revision of the
     pipeline."""
-    source = NetworkSettings(
+    return NetworkSettings(
         pretrained_model_name_or_path=control.controlnet_model_name_or_path,
         compute=model.compute,
         hub=dataclasses.replace(model.hub, revision=control.controlnet_revision, variant=None),
     )
-    net, params = open_network(ControlNetModel, source, mesh, "controlnet", ControlNetConfig())
-    return net.clone(remat=model.compute.remat), params
 
 
 def check_fit(net: ControlNetModel, pipe: DiffusionPipeline) -> None:
@@ -122,7 +138,7 @@ def control_validation(
     return lambda trained: seen + sample(trained)
 
 
-def control_images(paths: tuple[str, ...], data: DataSettings) -> list[np.ndarray]:
+def control_images(paths: Sequence[str | Path], data: DataSettings) -> list[np.ndarray]:
     """Control images uint8 ``[resolution,resolution,3]`` from files, prepared like those of the data.
 
     Raises:
@@ -131,6 +147,6 @@ def control_images(paths: tuple[str, ...], data: DataSettings) -> list[np.ndarra
     """
     transform, found = transform_from(data), []
     for path in paths:
-        example = transform.fixed(Record(path, ("",), path), 0)
+        example = transform.fixed(Record(str(path), ("",), str(path)), 0)
         found.append(example.pixels if example.conditioning is None else example.conditioning)
     return [np.asarray(image) for image in found]

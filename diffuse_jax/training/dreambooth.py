@@ -154,6 +154,16 @@ class Interleaved:
             getattr(part, "close", lambda: None)()
 
 
+def instance_source(settings: DreamBoothSettings, batch: BatchSettings, mesh: Mesh) -> tuple[FixedPrompts, int]:
+    """The images of the instance, and how many times they are repeated so that they fill a training step."""
+    return _repeated(settings.instance_data_dir, settings.instance_prompt, batch, mesh)
+
+
+def _repeated(folder: str | Path, prompt: str, batch: BatchSettings, mesh: Mesh) -> tuple[FixedPrompts, int]:
+    source = FixedPrompts(folder, (prompt,))
+    return source, math.ceil(batch.images_per_step(mesh) / len(source))
+
+
 def dreambooth_batches(
     settings: DreamBoothSettings,
     data: DataSettings,
@@ -163,6 +173,7 @@ def dreambooth_batches(
     pipe: DiffusionPipeline,
     *,
     trained: Sequence[str],
+    instance: tuple[FixedPrompts, int],
 ) -> tuple[Batches, tuple[str, ...]]:
     """The batches of a run, and the names of the networks that are no longer needed because their outputs are cached.
 
@@ -174,19 +185,18 @@ def dreambooth_batches(
       model: where the pipeline was loaded from.
       pipe: the pipeline to train.
       trained: names of the networks that are trained.
+      instance: that of :func:`instance_source`.
     """
 
-    def batches(folder: str | Path, prompt: str) -> tuple[Batches, tuple[str, ...]]:
-        source = FixedPrompts(folder, (prompt,))
-        times = math.ceil(batch.images_per_step(mesh) / len(source))
+    def batches(source: FixedPrompts, times: int) -> tuple[Batches, tuple[str, ...]]:
         inputs = inputs_from(data, model, pipe, trained=trained, source=source, times=times, true_sizes=False)
         rows = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels)
         return rows, inputs.unused
 
-    instance, unused = batches(settings.instance_data_dir, settings.instance_prompt)
+    batches_of_instance, unused = batches(*instance)
     if not settings.with_prior_preservation:
-        return instance, unused
+        return batches_of_instance, unused
     assert settings.class_data_dir is not None  # checked by the settings
     assert settings.class_prompt is not None
-    others, _ = batches(settings.class_data_dir, settings.class_prompt)
-    return Interleaved(instance, others), unused
+    others, _ = batches(*_repeated(settings.class_data_dir, settings.class_prompt, batch, mesh))
+    return Interleaved(batches_of_instance, others), unused

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from diffuse_jax.bounds import Number, number
-from diffuse_jax.training.checks import numbers_of
+from diffuse_jax.training.checks import numbers_of, paths_of
 from diffuse_jax.training.configuration import arguments_of, names_of, nearest, read_config
+from diffuse_jax.writing import path_text
 
 Settings = TypeVar("Settings")
 
@@ -115,21 +116,22 @@ class Parser(argparse.ArgumentParser):
 
         Args:
           title: title of the group in the help.
-          *settings: dataclasses; a flag with the name of one of their fields has that field's default and range, unless
-            others are given. ``type`` may be a :class:`~diffuse_jax.bounds.Number`.
+          *settings: dataclasses; a flag with the name of one of their fields has that field's default, and its range or
+            that it is a path, unless others are given. ``type`` may be a :class:`~diffuse_jax.bounds.Number`.
         """
         if title not in self._titles:
             self._titles[title] = self.add_argument_group(title)
         fields = [field for kind in settings for field in dataclasses.fields(kind)]
         defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-        numbers = {name: found for kind in settings for name, found in numbers_of(kind).items()}
+        types: dict[str, Any] = dict.fromkeys((name for kind in settings for name in paths_of(kind)), path_text)
+        types |= {name: found for kind in settings for name, found in numbers_of(kind).items()}
 
         def add(*names: str, **options: Any) -> argparse.Action:
             name = names[0].removeprefix("--")
             if name in defaults:
                 options.setdefault("default", defaults[name])
-            if name in numbers:
-                options.setdefault("type", numbers[name])
+            if name in types:
+                options.setdefault("type", types[name])
             if isinstance(kind := options.get("type"), Number):
                 options |= {"type": number(kind), "metavar": "N" if kind.kind is int else "X"}
             return self._titles[title].add_argument(*names, **options)
@@ -189,7 +191,7 @@ class Parser(argparse.ArgumentParser):
 
     def _config_path(self, line: list[str]) -> str | None:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        finder.add_argument("--config")
+        finder.add_argument("--config", type=path_text)
         try:
             return finder.parse_known_args(line)[0].config
         except argparse.ArgumentError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,36 @@ def inversion_source(settings: InversionSettings, data: DataSettings) -> Source:
     return FixedPrompts(data.train_data_dir, captions)
 
 
-def with_placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:
-    """The pipeline with the new word, and its embeddings ``[n,D]`` float32, copies of the initializer's.
+def placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[Any, int]:
+    """The tokenizer with the new word, and the id of the initializer's token.
 
     Raises:
       ValueError: the pipeline has two text encoders, the word is already known, or the initializer has several tokens.
     """
     if not isinstance(pipe, StableDiffusionPipeline):
         raise ValueError(f"textual inversion supports one text encoder; {type(pipe).__name__} has two")
-    tokenizer = tokens.with_words(pipe.components["tokenizer"], settings.placeholder_token, settings.num_vectors)
-    start = tokens.token_id(pipe.components["tokenizer"], settings.initializer_token)
+    tokenizer = pipe.components["tokenizer"]
+    extended = tokens.with_words(tokenizer, settings.placeholder_token, settings.num_vectors)
+    return extended, tokens.token_id(tokenizer, settings.initializer_token)
+
+
+def row_shapes(settings: InversionSettings, pipe: DiffusionPipeline) -> jax.ShapeDtypeStruct:
+    """The shape of the embeddings of :func:`with_placeholder`; no weights are needed.
+
+    Raises:
+      ValueError: as for :func:`placeholder`.
+    """
+    placeholder(settings, pipe)
+    return jax.ShapeDtypeStruct((settings.num_vectors, pipe.components["text_encoder"].config.hidden_size), jnp.float32)
+
+
+def with_placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[DiffusionPipeline, jax.Array]:
+    """The pipeline with the new word, and its embeddings ``[n,D]`` float32, copies of the initializer's.
+
+    Raises:
+      ValueError: as for :func:`placeholder`.
+    """
+    tokenizer, start = placeholder(settings, pipe)
     encoder, params = pipe.components["text_encoder"], pipe.params["text_encoder"]
     row = tokens.table_of(params)[start]
     rows = jnp.tile(row.astype(jnp.float32), (settings.num_vectors, 1))

@@ -66,6 +66,37 @@ def open_pipeline(
       WeightsError: as for :meth:`DiffusionPipeline.from_pretrained`.
       ValueError: the folder contains another kind of pipeline.
     """
+
+    def opened(kind: type[Model], folder: Path, name: str) -> tuple[Model, Params]:
+        return _open(kind, folder, name, name in trainable, mesh, dtype, hub.get("variant"))
+
+    return _assembled(source, opened, mesh, vae_source, prediction_type, hub)
+
+
+def configured_pipeline(
+    source: str | Path, *, vae_source: str | Path | None = None, prediction_type: str | None = None, **hub: Any
+) -> DiffusionPipeline:
+    """The pipeline of :func:`open_pipeline` with the shapes of its parameters in their place.
+
+    It cannot run, but whatever depends on configurations can be checked with it before weights are downloaded or read.
+    """
+
+    def shapes(kind: type[Model], folder: Path, name: str) -> tuple[Model, Params]:
+        model = kind.from_config(folder)
+        return model, model.shapes()
+
+    return _assembled(source, shapes, None, vae_source, prediction_type, hub | {"only_small": True})
+
+
+def _assembled(
+    source: str | Path,
+    open_network: Callable[[type[Model], Path, str], tuple[Model, Params]],
+    mesh: Mesh | None,
+    vae_source: str | Path | None,
+    prediction_type: str | None,
+    hub: Mapping[str, Any],
+) -> DiffusionPipeline:
+    """A pipeline of the networks that ``open_network(class, folder, name)`` opens."""
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
     family_of(index.class_name, source)
@@ -74,7 +105,7 @@ def open_pipeline(
     for name, entry in index.components.items():
         if name not in parts and (kind := catalogue.network(entry)) is not None:
             origin = Path(vae_source) if vae_source is not None and name == "vae" else folder
-            parts[name] = _open(kind, origin, name, name in trainable, mesh, dtype, hub)
+            parts[name] = open_network(kind, component_folder(origin, name, **hub), name)
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
@@ -115,10 +146,9 @@ def refuse_other_inputs(index: weights.PipelineIndex, source: Any) -> None:
 
 
 def _open(
-    kind: type[Model], source: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, hub: Mapping[str, Any]
+    kind: type[Model], folder: Path, name: str, trained: bool, mesh: Mesh, dtype: DTypeLike, variant: str | None
 ) -> tuple[Model, Params]:
     """Open one network that computes in ``dtype``, with its parameters placed on the mesh."""
-    folder = component_folder(source, name, **hub)
     model = kind.from_config(folder, dtype=jnp.dtype(dtype))
     say(f"loading {name} ({kind.__name__}) from {folder}")
     if trained:
@@ -130,7 +160,7 @@ def _open(
         folder,
         dtype=model.dtype,
         param_dtype=kept,
-        variant=hub.get("variant"),
+        variant=variant,
         shardings=param_shardings(model.shapes(), mesh),
     )
     return model, params

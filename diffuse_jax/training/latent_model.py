@@ -16,14 +16,14 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.training.hub import model_folder
-from diffuse_jax.training.latent import component_folder, family_of, open_pipeline
+from diffuse_jax.training.latent import component_folder, configured_pipeline, family_of, open_pipeline
 from diffuse_jax.training.optimizer import check_rates
 from diffuse_jax.training.settings import ModelSettings, OptimizerSettings
 
 
-def source_folder(model: ModelSettings) -> Path:
-    """The local folder of the model."""
-    return model_folder(model.pretrained_model_name_or_path, model.hub)
+def source_folder(model: ModelSettings, *, only_small: bool = False) -> Path:
+    """The local folder of the model; with ``only_small``, its weights need not be there."""
+    return model_folder(model.pretrained_model_name_or_path, model.hub, only_small=only_small)
 
 
 def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[str, ...]:
@@ -34,11 +34,25 @@ def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[s
     """
     names: tuple[str, ...] = ("unet",)
     if model.train_text_encoder:
-        index = weights.read_index(source_folder(model))
+        index = weights.read_index(source_folder(model, only_small=True))
         encoders = family_of(index.class_name, model.pretrained_model_name_or_path).encoders
         names += tuple(name for name in encoders if name in index.components)
     check_rates(optimizer, names)
     return names
+
+
+def configured_from(model: ModelSettings) -> DiffusionPipeline:
+    """The pipeline with the shapes of its parameters in their place, for checks before the weights are read.
+
+    Raises:
+      WeightsError, ValueError: as for :func:`~diffuse_jax.training.latent.open_pipeline`, except those about weights.
+    """
+    vae = model.pretrained_vae_model_name_or_path
+    return configured_pipeline(
+        source_folder(model, only_small=True),
+        vae_source=None if vae is None else model_folder(vae, model.hub, only_small=True),
+        prediction_type=model.prediction_type,
+    )
 
 
 def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:

@@ -96,7 +96,7 @@ def fit(
         compiling = stack.enter_context(compile_seconds())
 
         rows = run.batch.images_per_step(mesh)
-        counts = count_steps(run, rows, batches)
+        counts = count_steps(run, rows, getattr(batches, "total", None))
         trackers = wanted_trackers(run.trackers.report_to)
         optimizer, rate = optimizer_from(run.optimizer, counts.steps, rows, trainable)
         average = run.ema.average
@@ -251,7 +251,7 @@ def open_run_trackers(
     return open_trackers(
         trackers,
         output,
-        settings.logging_dir,
+        str(settings.logging_dir),
         first,
         project=settings.tracker_project_name,
         entity=settings.wandb_entity,

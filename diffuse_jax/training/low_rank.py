@@ -24,6 +24,15 @@ def lora_from(
     }
 
 
+def lora_shapes(settings: LoraSettings, pipe: DiffusionPipeline, names: Sequence[str]) -> dict[str, Params]:
+    """The shapes of :func:`lora_from`.
+
+    Raises:
+      ValueError: no layer matches the targets, or none can have this rank.
+    """
+    return jax.eval_shape(lambda: lora_from(settings, pipe, names))
+
+
 def merged_lora(pipe: DiffusionPipeline) -> Callable[[Any], dict[str, Params]]:
     """A function from low-rank pairs by network to the parameters of these networks with the pairs merged."""
     return lambda trained: {name: lora.merge(pipe.params[name], pairs) for name, pairs in trained.items()}

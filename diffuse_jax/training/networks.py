@@ -42,24 +42,30 @@ def open_network(
     Raises:
       WeightsError: the folder does not exist, its config is of another network, or the weights do not fit it.
     """
-    source, config = settings.pretrained_model_name_or_path, settings.model_config_name_or_path
-    dtype, hub = settings.compute.dtype, settings.hub
-    if source is not None:
-        folder = network_folder(hub, source, subfolder)
-        say(f"loading {kind.__name__} from {folder}")
-        model = kind.from_config(folder)
-        warn_of_dropout(model)
-        shardings = param_shardings(model.shapes(), mesh)
-        return kind.from_pretrained(
-            folder, dtype=dtype, param_dtype=jnp.float32, variant=hub.variant, shardings=shardings
-        )
-    if config is not None:
-        model = kind.from_config(network_folder(hub, config, subfolder), dtype=dtype)
-    else:
-        model = kind(config=default, dtype=dtype)
+    model, hub = configured_network(kind, settings, subfolder, default), settings.hub
     warn_of_dropout(model)
-    say(f"initialising a new {kind.__name__} from seed {seed}")
-    return model, initial_params(model.shapes(), seed)
+    if settings.pretrained_model_name_or_path is None:
+        say(f"initialising a new {kind.__name__} from seed {seed}")
+        return model, initial_params(model.shapes(), seed)
+    folder = network_folder(hub, settings.pretrained_model_name_or_path, subfolder)
+    say(f"loading {kind.__name__} from {folder}")
+    shardings = param_shardings(model.shapes(), mesh)
+    return kind.from_pretrained(
+        folder, dtype=model.dtype, param_dtype=jnp.float32, variant=hub.variant, shardings=shardings
+    )
+
+
+def configured_network(kind: type[Network], settings: NetworkSettings, subfolder: str, default: Config) -> Network:
+    """The network of :func:`open_network` without its parameters: only its configuration is read.
+
+    Raises:
+      WeightsError: the folder does not exist, or its config is of another network.
+    """
+    named = settings.pretrained_model_name_or_path or settings.model_config_name_or_path
+    if named is None:
+        return kind(config=default, dtype=settings.compute.dtype)
+    folder = network_folder(settings.hub, named, subfolder, only_small=True)
+    return kind.from_config(folder, dtype=settings.compute.dtype)
 
 
 def warn_of_dropout(model: Model) -> None:
@@ -70,7 +76,7 @@ def warn_of_dropout(model: Model) -> None:
             logger.warning("%s has %s=%s; it is trained without dropout", type(model).__name__, name, rate)
 
 
-def network_folder(hub: HubSettings, source: str | Path, subfolder: str) -> Path:
+def network_folder(hub: HubSettings, source: str | Path, subfolder: str, *, only_small: bool = False) -> Path:
     """The folder of the network: ``subfolder`` of the model if it exists, otherwise the model's folder itself."""
-    found = model_folder(source, hub, frozenset(PARTS - {subfolder}))
+    found = model_folder(source, hub, frozenset(PARTS - {subfolder}), only_small)
     return found / subfolder if (found / subfolder).is_dir() else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +17,23 @@ from diffuse_jax.output import writable
 from diffuse_jax.sharding import is_global, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.checkpoint import (
+    Position,
     barrier,
     checkpoints,
+    compare_checkpoint,
     find_checkpoint,
     load_checkpoint,
     load_position,
     remove,
+    step_of,
 )
+from diffuse_jax.training.data import check_batch
 from diffuse_jax.training.distributed import say
 from diffuse_jax.training.folder import claimed
+from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.settings import RunSettings
-from diffuse_jax.training.state import TrainState
+from diffuse_jax.training.state import TrainState, fresh_state
+from diffuse_jax.training.trackers import wanted_trackers
 
 VALIDATION_STEPS = 100
 
@@ -43,18 +50,17 @@ class Counts(NamedTuple):
     validation: int
 
 
-def count_steps(run: RunSettings, images: int, batches: Batches) -> Counts:
+def count_steps(run: RunSettings, images: int, examples: int | None) -> Counts:
     """Convert epochs to training steps; ``max_train_steps`` overrides ``num_train_epochs``.
 
     Args:
       run: settings of the run.
       images: number of images per training step.
-      batches: the data; ``batches.total``, if it exists, is the number of examples in an epoch.
+      examples: number of examples in an epoch; None if it is unknown.
 
     Raises:
       ValueError: a setting is given in epochs, but the number of examples is unknown.
     """
-    examples = getattr(batches, "total", None)
     if examples is None:
         if run.max_train_steps is None or run.validation_epochs is not None:
             raise ValueError(
@@ -65,6 +71,58 @@ def count_steps(run: RunSettings, images: int, batches: Batches) -> Counts:
     epoch = max(1, math.ceil(examples / images))
     by_epoch = VALIDATION_STEPS if run.validation_epochs is None else run.validation_epochs * epoch
     return Counts(run.max_train_steps or run.num_train_epochs * epoch, run.validation_steps or by_epoch)
+
+
+def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any) -> None:
+    """Check all settings of a run that :func:`fit` depends on, and the checkpoint that it resumes from.
+
+    Only shapes are needed, so this comes before the weights are read.
+
+    Args:
+      run: settings of the run.
+      mesh: the mesh of the run.
+      examples: number of examples in an epoch; None if it is unknown.
+      trainable: shapes of the parameters to train.
+
+    Raises:
+      ValueError, ImportError, FileNotFoundError, FileExistsError: as for :func:`fit`.
+    """
+    images = run.batch.images_per_step(mesh)
+    if examples is not None:
+        check_batch(run.batch, mesh, examples)
+    steps = count_steps(run, images, examples).steps
+    wanted_trackers(run.trackers.report_to)
+    optimizer, _ = optimizer_from(run.optimizer, steps, images, trainable)
+    if (folder := starting_point(run)) is not None:
+        fresh = functools.partial(fresh_state, optimizer=optimizer, use_ema=run.ema.use_ema)
+        compare_checkpoint(folder, jax.eval_shape(fresh, trainable))
+        position_of(folder)
+        if (number := step_of(folder)) is not None:
+            check_steps(folder, number, steps)
+
+
+def position_of(folder: Path) -> Position:
+    """The position in the data of a checkpoint.
+
+    Raises:
+      ValueError: it has none that this process can continue at.
+    """
+    if (position := load_position(folder)) is None:
+        raise ValueError(f"{folder} does not say where its data was; it was not written by this version")
+    return position
+
+
+def check_steps(folder: Path, done: int, last: int) -> None:
+    """Check that a checkpoint with ``done`` steps has not gone further than a run of ``last`` steps does.
+
+    Raises:
+      ValueError: it has.
+    """
+    if done > last:
+        raise ValueError(
+            f"{folder} has completed {done} steps, more than --max_train_steps {last}, which counts from the "
+            "beginning; ask for more"
+        )
 
 
 def check_output(run: RunSettings, *others: str | Path) -> None:
@@ -146,14 +204,8 @@ def restore(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
     Raises:
       ValueError: the checkpoint belongs to another training, or has completed more than ``last`` steps.
     """
-    state, position = load_checkpoint(folder, like), load_position(folder)
-    if position is None:
-        raise ValueError(f"{folder} does not say where its data was; it was not written by this version")
-    if int(state.step) > last:
-        raise ValueError(
-            f"{folder} has completed {int(state.step)} steps, more than --max_train_steps {last}, which counts from "
-            "the beginning; ask for more"
-        )
+    state, position = load_checkpoint(folder, like), position_of(folder)
+    check_steps(folder, int(state.step), last)
     if position.rows != rows:
         say(f"note: {folder} was trained with {position.rows} images per step, this run has {rows}")
     try:

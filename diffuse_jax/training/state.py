@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,17 @@ def init_state(
         if leaf.dtype != jnp.float32:
             raise ValueError(f"trainable parameter {jax.tree_util.keystr(path)} is {leaf.dtype}; load it as float32")
 
-    def build(params: Params) -> TrainState:
-        ema = jax.tree.map(jnp.copy, params) if use_ema else None
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
-
+    build = functools.partial(fresh_state, optimizer=optimizer, use_ema=use_ema)
     if mesh is None:
         return jax.jit(build)(jax.tree.map(jnp.array, params))
     shardings = param_shardings(jax.eval_shape(build, params), automatic(mesh))
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(jax.device_put(params, shardings.params))
+
+
+def fresh_state(params: Params, optimizer: optax.GradientTransformation, use_ema: bool) -> TrainState:
+    """The state at step 0 of these parameters, which it does not copy."""
+    ema = jax.tree.map(jnp.copy, params) if use_ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
 
 def make_step(

@@ -26,7 +26,8 @@ def validation_from(
     Args:
       settings: prompts, number of images and sampling options.
       model: the model whose sampler is used.
-      pipe: the pipeline whose networks, tokenizers and frozen parameters are used.
+      pipe: the pipeline whose networks, tokenizers and frozen parameters are used; that of
+        :func:`~diffuse_jax.training.latent_model.configured_from` is enough to check the other arguments.
       merged: maps trained parameters to the parameters of the networks that they change.
       seed: seed of the images; the noise is the same at every validation.
       images: what the pipeline takes as ``image``, for each prompt; None if it takes none.
@@ -37,7 +38,7 @@ def validation_from(
     if not settings.validation_prompt:
         return None
     prompts = settings.validation_prompt
-    sampler = Scheduler.from_pretrained(source_folder(model), subfolder="scheduler")
+    sampler = Scheduler.from_pretrained(source_folder(model, only_small=True), subfolder="scheduler")
     sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
     given = {} if images is None else {"image": list(images)}
     sampler.plan(settings.validation_inference_steps)  # raises here instead of at the first validation

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diffuse_jax.errors import bad
+from diffuse_jax.messages import brief
 
 ALIGNMENT = 64
 """JAX on CPU adopts a NumPy buffer without copying it if its address is a multiple of this many bytes."""
@@ -88,3 +90,14 @@ def _mapped(view: np.ndarray) -> tuple[np.ndarray, Pages | None]:
         whole = whole.base
     pages = whole.base.obj if isinstance(whole.base, memoryview) else whole.base
     return whole, pages if isinstance(pages, Pages) else None
+
+
+def refuse_not_finite(path: Path | str, name: Any, array: np.ndarray) -> None:
+    """Refuse a tensor of a file with values that are not finite in float32: one of them makes every image NaN.
+
+    Raises:
+      WeightsError: it has NaN or infinity, or its mapped file has been truncated.
+    """
+    check_whole(array)
+    if not np.isfinite(array.astype(np.float32, copy=False)).all():
+        raise bad(path, f"{brief(name)} holds NaN or infinity; the file is damaged, or its training diverged")

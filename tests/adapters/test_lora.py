@@ -280,6 +280,27 @@ def test_settings_that_a_file_must_not_choose(
         load_lora(tmp_path / "bad.safetensors", {"unet": UNET.shapes()})
 
 
+@pytest.mark.parametrize("half", ["down", "up"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_by_the_name_of_their_tensor(
+    half: str, value: float, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors = load_file(save_lora(tmp_path, {"unet": pairs(UNET, rng)}))
+    key = next(k for k in tensors if f".{half}." in k)
+    tensors[key].flat[-1] = value
+    save_file({name: x.astype(np.float16) for name, x in tensors.items()}, tmp_path / "bad.safetensors")
+    stem = key.partition(".lora")[0]
+    with pytest.raises(WeightsError, match=rf"bad\.safetensors: '{half} of {stem}' holds NaN or infinity"):
+        load_lora(tmp_path / "bad.safetensors", {"unet": UNET.shapes()})
+
+
+def test_a_rank_that_no_layer_can_have_is_refused() -> None:
+    widest = max(lora.dense_layers(UNET.shapes()).values(), key=min)
+    lora.init(UNET.shapes(), min(widest), jax.random.key(0), ".")
+    with pytest.raises(ValueError, match=f"rank must be at most {min(widest)} here, got 100000: .* {widest[0]} x"):
+        lora.init(UNET.shapes(), 100_000, jax.random.key(0), ".")
+
+
 def test_a_pair_is_judged_by_its_shape_before_it_is_converted(tmp_path: Path) -> None:
     path, pair = next(iter(lora.dense_layers(UNET.shapes()).items()))
     stem = "unet." + torch_key((*path, "kernel")).removesuffix(".weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -55,6 +56,19 @@ def test_all_rows_of_a_word_are_used_however_the_tokenizer_normalises_it(word: s
     for prompt in (word, word.upper(), word.lower()):
         ids = tokenizer(tokens.expand_words(prompt, tokenizer), add_special_tokens=False)["input_ids"]
         assert ids == list(range(len(tokenizer) - 3, len(tokenizer)))
+
+
+@pytest.mark.parametrize("word", ["caf\u00e9", "\u00e9t\u00e9", "\u1ed9", "\ud55c\uae00", "\u304c"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("prompt", ["{}", "x {} x", "{}, {}x", "e\u0301{}"])
+def test_words_and_prompts_may_have_their_accents_as_characters_of_their_own(word: str, form: str, prompt: str) -> None:
+    tokenizer = tokens.with_words(tiny.tokenizer(), unicodedata.normalize(form, word), 3)
+    text = prompt.format(*[word] * prompt.count("{}"))
+    read = lambda text: tokenizer(tokens.expand_words(text, tokenizer), add_special_tokens=False)["input_ids"]
+    composed, apart = (read(unicodedata.normalize(kind, text)) for kind in ("NFC", "NFD"))
+    assert composed == apart
+    rows = list(range(len(tokenizer) - 3, len(tokenizer)))
+    assert [number for number in apart if number in rows] == rows * prompt.count("{}")
 
 
 def test_the_name_of_the_last_row_does_not_go_on_into_what_follows() -> None:
@@ -119,7 +133,7 @@ def test_files_of_several_programs_are_read(tmp_path: Path, rng: np.random.Gener
     with pytest.raises(WeightsError, match="no such file"):
         tokens.load_rows(tmp_path / "none.bin")
     save_file({"a": np.full((1, 16), np.nan, np.float16)}, tmp_path / "nan.safetensors")
-    with pytest.raises(WeightsError, match="the embeddings of 'a' hold NaN or infinity"):
+    with pytest.raises(WeightsError, match="'a' holds NaN or infinity"):
         tokens.load_rows(tmp_path / "nan.safetensors")
     torch = pytest.importorskip("torch")
     several = {"name": "a", "string_to_param": {"*": torch.ones(1, 16), "+": torch.ones(1, 16)}}

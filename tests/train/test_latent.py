@@ -271,6 +271,20 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
         ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "text encoder is trained"),
         ("text_to_image.py", {"text_encoder_lr": 1e-5}, "--text_encoder_lr 1e-05 has no effect without"),
         ("text_to_image.py", {"resolution": 15}, "--resolution must be a multiple of 2 for this autoencoder, got 15"),
+        ("text_to_image.py", {"train_data_dir": "nowhere"}, "nowhere: there is no such folder"),
+        ("text_to_image.py", {"caption_column": "words"}, "no column 'words' (--caption_column)"),
+        ("text_to_image.py", {"train_batch_size": 99}, "but the data set has 12; use a smaller batch"),
+        ("text_to_image.py", {"timestep_bias_strategy": "range", "timestep_bias_begin": 2000}, "timestep_bias"),
+        ("text_to_image.py", {"train_batch_size": 1, "lr_scheduler": "piecewise_constant", "lr_step_rules": "x"},
+         "step_rules"),
+        ("text_to_image.py", {"pretrained_model_name_or_path": "/no/where"}, "/no/where: no such folder"),
+        ("text_to_image.py", {"pretrained_vae_model_name_or_path": "/no/where"}, "/no/where: no such folder"),
+        ("text_to_image_lora.py", {"rank": 100_000}, "the LoRA rank must be at most 16 here, got 100000"),
+        ("text_to_image_lora.py", {"lora_targets": "nothing"}, "no dense layer matches the LoRA targets 'nothing'"),
+        ("dreambooth_lora.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "rank": 100_000}, "at most 16"),
+        ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "resolution": 15}, "multiple of 2"),
+        ("controlnet.py", {"conditioning": "canny", "controlnet_model_name_or_path": "/no/where"}, "no such folder"),
+        ("controlnet.py", {"conditioning": "canny", "validation_prompt": "a", "validation_image": "a.png"}, "a.png"),
         ("text_to_image.py", {"aspect_ratio_buckets": True, "bucket_step": 1}, "--bucket_step must be a multiple of 2"),
         ("text_to_image.py", {"train_batch_size": 1, "validation_prompt": "a", "validation_inference_steps": 1001},
          "num_inference_steps"),
@@ -287,8 +301,6 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
          "cannot be used here"),
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "max_train_samples": 3},
          "--max_train_samples cannot be used here; the images are those of --instance_data_dir"),
-        ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "train_data_dir": ""},
-         "--train_data_dir is missing"),
         ("textual_inversion.py", {"placeholder_token": "<c>", "initializer_token": "b", "dataset_name": "x"},
          "--dataset_name cannot be used here; the images are those of --train_data_dir"),
         ("textual_inversion.py", {"placeholder_token": "a", "initializer_token": "b"}, "already knows 'a'"),
@@ -298,15 +310,24 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    script: str, wrong: dict[str, Any], message: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    wrong: dict[str, Any],
+    message: str,
+    sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Nor are weights read."""
     model = save_sd(tmp_path / "model", middle=MIDDLE) if script == "controlnet.py" else sd
     options = flags(model, tmp_path / "out", max_train_steps=1)
     if not script.startswith("dreambooth"):
         options["train_data_dir"] = EMOJI
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, OSError)) as caught:
         run(monkeypatch, script, **options | wrong)
     assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "loading" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -314,17 +335,80 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_loading_is_reported_and_another_resolution_than_the_models_is_warned_of(
     script: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, train_batch_size=99)
+    options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none where they are the same
-        with pytest.raises(ValueError, match="a training step takes"):
-            run(monkeypatch, script, **options)
+        loaded(monkeypatch, script, **options)
     said = capsys.readouterr().err
     for name in ("unet (UNet2DConditionModel)", "vae (AutoencoderKL)", "text_encoder (CLIPTextModel)"):
         assert f"loading {name} from {sd}" in said
     sizes = rf"--resolution {2 * SIZE} is not the size of this model's images, {SIZE} x {SIZE} pixels"
-    with pytest.raises(ValueError, match="a training step takes"), pytest.warns(UserWarning, match=sizes):
-        run(monkeypatch, script, **options | {"resolution": 2 * SIZE})
+    with pytest.warns(UserWarning, match=sizes) as given:
+        loaded(monkeypatch, script, **options | {"resolution": 2 * SIZE})
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "1e-400"])
+def test_a_learning_rate_of_zero_is_warned_of(
+    rate: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, learning_rate=rate)
+    with pytest.warns(UserWarning, match="learning_rate is 0: .* will not change") as given:
+        loaded(monkeypatch, "text_to_image.py", **options)
+    assert len(given) == 1
+
+
+def test_the_empty_prompt_is_one(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in diffusers: it shows what the model draws without being told."""
+    options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, validation_prompt="")
+    assert loaded(monkeypatch, "text_to_image.py", **options)["validate"] is not None
+    del options["validation_prompt"]
+    assert loaded(monkeypatch, "text_to_image.py", **options)["validate"] is None
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch, path: str, **flags: Any) -> dict[str, Any]:
+    """What a script would train, and how: the arguments of ``fit``."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("diffuse_jax.training.loop.fit", lambda *_, **options: given.update(options))
+    run(monkeypatch, path, devices=1, **flags)
+    return given
+
+
+@pytest.mark.parametrize("other", ["rank", "steps", "damaged", "missing"])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_weights_are_read(
+    other: str,
+    trained: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path_factory.getbasetemp() / "of-rank-2"
+    options = {"train_data_dir": EMOJI, "max_train_steps": 2, "checkpointing_steps": 2, "rank": 2}
+    if not output.exists():
+        run(monkeypatch, "text_to_image_lora.py", devices=1, **flags(trained["sd"], output, **options))
+    saved = tmp_path / "checkpoint-2"
+    shutil.copytree(output / "checkpoint-2", saved)
+    options |= {"resume_from_checkpoint": saved, "output_dir": tmp_path / "out"}
+    if other == "damaged":
+        largest = max((path for path in (saved / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    changes, message = {
+        "rank": ({"rank": 4}, "of another shape"),
+        "steps": ({"max_train_steps": 1}, "has completed 2 steps, more than --max_train_steps 1"),
+        "damaged": ({}, "checkpoint-2 cannot be read"),
+        "missing": ({"resume_from_checkpoint": tmp_path / "checkpoint-3"}, "no checkpoint checkpoint-3"),
+    }[other]
+    capsys.readouterr()
+    with pytest.raises((ValueError, OSError), match=message):
+        run(
+            monkeypatch,
+            "text_to_image_lora.py",
+            devices=1,
+            **flags(trained["sd"], tmp_path / "out", **options | changes),
+        )
+    assert "loading" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_inversion_is_for_one_text_encoder(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

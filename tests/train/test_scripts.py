@@ -71,6 +71,38 @@ def test_every_number_has_bounds(
             assert message.endswith(f", got {text[:80]}")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_path_is_empty(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It would mean the current folder; and a leading ~ is the home folder."""
+    parse = Parser.parse_args
+    parser = parser_of(f"train/{script}", monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = re.compile(r"_(dir|path|image|shards)$|^(config|ccache|dataset_name|resume_from_checkpoint)$")
+    paths = [a for a in parser._actions if named.search(a.dest) and a.nargs != 0]
+    assert len(paths) > 8
+    for action in paths:
+        flag = action.option_strings[0]
+        for text in ("", " "):
+            with pytest.raises(SystemExit) as ended:
+                parse(parser, [f"{flag}={text}"])
+            assert ended.value.code == 2
+            assert f"argument {flag}" in (said := capsys.readouterr().err)
+            assert "a path must not be empty; the current folder is '.'" in said
+        assert action.type("~/x") == str(tmp_path / "x")  # type: ignore[operator, misc]
+
+
+def test_help_into_a_pipe_that_nobody_reads_ends_silently() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "train" / "vae.py"), "--help"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    os.close(writer)
+    assert ended.returncode in (0, 141)  # argparse ignores the error where the text is longer than a buffer
+    assert ended.stderr == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_while_jax_is_loaded(number: signal.Signals, tmp_path: Path) -> None:
     """A module named jax that never finishes importing stands in for a slow disk."""

@@ -130,15 +130,21 @@ def test_another_resolution_than_the_networks_is_warned_of(
         (CONFIG.replace(num_class_embeds=10), {}, "needs class labels"),
         (TWO_LEVELS, {"resolution": 15}, "--resolution must be a multiple of 2 for this network, got 15"),
         (CONFIG, {"train_batch_size": 2}, "a training step takes 16 examples"),
+        (CONFIG, {"train_data_dir": "nowhere"}, "nowhere: there is no such folder"),
+        (CONFIG, {"ddpm_beta_schedule": "steep"}, "steep"),
+        (CONFIG, {"ddpm_num_steps": 10, "timestep_bias_strategy": "range", "timestep_bias_begin": 20}, "timestep_bias"),
+        (CONFIG, {"lr_scheduler": "piecewise_constant", "lr_step_rules": "x"}, "step_rules"),
+        (CONFIG, {"resume_from_checkpoint": "checkpoint-9"}, "no checkpoint checkpoint-9"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_what_cannot_be_trained_is_refused_before_weights_are_drawn(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     config: UNet2DConfig, flags: dict[str, Any], message: str,
 ) -> None:  # fmt: skip
     wanted = options | {"model_config_name_or_path": network(tmp_path / "other", config)} | flags
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         run(monkeypatch, "unconditional.py", **wanted)
+    assert "initialising" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -155,11 +155,22 @@ def test_wrong_flags_are_explained(
         ({"crop_size": 15}, "--crop_size must be a multiple of 2 for this autoencoder, got 15"),
         ({"discriminator_weight": 1, "crop_size": 16}, "at least 24 pixels, --crop_size is 16"),
         ({"pretrained_model_name_or_path": "diffuse-jax/emoji"}, "leave out --model_config_name_or_path"),
+        ({"train_data_dir": "nowhere"}, "nowhere: there is no such folder"),
+        ({"train_batch_size": 99}, "use a smaller batch"),
+        ({"validation_image": "nowhere.png"}, "nowhere.png"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "x"}, "step_rules"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "no checkpoint checkpoint-9"),
+        ({"perceptual_weight": 1, "perceptual_model_path": "nowhere.pth"}, "nowhere.pth"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
+def test_what_cannot_work_is_refused_before_weights_are_read_or_drawn(
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(monkeypatch, "vae.py", **options, **wrong)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(monkeypatch, "vae.py", **options | wrong)
+    assert "AutoencoderKL" not in capsys.readouterr().err
     assert not Path(options["output_dir"]).exists()

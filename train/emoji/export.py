@@ -20,6 +20,8 @@ import diffuse_jax  # a class is loaded, with JAX, when it is first used
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from sources import CAPTIONS, SOURCES
 
+from diffuse_jax.writing import path_text
+
 LIMIT = 12_000_000
 """Maximum size of the folder, in bytes."""
 
@@ -92,9 +94,13 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="pipeline folder that train/text_to_image.py wrote")
-    parser.add_argument("--train_data_dir", required=True, help="image folder it was trained on, for the model card")
-    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument(
+        "--model", type=path_text, required=True, help="pipeline folder that train/text_to_image.py wrote"
+    )
+    parser.add_argument(
+        "--train_data_dir", type=path_text, required=True, help="image folder it was trained on, for the model card"
+    )
+    parser.add_argument("--output_dir", type=path_text, required=True, help="folder to write")
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from sheets import Row, sheet
 
 import diffuse_jax
+from diffuse_jax.writing import path_text
 
 COLUMNS = 6
 CHARACTER = ("a zib robot", "a zib robot", "a zib robot, noto style", "a robot, noto style", "red apple, noto style",
@@ -40,12 +41,14 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="diffuse-jax/emoji", help="the model that was fine-tuned")
-    parser.add_argument("--examples", required=True, help="folder that make_examples.py wrote")
-    parser.add_argument("--lora", required=True, help="output of train/dreambooth_lora.py")
-    parser.add_argument("--dreambooth", required=True, help="output of train/dreambooth.py")
-    parser.add_argument("--word", required=True, help="output of train/textual_inversion.py")
-    parser.add_argument("--output", default="docs/images/emoji_fine_tuning.png", help="image file to write")
+    parser.add_argument("--model", type=path_text, default="diffuse-jax/emoji", help="the model that was fine-tuned")
+    parser.add_argument("--examples", type=path_text, required=True, help="folder that make_examples.py wrote")
+    parser.add_argument("--lora", type=path_text, required=True, help="output of train/dreambooth_lora.py")
+    parser.add_argument("--dreambooth", type=path_text, required=True, help="output of train/dreambooth.py")
+    parser.add_argument("--word", type=path_text, required=True, help="output of train/textual_inversion.py")
+    parser.add_argument(
+        "--output", type=path_text, default="docs/images/emoji_fine_tuning.png", help="image file to write"
+    )
     return parser.parse_args()
 
 

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from diffuse_jax.writing import path_text
+
 ABOUT = (
     "Means over the last steps before each point, on training images. `loss` is the minimised loss (autoencoder:"
     " pixels + edges + 0.0001 KL; UNet: the error weighted by Min-SNR), `mse` the plain squared error (of"
@@ -19,11 +21,15 @@ ABOUT = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", required=True, help="log.jsonl of train/vae.py")
+    parser.add_argument("--vae", type=path_text, required=True, help="log.jsonl of train/vae.py")
     parser.add_argument(
-        "--model", required=True, nargs="+", help="log.jsonl of each run of train/text_to_image.py, in order"
+        "--model",
+        type=path_text,
+        required=True,
+        nargs="+",
+        help="log.jsonl of each run of train/text_to_image.py, in order",
     )
-    parser.add_argument("--output", default="docs/results/emoji_training.json", help="file to write")
+    parser.add_argument("--output", type=path_text, default="docs/results/emoji_training.json", help="file to write")
     args = parser.parse_args()
     rows = curve("autoencoder", [args.vae]) + curve("UNet", args.model, points=16)
     result = {

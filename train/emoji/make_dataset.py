@@ -37,6 +37,7 @@ from captions import Record, captions, held_out, is_common
 from sources import CAPTIONS, SOURCES, Source
 
 from diffuse_jax.bounds import COUNT, number
+from diffuse_jax.writing import path_text
 
 LEFT_OUT_GROUPS = {"component", "flags"}
 REPEATS = 6
@@ -61,9 +62,13 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True, help="folder to write; train/ and heldout/ inside are replaced")
+    parser.add_argument(
+        "--output_dir", type=path_text, required=True, help="folder to write; train/ and heldout/ inside are replaced"
+    )
     parser.add_argument("--resolution", type=number(COUNT), default=64, help="size of the images (default 64)")
-    parser.add_argument("--package_dir", default="runs/npm", help="folder for downloaded packages (default runs/npm)")
+    parser.add_argument(
+        "--package_dir", type=path_text, default="runs/npm", help="folder for downloaded packages (default runs/npm)"
+    )
     return parser.parse_args()
 
 

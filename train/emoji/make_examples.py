@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffuse_jax.writing import path_text
+
 STYLE, IMAGES = "streamline", 40
 
 BODY = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" fill="#fff"/>
@@ -48,8 +50,8 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
-    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--data_dir", type=path_text, required=True, help="folder that make_dataset.py wrote")
+    parser.add_argument("--output_dir", type=path_text, required=True, help="folder to write")
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuse_jax.bounds import COUNT, SEED, number
+from diffuse_jax.writing import path_text
 
 if TYPE_CHECKING:
     from diffuse_jax.models.base import Model
@@ -116,7 +117,10 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output_dir", required=True, help="folder to write; make_tokenizer.py writes tokenizer/ into it"
+        "--output_dir",
+        type=path_text,
+        required=True,
+        help="folder to write; make_tokenizer.py writes tokenizer/ into it",
     )
     parser.add_argument("--seed", type=number(SEED), default=0, help="random seed (default 0)")
     parser.add_argument(

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from diffuse_jax.writing import path_text
+
 IMAGES, BLOCK, COLOURS = 200, 4, 16
 NIGHT, TOLERANCE = (26, 30, 66), 24
 """The colour of the background, and the difference from white, summed over the channels, that still belongs to it."""
@@ -41,8 +43,8 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
-    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--data_dir", type=path_text, required=True, help="folder that make_dataset.py wrote")
+    parser.add_argument("--output_dir", type=path_text, required=True, help="folder to write")
     return parser.parse_args()
 
 

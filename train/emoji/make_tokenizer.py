@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffuse_jax.bounds import COUNT, number
+from diffuse_jax.writing import path_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+", re.IGNORECASE)
@@ -39,9 +40,12 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--train_data_dir", required=True, help="image folder whose metadata.jsonl has lists of captions"
+        "--train_data_dir",
+        type=path_text,
+        required=True,
+        help="image folder whose metadata.jsonl has lists of captions",
     )
-    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--output_dir", type=path_text, required=True, help="folder to write")
     parser.add_argument(
         "--vocab_size", type=number(COUNT), default=1800, help="number of symbols, at least 514 (default 1800)"
     )

@@ -18,6 +18,7 @@ from sheets import Row, sheet
 
 import diffuse_jax
 from diffuse_jax.bounds import COUNT, NONNEGATIVE, number
+from diffuse_jax.writing import path_text
 
 EDGE = 8  # images along an edge
 BANDS = {"common": (3, "#202020"), "train": (2, "#1040a0"), "heldout": (3, "#b00020")}  # rows and colour of captions
@@ -44,9 +45,11 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
-    parser.add_argument("--data_dir", required=True, help="folder that make_dataset.py wrote")
-    parser.add_argument("--output", default="docs/images/emoji_sheet.png", help="image file to write")
+    parser.add_argument(
+        "--model", type=path_text, default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)"
+    )
+    parser.add_argument("--data_dir", type=path_text, required=True, help="folder that make_dataset.py wrote")
+    parser.add_argument("--output", type=path_text, default="docs/images/emoji_sheet.png", help="image file to write")
     parser.add_argument("--num_inference_steps", type=number(COUNT), default=25, help="sampling steps (default 25)")
     parser.add_argument("--guidance_scale", type=number(NONNEGATIVE), default=5.0, help="guidance scale (default 5)")
     return parser.parse_args()

@@ -6,8 +6,10 @@ from diffuse_jax.training.data.hub import Stream, TableSource
 from diffuse_jax.training.data.opening import (
     batches_from,
     buckets_from,
+    check_batch,
     check_sides,
     source_from,
+    stream_from,
     transform_from,
     warn_of_size,
 )
@@ -37,10 +39,12 @@ __all__ = [
     "cache_captions",
     "cache_images",
     "cached",
+    "check_batch",
     "check_sides",
     "data_from",
     "fingerprint_params",
     "source_from",
+    "stream_from",
     "transform_from",
     "warn_of_size",
     "write_array_record",

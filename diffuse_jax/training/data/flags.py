@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def add_data(parser: Parser, *, captions: bool = True, caches: bool = False, **d
       defaults: defaults that differ from those of the settings.
     """
     add = parser.group("data", DataSettings, CacheSettings)
-    add("--train_data_dir", type=os.path.expanduser, help="image folder; captions in metadata.jsonl")
+    add("--train_data_dir", help="image folder; captions in metadata.jsonl")
     add("--dataset_name", help="data set on the Hub, or a local folder that `datasets` can read")
     add("--dataset_config_name", help="configuration of that data set")
     add("--train_shards", nargs="+", help='.tar (WebDataset) or .array_record files: "a-{000..127}.tar"')

@@ -80,9 +80,11 @@ def source_from(data: DataSettings) -> Source:
     columns = data.image_column, data.caption_column, data.conditioning_image_column
     source: Source
     if data.train_shards:
-        source = shard_source(data.train_shards, data.caption_column, data.conditioning_image_column)
+        source = shard_source(
+            [str(path) for path in data.train_shards], data.caption_column, data.conditioning_image_column
+        )
     elif data.dataset_name:
-        table = hub.load(data.dataset_name, data.dataset_config_name, cache_dir=data.cache_dir)
+        table = hub.load(str(data.dataset_name), data.dataset_config_name, cache_dir=data.cache_dir)
         source = hub.TableSource(table, *columns)
     else:
         assert data.train_data_dir  # check_named
@@ -98,7 +100,7 @@ def stream_from(data: DataSettings) -> Stream:
     check_named(data)
     assert data.dataset_name  # check_named
     return Stream(
-        hub.load(data.dataset_name, data.dataset_config_name, streaming=True, cache_dir=data.cache_dir),
+        hub.load(str(data.dataset_name), data.dataset_config_name, streaming=True, cache_dir=data.cache_dir),
         image_column=data.image_column,
         caption_column=data.caption_column,
         conditioning_column=data.conditioning_image_column,
@@ -168,7 +170,7 @@ def batches_from(
     if data.streaming and source is None:
         return _streamed(data, batch, mesh, transform, finish, mine)
     source = source_from(data) if source is None else source
-    _check_batch(batch, mesh, len(source))
+    check_batch(batch, mesh, len(source))
     buckets = buckets_from(data, source)
     order: Plain | Bucketed = Plain(data.seed, len(source), rows)
     if buckets is not None:
@@ -184,14 +186,19 @@ def _streamed(
 
     stream = stream_from(data)
     if stream.count is not None:
-        _check_batch(batch, mesh, stream.count)
+        check_batch(batch, mesh, stream.count)
     shares = batch.images_per_step(mesh) // len(mine)
     part = int(mine[0]) // (batch.images_per_part(mesh) // shares)
     stream = dataclasses.replace(stream, part=part, parts=shares)
     return StreamLoader(stream, transform, finish, len(mine), data.dataloader_num_workers)
 
 
-def _check_batch(batch: BatchSettings, mesh: Mesh, total: int) -> None:
+def check_batch(batch: BatchSettings, mesh: Mesh, total: int) -> None:
+    """Check that a training step has no more examples than the data set, which has ``total``.
+
+    Raises:
+      ValueError: it has; the message names the flags.
+    """
     rows = batch.images_per_step(mesh)
     if rows > total:
         raise ValueError(

@@ -98,9 +98,9 @@ class DataSettings(Checked):
     """
 
     train_data_dir: str | Path | None = None
-    dataset_name: str | None = None
+    dataset_name: str | Path | None = None
     dataset_config_name: str | None = None
-    train_shards: tuple[str, ...] | None = None
+    train_shards: tuple[str | Path, ...] | None = None
     load_from_disk: bool = False
     streaming: bool = False
     shuffle_buffer_size: Annotated[int, COUNT] = 1000

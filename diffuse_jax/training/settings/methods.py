@@ -74,7 +74,7 @@ class ControlSettings(Checked):
 
     controlnet_model_name_or_path: str | Path | None = None
     controlnet_revision: str | None = None
-    validation_image: tuple[str, ...] | None = None
+    validation_image: tuple[str | Path, ...] | None = None
 
 
 OTHER_DATA = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from diffuse_jax.bounds import COUNT, DECAY, NATURAL, NONNEGATIVE, POSITIVE, SEED, SHARE
+from diffuse_jax.messages import warn
 from diffuse_jax.training.checks import Checked, one_of
 
 if TYPE_CHECKING:  # worker processes and `--help` read this module, and need no JAX for it
@@ -49,6 +50,9 @@ SCHEDULES = (
     "warmup_stable_decay",
 )
 """Names of learning-rate schedules; see :func:`~diffuse_jax.training.optimizer.learning_rate`."""
+
+SMALLEST_RATE = 2.0**-126
+"""Learning rates below this are 0 on the device: the smallest normal number of float32."""
 
 OPTIMIZERS = ("adafactor", "adamw", "lion", "prodigy")
 """Names of optimisers, the keys of :data:`diffuse_jax.training.optimizer.OPTIMIZERS`."""
@@ -97,6 +101,9 @@ class OptimizerSettings(Checked):
         super().__post_init__()
         one_of(OPTIMIZERS, optimizer=self.optimizer)
         one_of(SCHEDULES, lr_scheduler=self.lr_scheduler)
+        for name in ("learning_rate", "text_encoder_lr"):
+            if (rate := getattr(self, name)) is not None and rate < SMALLEST_RATE:
+                warn(f"{name} is {rate:g}: the parameters that it applies to will not change")
 
 
 def check_warmup(name: str, warmup: int, total: int) -> None:
@@ -169,7 +176,7 @@ class TrackerSettings(Checked):
     """
 
     report_to: str | None = None
-    logging_dir: str = "logs"
+    logging_dir: str | Path = "logs"
     tracker_project_name: str = "diffuse-jax"
     wandb_entity: str | None = None
 
