@@ -329,45 +329,6 @@ def test_images_that_nothing_takes_are_refused(drawn: Path, tmp_path: Path, caps
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--seed", 1, 2], "seed"),
-        (["--num-images-per-prompt", 3, "--seed", 1, 2], "seed"),
-        (["--height", 15], "height"),
-        (["--width", 15], "width"),
-        (["--negative-prompt", "a", "--negative-prompt", "b"], "negative_prompt"),
-        (["--num-inference-steps", 2000], "num_inference_steps"),
-        (["--clip-skip", 9], "clip_skip"),
-        (["--lora", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
-        (["--image", "nowhere.png"], "nowhere.png"),
-        (["--strength", 0.5], "strength"),
-        (["--control-image", "{}/edges.png"], "--control-image needs --controlnet"),
-        (["--control-image", "{}/edges.png", "--controlnet", "{}/model/vae"], "ControlNet"),
-        (["--scheduler", "runge"], "'runge'"),
-        (["--model", "nowhere/at/all"], "nowhere/at/all"),
-    ],
-)
-@pytest.mark.parametrize("layout", ["folder", "file"])
-def test_a_call_is_refused_before_weights_are_read(
-    flags: list[Any], message: str, layout: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, tokenizer = drawn / "model", []
-    if layout == "file":
-        model, tokenizer = drawn / "model.safetensors", ["--tokenizer", drawn / "model" / "tokenizer"]
-        if not model.exists():
-            diffuse_jax.DiffusionPipeline.from_pretrained(drawn / "model").save_single_file(model)
-        if "--model" in flags:
-            flags = ["--model", "nowhere.safetensors"]
-            message = "nowhere.safetensors: no such file"
-    flags = [str(word).format(drawn) for word in flags]
-    words = ["generate", "--prompt", "a", "--model", model, *tokenizer, "--output", tmp_path / "out", *flags]
-    assert run(*words) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.splitlines()) == 1, "nothing is said about loading"
-
-
 def test_adapters_and_a_mesh_from_the_command_line(pipeline: FakePipeline, tmp_path: Path, capsys: Any) -> None:
     loaded: list[tuple[str, float]] = []
     pipeline.load_lora_weights = lambda source, scale: (loaded.append((source, scale)), pipeline)[1]  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.models.unet_2d import UNet2DConfig
     from diffuse_jax.pipelines import DDPMPipeline
     from diffuse_jax.schedulers import DDPMScheduler
-    from diffuse_jax.training.data import batches_from, data_from, warn_of_size
+    from diffuse_jax.training.data import batches_from, check_first, data_from, source_from, warn_of_size
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import normalised
@@ -93,7 +93,10 @@ def main() -> None:
     check_network(unet.config)
     scheduler = scheduler_from(args, network)
     objective, validate = objective_of(args, scheduler), validation_from(args, unet, scheduler, mesh)
-    batches = batches_from(data, run.batch, mesh, pixel_values)
+    source = None if data.streaming else source_from(data)
+    if source is not None:
+        check_first(data, source)
+    batches = batches_from(data, run.batch, mesh, pixel_values, source=source)
     check_run(run, mesh, getattr(batches, "total", None), unet.shapes())
     _, params = open_network(UNet2DModel, network, mesh, "unet", DEFAULT, run.seed)
     fit(

@@ -133,6 +133,7 @@ def _add_memory(parser: Parser) -> None:
     add("--allow_tf32", action=Accepted, note=note)
     note = "memory-efficient attention is used automatically where the device supports it"
     add("--enable_xformers_memory_efficient_attention", action=Accepted, note=note)
+    add("--enable_npu_flash_attention", action=Accepted, note=note)
 
 
 def _add_average(parser: Parser) -> None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.training.cached import check_inputs
-from diffuse_jax.training.data import DataSettings, Source, source_from, stream_from, warn_of_size
+from diffuse_jax.training.data import DataSettings, Source, check_first, source_from, stream_from, warn_of_size
 from diffuse_jax.training.objective import objective_from
 from diffuse_jax.training.settings import ModelSettings, ObjectiveSettings, RunSettings, ValidationSettings
 from diffuse_jax.training.start import check_run
@@ -63,5 +63,6 @@ def checked_source(
     else:
         source = source_from(data) if source is None else source
         examples = len(source) * times
+        check_first(data, source)
     check_run(run, mesh, examples, trainable)
     return source

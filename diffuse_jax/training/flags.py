@@ -198,5 +198,5 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with a short message; the usage of a hundred flags would bury it."""
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags\n")
+        """Exit with a message of one line; the usage of a hundred flags would bury it."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n{self.prog} --help lists the flags\n")

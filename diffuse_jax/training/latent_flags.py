@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffuse_jax.training.arguments import add_objective, make_parser
@@ -18,6 +19,34 @@ from diffuse_jax.training.settings import (
 )
 from diffuse_jax.training.settings.methods import OTHER_DATA, TEMPLATES
 from diffuse_jax.training.settings.model import PREDICTION_TYPES
+
+IF = "belongs to DeepFloyd IF, which is not trained here"
+PLAIN_LORA = "LoRA here has only --rank and --lora_targets"
+SAMPLER = "validation images are sampled with the scheduler of the model"
+
+OF_OTHERS: Mapping[str, str] = {
+    "pretrained_vae_name_or_path": "is called --pretrained_vae_model_name_or_path here",
+    "tokenizer_name": "the tokenizer is the model's; put another one into the folder tokenizer of the model",
+    "offset_noise": "is --noise_offset 0.1 here",
+    "pre_compute_text_embeddings": "is called --cache_text_embeddings here",
+    "train_shards_path_or_url": "is called --train_shards here, and names files",
+    "lora_rank": "is called --rank here",
+    "use_dora": PLAIN_LORA,
+    "lora_dropout": PLAIN_LORA,
+    "lora_bias": PLAIN_LORA,
+    "lora_layers": "is called --lora_targets here, a regular expression",
+    "loss_type": "the loss is the squared error",
+    "huber_c": "the loss is the squared error",
+    "dream_training": "is not implemented",
+    "adam_weight_decay_text_encoder": "all networks have the same --adam_weight_decay",
+    "validation_scheduler": SAMPLER,
+    "skip_save_text_encoder": IF,
+    "class_labels_conditioning": IF,
+    "tokenizer_max_length": IF,
+    "text_encoder_use_attention_mask": IF,
+    "validation_images": IF,
+}
+"""Flags of diffusers' scripts that are unknown here -> what to do."""
 
 
 def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
@@ -50,6 +79,10 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     add("--validation_inference_steps", help="sampling steps of validation images")
     add("--validation_guidance_scale", help="guidance scale of validation images")
     add_objective(parser)
+    for name, advice in OF_OTHERS.items():
+        parser.group("model")(f"--{name}", action=Refused, advice=advice)
+    note = "the precision is that of --mixed_precision"
+    parser.group("precision and memory")("--prior_generation_precision", action=Accepted, nargs=1, note=note)
     parser.set_defaults(**defaults)
     return parser
 

@@ -34,6 +34,7 @@ from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.settings import RunSettings
 from diffuse_jax.training.state import TrainState, fresh_state
 from diffuse_jax.training.trackers import wanted_trackers
+from diffuse_jax.training.upload import make_repository
 
 VALIDATION_STEPS = 100
 
@@ -74,7 +75,8 @@ def count_steps(run: RunSettings, images: int, examples: int | None) -> Counts:
 
 
 def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any) -> None:
-    """Check all settings of a run that :func:`fit` depends on, and the checkpoint that it resumes from.
+    """Check all settings of a run that :func:`fit` depends on, its repository on the Hub, and the checkpoint that it
+    resumes from.
 
     Only shapes are needed, so this comes before the weights are read.
 
@@ -85,7 +87,7 @@ def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any
       trainable: shapes of the parameters to train.
 
     Raises:
-      ValueError, ImportError, FileNotFoundError, FileExistsError: as for :func:`fit`.
+      ValueError, ImportError, FileNotFoundError, FileExistsError, ConnectionError: as for :func:`fit`.
     """
     images = run.batch.images_per_step(mesh)
     if examples is not None:
@@ -99,6 +101,7 @@ def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any
         position_of(folder)
         if (number := step_of(folder)) is not None:
             check_steps(folder, number, steps)
+    make_repository(run.upload, run.output_dir)
 
 
 def position_of(folder: Path) -> Position:

@@ -12,8 +12,10 @@ import yaml
 
 from diffuse_jax.training.arguments import make_parser
 from diffuse_jax.training.configuration import write_config
+from diffuse_jax.training.data.flags import add_data
 from diffuse_jax.training.devices import mesh_from
 from diffuse_jax.training.flags import Parser, settings_from
+from diffuse_jax.training.latent_flags import OF_OTHERS, add_lora, latent_parser
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.settings import BatchSettings, DeviceSettings, OptimizerSettings
 
@@ -115,6 +117,8 @@ def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest
         assert message in error
     (tmp_path / "broken.yaml").write_text("a: [1")
     assert "cannot be read" in refused(parser, capsys, "--config", str(tmp_path / "broken.yaml"))
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG")
+    assert len(refused(parser, capsys, "--config", str(tmp_path / "image.yaml")).splitlines()) == 2
 
 
 def test_unknown_flags_suggest_the_closest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,10 +144,22 @@ def test_unsupported_flags_say_what_to_do(
     assert advice in refused(parser, capsys, *words)
 
 
+@pytest.mark.parametrize(("name", "advice"), OF_OTHERS.items())
+def test_flags_of_other_libraries_scripts_say_what_to_do(
+    capsys: pytest.CaptureFixture[str], name: str, advice: str
+) -> None:
+    parser = latent_parser("about", output_dir="somewhere")
+    add_data(parser, caches=True)
+    add_lora(parser)
+    assert f"--{name}: {advice}" in refused(parser, capsys, f"--{name}", "5")
+    assert all(flag in parser._option_string_actions for flag in re.findall(r"--\w+", advice))
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["--allow_tf32"],
+        ["--enable_npu_flash_attention"],
         ["--set_grads_to_none"],
         ["--enable_xformers_memory_efficient_attention"],
         ["--local_rank", "0"],

@@ -225,7 +225,13 @@ def test_a_network_is_requested_from_the_hub_with_the_settings(monkeypatch: pyte
     hub = HubSettings(revision="v2", variant="fp16", cache_dir="there", hub_token="secret")
     assert network_folder(hub, "some/model", "unet") == tmp_path
     assert asked.pop("skip") >= {"vae", "text_encoder"}
-    assert asked == {"revision": "v2", "variant": "fp16", "cache_dir": "there", "token": "secret"}
+    assert asked == {
+        "revision": "v2",
+        "variant": "fp16",
+        "cache_dir": "there",
+        "token": "secret",
+        "only_small": False,
+    }
     assert "secret" not in repr(hub)
 
 

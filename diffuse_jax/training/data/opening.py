@@ -193,6 +193,16 @@ def _streamed(
     return StreamLoader(stream, transform, finish, len(mine), data.dataloader_num_workers)
 
 
+def check_first(data: DataSettings, source: Source) -> None:
+    """Make an example of the first row, since what is wrong with all rows is wrong with it.
+
+    Raises:
+      FileNotFoundError: its image is missing.
+      ValueError: its image cannot be read.
+    """
+    transform_from(data).fixed(source[0], 0)
+
+
 def check_batch(batch: BatchSettings, mesh: Mesh, total: int) -> None:
     """Check that a training step has no more examples than the data set, which has ``total``.
 
