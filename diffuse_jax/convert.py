@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,7 +162,8 @@ def finished(dst: Path, to: str) -> Iterator[Path]:
 
 def refuse_existing(dst: Path, to: str) -> None:
     """Refuse to overwrite ``dst``; an empty folder is accepted if a folder will replace it."""
-    if dst.is_file() or (dst.is_dir() and (to == "single-file" or any(dst.iterdir()))):
+    empty = to != "single-file" and dst.is_dir() and not dst.is_symlink() and not any(dst.iterdir())
+    if os.path.lexists(dst) and not empty:
         raise FileExistsError(f"{dst} exists; remove it or choose another path")
 
 
@@ -176,7 +178,7 @@ def open_source(
     if expanded(src).is_file():
         return _open_single_file(expanded(src), prediction_type, tokenizer)
     folder = weights.resolve(src, variant=variant, skip=LEFT_OUT)
-    if not (folder / "model_index.json").is_file():
+    if not os.path.lexists(folder / "model_index.json"):
         config = weights.read_json(folder / "config.json")
         kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
         return OpenedCheckpoint("", {"": _open_network("", str(kind), folder, folder / "config.json", variant)})
@@ -186,6 +188,10 @@ def open_source(
         if name in LEFT_OUT:
             continue
         if not catalogue.is_network(entry) and not _has_weights(entry.folder):
+            if not entry.folder.is_dir():
+                raise WeightsError(f"{entry.folder}: no such folder, but model_index.json names a {entry.class_name}")
+            if os.path.lexists(entry.folder / SCHEDULER):
+                weights.read_json(entry.folder / SCHEDULER)  # before anything is copied
             folders[name] = entry
             continue
         kind = catalogue.LISTS.get(entry.class_name, entry.class_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def new_file(dst: str | Path) -> Path:
     dst = expanded(dst)
     if dst.suffix != ".safetensors":
         raise ValueError(f"a LoRA is written as safetensors; {dst} does not end in .safetensors")
-    if dst.exists():
+    if os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists; remove it or choose another path")
     writable(next(folder for folder in dst.parents if folder.exists()))
     return dst

@@ -29,12 +29,14 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
     Raises:
       TypeError: it is not a path.
-      ValueError: it is empty, which would silently mean the current folder.
+      ValueError: it is empty, which would silently mean the current folder, or contains a NUL character.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a path must be a string or a Path, got {type(path).__name__}")
     if path == "":
         raise ValueError("a path must not be empty; the current folder is '.'")
+    if "\0" in os.fsdecode(path):
+        raise ValueError(f"a path must not contain a NUL character, got {os.fsdecode(path)!r}")
     return Path(os.path.expanduser(path))
 
 
@@ -99,9 +101,12 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
     ``mode`` is the file's permissions, before the process's umask.
 
     Raises:
+      FileExistsError: there is something at this path that is not a file, and that a file must not replace.
       OSError: the file cannot be written; names it.
     """
     make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} exists and is not a regular file (a folder, a device or a pipe?)")
     with naming(path), partial_file(path.parent, path.name, mode=mode) as partial:
         yield partial.file
         partial.file.close()

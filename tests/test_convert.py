@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import diffuse_jax.convert as conversion
 from diffuse_jax import weights
 from diffuse_jax.convert import convert, open_source
+from diffuse_jax.lora_conversion import new_file
 from diffuse_jax.models import AutoencoderTiny, CLIPVisionConfig, CLIPVisionModel, UNet2DConditionModel
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.weights import WeightsError
@@ -189,6 +191,25 @@ def test_existing_files_stay(tmp_path: Path) -> None:
         convert(src, tmp_path / "x", to="onnx")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "link to an empty folder", "link to itself"])
+def test_what_is_not_a_file_stays_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename would put the result in its place; it is refused before the source is opened."""
+    monkeypatch.setattr(conversion, "open_source", None)
+    dst = tmp_path / "taken.safetensors"
+    if kind == "pipe":
+        os.mkfifo(dst)
+    else:
+        (tmp_path / "empty").mkdir()
+        target = {"link to nothing": "nowhere", "link to an empty folder": "empty", "link to itself": dst.name}[kind]
+        dst.symlink_to(tmp_path / target)
+    for to in conversion.LAYOUTS:
+        with pytest.raises(FileExistsError, match=r"taken\.safetensors exists; remove it or choose another path"):
+            convert(tmp_path / "src", dst, to=to)
+    with pytest.raises(FileExistsError, match=r"taken\.safetensors exists"):
+        new_file(dst)
+    assert os.path.lexists(dst)
+
+
 @pytest.mark.parametrize("to", conversion.LAYOUTS)
 def test_a_wrong_bit_is_found_and_nothing_stays(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = pipeline(tmp_path / "src")
@@ -235,6 +256,29 @@ def test_sources_that_cannot_be_converted(tmp_path: Path) -> None:
         tensors.values(),
     )
     with pytest.raises(WeightsError, match=r"src/vae: 1 missing, 0 unexpected, e\.g\. 'quant_conv.bias'"):
+        convert(src, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scheduler", r"scheduler: no such folder, but model_index\.json names a \w+Scheduler"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json: is not a regular file"),
+        ("model_index.json", "model_index.json: is not a regular file"),
+        ("unet/config.json", "unet/config.json: is not a regular file"),
+    ],
+)
+def test_a_file_where_a_folder_belongs_and_the_reverse(name: str, message: str, tmp_path: Path) -> None:
+    src = pipeline(tmp_path / "src")
+    path = src / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(WeightsError, match=message):
         convert(src, tmp_path / "out")
     assert os.listdir(tmp_path) == ["src"]
 

@@ -150,6 +150,17 @@ def test_a_tilde_is_the_home_folder_if_there_is_one(monkeypatch: pytest.MonkeyPa
         expanded(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a path must not be empty; the current folder is '.'"):
         expanded("")
+    with pytest.raises(ValueError, match=r"must not contain a NUL character, got 'a\\x00b'"):
+        expanded("a\0b")
+
+
+def test_a_file_replaces_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name} exists and is not a regular"), atomic_file(tmp_path / name):
+            raise AssertionError("written")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
 
 @pytest.mark.parametrize("place", ["a-file/new", "a-file/folder/new"])
