@@ -33,12 +33,14 @@ def check_dreambooth(settings: DreamBoothSettings, data: DataSettings) -> None:
     """Check the settings before anything is loaded.
 
     Raises:
-      ValueError: there are no images of the instance, or another data set is named.
+      ValueError: there are no images of the instance, the class has no folder, or another data set is named.
     """
     folder = Path(settings.instance_data_dir)
     if not folder.is_dir() or not images_in(folder):
         raise ValueError(f"--instance_data_dir {folder} has no images")
     refuse_other_data(data, "instance_data_dir")
+    if settings.class_data_dir is not None and Path(settings.class_data_dir).is_file():
+        raise ValueError(f"--class_data_dir {settings.class_data_dir} is a file; give a folder, which may be new")
     if not settings.with_prior_preservation and (settings.class_data_dir or settings.class_prompt):
         warnings.warn(
             "--class_data_dir and --class_prompt have no effect without --with_prior_preservation", stacklevel=2

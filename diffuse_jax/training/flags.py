@@ -151,7 +151,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(str(error))
         found, unknown = self.parse_known_args(line, namespace)
         if unknown:
-            known = [f"--{name}" for action in self._actions for name in names_of(action)]
+            offered = [action for action in self._actions if not isinstance(action, Refused)]
+            known = [f"--{name}" for action in offered for name in names_of(action)]
             flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag, known)}")
         return found

@@ -124,6 +124,7 @@ def test_a_missing_or_broken_file(parser: Parser, tmp_path: Path, capsys: pytest
 def test_unknown_flags_suggest_the_closest_one(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--learning_rat=3; did you mean --learning_rate?" in refused(parser, capsys, "--learning_rat=3")
     assert "unrecognized arguments: --no-such" in refused(parser, capsys, "--no-such")
+    assert "did you mean" not in refused(parser, capsys, "--use_8bit_adams"), "what is refused is not suggested"
 
 
 @pytest.mark.parametrize(
