@@ -109,8 +109,8 @@ class UNet2DConditionConfig(EncoderConfig):
     def up_levels(self) -> list[Level]:
         """The levels of the upward path, coarsest first; each has one residual block more than in the downward path."""
         depth = self.reverse_transformer_layers_per_block
-        depths = self.transformer_layers_per_block if depth is None else depth[::-1]
-        levels = self._levels(self.up_block_types[::-1], depths)[::-1]
+        name = "transformer_layers_per_block" if depth is None else "reverse_transformer_layers_per_block"
+        levels = self._levels(self.up_block_types[::-1], name, reverse=depth is not None)[::-1]
         return [level._replace(layers=level.layers + 1) for level in levels]
 
     may_have_k_blocks: ClassVar[bool] = True

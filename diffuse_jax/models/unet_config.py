@@ -133,7 +133,7 @@ class EncoderConfig(Config):
 
     def down_levels(self) -> list[Level]:
         """The levels of the downward path, finest first."""
-        return self._levels(self.down_block_types, self.transformer_layers_per_block)
+        return self._levels(self.down_block_types, "transformer_layers_per_block")
 
     def mid_level(self) -> Level:
         """The middle block: like the coarsest level, with attention if ``mid_block_type`` has it."""
@@ -142,18 +142,14 @@ class EncoderConfig(Config):
         attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
         return level._replace(layers=1, depth=depths[-1] if attends else 0, only_cross_attention=False)
 
-    def _levels(self, kinds: tuple[str, ...], depths: int | tuple[Any, ...]) -> list[Level]:
-        n = len(self.block_out_channels)
-        depths = (depths,) * n if isinstance(depths, int) else depths
+    def _levels(self, kinds: tuple[str, ...], name: str, *, reverse: bool = False) -> list[Level]:
+        """Levels of these kinds, finest first, with the depths of the field ``name`` (``reverse``: coarsest first)."""
+        depths = self.per_level(name)
+        depths = depths[::-1] if reverse else depths
         if not all(isinstance(depth, int) for depth in depths):
             raise ValueError(
-                f"{self.class_name}: transformer_layers_per_block must be one number or one per level, got "
+                f"{self.class_name}: {name} must be one number or one per level, got "
                 f"{thaw(depths)}; one number per block of a level is not supported"
-            )
-        if len(depths) != n:
-            raise ValueError(
-                f"{self.class_name}: transformer_layers_per_block has {len(depths)} entries for {n} levels of "
-                "block_out_channels"
             )
         rows = zip(
             self.block_out_channels,
