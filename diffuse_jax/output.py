@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuse_jax.writing import expanded, make_folder, naming, partial_file, write_all
+from diffuse_jax.writing import expanded, make_folder, naming, partial_file, refuse_special, write_all
 
 if TYPE_CHECKING:
     from PIL import Image, PngImagePlugin
@@ -29,8 +29,9 @@ def writable(folder: Path) -> Path:
     folder = expanded(folder)
     try:
         with tempfile.TemporaryFile(dir=make_folder(folder)):
+            refuse_special(folder / METADATA)
             return folder
-    except NotADirectoryError:
+    except (NotADirectoryError, FileExistsError):
         raise
     except OSError as error:
         raise type(error)(error.errno, f"{folder} cannot be written: {error.strerror}") from None

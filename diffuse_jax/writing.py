@@ -68,6 +68,12 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def refuse_special(path: Path) -> None:
+    """Raise ``FileExistsError`` if a path is something else than a file, which writing would replace or wait for."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} exists and is not a regular file (a folder, a device or a pipe?)")
+
+
 class Partial(NamedTuple):
     """A file that does not have its final name yet: its temporary path, and the open file."""
 
@@ -105,8 +111,7 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
       OSError: the file cannot be written; names it.
     """
     make_folder(path.parent)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} exists and is not a regular file (a folder, a device or a pipe?)")
+    refuse_special(path)
     with naming(path), partial_file(path.parent, path.name, mode=mode) as partial:
         yield partial.file
         partial.file.close()

@@ -133,6 +133,7 @@ def test_messages(cls: type[Config], data: dict[str, Any], message: str) -> None
         (AutoencoderKL, {"norm_num_groups": 7}, "64 channels cannot be split into 7 groups of equal size (norm_"),
         (AutoencoderKL, {"up_block_types": ["UpBlock"]}, "up_block_types must be 'UpDecoderBlock2D' at every level"),
         (ControlNetModel, {"transformer_layers_per_block": [1]}, "transformer_layers_per_block has 1 entries for 4 "),
+        (UNet2DConditionModel, {"reverse_transformer_layers_per_block": [1]}, ": reverse_transformer_layers_per"),
         (UNet2DConditionModel, {"attention_head_dim": "8"}, "(files call it attention_head_dim)"),
         (UNet2DConditionModel, {"attention_head_dim": 7}, "width 320 cannot be split into 7 heads (attention_head_"),
         (DPTForDepthEstimation, {"image_size": 65_536}, "image_size=65536, patch_size=16 and reassemble_factors="),

@@ -161,6 +161,10 @@ def test_a_file_replaces_files_only(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match=f"{name} exists and is not a regular"), atomic_file(tmp_path / name):
             raise AssertionError("written")
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    os.mkfifo(tmp_path / "folder" / "metadata.jsonl")
+    with pytest.raises(FileExistsError, match=r"metadata\.jsonl exists and is not a regular file"):
+        save_images([Image.new("L", (2, 2))], tmp_path / "folder", [{"prompt": "a cat"}])
+    assert os.listdir(tmp_path / "folder") == ["metadata.jsonl"]
 
 
 @pytest.mark.parametrize("place", ["a-file/new", "a-file/folder/new"])

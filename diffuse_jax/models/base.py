@@ -57,7 +57,7 @@ class Model(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.__module__.startswith("flax."):
+        if not cls.__module__.startswith("flax.") and hasattr(cls, "config_class"):  # not a base of others
             _REGISTRY[cls.library(), cls.__name__] = cls
 
     def __post_init__(self) -> None:
