@@ -55,7 +55,7 @@ def inpainting(
     cut = None if pad is None else region(image, mask, size, pad, output_type)
     if cut is not None:
         image, mask = cut.cut(cut.image, size), cut.cut(mask, size)
-    begin = {"strength": strength} if denoising_start is None else {"denoising_start": denoising_start}
+    begin: dict[str, Any] = {"strength": strength} if denoising_start is None else {"denoising_start": denoising_start}
     request = text_to_image(pipe, arguments, size, **begin)._replace(finish=cut)
     if options.get("keep_unmasked") and cut is None:
         request = request._replace(finish=pasting_back(request, image, mask, size))

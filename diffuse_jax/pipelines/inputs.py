@@ -82,11 +82,11 @@ def finite(value: Any, name: str) -> np.ndarray:
     """
     try:
         given, array = np.asarray(value), np.asarray(value, np.float64)
+        # NumPy converts text that looks like a number, and None to NaN.
+        if given.dtype.kind in "US" or None in given.ravel().tolist():
+            raise TypeError
     except (TypeError, ValueError, OverflowError):
-        given = array = None
-    # NumPy converts text that looks like a number, and None to NaN.
-    if given is None or array is None or given.dtype.kind in "US" or None in given.ravel().tolist():
-        raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}")
+        raise TypeError(f"{name} must be a number, or a list of numbers, got {brief(value)}") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {brief(value)}")
     return array
