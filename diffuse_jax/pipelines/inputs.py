@@ -366,7 +366,7 @@ def whole_images(images: ImageInput, name: str) -> list[Any]:
         return [images]
     if isinstance(images, Sequence) and not isinstance(images, str) and images:
         return [image for item in images for image in whole_images(item, name)]
-    if isinstance(images, np.ndarray | jax.Array) and images.ndim in (2, 3, 4) and images.size:
+    if isinstance(images, np.ndarray | jax.Array) and (images.ndim in (2, 3) or (images.ndim == 4 and len(images))):
         return [images]
     given = f"an array of shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
     if type(images).__module__ == "torch":

@@ -181,6 +181,21 @@ def test_latent_consistency(tmp_path: Path, images: list[Any]) -> None:
     compare(pipe, twin, prompt=SHORT["prompt"], image=images[:2], strength=0.7)
 
 
+def test_inpainting_by_two_models(tmp_path: Path, images: list[Any]) -> None:
+    """The first hands its latents over with the known part clean, and the second goes on from there."""
+    pipe, twin = opened("StableDiffusionXLInpaintPipeline", folders.stable_diffusion_xl(tmp_path / "model"))
+    request = SHORT | {"mask_image": folders.masks(EDGE), "height": EDGE, "width": EDGE}
+    first = request | {"image": images[:2], "strength": 1.0, "denoising_end": 0.5, "output_type": "latent"}
+    with torch.no_grad():
+        latents = twin(**first, generator=[torch.Generator().manual_seed(seed) for seed in SEEDS]).images
+    ours = pipe(**first, seed=SEEDS, noise="torch").images
+    wanted = np.ascontiguousarray(latents.numpy().transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(ours, wanted, atol=1e-3)
+    compare(pipe, twin, {"image": latents}, **request | {"image": wanted, "denoising_start": 0.5})
+    with pytest.raises(ValueError, match="denoising_start needs image= as latents"):
+        pipe(**request | {"image": images[:2], "denoising_start": 0.5})
+
+
 # Inpainting a region, and putting the original back
 
 

@@ -72,7 +72,8 @@ def test_each_network_has_a_number() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "scale must be finite, got None"),
+        (None, "scale must be a number, or a list of numbers, got None"),
+        ("7", "scale must be a number, or a list of numbers, got '7'"),
         ([1.0, np.inf], r"scale must be finite, got \[1.0, inf\]"),
         ("strong", "scale must be a number, or a list of numbers, got 'strong'"),
         ([[1.0], 2.0], "scale must be a number, or a list of numbers"),

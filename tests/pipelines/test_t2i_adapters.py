@@ -145,3 +145,9 @@ def test_what_is_refused_with_several(both: StableDiffusionAdapterPipeline) -> N
     coarse = StableDiffusionAdapterPipeline.from_pipe(both, adapter=adapter(downscale_factor=8))
     with pytest.raises(ValueError, match="height and width must be multiples of 8 for this T2I-Adapter, got 18"):
         coarse.request("ab", image(0), height=18)
+
+
+def test_an_adapter_for_another_unet_is_refused(pipe: StableDiffusionAdapterPipeline) -> None:
+    wide = StableDiffusionAdapterPipeline.from_pipe(pipe, adapter=adapter(channels=(16, 64)))
+    with pytest.raises(ValueError, match=r"for another UNet: its features have \(16, 64\) channels"):
+        wide("a", image(0), **CALL)
