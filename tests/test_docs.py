@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -20,6 +21,7 @@ WRITTEN = [p for p in sorted(DOCS.rglob("*.md")) if not any(part.startswith("_")
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HIDDEN = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 def load(path: Path) -> ModuleType:
@@ -61,6 +63,28 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_blocks_are_found() -> None:
     assert {"README.md", "index.md", "quickstart.md", "concepts.md"} <= {p.name for p in PAGES if blocks(p)}
+
+
+def sampled_with(page: Path) -> set[str]:
+    """The classes whose pipelines a page opens, and then calls, in blocks that readers see."""
+    shown = HIDDEN.sub("", page.read_text(encoding="utf-8"))
+    opened: dict[str, set[str]] = {}
+    called = set()
+    for node in ast.walk(ast.parse("\n".join(BLOCK.findall(shown)))):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            first = re.match(r"(\w+)\.from_\w+\(", ast.unparse(node.value))
+            for target in node.targets if first else ():
+                opened.setdefault(ast.unparse(target), set()).add(first[1])
+        elif isinstance(node, ast.Call):
+            called.add(ast.unparse(node.func))
+    return set().union(*(kinds for name, kinds in opened.items() if name in called))
+
+
+def test_every_pipeline_has_an_example() -> None:
+    """The classes that choose another one (``AutoPipeline...``, ``DiffusionPipeline``) have one too."""
+    shown = set().union(*map(sampled_with, PAGES))
+    missing = [name for name in diffuse_jax.__all__ if "Pipeline" in name and name not in shown]
+    assert not missing, "show on a page how to open and call " + ", ".join(missing)
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:
