@@ -169,7 +169,7 @@ def test_a_whole_clip_file_gives_its_text_side() -> None:
         ),
         (ControlNetConfig, {"conditioning_embedding_out_channels": []}, "at least one width"),
         (AutoencoderKLConfig, {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
-        (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "1 down and 1 up blocks for 2"),
+        (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "up_block_types 1 entries for the 2 of"),
         (AutoencoderKLConfig, {"act_fn": "tanh"}, "act_fn='tanh'"),
         (AutoencoderKLConfig, {"latents_mean": [0.1]}, r"latents_mean .* latent_channels=4, got \(0.1,\)"),
         (AutoencoderKLConfig, {"latents_std": []}, "latents_std must have one number for each"),
