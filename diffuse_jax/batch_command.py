@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffuse_jax.bounds import COUNT, NATURAL, number
 from diffuse_jax.image_flags import IMAGES, NUMBERS
 from diffuse_jax.output import writable
+from diffuse_jax.training import watch
 
 if TYPE_CHECKING:  # what follows loads JAX, which --help does not need
     from diffuse_jax.batch.job import Report
@@ -105,54 +106,61 @@ def generate(
       RuntimeError: some rows or images failed; the others are there.
       SystemExit: a signal ended the run; the status is 128 plus its number.
     """
-    from diffuse_jax.batch.job import sample_many
-
     with args.prompts_file.open("rb"):  # a wrong name is an error now, not after minutes of loading
         pass
     writable(args.output)
     process = join(args)
-    pipe = open_pipe()
-    defaults = {
-        name: value
-        for name, value in call.items()
-        if name not in ("prompt", "seed", "batch_size", "negative_prompt", "progress_bar")
-    }
+    with watch.outcome_told():
+        pipe = open_pipe()
+        with stopping() as stop:
+            report = sampled(args, call, pipe, process, stop)
+        if not args.dry_run:
+            keep_programs(pipe)
+            if not report.stopped:
+                together()
+    if args.dry_run:
+        print(f"{report.images} images, {report.before} there, {report.images - report.before} to make")
+        if report.failed:
+            raise RuntimeError(f"{report.failed} rows are malformed")
+        return
+    print(args.output)
+    conclude(report, stop)
+
+
+def sampled(
+    args: argparse.Namespace, call: Mapping[str, Any], pipe: Any, process: tuple[int, int], stop: list[int]
+) -> Report:
+    """Run the job on one process of several, as (its number, how many); a number in ``stop`` ends it."""
+    from diffuse_jax.batch.job import sample_many
+
+    of_rows = ("prompt", "seed", "batch_size", "negative_prompt", "progress_bar")
+    defaults = {name: value for name, value in call.items() if name not in of_rows}
     if args.negative_prompt:
         defaults["negative_prompt"] = args.negative_prompt[0]
     common: dict[str, Any] = {"model": str(args.model)}
     if args.lora:
         common["merged_lora"] = {str(source): scale for source, scale in args.lora}
     line = ProgressLine()
-    with stopping() as stop:
-        report = sample_many(
-            pipe,
-            args.prompts_file,
-            args.output,
-            batch_size="auto" if args.batch_size is None else args.batch_size,
-            layout=args.layout,
-            image_format=args.image_format,
-            quality=args.quality,
-            rows_per_block=args.rows_per_block,
-            process=process,
-            seed=(args.seed or [0])[0],
-            keep=args.keep,
-            common=common,
-            report=line,
-            stop=lambda: bool(stop),
-            dry_run=args.dry_run,
-            **defaults,
-        )
-        line.end()
-    if args.dry_run:
-        print(f"{report.images} images, {report.before} there, {report.images - report.before} to make")
-        if report.failed:
-            raise RuntimeError(f"{report.failed} rows are malformed")
-        return
-    keep_programs(pipe)
-    print(args.output)
-    if not report.stopped:
-        together()
-    conclude(report, stop)
+    report = sample_many(
+        pipe,
+        args.prompts_file,
+        args.output,
+        batch_size="auto" if args.batch_size is None else args.batch_size,
+        layout=args.layout,
+        image_format=args.image_format,
+        quality=args.quality,
+        rows_per_block=args.rows_per_block,
+        process=process,
+        seed=(args.seed or [0])[0],
+        keep=args.keep,
+        common=common,
+        report=line,
+        stop=lambda: bool(stop),
+        dry_run=args.dry_run,
+        **defaults,
+    )
+    line.end()
+    return report
 
 
 def conclude(report: Report, stop: list[int]) -> None:
@@ -235,7 +243,8 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
             coordinator_address=args.coordinator_address,
             num_processes=args.num_processes,
             process_id=args.process_id,
-        )
+        ),
+        "start all again with the same command, and they continue",
     )
     return jax.process_index(), jax.process_count()
 

@@ -27,6 +27,7 @@ from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.output import save_images, writable
 from diffuse_jax.timing import compile_seconds
 from diffuse_jax.torch_backend import command as parity_command
+from diffuse_jax.training import watch
 from diffuse_jax.writing import expanded, path_flag, path_text
 
 SHIPPED_MODEL = "diffuse-jax/emoji"
@@ -100,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with silent_without_readers():  # of --help
         args = build_parser().parse_args(argv)
-    return run_command(
-        f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=SMALLER.get(args.command, "")
-    )
+    smaller = SMALLER.get(args.command, "")
+    status = run_command(f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=smaller)
+    if watch.failed():
+        watch.leave(status)
+    return status
 
 
 def say(message: str) -> None:

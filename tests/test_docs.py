@@ -73,8 +73,8 @@ def sampled_with(page: Path) -> set[str]:
     for node in ast.walk(ast.parse("\n".join(BLOCK.findall(shown)))):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             first = re.match(r"(\w+)\.from_\w+\(", ast.unparse(node.value))
-            for target in node.targets if first else ():
-                opened.setdefault(ast.unparse(target), set()).add(first[1])
+            if first:
+                opened.setdefault(ast.unparse(node.targets[0]), set()).add(first[1])
         elif isinstance(node, ast.Call):
             called.add(ast.unparse(node.func))
     return set().union(*(kinds for name, kinds in opened.items() if name in called))

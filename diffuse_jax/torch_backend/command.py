@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuse_jax.bounds import COUNT, FINITE, SEED, SHARE, number
+from diffuse_jax.mesh_axes import mesh_text
 from diffuse_jax.torch_backend import load, training_command
 from diffuse_jax.writing import path_flag, path_text
 
@@ -27,7 +28,8 @@ IMAGES = {
 
 DESCRIPTION = """\
 Opens the checkpoint here and in PyTorch and compares configurations, parameters, every network on the prompts, the
-latents after every step and the pixels. JAX uses its default device, PyTorch the one of --device.
+latents after every step and the pixels. JAX uses its default device or those of --mesh,
+PyTorch the one of --device.
 
 exit status: 0 if everything is within the tolerances, 1 if not or if a side cannot be opened, 2 for wrong usage"""
 
@@ -56,6 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
         add(f"{flag}variant", metavar="NAME", help=f"variant of {whose}'s weight files, e.g. fp16")
         add(f"{flag}revision", metavar="NAME", help=f"branch, tag or commit of {whose} on the Hub")
     add("--device", choices=("cpu", "cuda"), help="where PyTorch runs (default: cuda if available)")
+    about = "mesh of JAX's devices, e.g. data=4 or fsdp=2 (default: one device)"
+    add("--mesh", type=mesh_text, metavar="AXES", help=about)
     add("--dtype", choices=dtypes, default="float32", help="dtype that networks compute in (default: %(default)s)")
     add("--scheduler", metavar="NAME", help="scheduler to use instead of the model's, e.g. EulerDiscrete or ddim")
     add("--pipeline", metavar="CLASS", help="pipeline class to run, e.g. StableDiffusionInpaintPipeline")
@@ -97,7 +101,8 @@ def run(args: argparse.Namespace, scheduler: Any = None) -> None:
     parity = load("parity")
     request = request_of(parity, args)
     options = {"dtype": args.dtype, "device": args.device, **training_command.hub_options(args)}
-    sides = parity.open_sides(args.model, args.reference, scheduler=scheduler, pipeline_name=args.pipeline, **options)
+    options |= {"scheduler": scheduler, "pipeline_name": args.pipeline, "mesh": args.mesh}
+    sides = parity.open_sides(args.model, args.reference, **options)
     result = parity.check(sides, request)
     show(result)
     if args.report is not None:
@@ -165,6 +170,7 @@ def write(folder: Path, args: argparse.Namespace, request: Request, sides: Sides
         "model": args.model,
         "reference": args.reference or args.model,
         "dtype": args.dtype,
+        "mesh": args.mesh,
         **devices(sides),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "scheduler": type(sides.ours.scheduler).__name__,

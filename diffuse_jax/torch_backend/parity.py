@@ -85,6 +85,7 @@ def open_sides(
     device: str | None = None,
     scheduler: Any = None,
     pipeline_name: str | None = None,
+    mesh: Any = None,
     variant: str | None = None,
     revision: str | None = None,
     reference_variant: str | None = None,
@@ -99,6 +100,7 @@ def open_sides(
       scheduler: a scheduler class for both sides to use instead of the folder's.
       pipeline_name: name of the pipeline class to run, for example "StableDiffusionInpaintPipeline"; if None, the
         folder's.
+      mesh: the mesh of JAX's devices, or its text such as "data=4"; None for its default device.
       variant, revision: variant and revision of ``model``.
       reference_variant, reference_revision: variant and revision of ``reference``.
 
@@ -117,7 +119,7 @@ def open_sides(
         variant=reference_variant if reference else variant,
         revision=reference_revision if reference else revision,
     )
-    ours = DiffusionPipeline.from_pretrained(model, **shared, variant=variant, revision=revision)
+    ours = DiffusionPipeline.from_pretrained(model, **shared, mesh=mesh, variant=variant, revision=revision)
     if scheduler is not None:
         ours, theirs = (pipe.replace(scheduler=scheduler.from_config(pipe.scheduler)) for pipe in (ours, theirs))
     if pipeline_name is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 METHODS = ("full", "lora")
 PACKAGES = ("jax", "optax", "torch", "diffusers", "transformers", "peft")
 OF_TRAINING = ("method", "train_text_encoder", "snr_gamma", "batch_size", "resolution", "train_data_dir")
-OF_SAMPLING = ("scheduler", "guidance_scale", "height", "width", "component", "bisect")
+OF_SAMPLING = ("mesh", "scheduler", "guidance_scale", "height", "width", "component", "bisect")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

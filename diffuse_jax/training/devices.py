@@ -19,7 +19,7 @@ def mesh_from(settings: DeviceSettings) -> Mesh:
       ValueError: the mesh does not fit the devices.
       RuntimeError: as for :func:`~diffuse_jax.training.distributed.initialize_distributed`.
     """
-    initialize_distributed(settings.processes)
+    initialize_distributed(settings.processes, "start all again with --resume_from_checkpoint latest")
     if settings.ccache:
         jax.config.update("jax_compilation_cache_dir", str(settings.ccache))
     if settings.mesh is not None:

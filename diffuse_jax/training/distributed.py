@@ -9,11 +9,15 @@ from pathlib import Path
 import jax
 
 from diffuse_jax.training.settings import ProcessSettings
-from diffuse_jax.training.watch import FALLBACK, watch_processes
+from diffuse_jax.training.watch import FALLBACK, RESTART, watch_processes
 
 
-def initialize_distributed(settings: ProcessSettings) -> None:
+def initialize_distributed(settings: ProcessSettings, restart: str = RESTART) -> None:
     """Join the processes of a run, if there are several; must be called before anything that needs a device.
+
+    Args:
+      settings: where the processes are.
+      restart: what to tell the user to do when a process has died.
 
     Raises:
       RuntimeError: JAX has already used a device, or the other processes cannot be found.
@@ -21,10 +25,10 @@ def initialize_distributed(settings: ProcessSettings) -> None:
     if jax.distributed.is_initialized():
         return
     if settings.coordinator_address is not None:
-        _join(settings.coordinator_address, settings.num_processes, settings.process_id)
+        _join(restart, settings.coordinator_address, settings.num_processes, settings.process_id)
     elif settings.distributed or (settings.distributed is None and on_tpu_machine()):
         try:
-            _join()
+            _join(restart)
         except ValueError as error:
             raise RuntimeError(
                 f"the other processes of this run cannot be found ({error}); specify them with "
@@ -38,10 +42,10 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _join(address: str | None = None, count: int | None = None, process: int | None = None) -> None:
+def _join(restart: str, address: str | None = None, count: int | None = None, process: int | None = None) -> None:
     """Join the processes, and end this one when another dies."""
     jax.distributed.initialize(address, count, process, heartbeat_timeout_seconds=FALLBACK)
-    watch_processes()
+    watch_processes(restart=restart)
 
 
 def on_tpu_machine() -> bool:

@@ -25,7 +25,7 @@ FALLBACK = 55
 """The same for JAX's own service, in case that this module's thread hangs."""
 
 FOLDER = "diffuse_jax/alive"
-RESUME = "this process ends too; start all again with --resume_from_checkpoint latest"
+RESTART = "start all again"
 
 
 class Sign(NamedTuple):
@@ -75,9 +75,10 @@ _told: Callable[[str], None] | None = None
 """Tells the other processes a word; None without others."""
 
 _holds_store = False
+_failed = False
 
 
-def watch_processes(end: Callable[[str], Any] | None = None) -> None:
+def watch_processes(end: Callable[[str], Any] | None = None, restart: str = RESTART) -> None:
     """Watch the other processes from a thread, and end this one when one of them dies or fails.
 
     Call it after ``jax.distributed.initialize``, on every process; the training scripts do. With one process it does
@@ -85,6 +86,7 @@ def watch_processes(end: Callable[[str], Any] | None = None) -> None:
 
     Args:
       end: what to do with the message; by default it is printed, and the process exits with status 1.
+      restart: what the message then tells the user to do.
     """
     global _told, _holds_store
     from jax._src import distributed  # the store of jax.distributed has no public name
@@ -116,7 +118,7 @@ def watch_processes(end: Callable[[str], Any] | None = None) -> None:
                 if stopped.is_set() or time.monotonic() - reached > SILENCE / 2:
                     trouble = f"process 0 at {state.coordinator_address} cannot be reached ({error})"
             if trouble is not None and not stopped.is_set():
-                (end or _end)(trouble)
+                end(trouble) if end else _end(f"{trouble}; this process ends too; {restart}")
                 return
 
     stopped, last_word = threading.Event(), threading.Lock()
@@ -163,12 +165,19 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
+def failed() -> bool:
+    """Whether this process is one of several and has told the others that it failed."""
+    return _failed
+
+
 def _tell(word: str) -> None:
+    global _failed
     if _told is not None:
+        _failed = word.startswith("failed")
         _told(word)
 
 
 def _end(message: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}; {RESUME}\n".encode())
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
     _exit(1)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,20 +177,55 @@ def test_independent_processes_divide_small_jobs_evenly(opened: dict[str, Any], 
     assert len(list((tmp_path / "out").glob("*/metadata.jsonl"))) == 3
 
 
-def test_processes_that_jax_joins_divide_the_job(tmp_path: Path) -> None:
-    """Each on its own devices; the one that is done first waits for the other."""
+def joined(folder: Path, lines: int, processes: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """The processes of a job that JAX joins, with images from the stub."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    line = [sys.executable, "-m", "tests.batch.joined", "--output", str(tmp_path / "out")]
-    line += ["--prompts-file", str(prompts(tmp_path, *map(str, range(12)))), "--no-compilation-cache"]
-    line += ["--coordinator-address", address, "--num-processes", "2", "--process-id"]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(2)}
-    both = [
-        subprocess.Popen([*line, str(i)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
+    line = [sys.executable, "-m", "tests.batch.joined", "--output", str(folder / "out")]
+    line += ["--prompts-file", str(prompts(folder, *map(str, range(lines)))), "--no-compilation-cache"]
+    line += ["--coordinator-address", address, "--num-processes", str(processes), "--process-id"]
+    env = {**os.environ, "XLA_FLAGS": xla_flags(2), **environment}
+    return [
+        subprocess.Popen([*line, str(i)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        for i in range(processes)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(errors)
-    assert all("6 images made" in text for text in errors)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_that_jax_joins_divide_the_job(tmp_path: Path, processes: int) -> None:
+    """Each on its own devices; the one that is done first waits for the others. Every line has one image."""
+    runs = joined(tmp_path, 12, processes)
+    errors = [process.communicate(timeout=300)[1] for process in runs]
+    assert [process.returncode for process in runs] == [0] * processes, "\n".join(errors)
+    assert all(f"{12 // processes} images made" in text for text in errors)
     assert sorted(one["line"] for one in written(tmp_path / "out")) == [*range(1, 13)]
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 12
+
+
+@pytest.mark.slow
+def test_a_joined_process_that_dies_ends_all_within_a_minute_and_fewer_continue(tmp_path: Path) -> None:
+    runs = joined(tmp_path, 4000, 4, PAUSE="0.5")
+    deadline = time.monotonic() + 180
+    while len(written(tmp_path / "out")) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    runs[2].kill()
+    killed = time.monotonic()
+    errors = [process.communicate(timeout=120)[1] for process in runs]
+    assert time.monotonic() - killed < 60, "\n".join(errors)
+    for i in (0, 1, 3):
+        assert re.search("process 2 of 4 on .* has not been heard of for 25 s; .*with the same command", errors[i])
+        assert runs[i].returncode == 1
+    runs = joined(tmp_path, 4000, 2)
+    errors = [process.communicate(timeout=300)[1] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], "\n".join(errors)
+    assert sorted(one["line"] for one in written(tmp_path / "out")) == [*range(1, 4001)]
+
+
+def test_an_error_of_a_joined_process_ends_the_others_with_its_reason(tmp_path: Path) -> None:
+    runs = joined(tmp_path, 4000, 2, PAUSE="0.5", FAILS="1")
+    errors = [process.communicate(timeout=120)[1] for process in runs]
+    assert re.search("process 1 of 2 on .* failed: there is no model; .*with the same command", errors[0]), errors[0]
+    assert "there is no model" in errors[1]
+    assert [process.returncode for process in runs] == [1, 1]

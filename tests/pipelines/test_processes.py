@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from diffuse_jax import DDIMPipeline, DDIMScheduler
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -28,8 +29,9 @@ def start(model: Path, output: Path, devices: int, *distributed: str) -> subproc
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def test_two_processes_draw_the_same_noise_as_one(tmp_path: Path) -> None:
-    """Every process makes the same call and has all images at the end; parameters are sharded over both."""
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_sample_what_one_does(tmp_path: Path, processes: int) -> None:
+    """Every process makes the same call and has all images at the end; parameters are sharded over them."""
     unet = UNet2DModel(TINY)
     params = initial_params(unet.shapes(), 0)
     DDIMPipeline({"unet": unet, "scheduler": DDIMScheduler()}, {"unet": params}).save_pretrained(tmp_path / "model")
@@ -37,9 +39,12 @@ def test_two_processes_draw_the_same_noise_as_one(tmp_path: Path) -> None:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     runs = [start(tmp_path / "model", tmp_path / "one.npy", 4)]
-    runs += [start(tmp_path / "model", tmp_path / "two.npy", 2, address, "2", str(i)) for i in range(2)]
-    texts = [run.communicate(timeout=120)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(texts)
-    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    devices, count = 4 // processes, str(processes)
+    runs += [
+        start(tmp_path / "model", tmp_path / "many.npy", devices, address, count, str(i)) for i in range(processes)
+    ]
+    texts = [run.communicate(timeout=60 * processes)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(texts)
+    one, many = np.load(tmp_path / "one.npy"), np.load(tmp_path / "many.npy")
     assert one.shape == (3, 8, 8, 3)
-    np.testing.assert_allclose(two, one, atol=1e-5)
+    np.testing.assert_allclose(many, one, atol=1e-5)

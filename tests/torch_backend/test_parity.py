@@ -17,6 +17,7 @@ from PIL import Image
 from diffuse_jax import cli
 from diffuse_jax.convert import convert
 from diffuse_jax.schedulers import EulerAncestralDiscreteScheduler
+from tests.pipelines import tiny
 from tests.torch_backend import faults
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -249,6 +250,17 @@ def test_the_command_passes_the_shipped_model_and_writes_a_report(
     assert all(row["tolerance"] >= row["relative_error"] for row in data["rows"])
     with Image.open(tmp_path / "parity.png") as sheet:
         assert sheet.width == 3 * comparison_image.SMALLEST + 2 * comparison_image.GAP
+
+
+def test_the_command_compares_a_run_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks and the whole run, with images and parameters divided over devices."""
+    folder = str(tiny.pipeline().save_pretrained(tmp_path / "model"))
+    words = ["parity", folder, "--device", "cpu", "--num-inference-steps", "2"]
+    assert cli.main([*words, "--mesh", "data=2,fsdp=2", "--report", str(tmp_path)]) == 0
+    assert "the same: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "parity.json").read_text())["mesh"] == "data=2,fsdp=2"
+    assert cli.main([*words, "--mesh", "data=64"]) == 1
+    assert "64" in capsys.readouterr().err
 
 
 def test_the_command_finds_a_fault_in_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
