@@ -110,20 +110,21 @@ def generate(
         pass
     writable(args.output)
     process = join(args)
-    with watch.outcome_told():
+    with watch.outcome_told(stops_alone=True):
         pipe = open_pipe()
         with stopping() as stop:
             report = sampled(args, call, pipe, process, stop)
         if not args.dry_run:
             keep_programs(pipe)
-            if not report.stopped:
-                together()
+            print(args.output)
+            if report.stopped:
+                conclude(report, stop)
+            together()
     if args.dry_run:
         print(f"{report.images} images, {report.before} there, {report.images - report.before} to make")
         if report.failed:
             raise RuntimeError(f"{report.failed} rows are malformed")
         return
-    print(args.output)
     conclude(report, stop)
 
 

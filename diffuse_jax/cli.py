@@ -102,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with silent_without_readers():  # of --help
         args = build_parser().parse_args(argv)
     smaller = SMALLER.get(args.command, "")
-    status = run_command(f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=smaller)
+    try:
+        status = run_command(f"diffuse-jax {args.command}", lambda: args.run(args), argv, smaller=smaller)
+    except SystemExit as ended:
+        if not watch.failed():
+            raise
+        status = ended.code if isinstance(ended.code, int) else 1
     if watch.failed():
         watch.leave(status)
     return status

@@ -134,12 +134,17 @@ def watch_processes(end: Callable[[str], Any] | None = None, restart: str = REST
 
 
 @contextlib.contextmanager
-def outcome_told() -> Iterator[None]:
-    """Tell the other processes how the block ended: that this one needs them no longer, or that they wait in vain."""
+def outcome_told(*, stops_alone: bool = False) -> Iterator[None]:
+    """Tell the other processes how the block ended: that this one needs them no longer, or that they wait in vain.
+
+    Args:
+      stops_alone: after SIGTERM the others wait in vain too; training agrees with them on the last step.
+    """
     try:
         yield
     except SystemExit as ended:
-        _tell("done" if ended.code in (0, None, 128 + signal.SIGTERM) else "failed: it was stopped")
+        expected = (0, None) if stops_alone else (0, None, 128 + signal.SIGTERM)
+        _tell("done" if ended.code in expected else "failed: it was stopped")
         raise
     except BaseException as error:
         text = str(error).strip() or type(error).__name__
