@@ -123,9 +123,13 @@ def generate(args: argparse.Namespace) -> None:
     batch_command.check_flags(args)
     keep = keep_compilations(args)
     if args.prompts_file is not None:
-        check_call(args, given(args, TO_CALL) | {"prompt": ""})
-        open_it = lambda: ready_pipeline(args, keep, local_mesh(args.mesh))[0]
-        batch_command.generate(args, given(args, TO_CALL), open_it, lambda pipe: keep_programs(pipe, keep))
+        call = given(args, TO_CALL)
+
+        def open_it() -> Any:  # after the processes have joined, which comes before anything that JAX does
+            check_call(args, call | {"prompt": ""})
+            return ready_pipeline(args, keep, local_mesh(args.mesh))[0]
+
+        batch_command.generate(args, call, open_it, lambda pipe: keep_programs(pipe, keep))
         return
     call = {name: one_or_list(value) for name, value in given(args, TO_CALL).items()}
 
