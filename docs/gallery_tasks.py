@@ -119,7 +119,7 @@ def control(pipe: Any, args: argparse.Namespace) -> Sheet:
         without = pipe([prompt] * 3, seed=seeds, **SETTINGS).images
         rows.append([image, edges.astype(np.float32) / 255, *with_edges, *without])
         beside.append(thing(prompt))
-    above = ["image", "edges", *(f"seed {seed}" for seed in seeds), *(f"no edges, {seed}" for seed in seeds)]
+    above = ["image", "edges", *(f"seed {seed}" for seed in seeds), *["no edges"] * len(seeds)]
     return Sheet(rows, beside, above)
 
 

@@ -253,7 +253,7 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
         b'{"a": "\xff"}': "is not JSON .*utf-8",
         b"[" * 3000 + b"]" * 3000: "nested more than 64",
         b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}": "nested more than 64",
-        b'{"a": ' + b"1" * 5000 + b"}": "is not JSON .*4300",
+        b'{"a": ' + b"1" * 5000 + b"}": "an integer of 5000 digits",
         b"[" + b"0," * 2_100_000 + b"0]": "more than 2000000 values",
         b" " * (MAX_JSON + 1): f"has more than {MAX_JSON} bytes",
         b"[]": "expected a JSON object, got list",
