@@ -44,7 +44,7 @@ class Number:
         except ValueError:
             value = math.nan
         if not self.allows(value):
-            raise ValueError(f"must be {self.words}, got {text[:80]}")
+            raise ValueError(f"must be {self.words}, got {text[:80] or repr(text)}")
         return value
 
 
