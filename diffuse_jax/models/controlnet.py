@@ -235,6 +235,20 @@ class ControlNetModel(OneFile, EncoderModel):
         return model, unflatten({path: jnp.array(leaf, copy=True) for path, leaf in flat.items()})
 
 
+def check_fits(net: ControlNetConfig, unet: EncoderConfig) -> None:
+    """Refuse a ControlNet that is for another UNet.
+
+    Their input channels may differ: a UNet for inpainting shares ControlNets with its text-to-image sibling.
+
+    Raises:
+      ValueError: it is; the message names the first setting that differs.
+    """
+    for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
+        have, want = (c.per_level(name) if name == "layers_per_block" else getattr(c, name) for c in (net, unet))
+        if have != want:
+            raise ValueError(f"this ControlNet is for another UNet: it has {name}={have}, and the UNet {want}")
+
+
 def _encoder_of(unet: UNet2DConditionModel) -> ControlNetConfig:
     """The part of a UNet's configuration that it shares with its ControlNets."""
     c = unet.config

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffuse_jax.models.controlnet import check_fits
 from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
@@ -52,9 +53,12 @@ def controlled(request: Request, pipe: Any, images: ImageInput, options: Mapping
       scale: the default ``controlnet_conditioning_scale``.
 
     Raises:
-      ValueError: the number of images, scales or windows does not match the number of ControlNets.
+      ValueError: the number of images, scales or windows does not match the number of ControlNets, or one is for
+        another UNet.
     """
     nets = nets_of(pipe, "controlnet")
+    for net in nets:
+        check_fits(net.config, pipe.components["unet"].config)
     several = nets[0].index is not None
     size = request_size(request, vae_of(pipe))
     each = images_by_net(images, len(nets)) if several else [images]

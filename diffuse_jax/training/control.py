@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffuse_jax.models import ControlNetModel, Params
-from diffuse_jax.models.controlnet import ControlNetConfig
+from diffuse_jax.models.controlnet import ControlNetConfig, check_fits
 from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
 from diffuse_jax.training.data import DataSettings, Record, transform_from
 from diffuse_jax.training.latent_model import pipeline_from
@@ -88,12 +88,9 @@ def check_fit(net: ControlNetModel, pipe: DiffusionPipeline) -> None:
       ValueError: it has not; the message names the first setting that differs.
     """
     c, unet = net.config, pipe.components["unet"].config
-    for name in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type"):
-        if getattr(c, name) != getattr(unet, name):
-            raise ValueError(
-                f"the ControlNet has {name}={getattr(c, name)}, the UNet {getattr(unet, name)}; give a ControlNet of "
-                "this model to --controlnet_model_name_or_path"
-            )
+    check_fits(c, unet)
+    if c.in_channels != unet.in_channels:
+        raise ValueError(f"the ControlNet has in_channels={c.in_channels}, and the UNet {unet.in_channels}")
     scale = pipe.components["vae"].config.scale
     if (c.conditioning_channels, c.scale) != (3, scale):
         raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.models import ControlNetModel, UNet2DConditionModel
+from diffuse_jax.models.controlnet import check_fits
 from diffuse_jax.weights import WeightsError
 from tests.models.filling import random_params
 from tests.models.test_precision import CONTROLNET, UNET
@@ -102,3 +103,18 @@ def test_parameters_of_another_unet_are_refused(rng: np.random.Generator) -> Non
     other = random_params(UNet2DConditionModel(UNET.replace(layers_per_block=2)).shapes(), rng)
     with pytest.raises(WeightsError, match="UNet2DConditionModel"):
         ControlNetModel.from_unet(UNet2DConditionModel(UNET), other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": (32, 64)}, r"block_out_channels=\(32, 64\), and the UNet \(16, 32\)"),
+        ({"layers_per_block": 3}, r"layers_per_block=\(3, 3\), and the UNet \(1, 1\)"),
+        ({"cross_attention_dim": 32}, "cross_attention_dim=32, and the UNet 24"),
+    ],
+)
+def test_one_for_another_unet_is_refused(changes: dict[str, Any], message: str) -> None:
+    check_fits(CONTROLNET, UNET)
+    check_fits(CONTROLNET, UNET.replace(layers_per_block=(1, 1), in_channels=9))
+    with pytest.raises(ValueError, match=f"this ControlNet is for another UNet: it has {message}"):
+        check_fits(CONTROLNET.replace(**changes), UNET)
