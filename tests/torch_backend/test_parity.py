@@ -256,9 +256,9 @@ def test_the_command_compares_a_run_on_a_mesh(tmp_path: Path, capsys: pytest.Cap
     """Networks and the whole run, with images and parameters divided over devices."""
     folder = str(tiny.pipeline().save_pretrained(tmp_path / "model"))
     words = ["parity", folder, "--device", "cpu", "--num-inference-steps", "2"]
-    assert cli.main([*words, "--mesh", "data=2,fsdp=2", "--report", str(tmp_path)]) == 0
+    assert cli.main([*words, "--mesh", "data=2,fsdp=4", "--report", str(tmp_path)]) == 0
     assert "the same: " in capsys.readouterr().out
-    assert json.loads((tmp_path / "parity.json").read_text())["mesh"] == "data=2,fsdp=2"
+    assert json.loads((tmp_path / "parity.json").read_text())["mesh"] == "data=2,fsdp=4"
     assert cli.main([*words, "--mesh", "data=64"]) == 1
     assert "64" in capsys.readouterr().err
 
