@@ -6,7 +6,7 @@ import functools
 
 import jax
 
-from diffuse_jax.kernels.platform import current_platform
+from diffuse_jax.kernels.platform import attached_platform, current_platform
 from diffuse_jax.messages import warn
 
 # For small batches the TPU compiler moves pieces of the image to the batch axis before each convolution and back after
@@ -18,19 +18,23 @@ OPTIONS: dict[str, dict[str, bool]] = {
 """Platform -> options."""
 
 
-def compiler_options() -> dict[str, bool] | None:
+def compiler_options(*, attached: bool = False) -> dict[str, bool] | None:
     """The ``compiler_options`` of :func:`jax.jit` for a network on :func:`diffuse_jax.kernels.current_platform`.
 
     Pipelines and training steps are compiled with them; pass them to the ``jit`` of your own programs. They change how
     the program is arranged, not what it computes. Options that the attached device's compiler does not know are left
     out, so that another release of libtpu still compiles.
 
+    Args:
+      attached: for the default device of this process, whatever platform kernels are chosen for.
+
     Returns:
       options, or None where none are set.
     """
-    platform = current_platform()
+    here = attached_platform()
+    platform = here if attached else current_platform()
     options = OPTIONS.get(platform, {})
-    if platform == jax.default_backend():
+    if platform == here:
         options = {name: value for name, value in options.items() if _known(name, value)}
     return dict(options) or None
 

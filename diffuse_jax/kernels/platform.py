@@ -30,8 +30,11 @@ def target_platform(platform: str) -> AbstractContextManager[None]:
 
 def current_platform() -> str:
     """The platform set by :func:`target_platform`, else that of JAX's default device: "cpu", "gpu" or "tpu"."""
-    if _target.value is not None:
-        return _target.value
+    return attached_platform() if _target.value is None else _target.value
+
+
+def attached_platform() -> str:
+    """The platform of JAX's default device: "cpu", "gpu" or "tpu"."""
     config: Any = jax.config  # only some releases declare its options
     device = config.jax_default_device
     name = jax.default_backend() if device is None else getattr(device, "platform", device)

@@ -92,7 +92,7 @@ class Programs:
         shapes = jax.tree.map(_shape_of, args)
         # Without this, the compiler may shard results along the other axes too, differently in each program.
         out = None if key.mesh is None else NamedSharding(key.mesh, ROWS)
-        jit = functools.partial(jax.jit, out_shardings=out, compiler_options=compiler_options())
+        jit = functools.partial(jax.jit, out_shardings=out, compiler_options=compiler_options(attached=True))
         # Jitted anew each time: a program that JAX has found in its compilation cache cannot be serialized.
         build = lambda: jit(_bound(key)).lower(*shapes).compile()
         self.compilations += 1

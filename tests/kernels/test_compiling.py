@@ -15,6 +15,7 @@ def test_options_belong_to_a_platform():
             "xla_tpu_run_space_to_batch": False,
             "xla_tpu_run_space_to_batch_on_new_platforms": False,
         }
+        assert compiler_options(attached=True) is None
 
 
 def test_a_returned_dictionary_can_be_extended_without_harm():
