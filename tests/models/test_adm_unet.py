@@ -115,7 +115,12 @@ def test_options_of_other_releases_are_refused_and_not_ignored() -> None:
         (TINY, (1, 4, 4, 2), (1,), "class_labels must be None"),
         (TINY.replace(num_classes=7), (1, 4, 4, 2), None, r"of shape \(1,\), got None"),
         (TINY.replace(label_channels=3), (1, 4, 4, 2), (1, 2), r"of shape \(1, 3\), got \(1, 2\)"),
-        (TINY.replace(num_head_channels=48), (1, 4, 4, 2), None, "64 channels cannot be split into heads .num_heads=1, num_head_channels=48"),
+        (
+            TINY.replace(num_head_channels=48),
+            (1, 4, 4, 2),
+            None,
+            "64 channels cannot be split into heads .num_heads=1, num_head_channels=48",
+        ),
     ],
 )
 def test_refused_inputs(config: ADMUNetConfig, shape: tuple, labels: tuple | None, words: str) -> None:
