@@ -56,13 +56,7 @@ def placement_of(
 def component_shapes(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The shapes of the parameters of each network of a pipeline, by component; no weights are read.
 
-    Args:
-      source: a folder, Hub id or single file, as for :meth:`DiffusionPipeline.from_pretrained
-        <diffuse_jax.pipelines.DiffusionPipeline.from_pretrained>`.
-      revision: branch, tag or commit on the Hub.
-
-    Raises:
-      WeightsError: there is no such model, or it is damaged.
+    Arguments and errors are those of :func:`~diffuse_jax.pipelines.configured.configured_networks`.
     """
     found: dict[str, Any] = {}
     for name, network in configured_networks(source, revision=revision).items():

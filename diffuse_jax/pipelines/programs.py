@@ -9,7 +9,6 @@ same factory, or two classes of the same name, are therefore two programs; see
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,9 +91,9 @@ class Programs:
         shapes = jax.tree.map(_shape_of, args)
         # Without this, the compiler may shard results along the other axes too, differently in each program.
         out = None if key.mesh is None else NamedSharding(key.mesh, ROWS)
-        jit = functools.partial(jax.jit, out_shardings=out, compiler_options=compiler_options(attached=True))
+        options = compiler_options(attached=True)
         # Jitted anew each time: a program that JAX has found in its compilation cache cannot be serialized.
-        build = lambda: jit(_bound(key)).lower(*shapes).compile()
+        build = lambda: jax.jit(_bound(key), out_shardings=out, compiler_options=options).lower(*shapes).compile()
         self.compilations += 1
         if self._folders or not saved_programs.compilation_cache_in_use():  # then it can be serialized as it is
             with saved_programs.without_compilation_cache():

@@ -171,7 +171,7 @@ def _exit(status: int) -> NoReturn:
 
 
 def failed() -> bool:
-    """Whether this process is one of several and has told the others that it failed."""
+    """Whether this process is one of several and has reported its failure to the others."""
     return _failed
 
 

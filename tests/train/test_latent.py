@@ -363,7 +363,7 @@ def test_a_learning_rate_of_zero_is_warned_of(
 
 
 def test_the_empty_prompt_is_one(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in diffusers: it shows what the model draws without being told."""
+    """As in diffusers: it shows what the model draws without a prompt."""
     options = flags(sd, tmp_path / "out", max_train_steps=1, train_data_dir=EMOJI, validation_prompt="")
     assert loaded(monkeypatch, "text_to_image.py", **options)["validate"] is not None
     del options["validation_prompt"]
