@@ -174,6 +174,17 @@ class StrengthOptions(TypedDict, total=False):
     strength: float
 
 
+class SizeOptions(TypedDict, total=False):
+    """The size arguments, for classes that pass them on to the class they extend.
+
+    Attributes:
+      height, width: in pixels; those of the image if None. Images are resized to them.
+    """
+
+    height: int | None
+    width: int | None
+
+
 class GuidedTextOptions(TextOptions, GuidanceOptions, total=False):
     """:class:`TextOptions` with the guidance argument."""
 
@@ -186,7 +197,7 @@ class AdapterTextOptions(TextOptions, AdapterOptions, GuidanceOptions, total=Fal
     """:class:`TextOptions` and :class:`AdapterOptions`."""
 
 
-class ControlImageOptions(ControlTextOptions, StrengthOptions, total=False):
+class ControlImageOptions(ControlTextOptions, SizeOptions, StrengthOptions, total=False):
     """:class:`ControlTextOptions`, from an image."""
 
 
@@ -263,6 +274,10 @@ class XLInpaintOptions(XLOptions, InpaintOptions, total=False):
 
 class XLControlTextOptions(XLOptions, ControlOptions, GuidanceOptions, total=False):
     """:class:`XLOptions` and :class:`ControlOptions`."""
+
+
+class XLControlImageOptions(XLControlTextOptions, SizeOptions, StrengthOptions, total=False):
+    """:class:`XLControlTextOptions`, from an image."""
 
 
 class XLAdapterTextOptions(XLOptions, AdapterOptions, GuidanceOptions, total=False):

@@ -26,11 +26,11 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
         control_image: ImageInput = None,
         **options: Unpack[ControlImageOptions],
     ) -> Request:
-        """Generate images of the size of ``image``. Arguments shared with :class:`StableDiffusionImg2ImgPipeline` and
-        :class:`StableDiffusionControlNetPipeline` have the same meaning.
+        """Generate images of the size of ``image``, or of ``height`` and ``width``. Arguments shared with
+        :class:`StableDiffusionImg2ImgPipeline` and :class:`StableDiffusionControlNetPipeline` have the same meaning.
 
         Args:
-          prompt, image: as for image to image, like ``strength`` and ``guidance_scale``.
+          prompt, image: as for image to image, like ``height``, ``width``, ``strength`` and ``guidance_scale``.
           control_image: the control image, or one per prompt. With several ControlNets, a list with one image per
             ControlNet, or one such list per prompt.
           **options: see :class:`~diffuse_jax.pipelines.options.ControlOptions` (``controlnet_conditioning_scale`` is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
-from diffuse_jax.pipelines.options import ControlOptions, XLControlTextOptions, split_options
+from diffuse_jax.pipelines.options import ControlOptions, XLControlImageOptions, split_options
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.stable_diffusion_xl_controlnet import StableDiffusionXLControlNetPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
@@ -25,9 +25,9 @@ class StableDiffusionXLControlNetImg2ImgPipeline(StableDiffusionXLImg2ImgPipelin
         control_image: ImageInput = None,
         *,
         strength: float = 0.8,
-        **options: Unpack[XLControlTextOptions],
+        **options: Unpack[XLControlImageOptions],
     ) -> Request:
-        """Generate images of the size of ``image``. Arguments shared with
+        """Generate images of the size of ``image``, or of ``height`` and ``width``. Arguments shared with
         :class:`StableDiffusionXLImg2ImgPipeline` have the same meaning.
 
         Args:

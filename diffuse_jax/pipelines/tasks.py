@@ -240,9 +240,14 @@ def continued(rows: Rows, vae: Net) -> Any:
     return rows["image_latents"]
 
 
+def chosen_size(pipe: Any, image: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels: as given, or that of the image; see :func:`input_size` and ``output_size``."""
+    default = input_size(pipe, image, name)
+    return output_size(pipe, default[0] if height is None else height, default[1] if width is None else width)
+
+
 def control_size(pipe: Any, images: ImageInput, name: str, height: int | None, width: int | None) -> tuple[int, int]:
     """(height, width) in pixels: as given, or that of the (first) control image."""
     if images is not None and isinstance(nets := pipe.components["controlnet"], tuple | list):
         images = images_by_net(images, len(nets))[0]
-    default = input_size(pipe, images, name)
-    return output_size(pipe, default[0] if height is None else height, default[1] if width is None else width)
+    return chosen_size(pipe, images, name, height, width)

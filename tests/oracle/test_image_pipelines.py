@@ -258,6 +258,15 @@ def test_controlnet_with_image_to_image(controlled, images, compare: Compare):
 
 
 @tasks_with_nets
+def test_controlnet_with_image_to_image_at_a_given_size(controlled, compare: Compare):
+    nets, folder = controlled
+    pipe, twin = both("StableDiffusionControlNetImg2ImgPipeline", folder)
+    larger = [image.resize((48, 40)) for image in folders.images(4, EDGE)]
+    request = SHORT | {"prompt": PROMPTS, "image": larger[:2], "control_image": control_of(nets, larger)}
+    compare(pipe, twin, ["image"], **request | {"height": EDGE, "width": EDGE})
+
+
+@tasks_with_nets
 def test_controlnet_with_inpainting(controlled, images, masks, compare: Compare):
     nets, folder = controlled
     pipe, twin = both("StableDiffusionControlNetInpaintPipeline", folder)
