@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.pipelines import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffuse_jax.pipelines import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from diffuse_jax.pipelines.arguments import plain_arguments
 from diffuse_jax.pipelines.options import GuidedTextOptions, TextOptions
 from diffuse_jax.pipelines.running import Request
@@ -87,3 +91,16 @@ def test_arguments_of_a_pipeline_of_the_users_own() -> None:
     with pytest.raises(ValueError, match="copies must be an integer"):
         plain_arguments(OwnPipeline, None, ("a", 1.5), {})
     assert TextOptions.__annotations__.keys() <= GuidedTextOptions.__annotations__.keys()
+
+
+def test_each_prompt_keeps_its_own_image(pipe: StableDiffusionPipeline) -> None:
+    """Images of a prompt are consecutive, and so are the rows of the image and mask that were given for it."""
+    black, white = (np.full((16, 16, 3), value, np.float32) for value in (0.0, 1.0))
+    call = {"num_images_per_prompt": 2, "num_inference_steps": 2, "seed": 0}
+    request = StableDiffusionImg2ImgPipeline.from_pipe(pipe).request(["a", "b"], [black, white], **call)
+    assert [float(row.mean()) for row in request.rows["image"]] == [-1, -1, 1, 1]
+    inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe)
+    size = {"height": 16, "width": 16}
+    request = inpaint.request(["a", "b"], [black, white], [white[..., 0], black[..., 0]], **call, **size)
+    assert [float(row.mean()) for row in request.rows["image"]] == [-1, -1, 1, 1]
+    assert [float(row.mean()) for row in request.rows["mask"]] == [1, 1, 0, 0]
