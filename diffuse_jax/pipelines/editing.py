@@ -44,12 +44,13 @@ def instructed(
     if np.any(np.asarray(image_guidance_scale) < 1):
         arguments = {**arguments, "guidance_scale": 1.0}
     request = text_to_image(pipe, default_steps(arguments, 100), size)
+    scales = one_per_image(image_guidance_scale, request.images, "image_guidance_scale")
     vae = vae_of(pipe)
     check_channels(pipe, vae.config.latent_channels, "the image's latents")
     if count_branches(request.rows) > 1:
         copied = lambda row: with_copy(row, 0) if is_branches(row) else row
         rows = jax.tree.map(copied, request.rows, is_leaf=is_branches)
-        rows["image_guidance_scale"] = one_per_image(image_guidance_scale, request.images, "image_guidance_scale")
+        rows["image_guidance_scale"] = scales
         request = combined(more_negatives(request._replace(rows=rows), 2), {}, TwoScales())
     conditions = (*request.method.conditions, ImageCondition(vae, scaled))
     denoiser = below_guidance(request.method.denoiser, lambda inner: Beside(inner, ("image_condition",)))

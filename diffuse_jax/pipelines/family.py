@@ -146,8 +146,8 @@ def check_output(output_type: str) -> str:
     Raises:
       ValueError: it is not.
     """
-    if output_type not in OUTPUTS:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+    if not isinstance(output_type, str) or output_type not in OUTPUTS:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {brief(output_type)}")
     return output_type
 
 

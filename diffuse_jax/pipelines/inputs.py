@@ -93,6 +93,21 @@ def finite(value: Any, name: str) -> np.ndarray:
     return array
 
 
+def number_array(value: Any, name: str) -> np.ndarray:
+    """An array, or nested lists of one shape, as a NumPy array of its own dtype.
+
+    Raises:
+      TypeError: it is something else, as text or lists of several lengths are.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        array = np.asarray(None)
+    if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer)):
+        raise TypeError(f"{name} must be an array of numbers, got {brief(value)}")
+    return array
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:
     """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that shows what was
     cut.
@@ -206,10 +221,7 @@ def noise_rows(
         raise ValueError("give seed or key, not both")
     rows: Rows = {}
     if latents is not None:
-        try:
-            rows["noise"] = np.asarray(latents, np.float32)
-        except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"latents must be an array of numbers, got {brief(latents)}") from None
+        rows["noise"] = number_array(latents, "latents").astype(np.float32)
         if rows["noise"].shape != (images, *latent_shape):
             raise ValueError(f"latents must be {(images, *latent_shape)} (channel-last), got {rows['noise'].shape}")
     if key is not None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from diffuse_jax.messages import brief
+
 MAX_WEIGHT = 1000.0
 """The largest absolute weight. Images fall apart far below; larger numbers are typing mistakes."""
 
@@ -249,8 +251,8 @@ class Style:
     long: bool = dataclasses.field(default=False, compare=False)  # nothing that is compiled depends on it
 
     def __post_init__(self) -> None:
-        if self.syntax is not None and self.syntax not in [*SYNTAXES]:
-            raise ValueError(f"prompt_syntax must be None or one of {', '.join(SYNTAXES)}, got {self.syntax!r}")
+        if self.syntax is not None and not (isinstance(self.syntax, str) and self.syntax in SYNTAXES):
+            raise ValueError(f"prompt_syntax must be None or one of {', '.join(SYNTAXES)}, got {brief(self.syntax)}")
         if not isinstance(self.long, bool):
             raise TypeError(f"long_prompts must be True or False, got {self.long!r}")
 

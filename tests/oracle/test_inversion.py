@@ -276,5 +276,9 @@ def test_what_diffedit_refuses(diffedit: Path, images: list[Any]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pipe("a", **request | given)
+    with pytest.raises(ValueError, match="image_latents as a list must have arrays of one shape"):
+        pipe("a", **request | {"image_latents": [latents[0], latents[0, :, :8]]})
+    with pytest.raises(TypeError, match="image_latents must be an array of numbers, got 'x'"):
+        pipe("a", **request | {"image_latents": "x"})
     with pytest.raises(TypeError, match="DiffEdit takes no latents"):
         pipe("a", latents=latents[:, 0], **request)

@@ -58,6 +58,8 @@ def test_what_is_no_integer_is_named(pipe: StableDiffusionPipeline, name: str, w
         ("long_prompts", "false", "long_prompts must be True or False, got 'false'"),
         ("timesteps", ["x"], "timesteps must be a list of numbers"),
         ("latents", "x", "latents must be an array of numbers"),
+        ("output_type", np.zeros(2), "output_type must be one of pil, np, jax, latent, got array"),
+        ("prompt_syntax", np.zeros(2), "prompt_syntax must be None or one of"),
         ("prompt_syntax", ["a1111"], "prompt_syntax must be None or one of"),
         ("seed", True, "a seed must be an integer"),
         ("seed", b"7", "a seed must be an integer"),
@@ -68,6 +70,12 @@ def test_what_is_no_integer_is_named(pipe: StableDiffusionPipeline, name: str, w
 def test_what_is_no_number_is_named(pipe: StableDiffusionPipeline, name: str, wrong: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         pipe.request("a", **{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["x", [np.zeros((3, 16)), np.zeros((2, 16))], np.zeros((1, 3, 16), complex)])
+def test_embeddings_must_be_one_array(pipe: StableDiffusionPipeline, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="prompt_embeds must be an array of numbers, got "):
+        pipe.request(prompt_embeds=wrong)
 
 
 def test_images_have_a_largest_size(pipe: StableDiffusionPipeline) -> None:

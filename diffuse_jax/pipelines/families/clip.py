@@ -12,7 +12,7 @@ import numpy as np
 from diffuse_jax.messages import warning_once
 from diffuse_jax.pipelines.family import Call, check_output
 from diffuse_jax.pipelines.image_prompts import image_encoders, image_prompt_rows, with_image_prompts
-from diffuse_jax.pipelines.inputs import one_per_image, one_per_prompt, token_mask, tokenize
+from diffuse_jax.pipelines.inputs import number_array, one_per_image, one_per_prompt, token_mask, tokenize
 from diffuse_jax.pipelines.method import Method, Net, Params, Part, Rows
 from diffuse_jax.pipelines.options import TextOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
@@ -178,9 +178,10 @@ class ClipFamily:
 
         Raises:
           ValueError: prompts were passed too, one of several embeddings is missing, or a shape or dtype is wrong.
+          TypeError: one is no array of numbers.
         """
         names = {row: f"{branch}{argument}" for row, argument in self.embeds.items()}
-        given = {row: np.asarray(call.get(name)) for row, name in names.items() if call.get(name) is not None}
+        given = {row: number_array(call.get(name), name) for row, name in names.items() if call.get(name) is not None}
         if not given:
             return {}
         for text in self.prompt_names(branch):
