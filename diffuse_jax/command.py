@@ -62,7 +62,7 @@ def _status(name: str, work: Callable[[], None], debug: bool, smaller: str) -> i
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
-            with contextlib.redirect_stdout(None if sys.stdout is None else Named(sys.stdout)):  # type: ignore[type-var]
+            with contextlib.redirect_stdout(None if sys.stdout is None else Named(sys.stdout)):
                 work()
                 if sys.stdout is not None:
                     sys.stdout.flush()
