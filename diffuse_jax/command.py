@@ -17,12 +17,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType
+from typing import Any
+
+from diffuse_jax.writing import naming
 
 MISTAKES = (ValueError, TypeError, RuntimeError, ArithmeticError)
 """Exceptions that are raised deliberately, besides system errors."""
 
 UNREAD = 128 + getattr(signal, "SIGPIPE", 13)
 """Exit status of a command that writes into a closed pipe, as shells show it for commands that the system ends."""
+
+OUTPUT = "standard output"
+"""What errors call the stream that results are printed to."""
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = tuple(Path(path) for path in sysconfig.get_paths().values())
@@ -56,13 +62,18 @@ def _status(name: str, work: Callable[[], None], debug: bool, smaller: str) -> i
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
-            work()
+            with contextlib.redirect_stdout(None if sys.stdout is None else Named(sys.stdout)):
+                work()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
         if debug or (isinstance(error, BrokenPipeError) and unread()):
             raise
+        if isinstance(error, OSError) and error.filename == OUTPUT:
+            discard(sys.stdout.fileno())
         if lacks_memory(error):
             text = f"out of memory ({first_line(error)})" + (f"; {smaller}" if smaller else "")
         elif is_mistake(error):
@@ -72,6 +83,31 @@ def _status(name: str, work: Callable[[], None], debug: bool, smaller: str) -> i
         print(f"{name}: {text}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+class Named:
+    """A stream whose errors, such as those of a full disk, say that it is the standard output."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write to the stream."""
+        with naming(Path(OUTPUT)):
+            return int(self.stream.write(text))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        with naming(Path(OUTPUT)):
+            self.stream.flush()
+
+
+def discard(number: int) -> None:
+    """Send what is still buffered for a file descriptor nowhere; Python would complain about it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 @contextlib.contextmanager
@@ -90,7 +126,7 @@ def silent_without_readers() -> Iterator[None]:
         if not (closed := unread()):
             raise  # another pipe, such as one to a worker process
         for number in closed:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # what is still buffered goes nowhere
+            discard(number)
         raise SystemExit(UNREAD) from None
 
 

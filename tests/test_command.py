@@ -72,6 +72,18 @@ def test_output_that_nobody_reads_ends_a_command_silently(work: str, stream: str
     assert "Exception ignored" not in (ended.stderr or "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("work", ["print('word')", "print('word ' * 100_000)"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_under_the_output_is_named(work: str, buffered: bool) -> None:
+    code = f"import sys; from diffuse_jax.command import run_command; sys.exit(run_command('x', lambda: {work}, []))"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, *([] if buffered else ["-u"]), "-c", code]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    assert (ended.returncode, ended.stderr) == (1, "x: [Errno 28] No space left on device: 'standard output'\n")
+
+
 def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     def to_a_worker() -> None:
         reader, writer = os.pipe()

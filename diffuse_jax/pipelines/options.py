@@ -276,7 +276,7 @@ class XLControlTextOptions(XLOptions, ControlOptions, GuidanceOptions, total=Fal
     """:class:`XLOptions` and :class:`ControlOptions`."""
 
 
-class XLControlImageOptions(XLControlTextOptions, SizeOptions, StrengthOptions, total=False):
+class XLControlImageOptions(XLControlTextOptions, SizeOptions, total=False):
     """:class:`XLControlTextOptions`, from an image."""
 
 

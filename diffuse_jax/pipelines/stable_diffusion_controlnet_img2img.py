@@ -19,7 +19,7 @@ class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionImg2ImgPipeline):
     required: ClassVar[tuple[str, ...]] = StableDiffusionControlNetPipeline.required
     sampler_settings: ClassVar[Mapping[str, Any]] = {}
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

@@ -16,7 +16,7 @@ from diffuse_jax.pipelines.tasks import chosen_size, from_image
 class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
     """Images from prompts and an initial image that sets composition and colours."""
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

@@ -19,7 +19,7 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline):
 
     family = STABLE_DIFFUSION_XL_FROM_IMAGE
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         prompt_2: Prompt | None = None,

@@ -19,6 +19,9 @@ from diffuse_jax.writing import naming
 
 FILE = "checksums.json"
 
+_WHOLE: set[tuple[Path, tuple[int, ...] | None, str]] = set()
+"""Path, version and digest of the files that were found whole, so that checking them again reads nothing."""
+
 
 def write_checksums(folder: Path, files: list[Path]) -> None:
     """Write the SHA-256 digests of ``files`` to a file in ``folder``."""
@@ -29,6 +32,8 @@ def write_checksums(folder: Path, files: list[Path]) -> None:
 
 def verify(folder: Path) -> None:
     """Compare a folder's files with their checksums, if it has any; the processes of a run share the work.
+
+    A file that has not been written since this process last found it whole is not read again.
 
     Raises:
       ValueError: a file is missing or has changed, or a link leaves the folder. Raised on all processes.
@@ -49,15 +54,30 @@ def verify(folder: Path) -> None:
 
 
 def _is_whole(folder: Path, name: str, digest: str) -> bool:
+    known = (folder / name, _version(folder / name), digest)
+    if known in _WHOLE:
+        return True
     try:
-        return _digest(folder / name) == digest
+        whole = _digest(folder / name) == digest
     except (OSError, ValueError):  # missing, or not a regular file
         return False
+    if whole:
+        _WHOLE.add(known)
+    return whole
 
 
 def _digest(path: Path) -> str:
     with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written again; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextmanager

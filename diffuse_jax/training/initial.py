@@ -14,13 +14,28 @@ ZERO_AT_START = (r"/conv2/kernel$", r"/proj_out/kernel$", r"^conv_out/kernel$")
 """Last layers of residual branches and of a denoising network; zero, so a block starts as the identity (Goyal et al.
 2017, section 5.1)."""
 
+DEVIATIONS = {
+    "embedding": 0.02,
+    "class_embedding": 0.02,
+    "position_embeddings": 0.02,
+    "cls_token": 0.0,
+    "weight": 1.0,
+    "scale": 0.0,
+    "bias": 0.0,
+}
+"""Standard deviation of the parameters that are no kernels, as in the networks' own initialisers; ``weight`` are the
+frequencies of a Fourier embedding."""
+
 
 def initial_params(shapes: Params, seed: int, zero: Sequence[str] = ZERO_AT_START) -> Params:
     """Float32 parameters for a tree of shapes (:meth:`Model.shapes`), identical for the same seed on every machine.
 
     Kernels are normally distributed with variance 1 / fan-in (LeCun et al. 1998, section 4.6), embeddings with standard
-    deviation 0.02; norms start as the identity and biases at zero. A parameter whose joined path matches a pattern of
-    ``zero`` starts at zero.
+    deviation 0.02, the frequencies of a Fourier embedding with 1; norms start as the identity and biases at zero. A
+    parameter whose joined path matches a pattern of ``zero`` starts at zero.
+
+    Raises:
+      ValueError: a parameter's name is none that a network has whose training is supported.
     """
     rng = np.random.default_rng(seed)
     zeros = re.compile("|".join(zero) or "(?!)")
@@ -37,13 +52,9 @@ def initial_params(shapes: Params, seed: int, zero: Sequence[str] = ZERO_AT_STAR
 
 
 def _deviation(leaf: str, shape: tuple[int, ...]) -> float:
-    match leaf:
-        case "kernel":
-            return float(np.prod(shape[:-1])) ** -0.5
-        case "embedding":
-            return 0.02
-        case "scale" | "bias":
-            return 0.0
-    raise ValueError(
-        f"no rule for the initial value of a parameter named {leaf!r}; known: kernel, embedding, scale, bias"
-    )
+    if leaf == "kernel":
+        return float(np.prod(shape[:-1])) ** -0.5
+    if leaf in DEVIATIONS:
+        return DEVIATIONS[leaf]
+    known = ", ".join(("kernel", *DEVIATIONS))
+    raise ValueError(f"no rule for the initial value of a parameter named {leaf!r}; known: {known}")

@@ -73,7 +73,7 @@ def open_pipeline(
     return _assembled(source, opened, mesh, vae_source, prediction_type, hub)
 
 
-def configured_pipeline(
+def pipeline_of_shapes(
     source: str | Path, *, vae_source: str | Path | None = None, prediction_type: str | None = None, **hub: Any
 ) -> DiffusionPipeline:
     """The pipeline of :func:`open_pipeline` with the shapes of its parameters in their place.

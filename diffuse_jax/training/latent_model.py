@@ -16,7 +16,7 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.training.hub import model_folder
-from diffuse_jax.training.latent import component_folder, configured_pipeline, family_of, open_pipeline
+from diffuse_jax.training.latent import component_folder, family_of, open_pipeline, pipeline_of_shapes
 from diffuse_jax.training.optimizer import check_rates
 from diffuse_jax.training.settings import ModelSettings, OptimizerSettings
 
@@ -48,7 +48,7 @@ def configured_from(model: ModelSettings) -> DiffusionPipeline:
       WeightsError, ValueError: as for :func:`~diffuse_jax.training.latent.open_pipeline`, except those about weights.
     """
     vae = model.pretrained_vae_model_name_or_path
-    return configured_pipeline(
+    return pipeline_of_shapes(
         source_folder(model, only_small=True),
         vae_source=None if vae is None else model_folder(vae, model.hub, only_small=True),
         prediction_type=model.prediction_type,

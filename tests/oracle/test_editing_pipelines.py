@@ -92,6 +92,10 @@ def test_controlnet_with_sdxl_from_images(sdxl_controlled: tuple[int, Path], ima
     request = SHORT | NEGATIVE | {"image": images[:2], "control_image": images[2:] if nets > 1 else images[1:3]}
     pipe, twin = opened("StableDiffusionXLControlNetImg2ImgPipeline", folder)
     compare(pipe, twin, **request | {"strength": 0.6, "num_inference_steps": 5})
+    control = [image.resize((64, 56)) for image in request["control_image"]]
+    other_sizes = {"image": [image.resize((48, 40)) for image in images[:2]], "control_image": control}
+    compare(pipe, twin, **request | other_sizes | {"height": EDGE, "width": EDGE})
+    assert pipe.programs.compilations == 1
     pipe, twin = opened("StableDiffusionXLControlNetInpaintPipeline", folder)
     masked = request | {"mask_image": folders.masks(EDGE), "height": EDGE, "width": EDGE}
     compare(pipe, twin, **masked | {"num_inference_steps": 5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from diffuse_jax.training.checkpoint import (
     Checkpoints,
     Position,
     checkpoints,
+    compare_checkpoint,
     find_checkpoint,
     load_checkpoint,
     load_position,
@@ -344,6 +346,21 @@ def test_a_flipped_bit_anywhere_is_refused_and_an_older_checkpoint_named(tmp_pat
                 load_checkpoint(folder, state)
             (tmp_path / "away").rename(path)
     assert_same_bits(load_checkpoint(folder, state), state)
+
+
+def test_a_checkpoint_is_hashed_once_unless_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, hashed, digest = make_state(), [], hashlib.file_digest
+    write(tmp_path, 1, state=state)
+    folder = tmp_path / "checkpoint-1"
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(file) or digest(file, kind))
+    compare_checkpoint(folder, state)
+    count = len(hashed)
+    assert_same_bits(load_checkpoint(folder, state), state)
+    assert len(hashed) == count > 0
+    largest = max((p for p in (folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"cannot be read: .*{largest.name}"):
+        load_checkpoint(folder, state)
 
 
 def test_damage_without_checksums_names_the_folder(tmp_path: Path) -> None:

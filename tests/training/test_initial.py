@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffuse_jax.training.initial import initial_params
+from tests.models.test_precision import NETWORKS
 
 
 def shape(*edges: int) -> jax.ShapeDtypeStruct:
@@ -36,6 +39,35 @@ def test_the_seed_decides() -> None:
     first, again, other = (initial_params(SHAPES, seed)["conv1"]["kernel"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("name", ["unet of K blocks", "vision encoder", "depth estimator"])
+def test_parameters_that_are_no_kernels_start_as_in_the_network_itself(name: str) -> None:
+    """The Fourier weight of the x2 upscaler, the tokens and positions of vision transformers."""
+    kind, config = NETWORKS[name]
+    model = kind(config)
+    own = jax.jit(lambda: _unusual(model.init(jax.random.key(0), **_zeros(model.example_inputs()))["params"]))()
+    ours = _unusual(initial_params(model.shapes(), 0))
+    assert own.keys() == ours.keys() != set()
+    assert [path for path in own if not _alike(np.asarray(own[path]), ours[path])] == []
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _unusual(params: Any) -> dict[str, Any]:
+    """The parameters that are neither kernels nor belong to norms, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p): x for p, x in leaves if p[-1].key not in ("kernel", "scale", "bias")}
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two samples have about the same mean and deviation; constants exactly."""
+    spread = max(a.std(), b.std())
+    if spread == 0:
+        return bool((a == b).all())
+    return abs(a.mean() - b.mean()) < 6 * spread / a.size**0.5 and 0.5 < (a.std() / b.std()) < 2
 
 
 def test_unknown_leaf_is_an_error() -> None:
