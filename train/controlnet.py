@@ -15,20 +15,23 @@ import argparse
 import functools
 
 from diffuse_jax.training.command import flags_first, train
+from diffuse_jax.training.flags import Accepted
 from diffuse_jax.training.latent_flags import add_control, latent_parser
+from diffuse_jax.training.settings import ControlSettings
 
 
 @functools.cache
 def parse_args() -> argparse.Namespace:
     parser = latent_parser(__doc__, output_dir="runs/controlnet", text_encoders=False)
-    add_control(parser)
+    add_control(parser, ControlSettings, "ControlNet")
+    parser.group("model")("--controlnet_from_pt", action=Accepted, note="PyTorch weights are read directly")
     return parser.parse_args()
 
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
     from diffuse_jax.training.cached import inputs_from
     from diffuse_jax.training.checked import checked_source
-    from diffuse_jax.training.control import control_shapes, control_validation, controlled_from, save_controlnet
+    from diffuse_jax.training.control import CONTROLNET, beside, beside_shapes, control_validation, save_beside
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
@@ -37,7 +40,6 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
     from diffuse_jax.training.settings import (
-        ControlSettings,
         DeviceSettings,
         ModelSettings,
         ObjectiveSettings,
@@ -56,10 +58,10 @@ def main() -> None:
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
     plan = configured_from(model)
-    shapes = {"controlnet": control_shapes(control, model, plan)}
+    shapes = {"controlnet": beside_shapes(CONTROLNET, control, model, plan)}
     control_validation(shown, control, model, data, plan)  # checks the prompts and images
     source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes)
-    pipe = controlled_from(control, model, mesh, run.seed)
+    pipe = beside(CONTROLNET, control, model, mesh, run.seed)
     validate = control_validation(shown, control, model, data, pipe, run.seed)
 
     inputs = inputs_from(data, model, pipe, trained=("controlnet",), source=source, true_sizes=False)
@@ -71,7 +73,7 @@ def main() -> None:
         frozen={name: params for name, params in pipe.params.items() if name not in ("controlnet", *inputs.unused)},
         loss=loss_of(pipe, whole(networks(pipe)), objective),
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
-        export=functools.partial(save_controlnet, pipe.components["controlnet"], run.output_dir),
+        export=functools.partial(save_beside, CONTROLNET, pipe.components["controlnet"], run.output_dir),
         validate=validate,
         config=vars(args),
     )

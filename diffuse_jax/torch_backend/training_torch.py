@@ -155,7 +155,7 @@ def text_to_image_loss(
 
     Args:
       pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its scheduler determines the prediction type. If the
-        batch has ``conditioning``, its ``controlnet`` reads it.
+        batch has ``conditioning``, its ``controlnet`` or ``adapter`` reads it.
       objective: loss weighting, see :func:`loss_at`.
       batch: as for our step.
       seed: seed of the noise and timesteps.
@@ -189,10 +189,13 @@ def text_to_image_loss(
 
 
 def control_residuals(pipe: Any, batch: Batch, x: Any, t: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ControlNet adds inside the UNet, by the UNet's arguments; nothing if the batch has no control images."""
+    """What the ControlNet or T2I-Adapter adds inside the UNet, by the UNet's arguments; nothing if the batch has no
+    control images."""
     if "conditioning" not in batch:
         return {}
     images = channels_first(to_torch(batch["conditioning"], x.device)) / 255
+    if hasattr(pipe, "adapter"):
+        return {"down_intrablock_additional_residuals": pipe.adapter(images)}
     down, middle = pipe.controlnet(x, t, controlnet_cond=images, **given, return_dict=False)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 

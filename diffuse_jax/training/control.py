@@ -1,63 +1,114 @@
-"""Training a ControlNet: opening or creating it, the control images of the validation, and saving."""
+"""Training a ControlNet or a T2I-Adapter: opening or creating it, the control images of the validation, and saving."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from diffuse_jax.models import ControlNetModel, Params
+from diffuse_jax.config import Config
+from diffuse_jax.models import ControlNetModel, Model, Params, T2IAdapter, UNet2DConditionConfig
 from diffuse_jax.models.controlnet import ControlNetConfig, check_fits
+from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
+from diffuse_jax.pipelines.pipeline import pipeline_class
 from diffuse_jax.training.data import DataSettings, Record, transform_from
+from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent_model import pipeline_from
 from diffuse_jax.training.networks import configured_network, open_network
-from diffuse_jax.training.settings import ControlSettings, ModelSettings, NetworkSettings, ValidationSettings
+from diffuse_jax.training.settings import BesideSettings, ModelSettings, NetworkSettings, ValidationSettings
 from diffuse_jax.training.validation import validation_from
 
 WIDTHS = ControlNetConfig().conditioning_embedding_out_channels
 """Widths of the embedding of control images, from full resolution down."""
 
 
-def controlled_from(control: ControlSettings, model: ModelSettings, mesh: Mesh, seed: int = 0) -> DiffusionPipeline:
-    """The pipeline on a mesh with the ControlNet to train, whose parameters are float32, as ``controlnet``.
+class Kind(NamedTuple):
+    """A kind of network that is trained beside a frozen pipeline.
+
+    Attributes:
+      component: its name in pipelines.
+      folder: its folder in a checkpoint.
+      model: its class.
+      config: a config of this class.
+      new: makes one for a pipeline from the UNet's parameters and a seed.
+      check: refuses one that does not fit a pipeline.
+    """
+
+    component: str
+    folder: str
+    model: type[Model]
+    config: Config
+    new: Callable[[DiffusionPipeline, Params, int], tuple[Any, Params]]
+    check: Callable[[Any, DiffusionPipeline], None]
+
+
+def beside(kind: Kind, control: BesideSettings, model: ModelSettings, mesh: Mesh, seed: int = 0) -> DiffusionPipeline:
+    """The pipeline on a mesh with the network to train, whose parameters are float32, as ``kind.component``.
 
     A new ControlNet is a copy of the UNet's encoder that changes nothing yet; its image embedding is drawn from
-    ``seed``.
+    ``seed``, as a new T2I-Adapter is.
 
     Raises:
-      WeightsError: a model does not exist, does not fit its config, or has no pipeline with ControlNets.
-      ValueError: the ControlNet does not fit the model, or does not read RGB images.
+      WeightsError: a model does not exist, does not fit its config, or has no pipeline with such networks.
+      ValueError: the network does not fit the model, or does not read RGB images.
     """
-    new = control.controlnet_model_name_or_path is None
-    pipe = pipeline_from(model, mesh, float32=("unet",) if new else ())
-    net, params = _new(pipe, pipe.params["unet"], seed) if new else _opened(control, model, mesh)
-    check_fit(net, pipe)
+    pipe = pipeline_from(model, mesh, float32=("unet",) if control.source is None else ())
+    if control.source is None:
+        net, params = kind.new(pipe, pipe.params["unet"], seed)
+    else:
+        net, params = open_network(kind.model, _source(control, model), mesh, kind.component, kind.config)
+        net = net.clone(remat=model.compute.remat)
+    kind.check(net, pipe)
     unet = pipe.components["unet"]
     lowered = jax.tree.map(lambda x: x.astype(unet.dtype), pipe.params["unet"])  # it is frozen
-    return AutoPipelineForText2Image.from_pipe(pipe, unet=(unet, lowered), controlnet=(net, params))
+    return with_network(kind, pipe, unet=(unet, lowered), **{kind.component: (net, params)})
 
 
-def control_shapes(control: ControlSettings, model: ModelSettings, pipe: DiffusionPipeline) -> Params:
-    """The shapes of the ControlNet of :func:`controlled_from`, for a pipeline that may have only shapes itself.
+def with_network(kind: Kind, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+    """The text-to-image pipeline of the same family that takes such a network.
 
     Raises:
-      WeightsError, ValueError: as for :func:`controlled_from`, except those about weights.
+      WeightsError: there is none.
     """
-    if control.controlnet_model_name_or_path is None:
-        return jax.eval_shape(lambda params: _new(pipe, params, 0)[1], pipe.params["unet"])
-    net = configured_network(ControlNetModel, _source(control, model), "controlnet", ControlNetConfig())
-    check_fit(net, pipe)
+    if kind.component == "controlnet":
+        return AutoPipelineForText2Image.from_pipe(pipe, **components)
+    without = {"controlnet": None, "enable_pag": False}
+    plain = AutoPipelineForText2Image.pipeline_for(type(pipe), "this pipeline", without)
+    target = pipeline_class(plain.__name__.replace("Pipeline", "AdapterPipeline"), "this pipeline")
+    return target.from_pipe(pipe, **components)
+
+
+def beside_shapes(kind: Kind, control: BesideSettings, model: ModelSettings, pipe: DiffusionPipeline) -> Params:
+    """The shapes of the network of :func:`beside`, for a pipeline that may have only shapes itself.
+
+    Raises:
+      WeightsError, ValueError: as for :func:`beside`, except those about weights.
+    """
+    if control.source is None:
+        return jax.eval_shape(lambda params: kind.new(pipe, params, 0)[1], pipe.params["unet"])
+    net = configured_network(kind.model, _source(control, model), kind.component, kind.config)
+    kind.check(net, pipe)
     return net.shapes()
 
 
-def _new(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[ControlNetModel, Params]:
+def _source(control: BesideSettings, model: ModelSettings) -> NetworkSettings:
+    """Where the network is; it is a model of its own, so it has neither the variant nor the revision of the
+    pipeline."""
+    return NetworkSettings(
+        pretrained_model_name_or_path=control.source,
+        compute=model.compute,
+        hub=dataclasses.replace(model.hub, revision=control.revision, variant=None),
+    )
+
+
+def _new_controlnet(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[ControlNetModel, Params]:
     """A ControlNet that embeds images at the resolution of the latents, from the parameters of the UNet."""
     levels = pipe.components["vae"].config.scale.bit_length()
     widths = tuple(WIDTHS[min(level, len(WIDTHS) - 1)] for level in range(levels))
@@ -65,23 +116,7 @@ def _new(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[ControlNet
     return ControlNetModel.from_unet(unet, params, conditioning_embedding_out_channels=widths, key=key)
 
 
-def _opened(control: ControlSettings, model: ModelSettings, mesh: Mesh) -> tuple[ControlNetModel, Params]:
-    """The ControlNet of the settings."""
-    net, params = open_network(ControlNetModel, _source(control, model), mesh, "controlnet", ControlNetConfig())
-    return net.clone(remat=model.compute.remat), params
-
-
-def _source(control: ControlSettings, model: ModelSettings) -> NetworkSettings:
-    """Where the ControlNet is; it is a model of its own, so it has neither the variant nor the revision of the
-    pipeline."""
-    return NetworkSettings(
-        pretrained_model_name_or_path=control.controlnet_model_name_or_path,
-        compute=model.compute,
-        hub=dataclasses.replace(model.hub, revision=control.controlnet_revision, variant=None),
-    )
-
-
-def check_fit(net: ControlNetModel, pipe: DiffusionPipeline) -> None:
+def check_controlnet(net: ControlNetModel, pipe: DiffusionPipeline) -> None:
     """Check that a ControlNet has been made for a UNet and its autoencoder.
 
     Raises:
@@ -99,14 +134,64 @@ def check_fit(net: ControlNetModel, pipe: DiffusionPipeline) -> None:
         )
 
 
-def save_controlnet(net: ControlNetModel, output: str | Path, folder: Path, params: Params) -> None:
-    """Write a ControlNet in diffusers layout: to the folder ``output`` itself, elsewhere to ``folder/controlnet``."""
-    net.save_pretrained(folder if folder == Path(output) else folder / "controlnet", params["controlnet"])
+def _new_adapter(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[T2IAdapter, Params]:
+    """A T2I-Adapter of the form that the published ones for this kind of UNet have."""
+    unet = pipe.components["unet"]
+    net = T2IAdapter(adapter_config(unet.config, pipe.components["vae"].config.scale), dtype=unet.dtype)
+    net = net.clone(remat=unet.remat)
+    return net, initial_params(net.shapes(), seed, ())
+
+
+def adapter_config(unet: UNet2DConditionConfig, scale: int) -> T2IAdapterConfig:
+    """The T2I-Adapter for a UNet whose autoencoder has ``scale`` pixels per latent.
+
+    A UNet adds features at the end of a level with attention before it halves the resolution, and at the end of one
+    without attention after that.
+
+    Raises:
+      ValueError: no form of T2I-Adapter has features at these resolutions.
+    """
+    last = len(unet.block_out_channels) - 1
+    halvings = [i + (i < last and "Attn" not in kind) for i, kind in enumerate(unet.down_block_types)]
+    channels = tuple(unet.block_out_channels)
+    if halvings == [*range(last + 1)]:
+        return T2IAdapterConfig(channels=channels, downscale_factor=scale)
+    if halvings == [1, 1, 2]:
+        return T2IAdapterConfig(
+            channels=(*channels, channels[-1]), downscale_factor=2 * scale, adapter_type="full_adapter_xl"
+        )
+    raise ValueError(f"there is no T2I-Adapter for a UNet with down_block_types={unet.down_block_types}")
+
+
+def check_adapter(net: T2IAdapter, pipe: DiffusionPipeline) -> None:
+    """Check that a T2I-Adapter fits a UNet and its autoencoder.
+
+    Raises:
+      ValueError: it does not; the message has both.
+    """
+    wanted = adapter_config(pipe.components["unet"].config, pipe.components["vae"].config.scale)
+    features = lambda c: (c.in_channels, c.downscale_factor, *((s.channels, s.halved) for s in c.stages()[:last]))
+    last = len(pipe.components["unet"].config.block_out_channels)
+    if features(net.config) != features(wanted):
+        show = lambda c: (
+            f"in_channels={c.in_channels}, channels={c.channels}, downscale_factor={c.downscale_factor} and "
+            f"adapter_type={c.adapter_type!r}"
+        )
+        raise ValueError(f"the T2I-Adapter must fit the UNet, as {show(wanted)} do; it has {show(net.config)}")
+
+
+CONTROLNET = Kind("controlnet", "controlnet", ControlNetModel, ControlNetConfig(), _new_controlnet, check_controlnet)
+ADAPTER = Kind("adapter", "t2iadapter", T2IAdapter, T2IAdapterConfig(), _new_adapter, check_adapter)
+
+
+def save_beside(kind: Kind, net: Model, output: str | Path, folder: Path, params: Params) -> None:
+    """Write the network in diffusers layout: to the folder ``output`` itself, elsewhere to ``folder/kind.folder``."""
+    net.save_pretrained(folder if folder == Path(output) else folder / kind.folder, params[kind.component])
 
 
 def control_validation(
     shown: ValidationSettings,
-    control: ControlSettings,
+    control: BesideSettings,
     model: ModelSettings,
     data: DataSettings,
     pipe: DiffusionPipeline,

@@ -276,7 +276,7 @@ def denoising_loss(
     ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
     distribution; token ids ``[B,L]`` under each text encoder's name, or the prompt embeddings ``states [B,L,D]`` and,
     for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet
-    the images ``conditioning [B,H,W,3]`` uint8.
+    or T2I-Adapter the images ``conditioning [B,H,W,3]`` uint8.
     """
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
@@ -300,13 +300,17 @@ def control_residuals(
     inputs: tuple[jax.Array, jax.Array, jax.Array],
     added: Mapping[str, jax.Array] | None,
 ) -> dict[str, Any]:
-    """What the ControlNet adds inside the UNet, by the names of the UNet's arguments; nothing without control images.
+    """What the ControlNet or T2I-Adapter adds inside the UNet, by the names of the UNet's arguments; nothing without
+    control images.
 
     ``inputs`` and ``added`` are those of the UNet: the sample, the timesteps and the prompt embeddings, and SDXL's.
     """
     if "conditioning" not in batch:
         return {}
     images = batch["conditioning"].astype(jnp.float32) / 255
+    if "adapter" in models:
+        features = models["adapter"].apply({"params": params["adapter"]}, images)
+        return {"down_intrablock_additional_residuals": features}
     down, middle = models["controlnet"].apply({"params": params["controlnet"]}, *inputs, images, added)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
@@ -344,8 +348,8 @@ def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The pipeline's networks by name: the text encoders in their order, the UNet, the autoencoder and, if it has one,
-    the ControlNet."""
-    names = [*pipe.family.encoders, "unet", "vae", "controlnet"]
+    the ControlNet or T2I-Adapter."""
+    names = [*pipe.family.encoders, "unet", "vae", "controlnet", "adapter"]
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
 
 

@@ -9,7 +9,7 @@ from diffuse_jax.training.arguments import add_objective, make_parser
 from diffuse_jax.training.data.flags import add_conditioning, add_data
 from diffuse_jax.training.flags import Accepted, Parser, Refused
 from diffuse_jax.training.settings import (
-    ControlSettings,
+    BesideSettings,
     DreamBoothSettings,
     InversionSettings,
     LoraSettings,
@@ -94,13 +94,14 @@ def add_lora(parser: Parser) -> None:
     add("--lora_targets", help="regular expression for the paths of the layers to adapt")
 
 
-def add_control(parser: Parser) -> None:
-    """Add the flags of a ControlNet and of its data; images are cropped at the centre, as in diffusers."""
-    add = parser.group("model", ControlSettings)
-    add("--controlnet_model_name_or_path", help="start from this ControlNet: folder or Hub id; a new one if omitted")
-    add("--controlnet_revision", help="branch, tag or commit of that ControlNet on the Hub")
-    add("--controlnet_from_pt", action=Accepted, note="PyTorch weights are read directly")
-    add = parser.group("monitoring", ControlSettings)
+def add_control(parser: Parser, settings: type[BesideSettings], name: str) -> None:
+    """Add the flags of a network that reads control images, and of its data; images are cropped at the centre, as in
+    diffusers."""
+    add = parser.group("model", settings)
+    what = f"start from this {name}: folder or Hub id; a new one if omitted"
+    add(f"--{settings.prefix}_model_name_or_path", help=what)
+    add(f"--{settings.prefix}_revision", help=f"branch, tag or commit of that {name} on the Hub")
+    add = parser.group("monitoring", settings)
     what = "images for the validation prompts, one for all or one for each: control images, or with --conditioning "
     add("--validation_image", nargs="+", help=f"{what}the images that they are made from")
     add_data(parser, caches=True, center_crop=True)

@@ -186,7 +186,8 @@ def timestep_probabilities(
 
     Args:
       strategy: which timesteps to favour: "none"; "earlier" or "later" for the first or last ``portion`` of them;
-        "range" for those from ``begin`` up to, but not including, ``end``.
+        "range" for those from ``begin`` up to, but not including, ``end``; "cubic" for timesteps ``steps (1 - u**3)``
+        with uniform ``u``, mostly the noisy ones (Mou et al. 2023, section 3.4), whatever the other arguments.
       steps: number of training timesteps.
       multiplier: how many times more often these are sampled than the others.
       portion, begin, end: see ``strategy``; ``end`` is ``steps`` if None.
@@ -197,6 +198,9 @@ def timestep_probabilities(
     one_of(TIMESTEP_BIASES, timestep_bias_strategy=strategy)
     if strategy == "none":
         return None
+    if strategy == "cubic":
+        edges = np.cbrt(1 - np.arange(steps + 1) / steps)
+        return tuple(float(p) for p in edges[:-1] - edges[1:])
     if multiplier <= 0:
         raise ValueError(f"timestep_bias_multiplier must be positive, got {multiplier}; 'none' turns the bias off")
     count = int(portion * steps)

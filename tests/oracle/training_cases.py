@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.adapters import tokens
-from diffuse_jax.models import ControlNetModel
+from diffuse_jax.models import ControlNetModel, T2IAdapter
 from diffuse_jax.pipelines import AutoPipelineForText2Image
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend import training_torch as twin
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared, compare_updates
+from diffuse_jax.training.control import ADAPTER, adapter_config, with_network
 from diffuse_jax.training.data import Example
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import networks, open_pipeline, with_tokens
@@ -54,7 +55,9 @@ class Case:
 
     def batch(self) -> dict[str, np.ndarray]:
         size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), strict=True)
-        control = self.images[::-1] if "controlnet" in self.pipe.components else [None] * len(self.images)
+        control = (
+            self.images[::-1] if {"controlnet", "adapter"} & {*self.pipe.components} else [None] * len(self.images)
+        )
         examples = [
             Example(x, text, tuple(own), (1, 2), size, 0, 0, "", image)
             for (x, text, own), image in zip(rows, control, strict=True)
@@ -122,6 +125,18 @@ def controlnet(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
     return case.compare(training.full(case.pipe, names), twin.full_parameters(case.theirs, names))
 
 
+def t2i_adapter(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
+    """All parameters of a T2I-Adapter, whose folder PyTorch opens."""
+    case = Case(save(folder, fresh=False), rng)
+    net = T2IAdapter(adapter_config(case.pipe.components["unet"].config, case.pipe.components["vae"].config.scale))
+    params = initial_params(net.shapes(), 1, ())
+    net.save_pretrained(folder / "adapter", params)
+    case.pipe = with_network(ADAPTER, case.pipe, adapter=(net, params))
+    case.theirs.adapter = twins.diffusers.T2IAdapter.from_pretrained(folder / "adapter")
+    names = ["adapter"]
+    return case.compare(training.full(case.pipe, names), twin.full_parameters(case.theirs, names))
+
+
 CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "text to image, SD": functools.partial(full, save=save_sd),
     "text to image, SDXL": functools.partial(full, save=save_sdxl),
@@ -130,6 +145,8 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "DreamBooth with prior preservation": functools.partial(full, save=save_sd, prior=True),
     "DreamBooth with LoRA and prior preservation, SDXL": functools.partial(low_rank, save=save_sdxl, prior=True),
     "textual inversion": inversion,
+    "T2I-Adapter, SD": functools.partial(t2i_adapter, save=save_sd),
+    "T2I-Adapter, SDXL": functools.partial(t2i_adapter, save=save_sdxl),
     "ControlNet, SD": functools.partial(controlnet, save=save_sd),
     "ControlNet, SDXL": functools.partial(controlnet, save=save_sdxl),
 }

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffuse_jax import AutoPipelineForText2Image, DiffusionPipeline
+from diffuse_jax import DiffusionPipeline
 from diffuse_jax.adapters import tokens
 from diffuse_jax.control_images import canny
-from diffuse_jax.models import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffuse_jax.models import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel
 from diffuse_jax.text import CLIPTextModel
+from diffuse_jax.training.control import ADAPTER, CONTROLNET, with_network
 from diffuse_jax.training.latent_model import copy_component
 from tests.train.helpers import EMOJI, log, numbers, run
 from tests.train.latent_models import MIDDLE, SIZE, save_sd, save_sdxl
@@ -214,8 +215,11 @@ def edges_of(folder: Path, output: Path) -> Path:
     return output
 
 
-def test_a_controlnet_learns_from_a_column_of_edges_and_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("script", "kind"), [("controlnet.py", ControlNetModel), ("t2i_adapter.py", T2IAdapter)], ids=lambda x: str(x)
+)
+def test_what_reads_edges_learns_from_a_column_of_them_and_resumes_bit_for_bit(
+    script: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = save_sd(tmp_path / "model", fresh=False, middle=MIDDLE), edges_of(EMOJI, tmp_path / "data")
     apple = data / "edges" / "red-apple.png"
@@ -223,19 +227,20 @@ def test_a_controlnet_learns_from_a_column_of_edges_and_resumes_bit_for_bit(
                "proportion_empty_prompts": 0.3, "learning_rate": 1e-2, "validation_prompt": ["heart", "cat"],
                "validation_image": apple, "num_validation_images": 1, "validation_inference_steps": 2}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(monkeypatch, "controlnet.py", devices=1, **flags(model, whole, **options))
+    run(monkeypatch, script, devices=1, **flags(model, whole, **options))
     assert fell(log(whole)) < 0.95
     assert len(list((whole / "validation").rglob("*.png"))) == 2 * 2, "the control images are shown too"
 
     shutil.copytree(whole / "checkpoint-15", parts / "checkpoint-15")
-    run(monkeypatch, "controlnet.py", devices=1, **flags(model, parts, resume_from_checkpoint="latest", **options))
+    run(monkeypatch, script, devices=1, **flags(model, parts, resume_from_checkpoint="latest", **options))
     assert log(whole)[15:] == log(parts)
-    net, params = ControlNetModel.from_pretrained(whole)
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(ControlNetModel.from_pretrained(parts)[1]), strict=True)
+    net, params = kind.from_pretrained(whole)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(kind.from_pretrained(parts)[1]), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
 
     pipe = DiffusionPipeline.from_pretrained(model)
-    steered = AutoPipelineForText2Image.from_pipe(pipe, controlnet=(net, params))
+    component = CONTROLNET if kind is ControlNetModel else ADAPTER
+    steered = with_network(component, pipe, **{component.component: (net, params)})
     shared = {"num_inference_steps": 2, "seed": 0, "output_type": "np", "height": SIZE, "width": SIZE}
     draw = lambda image: steered("heart", image=image, **shared).images
     edges = np.asarray(Image.open(apple).resize((SIZE, SIZE)))
@@ -285,6 +290,8 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "resolution": 15}, "multiple of 2"),
         ("controlnet.py", {"conditioning": "canny", "controlnet_model_name_or_path": "/no/where"}, "no such folder"),
         ("controlnet.py", {"conditioning": "canny", "validation_prompt": "a", "validation_image": "a.png"}, "a.png"),
+        ("t2i_adapter.py", {"conditioning": "canny", "adapter_model_name_or_path": "/no/where"}, "no such folder"),
+        ("t2i_adapter.py", {"conditioning": "canny", "validation_image": "a.png"}, "got 1 images and 0 prompts"),
         ("text_to_image.py", {"aspect_ratio_buckets": True, "bucket_step": 1}, "--bucket_step must be a multiple of 2"),
         ("text_to_image.py", {"train_batch_size": 1, "validation_prompt": "a", "validation_inference_steps": 1001},
          "num_inference_steps"),

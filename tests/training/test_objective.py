@@ -118,6 +118,13 @@ def test_prior_preservation_adds_the_mean_error_of_the_class(rng: np.random.Gene
     assert float(alone) == pytest.approx(float(errors(make(1.0), prediction, x0, drawn)[0]), rel=1e-6)
 
 
+def test_cubic_timesteps_are_those_of_uniform_numbers() -> None:
+    """t = T (1 - u^3), rounded down (Mou et al. 2023, section 3.4)."""
+    p = np.array(timestep_probabilities("cubic", 10))
+    t = np.floor(10 * (1 - np.linspace(0, 1, 1_000_000, endpoint=False) ** 3)).clip(max=9).astype(int)
+    np.testing.assert_allclose(p, np.bincount(t, minlength=10) / len(t), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("strategy", "chosen", "more"),
     [

@@ -6,6 +6,8 @@ once.
 
 from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSettings
 from diffuse_jax.training.settings.methods import (
+    AdapterSettings,
+    BesideSettings,
     ControlSettings,
     DreamBoothSettings,
     InversionSettings,
@@ -31,8 +33,10 @@ from diffuse_jax.training.settings.run import (
 )
 
 __all__ = [
+    "AdapterSettings",
     "Average",
     "BatchSettings",
+    "BesideSettings",
     "ComputeSettings",
     "ControlSettings",
     "DeviceSettings",

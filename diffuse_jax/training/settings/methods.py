@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE
 from diffuse_jax.training.checks import Checked, one_of
 
-TIMESTEP_BIASES = ("none", "earlier", "later", "range")
+TIMESTEP_BIASES = ("none", "earlier", "later", "range", "cubic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,19 +62,58 @@ class ValidationSettings(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlSettings(Checked):
+class BesideSettings(Checked):
+    """A network that is trained beside a frozen pipeline and reads control images.
+
+    Attributes:
+      validation_image: paths of the images: one for all validation prompts, or one for each.
+    """
+
+    prefix: ClassVar[str]
+    """What the flags of the network to start from begin with; also the pipeline's component."""
+
+    validation_image: tuple[str | Path, ...] | None = None
+
+    @property
+    def source(self) -> str | Path | None:
+        """The network to start from, a folder or a Hub id; None for a new one."""
+        return getattr(self, f"{self.prefix}_model_name_or_path")  # type: ignore[no-any-return]
+
+    @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit of ``source`` on the Hub."""
+        return getattr(self, f"{self.prefix}_revision")  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlSettings(BesideSettings):
     """The ControlNet to train, and the control images of the validation.
 
     Attributes:
       controlnet_model_name_or_path: start from this ControlNet, a folder or a Hub id; None for a new one, made from the
         UNet.
       controlnet_revision: its branch, tag or commit on the Hub; the main branch if None.
-      validation_image: paths of the images: one for all validation prompts, or one for each.
     """
+
+    prefix: ClassVar[str] = "controlnet"
 
     controlnet_model_name_or_path: str | Path | None = None
     controlnet_revision: str | None = None
-    validation_image: tuple[str | Path, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSettings(BesideSettings):
+    """The T2I-Adapter to train, and the control images of the validation.
+
+    Attributes:
+      adapter_model_name_or_path: start from this T2I-Adapter, a folder or a Hub id; None for a new one.
+      adapter_revision: its branch, tag or commit on the Hub; the main branch if None.
+    """
+
+    prefix: ClassVar[str] = "adapter"
+
+    adapter_model_name_or_path: str | Path | None = None
+    adapter_revision: str | None = None
 
 
 OTHER_DATA = (
