@@ -206,7 +206,10 @@ def test_processes_that_jax_joins_divide_the_job(tmp_path: Path, processes: int)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "status", "said"),
-    [(signal.SIGKILL, -9, "has not been heard of for 25 s: it has died or is cut off"), (signal.SIGTERM, 143, "failed: it was stopped")],
+    [
+        (signal.SIGKILL, -9, "has not been heard of for 25 s: it has died or is cut off"),
+        (signal.SIGTERM, 143, "failed: it was stopped"),
+    ],
 )
 def test_a_joined_process_that_ends_early_ends_all_within_a_minute_and_fewer_continue(
     tmp_path: Path, sent: signal.Signals, status: int, said: str
