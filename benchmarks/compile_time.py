@@ -4,7 +4,7 @@ The whole text-to-image program of published architectures, from token ids to pi
 ``--dtype bfloat16``). Parameters are shapes: nothing is allocated and nothing runs. Each measurement has its own
 process; a second one finds what the first has written::
 
-    python benchmarks/compile_time.py                        # the shipped model, SD 1.5, SDXL; 6 GB of memory
+    python benchmarks/compile_time.py                        # the shipped model, SD 1.5, SDXL; 1.2 GB of memory
     python benchmarks/compile_time.py --models emoji --print-only
 """
 
@@ -24,17 +24,20 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.compile_time
 
-from common import RESULTS, ROOT, write
+from common import RESULTS, ROOT, peak_memory, write
+
+STAGES = ("trace", "lower", "compile")
 
 MODELS = {"emoji": 64, "sd15": 512, "sdxl": 1024}
 """Model -> height and width of its images in pixels."""
 
 ABOUT = (
-    "The text-to-image program, one image with guidance, for the CPU: seconds, and processor seconds on all cores. "
-    "`trace` runs the Python code, `lower` makes StableHLO, `compile` is XLA; `cached` is a next process that finds "
-    "the program in JAX's compilation cache (it traces and lowers again), and `saved` one that reads what "
-    "`save_compiled` wrote (it does neither). Parameters are shapes, so the sampler's loop, text encoders and decoder "
-    "are in it, and no weights. `MiB` is the size of the saved program."
+    "The text-to-image program, one image with guidance, for the CPU: seconds by the clock, and with `_cpu` processor "
+    "seconds of all threads, which other programs on the machine disturb least. `trace` runs the Python code, `lower` "
+    "makes StableHLO, `compile` is XLA, and `cold_cpu` is all three; `cached` is a next process that finds the "
+    "program in JAX's compilation cache (it traces and lowers again), and `saved` one that reads a saved program, as "
+    "after `load_compiled` (it does neither). Parameters are shapes: the sampler's loop, text encoders and decoder "
+    "are in the program, but no weights. `MiB` is the size of the saved program, `peak_GiB` the memory of compiling."
 )
 
 Result = TypeVar("Result")
@@ -87,7 +90,7 @@ def measure(model: str, dtype: str, folder: Path) -> dict[str, Any]:
         start, processor = time.perf_counter(), time.process_time()
         result = run()
         found[name] = time.perf_counter() - start
-        found[f"{name}_processor"] = time.process_time() - processor
+        found[f"{name}_cpu"] = time.process_time() - processor  # of all threads; XLA compiles within this process
         return result
 
     pipe = pipeline(model, dtype)
@@ -96,14 +99,13 @@ def measure(model: str, dtype: str, folder: Path) -> dict[str, Any]:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     file = folder / "program"
     if file.exists():
-        parts = pickle.loads(file.read_bytes())  # what this benchmark wrote
-        timed("saved", lambda: deserialize_and_load(*parts))
+        timed("saved", lambda: deserialize_and_load(*pickle.loads(file.read_bytes())))  # what this benchmark wrote
     traced = timed("trace", lambda: jax.jit(lambda *args: sample(request.method, *args)).trace(*shapes))
     lowered = timed("lower", traced.lower)
     program = timed("compile", lowered.compile)
     if not file.exists():
         file.write_bytes(pickle.dumps(serialize(program)))
-    return found | {"MiB": file.stat().st_size / 2**20}
+    return found | {"MiB": file.stat().st_size / 2**20, "peak_GiB": peak_memory() / 2**30}
 
 
 def rows(model: str, dtype: str) -> dict[str, Any]:
@@ -116,12 +118,15 @@ def rows(model: str, dtype: str) -> dict[str, Any]:
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             answers.append(json.loads(done.stdout.splitlines()[-1]))
     first, second = answers
+    for answer in answers:
+        for clock in ("", "_cpu"):
+            answer[f"all{clock}"] = sum(answer[f"{stage}{clock}"] for stage in STAGES)
     row = {"model": model, "pixels": MODELS[model], "dtype": dtype}
-    row |= {name: first[name] for name in ("trace", "lower", "compile")}
-    row["cold_processor"] = sum(first[f"{name}_processor"] for name in ("trace", "lower", "compile"))
-    row["cached"] = sum(second[name] for name in ("trace", "lower", "compile"))
-    row |= {"saved": second["saved"], "MiB": first["MiB"]}
-    return row
+    for name, answer, stage in (
+        *((stage, first, stage) for stage in STAGES), ("cached", second, "all"), ("saved", second, "saved")
+    ):  # fmt: skip
+        row |= {name: round(answer[stage], 1), f"{name}_cpu": round(answer[f"{stage}_cpu"], 1)}
+    return row | {"cold_cpu": round(first["all_cpu"], 1), "MiB": first["MiB"], "peak_GiB": first["peak_GiB"]}
 
 
 def main(argv: list[str] | None = None) -> int:

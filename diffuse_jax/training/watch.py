@@ -21,8 +21,12 @@ BEAT = 3.0
 SILENCE = 25.0
 """Seconds without a sign of life after which a process counts as dead."""
 
-FALLBACK = 55
-"""The same for JAX's own service, in case that this module's thread hangs."""
+FALLBACK = round(2 * (SILENCE + 5 * BEAT))
+"""The same for JAX's own service, in case that this module's thread hangs.
+
+A process that dies may have last been heard of half of this before. The service ends the others with a stack trace and
+without their last line, so even then it must come after this module, and after process 0 has left (:func:`_exit`).
+"""
 
 FOLDER = "diffuse_jax/alive"
 RESTART = "start all again"

@@ -93,6 +93,7 @@ class ControlSettings(BesideSettings):
       controlnet_model_name_or_path: start from this ControlNet, a folder or a Hub id; None for a new one, made from the
         UNet.
       controlnet_revision: its branch, tag or commit on the Hub; the main branch if None.
+      validation_image: as for :class:`BesideSettings`.
     """
 
     prefix: ClassVar[str] = "controlnet"
@@ -108,6 +109,7 @@ class AdapterSettings(BesideSettings):
     Attributes:
       adapter_model_name_or_path: start from this T2I-Adapter, a folder or a Hub id; None for a new one.
       adapter_revision: its branch, tag or commit on the Hub; the main branch if None.
+      validation_image: as for :class:`BesideSettings`.
     """
 
     prefix: ClassVar[str] = "adapter"
