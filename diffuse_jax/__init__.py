@@ -81,6 +81,8 @@ _PUBLIC = {
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLPipeline",
+        "WuerstchenDecoderPipeline",
+        "WuerstchenPriorPipeline",
         "sample",
     ),
     "diffuse_jax.schedulers": (

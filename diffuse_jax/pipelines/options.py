@@ -113,6 +113,39 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class WuerstchenOptions(CallOptions, total=False):
+    """Arguments of a call of either stage of Würstchen, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt; empty if None.
+      prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` hidden states instead of prompts.
+      num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
+      guidance_rescale: from 0 (default) to 1, one value or one per image; see Lin et al. 2024, section 3.4.
+      prompt_syntax: "a1111" or "compel", for prompts with weights; None (default) takes the text as it is.
+      long_prompts: encode prompts of any length in chunks, instead of cutting what does not fit (default).
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    guidance_rescale: float | Sequence[float]
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
+    batch_size: int | None
+
+
+class WuerstchenDecoderOptions(WuerstchenOptions, total=False):
+    """:class:`WuerstchenOptions` of the second stage.
+
+    Attributes:
+      image_embeddings: the first stage's maps, ``[prompts,k,l,c]``.
+    """
+
+    image_embeddings: Any
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from diffuse_jax import models
+from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.programs import Programs
+from tests.oracle.agreement import require_same
 
 wuerstchen = pytest.importorskip("tests.oracle.wuerstchen", reason="needs PyTorch diffusers and transformers")
 from tests.oracle.comparisons import channel_first, channel_last  # noqa: E402
@@ -26,7 +29,7 @@ def same(ours: Any, wanted: np.ndarray) -> None:
 
 
 def test_the_prior(tmp_path: Path, rng: np.random.Generator) -> None:
-    module = wuerstchen.network("WuerstchenPrior")
+    module = wuerstchen.network("WuerstchenPrior", wuerstchen.PRIOR)
     module.save_pretrained(tmp_path)
     model, params = models.WuerstchenPrior.from_pretrained(tmp_path)
     x, c = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 5, 4), (2, 7, 32)))
@@ -39,7 +42,7 @@ def test_the_prior(tmp_path: Path, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("size", [(16, 24), (24, 8)])
 def test_the_decoder(size: tuple[int, int], tmp_path: Path, rng: np.random.Generator) -> None:
     """The map is enlarged for one level and made smaller for another."""
-    module = wuerstchen.network("WuerstchenDiffNeXt")
+    module = wuerstchen.network("WuerstchenDiffNeXt", wuerstchen.DECODER)
     module.save_pretrained(tmp_path)
     model, params = models.WuerstchenDiffNeXt.from_pretrained(tmp_path)
     shapes = ((2, *size, 4), (2, 5, 3, 4), (2, 7, 32))
@@ -92,3 +95,103 @@ def test_configurations_that_cannot_be_are_refused() -> None:
     inputs = model.example_inputs() | {"sample": jax.ShapeDtypeStruct((1, 8, 12, 4), np.float32)}
     with pytest.raises(ValueError, match=r"multiples of 8, got \(8, 12\)"):
         jax.eval_shape(lambda p, i: model.apply({"params": p}, **i), model.shapes(), inputs)
+
+
+PROMPTS = ["a cat", "two dogs!"]
+SEEDS = [3, 4]
+
+
+def opened(folder: Path) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(folder).replace(programs=Programs())
+
+
+def generators(seeds: list[int] = SEEDS) -> list[Any]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_the_prior_pipeline(tmp_path: Path) -> None:
+    twin = wuerstchen.prior_pipeline(tmp_path)
+    pipe = opened(tmp_path)
+    assert type(pipe).__name__ == "WuerstchenPriorPipeline"
+
+    def compare(**request: Any) -> Any:
+        with torch.no_grad():
+            wanted = channel_last(twin(generator=generators(), **request).image_embeddings)
+        ours = pipe(seed=SEEDS, noise="torch", **request).image_embeddings
+        assert wanted.std() > 1
+        assert np.abs(ours - wanted).max() <= 1e-4 * wanted.std()
+        return ours
+
+    request = {"prompt": PROMPTS, "num_inference_steps": 4, "height": 100, "width": 170, "guidance_scale": 3.0}
+    assert compare(**request, negative_prompt=["bad", ""]).shape == (2, 3, 4, 4)
+    compiled = pipe.programs.compilations
+    compare(**request | {"guidance_scale": 8.0})
+    compare(**request | {"num_inference_steps": 3})
+    pipe(**request | {"num_inference_steps": 20, "guidance_scale": [1.0, 9.0]}, seed=8)
+    assert pipe.programs.compilations == compiled + 1, "with noise and without"
+    compare(**request | {"guidance_scale": 1.0})
+    compare(**request | {"num_inference_steps": 3, "timesteps": [1.0, 0.8, 0.35, 0.0]})
+    embeds = np.random.default_rng(0).standard_normal((2, 2, 16, 32)).astype(np.float32)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    with torch.no_grad():
+        given = dict(zip(names, map(torch.tensor, embeds), strict=True))
+        wanted = twin(generator=generators(), **request | {"prompt": None}, **given).image_embeddings
+    given = dict(zip(names, embeds, strict=True))
+    ours = pipe(seed=SEEDS, noise="torch", **request | {"prompt": None}, **given).image_embeddings
+    np.testing.assert_allclose(ours, channel_last(wanted), atol=1e-4 * wanted.std().item())
+    for changes, message in [
+        ({"height": 0}, "height must be from 1 to 65536, got 0"),
+        ({"width": 100.5}, "width must be an integer"),
+        ({"prompt": None, "prompt_embeds": embeds[0, ..., :8]}, r"prompt_embeds must be floating-point \[2, L, 32\]"),
+        ({"num_inference_steps": None, "sigmas": [1.0, 0.5]}, "timesteps= from 1 to 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.request(**request | changes)
+    with pytest.raises(ValueError, match="latent_mean .* must be a positive number, got 'x'"):
+        pipe.replace(latent_mean="x").request(**request)
+
+
+def test_the_decoder_pipeline(tmp_path: Path) -> None:
+    twin = wuerstchen.decoder_pipeline(tmp_path / "theirs")
+    pipe = opened(tmp_path / "theirs")
+    maps = np.random.default_rng(0).standard_normal((2, 3, 2, 4)).astype(np.float32)
+
+    def compare(**request: Any) -> None:
+        """Against one call for each map: PyTorch takes a single prompt."""
+        wanted = []
+        for one, prompt, generator in zip(maps, PROMPTS, generators(), strict=True):
+            with torch.no_grad():
+                given = {"image_embeddings": channel_first(one[None]), "prompt": prompt}
+                wanted.append(twin(**given, generator=generator, output_type="np", **request).images[0])
+        ours = pipe(maps, PROMPTS, seed=SEEDS, noise="torch", output_type="np", **request).images
+        require_same(pipe, ours, wanted)
+
+    compare(num_inference_steps=4)
+    compiled = pipe.programs.compilations
+    compare(num_inference_steps=3)
+    compare(timesteps=[1.0, 0.8, 0.35, 0.0])
+    assert pipe.programs.compilations == compiled
+    compare(num_inference_steps=4, guidance_scale=3.0, negative_prompt="bad")
+
+    for copies in (1, 2):
+        run = pipe.request([maps[:1], maps[1:]], "a cat", num_images_per_prompt=copies)
+        assert (run.images, run.method.latent_shape) == (2 * copies, (24, 16, 4))
+    assert pipe(maps, PROMPTS, seed=0, num_inference_steps=2).images[0].size == (16 * 4, 24 * 4)
+    for given, prompt, message in [
+        (None, "x", "give image_embeddings, as WuerstchenPriorPipeline returns them"),
+        (maps[..., :3], "x", r"floating-point \[B,k,l,4\] \(channel-last\), got float32 \(2, 3, 2, 3\)"),
+        (maps * np.nan, "x", "image_embeddings must be finite"),
+        (maps, ["x"] * 3, "prompt has 3 entries for 2 image_embeddings"),
+        (maps, None, "give either prompt or prompt_embeds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.request(given, prompt)
+    with pytest.raises(ValueError, match="prompt_embeds has 1 entries for 2 image_embeddings"):
+        pipe.request(maps, prompt_embeds=np.zeros((1, 16, 32), np.float32))
+    with pytest.raises(ValueError, match="3x2 give latents of 15x10, and the decoder takes multiples of 4"):
+        pipe.replace(latent_dim_scale=5.0).request(maps, "x")
+
+    pipe.save_pretrained(tmp_path / "ours")
+    found = wuerstchen.theirs.WuerstchenDiffNeXt.from_pretrained(tmp_path / "ours" / "decoder").state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in twin.decoder.state_dict().items())
+    assert opened(tmp_path / "ours").options["latent_dim_scale"] == 8.0

@@ -27,13 +27,20 @@ DECODER = {
     "effnet_embd": 4,
     "c_r": 9,
 }
-VQ = {"embed_dim": 16, "bottleneck_blocks": 2, "num_vq_embeddings": 16, "latent_channels": 4}
+SHALLOW = DECODER | {
+    "c_hidden": [8, 16],
+    "nhead": [-1, 2],
+    "blocks": [1, 1],
+    "level_config": ["CT", "CTA"],
+    "inject_effnet": [False, True],
+}
+VQ = {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 16, "latent_channels": 4}
 
 
-def network(kind: str) -> Any:
+def network(kind: str, config: dict[str, Any]) -> Any:
     """The prior or the decoder. Both divide by a scale that they predict; it is kept away from zero, where PyTorch's
     own rounding is as large as the result."""
-    module = getattr(theirs, kind)(**{"WuerstchenPrior": PRIOR, "WuerstchenDiffNeXt": DECODER}[kind])
+    module = getattr(theirs, kind)(**config)
     last = (twins.randomise(module).out if kind == "WuerstchenPrior" else module.clf)[1]
     half = last.out_channels // 2
     last.weight.data[half:] *= 0.2
@@ -60,14 +67,14 @@ def text_parts() -> dict[str, Any]:
 def prior_pipeline(folder: Path) -> Any:
     """The first stage, saved to a folder too."""
     torch.manual_seed(0)
-    prior = network("WuerstchenPrior")
+    prior = network("WuerstchenPrior", PRIOR)
     return saved(theirs.WuerstchenPriorPipeline(prior=prior, **text_parts()), folder)
 
 
 def decoder_pipeline(folder: Path) -> Any:
     """The second stage, saved to a folder too."""
     torch.manual_seed(1)
-    decoder = network("WuerstchenDiffNeXt")
+    decoder = network("WuerstchenDiffNeXt", SHALLOW)
     return saved(
         theirs.WuerstchenDecoderPipeline(decoder=decoder, vqgan=vqgan(), latent_dim_scale=8.0, **text_parts()), folder
     )
