@@ -81,6 +81,7 @@ _PUBLIC = {
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLPipeline",
+        "WuerstchenCombinedPipeline",
         "WuerstchenDecoderPipeline",
         "WuerstchenPriorPipeline",
         "sample",

@@ -146,6 +146,35 @@ class WuerstchenDecoderOptions(WuerstchenOptions, total=False):
     image_embeddings: Any
 
 
+class WuerstchenCombinedOptions(RunOptions, total=False):
+    """Arguments of a call of both stages of Würstchen, besides the prompt; they mean what they mean in
+    :class:`CallOptions` and :class:`WuerstchenOptions`.
+
+    Attributes:
+      prompt_embeds, negative_prompt_embeds, latents: of the prior.
+      seed, key, noise: of both stages, each of which begins its noise anew.
+      num_images_per_prompt: maps per prompt, and one image per map.
+      batch_size, method, rows, modifiers: of the decoder.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
+    seed: int | Sequence[int] | None
+    key: jax.Array | None
+    noise: str | None
+    latents: Any
+    output_type: str
+    batch_size: int | None
+    method: Replace | None
+    rows: Mapping[str, Any] | None
+    modifiers: Modifier | Sequence[Modifier]
+    lora_scale: float | Sequence[float] | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 
@@ -350,6 +379,7 @@ INSTEAD = {
     "callback": "give callback_on_step_end=",
     "callback_steps": "callback_on_step_end= is called after every step",
     "callback_on_step_end_tensor_inputs": "callback_on_step_end= gets the latents",
+    "prior_callback_on_step_end_tensor_inputs": "prior_callback_on_step_end= gets the latents",
     "cross_attention_kwargs": "give lora_scale= instead of its scale",
 }
 """Argument of PyTorch diffusers' calls that ours do not have -> what to do instead."""

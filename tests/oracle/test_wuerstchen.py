@@ -195,3 +195,40 @@ def test_the_decoder_pipeline(tmp_path: Path) -> None:
     found = wuerstchen.theirs.WuerstchenDiffNeXt.from_pretrained(tmp_path / "ours" / "decoder").state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in twin.decoder.state_dict().items())
     assert opened(tmp_path / "ours").options["latent_dim_scale"] == 8.0
+
+
+def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
+    """PyTorch's second stage begins its noise anew too, because its generator is reset."""
+    twin = wuerstchen.combined_pipeline(tmp_path / "both")
+    pipe = opened(tmp_path / "both")
+    assert type(pipe).__name__ == "WuerstchenCombinedPipeline"
+    generator, decode = generators()[0], twin.decoder_pipe
+    twin.decoder_pipe = lambda **given: decode(**given | {"generator": generator.manual_seed(SEEDS[0])})
+    request = {"prompt": "a cat", "height": 100, "width": 86, "prior_num_inference_steps": 3, "num_inference_steps": 4}
+    with torch.no_grad():
+        wanted = twin(generator=generator, output_type="np", **request).images
+    require_same(pipe, pipe(seed=SEEDS[:1], noise="torch", output_type="np", **request).images, wanted)
+
+    # The same as the stages by themselves, several images per prompt.
+    prior, decoder = (opened(tmp_path / name) for name in ("prior", "decoder"))
+    joined = pipe.from_stages(prior, decoder)
+    assert joined.params["prior_prior"] is prior.params["prior"]
+    seeds = [1, 2, 3, 4]
+    images = joined(**request | {"prompt": PROMPTS}, num_images_per_prompt=2, seed=seeds, output_type="np").images
+    sizes = {"height": 100, "width": 86, "guidance_scale": 4.0, "num_inference_steps": 3}
+    maps = prior(PROMPTS, num_images_per_prompt=2, seed=seeds, **sizes).image_embeddings
+    np.testing.assert_array_equal(
+        images, decoder(maps, PROMPTS, num_inference_steps=4, seed=seeds, output_type="np").images
+    )
+    compiled = joined.programs.compilations
+    for changes, message in [
+        ({"prior_num_inference_steps": 0}, "num_inference_steps"),
+        ({"decoder_timesteps": [3.0]}, "timesteps must lie between 0 and 1"),
+        ({"width": 0}, "width must be from 1"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            joined.request(**request | changes)
+    with pytest.raises(TypeError, match="has no argument timesteps"):
+        joined.request(**request, timesteps=[1.0])
+    assert joined.programs.compilations == compiled

@@ -3,6 +3,7 @@ open a folder with them again, so pipelines are made of parts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def decoder_pipeline(folder: Path) -> Any:
     return saved(
         theirs.WuerstchenDecoderPipeline(decoder=decoder, vqgan=vqgan(), latent_dim_scale=8.0, **text_parts()), folder
     )
+
+
+def combined_pipeline(folder: Path) -> Any:
+    """Both stages, saved to a folder too, whose settings of the decoder are not those that diffusers assumes."""
+    prior = prior_pipeline(folder.with_name("prior"))
+    decoder = decoder_pipeline(folder.with_name("decoder"))
+    first = {f"prior_{name}": part for name, part in prior.components.items()}
+    pipe = saved(theirs.WuerstchenCombinedPipeline(**first, **decoder.components), folder)
+    pipe.prior_pipe, pipe.decoder_pipe = prior, decoder
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"latent_dim_scale": 8.0}))
+    return pipe
 
 
 def saved(pipe: Any, folder: Path) -> Any:

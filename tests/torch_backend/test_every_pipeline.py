@@ -96,6 +96,7 @@ OTHERS = {"StableDiffusionImageVariationPipeline": for_variations}
 FOLDERS = {
     "WuerstchenPriorPipeline": wuerstchen.prior_pipeline,
     "WuerstchenDecoderPipeline": wuerstchen.decoder_pipeline,
+    "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
 }
 """Class -> what writes a folder that nothing else opens."""
 

@@ -16,10 +16,11 @@ from diffuse_jax.pipelines.family import Call, check_output
 from diffuse_jax.pipelines.method import Method, Net, Part, Rows
 from diffuse_jax.pipelines.options import WuerstchenDecoderOptions, WuerstchenOptions
 from diffuse_jax.pipelines.parts.decode import Raw
-from diffuse_jax.pipelines.parts.guidance import ClassifierFree
+from diffuse_jax.pipelines.parts.guidance import ClassifierFree, is_branches
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.parts.wuerstchen import SemanticDecoder, SemanticMaps, SemanticPrior, UnitImages
 from diffuse_jax.pipelines.prompts import Layout
+from diffuse_jax.pipelines.running import Request
 
 SETTINGS = {"latent_mean": 42.0, "latent_std": 1.0, "resolution_multiple": 42.67, "latent_dim_scale": 10.67}
 """Settings of ``model_index.json`` -> their defaults."""
@@ -108,6 +109,13 @@ def map_rows(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
             f"prompt_embeds has {call.prompts} entries for {len(maps)} image_embeddings; give one for each"
         )
     return {"effnet": stack_branches([np.zeros_like(maps), maps][-len(branches) :])}
+
+
+def with_maps(request: Request, maps: np.ndarray) -> Request:
+    """A request of the second stage with other maps ``[B,k,l,c]``."""
+    guided = is_branches(request.rows["effnet"])
+    effnet = stack_branches([np.zeros_like(maps), maps] if guided else [maps])
+    return request._replace(rows={**request.rows, "effnet": effnet})
 
 
 def checked_maps(pipe: Any, maps: Any) -> np.ndarray:
