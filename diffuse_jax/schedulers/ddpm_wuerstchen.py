@@ -55,9 +55,10 @@ class DDPMWuerstchenScheduler(ContinuousScheduler):
             raise ValueError(
                 f"{self.class_name} has its levels at times; give timesteps= from 1 to 0 instead of sigmas="
             )
-        t = even_times(n) if timesteps is None else np.append(timesteps, 0.0)
+        t = np.linspace(1, 0, n + 1) if timesteps is None else np.append(timesteps, 0.0)
         levels = np.stack(self.level(t), -1)
-        return Grid(t[:-1], levels[:-1], levels[1:])
+        seen = even_times(n) if timesteps is None else t  # by the network
+        return Grid(seen[:-1], levels[:-1], levels[1:])
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         n = len(grid.timesteps)
