@@ -32,9 +32,12 @@ _PUBLIC = {
         "StableDiffusionSafetyChecker",
         "ConsistencyDecoderVAE",
         "IPAdapter",
+        "PaellaVQModel",
         "T2IAdapter",
         "UNet2DConditionModel",
         "UNet2DModel",
+        "WuerstchenDiffNeXt",
+        "WuerstchenPrior",
     ),
     "diffuse_jax.pipelines": (
         "AutoPipelineForImage2Image",
@@ -78,6 +81,9 @@ _PUBLIC = {
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLPipeline",
+        "WuerstchenCombinedPipeline",
+        "WuerstchenDecoderPipeline",
+        "WuerstchenPriorPipeline",
         "sample",
     ),
     "diffuse_jax.schedulers": (

@@ -32,6 +32,24 @@ def weights(old: int, new: int, *, cubic: bool, align_corners: bool = False) -> 
     return matrix.astype(np.float32)
 
 
+@functools.lru_cache(maxsize=256)
+def antialiased_weights(old: int, new: int) -> NDArray[np.float32]:
+    """The same for PyTorch's cubic interpolation with ``antialias`` and ``align_corners``, ``[new, old]`` float32.
+
+    The kernel has a = -0.5 and is widened where pixels become fewer. Pixels outside the image count for nothing; the
+    corners only determine the distance between pixels, and their centres stay those of pixels.
+    """
+    scale = (old - 1) / (new - 1) if new > 1 else 0.0
+    width = max(scale, 1.0)
+    centre = (np.arange(new, dtype=np.float64)[:, None] + 0.5) * scale
+    source = np.arange(old)
+    inside = (source >= np.trunc(np.maximum(centre - 2 * width + 0.5, 0))) & (
+        source < np.trunc(centre + 2 * width + 0.5)
+    )
+    matrix = np.where(inside, _cubic(np.abs(source - centre + 0.5) / width, a=-0.5), 0.0)
+    return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+
+
 def _cubic(distance: NDArray[np.float64], a: float = -0.75) -> NDArray[np.float64]:
     """The kernel of cubic convolution for distances from 0 to 2 (Keys 1981, equation 15)."""
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1

@@ -24,10 +24,13 @@ from diffuse_jax.models import (
     DPTForDepthEstimation,
     IPAdapter,
     Model,
+    PaellaVQModel,
     T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
+    WuerstchenDiffNeXt,
+    WuerstchenPrior,
 )
 from diffuse_jax.models.discriminator import PatchDiscriminatorConfig
 from diffuse_jax.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -37,6 +40,7 @@ from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
+    *(PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior),
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]

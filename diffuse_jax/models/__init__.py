@@ -17,11 +17,18 @@ from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, Con
 from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
 from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
+from diffuse_jax.models.paella_vq import PaellaVQConfig, PaellaVQModel
 from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.models.wuerstchen import (
+    WuerstchenDiffNeXt,
+    WuerstchenDiffNeXtConfig,
+    WuerstchenPrior,
+    WuerstchenPriorConfig,
+)
 
 __all__ = [
     "ADMUNet",
@@ -48,6 +55,8 @@ __all__ = [
     "ImagePrompt",
     "ImageStates",
     "Model",
+    "PaellaVQConfig",
+    "PaellaVQModel",
     "Params",
     "StableDiffusionSafetyChecker",
     "T2IAdapter",
@@ -56,6 +65,10 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "WuerstchenDiffNeXt",
+    "WuerstchenDiffNeXtConfig",
+    "WuerstchenPrior",
+    "WuerstchenPriorConfig",
     "combined_features",
     "consistency_denoiser",
     "image_prompts",

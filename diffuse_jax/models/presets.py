@@ -16,9 +16,11 @@ from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
+from diffuse_jax.models.paella_vq import PaellaVQConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
+from diffuse_jax.models.wuerstchen import WuerstchenDiffNeXtConfig, WuerstchenPriorConfig
 
 ATTENTION_BELOW_FIRST: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -222,3 +224,9 @@ LARGE_DEPTH = DPTConfig(
     neck_hidden_sizes=(256, 512, 1024, 1024),
 )
 CONSISTENCY_DECODER_VAE = ConsistencyDecoderVAEConfig()  #: 655,441,366; for the latents of 1.x
+
+WUERSTCHEN_PRIOR = WuerstchenPriorConfig(
+    c=1536, c_cond=1280, depth=32, nhead=24
+)  #: 993,636,896; states of OpenCLIP bigG
+WUERSTCHEN_DECODER = WuerstchenDiffNeXtConfig()  #: 1,055,365,280; states of OpenCLIP H
+PAELLA_VQ_VAE = PaellaVQConfig()  #: 18,406,903; Würstchen's autoencoder, four pixels per latent

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffuse_jax.interpolation import weights
+from diffuse_jax.interpolation import antialiased_weights, weights
 
 
 def bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool = False) -> jax.Array:
@@ -21,10 +22,17 @@ def bicubic(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return _resample(x, size, align_corners=False, cubic=True)
 
 
+def bicubic_antialiased(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """``[B,H,W,C] -> [B,*size,C]``, cubic, smoothed where pixels become fewer; see
+    :func:`~diffuse_jax.interpolation.antialiased_weights`."""
+    return _apply(x, *(antialiased_weights(old, new) for old, new in zip(x.shape[1:3], size, strict=True)))
+
+
 def _resample(x: jax.Array, size: tuple[int, int], align_corners: bool, cubic: bool) -> jax.Array:
-    rows, columns = (
-        jnp.asarray(weights(old, new, cubic=cubic, align_corners=align_corners))
-        for old, new in zip(x.shape[1:3], size, strict=True)
-    )
+    pairs = zip(x.shape[1:3], size, strict=True)
+    return _apply(x, *(weights(old, new, cubic=cubic, align_corners=align_corners) for old, new in pairs))
+
+
+def _apply(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
     y = jnp.einsum("Hh,bhwc->bHwc", rows, x.astype(jnp.float32), precision="highest")
     return jnp.einsum("Ww,bhwc->bhWc", columns, y, precision="highest").astype(x.dtype)

@@ -49,6 +49,9 @@ from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLI
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
 from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
+from diffuse_jax.pipelines.wuerstchen_combined import WuerstchenCombinedPipeline
+from diffuse_jax.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
+from diffuse_jax.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
 
 __all__ = [
     "PIPELINES",
@@ -100,6 +103,9 @@ __all__ = [
     "StableDiffusionXLPAGPipeline",
     "StableDiffusionXLPipeline",
     "Step",
+    "WuerstchenCombinedPipeline",
+    "WuerstchenDecoderPipeline",
+    "WuerstchenPriorPipeline",
     "draw",
     "register",
     "run",

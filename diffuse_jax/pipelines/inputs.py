@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.adapters.tokens import expand_words
+from diffuse_jax.bounds import whole
 from diffuse_jax.images import rgb, upright, upright_size
 from diffuse_jax.limits import SURROGATE
 from diffuse_jax.messages import brief, warn
@@ -58,6 +59,30 @@ def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:
     if len(values) not in (1, prompts):
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts; give one, or one per prompt")
     return values * (prompts if len(values) == 1 else 1)
+
+
+def spread_prompts(value: Prompt, count: int, name: str, of: str) -> list[str]:
+    """Prompts for ``count`` entries of the argument ``of``, each for as many consecutive ones.
+
+    Raises:
+      ValueError, TypeError: they are not text, or their number does not divide ``count``.
+    """
+    prompts = as_list(value, name)
+    if count % len(prompts):
+        raise ValueError(f"{name} has {len(prompts)} entries for {count} {of}; give one, or one for each")
+    return [prompt for prompt in prompts for _ in range(count // len(prompts))]
+
+
+def pixel_size(height: int, width: int, longest: int = 1 << 16) -> tuple[int, int]:
+    """A size in pixels, for networks that take any.
+
+    Raises:
+      ValueError: a side is not a whole number from 1 to ``longest``.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if not 1 <= whole(side, name) <= longest:
+            raise ValueError(f"{name} must be from 1 to {longest}, got {brief(side)}")
+    return int(height), int(width)
 
 
 def one_per_image(value: float | Sequence[float], images: int, name: str) -> np.ndarray:

@@ -113,6 +113,68 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class WuerstchenOptions(CallOptions, total=False):
+    """Arguments of a call of either stage of Würstchen, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt; empty if None.
+      prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` hidden states instead of prompts.
+      num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
+      guidance_rescale: from 0 (default) to 1, one value or one per image; see Lin et al. 2024, section 3.4.
+      prompt_syntax: "a1111" or "compel", for prompts with weights; None (default) takes the text as it is.
+      long_prompts: encode prompts of any length in chunks, instead of cutting what does not fit (default).
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    guidance_rescale: float | Sequence[float]
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
+    batch_size: int | None
+
+
+class WuerstchenDecoderOptions(WuerstchenOptions, total=False):
+    """:class:`WuerstchenOptions` of the second stage.
+
+    Attributes:
+      image_embeddings: the first stage's maps, ``[prompts,k,l,c]``.
+    """
+
+    image_embeddings: Any
+
+
+class WuerstchenCombinedOptions(RunOptions, total=False):
+    """Arguments of a call of both stages of Würstchen, besides the prompt; they mean what they mean in
+    :class:`CallOptions` and :class:`WuerstchenOptions`.
+
+    Attributes:
+      prompt_embeds, negative_prompt_embeds, latents: of the prior.
+      seed, key, noise: of both stages, each of which begins its noise anew.
+      num_images_per_prompt: maps per prompt, and one image per map.
+      batch_size, method, rows, modifiers: of the decoder.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
+    seed: int | Sequence[int] | None
+    key: jax.Array | None
+    noise: str | None
+    latents: Any
+    output_type: str
+    batch_size: int | None
+    method: Replace | None
+    rows: Mapping[str, Any] | None
+    modifiers: Modifier | Sequence[Modifier]
+    lora_scale: float | Sequence[float] | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 
@@ -317,6 +379,7 @@ INSTEAD = {
     "callback": "give callback_on_step_end=",
     "callback_steps": "callback_on_step_end= is called after every step",
     "callback_on_step_end_tensor_inputs": "callback_on_step_end= gets the latents",
+    "prior_callback_on_step_end_tensor_inputs": "prior_callback_on_step_end= gets the latents",
     "cross_attention_kwargs": "give lora_scale= instead of its scale",
 }
 """Argument of PyTorch diffusers' calls that ours do not have -> what to do instead."""

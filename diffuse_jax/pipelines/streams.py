@@ -36,7 +36,7 @@ EACH_USED = (
 )
 """Samplers of diffusers that draw noise in each evaluation that uses it, and before those in no other."""
 
-EACH = ("DPMSolverSinglestepScheduler", "SASolverScheduler")
+EACH = ("DDPMWuerstchenScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler")
 """Samplers of diffusers that draw noise in each evaluation, used or not."""
 
 

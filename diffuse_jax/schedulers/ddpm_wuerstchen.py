@@ -57,7 +57,8 @@ class DDPMWuerstchenScheduler(ContinuousScheduler):
             )
         t = np.linspace(1, 0, n + 1) if timesteps is None else np.append(timesteps, 0.0)
         levels = np.stack(self.level(t), -1)
-        return Grid(t[:-1], levels[:-1], levels[1:])
+        seen = even_times(n) if timesteps is None else t  # by the network
+        return Grid(seen[:-1], levels[:-1], levels[1:])
 
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         n = len(grid.timesteps)
@@ -65,3 +66,12 @@ class DDPMWuerstchenScheduler(ContinuousScheduler):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
             mean, variance, _ = posterior(e, grid.target[i])
             yield e.row(mean + (np.sqrt(variance) if i + 1 < n else 0.0) * e.noise)
+
+
+def even_times(n: int) -> Array:
+    """``n + 1`` times from 1 to 0, evenly spaced and rounded as PyTorch's ``linspace`` does in float32.
+
+    The networks multiply them by 10000 before they take sines, so the last digit shows.
+    """
+    step, i = float(np.float32(1) / np.float32(n)), np.arange(n + 1)
+    return np.where(i < (n + 1) // 2, 1 - step * i, step * (n - i)).astype(np.float32).astype(np.float64)

@@ -25,8 +25,11 @@ UPSCALING: dict[str, Callable[[int], int]] = {
 
 
 def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Those of ``image``, ``mask_image`` and ``control_image`` that calls take, for the checkpoint's default size, with
-    one control image per ControlNet or T2I-Adapter; empty for a pipeline without an autoencoder."""
+    """Those of ``image``, ``mask_image``, ``control_image`` and ``image_embeddings`` that calls take, for the
+    checkpoint's default size, with one control image per ControlNet or T2I-Adapter; empty for a pipeline without an
+    autoencoder."""
+    if "image_embeddings" in inspect.signature(pipe.compose).parameters:
+        return {"image_embeddings": maps(pipe.components["decoder"].config.effnet_embd)}
     if pipe.components.get("vae") is None:
         return {}
     size, scale = pipe.components["unet"].config.sample_size, pipe.components["vae"].config.scale
@@ -53,6 +56,11 @@ def control_images(pipe: DiffusionPipeline, name: str, height: int, width: int) 
         waves(height, width, k + 1, CONTROLS[name](net.config)) for k, net in enumerate(nets if several else [nets])
     ]
     return images if several else images[0]
+
+
+def maps(channels: int) -> np.ndarray:
+    """Two small semantic maps for Würstchen's decoder, float32 ``[2,3,3,channels]``, of about unit size."""
+    return np.stack([4 * waves(3, 3, kind, channels) - 2 for kind in range(2)])
 
 
 def waves(height: int, width: int, kind: int, channels: int = 3) -> np.ndarray:

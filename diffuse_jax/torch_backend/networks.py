@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.pipelines.deprecated import wuerstchen
 
 from diffuse_jax.models import Model
 from diffuse_jax.weights import WeightsError
@@ -20,6 +21,7 @@ LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
     "stable_diffusion": diffusers.pipelines.stable_diffusion.safety_checker,
+    "wuerstchen": wuerstchen,
 }
 """What ``model_index.json`` calls a library -> the module that has its classes."""
 

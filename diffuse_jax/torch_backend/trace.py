@@ -20,7 +20,7 @@ class Trace(NamedTuple):
       encoded: whether the first sample depends on a network, for example an encoded image.
       timesteps: the timestep of each evaluation.
       samples: ``[images, evaluations + 1, ...]``: the latents before each step and after the last one.
-      images: float32 ``[images,H,W,C]`` in [0, 1].
+      images: float32 ``[images,H,W,C]`` in [0, 1]; of a pipeline that makes none, its image embeddings.
       calls: component (``name``, or ``name.1`` in a list) -> the recorded calls of its network, for PyTorch's side.
     """
 
@@ -45,7 +45,7 @@ def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
         any(networks_of(request.method.start)),
         np.asarray(request.plan.timesteps[:evaluations]),
         np.asarray(out.trajectory),
-        np.asarray(out.images),
+        np.asarray(out.results.get("images", out.results.get("image_embeddings"))),
         {name: found for name, found in calls.items() if found},
     )
 

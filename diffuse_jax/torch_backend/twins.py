@@ -179,6 +179,32 @@ def decode_masked(module: Any, latents: torch.Tensor, image: Any = None, mask: A
     return channels_last(module.decode(channels_first(latents.to(module.dtype)), None, *given).sample)
 
 
+def encode_paella(module: Any, images: torch.Tensor) -> torch.Tensor:
+    """Latents of Paella's autoencoder."""
+    return channels_last(module.encode(channels_first(images.to(module.dtype))).latents).float()
+
+
+def decode_paella(module: Any, latents: torch.Tensor, quantize: bool = False) -> torch.Tensor:
+    """Images of Paella's autoencoder."""
+    given = channels_first(latents.to(module.dtype))
+    return channels_last(module.decode(given, force_not_quantize=not quantize).sample)
+
+
+def prior(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Würstchen's prior."""
+    given = channels_first(sample.to(module.dtype)), timesteps.expand(len(sample)), states.to(module.dtype)
+    return channels_last(module(*given)).float()
+
+
+def diffnext(
+    module: Any, sample: torch.Tensor, timesteps: torch.Tensor, effnet: torch.Tensor, states: torch.Tensor
+) -> torch.Tensor:
+    """Würstchen's decoder."""
+    image = lambda x: channels_first(x.to(module.dtype))
+    times = timesteps.expand(len(sample))
+    return channels_last(module(image(sample), times, image(effnet), states.to(module.dtype))).float()
+
+
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModel", "__call__"): text,
     ("CLIPTextModel", "final_norm"): final_norm,
@@ -197,6 +223,10 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("AutoencoderKL", "decode"): decode,
     ("AutoencoderTiny", "encode"): encode_tiny,
     ("AutoencoderTiny", "decode"): decode,
+    ("PaellaVQModel", "encode"): encode_paella,
+    ("PaellaVQModel", "decode"): decode_paella,
+    ("WuerstchenPrior", "__call__"): prior,
+    ("WuerstchenDiffNeXt", "__call__"): diffnext,
     ("AsymmetricAutoencoderKL", "encode"): encode,
     ("AsymmetricAutoencoderKL", "decode"): decode_masked,
 }

@@ -20,6 +20,8 @@ from tests.schedulers.samplers import EVERY
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+from diffuse_jax.torch_backend.networks import torch_class  # noqa: E402
+
 NETWORKS: list[type[Model]] = [
     models.UNet2DConditionModel,
     models.UNet2DModel,
@@ -29,6 +31,9 @@ NETWORKS: list[type[Model]] = [
     models.ConsistencyDecoderVAE,
     models.ControlNetModel,
     models.T2IAdapter,
+    models.PaellaVQModel,
+    models.WuerstchenDiffNeXt,
+    models.WuerstchenPrior,
 ]
 PIPELINES = [
     cls
@@ -50,7 +55,7 @@ def fields(config: Any) -> set[str]:
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda cls: cls.__name__)
 def test_networks(network: type[Model]) -> None:
-    theirs, config = parameters(getattr(diffusers, network.__name__)), network.config_class
+    theirs, config = parameters(torch_class(network)), network.config_class
     alias = {"attention_head_dim"}  # read as num_attention_heads
     assert theirs <= fields(config) | {*config.fixed, *config.harmless} | alias, "a new setting"
     assert fields(config) - {"use_midblock_gn"} <= theirs  # of weights that diffusers has no class for
@@ -102,4 +107,6 @@ def test_pipelines(pipeline: type[pipelines.DiffusionPipeline]) -> None:
     theirs = parameters(getattr(diffusers, pipeline.__name__))
     parts = {*pipeline.required, *OPTIONAL, *NOT_LOADED, "text_encoder", "tokenizer"}
     assert theirs <= parts | {*pipeline.settings}, "a new component, or a new value of model_index.json"
-    assert {*pipeline.settings} <= theirs | {"requires_aesthetics_score"}
+    of_stages = {*pipelines.WuerstchenPriorPipeline.settings, *pipelines.WuerstchenDecoderPipeline.settings}
+    of_stages = of_stages if pipeline is pipelines.WuerstchenCombinedPipeline else set()
+    assert {*pipeline.settings} <= theirs | {"requires_aesthetics_score"} | of_stages

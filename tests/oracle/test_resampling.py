@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.interpolation import weights
-from diffuse_jax.models.resampling import bicubic, bilinear
+from diffuse_jax.models.resampling import bicubic, bicubic_antialiased, bilinear
 
 torch = pytest.importorskip("torch")
 
@@ -24,6 +24,15 @@ def test_equals_pytorch(mode: str, size: tuple[int, int], rng: np.random.Generat
     expected = torch.nn.functional.interpolate(torch.tensor(np.asarray(x).transpose(0, 3, 1, 2)), size=size, **options)
     ours = bicubic(x, size) if mode == "bicubic" else bilinear(x, size, align_corners=mode == "corners")
     np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (14, 10), (3, 9), (20, 2)])
+def test_smoothed_equals_pytorch(size: tuple[int, int], rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 7, 5, 3)).astype(np.float32)
+    options: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": True}
+    given = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    expected = torch.nn.functional.interpolate(given, size=size, **options).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(bicubic_antialiased(jnp.asarray(x), size), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("cubic", [False, True])

@@ -5,6 +5,7 @@ from diffuse_jax.pipelines.families.image_variation import IMAGE_VARIATION
 from diffuse_jax.pipelines.families.latent_upscaler import LATENT_UPSCALER
 from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
 from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_XL, STABLE_DIFFUSION_XL_FROM_IMAGE
+from diffuse_jax.pipelines.families.wuerstchen import WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR
 
 __all__ = [
     "IMAGE_VARIATION",
@@ -12,5 +13,7 @@ __all__ = [
     "STABLE_DIFFUSION",
     "STABLE_DIFFUSION_XL",
     "STABLE_DIFFUSION_XL_FROM_IMAGE",
+    "WUERSTCHEN_DECODER",
+    "WUERSTCHEN_PRIOR",
     "ClipFamily",
 ]

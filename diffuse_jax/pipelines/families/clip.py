@@ -190,7 +190,7 @@ class ClipFamily:
         if missing := [name for row, name in names.items() if row not in given]:
             raise ValueError(f"give {', '.join(names.values())} together; {', '.join(missing)} is missing")
         for row, array in given.items():
-            axes, width = (3, prompt_embeds_width(pipe)) if row == "states" else (2, None)
+            axes, width = (3, self.embeds_width(pipe)) if row == "states" else (2, None)
             fits = array.ndim == axes and len(array) == call.prompts and width in (None, array.shape[-1])
             if not (fits and jnp.issubdtype(array.dtype, jnp.floating)):
                 shape = f"{call.prompts}, L, {width or 'D'}" if row == "states" else f"{call.prompts}, D"
@@ -198,6 +198,11 @@ class ClipFamily:
                     f"{names[row]} must be floating-point [{shape}], got {array.dtype} {list(array.shape)}"
                 )
         return given
+
+    def embeds_width(self, pipe: Any) -> int | None:
+        """The width of the prompt embeddings that the network takes; None if it differs between blocks."""
+        width = pipe.components["unet"].config.cross_attention_dim
+        return width if isinstance(width, int) else None
 
     def text_part(self, pipe: Any, clip_skip: int | None = None, style: Style = PLAIN) -> EncodeText:
         """The part that encodes the prompts.
@@ -234,12 +239,6 @@ class ClipFamily:
         """The parts that encode what the UNet is conditioned on; errors as of :meth:`method`."""
         text = self.text_part(pipe, call.get("clip_skip"), style_of(call))
         return (text,) if "ids" in rows else ()
-
-
-def prompt_embeds_width(pipe: Any) -> int | None:
-    """The width of the prompt embeddings that the UNet takes; None if it differs between blocks."""
-    width = pipe.components["unet"].config.cross_attention_dim
-    return width if isinstance(width, int) else None
 
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:
