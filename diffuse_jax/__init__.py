@@ -128,7 +128,7 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

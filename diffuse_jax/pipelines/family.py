@@ -157,8 +157,7 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
     Raises:
       ValueError: a side is not a positive multiple of the autoencoder's downsampling factor, or without an autoencoder
         of the UNet's (the message gives the nearest valid sizes), or longer than :data:`LONGEST_SIDE`; the image has
-        more than :data:`MOST_PIXELS`; or the
-        checkpoint has no default.
+        more than :data:`MOST_PIXELS`; or the checkpoint has no default.
     """
     vae = pipe.components.get("vae")
     scale = 1 if vae is None else vae.config.scale
