@@ -29,6 +29,7 @@ _PUBLIC = {
         "CLIPVisionModelWithProjection",
         "ControlNetModel",
         "DPTForDepthEstimation",
+        "IFSafetyChecker",
         "StableDiffusionSafetyChecker",
         "ConsistencyDecoderVAE",
         "IPAdapter",
@@ -46,6 +47,12 @@ _PUBLIC = {
         "DDIMPipeline",
         "DDPMPipeline",
         "DiffusionPipeline",
+        "IFImg2ImgPipeline",
+        "IFImg2ImgSuperResolutionPipeline",
+        "IFInpaintingPipeline",
+        "IFInpaintingSuperResolutionPipeline",
+        "IFPipeline",
+        "IFSuperResolutionPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "StableDiffusionAdapterPipeline",
@@ -127,7 +134,7 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

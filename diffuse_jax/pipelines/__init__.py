@@ -6,6 +6,12 @@ from diffuse_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.deepfloyd_if import IFImg2ImgPipeline, IFInpaintingPipeline, IFPipeline, PromptEmbeds
+from diffuse_jax.pipelines.deepfloyd_if_superresolution import (
+    IFImg2ImgSuperResolutionPipeline,
+    IFInpaintingSuperResolutionPipeline,
+    IFSuperResolutionPipeline,
+)
 from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
@@ -61,6 +67,12 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "IFImg2ImgPipeline",
+    "IFImg2ImgSuperResolutionPipeline",
+    "IFInpaintingPipeline",
+    "IFInpaintingSuperResolutionPipeline",
+    "IFPipeline",
+    "IFSuperResolutionPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",
@@ -68,6 +80,7 @@ __all__ = [
     "Output",
     "Part",
     "PlainStep",
+    "PromptEmbeds",
     "Request",
     "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",

@@ -12,10 +12,12 @@ from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel"
-NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)Pipeline")
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF"
+NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
+TASKS = {"IFInpaintPipeline": "IFInpaintingPipeline"}
+"""Class names that follow from family and task -> what they are called instead."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
 
@@ -64,9 +66,10 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
-        latents = vae_of(pipe).config.latent_channels
+        over_pixels = pipe.components.get("vae") is None
+        latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
-        takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" else (latents,)
+        takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" and not over_pixels else (latents,)
         if channels not in takes:
             raise weights.WeightsError(
                 f"{source} has a UNet with {channels} input channels, and a {type(pipe).__name__} gives it "
@@ -89,7 +92,8 @@ class AutoPipeline:
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
         rest = f"{kind}{cls.task}Pipeline"
-        return pipeline_class((family if family + rest in PIPELINES else SHARED.get(family, family)) + rest, source)
+        name = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
+        return pipeline_class(TASKS.get(name, name), source)
 
 
 class AutoPipelineForText2Image(AutoPipeline):

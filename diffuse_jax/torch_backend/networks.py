@@ -20,6 +20,7 @@ from diffuse_jax.weights import WeightsError
 LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
+    "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
     "stable_diffusion": diffusers.pipelines.stable_diffusion.safety_checker,
     "wuerstchen": wuerstchen,
 }

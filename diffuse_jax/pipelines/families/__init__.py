@@ -1,6 +1,7 @@
 """Families: how each kind of checkpoint is conditioned."""
 
 from diffuse_jax.pipelines.families.clip import ClipFamily
+from diffuse_jax.pipelines.families.deepfloyd_if import DEEPFLOYD_IF
 from diffuse_jax.pipelines.families.image_variation import IMAGE_VARIATION
 from diffuse_jax.pipelines.families.latent_upscaler import LATENT_UPSCALER
 from diffuse_jax.pipelines.families.stable_diffusion import STABLE_DIFFUSION
@@ -8,6 +9,7 @@ from diffuse_jax.pipelines.families.stable_diffusion_xl import STABLE_DIFFUSION_
 from diffuse_jax.pipelines.families.wuerstchen import WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR
 
 __all__ = [
+    "DEEPFLOYD_IF",
     "IMAGE_VARIATION",
     "LATENT_UPSCALER",
     "STABLE_DIFFUSION",

@@ -201,8 +201,8 @@ class ClipFamily:
 
     def embeds_width(self, pipe: Any) -> int | None:
         """The width of the prompt embeddings that the network takes; None if it differs between blocks."""
-        width = pipe.components["unet"].config.cross_attention_dim
-        return width if isinstance(width, int) else None
+        config = pipe.components["unet"].config
+        return config.text_width if isinstance(config.cross_attention_dim, int) else None
 
     def text_part(self, pipe: Any, clip_skip: int | None = None, style: Style = PLAIN) -> EncodeText:
         """The part that encodes the prompts.
