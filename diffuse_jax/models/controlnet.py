@@ -18,7 +18,7 @@ from diffuse_jax.models.layers import Conv
 from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
-from diffuse_jax.models.unet_config import MIDDLES, EncoderConfig
+from diffuse_jax.models.unet_config import JOINT, MIDDLES, EncoderConfig
 from diffuse_jax.models.unet_encoder import EncoderModel
 from diffuse_jax.weights.names import Path, flatten, unflatten
 
@@ -35,7 +35,7 @@ class ControlNetConfig(EncoderConfig):
     class_name: ClassVar[str] = "ControlNetModel"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **EncoderConfig.choices,
-        "mid_block_type": MIDDLES,
+        "mid_block_type": tuple(kind for kind in MIDDLES if kind not in JOINT),
         "class_embed_type": (None, "timestep", "identity", "projection"),
         "act_fn": ("silu", "swish"),
         "controlnet_conditioning_channel_order": ("rgb", "bgr"),
@@ -164,7 +164,7 @@ class ControlNetModel(OneFile, EncoderModel):
             both = "neither" if features is None else "both"
             raise ValueError(f"ControlNetModel takes controlnet_cond (images) or features (from embed), got {both}")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        temb = self.embed_conditions(sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond)
+        temb, _ = self.embed_conditions(sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond)
         x = Conv(c.block_out_channels[0], **dtypes, name="conv_in")(jnp.asarray(sample, self.dtype))
         if controlnet_cond is not None:
             features = self.embed(controlnet_cond)

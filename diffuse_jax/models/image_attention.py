@@ -45,10 +45,16 @@ def cross_attentions(config: UNet2DConditionConfig) -> dict[Path, int]:
     """Path -> width of a UNet's cross-attentions, as IP-Adapters count them: downward, upward, middle.
 
     Raises:
-      ValueError: the UNet has K blocks, for which there are no IP-Adapters.
+      ValueError: the UNet has K blocks or joint attention, for which there are no IP-Adapters.
     """
+    if any(level.joint for level in (*config.down_levels(), *config.up_levels(), config.mid_level())):
+        raise ValueError(
+            "there are no IP-Adapters for a UNet with joint attention, those of DeepFloyd IF and Kandinsky"
+        )
     if config.has_k_blocks:
         raise ValueError("there are no IP-Adapters for a UNet with K blocks, that of the x2 latent upscaler")
+    if config.has_joint_attention:
+        raise ValueError("there are no IP-Adapters for a UNet with joint attention, as in DeepFloyd IF and Kandinsky")
     down = [(f"down_blocks_{i}", level) for i, level in enumerate(config.down_levels())]
     up = [(f"up_blocks_{i}", level) for i, level in enumerate(config.up_levels())]
     middle = [] if config.mid_block_type is None else [("mid_block", config.mid_level())]

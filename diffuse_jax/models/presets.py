@@ -107,6 +107,51 @@ SSD_1B_UNET = SDXL_UNET.replace(
 #: 745,225,604; Segmind's Vega
 VEGA_UNET = SDXL_UNET.replace(mid_block_type="UNetMidBlock2D", transformer_layers_per_block=(1, 1, 2))
 
+#: 371,605,830; DeepFloyd IF's first stage, M. Sizes agree with the published counts: 400 million, L 900, XL 4.3 billion
+IF_I_M_UNET = UNet2DConditionConfig(
+    sample_size=64,
+    in_channels=3,
+    out_channels=6,
+    block_out_channels=(192, 384, 576, 768),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    num_attention_heads=64,
+    act_fn="gelu",
+    cross_attention_dim=768,
+    cross_attention_norm="group_norm",
+    encoder_hid_dim=4096,
+    encoder_hid_dim_type="text_proj",
+    addition_embed_type="text",
+    resnet_time_scale_shift="scale_shift",
+)
+#: 935,365,830
+IF_I_L_UNET = IF_I_M_UNET.replace(block_out_channels=(320, 640, 960, 1280), cross_attention_dim=1280)
+#: 4,304,695,110
+IF_I_XL_UNET = IF_I_M_UNET.replace(block_out_channels=(704, 1408, 2112, 2816), cross_attention_dim=2816)
+#: 466,183,686; the second stage: sample, upscaled image; its noise level as class. Widths and levels with attention are
+#: chosen to agree with the published counts (450 million, L 1.2 billion), the only source for them
+IF_II_M_UNET = IF_I_M_UNET.replace(
+    sample_size=256,
+    in_channels=6,
+    block_out_channels=(192, 192, 384, 576, 768),
+    layers_per_block=(2, 2, 3, 5, 5),
+    down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("SimpleCrossAttnDownBlock2D",) * 2,
+    up_block_types=("SimpleCrossAttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D",) * 3,
+    only_cross_attention=True,
+    class_embed_type="timestep",
+    time_embedding_dim=768,
+    time_embedding_act_fn="gelu",
+    resnet_skip_time_act=True,
+    resnet_out_scale_factor=1 / 0.7071,
+    mid_block_scale_factor=1 / 0.7071,
+)
+#: 1,198,017,030
+IF_II_L_UNET = IF_II_M_UNET.replace(
+    block_out_channels=(320, 320, 640, 960, 1280), cross_attention_dim=1280, time_embedding_dim=1280
+)
+
 SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
 SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; pools its residuals
 #: 364,228,240

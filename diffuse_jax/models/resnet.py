@@ -29,6 +29,7 @@ class ResnetBlock(nn.Module):
     ``time_scale_shift``: "default" adds the projected time embedding after the first convolution (Ho et al. 2020);
     "scale_shift" lets it scale and shift the second norm (Dhariwal & Nichol 2021, adaptive group norm).
     ``resample``: "up" or "down" changes the resolution by two before the first convolution and in the shortcut.
+    ``time_act``: whether the activation is applied to the time embedding. The result is divided by ``output_scale``.
     """
 
     channels: int
@@ -37,6 +38,8 @@ class ResnetBlock(nn.Module):
     act_fn: str = "silu"
     time_scale_shift: str = "default"
     resample: str | None = None
+    time_act: bool = True
+    output_scale: float = 1.0
     names: ResnetNames = ResnetNames()
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -49,7 +52,8 @@ class ResnetBlock(nn.Module):
         shift = scale = None
         if temb is not None:
             width = self.channels * (2 if self.time_scale_shift == "scale_shift" else 1)
-            shift = Dense(width, **dtypes, name=self.names.time_emb_proj)(act(temb))[:, None, None, :]
+            shift = Dense(width, **dtypes, name=self.names.time_emb_proj)(act(temb) if self.time_act else temb)
+            shift = shift[:, None, None, :]
             if self.time_scale_shift == "scale_shift":
                 scale, shift = jnp.split(shift, 2, axis=-1)
 
@@ -64,7 +68,7 @@ class ResnetBlock(nn.Module):
         h = Conv(self.channels, **dtypes, name=self.names.conv2)(act(h))
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, kernel_size=1, padding=0, **dtypes, name=self.names.conv_shortcut)(x)
-        return x + h
+        return x + h if self.output_scale == 1 else (x + h) / self.output_scale
 
 
 class Downsample(nn.Module):

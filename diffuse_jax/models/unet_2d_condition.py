@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.allowed import MAX_REPEATED, Range, Share
-from diffuse_jax.config import NO_DROPOUT, Config
+from diffuse_jax.config import NO_DROPOUT, NOT_QUANTIZED, Config, thaw
 from diffuse_jax.models import k_blocks
+from diffuse_jax.models.joint_attention import NORM_GROUPS
 from diffuse_jax.models.k_blocks import GROUP, KLevel
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy, remat_level
 from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
-from diffuse_jax.models.unet_config import HAS_ATTENTION, MIDDLES, EncoderConfig, Level
+from diffuse_jax.models.unet_config import HAS_ATTENTION, HINT_CHANNELS, MIDDLES, EncoderConfig, Level
 from diffuse_jax.models.unet_encoder import EncoderModel
 
+Scale = Annotated[float, Range(1e-3, 1e3)]
 UpDepth = Annotated[int, Range(0, 64)]  # not Repeats: a UNet has either this or the mirrored downward path, not both
 
 
@@ -36,19 +38,11 @@ class UNet2DConditionConfig(EncoderConfig):
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     fixed: ClassVar[Mapping[str, Any]] = {
-        **EncoderConfig.fixed,
+        **NOT_QUANTIZED,
         "dual_cross_attention": False,
-        "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
-        "time_embedding_act_fn": None,
         "attention_type": "default",
-        "cross_attention_norm": None,
     }
-    harmless: ClassVar[Mapping[str, str]] = {
-        **EncoderConfig.harmless,
-        "mid_block_only_cross_attention": "of mid_block_type='UNetMidBlock2DSimpleCrossAttn', which is refused",
-        "dropout": NO_DROPOUT,
-    }
+    harmless: ClassVar[Mapping[str, str]] = {"dropout": NO_DROPOUT}
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **EncoderConfig.choices,
         "mid_block_type": (None, *MIDDLES),
@@ -56,6 +50,10 @@ class UNet2DConditionConfig(EncoderConfig):
         "act_fn": tuple(ACTIVATIONS),
         "time_embedding_type": ("positional", "fourier"),
         "timestep_post_act": (None, *ACTIVATIONS),
+        "time_embedding_act_fn": (None, *ACTIVATIONS),
+        "addition_embed_type": (None, "text_time", "text", "text_image", "image", "image_hint"),
+        "encoder_hid_dim_type": (None, "text_proj", "image_proj", "text_image_proj"),
+        "cross_attention_norm": (None, "layer_norm", "group_norm"),
     }
 
     sample_size: int | tuple[int, int] | None = None
@@ -71,6 +69,15 @@ class UNet2DConditionConfig(EncoderConfig):
     conv_in_kernel: Annotated[int, Range(1, 31)] = 3
     conv_out_kernel: Annotated[int, Range(1, 31)] = 3
     class_embeddings_concat: bool = False
+    mid_block_scale_factor: Scale = 1.0
+    mid_block_only_cross_attention: bool | None = None
+    resnet_out_scale_factor: Scale = 1.0
+    resnet_skip_time_act: bool = False
+    cross_attention_norm: str | None = None
+    time_embedding_act_fn: str | None = None
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    addition_embed_type_num_heads: int = 64
 
     def _check(self) -> None:
         super()._check()
@@ -80,10 +87,45 @@ class UNet2DConditionConfig(EncoderConfig):
             raise ValueError(f"{name}: time_embedding_type='fourier' needs an even width and other class_embed_type")
         if len({kind[0] == "K" for kind in (*self.down_block_types, *self.up_block_types)}) > 1:
             raise ValueError(f"{name}: blocks of k-diffusion (K...) do not go together with others")
+        self._check_conditions()
         if self.has_k_blocks:
             self._check_k_blocks()
         elif sum(sum(level.depths) for level in self.up_levels()) > MAX_REPEATED:
             raise ValueError(f"{name}: the upward path has more than {MAX_REPEATED} transformer blocks")
+
+    def _check_conditions(self) -> None:
+        """The combinations of the blocks and conditions of IF and Kandinsky that have consistent shapes."""
+        name, added, projection = self.class_name, self.addition_embed_type, self.projection
+        if (projection or added in ("image", "image_hint")) and self.encoder_hid_dim is None:
+            what = f"encoder_hid_dim_type={projection!r}" if projection else f"addition_embed_type={added!r}"
+            raise ValueError(f"{name}: {what} needs encoder_hid_dim")
+        if (projection or added == "text_image") and isinstance(self.cross_attention_dim, tuple):
+            raise ValueError(f"{name}: cross_attention_dim must be one number, got {thaw(self.cross_attention_dim)}")
+        if projection == "image_proj" and added not in ("image", "image_hint", None):
+            raise ValueError(f"{name}: encoder_hid_dim_type='image_proj' has no text for addition_embed_type={added!r}")
+        if added == "text" and self.text_width % self.addition_embed_type_num_heads:
+            raise ValueError(
+                f"{name}: prompt embeddings of {self.text_width} cannot be split into "
+                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads}"
+            )
+        if self.sample_channels < 1:
+            raise ValueError(
+                f"{name}: addition_embed_type='image_hint' needs in_channels of {HINT_CHANNELS + 1} or more, got "
+                f"{self.in_channels}"
+            )
+        if self.cross_attention_norm == "group_norm" and any(
+            dim % NORM_GROUPS for dim in self.per_level("cross_attention_dim")
+        ):
+            raise ValueError(
+                f"{name}: cross_attention_norm='group_norm' needs cross_attention_dim to be a multiple of "
+                f"{NORM_GROUPS}, got {thaw(self.cross_attention_dim)}"
+            )
+        widths = {level.channels for level in (*self.down_levels(), *self.up_levels()) if level.joint and level.depths}
+        if self.cross_attention_norm == "layer_norm" and widths - {*self.per_level("cross_attention_dim")}:
+            raise ValueError(
+                f"{name}: cross_attention_norm='layer_norm' needs cross_attention_dim "
+                f"{thaw(self.cross_attention_dim)} to be the width of the levels with attention, {sorted(widths)}"
+            )
 
     def _check_k_blocks(self) -> None:
         """The combinations for which PyTorch diffusers has consistent shapes."""
@@ -116,16 +158,20 @@ class UNet2DConditionConfig(EncoderConfig):
         """The levels of the upward path, coarsest first; each has one residual block more than in the downward path."""
         if self.reverse_transformer_layers_per_block is not None:
             name = "reverse_transformer_layers_per_block"
-            return self.levels(self.up_block_types, name, coarsest_first=True, more=1)
+            return self.with_heads(self.levels(self.up_block_types, name, coarsest_first=True, more=1))
         name = "transformer_layers_per_block"
         if any(isinstance(depth, tuple) for depth in self.per_level(name)):
             raise ValueError(
                 f"{self.class_name}: {name} differs within a level, so reverse_{name} must say what the upward path "
                 "has: one entry per level, coarsest first"
             )
-        return self.levels(self.up_block_types[::-1], name, more=1)[::-1]
+        return self.with_heads(self.levels(self.up_block_types[::-1], name, more=1)[::-1])
 
-    may_have_k_blocks: ClassVar[bool] = True
+    may_have_any_block: ClassVar[bool] = True
+
+    @property
+    def projection(self) -> str | None:
+        return self.encoder_hid_dim_type or ("text_proj" if self.encoder_hid_dim else None)
 
     @property
     def time_embed_dim(self) -> int:
@@ -137,9 +183,10 @@ class UNet2DConditionModel(OneFile, EncoderModel):
     """Predicts noise (or velocity, or the sample) from a noisy sample, a timestep and prompt embeddings.
 
     Covers SD 1.x, 2.x, SDXL base and refiner, the inpainting, InstructPix2Pix and depth variants (more input channels),
-    the x4 upscaler (class labels, ``only_cross_attention``), the x2 latent upscaler (blocks of k-diffusion) and LCM
-    (``timestep_cond``). Dropout is never applied:
-    ``config.dropout`` is only kept to be saved again.
+    the x4 upscaler (class labels, ``only_cross_attention``), the x2 latent upscaler (blocks of k-diffusion), LCM
+    (``timestep_cond``), and the pixel networks of DeepFloyd IF and decoders of Kandinsky (joint attention, image
+    embeddings and hints in ``added_cond_kwargs``). Dropout is never applied: ``config.dropout`` is only kept to be
+    saved again.
     """
 
     config: UNet2DConditionConfig = UNet2DConditionConfig()
@@ -150,7 +197,7 @@ class UNet2DConditionModel(OneFile, EncoderModel):
         self,
         sample: jax.Array,
         timesteps: jax.Array,
-        encoder_hidden_states: jax.Array,
+        encoder_hidden_states: jax.Array | None = None,
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
         class_labels: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
@@ -162,10 +209,13 @@ class UNet2DConditionModel(OneFile, EncoderModel):
         """One evaluation of the network.
 
         Args:
-          sample: ``[B,h,w,in_channels]``.
+          sample: ``[B,h,w,in_channels]``; four channels fewer with a hint.
           timesteps: ``[B]`` or a scalar, in units of the training schedule (0 to 999).
-          encoder_hidden_states: ``[B,L,cross_attention_dim]`` prompt embeddings.
-          added_cond_kwargs: for SDXL ``{"text_embeds": [B,1280], "time_ids": [B,6]}`` (5 ids in the refiner).
+          encoder_hidden_states: ``[B,L,D]`` prompt embeddings; ``D`` is ``encoder_hid_dim`` where it is set, else
+            ``cross_attention_dim``. None where images take their place (``encoder_hid_dim_type="image_proj"``).
+          added_cond_kwargs: for SDXL ``{"text_embeds": [B,1280], "time_ids": [B,6]}`` (5 ids in the refiner); for
+            Kandinsky 2.1 ``{"text_embeds": [B,D], "image_embeds": [B,D]}``, for 2.2 ``{"image_embeds": [B,D]}``, with a
+            hint also ``{"hint": [B,8h,8w,3]}``.
           class_labels: ``[B]`` noise levels for the upscaler, or ``[B,D]`` for projected classes.
           timestep_cond: ``[B,time_cond_proj_dim]``, LCM's embedded guidance scale.
           down_block_additional_residuals: what a ControlNet adds to the skip connections, finest first: one array for
@@ -181,13 +231,16 @@ class UNet2DConditionModel(OneFile, EncoderModel):
         """
         c = self.config
         check_policy(self.remat)
-        self.check_inputs(sample, encoder_hidden_states)
+        self.check_inputs(sample, encoder_hidden_states, added_cond_kwargs)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        temb = self.embed_conditions(sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond)
-        context = jnp.asarray(encoder_hidden_states, self.dtype)
+        temb, hint = self.embed_conditions(
+            sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond, encoder_hidden_states
+        )
+        context = self.context(encoder_hidden_states, added_cond_kwargs)
         x = jnp.asarray(sample, self.dtype)
         if c.center_input_sample:
             x = 2 * x - 1
+        x = x if hint is None else jnp.concatenate([x, hint], -1)
 
         padding = (c.conv_in_kernel - 1) // 2
         x = Conv(c.block_out_channels[0], c.conv_in_kernel, padding=padding, **dtypes, name="conv_in")(x)

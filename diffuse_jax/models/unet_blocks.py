@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.models.attention import Transformer2D
+from diffuse_jax.models.joint_attention import JointAttention
 from diffuse_jax.models.remat import remat_block
 from diffuse_jax.models.resnet import Downsample, ResnetBlock, Upsample
 from diffuse_jax.models.unet_config import EncoderConfig, Level
@@ -41,32 +43,45 @@ class Block(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
-    def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
-        c = self.config
+    def resnet(self, name: str, x: jax.Array, temb: jax.Array, resample: str | None = None) -> jax.Array:
+        c, joint = self.config, self.level.joint
         return remat_block(ResnetBlock, self.remat)(
             self.level.channels,
             c.groups,
             c.norm_eps,
             c.act_fn,
             c.resnet_time_scale_shift,
+            resample,
+            not (joint and c.resnet_skip_time_act),
+            self.output_scale,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            name=f"resnets_{i}",
+            name=name,
         )(x, temb)
 
+    @property
+    def output_scale(self) -> float:
+        """What the sums of residual blocks are divided by."""
+        return self.config.resnet_out_scale_factor if self.level.joint else 1.0
+
     def attend(self, i: int, x: jax.Array, context: jax.Array) -> jax.Array:
-        if not self.level.depths:
+        level, c = self.level, self.config
+        if not level.depths:
             return x
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": f"attentions_{i}"}
+        if level.joint:
+            attention = remat_block(JointAttention, self.remat)
+            return attention(level.heads, c.groups, level.only_cross_attention, c.cross_attention_norm, **options)(
+                x, context
+            )
         return Transformer2D(
-            self.level.heads,
-            self.level.depths[i],
-            self.config.groups,
-            self.config.use_linear_projection,
-            self.level.only_cross_attention,
+            level.heads,
+            level.depths[i],
+            c.groups,
+            c.use_linear_projection,
+            level.only_cross_attention,
             self.remat,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=f"attentions_{i}",
+            **options,
         )(x, context)
 
 
@@ -83,22 +98,23 @@ class DownBlock(Block):
     ) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i in range(self.level.layers):
-            x = self.attend(i, self.resnet(i, x, temb), context)
+            x = self.attend(i, self.resnet(f"resnets_{i}", x, temb), context)
             skips.append(x)
         if self.level.depths:
             skips[-1] = x = self.added(x, residual)
         if self.downsample:
-            x = Downsample(
-                self.level.channels,
-                self.config.downsample_padding,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name="downsamplers_0",
-            )(x)
+            x = self.coarser(x, temb)
             skips.append(x)
         if not self.level.depths:
             skips[-1] = x = self.added(x, residual)
         return x, skips
+
+    def coarser(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+        if self.level.joint:
+            return self.resnet("downsamplers_0", x, temb, "down")
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        padding = self.config.downsample_padding
+        return Downsample(self.level.channels, padding, **dtypes, name="downsamplers_0")(x)
 
     def added(self, x: jax.Array, residual: jax.Array | None) -> jax.Array:
         return x if residual is None else add_residuals([x], [residual], f"the adapter's residual of {self.name}")[0]
@@ -107,10 +123,14 @@ class DownBlock(Block):
 class MidBlock(Block):
     """Residual block, attention, residual block at the coarsest level; without attention, a single residual block."""
 
+    @property
+    def output_scale(self) -> float:
+        return self.config.mid_block_scale_factor
+
     @nn.compact
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
-        x = self.resnet(0, x, temb)
-        return self.resnet(1, self.attend(0, x, context), temb) if self.level.depths else x
+        x = self.resnet("resnets_0", x, temb)
+        return self.resnet("resnets_1", self.attend(0, x, context), temb) if self.level.depths else x
 
 
 class Join(nn.Module):
@@ -136,8 +156,10 @@ class UpBlock(Block):
     ) -> jax.Array:
         for i in range(self.level.layers):
             joined = Join(name=f"joins_{i}")(x, skips[-1 - i])
-            x = self.attend(i, self.resnet(i, joined, temb), context)
+            x = self.attend(i, self.resnet(f"resnets_{i}", joined, temb), context)
         if size is None:
             return x
+        if self.level.joint:
+            return self.resnet("upsamplers_0", x, temb, "up")
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return Upsample(self.level.channels, **dtypes, name="upsamplers_0")(x, size)

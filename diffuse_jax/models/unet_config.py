@@ -20,7 +20,18 @@ HAS_ATTENTION = {
     "KUpBlock2D": False,
     "KCrossAttnDownBlock2D": True,
     "KCrossAttnUpBlock2D": True,
+    "ResnetDownsampleBlock2D": False,
+    "ResnetUpsampleBlock2D": False,
+    "SimpleCrossAttnDownBlock2D": True,
+    "SimpleCrossAttnUpBlock2D": True,
+    "UNetMidBlock2DSimpleCrossAttn": True,
 }
+
+JOINT = frozenset(kind for kind in HAS_ATTENTION if "Simple" in kind or "sample" in kind)
+"""Blocks that change resolution in residual blocks and attend to pixels and prompt at once (DeepFloyd IF)."""
+
+HINT_CHANNELS = 4
+"""Channels that a hint adds to the sample, ``addition_embed_type="image_hint"``."""
 
 MIDDLES = tuple(kind for kind in HAS_ATTENTION if "Mid" in kind)
 
@@ -33,6 +44,7 @@ class Level(NamedTuple):
     heads: int
     depths: tuple[int, ...]  # transformer blocks after each residual block; empty where there is no attention
     only_cross_attention: bool
+    joint: bool = False  # of the kinds in JOINT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +133,9 @@ class EncoderConfig(Config):
     def check_blocks(self, name: str, direction: str) -> None:
         """Raise ``ValueError`` unless the field ``name`` has one known kind of block ("Down" or "Up") per level."""
         kinds, levels = getattr(self, name), len(self.block_out_channels)
+        plain = {kind for kind in HAS_ATTENTION if kind[0] != "K" and kind not in JOINT}
         known = sorted(
-            kind for kind in HAS_ATTENTION if direction in kind and (self.may_have_k_blocks or kind[0] != "K")
+            kind for kind in HAS_ATTENTION if direction in kind and (self.may_have_any_block or kind in plain)
         )
         unknown = sorted(set(kinds) - set(known))
         if unknown:
@@ -134,14 +147,43 @@ class EncoderConfig(Config):
 
     def down_levels(self) -> list[Level]:
         """The levels of the downward path, finest first."""
-        return self.levels(self.down_block_types, "transformer_layers_per_block")
+        return self.with_heads(self.levels(self.down_block_types, "transformer_layers_per_block"))
 
     def mid_level(self) -> Level:
         """The middle block: like the coarsest level, with attention if ``mid_block_type`` has it."""
-        name = "transformer_layers_per_block"
-        attends = self.mid_block_type is not None and HAS_ATTENTION[self.mid_block_type]
-        depths = self._depths(name, self.per_level(name)[-1], 1) if attends else ()
-        return self.down_levels()[-1]._replace(layers=1, depths=depths, only_cross_attention=False)
+        name, kind = "transformer_layers_per_block", self.mid_block_type
+        attends, joint = kind is not None and HAS_ATTENTION[kind], kind in JOINT
+        depth = 1 if joint else self.per_level(name)[-1]
+        only = self.mid_block_only_cross_attention
+        if only is None:
+            only = self.only_cross_attention is True
+        level = Level(
+            self.block_out_channels[-1],
+            1,
+            self.per_level("num_attention_heads")[-1],
+            self._depths(name, depth, 1) if attends else (),
+            joint and only,
+            joint,
+        )
+        return self.with_heads([level], -1)[0]
+
+    def with_heads(self, levels: list[Level], first: int = 0) -> list[Level]:
+        """The levels, with the number of heads for which ``attention_head_dim`` of joint attention is the width.
+
+        That field is read in the order of the downward path from ``first``, as PyTorch diffusers reads it for both
+        paths.
+        """
+        dims = self.per_level("num_attention_heads")[first:]
+        for level, dim in zip(levels, dims, strict=True):
+            if level.joint and level.depths and level.channels % dim:
+                raise ValueError(
+                    f"{self.class_name}: {level.channels} channels cannot be split into heads of {dim} "
+                    "(attention_head_dim)"
+                )
+        return [
+            level._replace(heads=level.channels // dim) if level.joint and level.depths else level
+            for level, dim in zip(levels, dims, strict=True)
+        ]
 
     def levels(
         self, kinds: tuple[str, ...], depths: str, *, coarsest_first: bool = False, more: int = 0
@@ -157,8 +199,16 @@ class EncoderConfig(Config):
         order = -1 if coarsest_first else 1
         names = ("block_out_channels", "layers_per_block", "num_attention_heads", "only_cross_attention")
         fields = [self.per_level(name)[::order] for name in names]
+        transformers = lambda kind, depth, n: self._depths(depths, 1 if kind in JOINT else depth, n)
         return [
-            Level(width, n + more, heads, self._depths(depths, depth, n + more) if HAS_ATTENTION[kind] else (), only)
+            Level(
+                width,
+                n + more,
+                heads,
+                transformers(kind, depth, n + more) if HAS_ATTENTION[kind] else (),
+                only,
+                kind in JOINT,
+            )
             for kind, depth, width, n, heads, only in zip(kinds, self.per_level(depths), *fields, strict=True)
         ]
 
@@ -186,12 +236,17 @@ class EncoderConfig(Config):
         """Width of the embedding of timestep, classes and other non-spatial conditioning."""
         return 4 * self.block_out_channels[0]
 
-    may_have_k_blocks: ClassVar[bool] = False
+    may_have_any_block: ClassVar[bool] = False
 
     @property
     def has_k_blocks(self) -> bool:
         """Whether the levels are those of k-diffusion, :mod:`diffuse_jax.models.k_blocks`."""
         return "K" in {kind[0] for kind in self.down_block_types}
+
+    @property
+    def has_joint_attention(self) -> bool:
+        """Whether a block is one of :data:`JOINT`, whose resolution cannot be odd before it is halved."""
+        return not JOINT.isdisjoint({*self.down_block_types, self.mid_block_type})
 
     @property
     def groups(self) -> int:
@@ -219,6 +274,69 @@ class EncoderConfig(Config):
         return False
 
     @property
+    def mid_block_scale_factor(self) -> float:
+        """What sums of the middle's residual blocks are divided by; the following eight are in UNets only."""
+        return 1.0
+
+    @property
+    def resnet_out_scale_factor(self) -> float:
+        """The same of the other residual blocks, in the levels of :data:`JOINT`."""
+        return 1.0
+
+    @property
+    def resnet_skip_time_act(self) -> bool:
+        """Whether residual blocks of :data:`JOINT` take the embedding of the timestep without activation."""
+        return False
+
+    @property
+    def cross_attention_norm(self) -> str | None:
+        """Norm of the prompt embeddings in joint attention."""
+        return None
+
+    @property
+    def mid_block_only_cross_attention(self) -> bool | None:
+        """Whether joint attention in the middle reads the prompt alone; None for what all levels do."""
+        return None
+
+    @property
+    def time_embedding_act_fn(self) -> str | None:
+        """Activation after the sum of all embeddings."""
+        return None
+
+    @property
+    def projection(self) -> str | None:
+        """How the prompt's sequence comes from what is given: "text_proj", "image_proj", "text_image_proj"."""
+        return None
+
+    @property
+    def encoder_hid_dim(self) -> int | None:
+        """Width of what is projected to the prompt's sequence."""
+        return None
+
+    @property
+    def addition_embed_type_num_heads(self) -> int:
+        """Heads of the pooling of the prompt, ``addition_embed_type="text"``."""
+        return 64
+
+    @property
+    def sample_channels(self) -> int:
+        """Channels of the sample; the rest of ``in_channels`` come from the hint of ``"image_hint"``."""
+        return self.in_channels - (HINT_CHANNELS if self.addition_embed_type == "image_hint" else 0)
+
+    @property
     def text_width(self) -> int:
         """Width of the prompt embeddings."""
-        return max(self.per_level("cross_attention_dim"))
+        return self.encoder_hid_dim or max(self.per_level("cross_attention_dim"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there are prompt embeddings; without, attention reads projected images."""
+        return self.projection != "image_proj"
+
+    @property
+    def image_width(self) -> int | None:
+        """Width of the image embedding in ``added_cond_kwargs``; None without one."""
+        if self.projection == "text_image_proj" or self.addition_embed_type == "text_image":
+            return max(self.per_level("cross_attention_dim"))
+        images = self.projection == "image_proj" or self.addition_embed_type in ("image", "image_hint")
+        return self.encoder_hid_dim if images else None

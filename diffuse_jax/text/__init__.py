@@ -1,5 +1,14 @@
 """Text encoders in Flax; tokenizers come from transformers."""
 
 from diffuse_jax.text.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTextOutput
+from diffuse_jax.text.t5 import T5Config, T5EncoderModel, T5Output
 
-__all__ = ["CLIPTextConfig", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTextOutput"]
+__all__ = [
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTextOutput",
+    "T5Config",
+    "T5EncoderModel",
+    "T5Output",
+]

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from transformers, and thread-safe calls of tokenizers."""
+"""The tokenizers of CLIP and T5 from transformers, and thread-safe calls of tokenizers."""
 
 from __future__ import annotations
 
@@ -15,34 +15,42 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
 
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+FILES = {"CLIP": "vocab.json and merges.txt", "T5": "spiece.model"}
+"""Tokenizer -> the files with its vocabulary, if there is no ``tokenizer.json``."""
+
+SPACE = "▁"
+"""What T5's tokenizer has for a space, with or without a vocabulary."""
+
+TOKENIZERS = tuple(f"{kind}Tokenizer{suffix}" for kind in FILES for suffix in ("", "Fast"))
 """The tokenizer classes of transformers that can be opened."""
 
 
-def open_tokenizer(class_name: str, source: Any, **options: Any) -> Any:
-    """Open a tokenizer of one of the classes in :data:`TOKENIZERS`; see :func:`clip_tokenizer`."""
-    return clip_tokenizer(source, **options)
-
-
 def clip_tokenizer(source: Any, **options: Any) -> Any:
-    """``transformers.CLIPTokenizer.from_pretrained``, without transformers' advice to install PyTorch.
+    """CLIP's tokenizer; see :func:`open_tokenizer`."""
+    return open_tokenizer("CLIPTokenizer", source, **options)
+
+
+def open_tokenizer(class_name: str, source: Any, **options: Any) -> Any:
+    """``from_pretrained`` of a class of transformers, without transformers' advice to install PyTorch.
 
     Args:
-      source: a folder or Hub id with ``vocab.json`` and ``merges.txt``.
+      class_name: one of :data:`TOKENIZERS`.
+      source: a folder or Hub id with the files of :data:`FILES`, or ``tokenizer.json``.
       **options: options of ``from_pretrained``.
 
     Raises:
       WeightsError: ``source`` has no tokenizer or a damaged one, or links that lead out of the folder.
     """
+    kind = class_name.removesuffix("Fast").removesuffix("Tokenizer")
     if (folder := expanded(str(source))).is_dir():
         source = refuse_links(folder)
     try:
-        tokenizer = _transformers().CLIPTokenizer.from_pretrained(source, **options)
+        tokenizer = getattr(_transformers(), f"{kind}Tokenizer").from_pretrained(source, **options)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise WeightsError(f"{source}: cannot read a CLIP tokenizer: {error}") from error
+        raise WeightsError(f"{source}: cannot read a {kind} tokenizer: {error}") from error
     # Without a vocabulary, transformers makes one of only the special tokens, so all prompts would be the same.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise WeightsError(f"{source}: no vocabulary; expected vocab.json and merges.txt, or tokenizer.json")
+    if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, SPACE}:
+        raise WeightsError(f"{source}: no vocabulary; expected {FILES[kind]}, or tokenizer.json")
     return tokenizer
 
 

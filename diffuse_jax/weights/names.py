@@ -23,11 +23,12 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 AXES: dict[int, tuple[int, ...]] = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 """Rank of a PyTorch ``weight`` -> its axes in a Flax ``kernel``'s order: [out, in, *window] -> [*window, in, out]."""
 
-NOT_INDEXED = {"linear_1", "linear_2"}
+NOT_INDEXED = {"linear_1", "linear_2", "wi_0", "wi_1"}
 """Words that end in a digit in PyTorch too, where the digit is not a list index."""
 
-IGNORED = re.compile(r"(^|\.)position_ids$")
-"""Keys of buffers, which are not parameters; they may be in a file and are ignored."""
+IGNORED = re.compile(r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$")
+"""Keys of buffers, which are not parameters, and of T5's second name of ``shared.weight``; they may be in a file and
+are ignored."""
 
 ALIASES: Renames = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),

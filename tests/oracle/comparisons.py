@@ -29,12 +29,19 @@ def unet_inputs(model: UNet2DConditionModel | UNet2DModel, rng: np.random.Genera
     c = model.config
     size = c.sample_size if isinstance(c.sample_size, tuple) else (c.sample_size, c.sample_size)
     inputs = {
-        "sample": rng.standard_normal((2, *size, c.in_channels)).astype(np.float32),
+        "sample": rng.standard_normal(
+            (2, *size, c.in_channels if isinstance(model, UNet2DModel) else c.sample_channels)
+        ).astype(np.float32),
         "timesteps": np.array([3, 701], np.int32),
     }
     if isinstance(model, UNet2DModel):
         return inputs | ({"class_labels": np.array([1, 9], np.int32)} if c.has_classes else {})
-    return inputs | conditions(c, rng)
+    inputs |= conditions(c, rng)
+    if c.addition_embed_type != "text_time" and (shapes := model.added_shapes(*size)):
+        inputs["added_cond_kwargs"] = {
+            name: rng.standard_normal((2, *shape)).astype(np.float32) for name, shape in shapes.items()
+        }
+    return inputs
 
 
 def controlnet_inputs(
@@ -55,7 +62,7 @@ def controlnet_inputs(
 def conditions(c: Any, rng: np.random.Generator) -> dict[str, Any]:
     """Prompt embeddings and every other condition of a config, for a batch of two."""
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    inputs: dict[str, Any] = {"encoder_hidden_states": normal(2, 5, c.cross_attention_dim)}
+    inputs: dict[str, Any] = {"encoder_hidden_states": normal(2, 5, c.text_width)} if c.reads_text else {}
     if c.addition_embed_type == "text_time":
         count = (c.projection_class_embeddings_input_dim - 20) // c.addition_time_embed_dim
         ids = rng.integers(0, 1025, (2, count)).astype(np.float32)
@@ -75,6 +82,10 @@ def run_unet(model: UNet2DConditionModel | UNet2DModel, params: Any, inputs: Map
 
 def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
     given = {k: v for k, v in to_torch(inputs).items() if k not in ("sample", "timesteps")}
+    if "hint" in (added := given.get("added_cond_kwargs", {})):
+        added["hint"] = channel_first(inputs["added_cond_kwargs"]["hint"])
+    if hasattr(module, "encoder_hid_proj"):  # a UNet that reads images takes None for the prompt
+        given.setdefault("encoder_hidden_states", None)
     with torch.no_grad():
         return channel_last(module(channel_first(inputs["sample"]), torch.tensor(inputs["timesteps"]), **given).sample)
 

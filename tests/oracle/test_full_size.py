@@ -24,7 +24,7 @@ from diffuse_jax.models import (
     UNet2DModel,
     presets,
 )
-from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
+from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
 
@@ -54,6 +54,11 @@ UNETS = {
     "SDXL_REFINER_UNET": 2_259_526_660,
     "SSD_1B_UNET": 1_331_334_404,
     "VEGA_UNET": 745_225_604,
+    "IF_I_M_UNET": 371_605_830,
+    "IF_I_L_UNET": 935_365_830,
+    "IF_I_XL_UNET": 4_304_695_110,
+    "IF_II_M_UNET": 466_183_686,
+    "IF_II_L_UNET": 1_198_017_030,
 }
 CONTROLNETS = {
     "SD15_CONTROLNET": 361_279_120,
@@ -74,6 +79,7 @@ TEXTS = {
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
+T5S = {"T5_XXL": 4_762_310_656}
 TINIES = {
     "TINY_VAE": 2_445_063
 }  # diffusers has no class for TINY_FLUX2_VAE: test_autoencoder_tiny reads its real weights
@@ -148,6 +154,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
         config = getattr(presets, name)
         build = partial(diffusers.ConsistencyDecoderVAE.from_config, config.to_json())
         yield name, ConsistencyDecoderVAE(config), build, count
+    for name, count in T5S.items():
+        model = T5EncoderModel(getattr(text_presets, name))
+        yield name, model, partial(transformers.T5EncoderModel, transformers.T5Config(**model.config.to_json())), count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -170,8 +179,9 @@ def test_every_preset_is_checked() -> None:
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, CONSISTENCY_DECODERS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in (*tables, VISIONS, DEPTHS) for name in table}
-    config = type(text_presets.CLIP_L)
-    assert {name for name, value in vars(text_presets).items() if isinstance(value, config)} == TEXTS.keys()
+    kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
+    found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}
+    assert found == TEXTS.keys() | T5S.keys()
 
 
 # Tracing an SDXL takes seconds, and these differ from it by one layer.

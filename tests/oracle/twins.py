@@ -175,6 +175,63 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+RESNET_DOWN, JOINT_DOWN = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
+RESNET_UP, JOINT_UP = "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"
+JOINT = SMALL | {
+    "down_block_types": (RESNET_DOWN, JOINT_DOWN),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": (JOINT_UP, RESNET_UP),
+    "attention_head_dim": 8,
+    "resnet_time_scale_shift": "scale_shift",
+}
+IF = JOINT | {
+    "in_channels": 3,
+    "out_channels": 6,
+    "act_fn": "gelu",
+    "cross_attention_dim": 32,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 24,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "time_embedding_act_fn": "gelu",
+}
+KANDINSKY = JOINT | {"out_channels": 8, "encoder_hid_dim": 20}
+UNETS |= {
+    "IF, first stage": IF,
+    "IF, second stage": IF
+    | {
+        "in_channels": 6,
+        "class_embed_type": "timestep",
+        "mid_block_scale_factor": 1.414,
+        "resnet_out_scale_factor": 1.414,
+        "resnet_skip_time_act": True,
+        "layers_per_block": (1, 2),
+        "encoder_hid_dim_type": None,
+    },
+    "IF, otherwise": IF
+    | {
+        "down_block_types": (JOINT_DOWN, DOWN),
+        "up_block_types": (UP, JOINT_UP),
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "attention_head_dim": (4, 8),
+        "mid_block_scale_factor": 2.0,
+        "only_cross_attention": (True, False),
+        "cross_attention_norm": None,
+        "resnet_time_scale_shift": "default",
+        "addition_embed_type": "text",
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+    },
+    "joint attention to the prompt alone": JOINT
+    | {"block_out_channels": (16, 24), "cross_attention_norm": "layer_norm", "only_cross_attention": True},
+    "joint attention to the prompt alone in the middle": JOINT | {"mid_block_only_cross_attention": True},
+    "Kandinsky 2.1": KANDINSKY | {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"},
+    "Kandinsky 2.2": KANDINSKY | {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
+    "Kandinsky 2.2, hint": KANDINSKY
+    | {"in_channels": 8, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint"},
+}
+
 CONTROLNET = {key: value for key, value in SMALL.items() if key not in ("up_block_types", "sample_size")} | {
     "conditioning_embedding_out_channels": (4, 8, 12)
 }
