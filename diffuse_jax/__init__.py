@@ -29,6 +29,7 @@ _PUBLIC = {
         "CLIPVisionModelWithProjection",
         "ControlNetModel",
         "DPTForDepthEstimation",
+        "PriorTransformer",
         "StableDiffusionSafetyChecker",
         "ConsistencyDecoderVAE",
         "IPAdapter",

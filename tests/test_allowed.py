@@ -24,6 +24,7 @@ from diffuse_jax.models import (
     DPTForDepthEstimation,
     IPAdapter,
     Model,
+    PriorTransformer,
     T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
@@ -38,6 +39,7 @@ from tests.schedulers.samplers import EVERY, REQUIRED
 
 NETWORKS: list[type[Model]] = [
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
+    PriorTransformer,
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
 ]
 CONFIGS: dict[str, type[Config]] = {

@@ -18,6 +18,7 @@ from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
 from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.preconditioning import consistency_denoiser
+from diffuse_jax.models.prior_transformer import PriorTransformer, PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
@@ -49,6 +50,8 @@ __all__ = [
     "ImageStates",
     "Model",
     "Params",
+    "PriorTransformer",
+    "PriorTransformerConfig",
     "StableDiffusionSafetyChecker",
     "T2IAdapter",
     "T2IAdapterConfig",

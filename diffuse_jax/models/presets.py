@@ -16,6 +16,7 @@ from diffuse_jax.models.clip_vision import CLIPVisionConfig
 from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
+from diffuse_jax.models.prior_transformer import PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
@@ -267,3 +268,6 @@ LARGE_DEPTH = DPTConfig(
     neck_hidden_sizes=(256, 512, 1024, 1024),
 )
 CONSISTENCY_DECODER_VAE = ConsistencyDecoderVAEConfig()  #: 655,441,366; for the latents of 1.x
+
+UNCLIP_PRIOR = PriorTransformerConfig()  #: 1,022,030,080; Karlo and Kandinsky 2.1
+KANDINSKY22_PRIOR = UNCLIP_PRIOR.replace(embedding_dim=1280)  #: 1,026,225,920; Kandinsky 2.2

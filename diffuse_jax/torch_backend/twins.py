@@ -106,6 +106,30 @@ def pixel_unet(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, class
     return channels_last(module(channels_first(sample.to(module.dtype)), timesteps, class_labels).sample)
 
 
+def prior(
+    module: Any,
+    hidden_states: torch.Tensor,
+    timesteps: torch.Tensor,
+    proj_embedding: torch.Tensor,
+    encoder_hidden_states: Any = None,
+    attention_mask: Any = None,
+) -> torch.Tensor:
+    """Call a prior."""
+    cast = lambda x: None if x is None else x.to(module.dtype)
+    return module(
+        cast(hidden_states),
+        timesteps,
+        cast(proj_embedding),
+        encoder_hidden_states=cast(encoder_hidden_states),
+        attention_mask=attention_mask,
+    ).predicted_image_embedding
+
+
+def unnormalised(module: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """CLIP image embeddings from samples of a prior."""
+    return module.post_process_latents(embeddings).float()
+
+
 def control(
     module: Any,
     sample: torch.Tensor,
@@ -190,6 +214,8 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("StableDiffusionSafetyChecker", "__call__"): safety,
     ("UNet2DConditionModel", "__call__"): unet,
     ("UNet2DModel", "__call__"): pixel_unet,
+    ("PriorTransformer", "__call__"): prior,
+    ("PriorTransformer", "unnormalised"): unnormalised,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
     ("T2IAdapter", "__call__"): adapter,

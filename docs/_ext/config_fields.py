@@ -24,6 +24,7 @@ CONFIGS: dict[str, type[Config]] = {
     "AutoencoderTiny": models.AutoencoderTinyConfig,
     "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
     "ConsistencyDecoderVAE": models.ConsistencyDecoderVAEConfig,
+    "PriorTransformer": models.PriorTransformerConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "DPTForDepthEstimation": models.DPTConfig,

@@ -29,6 +29,7 @@ NETWORKS: list[type[Model]] = [
     models.ConsistencyDecoderVAE,
     models.ControlNetModel,
     models.T2IAdapter,
+    models.PriorTransformer,
 ]
 PIPELINES = [
     cls

@@ -18,6 +18,7 @@ from diffuse_jax.models import (
     ConsistencyDecoderVAE,
     ControlNetModel,
     DPTForDepthEstimation,
+    PriorTransformer,
     StableDiffusionSafetyChecker,
     T2IAdapter,
     UNet2DConditionModel,
@@ -90,6 +91,7 @@ VISIONS = {
     "OPENCLIP_BIGG_VISION": 1_844_907_264,
 }
 DEPTHS = {"HYBRID_DEPTH": 122_377_985, "LARGE_DEPTH": 343_030_465}
+PRIORS = {"UNCLIP_PRIOR": 1_022_030_080, "KANDINSKY22_PRIOR": 1_026_225_920}
 SAFETY_CHECKER = 303_981_588
 
 
@@ -150,6 +152,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     checker = StableDiffusionSafetyChecker(presets.CLIP_L_VISION)
     theirs = transformers.CLIPConfig(**{k: v for k, v in checker.config_json().items() if k != "architectures"})
     yield "safety checker", checker, partial(torch_class(StableDiffusionSafetyChecker), theirs), SAFETY_CHECKER
+    for name, count in PRIORS.items():
+        config = getattr(presets, name)
+        yield name, PriorTransformer(config), partial(diffusers.PriorTransformer.from_config, config.to_json()), count
     for name, count in CONSISTENCY_DECODERS.items():
         config = getattr(presets, name)
         build = partial(diffusers.ConsistencyDecoderVAE.from_config, config.to_json())
@@ -175,10 +180,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "_VISION", "_DEPTH")
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "_VISION", "_DEPTH", "_PRIOR")
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, CONSISTENCY_DECODERS)
-    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in (*tables, VISIONS, DEPTHS) for name in table}
+    assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in (*tables, VISIONS, DEPTHS, PRIORS) for name in table}
     kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
     found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}
     assert found == TEXTS.keys() | T5S.keys()
