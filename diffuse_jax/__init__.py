@@ -44,6 +44,8 @@ _PUBLIC = {
         "DDIMPipeline",
         "DDPMPipeline",
         "DiffusionPipeline",
+        "KandinskyV22PriorEmb2EmbPipeline",
+        "KandinskyV22PriorPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "StableDiffusionAdapterPipeline",

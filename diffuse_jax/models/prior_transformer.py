@@ -128,7 +128,7 @@ class PriorTransformer(Model):
 
         Args:
           hidden_states: the noisy embedding ``[B,embedding_dim]``, or several, ``[B,N,embedding_dim]``.
-          timesteps: ``[B]``.
+          timesteps: ``[B]`` or a scalar.
           proj_embedding: the embedding that conditions the prediction, ``[B,embedding_proj_dim]``, or several.
           encoder_hidden_states: the prompt's hidden states ``[B,num_embeddings,embedding_dim]``.
           attention_mask: ``[B,num_embeddings]``, true where a text token may be attended to. With it, attention is
@@ -138,6 +138,7 @@ class PriorTransformer(Model):
           ValueError: hidden states are missing or not of the length that the config gives.
         """
         c = self.config
+        timesteps = jnp.broadcast_to(timesteps, hidden_states.shape[:1])
         text = [] if encoder_hidden_states is None else [encoder_hidden_states]
         if len(text) != bool(c.encoder_hid_proj_type):
             wanted = "needs" if c.encoder_hid_proj_type else "takes no"

@@ -6,6 +6,8 @@ from diffuse_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
+from diffuse_jax.pipelines.kandinsky_v22_prior_emb2emb import KandinskyV22PriorEmb2EmbPipeline
 from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
@@ -58,6 +60,8 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KandinskyV22PriorEmb2EmbPipeline",
+    "KandinskyV22PriorPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",

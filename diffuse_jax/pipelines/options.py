@@ -113,6 +113,22 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class PriorOptions(CallOptions, total=False):
+    """Arguments of a call of a prior, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt. The prior makes the negative embedding of it; if None, the negative
+        embedding is that of an empty image, and guidance is away from the empty prompt.
+      num_images_per_prompt: embeddings per prompt, 1 by default; those of a prompt are consecutive.
+      latents: ``[B,E]`` standard normal noise; with a negative prompt ``[B,E,2]``, the second for that.
+      batch_size: maximum number of embeddings per device call; all at once if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    num_images_per_prompt: int
+    batch_size: int | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 

@@ -162,3 +162,37 @@ def stable_diffusion_xl(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+VISION = {
+    "hidden_size": 16,
+    "projection_dim": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def kandinsky_prior(folder: Path) -> Path:
+    """A folder like the prior of Kandinsky 2.2, whose embeddings have 32 channels."""
+    torch.manual_seed(0)
+    tok = tokenizer()
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=32, num_embeddings=16
+    )
+    encoder = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION))
+    prior.clip_std.data.fill_(1.0)
+    pipe = diffusers.KandinskyV22PriorPipeline(
+        prior=lively(prior),
+        image_encoder=lively(encoder),
+        text_encoder=lively(transformers.CLIPTextModelWithProjection(text_config(tok))),
+        tokenizer=tok,
+        scheduler=diffusers.UnCLIPScheduler(
+            prediction_type="sample", clip_sample=True, clip_sample_range=5.0, variance_type="fixed_small_log"
+        ),
+        image_processor=transformers.CLIPImageProcessor(size=16, crop_size=16),
+    )
+    pipe.save_pretrained(folder)
+    return folder
