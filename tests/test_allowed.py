@@ -28,6 +28,7 @@ from diffuse_jax.models import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from diffuse_jax.models.discriminator import PatchDiscriminatorConfig
 from diffuse_jax.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -39,6 +40,7 @@ from tests.schedulers.samplers import EVERY, REQUIRED
 NETWORKS: list[type[Model]] = [
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    VQModel,
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},
