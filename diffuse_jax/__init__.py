@@ -36,6 +36,7 @@ _PUBLIC = {
         "T2IAdapter",
         "UNet2DConditionModel",
         "UNet2DModel",
+        "VQModel",
     ),
     "diffuse_jax.pipelines": (
         "AutoPipelineForImage2Image",

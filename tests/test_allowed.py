@@ -29,6 +29,7 @@ from diffuse_jax.models import (
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from diffuse_jax.models.discriminator import PatchDiscriminatorConfig
 from diffuse_jax.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -41,6 +42,7 @@ NETWORKS: list[type[Model]] = [
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     PriorTransformer,
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    VQModel,
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

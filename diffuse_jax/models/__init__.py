@@ -23,6 +23,7 @@ from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combine
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.models.vq_model import VQConfig, VQModel
 
 __all__ = [
     "ADMUNet",
@@ -59,6 +60,8 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "VQConfig",
+    "VQModel",
     "combined_features",
     "consistency_denoiser",
     "image_prompts",

@@ -20,6 +20,7 @@ from diffuse_jax.models.prior_transformer import PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
+from diffuse_jax.models.vq_model import VQConfig
 
 ATTENTION_BELOW_FIRST: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -215,6 +216,27 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
     scaling_factor=0.08333,
+)
+
+#: 55,322,782; four pixels per latent: latent diffusion without prompts (CelebA-HQ), and its upscaler
+LDM_VQ = VQConfig(
+    sample_size=256,
+    block_out_channels=(128, 256, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    num_vq_embeddings=8192,
+)
+#: 67,832,495; Kandinsky 2.1 and 2.2
+MOVQ = VQConfig(
+    block_out_channels=(128, 256, 256, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+    up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+    latent_channels=4,
+    num_vq_embeddings=16384,
+    vq_embed_dim=4,
+    norm_type="spatial",
 )
 
 TINY_VAE = AutoencoderTinyConfig()  #: 2,445,063; latents of 1.x and 2.x, or of XL

@@ -197,6 +197,15 @@ def decode(module: Any, latents: torch.Tensor) -> torch.Tensor:
     return channels_last(module.decode(channels_first(latents.to(module.dtype))).sample)
 
 
+def decode_codes(module: Any, latents: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
+    """The images of a vector-quantised autoencoder."""
+    given = latents.movedim(-1, 1) if latents.ndim == 4 else latents
+    looks_up = force_not_quantize and module.config.lookup_from_codebook
+    shape = (*latents.shape, module.quantize.vq_embed_dim) if looks_up else None
+    given = given.long() if looks_up else given.to(module.dtype)
+    return channels_last(module.decode(given, force_not_quantize=force_not_quantize, shape=shape).sample)
+
+
 def decode_masked(module: Any, latents: torch.Tensor, image: Any = None, mask: Any = None) -> torch.Tensor:
     """The images of an autoencoder whose decoder sees the image outside the mask."""
     given = (None if x is None else channels_first(x.to(module.dtype)) for x in (image, mask))
@@ -223,6 +232,8 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("AutoencoderKL", "decode"): decode,
     ("AutoencoderTiny", "encode"): encode_tiny,
     ("AutoencoderTiny", "decode"): decode,
+    ("VQModel", "encode"): encode_tiny,
+    ("VQModel", "decode"): decode_codes,
     ("AsymmetricAutoencoderKL", "encode"): encode,
     ("AsymmetricAutoencoderKL", "decode"): decode_masked,
 }

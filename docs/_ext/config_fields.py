@@ -23,6 +23,7 @@ CONFIGS: dict[str, type[Config]] = {
     "AutoencoderKL": models.AutoencoderKLConfig,
     "AutoencoderTiny": models.AutoencoderTinyConfig,
     "AsymmetricAutoencoderKL": models.AsymmetricAutoencoderKLConfig,
+    "VQModel": models.VQConfig,
     "ConsistencyDecoderVAE": models.ConsistencyDecoderVAEConfig,
     "PriorTransformer": models.PriorTransformerConfig,
     "CLIPTextModel": CLIPTextConfig,

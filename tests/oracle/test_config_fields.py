@@ -27,6 +27,7 @@ NETWORKS: list[type[Model]] = [
     models.AutoencoderTiny,
     models.AsymmetricAutoencoderKL,
     models.ConsistencyDecoderVAE,
+    models.VQModel,
     models.ControlNetModel,
     models.T2IAdapter,
     models.PriorTransformer,

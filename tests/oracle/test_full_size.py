@@ -23,6 +23,7 @@ from diffuse_jax.models import (
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
     presets,
 )
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
@@ -74,6 +75,7 @@ T2I_ADAPTERS = {
 }
 PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
+VQS = {"LDM_VQ": 55_322_782, "MOVQ": 67_832_495}
 CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
 TEXTS = {
     "CLIP_L": (CLIPTextModel, 123_060_480),
@@ -132,7 +134,7 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
-    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS)):
+    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS), (VQModel, VQS)):
         for name, count in table.items():
             config = getattr(presets, name)
             yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
@@ -180,9 +182,9 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "_VISION", "_DEPTH", "_PRIOR")
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR")
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
-    tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, CONSISTENCY_DECODERS)
+    tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in (*tables, VISIONS, DEPTHS, PRIORS) for name in table}
     kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
     found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}
