@@ -6,6 +6,11 @@ from diffuse_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
+from diffuse_jax.pipelines.kandinsky_v22_controlnet import KandinskyV22ControlnetPipeline
+from diffuse_jax.pipelines.kandinsky_v22_controlnet_img2img import KandinskyV22ControlnetImg2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_v22_inpaint import KandinskyV22InpaintPipeline
 from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
 from diffuse_jax.pipelines.kandinsky_v22_prior_emb2emb import KandinskyV22PriorEmb2EmbPipeline
 from diffuse_jax.pipelines.latent_consistency import (
@@ -60,6 +65,11 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintPipeline",
+    "KandinskyV22Pipeline",
     "KandinskyV22PriorEmb2EmbPipeline",
     "KandinskyV22PriorPipeline",
     "LatentConsistencyModelImg2ImgPipeline",

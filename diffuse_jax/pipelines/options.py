@@ -129,6 +129,18 @@ class PriorOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class EmbeddingOptions(CallOptions, total=False):
+    """Arguments of a call with image embeddings in the place of prompts.
+
+    Attributes:
+      num_images_per_prompt: images per embedding, 1 by default; they are consecutive.
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    num_images_per_prompt: int
+    batch_size: int | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 

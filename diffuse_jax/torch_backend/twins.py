@@ -97,8 +97,12 @@ def unet(
 
 
 def added(module: Any, given: Any) -> Any:
-    """SDXL's micro-conditioning and pooled prompt embeddings, in the module's dtype."""
-    return None if given is None else given | {"text_embeds": given["text_embeds"].to(module.dtype)}
+    """Further conditions of a UNet: embeddings in the module's dtype, hints channel-first, SDXL's sizes as they are."""
+    if given is None:
+        return None
+    cast = {name: value.to(module.dtype) for name, value in given.items() if name != "time_ids"}
+    hint = {"hint": channels_first(cast["hint"])} if "hint" in cast else {}
+    return given | cast | hint
 
 
 def pixel_unet(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: Any = None) -> torch.Tensor:

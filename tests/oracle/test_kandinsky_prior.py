@@ -62,8 +62,13 @@ def test_prior(folder: Path, pipe: Any) -> None:
     assert pipe.programs.compilations == 1
     compare(pipe, twin, prompt=PROMPTS, num_inference_steps=3, guidance_scale=2.0)
     assert pipe.programs.compilations == 1, "steps, scales and seeds are data"
-    compare(pipe, twin, prompt=PROMPTS, **SHORT, guidance_scale=1.0)
     compare(pipe, twin, prompt="a cat", **SHORT, negative_prompt="rain")
+
+
+@pytest.mark.slow
+def test_prior_without_guidance_and_with_several_images(folder: Path, pipe: Any) -> None:
+    twin = diffusers.KandinskyV22PriorPipeline.from_pretrained(folder)
+    compare(pipe, twin, prompt=PROMPTS, **SHORT, guidance_scale=1.0)
     compare(pipe, twin, prompt="a cat", **SHORT, negative_prompt="rain", guidance_scale=0.0)
     compare(pipe, twin, prompt=["a cat"], **SHORT, num_images_per_prompt=2)
 
