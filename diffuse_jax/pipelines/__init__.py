@@ -7,6 +7,11 @@ from diffuse_jax.pipelines.auto import (
 )
 from diffuse_jax.pipelines.catalogue import register
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
+from diffuse_jax.pipelines.kandinsky_v22_combined import (
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+)
 from diffuse_jax.pipelines.kandinsky_v22_controlnet import KandinskyV22ControlnetPipeline
 from diffuse_jax.pipelines.kandinsky_v22_controlnet_img2img import KandinskyV22ControlnetImg2ImgPipeline
 from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
@@ -65,9 +70,12 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetImg2ImgPipeline",
     "KandinskyV22ControlnetPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
     "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintCombinedPipeline",
     "KandinskyV22InpaintPipeline",
     "KandinskyV22Pipeline",
     "KandinskyV22PriorEmb2EmbPipeline",

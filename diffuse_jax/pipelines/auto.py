@@ -12,12 +12,15 @@ from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel"
-NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)Pipeline")
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|KandinskyV22"
+NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)(?:Combined|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
+
+COMBINED = ("KandinskyV22",)
+"""Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
 
 
 class AutoPipeline:
@@ -64,6 +67,8 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
+        if pipe.components.get("vae") is None:
+            return pipe  # a decoder of embeddings, which checks its UNet itself
         latents = vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
         takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" else (latents,)
@@ -88,7 +93,7 @@ class AutoPipeline:
         family, control, perturbed, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
-        rest = f"{kind}{cls.task}Pipeline"
+        rest = f"{kind}{cls.task}{'Combined' * (family in COMBINED)}Pipeline"
         return pipeline_class((family if family + rest in PIPELINES else SHARED.get(family, family)) + rest, source)
 
 

@@ -141,6 +141,24 @@ class EmbeddingOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class CombinedOptions(EmbeddingOptions, total=False):
+    """Arguments of a call of a prior and a decoder in one, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt, for the prior.
+      prior_num_inference_steps: of the prior, 25 by default; ``num_inference_steps`` is the decoder's, 100 by default.
+      prior_guidance_scale: of the prior, 4 by default.
+      prior_callback_on_step_end: called after each evaluation of the prior, as ``callback_on_step_end`` after those of
+        the decoder.
+      latents: standard normal noise for the prior; see :class:`PriorOptions`.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prior_num_inference_steps: int
+    prior_guidance_scale: float | Sequence[float]
+    prior_callback_on_step_end: StepCallback | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 
@@ -344,6 +362,7 @@ INSTEAD = {
     "return_dict": "a call returns an Output, whose images are .images",
     "callback": "give callback_on_step_end=",
     "callback_steps": "callback_on_step_end= is called after every step",
+    "prior_callback_on_step_end_tensor_inputs": "prior_callback_on_step_end= gets the latents",
     "callback_on_step_end_tensor_inputs": "callback_on_step_end= gets the latents",
     "cross_attention_kwargs": "give lora_scale= instead of its scale",
 }
