@@ -89,13 +89,13 @@ class KandinskyV22CombinedPipeline(DiffusionPipeline):
         prior, decoder = self.prior_pipe, self.decoder_pipe
         callback = given.pop("prior_callback_on_step_end", None)
         first = {name: given[name] for name in TO_BOTH if name in given}
-        second = dict(first)
+        second: dict[str, Any] = dict(first)
         first |= {TO_PRIOR[name]: given.pop(name) for name in TO_PRIOR if name in given}
         first |= {name: given.pop(name) for name in ("negative_prompt", "latents") if name in given}
         width = self.components["unet"].config.image_width
         blank = np.zeros((len(as_list(() if prompt is None else prompt, "prompt")), width), np.float32)
-        embeds = {"image_embeds": blank, "negative_image_embeds": blank}
-        request = type(decoder).compose(decoder, **embeds, **decoding, **given | second)
+        second |= given | {"image_embeds": blank, "negative_image_embeds": blank, **decoding}
+        request = type(decoder).compose(decoder, **second)
         running = {} if callback is None else {"callback_on_step_end": callback}
         return after_prior(request, prior, prior.request(prompt, **first), **running)
 
@@ -105,7 +105,7 @@ class KandinskyV22Img2ImgCombinedPipeline(KandinskyV22CombinedPipeline):
 
     decoder = KandinskyV22Img2ImgPipeline
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,
@@ -139,7 +139,7 @@ class KandinskyV22InpaintCombinedPipeline(KandinskyV22CombinedPipeline):
 
     decoder = KandinskyV22InpaintPipeline
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.running import Request
 class KandinskyV22PriorEmb2EmbPipeline(KandinskyV22PriorPipeline):
     """Embeddings of images for the decoders of Kandinsky 2.2, from a prompt and an initial image."""
 
-    def compose(  # type: ignore[override]
+    def compose(
         self,
         prompt: Prompt | None = None,
         image: ImageInput = None,

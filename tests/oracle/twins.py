@@ -536,34 +536,6 @@ def twin(module: Any, ours: type, folder: Path, seed: int = 0) -> Twin:
     return (module, *ours.from_pretrained(folder))
 
 
-PRIORS: dict[str, dict[str, Any]] = {
-    "unCLIP": {"num_embeddings": 7},
-    "wider, with norms": {
-        "num_embeddings": 7,
-        "embedding_proj_dim": 20,
-        "clip_embed_dim": 28,
-        "time_embed_dim": 40,
-        "time_embed_act_fn": "gelu",
-        "norm_in_type": "layer",
-        "embedding_proj_norm_type": "layer",
-    },
-    "several vectors, without text": {
-        "num_embeddings": 6,
-        "additional_embeddings": 0,
-        "added_emb_type": None,
-        "encoder_hid_proj_type": None,
-        "embedding_proj_dim": 20,
-        "embedding_proj_norm_type": "layer",
-        "norm_in_type": "layer",
-    },
-}
-
-
-def prior_twin(name: str, folder: Path) -> Twin:
-    small = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "embedding_dim": 24}
-    return twin(diffusers.PriorTransformer(**small, **PRIORS[name]), models.PriorTransformer, folder)
-
-
 def unet_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.UNet2DConditionModel(**UNETS[name]), UNet2DConditionModel, folder)
 
