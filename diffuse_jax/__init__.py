@@ -30,6 +30,7 @@ _PUBLIC = {
         "ControlNetModel",
         "DPTForDepthEstimation",
         "PriorTransformer",
+        "IFSafetyChecker",
         "StableDiffusionSafetyChecker",
         "ConsistencyDecoderVAE",
         "IPAdapter",
@@ -55,6 +56,12 @@ _PUBLIC = {
         "KandinskyV22InpaintCombinedPipeline",
         "KandinskyV22PriorEmb2EmbPipeline",
         "KandinskyV22PriorPipeline",
+        "IFImg2ImgPipeline",
+        "IFImg2ImgSuperResolutionPipeline",
+        "IFInpaintingPipeline",
+        "IFInpaintingSuperResolutionPipeline",
+        "IFPipeline",
+        "IFSuperResolutionPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "StableDiffusionAdapterPipeline",
@@ -133,7 +140,7 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -15,6 +15,7 @@ from diffuse_jax.models.clip_vision import (
 from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAE, ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, ControlNetOutput
 from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
+from diffuse_jax.models.if_safety_checker import IFSafetyChecker
 from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.preconditioning import consistency_denoiser
@@ -45,6 +46,7 @@ __all__ = [
     "ControlNetOutput",
     "DPTConfig",
     "DPTForDepthEstimation",
+    "IFSafetyChecker",
     "IPAdapter",
     "IPAdapterConfig",
     "ImagePrompt",

@@ -173,10 +173,15 @@ class StableDiffusionSafetyChecker(Model):
         return above_zero(concepts + stricter).any(-1)
 
     def config_json(self) -> dict[str, Any]:
-        """The file of a whole CLIP, of which only the vision side exists."""
-        vision = {**self.config.to_json(), "model_type": CLIPVisionModel.model_type}
-        head = {"architectures": [type(self).__name__], "model_type": self.model_type}
-        return {**head, "projection_dim": self.config.projection_dim, "vision_config": vision}
+        return whole_clip(self)
+
+
+def whole_clip(model: Model) -> dict[str, Any]:
+    """The file of a whole CLIP, of which only the vision side exists, for a network with such a configuration."""
+    config: Any = model.config
+    vision = {**config.to_json(), "model_type": CLIPVisionModel.model_type}
+    head = {"architectures": [type(model).__name__], "model_type": model.model_type}
+    return {**head, "projection_dim": config.projection_dim, "vision_config": vision}
 
 
 def scores(embeds: jax.Array, concepts: jax.Array, thresholds: jax.Array) -> jax.Array:

@@ -249,6 +249,11 @@ class EncoderConfig(Config):
         return not JOINT.isdisjoint({*self.down_block_types, self.mid_block_type})
 
     @property
+    def divisor(self) -> int:
+        """How many pixels of the sample along an edge become one of the coarsest level."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
     def groups(self) -> int:
         """``norm_num_groups`` of blocks that need it."""
         return self.norm_num_groups or 0

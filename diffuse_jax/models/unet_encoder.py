@@ -72,7 +72,7 @@ class EncoderModel(Model):
             raise ValueError(f"sample must be [B,h,w,{channels}] (channel-last), got {sample.shape}")
         B, h, w, _ = sample.shape
         if self.config.has_joint_attention:
-            divisor = 2 ** (len(self.config.block_out_channels) - 1)
+            divisor = self.config.divisor
             if h % divisor or w % divisor:
                 raise ValueError(
                     f"height and width of this network's sample must be multiples of {divisor}, got {h} x {w}"

@@ -6,6 +6,12 @@ from diffuse_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from diffuse_jax.pipelines.catalogue import register
+from diffuse_jax.pipelines.deepfloyd_if import IFImg2ImgPipeline, IFInpaintingPipeline, IFPipeline, PromptEmbeds
+from diffuse_jax.pipelines.deepfloyd_if_superresolution import (
+    IFImg2ImgSuperResolutionPipeline,
+    IFInpaintingSuperResolutionPipeline,
+    IFSuperResolutionPipeline,
+)
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_combined import (
     KandinskyV22CombinedPipeline,
@@ -70,6 +76,12 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "IFImg2ImgPipeline",
+    "IFImg2ImgSuperResolutionPipeline",
+    "IFInpaintingPipeline",
+    "IFInpaintingSuperResolutionPipeline",
+    "IFPipeline",
+    "IFSuperResolutionPipeline",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetImg2ImgPipeline",
     "KandinskyV22ControlnetPipeline",
@@ -87,6 +99,7 @@ __all__ = [
     "Output",
     "Part",
     "PlainStep",
+    "PromptEmbeds",
     "Request",
     "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",

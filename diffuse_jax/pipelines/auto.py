@@ -12,10 +12,12 @@ from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|KandinskyV22"
-NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|)(?:Combined|)Pipeline")
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|KandinskyV22"
+NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
+TASKS = {"IFInpaintPipeline": "IFInpaintingPipeline"}
+"""Class names that follow from family and task -> what they are called instead."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
 
@@ -67,11 +69,12 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
-        if pipe.components.get("vae") is None:
+        if pipe.components.get("movq") is not None:
             return pipe  # a decoder of embeddings, which checks its UNet itself
-        latents = vae_of(pipe).config.latent_channels
+        over_pixels = pipe.components.get("vae") is None
+        latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
-        takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" else (latents,)
+        takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" and not over_pixels else (latents,)
         if channels not in takes:
             raise weights.WeightsError(
                 f"{source} has a UNet with {channels} input channels, and a {type(pipe).__name__} gives it "
@@ -94,7 +97,8 @@ class AutoPipeline:
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
         rest = f"{kind}{cls.task}{'Combined' * (family in COMBINED)}Pipeline"
-        return pipeline_class((family if family + rest in PIPELINES else SHARED.get(family, family)) + rest, source)
+        name = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
+        return pipeline_class(TASKS.get(name, name), source)
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -78,13 +78,26 @@ def upscaling(pipe: Any, image: ImageInput, noise_level: int, arguments: Mapping
     scale = vae_of(pipe).config.scale
     request = text_to_image(pipe, default_steps(arguments, 75), (low[0] * scale, low[1] * scale))
     array = signed(pixels(image, low, "image"))
-    level = pipe.components["low_res_scheduler"].train_levels()[noise_level]
+    return beside_noised(request, array, pipe.components["low_res_scheduler"], noise_level, NoisedImage())
+
+
+def beside_noised(request: Request, array: Any, scheduler: Any, noise_level: int, part: NoisedImage) -> Request:
+    """The request with an image as further channels of the network, noised; its level is the network's class.
+
+    Args:
+      request: of a task that is not upscaling.
+      array: the images, ``[N,h,w,3]`` in [-1, 1], of the size of the sample.
+      scheduler: says how much noise a level has.
+      noise_level: a timestep of it.
+      part: what adds the noise.
+    """
+    level = scheduler.train_levels()[noise_level]
     rows = {
         "low_res_image": per_prompt(array, request.images, request.copies, "image"),
         "low_res_level": np.tile(np.asarray(level, np.float32), (request.images, 1)),
         "class_labels": np.full(request.images, noise_level, np.int32),
     }
-    conditions = (*request.method.conditions, NoisedImage())
+    conditions = (*request.method.conditions, part)
     denoiser = below_guidance(request.method.denoiser, lambda inner: Beside(inner, ("noised_image",)))
     return changed(request, rows, conditions=conditions, denoiser=denoiser)
 

@@ -155,11 +155,13 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
     """The image size (height, width) in pixels; a side that is None defaults to the checkpoint's.
 
     Raises:
-      ValueError: a side is not a positive multiple of the autoencoder's downsampling factor (the message gives the
-        nearest valid sizes) or longer than :data:`LONGEST_SIDE`, the image has more than :data:`MOST_PIXELS`, or the
-        checkpoint has no default.
+      ValueError: a side is not a positive multiple of the autoencoder's downsampling factor, or without an autoencoder
+        of the UNet's (the message gives the nearest valid sizes), or longer than :data:`LONGEST_SIDE`; the image has
+        more than :data:`MOST_PIXELS`; or the checkpoint has no default.
     """
-    scale = pipe.components["vae"].config.scale
+    vae = pipe.components.get("vae")
+    scale = 1 if vae is None else vae.config.scale
+    multiple = pipe.components["unet"].config.divisor if vae is None else scale
     default = pipe.components["unet"].config.sample_size
     default = (default, default) if default is None or isinstance(default, int) else default
     sizes = []
@@ -169,9 +171,9 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
         size = latents * scale if given is None else given
         if size > LONGEST_SIDE:
             raise ValueError(f"{name} must be at most {LONGEST_SIDE}, got {brief(size)}")
-        if size < scale or size % scale:
-            below = max(scale, size // scale * scale)
-            raise ValueError(f"{name} must be a multiple of {scale}, got {size}; try {below} or {below + scale}")
+        if size < multiple or size % multiple:
+            below = max(multiple, size // multiple * multiple)
+            raise ValueError(f"{name} must be a multiple of {multiple}, got {size}; try {below} or {below + multiple}")
         sizes.append(int(size))
     if math.prod(sizes) > MOST_PIXELS:
         raise ValueError(f"an image may have {MOST_PIXELS} pixels, got {sizes[0]}x{sizes[1]}")

@@ -302,7 +302,12 @@ def signed(images: Any) -> Any:
     return _signed(images) if isinstance(images, jax.Array) else images * 2 - 1
 
 
-def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
+def mask_pixels(
+    masks: ImageInput,
+    size: tuple[int, int],
+    name: str,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """Masks as float32 ``[N,H,W,1]``: 1 where a value is at least one half (the region to repaint), 0 elsewhere.
 
     Masks are given like the images of :func:`pixels`, or as arrays of bools or of the integers 0 and 1.
@@ -310,12 +315,18 @@ def mask_pixels(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarr
     Raises:
       ValueError, TypeError: as for :func:`pixels`, or a PIL mask has the values 0 and 1, where white would be 255.
     """
-    return (mask_shades(masks, size, name) >= 0.5).astype(np.float32)
+    return (mask_shades(masks, size, name, resample) >= 0.5).astype(np.float32)
 
 
-def mask_shades(masks: ImageInput, size: tuple[int, int], name: str) -> np.ndarray:
+def mask_shades(
+    masks: ImageInput,
+    size: tuple[int, int],
+    name: str,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """Masks as float32 ``[N,H,W,1]`` from 0 to 1, as they are given; errors as of :func:`mask_pixels`."""
-    return np.stack([_pixels(_binary_as_float(mask, name), size, 1, name) for mask in image_list(masks, name)])
+    shades = lambda mask: _pixels(_binary_as_float(mask, name), size, 1, name, resample=resample)
+    return np.stack([shades(mask) for mask in image_list(masks, name)])
 
 
 def _binary_as_float(mask: Any, name: str) -> Any:

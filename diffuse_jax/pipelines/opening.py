@@ -15,6 +15,7 @@ from diffuse_jax.models import (
     CLIPVisionModelWithProjection,
     ControlNetModel,
     DPTForDepthEstimation,
+    IFSafetyChecker,
     Model,
     Params,
     StableDiffusionSafetyChecker,
@@ -32,14 +33,14 @@ from diffuse_jax.writing import naming
 OURS: Mapping[str, type] = {"scheduler": Scheduler, "feature_extractor": ImageProcessor}
 """Components that have to be of a class of this library -> the class."""
 
-ROLES: Mapping[str, type[Model]] = {
-    "controlnet": ControlNetModel,
-    "adapter": T2IAdapter,
-    "image_encoder": CLIPVisionModelWithProjection,
-    "safety_checker": StableDiffusionSafetyChecker,
-    "depth_estimator": DPTForDepthEstimation,
+ROLES: Mapping[str, tuple[type[Model], ...]] = {
+    "controlnet": (ControlNetModel,),
+    "adapter": (T2IAdapter,),
+    "image_encoder": (CLIPVisionModelWithProjection,),
+    "safety_checker": (StableDiffusionSafetyChecker, IFSafetyChecker),
+    "depth_estimator": (DPTForDepthEstimation,),
 }
-"""Components that no other network of this library can be -> their class."""
+"""Components that no other network of this library can be -> their classes."""
 
 Parts = dict[str, Any]
 """Component name -> network, tuple of networks, scheduler, tokenizer or None."""
@@ -192,7 +193,8 @@ def check_role(name: str, part: Any) -> None:
     for net in part if isinstance(part, tuple | list) else (part,):
         own = isinstance(net, Model) and type(net).__module__.startswith("diffuse_jax.")
         if name in ROLES and own and not isinstance(net, ROLES[name]):
-            raise TypeError(f"{name} must be a {ROLES[name].__name__}, got {type(net).__name__}")
+            wanted = " or ".join(kind.__name__ for kind in ROLES[name])
+            raise TypeError(f"{name} must be a {wanted}, got {type(net).__name__}")
 
 
 def is_pair(part: Any) -> bool:

@@ -101,6 +101,31 @@ class TextOptions(CallOptions, total=False):
     ip_adapter_masks: Any
 
 
+class PixelTextOptions(CallOptions, total=False):
+    """Arguments of calls of DeepFloyd IF, besides the prompt itself.
+
+    Attributes:
+      timesteps: also the name of one of IF's tables, such as "fast27"; see :mod:`diffuse_jax.pipelines.if_timesteps`.
+      negative_prompt: one, or one per prompt; empty if None.
+      prompt_embeds, negative_prompt_embeds: ``[prompts,L,D]`` hidden states instead of prompts, as ``encode_prompt``
+        returns them.
+      num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
+      guidance_rescale: from 0 (default) to 1, one value or one per image; see Lin et al. 2024, section 3.4.
+      clean_caption: prompts are always made lower case; True warns that nothing else is cleaned, which would take
+        packages (beautifulsoup4, ftfy) that this library does not use.
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    timesteps: Sequence[float] | str | None  # type: ignore[misc]
+    negative_prompt: str | Sequence[str] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    num_images_per_prompt: int
+    guidance_rescale: float | Sequence[float]
+    clean_caption: bool
+    batch_size: int | None
+
+
 class ImageVariationOptions(CallOptions, total=False):
     """Arguments of a call with images in the place of prompts.
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import PlainStep, Rows, all_parts, noise_row
+from diffuse_jax.pipelines.parts.image import NoisedImage
 from diffuse_jax.pipelines.parts.latent_upscaler import SCALE, SmallImage
 from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.rounding import power_of_two
 
-PURPOSES = ("low res image", "image", "small image", "noise", "masked image")
+PURPOSES = ("low res image", "image", "small image", "noise", "masked image", "upscaled image")
 """What diffusers draws before the loop, in its order; "noise" is the start, the others are for encoded images."""
 
 EACH_USED = (
@@ -86,19 +87,21 @@ def drawn_before(request: Request) -> list[str]:
     pure = bool(np.all(rows.get("pure_noise", False)))
     # Inpainting from pure noise encodes the image only if the known part is to be restored.
     encoded = any(isinstance(part, FromImage) for part in all_parts(request.method.start))
+    noised = [part.purpose for part in request.method.conditions if isinstance(part, NoisedImage)]
     drawn = {
-        "low res image": "low_res_image" in rows,
+        "low res image": "low res image" in noised,
         "image": "image" in rows and encoded and (not pure or bool(kept)),
         "small image": "image" in rows and any(isinstance(part, SmallImage) for part in request.method.conditions),
         "noise": "noise" not in rows and ("latents" not in rows or "mask" in rows),
         "masked image": "image" in rows and "mask" in rows and "masked_image_latents" not in rows,
+        "upscaled image": "upscaled image" in noised,
     }
     return [name for name in PURPOSES if drawn[name]]
 
 
 def drawn_shape(purpose: str, request: Request) -> tuple[int, ...]:
     """The shape of one image's noise for one of :data:`PURPOSES`."""
-    if purpose == "low res image":
+    if purpose in ("low res image", "upscaled image"):
         return request.rows["low_res_image"].shape[1:]
     shape = request.method.latent_shape
     return (shape[0] // SCALE, shape[1] // SCALE, shape[2]) if purpose == "small image" else shape

@@ -20,16 +20,19 @@ CONTROLS: dict[str, Callable[[Any], int]] = {
 UPSCALING: dict[str, Callable[[int], int]] = {
     "StableDiffusionUpscalePipeline": lambda scale: scale,
     "StableDiffusionLatentUpscalePipeline": lambda scale: SCALE,
+    **dict.fromkeys(
+        ("IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline", "IFInpaintingSuperResolutionPipeline"),
+        lambda scale: 4,
+    ),
 }
 """Pipelines whose images are larger than the one they take -> how many times, from the autoencoder's factor."""
 
 
 def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Those of ``image``, ``mask_image`` and ``control_image`` that calls take, for the checkpoint's default size, with
-    one control image per ControlNet or T2I-Adapter; empty for a pipeline without an autoencoder."""
-    if pipe.components.get("vae") is None:
-        return {}
-    size, scale = pipe.components["unet"].config.sample_size, pipe.components["vae"].config.scale
+    one control image per ControlNet or T2I-Adapter; over pixels there may be an ``original_image`` too."""
+    size, vae = pipe.components["unet"].config.sample_size, pipe.components.get("vae")
+    scale = 1 if vae is None else vae.config.scale
     height, width = (edge * scale for edge in ((size, size) if isinstance(size, int) else size))
     smaller = UPSCALING.get(type(pipe).__name__, lambda scale: 1)(scale)
     takes = inspect.signature(pipe.compose).parameters
@@ -37,6 +40,7 @@ def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
     control = control_images(pipe, controls[0], height, width) if controls else None
     found = {
         "image": waves(height // smaller, width // smaller, 0),
+        "original_image": waves(height, width, 1),
         "mask_image": disc(height, width),
         "control_image": control,
     }

@@ -19,6 +19,7 @@ from diffuse_jax.weights import WeightsError
 LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
+    "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
     "stable_diffusion": diffusers.pipelines.stable_diffusion.safety_checker,
 }
 """What ``model_index.json`` calls a library -> the module that has its classes."""

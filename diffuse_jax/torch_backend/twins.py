@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffuse_jax.models.autoencoder_kl import Posterior
@@ -16,6 +17,7 @@ from diffuse_jax.models.autoencoder_tiny import Encoded
 from diffuse_jax.models.clip_vision import CLIPVisionOutput
 from diffuse_jax.models.controlnet import ControlNetOutput
 from diffuse_jax.text.clip import CLIPTextOutput
+from diffuse_jax.text.t5 import T5Output
 from diffuse_jax.torch_backend.networks import channels_first, channels_last
 
 
@@ -61,6 +63,18 @@ def watched(layer: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+def t5(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> T5Output:
+    """T5's encoder."""
+    return T5Output(module(input_ids.long(), attention_mask=attention_mask).last_hidden_state)
+
+
+def if_safety(module: Any, clip_input: torch.Tensor) -> torch.Tensor:
+    """The verdicts of DeepFloyd IF's safety checker, one for both of its scores."""
+    blank = [np.zeros(1)] * len(clip_input)
+    _, unsafe, marked = module(channels_first(clip_input.to(module.dtype)), blank)
+    return torch.tensor(unsafe) | torch.tensor(marked)
+
+
 def final_norm(module: Any, states: torch.Tensor) -> torch.Tensor:
     """Apply a CLIP text encoder's final layer norm, which is in different places in different transformers releases."""
     return getattr(module, "text_model", module).final_layer_norm(states.to(module.dtype))
@@ -70,7 +84,7 @@ def unet(
     module: Any,
     sample: torch.Tensor,
     timesteps: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
     added_cond_kwargs: Any = None,
     class_labels: Any = None,
     timestep_cond: Any = None,
@@ -97,12 +111,11 @@ def unet(
 
 
 def added(module: Any, given: Any) -> Any:
-    """Further conditions of a UNet: embeddings in the module's dtype, hints channel-first, SDXL's sizes as they are."""
+    """Pooled prompt embeddings, image embeddings and hints in the module's dtype, and SDXL's micro-conditioning."""
     if given is None:
         return None
-    cast = {name: value.to(module.dtype) for name, value in given.items() if name != "time_ids"}
-    hint = {"hint": channels_first(cast["hint"])} if "hint" in cast else {}
-    return given | cast | hint
+    cast = {name: value if name == "time_ids" else value.to(module.dtype) for name, value in given.items()}
+    return cast | ({"hint": channels_first(cast["hint"])} if "hint" in cast else {})
 
 
 def pixel_unet(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: Any = None) -> torch.Tensor:
@@ -221,10 +234,12 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModel", "final_norm"): final_norm,
     ("CLIPTextModelWithProjection", "__call__"): text,
     ("CLIPTextModelWithProjection", "final_norm"): final_norm,
+    ("T5EncoderModel", "__call__"): t5,
     ("CLIPVisionModel", "__call__"): vision,
     ("CLIPVisionModelWithProjection", "__call__"): vision,
     ("DPTForDepthEstimation", "__call__"): depth,
     ("StableDiffusionSafetyChecker", "__call__"): safety,
+    ("IFSafetyChecker", "__call__"): if_safety,
     ("UNet2DConditionModel", "__call__"): unet,
     ("UNet2DModel", "__call__"): pixel_unet,
     ("PriorTransformer", "__call__"): prior,

@@ -51,6 +51,16 @@ def test_the_task_changes_and_the_controlnet_stays(auto: Any, task: str, saved_f
     )
 
 
+@pytest.mark.parametrize(
+    ("auto", "name"),
+    zip(TASKS, ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"), strict=True),
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_the_first_stage_of_a_cascade(auto: Any, name: str) -> None:
+    for own in ("IFPipeline", "IFImg2ImgPipeline", "IFInpaintingPipeline"):
+        assert auto.pipeline_for(own, "x", {}).__name__ == name
+
+
 @pytest.mark.parametrize("family", ["", "XL"])
 @pytest.mark.parametrize("kind", ["Adapter", "SAG", "Panorama", "DiffEdit"])
 def test_other_tasks_become_the_plain_one_of_their_family(kind: str, family: str) -> None:

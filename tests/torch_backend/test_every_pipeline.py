@@ -18,7 +18,7 @@ from diffuse_jax.weights import read_json, write_json
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 from diffuse_jax.torch_backend import parity, pipeline  # noqa: E402
-from tests.oracle import twins  # noqa: E402
+from tests.oracle import if_folders, twins  # noqa: E402
 from tests.oracle.test_depth_and_latent_upscaling import K_UNET  # noqa: E402
 
 torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
@@ -129,7 +129,13 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         getattr(diffusers, name)(unet=unet, scheduler=diffusers.DDIMScheduler()).save_pretrained(folder)
         return folder
 
+    @functools.cache
+    def stage(number: int) -> Path:
+        return if_folders.save(tmp_path_factory.mktemp("if") / "model", number)
+
     def find(name: str) -> Path:
+        if name.startswith("IF"):
+            return stage(2 if "Super" in name else 1)
         if "vae" not in PIPELINES[name].required:
             return pixels(name)
         folder = whole("XL" in name)

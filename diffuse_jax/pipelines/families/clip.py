@@ -237,8 +237,8 @@ class ClipFamily:
 
 def prompt_embeds_width(pipe: Any) -> int | None:
     """The width of the prompt embeddings that the UNet takes; None if it differs between blocks."""
-    width = pipe.components["unet"].config.cross_attention_dim
-    return width if isinstance(width, int) else None
+    config = pipe.components["unet"].config
+    return config.text_width if isinstance(config.cross_attention_dim, int) else None
 
 
 def encode_ids(part: EncodeText, params: Params, tokens: Rows) -> Rows:

@@ -7,8 +7,8 @@ from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
 from diffuse_jax.pipelines.parts.ip_adapter import EncodeImages, ImagePrompted
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
 from diffuse_jax.pipelines.parts.safety import Checked
-from diffuse_jax.pipelines.parts.start import FromImage, FromNoise
-from diffuse_jax.pipelines.parts.step import KeepKnown
+from diffuse_jax.pipelines.parts.start import FromImage, FromNoise, FromPixels
+from diffuse_jax.pipelines.parts.step import KeepClean, KeepKnown
 from diffuse_jax.pipelines.parts.text import EncodeText
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "EncodeText",
     "FromImage",
     "FromNoise",
+    "FromPixels",
     "Guidance",
     "ImagePrompted",
+    "KeepClean",
     "KeepKnown",
     "LatentMask",
     "PixelUNet",

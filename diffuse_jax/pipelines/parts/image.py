@@ -69,7 +69,13 @@ class ImageCondition(Part):
 @dataclasses.dataclass(frozen=True)
 class NoisedImage(Part):
     """``noised_image [B,h,w,3]``: ``low_res_image`` noised to its level ``low_res_level [B,2]`` (alpha, sigma), as an
-    upscaler takes it."""
+    upscaler takes it.
+
+    Attributes:
+      purpose: distinguishes this noise; see :func:`~diffuse_jax.pipelines.draw`.
+    """
+
+    purpose: str = "low res image"
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -81,8 +87,8 @@ class NoisedImage(Part):
 
     def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
         image = rows["low_res_image"]
-        given = rows.get(noise_row("low res image"))
-        noise = draw(keys, "low res image", image.shape[1:]) if given is None else given
+        given = rows.get(noise_row(self.purpose))
+        noise = draw(keys, self.purpose, image.shape[1:]) if given is None else given
         return rows | {"noised_image": noised(rows["low_res_level"], image, noise)}
 
 

@@ -65,6 +65,24 @@ class FromImage(FromNoised):
 
 
 @dataclasses.dataclass(frozen=True)
+class FromPixels(Part):
+    """The first sample is ``clean_image [B,H,W,C]`` in [-1, 1], noised to the plan's first level.
+
+    Where ``clean_mask [B,H,W,1]`` is 0, if there is one, it is the image without noise.
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "noise", "clean_image"
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        state, image = plan.init(rows["noise"], rows["clean_image"]), rows["clean_image"]
+        if "clean_mask" not in rows:
+            return state
+        return state._replace(sample=jnp.where(rows["clean_mask"] > 0, state.sample, image))
+
+
+@dataclasses.dataclass(frozen=True)
 class FromCleanImage(FromImage):
     """The first sample is an image without noise, for samplers that run from an image to noise."""
 

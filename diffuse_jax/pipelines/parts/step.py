@@ -32,6 +32,24 @@ class KeepKnown(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class KeepClean(Part):
+    """Inpainting in pixel space: each step ends by restoring the known region, without noise.
+
+    ``clean_mask [B,H,W,1]`` is 1 in the region to repaint.
+    """
+
+    inner: Any = PLAIN_STEP
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "clean_mask", "clean_image"
+
+    def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
+        state = self.inner(denoiser, params, rows, state, step, keys)
+        return state._replace(sample=jnp.where(rows["clean_mask"] > 0, state.sample, rows["clean_image"]))
+
+
+@dataclasses.dataclass(frozen=True)
 class KeepInverted(Part):
     """DiffEdit (Couairon et al. 2022, arXiv 2210.11427): each step ends by restoring, outside the mask, what inversion
     found there.
