@@ -25,10 +25,12 @@ from diffuse_jax.models import (
     IPAdapter,
     Model,
     PaellaVQModel,
+    PriorTransformer,
     T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
     WuerstchenDiffNeXt,
     WuerstchenPrior,
 )
@@ -42,7 +44,9 @@ from tests.schedulers.samplers import EVERY, REQUIRED
 NETWORKS: list[type[Model]] = [
     *(PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior),
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
+    PriorTransformer,
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
+    VQModel,
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

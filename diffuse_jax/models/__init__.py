@@ -20,10 +20,12 @@ from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.paella_vq import PaellaVQConfig, PaellaVQModel
 from diffuse_jax.models.preconditioning import consistency_denoiser
+from diffuse_jax.models.prior_transformer import PriorTransformer, PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from diffuse_jax.models.vq_model import VQConfig, VQModel
 from diffuse_jax.models.wuerstchen import (
     WuerstchenDiffNeXt,
     WuerstchenDiffNeXtConfig,
@@ -60,6 +62,8 @@ __all__ = [
     "PaellaVQConfig",
     "PaellaVQModel",
     "Params",
+    "PriorTransformer",
+    "PriorTransformerConfig",
     "StableDiffusionSafetyChecker",
     "T2IAdapter",
     "T2IAdapterConfig",
@@ -67,6 +71,8 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "VQConfig",
+    "VQModel",
     "WuerstchenDiffNeXt",
     "WuerstchenDiffNeXtConfig",
     "WuerstchenPrior",

@@ -25,8 +25,11 @@ class Attention(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """``x [B,L,D]``, ``context [B,K,E]`` -> ``[B,L,D]``; ``D`` must be a multiple of ``heads``."""
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+        """``x [B,L,D]``, ``context [B,K,E]`` -> ``[B,L,D]``; ``D`` must be a multiple of ``heads``.
+
+        ``mask``: bool, broadcastable to ``[B,heads,L,K]``, true where ``x`` may attend to the context.
+        """
         B, L, D = x.shape
         if D % self.heads:
             raise ValueError(f"width {D} cannot be split into {self.heads} heads (attention_head_dim)")
@@ -40,16 +43,18 @@ class Attention(nn.Module):
         query = split(dense(x, self.qkv_bias, "to_q"))
         key = split(dense(context, self.qkv_bias, "to_k"))
         value = split(dense(context, self.qkv_bias, "to_v"))
-        return dense(Attend(name="attend")(query, key, value).reshape(B, L, D), True, "to_out_0")
+        masked = {} if mask is None else {"mask": mask}
+        return dense(Attend(name="attend")(query, key, value, **masked).reshape(B, L, D), True, "to_out_0")
 
 
 class Attend(nn.Module):
     """Softmax attention, without parameters; a layer so that adapters can intercept its inputs (intercept.py)."""
 
     @nn.compact
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """``query [B,L,heads,D]``, ``key`` and ``value [B,K,heads,D]`` -> ``[B,L,heads,D]``."""
-        return attention(query, key, value)
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """``query [B,L,heads,D]``, ``key`` and ``value [B,K,heads,D]`` -> ``[B,L,heads,D]``; ``mask`` as of
+        :class:`Attention`."""
+        return attention(query, key, value, mask=mask)
 
 
 class SpatialAttention(nn.Module):
@@ -74,17 +79,17 @@ class SpatialAttention(nn.Module):
         return attend(h.reshape(B, H * W, C)).reshape(B, H, W, C)
 
 
-class FeedForward(nn.Module):
-    """A gated GELU layer of width ``4 D`` and a projection back (Shazeer 2020, GEGLU): ``[B,L,D] -> [B,L,D]``."""
+class GELU(nn.Module):
+    """``gelu`` of a projection."""
 
+    features: int
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        D = x.shape[-1]
-        h = GEGLU(4 * D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_0")(x)
-        return Dense(D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_2")(h)
+        h = Dense(self.features, dtype=self.dtype, param_dtype=self.param_dtype, name="proj")(x)
+        return ACTIVATIONS["gelu"](h)
 
 
 class GEGLU(nn.Module):
@@ -99,6 +104,20 @@ class GEGLU(nn.Module):
         h = Dense(2 * self.features, dtype=self.dtype, param_dtype=self.param_dtype, name="proj")(x)
         value, gate = jnp.split(h, 2, axis=-1)
         return value * ACTIVATIONS["gelu"](gate)
+
+
+class FeedForward(nn.Module):
+    """A layer of width ``4 D``, gated unless ``layer`` is another, and a projection back: ``[B,L,D] -> [B,L,D]``."""
+
+    layer: type[GEGLU] | type[GELU] = GEGLU
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        h = self.layer(4 * D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_0")(x)
+        return Dense(D, dtype=self.dtype, param_dtype=self.param_dtype, name="net_2")(h)
 
 
 class TransformerBlock(nn.Module):

@@ -50,16 +50,7 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if unknown := set(getattr(self, name)) - {kind}:
-                raise ValueError(f"AutoencoderKL: {name} must be {kind!r} at every level, got {brief(sorted(unknown))}")
-        if self.act_fn not in ACTIVATIONS:
-            raise ValueError(f"AutoencoderKL: act_fn={self.act_fn!r}; expected one of {tuple(ACTIVATIONS)}")
-        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
-            raise ValueError(
-                f"AutoencoderKL: down_block_types has {len(self.down_block_types)} and up_block_types "
-                f"{len(self.up_block_types)} entries for the {len(self.block_out_channels)} of block_out_channels"
-            )
+        check_levels(self, ("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
         for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
             if values is not None and len(values) != self.latent_channels:
                 raise ValueError(
@@ -71,6 +62,30 @@ class AutoencoderKLConfig(Config):
     def scale(self) -> int:
         """Pixels per latent along an edge: 8 in all of Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def check_levels(config: Any, down: tuple[str, ...], up: tuple[str, ...]) -> None:
+    """Check the levels of an autoencoder whose two halves have the same widths.
+
+    Args:
+      config: its configuration.
+      down, up: the known types of the encoder's and the decoder's levels.
+
+    Raises:
+      ValueError: an unknown type or activation, or not one type for each width.
+    """
+    name, c = config.class_name, config
+    for field, known in (("down_block_types", down), ("up_block_types", up)):
+        if unknown := sorted(set(getattr(c, field)) - set(known)):
+            expected = " or ".join(map(repr, known))
+            raise ValueError(f"{name}: {field} must be {expected} at every level, got {brief(unknown)}")
+    if c.act_fn not in ACTIVATIONS:
+        raise ValueError(f"{name}: act_fn={c.act_fn!r}; expected one of {tuple(ACTIVATIONS)}")
+    if not len(c.down_block_types) == len(c.up_block_types) == len(c.block_out_channels):
+        raise ValueError(
+            f"{name}: down_block_types has {len(c.down_block_types)} and up_block_types "
+            f"{len(c.up_block_types)} entries for the {len(c.block_out_channels)} of block_out_channels"
+        )
 
 
 class LatentConfig(Protocol):
@@ -151,7 +166,7 @@ class AutoencoderKL(OneFile, Model):
         c = self.config
         check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.encoder = Encoder(c, **dtypes, remat=self.remat)
+        self.encoder = Encoder(c, channels=2 * c.latent_channels, **dtypes, remat=self.remat)
         self.decoder = Decoder(c, **dtypes, remat=self.remat)
         if c.use_quant_conv:
             self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, **dtypes)

@@ -55,13 +55,14 @@ class FourierProjection(nn.Module):
 class TimestepEmbedding(nn.Module):
     """Two dense layers with an activation between, ``[B,D] -> [B,dim]``; first adds a projection of ``condition``.
 
-    ``post_act`` is the name of one more activation at the end.
+    ``post_act`` is the name of one more activation at the end. ``out_dim`` is the width of the result, if not ``dim``.
     """
 
     dim: int
     act_fn: str = "silu"
     cond_dim: int | None = None
     post_act: str | None = None
+    out_dim: int | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -73,7 +74,7 @@ class TimestepEmbedding(nn.Module):
             condition = jnp.zeros((x.shape[0], self.cond_dim), x.dtype) if condition is None else condition
             x = x + project(condition)
         x = Dense(self.dim, **dtypes, name="linear_1")(x)
-        x = Dense(self.dim, **dtypes, name="linear_2")(ACTIVATIONS[self.act_fn](x))
+        x = Dense(self.out_dim or self.dim, **dtypes, name="linear_2")(ACTIVATIONS[self.act_fn](x))
         return x if self.post_act is None else ACTIVATIONS[self.post_act](x)
 
 

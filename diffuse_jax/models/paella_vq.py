@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from diffuse_jax.allowed import Depth, Layers, Signed
 from diffuse_jax.config import NOT_QUANTIZED, Config
 from diffuse_jax.models.base import Model
-from diffuse_jax.models.embeddings import Embedding
+from diffuse_jax.models.codebook import Codebook
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, parameter
 from diffuse_jax.models.wuerstchen_layers import Depthwise, Layer, Transposed, centred, shuffled, unshuffled
 
@@ -170,21 +169,3 @@ class BatchStatistics(Layer):
         )
         parameter(self, "num_batches_tracked", zeros, ())  # PyTorch counts them, and misses the number in a file
         return (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(variance + self.eps) * scale + bias
-
-
-class Codebook(nn.Module):
-    """The nearest of ``num`` vectors for each latent ``[...,dim]``."""
-
-    num: int
-    dim: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        table = Embedding(self.num, self.dim, dtype=jnp.float32, param_dtype=self.param_dtype, name="embedding")
-        vectors = table(jnp.arange(self.num))
-        z = latents.astype(jnp.float32)
-        product = jnp.matmul(z, vectors.T, precision="highest")
-        distance = jnp.square(vectors).sum(-1).reshape((1,) * (z.ndim - 1) + (-1,)) - 2 * product
-        return table(distance.argmin(-1))

@@ -17,9 +17,11 @@ from diffuse_jax.models.consistency_decoder import ConsistencyDecoderVAEConfig
 from diffuse_jax.models.controlnet import ControlNetConfig
 from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
 from diffuse_jax.models.paella_vq import PaellaVQConfig
+from diffuse_jax.models.prior_transformer import PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
+from diffuse_jax.models.vq_model import VQConfig
 from diffuse_jax.models.wuerstchen import WuerstchenDiffNeXtConfig, WuerstchenPriorConfig
 
 ATTENTION_BELOW_FIRST: dict[str, Any] = {
@@ -218,6 +220,27 @@ X4_UPSCALER_VAE = AutoencoderKLConfig(
     scaling_factor=0.08333,
 )
 
+#: 55,322,782; four pixels per latent: latent diffusion without prompts (CelebA-HQ), and its upscaler
+LDM_VQ = VQConfig(
+    sample_size=256,
+    block_out_channels=(128, 256, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    num_vq_embeddings=8192,
+)
+#: 67,832,495; Kandinsky 2.1 and 2.2
+MOVQ = VQConfig(
+    block_out_channels=(128, 256, 256, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+    up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+    latent_channels=4,
+    num_vq_embeddings=16384,
+    vq_embed_dim=4,
+    norm_type="spatial",
+)
+
 TINY_VAE = AutoencoderTinyConfig()  #: 2,445,063; latents of 1.x and 2.x, or of XL
 TINY_FLUX2_VAE = AutoencoderTinyConfig(latent_channels=32, use_midblock_gn=True)  #: 2,677,027; latents of FLUX.2
 #: 194,300,519; the decoder is 1.5 times as wide
@@ -275,3 +298,5 @@ WUERSTCHEN_PRIOR = WuerstchenPriorConfig(
 )  #: 993,636,896; states of OpenCLIP bigG
 WUERSTCHEN_DECODER = WuerstchenDiffNeXtConfig()  #: 1,055,365,280; states of OpenCLIP H
 PAELLA_VQ_VAE = PaellaVQConfig()  #: 18,406,903; Würstchen's autoencoder, four pixels per latent
+UNCLIP_PRIOR = PriorTransformerConfig()  #: 1,022,030,080; Karlo and Kandinsky 2.1
+KANDINSKY22_PRIOR = UNCLIP_PRIOR.replace(embedding_dim=1280)  #: 1,026,225,920; Kandinsky 2.2

@@ -45,8 +45,11 @@ class ResnetBlock(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        """``x [B,H,W,C]``, ``temb [B,D]`` (none in an autoencoder) -> ``[B,H,W,channels]``, resampled if asked."""
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, codes: jax.Array | None = None) -> jax.Array:
+        """``x [B,H,W,C]``, ``temb [B,D]`` (none in an autoencoder) -> ``[B,H,W,channels]``, resampled if asked.
+
+        With ``codes [B,h,w,c]`` the norms are :class:`SpatialNorm`.
+        """
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         act = ACTIVATIONS[self.act_fn]
         shift = scale = None
@@ -57,18 +60,47 @@ class ResnetBlock(nn.Module):
             if self.time_scale_shift == "scale_shift":
                 scale, shift = jnp.split(shift, 2, axis=-1)
 
-        h = act(GroupNorm(self.groups, self.eps, **dtypes, name=self.names.norm1)(x))
+        h = act(self.norm(self.names.norm1, x, codes))
         x, h = change_size(x, self.resample), change_size(h, self.resample)
         h = Conv(self.channels, **dtypes, name=self.names.conv1)(h)
         if shift is not None and scale is None:
             h = h + shift
-        h = GroupNorm(self.groups, self.eps, **dtypes, name=self.names.norm2)(h)
+        h = self.norm(self.names.norm2, h, codes)
         if shift is not None and scale is not None:
             h = h * (1 + scale) + shift
         h = Conv(self.channels, **dtypes, name=self.names.conv2)(act(h))
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, kernel_size=1, padding=0, **dtypes, name=self.names.conv_shortcut)(x)
         return x + h if self.output_scale == 1 else (x + h) / self.output_scale
+
+    def norm(self, name: str, x: jax.Array, codes: jax.Array | None) -> jax.Array:
+        """The norm of this name, of ``x``."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if codes is None:
+            return GroupNorm(self.groups, self.eps, **dtypes, name=name)(x)
+        return SpatialNorm(**dtypes, name=name)(x, codes)
+
+
+class SpatialNorm(nn.Module):
+    """Group normalisation whose scale and shift depend on the position (Zheng et al. 2022, MoVQ, 2209.09002).
+
+    Both are projections of the latent that lies over the pixel; the groups are 32 in every checkpoint.
+    """
+
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, codes: jax.Array) -> jax.Array:
+        """``x [B,H,W,C]`` and latents ``[B,h,w,c]`` -> ``[B,H,W,C]``."""
+        C, size = x.shape[-1], (x.shape[1], x.shape[2])
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        # Projected first: a projection of each pixel and a repetition of pixels may be exchanged.
+        project = lambda name: nearest(Conv(C, kernel_size=1, padding=0, **dtypes, name=name)(codes), size)
+        normal = GroupNorm(self.groups, self.eps, **dtypes, name="norm_layer")(x)
+        return normal * project("conv_y") + project("conv_b")
 
 
 class Downsample(nn.Module):

@@ -12,6 +12,18 @@ from diffuse_jax.pipelines.deepfloyd_if_superresolution import (
     IFInpaintingSuperResolutionPipeline,
     IFSuperResolutionPipeline,
 )
+from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
+from diffuse_jax.pipelines.kandinsky_v22_combined import (
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+)
+from diffuse_jax.pipelines.kandinsky_v22_controlnet import KandinskyV22ControlnetPipeline
+from diffuse_jax.pipelines.kandinsky_v22_controlnet_img2img import KandinskyV22ControlnetImg2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_v22_inpaint import KandinskyV22InpaintPipeline
+from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
+from diffuse_jax.pipelines.kandinsky_v22_prior_emb2emb import KandinskyV22PriorEmb2EmbPipeline
 from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
@@ -73,6 +85,16 @@ __all__ = [
     "IFInpaintingSuperResolutionPipeline",
     "IFPipeline",
     "IFSuperResolutionPipeline",
+    "KandinskyV22CombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintCombinedPipeline",
+    "KandinskyV22InpaintPipeline",
+    "KandinskyV22Pipeline",
+    "KandinskyV22PriorEmb2EmbPipeline",
+    "KandinskyV22PriorPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",

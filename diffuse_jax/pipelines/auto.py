@@ -12,14 +12,17 @@ from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF"
-NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)Pipeline")
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|KandinskyV22"
+NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
 TASKS = {"IFInpaintPipeline": "IFInpaintingPipeline"}
 """Class names that follow from family and task -> what they are called instead."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
+
+COMBINED = ("KandinskyV22",)
+"""Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
 
 
 class AutoPipeline:
@@ -66,6 +69,8 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
+        if pipe.components.get("movq") is not None:
+            return pipe  # a decoder of embeddings, which checks its UNet itself
         over_pixels = pipe.components.get("vae") is None
         latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
@@ -91,7 +96,7 @@ class AutoPipeline:
         family, control, perturbed, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
-        rest = f"{kind}{cls.task}Pipeline"
+        rest = f"{kind}{cls.task}{'Combined' * (family in COMBINED)}Pipeline"
         name = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
         return pipeline_class(TASKS.get(name, name), source)
 

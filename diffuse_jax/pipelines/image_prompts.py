@@ -120,16 +120,16 @@ def adapter_pixels(pipe: Any, images: Any) -> list[np.ndarray]:
     return [encoder_pixels(pipe, value, "ip_adapter_image") for value in each]
 
 
-def encoder_pixels(pipe: Any, images: Any, name: str) -> np.ndarray:
+def encoder_pixels(pipe: Any, images: Any, name: str, processor: str = "feature_extractor") -> np.ndarray:
     """Images as the pipeline's image encoder takes them, ``[N,h,w,3]`` float32.
 
     Raises:
       ValueError, TypeError: something is not an image, or the feature extractor makes another size than the encoder's.
     """
-    found = pipe.components["feature_extractor"](eight_bit(images, name))
+    found = pipe.components[processor](eight_bit(images, name))
     edge = pipe.components["image_encoder"].config.image_size
     if found.shape[1:3] != (edge, edge):
-        raise ValueError(f"the feature_extractor makes {found.shape[1:3]} pixels, and the image_encoder takes {edge}")
+        raise ValueError(f"the {processor} makes {found.shape[1:3]} pixels, and the image_encoder takes {edge}")
     return found
 
 

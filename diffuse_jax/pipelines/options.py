@@ -200,6 +200,52 @@ class WuerstchenCombinedOptions(RunOptions, total=False):
     lora_scale: float | Sequence[float] | None
 
 
+class PriorOptions(CallOptions, total=False):
+    """Arguments of a call of a prior, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt. The prior makes the negative embedding of it; if None, the negative
+        embedding is that of an empty image, and guidance is away from the empty prompt.
+      num_images_per_prompt: embeddings per prompt, 1 by default; those of a prompt are consecutive.
+      latents: ``[B,E]`` standard normal noise; with a negative prompt ``[B,E,2]``, the second for that.
+      batch_size: maximum number of embeddings per device call; all at once if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    num_images_per_prompt: int
+    batch_size: int | None
+
+
+class EmbeddingOptions(CallOptions, total=False):
+    """Arguments of a call with image embeddings in the place of prompts.
+
+    Attributes:
+      num_images_per_prompt: images per embedding, 1 by default; they are consecutive.
+      batch_size: maximum number of images per device call; all at once if None.
+    """
+
+    num_images_per_prompt: int
+    batch_size: int | None
+
+
+class CombinedOptions(EmbeddingOptions, total=False):
+    """Arguments of a call of a prior and a decoder in one, besides the prompt.
+
+    Attributes:
+      negative_prompt: one, or one per prompt, for the prior.
+      prior_num_inference_steps: of the prior, 25 by default; ``num_inference_steps`` is the decoder's, 100 by default.
+      prior_guidance_scale: of the prior, 4 by default.
+      prior_callback_on_step_end: called after each evaluation of the prior, as ``callback_on_step_end`` after those of
+        the decoder.
+      latents: standard normal noise for the prior; see :class:`PriorOptions`.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    prior_num_inference_steps: int
+    prior_guidance_scale: float | Sequence[float]
+    prior_callback_on_step_end: StepCallback | None
+
+
 class PooledTextOptions(TextOptions, total=False):
     """Arguments of calls whose UNet takes a pooled embedding of the prompt too.
 

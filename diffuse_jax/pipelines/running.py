@@ -84,6 +84,17 @@ class Output:
             return None
         raise AttributeError(f"the output has no {name!r}; it has {', '.join(self.__dict__.get('results', ()))}")
 
+    def keys(self) -> tuple[str, ...]:
+        """The names of the results: ``pipe(**prior(...))`` passes them on as arguments."""
+        return tuple(self.results)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.results[name]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The results in the order of :meth:`keys`."""
+        return tuple(self.results.values())
+
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self.results]
 

@@ -123,6 +123,30 @@ def pixel_unet(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, class
     return channels_last(module(channels_first(sample.to(module.dtype)), timesteps, class_labels).sample)
 
 
+def prior(
+    module: Any,
+    hidden_states: torch.Tensor,
+    timesteps: torch.Tensor,
+    proj_embedding: torch.Tensor,
+    encoder_hidden_states: Any = None,
+    attention_mask: Any = None,
+) -> torch.Tensor:
+    """Call a prior."""
+    cast = lambda x: None if x is None else x.to(module.dtype)
+    return module(
+        cast(hidden_states),
+        timesteps,
+        cast(proj_embedding),
+        encoder_hidden_states=cast(encoder_hidden_states),
+        attention_mask=attention_mask,
+    ).predicted_image_embedding
+
+
+def unnormalised(module: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """CLIP image embeddings from samples of a prior."""
+    return module.post_process_latents(embeddings).float()
+
+
 def control(
     module: Any,
     sample: torch.Tensor,
@@ -190,6 +214,15 @@ def decode(module: Any, latents: torch.Tensor) -> torch.Tensor:
     return channels_last(module.decode(channels_first(latents.to(module.dtype))).sample)
 
 
+def decode_codes(module: Any, latents: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
+    """The images of a vector-quantised autoencoder."""
+    given = latents.movedim(-1, 1) if latents.ndim == 4 else latents
+    looks_up = force_not_quantize and module.config.lookup_from_codebook
+    shape = (*latents.shape, module.quantize.vq_embed_dim) if looks_up else None
+    given = given.long() if looks_up else given.to(module.dtype)
+    return channels_last(module.decode(given, force_not_quantize=force_not_quantize, shape=shape).sample)
+
+
 def decode_masked(module: Any, latents: torch.Tensor, image: Any = None, mask: Any = None) -> torch.Tensor:
     """The images of an autoencoder whose decoder sees the image outside the mask."""
     given = (None if x is None else channels_first(x.to(module.dtype)) for x in (image, mask))
@@ -207,7 +240,7 @@ def decode_paella(module: Any, latents: torch.Tensor, quantize: bool = False) ->
     return channels_last(module.decode(given, force_not_quantize=not quantize).sample)
 
 
-def prior(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def prior_maps(module: Any, sample: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Würstchen's prior."""
     given = channels_first(sample.to(module.dtype)), timesteps.expand(len(sample)), states.to(module.dtype)
     return channels_last(module(*given)).float()
@@ -235,6 +268,8 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("IFSafetyChecker", "__call__"): if_safety,
     ("UNet2DConditionModel", "__call__"): unet,
     ("UNet2DModel", "__call__"): pixel_unet,
+    ("PriorTransformer", "__call__"): prior,
+    ("PriorTransformer", "unnormalised"): unnormalised,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
     ("T2IAdapter", "__call__"): adapter,
@@ -244,8 +279,10 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("AutoencoderTiny", "decode"): decode,
     ("PaellaVQModel", "encode"): encode_paella,
     ("PaellaVQModel", "decode"): decode_paella,
-    ("WuerstchenPrior", "__call__"): prior,
+    ("WuerstchenPrior", "__call__"): prior_maps,
     ("WuerstchenDiffNeXt", "__call__"): diffnext,
+    ("VQModel", "encode"): encode_tiny,
+    ("VQModel", "decode"): decode_codes,
     ("AsymmetricAutoencoderKL", "encode"): encode,
     ("AsymmetricAutoencoderKL", "decode"): decode_masked,
 }

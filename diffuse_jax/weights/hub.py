@@ -22,6 +22,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 PRECISIONS = ("fp16", "bf16", "fp32")
 """Names of variants of the weights; some older repositories have branches of these names instead."""
 
+CARD = "README.md"
+"""The card of a pipeline, which may name the pipeline of an earlier stage."""
+
 SMALL = {".json", ".txt", ".model"}
 """Suffixes of configurations and tokenizers, which are always downloaded."""
 
@@ -208,6 +211,7 @@ def needed_files(names: list[str], keep: Callable[[str], bool], variant: str | N
     for folder, files in folders.items():
         chosen_weights = [choose_weights(files, stem, variant) for stem in STEMS] if weights else []
         chosen = [file for file in files if Path(file).suffix in SMALL and ".index." not in file]
+        chosen += [file for file in files if file == CARD and "model_index.json" in files]
         expected = weights and variant is None and not any(chosen_weights)
         missing = [stem for stem in STEMS if expected and variants(files, stem)]
         if folder and missing:

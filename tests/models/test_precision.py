@@ -34,6 +34,8 @@ from diffuse_jax.models import (
     T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConditionModel,
+    VQConfig,
+    VQModel,
 )
 from diffuse_jax.models.bit import BitConfig
 from diffuse_jax.models.dpt import DEFAULT_BACKBONE
@@ -88,6 +90,14 @@ ASYMMETRIC = AsymmetricAutoencoderKLConfig(
     up_block_out_channels=(8, 16),
     norm_num_groups=4,
 )
+VQ = VQConfig(
+    down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    block_out_channels=(8, 8),
+    norm_num_groups=4,
+    num_vq_embeddings=10,
+)
+MOVQ = VQ.replace(block_out_channels=(32, 32), norm_type="spatial")
 VISION = CLIPVisionConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
 )
@@ -145,6 +155,8 @@ NETWORKS = {
     "tiny autoencoder": (AutoencoderTiny, TINY),
     "tiny autoencoder with norms": (AutoencoderTiny, TINY.replace(use_midblock_gn=True, upsample_fn="bilinear")),
     "asymmetric autoencoder": (AsymmetricAutoencoderKL, ASYMMETRIC),
+    "quantised autoencoder": (VQModel, VQ),
+    "MoVQ": (VQModel, MOVQ),
     "consistency decoder": (ConsistencyDecoderVAE, CONSISTENCY_DECODER),
     "text encoder": (CLIPTextModelWithProjection, TEXT),
     "depth estimator": (DPTForDepthEstimation, DEPTH),

@@ -162,3 +162,81 @@ def stable_diffusion_xl(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+VISION = {
+    "hidden_size": 16,
+    "projection_dim": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def kandinsky_prior(folder: Path) -> Path:
+    """A folder like the prior of Kandinsky 2.2, whose embeddings have 32 channels."""
+    torch.manual_seed(0)
+    tok = tokenizer()
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=32, num_embeddings=16
+    )
+    encoder = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION))
+    prior.clip_std.data.fill_(1.0)
+    pipe = diffusers.KandinskyV22PriorPipeline(
+        prior=lively(prior),
+        image_encoder=lively(encoder),
+        text_encoder=lively(transformers.CLIPTextModelWithProjection(text_config(tok))),
+        tokenizer=tok,
+        scheduler=diffusers.UnCLIPScheduler(
+            prediction_type="sample", clip_sample=True, clip_sample_range=5.0, variance_type="fixed_small_log"
+        ),
+        image_processor=transformers.CLIPImageProcessor(size=16, crop_size=16),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+UNET_K22 = {
+    "sample_size": 8,
+    "out_channels": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "resnet_time_scale_shift": "scale_shift",
+    "encoder_hid_dim": 32,
+    "encoder_hid_dim_type": "image_proj",
+    "addition_embed_type": "image",
+}
+MOVQ = {
+    "block_out_channels": (32, 32, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+    "up_block_types": ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+    "latent_channels": 4,
+    "vq_embed_dim": 4,
+    "num_vq_embeddings": 16,
+    "norm_num_groups": 8,
+    "norm_type": "spatial",
+}
+
+
+def kandinsky_decoder(folder: Path, kind: str = "KandinskyV22Pipeline", **changes: Any) -> Path:
+    """A folder like a decoder of Kandinsky 2.2, for the embeddings of :func:`kandinsky_prior`."""
+    torch.manual_seed(0)
+    unet = lively(diffusers.UNet2DConditionModel(**UNET_K22 | changes))
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        variance_type="learned_range",
+    )
+    movq = lively(diffusers.VQModel(**MOVQ))
+    getattr(diffusers, kind)(unet=unet, scheduler=scheduler, movq=movq).save_pretrained(folder)
+    return folder

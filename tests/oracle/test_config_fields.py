@@ -29,11 +29,13 @@ NETWORKS: list[type[Model]] = [
     models.AutoencoderTiny,
     models.AsymmetricAutoencoderKL,
     models.ConsistencyDecoderVAE,
+    models.VQModel,
     models.ControlNetModel,
     models.T2IAdapter,
     models.PaellaVQModel,
     models.WuerstchenDiffNeXt,
     models.WuerstchenPrior,
+    models.PriorTransformer,
 ]
 PIPELINES = [
     cls

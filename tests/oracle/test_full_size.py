@@ -20,10 +20,12 @@ from diffuse_jax.models import (
     ControlNetModel,
     DPTForDepthEstimation,
     PaellaVQModel,
+    PriorTransformer,
     StableDiffusionSafetyChecker,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
     WuerstchenDiffNeXt,
     WuerstchenPrior,
     presets,
@@ -77,6 +79,7 @@ T2I_ADAPTERS = {
 }
 PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
+VQS = {"LDM_VQ": 55_322_782, "MOVQ": 67_832_495}
 CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
 TEXTS = {
     "CLIP_L": (CLIPTextModel, 123_060_480),
@@ -99,6 +102,7 @@ WUERSTCHEN: dict[str, tuple[type, int]] = {
     "WUERSTCHEN_DECODER": (WuerstchenDiffNeXt, 1_055_365_280),
     "PAELLA_VQ_VAE": (PaellaVQModel, 18_406_903),
 }
+PRIORS = {"UNCLIP_PRIOR": 1_022_030_080, "KANDINSKY22_PRIOR": 1_026_225_920}
 SAFETY_CHECKER = 303_981_588
 
 
@@ -146,7 +150,7 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
-    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS)):
+    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS), (VQModel, VQS)):
         for name, count in table.items():
             config = getattr(presets, name)
             yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
@@ -169,6 +173,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     checker = StableDiffusionSafetyChecker(presets.CLIP_L_VISION)
     theirs = transformers.CLIPConfig(**{k: v for k, v in checker.config_json().items() if k != "architectures"})
     yield "safety checker", checker, partial(torch_class(StableDiffusionSafetyChecker), theirs), SAFETY_CHECKER
+    for name, count in PRIORS.items():
+        config = getattr(presets, name)
+        yield name, PriorTransformer(config), partial(diffusers.PriorTransformer.from_config, config.to_json()), count
     for name, count in CONSISTENCY_DECODERS.items():
         config = getattr(presets, name)
         build = partial(diffusers.ConsistencyDecoderVAE.from_config, config.to_json())
@@ -194,10 +201,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "_VISION", "_DEPTH", "_PRIOR", "_DECODER")
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR", "_DECODER")
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
-    tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, CONSISTENCY_DECODERS)
-    tables = (*tables, VISIONS, DEPTHS, WUERSTCHEN)
+    tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
+    tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
     found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}

@@ -378,6 +378,35 @@ ASYMMETRICS: dict[str, dict[str, Any]] = {
         "act_fn": "gelu",
     },
 }
+VQ = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "num_vq_embeddings": 20,
+    "sample_size": 16,
+}
+VQS: dict[str, dict[str, Any]] = {
+    "latent diffusion": VQ,
+    "wider vectors, attention in levels": VQ
+    | {
+        "vq_embed_dim": 5,
+        "act_fn": "gelu",
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    },
+    "MoVQ": VQ
+    | {
+        "block_out_channels": (32, 64),  # its norms have 32 groups
+        "latent_channels": 4,
+        "norm_type": "spatial",
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    },
+    "indices": VQ | {"lookup_from_codebook": True, "mid_block_add_attention": False, "latent_channels": 6},
+}
+
 CONSISTENCY_DECODERS: dict[str, dict[str, Any]] = {
     "as published": {
         "encoder_block_out_channels": (8, 16),
@@ -533,6 +562,10 @@ def tiny_twin(name: str, folder: Path) -> Twin:
 
 def asymmetric_twin(name: str, folder: Path) -> Twin:
     return twin(diffusers.AsymmetricAutoencoderKL(**ASYMMETRICS[name]), models.AsymmetricAutoencoderKL, folder)
+
+
+def vq_twin(name: str, folder: Path) -> Twin:
+    return twin(diffusers.VQModel(**VQS[name]), models.VQModel, folder)
 
 
 def consistency_decoder_twin(name: str, folder: Path) -> Twin:

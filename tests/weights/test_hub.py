@@ -135,6 +135,7 @@ def test_only_what_loading_opens_is_needed(pipeline: dict[str, bytes]) -> None:
     keep = lambda folder: "/" not in folder and folder != "safety_checker"
     wanted = needed_files(list(pipeline), keep, None)
     assert sorted(wanted) == [
+        "README.md",
         "big/config.json",
         "big/diffusion_pytorch_model.safetensors.index.json",
         "model_index.json",
@@ -203,7 +204,7 @@ def test_downloads_what_is_needed_and_says_what_went_wrong(
     assert kind == "ok"
     have = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
     shards = {name for name in pipeline if name.startswith("big/")}
-    assert have == {"model_index.json", "tokenizer/vocab.json", "vae/config.json"} | shards | {
+    assert have == {"README.md", "model_index.json", "tokenizer/vocab.json", "vae/config.json"} | shards | {
         "vae/diffusion_pytorch_model.safetensors"
     }
     assert all((Path(folder) / name).read_bytes() == pipeline[name] for name in have)

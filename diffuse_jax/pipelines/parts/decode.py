@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diffuse_jax.models.autoencoder_kl import AutoencoderKL, unscale_latents
 from diffuse_jax.models.tiling import tiled_decode
+from diffuse_jax.models.vq_model import VQModel
 from diffuse_jax.pipelines.method import Net, Params, Part, Rows
 
 
@@ -109,6 +110,6 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 def autoencoder(vae: Any) -> Any:
     """The autoencoder as pipelines run it: in float32 if float16 would overflow (``force_upcast``, SDXL)."""
-    if isinstance(vae, AutoencoderKL) and vae.dtype == jnp.float16 and vae.config.force_upcast:
-        return AutoencoderKL(vae.config, dtype=jnp.float32, param_dtype=vae.param_dtype)
+    if isinstance(vae, AutoencoderKL | VQModel) and vae.dtype == jnp.float16 and vae.config.force_upcast:
+        return type(vae)(vae.config, dtype=jnp.float32, param_dtype=vae.param_dtype)
     return vae

@@ -26,12 +26,27 @@ class FromNoise(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class FromImage(Part):
-    """The first sample is an image noised to the plan's first level (Meng et al. 2021, SDEdit).
+class FromNoised(Part):
+    """The first sample is ``image_latents`` noised to the plan's first level (Meng et al. 2021, SDEdit).
 
-    Reads ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it is already encoded. Where ``pure_noise [B]`` is
-    true, the first sample is noise without the image.
+    Where ``pure_noise [B]`` is true, it is noise alone.
     """
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "noise", "image_latents"
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        state = plan.init(rows["noise"], rows["image_latents"])
+        if "pure_noise" not in rows:
+            return state
+        noise = plan.init(rows["noise"]).sample
+        return state._replace(sample=jnp.where(per_image(rows["pure_noise"], noise), noise, state.sample))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromImage(FromNoised):
+    """The same from an image: ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it is already encoded."""
 
     vae: Net
 
@@ -47,13 +62,6 @@ class FromImage(Part):
         if "image_latents" in rows:
             return rows
         return rows | {"image_latents": encode_image(self.vae, params, rows["image"], keys, "image", rows)}
-
-    def __call__(self, plan: Plan, rows: Rows) -> State:
-        state = plan.init(rows["noise"], rows["image_latents"])
-        if "pure_noise" not in rows:
-            return state
-        noise = plan.init(rows["noise"]).sample
-        return state._replace(sample=jnp.where(per_image(rows["pure_noise"], noise), noise, state.sample))
 
 
 @dataclasses.dataclass(frozen=True)

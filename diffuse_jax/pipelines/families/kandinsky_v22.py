@@ -1,0 +1,82 @@
+"""The decoders of Kandinsky 2.2: from embeddings of images to images, without a text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffuse_jax.pipelines.families.clip import guidance_rows, stack_branches
+from diffuse_jax.pipelines.family import Call, check_output
+from diffuse_jax.pipelines.method import Method, Net, Rows
+from diffuse_jax.pipelines.options import EmbeddingOptions
+from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
+from diffuse_jax.pipelines.parts.guidance import ClassifierFree
+from diffuse_jax.pipelines.parts.movq import EmbeddingUNet, Unquantised
+from diffuse_jax.pipelines.parts.start import FromNoise
+
+
+@dataclasses.dataclass(frozen=True)
+class KandinskyV22Family:
+    """A family whose UNet takes an image embedding in the place of a prompt."""
+
+    options: type = EmbeddingOptions
+    plan_options: tuple[str, ...] = ()
+
+    def rows(self, pipe: Any, call: Call) -> Rows:
+        """``image_embeds`` of all branches, and guidance, one row per image.
+
+        Raises:
+          ValueError: embeddings are missing, or their shapes are wrong.
+        """
+        guided = self.uses_guidance(call)
+        names = ("negative_image_embeds", "image_embeds") if guided else ("image_embeds",)
+        embeds = [np.repeat(given_embeds(pipe, call.options, name), call.copies, axis=0) for name in names]
+        if guided and embeds[0].shape != embeds[1].shape:
+            raise ValueError(f"there are {len(embeds[1])} image_embeds, but {len(embeds[0])} negative_image_embeds")
+        return {"image_embeds": stack_branches(embeds)} | guidance_rows(call, guided)
+
+    def uses_guidance(self, call: Call) -> bool:
+        """Whether a scale is above 1."""
+        return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
+
+    def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
+        """The UNet, guidance if the scale is above 1, and the decoder.
+
+        Raises:
+          ValueError: ``output_type`` is unknown.
+        """
+        unet, movq = EmbeddingUNet(Net("unet", pipe.components["unet"])), movq_of(pipe)
+        output, scale = check_output(call.get("output_type", "pil")), movq.config.scale
+        decode = Raw() if output == "latent" else ToImages(movq, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
+        return Method(
+            denoiser=ClassifierFree(unet) if self.uses_guidance(call) else unet,
+            start=FromNoise(),
+            decode=decode,
+            latent_shape=(call.size[0] // scale, call.size[1] // scale, movq.config.latent_channels),
+        )
+
+
+def movq_of(pipe: Any) -> Unquantised:
+    """The pipeline's autoencoder."""
+    return Unquantised("movq", autoencoder(pipe.components["movq"]))
+
+
+def given_embeds(pipe: Any, options: Mapping[str, Any], name: str) -> np.ndarray:
+    """The embeddings that a call has for an argument, ``[N,E]`` float32; lists of ``[n,E]`` are joined.
+
+    Raises:
+      ValueError: there are none, or they are not floating-point of the width that the UNet takes.
+    """
+    given, width = options.get(name), pipe.components["unet"].config.image_width
+    if given is None:
+        raise ValueError(f"give {name} [N,{width}], as the prior returns them")
+    array = np.concatenate([*map(np.asarray, given)]) if isinstance(given, list | tuple) else np.asarray(given)
+    if array.ndim != 2 or array.shape[1] != width or array.dtype.kind not in "fV" or not len(array):
+        raise ValueError(f"{name} must be floating-point [N,{width}], got {array.dtype} {list(array.shape)}")
+    return array.astype(np.float32)
+
+
+KANDINSKY_V22 = KandinskyV22Family()

@@ -1,0 +1,76 @@
+"""The priors of unCLIP models: a prompt's CLIP embeddings become those of an image (Ramesh et al. 2022, 2.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows, stack_branches
+from diffuse_jax.pipelines.family import Call
+from diffuse_jax.pipelines.inputs import one_per_prompt, token_mask, tokenize
+from diffuse_jax.pipelines.method import Method, Net, Rows
+from diffuse_jax.pipelines.options import PriorOptions
+from diffuse_jax.pipelines.parts.guidance import ClassifierFree
+from diffuse_jax.pipelines.parts.prior import EncodePriorText, Prior, ToEmbeddings
+from diffuse_jax.pipelines.parts.start import FromNoise
+
+ENCODER = "text_encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorFamily:
+    """A family whose runs give image embeddings, from one text encoder, a prior and an image encoder.
+
+    With a negative prompt there are two samples for each image: its own, and one that the prior makes of the negative
+    prompt.
+    """
+
+    options: type = PriorOptions
+    plan_options: tuple[str, ...] = ()
+
+    def rows(self, pipe: Any, call: Call) -> Rows:
+        """Token ids and masks of all branches and samples, and guidance, one row per image.
+
+        Raises:
+          ValueError, TypeError: an argument is invalid or contradicts another one.
+        """
+        negatives = one_per_prompt(call.get("negative_prompt"), call.prompts, "negative_prompt")
+        samples = [one_per_prompt(call.get("prompt"), call.prompts, "prompt")]
+        samples += [negatives] if call.get("negative_prompt") is not None else []
+        branches = [[negatives] * len(samples), samples] if self.uses_guidance(call) else [samples]
+        tokens = [self.tokens(pipe, branch) for branch in branches]
+        rows: Rows = {name: {ENCODER: stack_branches([found[name] for found in tokens])} for name in tokens[0]}
+        rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
+        return rows | guidance_rows(call, len(branches) > 1)
+
+    def uses_guidance(self, call: Call) -> bool:
+        """Whether a scale is above 1."""
+        return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
+
+    def tokens(self, pipe: Any, samples: list[list[str]]) -> dict[str, np.ndarray]:
+        """``ids`` and ``attention_mask`` ``[N,L]`` of prompts; of two samples ``[N,2,L]``."""
+        words, c = pipe.components["tokenizer"], pipe.components[ENCODER].config
+        length = c.max_position_embeddings
+        found = {
+            "ids": [tokenize(words, prompts, length, c.vocab_size) for prompts in samples],
+            "attention_mask": [token_mask(words, prompts, length) for prompts in samples],
+        }
+        return {name: arrays[0] if len(arrays) == 1 else np.stack(arrays, 1) for name, arrays in found.items()}
+
+    def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
+        """Text encoder, prior, guidance if the scale is above 1, and what makes embeddings of samples."""
+        net = lambda name: Net(name, pipe.components[name])
+        prior, width = Prior(net("prior"), ENCODER), pipe.components["prior"].config.embedding_dim
+        samples = 1 if call.get("negative_prompt") is None else 2
+        return Method(
+            conditions=(EncodePriorText(net(ENCODER)),),
+            denoiser=ClassifierFree(prior) if self.uses_guidance(call) else prior,
+            start=FromNoise(),
+            decode=ToEmbeddings(net("prior"), net("image_encoder")),
+            latent_shape=(width,) if samples == 1 else (width, samples),
+        )
+
+
+PRIOR = PriorFamily()

@@ -1,0 +1,168 @@
+"""Kandinsky 2.2, prior and decoder in one: images from prompts (Razzhigaev et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+import numpy as np
+
+from diffuse_jax.pipelines.combined import PREFIX, after_prior, prefixed, stage, with_prior, with_seed
+from diffuse_jax.pipelines.inputs import ImageInput, Prompt, as_list
+from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
+from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_v22_inpaint import KandinskyV22InpaintPipeline
+from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
+from diffuse_jax.pipelines.options import CombinedOptions, check_names
+from diffuse_jax.pipelines.pipeline import DiffusionPipeline
+from diffuse_jax.pipelines.running import Request
+
+TO_PRIOR = {"prior_num_inference_steps": "num_inference_steps", "prior_guidance_scale": "guidance_scale"}
+"""Argument of a combined pipeline -> of the prior."""
+
+TO_BOTH = ("seed", "key", "num_images_per_prompt")
+
+
+class KandinskyV22CombinedPipeline(DiffusionPipeline):
+    """Images from prompts: :attr:`prior_pipe` makes embeddings, :attr:`decoder_pipe` makes images of them."""
+
+    required: ClassVar[tuple[str, ...]] = (
+        *KandinskyV22Pipeline.required,
+        *prefixed(KandinskyV22PriorPipeline.required),
+    )
+    decoder: ClassVar[type[KandinskyV22Pipeline]] = KandinskyV22Pipeline
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, prior: Any = None, **options: Any) -> Self:
+        """Open a folder of this class, or a decoder and its prior.
+
+        Args:
+          source: as for :meth:`DiffusionPipeline.from_pretrained
+            <diffuse_jax.pipelines.DiffusionPipeline.from_pretrained>`.
+          prior: for a decoder: an open :class:`KandinskyV22PriorPipeline`, or its folder or Hub id; if None, the one
+            that the decoder's card names.
+          **options: as there.
+
+        Raises:
+          WeightsError: as there, or a decoder's card names no prior.
+        """
+        first = with_prior(source, KandinskyV22PriorPipeline, prior, options)
+        return super().from_pretrained(source, **first, **options)
+
+    @property
+    def prior_pipe(self) -> KandinskyV22PriorPipeline:
+        """The first stage."""
+        return stage(self, KandinskyV22PriorPipeline, PREFIX)
+
+    @property
+    def decoder_pipe(self) -> KandinskyV22Pipeline:
+        """The second stage."""
+        return stage(self, self.decoder)
+
+    def compose(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        height: int = 512,
+        width: int = 512,
+        guidance_scale: float | Sequence[float] = 4.0,
+        **options: Unpack[CombinedOptions],
+    ) -> Request:
+        """Generate images. The prior runs as soon as all arguments have been checked; the request is the decoder's.
+
+        Args:
+          prompt: one prompt or a list.
+          height, width: in pixels, rounded up to a multiple of 64.
+          guidance_scale: of the decoder; one value, or one per image.
+          **options: see :class:`~diffuse_jax.pipelines.options.CombinedOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
+        """
+        return self.composed(prompt, {"height": height, "width": width, "guidance_scale": guidance_scale}, options)
+
+    def composed(self, prompt: Prompt | None, decoding: Mapping[str, Any], options: Mapping[str, Any]) -> Request:
+        """The decoder's request after the prior's run, from arguments for the decoder alone and the others."""
+        check_names(type(self), options, CombinedOptions)
+        given = with_seed({name: value for name, value in options.items() if value is not None}, self.mesh)
+        prior, decoder = self.prior_pipe, self.decoder_pipe
+        callback = given.pop("prior_callback_on_step_end", None)
+        first = {name: given[name] for name in TO_BOTH if name in given}
+        second: dict[str, Any] = dict(first)
+        first |= {TO_PRIOR[name]: given.pop(name) for name in TO_PRIOR if name in given}
+        first |= {name: given.pop(name) for name in ("negative_prompt", "latents") if name in given}
+        width = self.components["unet"].config.image_width
+        blank = np.zeros((len(as_list(() if prompt is None else prompt, "prompt")), width), np.float32)
+        second |= given | {"image_embeds": blank, "negative_image_embeds": blank, **decoding}
+        request = type(decoder).compose(decoder, **second)
+        running = {} if callback is None else {"callback_on_step_end": callback}
+        return after_prior(request, prior, prior.request(prompt, **first), **running)
+
+
+class KandinskyV22Img2ImgCombinedPipeline(KandinskyV22CombinedPipeline):
+    """Images from prompts and an initial image."""
+
+    decoder = KandinskyV22Img2ImgPipeline
+
+    def compose(
+        self,
+        prompt: Prompt | None = None,
+        image: ImageInput = None,
+        *,
+        strength: float = 0.3,
+        height: int = 512,
+        width: int = 512,
+        guidance_scale: float | Sequence[float] = 4.0,
+        **options: Unpack[CombinedOptions],
+    ) -> Request:
+        """Generate images. Arguments shared with :class:`KandinskyV22CombinedPipeline` have the same meaning.
+
+        Args:
+          prompt: one prompt or a list.
+          image: the initial image, or one per prompt; or latents ``[B,h,w,c]``. It is resized to the output's size.
+          strength: in (0, 1], how much the image is changed: the fraction of the decoder's steps that is run.
+          height, width: in pixels, rounded up to a multiple of 64.
+          guidance_scale: of the decoder; one value, or one per image.
+          **options: see :class:`~diffuse_jax.pipelines.options.CombinedOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
+        """
+        size = {"height": height, "width": width}
+        decoding = {"image": image, "strength": strength, "guidance_scale": guidance_scale, **size}
+        return self.composed(prompt, decoding, options)
+
+
+class KandinskyV22InpaintCombinedPipeline(KandinskyV22CombinedPipeline):
+    """Repaints the masked part of an image from prompts."""
+
+    decoder = KandinskyV22InpaintPipeline
+
+    def compose(
+        self,
+        prompt: Prompt | None = None,
+        image: ImageInput = None,
+        mask_image: ImageInput = None,
+        *,
+        height: int = 512,
+        width: int = 512,
+        guidance_scale: float | Sequence[float] = 4.0,
+        **options: Unpack[CombinedOptions],
+    ) -> Request:
+        """Repaint. Arguments shared with :class:`KandinskyV22CombinedPipeline` have the same meaning.
+
+        Args:
+          prompt: one prompt or a list.
+          image: the image, or one per prompt; or latents ``[B,h,w,c]``. It is resized to the output's size.
+          mask_image: white where to repaint, or one per prompt.
+          height, width: in pixels, rounded up to a multiple of 64.
+          guidance_scale: of the decoder; one value, or one per image.
+          **options: see :class:`~diffuse_jax.pipelines.options.CombinedOptions`.
+
+        Raises:
+          ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
+        """
+        size = {"height": height, "width": width}
+        decoding = {"image": image, "mask_image": mask_image, "guidance_scale": guidance_scale, **size}
+        return self.composed(prompt, decoding, options)

@@ -1,0 +1,89 @@
+"""Requests of priors: embeddings of images from prompts, or from prompts and images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.pipelines.family import default_steps, request_of
+from diffuse_jax.pipelines.image_prompts import encoder_pixels
+from diffuse_jax.pipelines.inputs import ImageInput, as_list, per_prompt
+from diffuse_jax.pipelines.method import Net
+from diffuse_jax.pipelines.options import check_names
+from diffuse_jax.pipelines.parts.prior import ImageEmbedding, embedded
+from diffuse_jax.pipelines.parts.start import FromNoised
+from diffuse_jax.pipelines.running import Request, apply
+from diffuse_jax.pipelines.tasks import changed, require_image
+
+STEPS = 25
+
+
+def prior_request(pipe: Any, arguments: Mapping[str, Any], **plan_options: Any) -> Request:
+    """The request of a prior, starting from noise.
+
+    Args:
+      pipe: the pipeline.
+      arguments: those of the call.
+      **plan_options: further arguments of the sampler's plan, for example ``strength``.
+
+    Raises:
+      ValueError, TypeError: an argument is invalid or contradicts another one.
+    """
+    named = ("prompt", "guidance_scale")
+    check_names(type(pipe), {k: v for k, v in arguments.items() if k not in named}, pipe.family.options)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if (output := given.setdefault("output_type", "jax")) != "jax":
+        raise ValueError(f"output_type must be 'jax' for embeddings (np.asarray makes NumPy's of them), got {output!r}")
+    prompts = len(as_list(given.get("prompt", ()), "prompt"))
+    request = request_of(pipe, default_steps(given, STEPS), prompts, (0, 0), **plan_options)
+    if given.get("noise") and "negative_prompt" in given and request.images > 1:
+        raise ValueError(
+            f"noise={given['noise']!r} with a negative prompt takes one image, got {request.images}; PyTorch diffusers "
+            "draws for all prompts first"
+        )
+    return request
+
+
+def from_embedding(request: Request, pipe: Any, image: ImageInput) -> Request:
+    """Start from the embedding of an image with noise added; the plan's ``strength`` sets how much.
+
+    Args:
+      request: a prior's request whose plan was made with ``strength``.
+      pipe: the pipeline.
+      image: an image of any size, or one per prompt; or embeddings, floating-point ``[N,E]``.
+
+    Raises:
+      ValueError, TypeError: something is not an image, or the number of images is wrong.
+    """
+    require_image(image, "image")
+    name, array = "image_embeds", given_embeddings(pipe, image)
+    if array is None:
+        name, array = "image_pixels", encoder_pixels(pipe, image, "image", "image_processor")
+    rows = {name: per_prompt(array, request.images, request.copies, "image")}
+    conditions = (*request.method.conditions, ImageEmbedding(image_encoder(pipe)))
+    return changed(request, rows, conditions=conditions, start=FromNoised())
+
+
+def given_embeddings(pipe: Any, image: Any) -> Any:
+    """Embeddings ``[N,E]`` float32, where they are given instead of images; None for images."""
+    width = pipe.components["prior"].config.embedding_dim
+    is_array = isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating)
+    return image.astype(np.float32) if is_array and image.ndim == 2 and image.shape[1] == width else None
+
+
+def image_embeddings(pipe: Any, image: ImageInput, copies: int) -> jax.Array:
+    """The embeddings of an image, ``[copies,E]`` float32; errors as of :func:`from_embedding`."""
+    pixels = encoder_pixels(pipe, image, "an image of images_and_prompts", "image_processor")
+    if len(pixels) != 1:
+        raise ValueError(f"each entry of images_and_prompts must be one image, got {len(pixels)} in an entry")
+    rows = {"image_pixels": np.repeat(pixels, copies, axis=0)}
+    return apply(pipe, embedded, ImageEmbedding(image_encoder(pipe)), rows)
+
+
+def image_encoder(pipe: Any) -> Net:
+    """The pipeline's image encoder."""
+    return Net("image_encoder", pipe.components["image_encoder"])
