@@ -10,6 +10,7 @@ from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
 )
+from diffuse_jax.pipelines.latent_diffusion import LDMPipeline
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.perturbed import (
     StableDiffusionControlNetPAGInpaintPipeline,
@@ -24,7 +25,9 @@ from diffuse_jax.pipelines.perturbed import (
     StableDiffusionXLPAGPipeline,
 )
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
+from diffuse_jax.pipelines.repaint import RePaintPipeline
 from diffuse_jax.pipelines.running import Output, Request, run
+from diffuse_jax.pipelines.score_based import KarrasVePipeline, ScoreSdeVePipeline
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_adapter import StableDiffusionAdapterPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
@@ -48,24 +51,37 @@ from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_inpaint import StableD
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
-from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
+from diffuse_jax.pipelines.unconditional import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    KarrasEDMPipeline,
+    PNDMPipeline,
+)
 
 __all__ = [
     "PIPELINES",
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
+    "ConsistencyModelPipeline",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KarrasEDMPipeline",
+    "KarrasVePipeline",
+    "LDMPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",
     "Net",
     "Output",
+    "PNDMPipeline",
     "Part",
     "PlainStep",
+    "RePaintPipeline",
     "Request",
+    "ScoreSdeVePipeline",
     "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
