@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Unpack
 
 from diffuse_jax.pipelines.method import Net
+from diffuse_jax.pipelines.options import CallOptions
 from diffuse_jax.pipelines.parts.decode import ToImages, autoencoder
 from diffuse_jax.pipelines.running import Request
-from diffuse_jax.pipelines.unconditional import DDPMPipeline
+from diffuse_jax.pipelines.unconditional import DDPMPipeline, unconditional
 
 
 class LDMPipeline(DDPMPipeline):
@@ -17,14 +19,22 @@ class LDMPipeline(DDPMPipeline):
     required: ClassVar[tuple[str, ...]] = ("vqvae", "unet", "scheduler")
     default_steps: ClassVar[int] = 50
 
-    def compose(self, batch_size: int = 1, **options: Any) -> Request:
-        """Generate ``batch_size`` images. ``output_type="latent"`` gives latents ``[B,h,w,c]``.
+    def compose(  # type: ignore[override]  # without the option of DDIM
+        self,
+        batch_size: int = 1,
+        *,
+        class_labels: int | Sequence[int] | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Request:
+        """Generate ``batch_size`` images; arguments as for :class:`DDPMPipeline`. ``output_type="latent"`` gives
+        latents ``[B,h,w,c]``.
 
         Raises:
           ValueError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        request = super().compose(batch_size, **options)
+        request = unconditional(self, batch_size, class_labels, options)
         if request.output_type == "latent":
             return request
-        decode = ToImages(Net("vqvae", autoencoder(self.components["vqvae"])), request.output_type == "pil")
+        vae, uint8 = Net("vqvae", autoencoder(self.components["vqvae"])), request.output_type == "pil"
+        decode = ToImages(vae, uint8, self.vae_tiling, self.vae_slicing)
         return request._replace(method=dataclasses.replace(request.method, decode=decode))

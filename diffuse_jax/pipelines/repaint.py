@@ -22,7 +22,7 @@ class RePaintPipeline(DDPMPipeline):
     default_steps: ClassVar[int] = 250
     sampler: ClassVar[type[Scheduler] | None] = RePaintScheduler
 
-    def compose(  # type: ignore[override]  # the images say how many there are
+    def compose(  # type: ignore[override, misc]  # the images say how many there are
         self,
         image: ImageInput,
         mask_image: ImageInput,
@@ -59,7 +59,7 @@ class RePaintPipeline(DDPMPipeline):
             None,
             options,
             size=size,
-            scheduler=dataclasses.replace(self.scheduler, eta=eta),
+            scheduler=RePaintScheduler.from_config(self.scheduler, eta=eta),
             jump_length=jump_length,
             jump_n_sample=jump_n_sample,
         )

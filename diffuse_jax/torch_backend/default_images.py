@@ -26,10 +26,9 @@ UPSCALING: dict[str, Callable[[int], int]] = {
 
 def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
     """Those of ``image``, ``mask_image`` and ``control_image`` that calls take, for the checkpoint's default size, with
-    one control image per ControlNet or T2I-Adapter; empty for a pipeline without an autoencoder."""
-    if pipe.components.get("vae") is None:
-        return {}
-    size, scale = pipe.components["unet"].config.sample_size, pipe.components["vae"].config.scale
+    one control image per ControlNet or T2I-Adapter."""
+    vae = pipe.components.get("vae")
+    size, scale = pipe.components["unet"].config.sample_size, 1 if vae is None else vae.config.scale
     height, width = (edge * scale for edge in ((size, size) if isinstance(size, int) else size))
     smaller = UPSCALING.get(type(pipe).__name__, lambda scale: 1)(scale)
     takes = inspect.signature(pipe.compose).parameters
