@@ -28,6 +28,7 @@ from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
 )
+from diffuse_jax.pipelines.latent_diffusion import LDMPipeline
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.perturbed import (
     StableDiffusionControlNetPAGInpaintPipeline,
@@ -42,7 +43,9 @@ from diffuse_jax.pipelines.perturbed import (
     StableDiffusionXLPAGPipeline,
 )
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
+from diffuse_jax.pipelines.repaint import RePaintPipeline
 from diffuse_jax.pipelines.running import Output, Request, run
+from diffuse_jax.pipelines.score_based import KarrasVePipeline, ScoreSdeVePipeline
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.stable_diffusion_adapter import StableDiffusionAdapterPipeline
 from diffuse_jax.pipelines.stable_diffusion_controlnet import StableDiffusionControlNetPipeline
@@ -66,7 +69,13 @@ from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_inpaint import StableD
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
-from diffuse_jax.pipelines.unconditional import DDIMPipeline, DDPMPipeline
+from diffuse_jax.pipelines.unconditional import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    KarrasEDMPipeline,
+    PNDMPipeline,
+)
 from diffuse_jax.pipelines.wuerstchen_combined import WuerstchenCombinedPipeline
 from diffuse_jax.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from diffuse_jax.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
@@ -76,6 +85,7 @@ __all__ = [
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
+    "ConsistencyModelPipeline",
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
@@ -95,15 +105,21 @@ __all__ = [
     "KandinskyV22Pipeline",
     "KandinskyV22PriorEmb2EmbPipeline",
     "KandinskyV22PriorPipeline",
+    "KarrasEDMPipeline",
+    "KarrasVePipeline",
+    "LDMPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",
     "Net",
     "Output",
+    "PNDMPipeline",
     "Part",
     "PlainStep",
     "PromptEmbeds",
+    "RePaintPipeline",
     "Request",
+    "ScoreSdeVePipeline",
     "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",

@@ -125,6 +125,8 @@ def step_draws(request: Request, scheduler: Any, kind: str) -> list[int]:
       ValueError: the order of its draws is not known, or a custom step takes them.
     """
     plan, name = request.plan, type(scheduler).__name__
+    if drawing := [type(p).__name__ for p in all_parts(request.method.advance) if getattr(p, "draws", False)]:
+        raise ValueError(f'noise="{kind}" cannot be had with {drawing[0]}, which draws noise of its own in every step')
     evaluations = int(plan.num_evaluations)
     used = np.flatnonzero(np.any(np.asarray(plan.rows)[:evaluations, :, -1] != 0, axis=1)).tolist()
     if not used:

@@ -1,23 +1,28 @@
-"""Unconditional generation in pixel space: DDPM (Ho et al. 2020) and DDIM (Song et al. 2020)."""
+"""Unconditional and class-conditional generation in pixel space, one thin class for each published sampler.
+
+DDPM (Ho et al. 2020), DDIM (Song et al. 2020), PNDM (Liu et al. 2022), consistency models (Song et al. 2023) and EDM
+(Karras et al. 2022).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Unpack
 
+import jax
 import numpy as np
 
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines.family import check_output, make_plan
 from diffuse_jax.pipelines.inputs import noise_rows
-from diffuse_jax.pipelines.method import Method, Net, Rows
+from diffuse_jax.pipelines.method import Method, Net, Rows, image_keys, keys_for
 from diffuse_jax.pipelines.options import CallOptions, check_names
 from diffuse_jax.pipelines.parts.decode import Raw, ToPixels
 from diffuse_jax.pipelines.parts.network import PixelUNet
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request
-from diffuse_jax.schedulers import DDIMScheduler
+from diffuse_jax.schedulers import DDIMScheduler, PNDMScheduler, Scheduler
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -25,6 +30,16 @@ class DDPMPipeline(DiffusionPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("unet", "scheduler")
     default_steps: ClassVar[int] = 1000
+    sampler: ClassVar[type[Scheduler] | None] = None
+    """The sampler that takes the place of the folder's; None keeps the folder's."""
+    random_classes: ClassVar[bool] = False
+    """Whether images get random classes where the call gives none, as a class-conditional network needs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler is not None and not isinstance(self.scheduler, self.sampler):
+            components = {**self.components, "scheduler": self.sampler.from_config(self.scheduler)}
+            object.__setattr__(self, "components", components)
 
     def compose(
         self,
@@ -38,40 +53,84 @@ class DDPMPipeline(DiffusionPipeline):
 
         Args:
           batch_size: number of images.
-          class_labels: for class-conditional networks, one label or one per image.
+          class_labels: for class-conditional networks, one label or one per image. If None, the pipelines of
+            consistency models and of EDM choose them at random, from the seeds.
           use_clipped_model_output: an option of DDIM, like ``eta``; other samplers refuse it.
-          **options: see :class:`~diffuse_jax.pipelines.options.CallOptions`. ``num_inference_steps`` is 1000 by default
-            (:class:`DDIMPipeline`: 50), ``output_type="latent"`` gives pixels in [-1, 1], not clipped.
+          **options: see :class:`~diffuse_jax.pipelines.options.CallOptions`. The default of
+            ``num_inference_steps`` is the class's ``default_steps``; ``output_type="latent"`` gives pixels in [-1, 1],
+            not clipped.
 
         Raises:
           ValueError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
-        check_names(type(self), options, CallOptions)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        network, output = self.components["unet"], check_output(options.get("output_type", "pil"))
-        method = Method(
-            denoiser=PixelUNet(Net("unet", network)),
-            start=FromNoise(),
-            decode=Raw() if output == "latent" else ToPixels(output == "pil"),
-            latent_shape=sample_shape(network.config),
-        )
-        noise, seeds = noise_rows(batch_size, options, method.latent_shape, self.mesh)
-        steps = min(self.default_steps, self.scheduler.num_train_timesteps)
-        plan = make_plan(self.scheduler, options, steps, use_clipped_model_output=use_clipped_model_output)
-        return Request(method, noise | label_rows(class_labels, network.config, batch_size), plan, output, seeds)
+        return unconditional(self, batch_size, class_labels, options, use_clipped_model_output=use_clipped_model_output)
+
+
+def unconditional(
+    pipe: DDPMPipeline,
+    images: int,
+    class_labels: int | Sequence[int] | None,
+    options: Mapping[str, Any],
+    *,
+    size: tuple[int, int] | None = None,
+    scheduler: Scheduler | None = None,
+    **plan_options: Any,
+) -> Request:
+    """The request for images from noise; other tasks modify it.
+
+    Args:
+      pipe: a pipeline with a pixel-space ``unet``.
+      images: number of images.
+      class_labels: one label, one per image, or None.
+      options: the other arguments of the call, see :class:`~diffuse_jax.pipelines.options.CallOptions`.
+      size: (height, width) of the samples; the network's if None.
+      scheduler: the sampler; the pipeline's if None.
+      **plan_options: further arguments of the sampler's plan.
+
+    Raises:
+      ValueError, TypeError: an argument is invalid or contradicts another one.
+    """
+    check_names(type(pipe), options, CallOptions)
+    if images < 1:
+        raise ValueError(f"batch_size must be at least 1, got {images}")
+    network, output = pipe.components["unet"], check_output(options.get("output_type", "pil"))
+    method = Method(
+        denoiser=PixelUNet(Net("unet", network)),
+        start=FromNoise(),
+        decode=Raw() if output == "latent" else ToPixels(output == "pil"),
+        latent_shape=sample_shape(network.config) if size is None else (*size, network.config.in_channels),
+    )
+    noise, seeds = noise_rows(images, options, method.latent_shape, pipe.mesh)
+    labels = label_rows(class_labels, network.config, images, noise if pipe.random_classes else None)
+    sampler = scheduler or pipe.scheduler
+    steps = min(pipe.default_steps, getattr(sampler, "num_train_timesteps", pipe.default_steps))
+    return Request(method, noise | labels, make_plan(sampler, options, steps, **plan_options), output, seeds)
 
 
 class DDIMPipeline(DDPMPipeline):
     """Unconditional images from DDIM, whatever sampler the folder names."""
 
     default_steps: ClassVar[int] = 50
+    sampler: ClassVar[type[Scheduler] | None] = DDIMScheduler
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.scheduler, DDIMScheduler):
-            components = {**self.components, "scheduler": DDIMScheduler.from_config(self.scheduler)}
-            object.__setattr__(self, "components", components)
+
+class PNDMPipeline(DDPMPipeline):
+    """Unconditional images from pseudo linear multistep sampling (arXiv 2202.09778), whatever sampler the folder
+    names."""
+
+    default_steps: ClassVar[int] = 50
+    sampler: ClassVar[type[Scheduler] | None] = PNDMScheduler
+
+
+class ConsistencyModelPipeline(DDPMPipeline):
+    """Images of a consistency model (arXiv 2303.01469): one evaluation by default, or one for each of ``timesteps``."""
+
+    default_steps: ClassVar[int] = 1
+    random_classes: ClassVar[bool] = True
+
+
+class KarrasEDMPipeline(ConsistencyModelPipeline):
+    """Images of a network trained as in EDM (arXiv 2206.00364); each step but the last evaluates it twice."""
 
 
 def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
@@ -86,12 +145,20 @@ def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
     return (*((size, size) if isinstance(size, int) else size), config.in_channels)
 
 
-def label_rows(labels: int | Sequence[int] | None, config: UNet2DConfig, images: int) -> Rows:
+def label_rows(
+    labels: int | Sequence[int] | None, config: UNet2DConfig, images: int, noise: Rows | None = None
+) -> Rows:
     """``class_labels`` int32, one per image; empty for a network without classes.
+
+    With ``noise``, the rows that determine the noise, missing labels are random: each depends on its image's seed.
 
     Raises:
       ValueError: labels are missing or unexpected, out of range, or not one per image.
     """
+    classes = config.num_class_embeds
+    if labels is None and noise is not None and classes is not None:
+        draw = lambda key: jax.random.randint(key, (), 0, classes, np.int32)
+        return {"class_labels": np.asarray(jax.vmap(draw)(keys_for(image_keys(noise), "class label")))}
     if (labels is None) == config.has_classes:
         wants = "needs class_labels" if config.has_classes else "takes no class_labels"
         raise ValueError(f"this network {wants} (num_class_embeds={config.num_class_embeds})")
@@ -100,7 +167,6 @@ def label_rows(labels: int | Sequence[int] | None, config: UNet2DConfig, images:
     array = np.asarray(labels, np.int32)
     if array.shape not in ((), (images,)):
         raise ValueError(f"class_labels has shape {array.shape} for {images} images; give one label or one per image")
-    classes = config.num_class_embeds
     if classes is not None and not np.all((array >= 0) & (array < classes)):
         raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {labels}")
     return {"class_labels": np.broadcast_to(array, (images,))}

@@ -54,6 +54,13 @@ SCHEDULERS = {
     "LatentConsistencyModelImg2ImgPipeline": diffusers.LCMScheduler,
 }
 
+PIXEL_SAMPLERS = {
+    "ConsistencyModelPipeline": diffusers.CMStochasticIterativeScheduler,
+    "KarrasVePipeline": lambda: diffusers.KarrasVeScheduler(sigma_max=1.5),
+    "ScoreSdeVePipeline": lambda: diffusers.ScoreSdeVeScheduler(sigma_max=1.5),
+}
+"""The same for pipelines without prompts."""
+
 Components = dict[str, tuple[str, str, Any]]
 """Component -> its library, its class in the index, and the module, or a list of modules."""
 
@@ -134,7 +141,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def pixels(name: str) -> Path:
         folder = tmp_path_factory.mktemp("pixels") / "model"
         unet = twins.randomise(diffusers.UNet2DModel(**twins.PIXELS))
-        getattr(diffusers, name)(unet=unet, scheduler=diffusers.DDIMScheduler()).save_pretrained(folder)
+        scheduler = PIXEL_SAMPLERS.get(name, diffusers.DDIMScheduler)()
+        diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+        if "vqvae" in PIPELINES[name].required:
+            add(folder, {"vqvae": ("diffusers", "VQModel", twins.randomise(diffusers.VQModel(**twins.VQ)))})
         return folder
 
     @functools.cache
@@ -202,7 +212,7 @@ def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, o
     """A call is complete without images of the user's, and PyTorch has every network and method that it needs."""
     pipe = on_torch(name)
     run = pipe.request(**REQUEST.arguments(pipe))
-    images = 1 if name in OTHERS else 2  # a variation has one image in the place of two prompts
+    images = 1 if name in {"RePaintPipeline", *OTHERS} else 2  # these have one image in the place of two prompts
     traced = lambda params, rows: sample(run.method, params, rows, run.plan)
     found = jax.eval_shape(traced, pipe.params, run.rows)
     assert found["image_embeddings" if name.endswith("PriorPipeline") else "images"].shape[0] == images

@@ -36,6 +36,17 @@ class ToPixels(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class UnitPixels(Part):
+    """Images from a sample in pixel space, in [0, 1]: float32, clipped, or with ``uint8`` from 0 to 255."""
+
+    uint8: bool = True
+
+    def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
+        images = jnp.clip(sample.astype(jnp.float32), 0.0, 1.0)
+        return {"images": to_uint8(images) if self.uint8 else images}
+
+
+@dataclasses.dataclass(frozen=True)
 class ToImages(Part):
     """Images decoded by the autoencoder: float32 ``[B,H,W,3]`` in [0, 1], or with ``uint8`` from 0 to 255.
 

@@ -68,3 +68,16 @@ class PixelUNet(Part):
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
         return self.net.apply(params, x, step.t, rows.get("class_labels"))
+
+
+@dataclasses.dataclass(frozen=True)
+class HalvedUNet(PixelUNet):
+    """A variance-exploding network for images in [0, 1], as one for images in [-1, 1] that predicts the negative noise.
+
+    Half the sample and half its noise level are what the network sees; its score times that level is the output
+    (Karras et al. 2022, eq. 213).
+    """
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        level = step.t / 2
+        return level * self.net.apply(params, (x + 1) / 2, level, rows.get("class_labels"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from diffuse_jax.pipelines.method import PLAIN_STEP, Params, Part, Rows, Step
-from diffuse_jax.schedulers.plan import State
+from diffuse_jax.pipelines.method import PLAIN_STEP, Params, Part, Rows, Step, keys_for
+from diffuse_jax.schedulers import ScoreSdeVeScheduler
+from diffuse_jax.schedulers.plan import State, draw_each
+from diffuse_jax.schedulers.plan import normal as normal_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,36 @@ class KeepClean(Part):
     def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
         state = self.inner(denoiser, params, rows, state, step, keys)
         return state._replace(sample=jnp.where(rows["clean_mask"] > 0, state.sample, rows["clean_image"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepKnownAnew(KeepKnown):
+    """RePaint (Lugmayr et al. 2022, arXiv 2201.09865): :class:`KeepKnown` with new noise in each evaluation."""
+
+    draws: ClassVar[bool] = True
+
+    def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
+        noise = draw_each(normal_noise, keys_for(keys, "known"), step.i, state.sample.shape)
+        return super().__call__(denoiser, params, rows | {"noise": noise}, state, step, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin(Part):
+    """Predictor and corrector (Song et al. 2021, arXiv 2011.13456): the sampler's corrections, then its step.
+
+    Every correction evaluates the network once.
+    """
+
+    scheduler: ScoreSdeVeScheduler
+    inner: Any = PLAIN_STEP
+
+    draws: ClassVar[bool] = True
+
+    def __call__(self, denoiser: Any, params: Params, rows: Rows, state: State, step: Step, keys: jax.Array) -> State:
+        for turn in range(self.scheduler.correct_steps):
+            score = denoiser(params, rows, step.plan.model_input(state, step.i), step)
+            state = self.scheduler.correct(state, step.i, score, keys, turn=turn)
+        return self.inner(denoiser, params, rows, state, step, keys)
 
 
 @dataclasses.dataclass(frozen=True)
