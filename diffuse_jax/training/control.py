@@ -170,8 +170,8 @@ def check_adapter(net: T2IAdapter, pipe: DiffusionPipeline) -> None:
       ValueError: it does not; the message has both.
     """
     wanted = adapter_config(pipe.components["unet"].config, pipe.components["vae"].config.scale)
-    features = lambda c: (c.in_channels, c.downscale_factor, *((s.channels, s.halved) for s in c.stages()[:last]))
-    last = len(pipe.components["unet"].config.block_out_channels)
+    levels = len(pipe.components["unet"].config.block_out_channels)
+    features = lambda c: (c.in_channels, c.downscale_factor, *((s.channels, s.halved) for s in c.stages()[:levels]))
     if features(net.config) != features(wanted):
         show = lambda c: (
             f"in_channels={c.in_channels}, channels={c.channels}, downscale_factor={c.downscale_factor} and "

@@ -77,12 +77,12 @@ class BesideSettings(Checked):
     @property
     def source(self) -> str | Path | None:
         """The network to start from, a folder or a Hub id; None for a new one."""
-        return getattr(self, f"{self.prefix}_model_name_or_path")  # type: ignore[no-any-return]
+        return getattr(self, f"{self.prefix}_model_name_or_path")
 
     @property
     def revision(self) -> str | None:
         """The branch, tag or commit of ``source`` on the Hub."""
-        return getattr(self, f"{self.prefix}_revision")  # type: ignore[no-any-return]
+        return getattr(self, f"{self.prefix}_revision")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
