@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,26 @@ from diffuse_jax.models.controlnet import ControlNetConfig, check_fits
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
 from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
 from diffuse_jax.pipelines.pipeline import pipeline_class
-from diffuse_jax.training.data import DataSettings, Record, transform_from
+from diffuse_jax.training.cached import inputs_from
+from diffuse_jax.training.checked import checked_source
+from diffuse_jax.training.data import DataSettings, Record, batches_from, data_from, transform_from
+from diffuse_jax.training.flags import settings_from
 from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.latent_model import pipeline_from
+from diffuse_jax.training.latent import loss_of, networks, whole
+from diffuse_jax.training.latent_model import configured_from, pipeline_from
+from diffuse_jax.training.loop import fit
 from diffuse_jax.training.networks import configured_network, open_network
-from diffuse_jax.training.settings import BesideSettings, ModelSettings, NetworkSettings, ValidationSettings
+from diffuse_jax.training.objective import objective_from
+from diffuse_jax.training.settings import (
+    BesideSettings,
+    ModelSettings,
+    NetworkSettings,
+    ObjectiveSettings,
+    RunSettings,
+    ValidationSettings,
+)
+from diffuse_jax.training.start import check_output
+from diffuse_jax.training.upload import push_to_hub
 from diffuse_jax.training.validation import validation_from
 
 WIDTHS = ControlNetConfig().conditioning_embedding_out_channels
@@ -47,6 +64,40 @@ class Kind(NamedTuple):
     config: Config
     new: Callable[[DiffusionPipeline, Params, int], tuple[Any, Params]]
     check: Callable[[Any, DiffusionPipeline], None]
+
+
+def train_beside(kind: Kind, control: BesideSettings, args: argparse.Namespace, mesh: Mesh) -> None:
+    """Train such a network on a mesh as the flags of a script say, and print where it is.
+
+    Raises:
+      ValueError, OSError, WeightsError: a flag cannot work; nothing has been written.
+    """
+    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
+    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
+    name = kind.component
+    check_output(run, data.caches.data_cache_dir)
+    plan = configured_from(model)
+    shapes = {name: beside_shapes(kind, control, model, plan)}
+    control_validation(shown, control, model, data, plan)  # checks the prompts and images
+    source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes)
+    pipe = beside(kind, control, model, mesh, run.seed)
+    validate = control_validation(shown, control, model, data, pipe, run.seed)
+
+    inputs = inputs_from(data, model, pipe, trained=(name,), source=source, true_sizes=False)
+    objective = objective_from(learned, pipe.scheduler)
+    fit(
+        run,
+        mesh,
+        trainable={name: pipe.params[name]},
+        frozen={part: params for part, params in pipe.params.items() if part not in (name, *inputs.unused)},
+        loss=loss_of(pipe, whole(networks(pipe)), objective),
+        batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
+        export=functools.partial(save_beside, kind, pipe.components[name], run.output_dir),
+        validate=validate,
+        config=vars(args),
+    )
+    print(run.output_dir)
+    push_to_hub(run.upload, run.output_dir)
 
 
 def beside(kind: Kind, control: BesideSettings, model: ModelSettings, mesh: Mesh, seed: int = 0) -> DiffusionPipeline:
