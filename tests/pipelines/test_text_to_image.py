@@ -287,7 +287,7 @@ def test_an_unknown_argument_is_answered_with_all_that_there_are(pipe: StableDif
 
     assert {"limit", "prompt", "height", "guidance_scale", "seed", "batch_size"} <= argument_names(Passing)
     assert {"strength", "image", "control_image"} <= argument_names(StableDiffusionControlNetImg2ImgPipeline)
-    assert "height" not in argument_names(StableDiffusionImg2ImgPipeline), "its size is the image's"
+    assert "mask_image" not in argument_names(StableDiffusionImg2ImgPipeline), "that is inpainting"
     with pytest.raises(TypeError, match="Pipeline has no argument size; it has .*guidance_scale, height"):
         pipe("a", size=16)
 
