@@ -28,7 +28,13 @@ def identified(tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 def family_of(unet: Tensors) -> Family:
-    """The family of a UNet, from its tensors under diffusers' names; it has the number of heads and the size."""
+    """The family of a UNet, from its tensors under diffusers' names; it has the number of heads and the size.
+
+    Raises:
+      ValueError: it is a UNet that was published in diffusers folders alone.
+    """
+    if any(".add_k_proj." in key for key in unet):
+        raise ValueError("config.json, which UNets of DeepFloyd IF and Kandinsky 2 need; open their folder")
     if "add_embedding.linear_1.weight" in unet:
         return XL
     if "class_embedding.weight" in unet:
