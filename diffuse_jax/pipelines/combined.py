@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -18,25 +18,72 @@ from diffuse_jax.sharding import readable, spans_processes
 
 PREFIX = "prior_"
 
-P = TypeVar("P", bound=DiffusionPipeline)
-
 
 def prefixed(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names of a prior's components in a combined pipeline."""
     return tuple(f"{PREFIX}{name}" for name in names)
 
 
-def stage(pipe: DiffusionPipeline, target: type[P], prefix: str = "") -> P:
-    """A stage of a combined pipeline as a pipeline of its own, with the same parameters."""
+class Combined:
+    """Base of the pipelines that are a prior and a decoder in one, beside :class:`DiffusionPipeline`."""
+
+    prior: ClassVar[type[DiffusionPipeline]]
+    decoder: ClassVar[type[DiffusionPipeline]]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, prior: Any = None, **options: Any) -> Self:
+        """Open a folder of this class, or a decoder and its prior.
+
+        Args:
+          source: as for :meth:`DiffusionPipeline.from_pretrained
+            <diffuse_jax.pipelines.DiffusionPipeline.from_pretrained>`.
+          prior: for a decoder: an open prior, or its folder or Hub id; if None, the one that the decoder's card names.
+          **options: as there.
+
+        Raises:
+          WeightsError: as there, or a decoder's card names no prior.
+        """
+        opened: Any = super()
+        first = with_prior(source, cls.prior, prior, options)
+        return opened.from_pretrained(source, **{**first, **options})
+
+    @classmethod
+    def from_stages(cls, prior: DiffusionPipeline, decoder: DiffusionPipeline) -> Self:
+        """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both."""
+        of_both = lambda a, b: {**{f"{PREFIX}{name}": value for name, value in a.items()}, **b}
+        make: Any = cls
+        return make(
+            of_both(prior.components, decoder.components),
+            of_both(prior.params, decoder.params),
+            {**prior.options, **decoder.options},
+            decoder.mesh,
+            programs=decoder.programs,
+        )
+
+    @property
+    def prior_pipe(self) -> Any:
+        """The first stage, a pipeline of its own with the same parameters."""
+        return _stage(self, self.prior, PREFIX)
+
+    @property
+    def decoder_pipe(self) -> Any:
+        """The second stage, likewise."""
+        return _stage(self, self.decoder)
+
+
+def _stage(pipe: Any, target: type[DiffusionPipeline], prefix: str = "") -> DiffusionPipeline:
+    """The stage of a combined pipeline whose components have a prefix."""
     fields = {field.name: getattr(pipe, field.name) for field in dataclasses.fields(DiffusionPipeline)}
     own = lambda table: {name: table[prefix + name] for name in target.required if prefix + name in table}
-    return target(**fields | {"components": own(pipe.components), "params": own(pipe.params), "options": {}})
+    options = {name: value for name, value in pipe.options.items() if name in target.settings}
+    return target(**fields | {"components": own(pipe.components), "params": own(pipe.params), "options": options})
 
 
 def components_of(prior: DiffusionPipeline) -> dict[str, Any]:
-    """The components of an open prior as arguments of a combined pipeline's ``from_pretrained``."""
+    """The components and settings of an open prior as arguments of a combined pipeline's ``from_pretrained``."""
     pair = lambda name, part: (part, prior.params[name]) if name in prior.params else part
-    return {f"{PREFIX}{name}": pair(name, part) for name, part in prior.components.items() if part is not None}
+    parts = {f"{PREFIX}{name}": pair(name, part) for name, part in prior.components.items() if part is not None}
+    return parts | {name: value for name, value in prior.options.items() if name in prior.settings}
 
 
 def prior_in_card(folder: Path) -> str | None:

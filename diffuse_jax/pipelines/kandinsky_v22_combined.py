@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
-from diffuse_jax.pipelines.combined import PREFIX, after_prior, prefixed, stage, with_prior, with_seed
+from diffuse_jax.pipelines.combined import Combined, after_prior, prefixed, with_seed
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt, as_list
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
@@ -24,41 +23,15 @@ TO_PRIOR = {"prior_num_inference_steps": "num_inference_steps", "prior_guidance_
 TO_BOTH = ("seed", "key", "num_images_per_prompt")
 
 
-class KandinskyV22CombinedPipeline(DiffusionPipeline):
+class KandinskyV22CombinedPipeline(Combined, DiffusionPipeline):
     """Images from prompts: :attr:`prior_pipe` makes embeddings, :attr:`decoder_pipe` makes images of them."""
 
     required: ClassVar[tuple[str, ...]] = (
         *KandinskyV22Pipeline.required,
         *prefixed(KandinskyV22PriorPipeline.required),
     )
+    prior = KandinskyV22PriorPipeline
     decoder: ClassVar[type[KandinskyV22Pipeline]] = KandinskyV22Pipeline
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, prior: Any = None, **options: Any) -> Self:
-        """Open a folder of this class, or a decoder and its prior.
-
-        Args:
-          source: as for :meth:`DiffusionPipeline.from_pretrained
-            <diffuse_jax.pipelines.DiffusionPipeline.from_pretrained>`.
-          prior: for a decoder: an open :class:`KandinskyV22PriorPipeline`, or its folder or Hub id; if None, the one
-            that the decoder's card names.
-          **options: as there.
-
-        Raises:
-          WeightsError: as there, or a decoder's card names no prior.
-        """
-        first = with_prior(source, KandinskyV22PriorPipeline, prior, options)
-        return super().from_pretrained(source, **first, **options)
-
-    @property
-    def prior_pipe(self) -> KandinskyV22PriorPipeline:
-        """The first stage."""
-        return stage(self, KandinskyV22PriorPipeline, PREFIX)
-
-    @property
-    def decoder_pipe(self) -> KandinskyV22Pipeline:
-        """The second stage."""
-        return stage(self, self.decoder)
 
     def compose(
         self,

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
+from diffuse_jax.pipelines.combined import Combined, prefixed
 from diffuse_jax.pipelines.families.wuerstchen import with_maps
 from diffuse_jax.pipelines.inputs import Prompt
 from diffuse_jax.pipelines.options import WuerstchenCombinedOptions, check_names
 from diffuse_jax.pipelines.running import Request, StepCallback, run
-from diffuse_jax.pipelines.stages import joined, stage
 from diffuse_jax.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from diffuse_jax.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
 
-PREFIX = "prior_"
 TEXT = ("negative_prompt", "num_images_per_prompt", "prompt_syntax", "long_prompts")
 NOISE = ("seed", "key", "noise")
 
 
-class WuerstchenCombinedPipeline(WuerstchenDecoderPipeline):
+class WuerstchenCombinedPipeline(Combined, WuerstchenDecoderPipeline):
     """Images from prompts. The prior's components have names that begin with ``prior_``.
 
     A request runs the prior: the maps are data of the second stage.
@@ -28,17 +27,14 @@ class WuerstchenCombinedPipeline(WuerstchenDecoderPipeline):
 
     required: ClassVar[tuple[str, ...]] = (
         *WuerstchenDecoderPipeline.required,
-        *(f"{PREFIX}{name}" for name in WuerstchenPriorPipeline.required),
+        *prefixed(WuerstchenPriorPipeline.required),
     )
+    prior = WuerstchenPriorPipeline
+    decoder = WuerstchenDecoderPipeline
     settings: ClassVar[Mapping[str, str]] = {
         **WuerstchenPriorPipeline.settings,
         **WuerstchenDecoderPipeline.settings,
     }
-
-    @classmethod
-    def from_stages(cls, prior: WuerstchenPriorPipeline, decoder: WuerstchenDecoderPipeline) -> Self:
-        """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both."""
-        return cls(**joined(prior, decoder, PREFIX))
 
     def compose(  # type: ignore[override]
         self,
@@ -74,7 +70,7 @@ class WuerstchenCombinedPipeline(WuerstchenDecoderPipeline):
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         pick = lambda *names: {name: given[name] for name in names if name in given}
         steps = lambda count, times: {"num_inference_steps": count} if times is None else {"timesteps": times}
-        prior = stage(self, WuerstchenPriorPipeline, PREFIX)
+        prior = self.prior_pipe
         first = prior.request(
             prompt,
             height=height,

@@ -12,6 +12,7 @@ import pytest
 from diffuse_jax import models
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.weights import WeightsError
 from tests.oracle.agreement import require_same
 
 wuerstchen = pytest.importorskip("tests.oracle.wuerstchen", reason="needs PyTorch diffusers and transformers")
@@ -213,6 +214,13 @@ def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
     prior, decoder = (opened(tmp_path / name) for name in ("prior", "decoder"))
     joined = pipe.from_stages(prior, decoder)
     assert joined.params["prior_prior"] is prior.params["prior"]
+    with pytest.raises(WeightsError, match="names no prior; give prior="):
+        type(pipe).from_pretrained(tmp_path / "decoder")
+    (tmp_path / "decoder" / "README.md").write_text(f"---\nprior:\n  - {tmp_path / 'prior'}\n---\n")
+    for given in ({"prior": prior}, {"prior": tmp_path / "prior"}, {}):
+        two = type(pipe).from_pretrained(tmp_path / "decoder", **given)
+        assert two.components.keys() == joined.components.keys()
+        assert two.options == joined.options
     seeds = [1, 2, 3, 4]
     images = joined(**request | {"prompt": PROMPTS}, num_images_per_prompt=2, seed=seeds, output_type="np").images
     sizes = {"height": 100, "width": 86, "guidance_scale": 4.0, "num_inference_steps": 3}
