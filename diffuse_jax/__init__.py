@@ -32,6 +32,7 @@ _PUBLIC = {
         "PriorTransformer",
         "IFSafetyChecker",
         "StableDiffusionSafetyChecker",
+        "StableUnCLIPImageNormalizer",
         "ConsistencyDecoderVAE",
         "IPAdapter",
         "PaellaVQModel",

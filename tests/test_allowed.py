@@ -26,6 +26,7 @@ from diffuse_jax.models import (
     Model,
     PaellaVQModel,
     PriorTransformer,
+    StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionConfig,
     UNet2DConditionModel,
@@ -45,6 +46,7 @@ NETWORKS: list[type[Model]] = [
     *(PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior),
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     PriorTransformer,
+    StableUnCLIPImageNormalizer,
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
     VQModel,
 ]

@@ -17,6 +17,7 @@ from diffuse_jax.models.controlnet import ControlNetConfig, ControlNetModel, Con
 from diffuse_jax.models.dpt import DPTConfig, DPTForDepthEstimation
 from diffuse_jax.models.if_safety_checker import IFSafetyChecker
 from diffuse_jax.models.image_attention import ImagePrompt, image_prompts
+from diffuse_jax.models.image_normalizer import StableUnCLIPImageNormalizer, StableUnCLIPImageNormalizerConfig
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapter, IPAdapterConfig
 from diffuse_jax.models.paella_vq import PaellaVQConfig, PaellaVQModel
 from diffuse_jax.models.preconditioning import consistency_denoiser
@@ -65,6 +66,8 @@ __all__ = [
     "PriorTransformer",
     "PriorTransformerConfig",
     "StableDiffusionSafetyChecker",
+    "StableUnCLIPImageNormalizer",
+    "StableUnCLIPImageNormalizerConfig",
     "T2IAdapter",
     "T2IAdapterConfig",
     "UNet2DConditionConfig",

@@ -21,7 +21,7 @@ LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
     "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
-    "stable_diffusion": diffusers.pipelines.stable_diffusion.safety_checker,
+    "stable_diffusion": diffusers.pipelines.stable_diffusion,
     "wuerstchen": wuerstchen,
 }
 """What ``model_index.json`` calls a library -> the module that has its classes."""

@@ -147,6 +147,16 @@ def unnormalised(module: Any, embeddings: torch.Tensor) -> torch.Tensor:
     return module.post_process_latents(embeddings).float()
 
 
+def scaled(module: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """CLIP image embeddings at zero mean and unit variance."""
+    return module.scale(embeddings).float()
+
+
+def unscaled(module: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """CLIP image embeddings from those of zero mean and unit variance."""
+    return module.unscale(embeddings).float()
+
+
 def control(
     module: Any,
     sample: torch.Tensor,
@@ -270,6 +280,8 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("UNet2DModel", "__call__"): pixel_unet,
     ("PriorTransformer", "__call__"): prior,
     ("PriorTransformer", "unnormalised"): unnormalised,
+    ("StableUnCLIPImageNormalizer", "__call__"): scaled,
+    ("StableUnCLIPImageNormalizer", "unscale"): unscaled,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
     ("T2IAdapter", "__call__"): adapter,

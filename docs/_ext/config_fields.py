@@ -29,6 +29,7 @@ CONFIGS: dict[str, type[Config]] = {
     "WuerstchenPrior": models.WuerstchenPriorConfig,
     "WuerstchenDiffNeXt": models.WuerstchenDiffNeXtConfig,
     "PriorTransformer": models.PriorTransformerConfig,
+    "StableUnCLIPImageNormalizer": models.StableUnCLIPImageNormalizerConfig,
     "CLIPTextModel": CLIPTextConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "DPTForDepthEstimation": models.DPTConfig,

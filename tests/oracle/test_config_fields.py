@@ -36,6 +36,7 @@ NETWORKS: list[type[Model]] = [
     models.WuerstchenDiffNeXt,
     models.WuerstchenPrior,
     models.PriorTransformer,
+    models.StableUnCLIPImageNormalizer,
 ]
 PIPELINES = [
     cls
