@@ -36,7 +36,7 @@ from diffuse_jax.models import (
 )
 from diffuse_jax.models.discriminator import PatchDiscriminatorConfig
 from diffuse_jax.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
-from diffuse_jax.text import CLIPTextConfig, CLIPTextModel
+from diffuse_jax.text import CLIPTextConfig, CLIPTextModel, LDMBertModel
 from diffuse_jax.weights import WeightsError
 from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
@@ -46,7 +46,7 @@ NETWORKS: list[type[Model]] = [
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     PriorTransformer,
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
-    VQModel,
+    *(LDMBertModel, VQModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},
