@@ -70,6 +70,7 @@ _PUBLIC = {
         "KarrasEDMPipeline",
         "KarrasVePipeline",
         "LDMPipeline",
+        "LDMSuperResolutionPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "PNDMPipeline",
@@ -154,7 +155,7 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
+    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -28,7 +28,7 @@ from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
 )
-from diffuse_jax.pipelines.latent_diffusion import LDMPipeline
+from diffuse_jax.pipelines.latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.perturbed import (
     StableDiffusionControlNetPAGInpaintPipeline,
@@ -108,6 +108,7 @@ __all__ = [
     "KarrasEDMPipeline",
     "KarrasVePipeline",
     "LDMPipeline",
+    "LDMSuperResolutionPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",

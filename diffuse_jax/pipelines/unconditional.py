@@ -73,6 +73,7 @@ def unconditional(
     options: Mapping[str, Any],
     *,
     size: tuple[int, int] | None = None,
+    channels: int | None = None,
     scheduler: Scheduler | None = None,
     **plan_options: Any,
 ) -> Request:
@@ -84,6 +85,7 @@ def unconditional(
       class_labels: one label, one per image, or None.
       options: the other arguments of the call, see :class:`~diffuse_jax.pipelines.options.CallOptions`.
       size: (height, width) of the samples; the network's if None.
+      channels: of the samples, with a size; those that the network takes if None.
       scheduler: the sampler; the pipeline's if None.
       **plan_options: further arguments of the sampler's plan.
 
@@ -98,7 +100,7 @@ def unconditional(
         denoiser=PixelUNet(Net("unet", network)),
         start=FromNoise(),
         decode=Raw() if output == "latent" else ToPixels(output == "pil"),
-        latent_shape=sample_shape(network.config) if size is None else (*size, network.config.in_channels),
+        latent_shape=sample_shape(network.config) if size is None else (*size, channels or network.config.in_channels),
     )
     noise, seeds = noise_rows(images, options, method.latent_shape, pipe.mesh)
     labels = label_rows(class_labels, network.config, images, noise if pipe.random_classes else None)

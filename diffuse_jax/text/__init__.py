@@ -1,6 +1,7 @@
 """Text encoders in Flax; tokenizers come from transformers."""
 
 from diffuse_jax.text.clip import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTextOutput
+from diffuse_jax.text.ldm_bert import LDMBertConfig, LDMBertModel, LDMBertOutput
 from diffuse_jax.text.t5 import T5Config, T5EncoderModel, T5Output
 
 __all__ = [
@@ -8,6 +9,9 @@ __all__ = [
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPTextOutput",
+    "LDMBertConfig",
+    "LDMBertModel",
+    "LDMBertOutput",
     "T5Config",
     "T5EncoderModel",
     "T5Output",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffuse_jax.text.clip import CLIPTextConfig
+from diffuse_jax.text.ldm_bert import LDMBertConfig
 from diffuse_jax.text.t5 import T5Config
 
 OLD_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
@@ -33,3 +34,5 @@ OPENCLIP_BIGG = CLIPTextConfig(
 )
 #: 4,762,310,656; DeepFloyd IF, PixArt and others: the encoder of T5 1.1 XXL
 T5_XXL = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+#: 581,994,042; latent diffusion's text to image (CompVis/ldm-text2im-large-256), its layer ``to_logits`` included
+LDM_BERT = LDMBertConfig()

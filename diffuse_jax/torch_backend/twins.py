@@ -17,6 +17,7 @@ from diffuse_jax.models.autoencoder_tiny import Encoded
 from diffuse_jax.models.clip_vision import CLIPVisionOutput
 from diffuse_jax.models.controlnet import ControlNetOutput
 from diffuse_jax.text.clip import CLIPTextOutput
+from diffuse_jax.text.ldm_bert import LDMBertOutput
 from diffuse_jax.text.t5 import T5Output
 from diffuse_jax.torch_backend.networks import channels_first, channels_last
 
@@ -66,6 +67,11 @@ def watched(layer: Any) -> Iterator[list[torch.Tensor]]:
 def t5(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> T5Output:
     """T5's encoder."""
     return T5Output(module(input_ids.long(), attention_mask=attention_mask).last_hidden_state)
+
+
+def ldm_bert(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> LDMBertOutput:
+    """Latent diffusion's text encoder."""
+    return LDMBertOutput(module(input_ids.long(), attention_mask=attention_mask).last_hidden_state)
 
 
 def if_safety(module: Any, clip_input: torch.Tensor) -> torch.Tensor:
@@ -271,6 +277,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModelWithProjection", "__call__"): text,
     ("CLIPTextModelWithProjection", "final_norm"): final_norm,
     ("T5EncoderModel", "__call__"): t5,
+    ("LDMBertModel", "__call__"): ldm_bert,
     ("CLIPVisionModel", "__call__"): vision,
     ("CLIPVisionModelWithProjection", "__call__"): vision,
     ("DPTForDepthEstimation", "__call__"): depth,

@@ -12,7 +12,7 @@ import results
 from diffuse_jax import models, pipelines, processors, schedulers
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers.configuration import setting_names
-from diffuse_jax.text import CLIPTextConfig
+from diffuse_jax.text import CLIPTextConfig, LDMBertConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "UNet2DConditionModel": models.UNet2DConditionConfig,
@@ -31,6 +31,7 @@ CONFIGS: dict[str, type[Config]] = {
     "PriorTransformer": models.PriorTransformerConfig,
     "StableUnCLIPImageNormalizer": models.StableUnCLIPImageNormalizerConfig,
     "CLIPTextModel": CLIPTextConfig,
+    "LDMBertModel": LDMBertConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "DPTForDepthEstimation": models.DPTConfig,
     "DPTImageProcessor": processors.DPTImageProcessor,

@@ -30,12 +30,13 @@ from diffuse_jax.models import (
     WuerstchenPrior,
     presets,
 )
-from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, LDMBertModel, T5EncoderModel
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+ldm = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
 transformers = pytest.importorskip("transformers")
 
 from diffuse_jax.torch_backend.networks import torch_class  # noqa: E402
@@ -86,6 +87,7 @@ TEXTS = {
     "OPENCLIP_H": (CLIPTextModel, 340_387_840),
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
+LDM_BERTS = {"LDM_BERT": 581_994_042}
 T5S = {"T5_XXL": 4_762_310_656}
 TINIES = {
     "TINY_VAE": 2_445_063
@@ -183,6 +185,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in T5S.items():
         model = T5EncoderModel(getattr(text_presets, name))
         yield name, model, partial(transformers.T5EncoderModel, transformers.T5Config(**model.config.to_json())), count
+    for name, count in LDM_BERTS.items():
+        model = LDMBertModel(getattr(text_presets, name))
+        yield name, model, partial(ldm.LDMBertModel, ldm.LDMBertConfig(**model.config.to_json())), count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())

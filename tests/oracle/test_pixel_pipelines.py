@@ -33,6 +33,7 @@ MODULES = {
     "KarrasVePipeline": "deprecated.stochastic_karras_ve.pipeline_stochastic_karras_ve",
     "RePaintPipeline": "deprecated.repaint.pipeline_repaint",
     "LDMPipeline": "deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond",
+    "LDMSuperResolutionPipeline": "latent_diffusion.pipeline_latent_diffusion_superresolution",
 }
 """Class -> where diffusers draws the noise that a run starts from."""
 
@@ -43,12 +44,13 @@ SAMPLERS: dict[str, Any] = {
     "KarrasVePipeline": lambda: diffusers.KarrasVeScheduler(sigma_max=1.5, s_churn=0),
     "RePaintPipeline": lambda: diffusers.RePaintScheduler(),
     "LDMPipeline": lambda: diffusers.DDIMScheduler(clip_sample=False),
+    "LDMSuperResolutionPipeline": lambda: diffusers.DDIMScheduler(clip_sample=False),
 }
 
 
 def save(name: str, folder: Path, **config: Any) -> Any:
     """A folder that PyTorch diffusers wrote, and its pipeline."""
-    parts = {"vqvae": twins.randomise(diffusers.VQModel(**twins.VQ))} if name == "LDMPipeline" else {}
+    parts = {"vqvae": twins.randomise(diffusers.VQModel(**twins.VQ))} if name.startswith("LDM") else {}
     unet = twins.randomise(diffusers.UNet2DModel(**twins.PIXELS | config))
     pipe = getattr(diffusers, name)(unet=unet, scheduler=SAMPLERS[name](), **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -114,6 +116,42 @@ def test_images_are_those_of_pytorch(case: str, tmp_path: Path, rng: np.random.G
         ours = pipe(count, latents=start, seed=seed, output_type="np", **options).images
         require_same(pipe, ours, theirs)
     require_one_program_and_opened_by_pytorch(pipe, twin, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "LMSDiscreteScheduler"])
+def test_super_resolution(sampler: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """A sampler that scales the sample also scales the image beside it."""
+    name = "LDMSuperResolutionPipeline"
+    monkeypatch.setitem(SAMPLERS, name, getattr(diffusers, sampler))
+    twin = save(name, tmp_path / "theirs", in_channels=6, out_channels=3)
+    start, step = (rng.standard_normal((1, 32, 32, 3)).astype(np.float32) for _ in range(2))
+    same_noise(monkeypatch, name, start, step)
+    image = Image.fromarray(rng.integers(0, 256, (36, 40, 3), np.uint8))
+    pipe = opened(tmp_path / "theirs")
+    assert type(pipe).__name__ == name
+    for seed, options in enumerate(({"num_inference_steps": 4}, {"num_inference_steps": 3, "eta": 0.5})):
+        options = options if sampler == "DDIMScheduler" else {"num_inference_steps": options["num_inference_steps"]}
+        theirs = twin(image, output_type="np", **options).images
+        ours = pipe(image, latents=start, seed=seed, output_type="np", **options).images
+        assert theirs.shape == (1, 64, 64, 3)
+        require_same(pipe, ours, theirs)
+    require_one_program_and_opened_by_pytorch(pipe, twin, tmp_path / "ours")
+
+
+def test_super_resolution_of_several_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    save("LDMSuperResolutionPipeline", tmp_path / "right", in_channels=6, out_channels=3)
+    pipe = opened(tmp_path / "right")
+    small = rng.random((2, 8, 8, 3), np.float32)
+    rows = lambda *args, **options: pipe.request(*args, seed=0, **options).rows["small_image"]
+    np.testing.assert_allclose(rows(small), small * 2 - 1, atol=1e-6)
+    np.testing.assert_array_equal(rows(small[0], batch_size=2), np.stack([small[0] * 2 - 1] * 2))
+    with pytest.raises(ValueError, match="give image"):
+        pipe()
+    with pytest.raises(ValueError, match="image has 2 images for 3 prompts"):
+        pipe(small, batch_size=3)
+    save("LDMSuperResolutionPipeline", tmp_path / "wrong")
+    with pytest.raises(ValueError, match="needs a UNet with 6 input channels, 3 of latents and 3 of the image, got 3"):
+        opened(tmp_path / "wrong")(small)
 
 
 @pytest.mark.parametrize(("jumps", "eta"), [(1, 0.6), (2, 0.0)])

@@ -61,6 +61,9 @@ PIXEL_SAMPLERS = {
 }
 """The same for pipelines without prompts."""
 
+PIXEL_UNETS = {"LDMSuperResolutionPipeline": {"in_channels": 6, "out_channels": 3}}
+"""Class -> changes to the UNet of the same."""
+
 Components = dict[str, tuple[str, str, Any]]
 """Component -> its library, its class in the index, and the module, or a list of modules."""
 
@@ -140,7 +143,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def pixels(name: str) -> Path:
         folder = tmp_path_factory.mktemp("pixels") / "model"
-        unet = twins.randomise(diffusers.UNet2DModel(**twins.PIXELS))
+        unet = twins.randomise(diffusers.UNet2DModel(**twins.PIXELS | PIXEL_UNETS.get(name, {})))
         scheduler = PIXEL_SAMPLERS.get(name, diffusers.DDIMScheduler)()
         diffusers.DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
         if "vqvae" in PIPELINES[name].required:

@@ -1,6 +1,6 @@
 """Parts that methods are composed of: conditioning, guidance, control, start, step and decoding."""
 
-from diffuse_jax.pipelines.parts.control import Beside, Controlled, Steered
+from diffuse_jax.pipelines.parts.control import Beside, BesideScaled, Controlled, Steered
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, ToPixels, UnitPixels
 from diffuse_jax.pipelines.parts.guidance import Branches, ClassifierFree, Guidance, branches
 from diffuse_jax.pipelines.parts.image import EncodeMaskedImage, LatentMask
@@ -13,6 +13,7 @@ from diffuse_jax.pipelines.parts.text import EncodeText
 
 __all__ = [
     "Beside",
+    "BesideScaled",
     "Branches",
     "Checked",
     "ClassifierFree",

@@ -32,6 +32,16 @@ class Beside(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class BesideScaled(Beside):
+    """The same of rows that the sampler scales as it scales the sample, such as the image of latent diffusion's
+    super-resolution (Rombach et al. 2022, 4.4)."""
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        scale = jnp.asarray(step.plan.input_scale)[step.i]
+        return super().__call__(params, rows | {name: scale * rows[name] for name in self.names}, x, step)
+
+
+@dataclasses.dataclass(frozen=True)
 class Controlled(Part):
     """A denoiser with ControlNets (Zhang et al. 2023): their outputs are added inside its UNet.
 

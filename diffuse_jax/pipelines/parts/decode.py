@@ -57,6 +57,7 @@ class ToImages(Part):
       slices: decode one image at a time, which needs the memory of only one.
       wrap: columns of latents from the opposite edge on either side of the decoder's input, for images whose left and
         right edge are joined.
+      scaled: whether latents are divided by the autoencoder's ``scaling_factor`` before they are decoded.
       around: the decoder also sees the rows ``image [B,H,W,3]`` in [-1, 1] and ``mask [B,H,W,1]``, and keeps the image
         where the mask is 0 (:class:`~diffuse_jax.models.AsymmetricAutoencoderKL`); not in tiles.
     """
@@ -67,6 +68,7 @@ class ToImages(Part):
     slices: bool = False
     wrap: int = 0
     around: bool = False
+    scaled: bool = True
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -75,6 +77,7 @@ class ToImages(Part):
     def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
         known = (rows["image"], rows["mask"]) if self.around else ()
         options: dict[str, Any] = {"tile": self.tile, "slices": self.slices, "wrap": self.wrap, "known": known}
+        options["scaled"] = self.scaled
         images = decode_latents(self.vae, params, sample, **options)
         return {"images": to_uint8(images) if self.uint8 else images}
 
@@ -88,6 +91,7 @@ def decode_latents(
     slices: bool = False,
     wrap: int = 0,
     known: tuple[jax.Array, ...] = (),
+    scaled: bool = True,
 ) -> jax.Array:
     """Denoised latents ``[B,h,w,c]`` -> images ``[B,H,W,3]`` float32 in [0, 1]; arguments as in :class:`ToImages`.
 
@@ -98,7 +102,8 @@ def decode_latents(
         raise ValueError("a decoder that sees the known part of the image cannot decode in tiles; use vae_tiling=None")
     one = lambda *given: vae.apply(params, *given, method="decode")
     decode = one if tile is None else lambda z: tiled_decode(one, z, tile, tile // 4, vae.config.scale)
-    z = unscale_latents(latents.astype(jnp.float32), vae.config)
+    z = latents.astype(jnp.float32)
+    z = unscale_latents(z, vae.config) if scaled else z
     width = z.shape[2]
     if wrap:
         joined = lambda x, n: jnp.take(x, jnp.arange(-n, x.shape[2] + n) % x.shape[2], axis=2)
