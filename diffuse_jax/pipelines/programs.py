@@ -132,6 +132,12 @@ class Programs:
         """
         self._folders.append(saved_programs.require_trusted(expanded(folder)))
 
+    def clear(self) -> None:
+        """Free the memory of all programs, those of :meth:`load` included; the next call compiles again, or loads."""
+        with self._lock:
+            self._programs.clear()
+            self._to_save.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
         return self  # executables are shared: they contain no pipeline data
 
