@@ -29,16 +29,30 @@ def parse_args() -> argparse.Namespace:
 
 
 with flags_first(parse_args):  # JAX and the library, once the flags are known to be right
-    from diffuse_jax.training.control import CONTROLNET, train_beside
+    from diffuse_jax.training.control import CONTROLNET, BesideRun, train_beside
+    from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
-    from diffuse_jax.training.settings import DeviceSettings
+    from diffuse_jax.training.settings import (
+        DeviceSettings,
+        ModelSettings,
+        ObjectiveSettings,
+        RunSettings,
+        ValidationSettings,
+    )
 
 
 def main() -> None:
     args = parse_args()
-    mesh = mesh_from(settings_from(args, DeviceSettings))
-    train_beside(CONTROLNET, settings_from(args, ControlSettings), args, mesh)
+    settings = BesideRun(
+        run=settings_from(args, RunSettings),
+        model=settings_from(args, ModelSettings),
+        data=data_from(args),
+        learned=settings_from(args, ObjectiveSettings),
+        shown=settings_from(args, ValidationSettings),
+        control=settings_from(args, ControlSettings),
+    )
+    train_beside(CONTROLNET, settings, mesh_from(settings_from(args, DeviceSettings)), vars(args))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,7 @@ from diffuse_jax.pipelines import AutoPipelineForText2Image, DiffusionPipeline
 from diffuse_jax.pipelines.pipeline import pipeline_class
 from diffuse_jax.training.cached import inputs_from
 from diffuse_jax.training.checked import checked_source
-from diffuse_jax.training.data import DataSettings, Record, batches_from, data_from, transform_from
-from diffuse_jax.training.flags import settings_from
+from diffuse_jax.training.data import DataSettings, Record, batches_from, transform_from
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import loss_of, networks, whole
 from diffuse_jax.training.latent_model import configured_from, pipeline_from
@@ -66,14 +64,24 @@ class Kind(NamedTuple):
     check: Callable[[Any, DiffusionPipeline], None]
 
 
-def train_beside(kind: Kind, control: BesideSettings, args: argparse.Namespace, mesh: Mesh) -> None:
-    """Train such a network on a mesh as the flags of a script say, and print where it is.
+class BesideRun(NamedTuple):
+    """The settings of a run that trains such a network."""
+
+    run: RunSettings
+    model: ModelSettings
+    data: DataSettings
+    learned: ObjectiveSettings
+    shown: ValidationSettings
+    control: BesideSettings
+
+
+def train_beside(kind: Kind, settings: BesideRun, mesh: Mesh, config: Mapping[str, Any]) -> None:
+    """Train such a network on a mesh, and print where it is; ``config`` is what checkpoints say of the run.
 
     Raises:
-      ValueError, OSError, WeightsError: a flag cannot work; nothing has been written.
+      ValueError, OSError, WeightsError: a setting cannot work; nothing has been written.
     """
-    run, model, data = settings_from(args, RunSettings), settings_from(args, ModelSettings), data_from(args)
-    learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
+    run, model, data, learned, shown, control = settings
     name = kind.component
     check_output(run, data.caches.data_cache_dir)
     plan = configured_from(model)
@@ -94,7 +102,7 @@ def train_beside(kind: Kind, control: BesideSettings, args: argparse.Namespace, 
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=functools.partial(save_beside, kind, pipe.components[name], run.output_dir),
         validate=validate,
-        config=vars(args),
+        config=config,
     )
     print(run.output_dir)
     push_to_hub(run.upload, run.output_dir)
