@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +21,8 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests.memory import free_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,24 +47,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MUCH_MEMORY = 3 * 2**30
-"""In bytes. Test processes would grow to 14 GB, because compiled programs stay as long as their process."""
-
-
-def resident() -> int:
-    """The memory of this process in bytes; 0 where it is not known."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
-
-
 @pytest.fixture(autouse=True, scope="module")
 def collect_garbage() -> Iterator[None]:
     yield
-    if resident() > MUCH_MEMORY:
-        jax.clear_caches()
-        if programs := sys.modules.get("diffuse_jax.pipelines.programs"):
-            programs.PROGRAMS.clear()
-    gc.collect()
+    free_programs()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 
 import diffuse_jax
 from diffuse_jax.pipelines.programs import PROGRAMS
+from tests.memory import free_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -59,6 +60,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             exec(own, names)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)  # one page names another folder
+        names.clear()
+        free_programs()
 
 
 def test_the_blocks_are_found() -> None:
