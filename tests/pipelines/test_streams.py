@@ -111,5 +111,6 @@ def test_every_draw_of_a_part_has_a_place_in_the_order():
             if getattr(call.func, "id", "") in ("draw", "keys_for", "encode_image"):
                 drawn |= {a.value for a in call.args if isinstance(a, ast.Constant)}
     assert drawn
-    own = {"auto-correlation"}  # the regularisation of an inversion says that it does not follow ``noise=``
+    # The regularisation of an inversion says that it does not follow ``noise=``, and RePaint's steps refuse it.
+    own = {"auto-correlation", "known"}
     assert drawn <= {*PURPOSES} | own
