@@ -77,7 +77,7 @@ class TextAndImage(Layers):
 
 
 class ImageAndHint(Layers):
-    """A projected and normalised image embedding, and features of a picture to follow if ``channels`` is not 0.
+    """A projected and normalised image embedding, and features of an image to follow if ``channels`` is not 0.
 
     ``image [B,E]``, ``hint [B,8h,8w,3]`` -> ``[B,dim]`` and ``[B,h,w,channels]``, which is None without a hint.
     """

@@ -100,7 +100,7 @@ class AsymmetricAutoencoderKL(Model):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         down = c.half(c.down_block_out_channels, c.layers_per_down_block)
         up = c.half(c.up_block_out_channels, c.layers_per_up_block)
-        self.encoder = Encoder(down, channels=2 * c.latent_channels, **dtypes, remat=self.remat)
+        self.encoder = Encoder(down, **dtypes, remat=self.remat)
         self.decoder = MaskedDecoder(up, **dtypes, remat=self.remat)
         self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, **dtypes)
         self.post_quant_conv = Conv(c.latent_channels, kernel_size=1, padding=0, **dtypes)

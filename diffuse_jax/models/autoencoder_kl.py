@@ -59,6 +59,11 @@ class AutoencoderKLConfig(Config):
                 )
 
     @property
+    def encoded_channels(self) -> int:
+        """What the encoder makes: mean and log variance of the latents."""
+        return 2 * self.latent_channels
+
+    @property
     def scale(self) -> int:
         """Pixels per latent along an edge: 8 in all of Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -166,7 +171,7 @@ class AutoencoderKL(OneFile, Model):
         c = self.config
         check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.encoder = Encoder(c, channels=2 * c.latent_channels, **dtypes, remat=self.remat)
+        self.encoder = Encoder(c, **dtypes, remat=self.remat)
         self.decoder = Decoder(c, **dtypes, remat=self.remat)
         if c.use_quant_conv:
             self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, **dtypes)

@@ -101,9 +101,7 @@ class Middle(Stage):
 
 
 class Encoder(Stage):
-    """Pixels to latents of ``channels``: for a posterior, its mean and log variance, concatenated."""
-
-    channels: int = 0
+    """Pixels to what the config's ``encoded_channels`` are: latents, or a posterior's mean and log variance."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -123,7 +121,7 @@ class Encoder(Stage):
             )
             x = level(x)
         x = remat_level(Middle, self.remat)(c, **self.dtypes, remat=self.remat, name="mid_block")(x)
-        return self.finish(x, self.channels)
+        return self.finish(x, c.encoded_channels)
 
 
 class Decoder(Stage):

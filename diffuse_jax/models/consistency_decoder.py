@@ -138,7 +138,7 @@ class ConsistencyDecoderVAE(Model):
         c = self.config
         check_policy(self.remat)
         shared = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
-        self.encoder = Encoder(c.encoder(), channels=2 * c.latent_channels, **shared)
+        self.encoder = Encoder(c.encoder(), **shared)
         self.quant_conv = Conv(2 * c.latent_channels, 1, padding=0, dtype=self.dtype, param_dtype=self.param_dtype)
         self.decoder_unet = UNet2DModel(c.decoder_unet(), **shared)
 

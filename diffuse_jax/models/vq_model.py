@@ -72,6 +72,11 @@ class VQConfig(Config):
         return self.vq_embed_dim or self.latent_channels
 
     @property
+    def encoded_channels(self) -> int:
+        """What the encoder makes: latents."""
+        return self.latent_channels
+
+    @property
     def scale(self) -> int:
         """Pixels per latent along an edge."""
         return 2 ** (len(self.block_out_channels) - 1)
@@ -91,7 +96,7 @@ class VQModel(Model):
         c = self.config
         check_policy(self.remat)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.encoder = Encoder(c, channels=c.latent_channels, **dtypes, remat=self.remat)
+        self.encoder = Encoder(c, **dtypes, remat=self.remat)
         self.decoder = Decoder(c, **dtypes, remat=self.remat)
         self.quantize = Codebook(c.num_vq_embeddings, c.code_channels, **dtypes)
         self.quant_conv = Conv(c.code_channels, kernel_size=1, padding=0, **dtypes)

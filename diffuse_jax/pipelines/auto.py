@@ -96,7 +96,7 @@ class AutoPipeline:
         family, control, perturbed, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
-        rest = f"{kind}{cls.task}{'Combined' * (family in COMBINED)}Pipeline"
+        rest = f"{kind}{cls.task}{'Combined' if family in COMBINED else ''}Pipeline"
         name = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
         return pipeline_class(TASKS.get(name, name), source)
 

@@ -10,16 +10,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows
 from diffuse_jax.pipelines.family import STEPS, Call, make_plan, text_to_image
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
     Prompt,
     image_sizes,
+    joined_array,
     mask_pixels,
     noise_rows,
-    number_array,
     number_of_prompts,
     per_prompt,
 )
@@ -211,13 +210,8 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
         raise ValueError("give image_latents: the latents that invert finds for an image")
     if arguments.get("latents") is not None:
         raise TypeError("DiffEdit takes no latents: the run starts from image_latents")
-    vae, several = vae_of(pipe), isinstance(inverted, list | tuple)
-    if several:  # as a list, one entry per prompt
-        parts = [number_array(part, "image_latents") for part in inverted]
-        if len({part.shape[1:] for part in parts if part.ndim}) != 1 or not all(part.ndim for part in parts):
-            raise ValueError(f"image_latents as a list must have arrays of one shape, got {brief(inverted)}")
-        inverted = np.concatenate(parts)
-    inverted = number_array(inverted, "image_latents").astype(np.float32)
+    vae = vae_of(pipe)
+    inverted = joined_array(inverted, "image_latents").astype(np.float32)
     if inverted.ndim not in (4, 5) or inverted.shape[-1] != vae.config.latent_channels:
         raise ValueError(
             f"image_latents must be [prompts,steps,h,w,{vae.config.latent_channels}] (channel-last), got "

@@ -180,6 +180,11 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
     return sizes[0], sizes[1]
 
 
+def asks_for_guidance(call: Call) -> bool:
+    """Whether a guidance scale is above 1; at 1 and below there is no guidance."""
+    return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
+
+
 def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
     """The rows that the caller passed, as arrays, or as trees of them (dicts, ``Branches``).
 

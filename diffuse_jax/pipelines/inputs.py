@@ -133,6 +133,21 @@ def number_array(value: Any, name: str) -> np.ndarray:
     return array
 
 
+def joined_array(value: Any, name: str) -> np.ndarray:
+    """As :func:`number_array`; a list or tuple of arrays is joined along their first axis.
+
+    Raises:
+      TypeError: one is no array of numbers.
+      ValueError: there are none, or they do not have one shape.
+    """
+    if not isinstance(value, list | tuple):
+        return number_array(value, name)
+    parts = [number_array(part, name) for part in value]
+    if not all(part.ndim for part in parts) or len({part.shape[1:] for part in parts}) != 1:
+        raise ValueError(f"{name} as a list must have arrays of one shape, got {brief(value)}")
+    return np.concatenate(parts)
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:
     """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that shows what was
     cut.

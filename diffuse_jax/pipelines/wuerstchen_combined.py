@@ -14,6 +14,7 @@ from diffuse_jax.pipelines.options import WuerstchenCombinedOptions, check_names
 from diffuse_jax.pipelines.running import Request, StepCallback, run
 from diffuse_jax.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from diffuse_jax.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
+from diffuse_jax.sharding import readable
 
 TEXT = ("negative_prompt", "num_images_per_prompt", "prompt_syntax", "long_prompts")
 NOISE = ("seed", "key", "noise")
@@ -89,4 +90,4 @@ class WuerstchenCombinedPipeline(Combined, WuerstchenDecoderPipeline):
             **noise,
         )
         maps = run(prior, first, callback_on_step_end=prior_callback_on_step_end).image_embeddings
-        return with_maps(second, np.asarray(maps))
+        return with_maps(second, np.asarray(readable(maps)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.messages import warning_once
-from diffuse_jax.pipelines.family import Call, check_output
+from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
 from diffuse_jax.pipelines.image_prompts import image_encoders, image_prompt_rows, with_image_prompts
 from diffuse_jax.pipelines.inputs import number_array, one_per_image, one_per_prompt, token_mask, tokenize
 from diffuse_jax.pipelines.method import Method, Net, Params, Part, Rows
@@ -76,7 +76,7 @@ class ClipFamily:
         """Whether to use classifier-free guidance: if a scale is above 1, and the network does not take it as an
         input."""
         takes = self.distilled and pipe.components["unet"].config.time_cond_proj_dim is not None
-        return not takes and bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
+        return not takes and asks_for_guidance(call)
 
     def text_rows(
         self,

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.families.clip import guidance_rows, stack_branches
-from diffuse_jax.pipelines.family import Call, check_output
+from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
+from diffuse_jax.pipelines.inputs import joined_array
 from diffuse_jax.pipelines.method import Method, Net, Rows
 from diffuse_jax.pipelines.options import EmbeddingOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
@@ -31,16 +33,12 @@ class KandinskyV22Family:
         Raises:
           ValueError: embeddings are missing, or their shapes are wrong.
         """
-        guided = self.uses_guidance(call)
+        guided = asks_for_guidance(call)
         names = ("negative_image_embeds", "image_embeds") if guided else ("image_embeds",)
         embeds = [np.repeat(given_embeds(pipe, call.options, name), call.copies, axis=0) for name in names]
         if guided and embeds[0].shape != embeds[1].shape:
             raise ValueError(f"there are {len(embeds[1])} image_embeds, but {len(embeds[0])} negative_image_embeds")
         return {"image_embeds": stack_branches(embeds)} | guidance_rows(call, guided)
-
-    def uses_guidance(self, call: Call) -> bool:
-        """Whether a scale is above 1."""
-        return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
         """The UNet, guidance if the scale is above 1, and the decoder.
@@ -52,7 +50,7 @@ class KandinskyV22Family:
         output, scale = check_output(call.get("output_type", "pil")), movq.config.scale
         decode = Raw() if output == "latent" else ToImages(movq, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
         return Method(
-            denoiser=ClassifierFree(unet) if self.uses_guidance(call) else unet,
+            denoiser=ClassifierFree(unet) if asks_for_guidance(call) else unet,
             start=FromNoise(),
             decode=decode,
             latent_shape=(call.size[0] // scale, call.size[1] // scale, movq.config.latent_channels),
@@ -69,12 +67,13 @@ def given_embeds(pipe: Any, options: Mapping[str, Any], name: str) -> np.ndarray
 
     Raises:
       ValueError: there are none, or they are not floating-point of the width that the UNet takes.
+      TypeError: they are no arrays of numbers.
     """
     given, width = options.get(name), pipe.components["unet"].config.image_width
     if given is None:
         raise ValueError(f"give {name} [N,{width}], as the prior returns them")
-    array = np.concatenate([*map(np.asarray, given)]) if isinstance(given, list | tuple) else np.asarray(given)
-    if array.ndim != 2 or array.shape[1] != width or array.dtype.kind not in "fV" or not len(array):
+    array = joined_array(given, name)
+    if array.ndim != 2 or array.shape[1] != width or not jnp.issubdtype(array.dtype, jnp.floating) or not len(array):
         raise ValueError(f"{name} must be floating-point [N,{width}], got {array.dtype} {list(array.shape)}")
     return array.astype(np.float32)
 

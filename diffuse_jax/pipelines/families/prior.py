@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows, stack_branches
-from diffuse_jax.pipelines.family import Call
+from diffuse_jax.pipelines.family import Call, asks_for_guidance
 from diffuse_jax.pipelines.inputs import one_per_prompt, token_mask, tokenize
 from diffuse_jax.pipelines.method import Method, Net, Rows
 from diffuse_jax.pipelines.options import PriorOptions
@@ -39,15 +39,11 @@ class PriorFamily:
         negatives = one_per_prompt(call.get("negative_prompt"), call.prompts, "negative_prompt")
         samples = [one_per_prompt(call.get("prompt"), call.prompts, "prompt")]
         samples += [negatives] if call.get("negative_prompt") is not None else []
-        branches = [[negatives] * len(samples), samples] if self.uses_guidance(call) else [samples]
+        branches = [[negatives] * len(samples), samples] if asks_for_guidance(call) else [samples]
         tokens = [self.tokens(pipe, branch) for branch in branches]
         rows: Rows = {name: {ENCODER: stack_branches([found[name] for found in tokens])} for name in tokens[0]}
         rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
         return rows | guidance_rows(call, len(branches) > 1)
-
-    def uses_guidance(self, call: Call) -> bool:
-        """Whether a scale is above 1."""
-        return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
 
     def tokens(self, pipe: Any, samples: list[list[str]]) -> dict[str, np.ndarray]:
         """``ids`` and ``attention_mask`` ``[N,L]`` of prompts; of two samples ``[N,2,L]``."""
@@ -66,7 +62,7 @@ class PriorFamily:
         samples = 1 if call.get("negative_prompt") is None else 2
         return Method(
             conditions=(EncodePriorText(net(ENCODER)),),
-            denoiser=ClassifierFree(prior) if self.uses_guidance(call) else prior,
+            denoiser=ClassifierFree(prior) if asks_for_guidance(call) else prior,
             start=FromNoise(),
             decode=ToEmbeddings(net("prior"), net("image_encoder")),
             latent_shape=(width,) if samples == 1 else (width, samples),

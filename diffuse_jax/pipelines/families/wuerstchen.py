@@ -12,7 +12,8 @@ import numpy as np
 from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.families.clip import ClipFamily, stack_branches
 from diffuse_jax.pipelines.families.stable_diffusion import LastStates
-from diffuse_jax.pipelines.family import Call, check_output
+from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
+from diffuse_jax.pipelines.inputs import joined_array
 from diffuse_jax.pipelines.method import Method, Net, Part, Rows
 from diffuse_jax.pipelines.options import WuerstchenDecoderOptions, WuerstchenOptions
 from diffuse_jax.pipelines.parts.decode import Raw
@@ -44,7 +45,7 @@ class WuerstchenFamily(ClipFamily):
 
     def uses_guidance(self, pipe: Any, call: Call) -> bool:
         """Whether a guidance scale is above 1."""
-        return bool(np.any(np.asarray(call.get("guidance_scale")) > 1))
+        return asks_for_guidance(call)
 
     def layouts(self, pipe: Any) -> dict[str, Layout]:
         """As of other families, with the padding hidden from the encoder."""
@@ -127,7 +128,7 @@ def checked_maps(pipe: Any, maps: Any) -> np.ndarray:
     channels = pipe.components["decoder"].config.effnet_embd
     if maps is None:
         raise ValueError("give image_embeddings, as WuerstchenPriorPipeline returns them")
-    maps = np.concatenate([np.asarray(part) for part in maps]) if isinstance(maps, list) else np.asarray(maps)
+    maps = joined_array(maps, "image_embeddings")
     if maps.ndim != 4 or maps.shape[-1] != channels or not jnp.issubdtype(maps.dtype, jnp.floating) or not maps.size:
         raise ValueError(
             f"image_embeddings must be floating-point [B,k,l,{channels}] (channel-last), got {maps.dtype} {maps.shape}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
-from diffuse_jax.pipelines.parts.decode import to_uint8
+from diffuse_jax.pipelines.parts.decode import UnitPixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,4 @@ class UnitImages(Part):
 
     def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
         latents = sample.astype(jnp.float32) * self.vqgan.config.scale_factor
-        images = self.vqgan.apply(params, latents, method="decode").astype(jnp.float32)
-        images = jnp.clip(images, 0.0, 1.0)
-        return {"images": to_uint8(images) if self.uint8 else images}
+        return UnitPixels(self.uint8)(params, rows, self.vqgan.apply(params, latents, method="decode"))
