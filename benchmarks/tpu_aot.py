@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchm
 
 import hlo
 from common import RESULTS, write
-from tpu_blocks import Part, sampling_parts, training_parts
+from tpu_blocks import Part, ours, sampling_parts, training_parts
+from tpu_maxdiffusion import maxdiffusion
 from tpu_programs import Step, needs, refusal, sampling_step, slice_mesh, training_step, unet_call
 from trainers import MODELS
 
@@ -100,11 +101,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="O2",
         help="compiler effort; O1 takes a third of O2's time",
     )
+    add(
+        "--maxdiffusion",
+        type=Path,
+        help="checkout of MaxDiffusion: measure its UNet instead, with --by blocks, in sampling and full steps",
+    )
     add("--dump", type=Path, help="folder for the compiled programs as text")
     add("--print-only", action="store_true", help="print rows, leave docs/results unchanged")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.slices if name.split(":")[0] not in CHIPS]:
         parser.error(f"--slices {unknown[0]}: the chip is none of {', '.join(CHIPS)}")
+    if args.maxdiffusion and (args.by != ["blocks"] or "lora" in args.steps):
+        parser.error("--maxdiffusion: only for --by blocks and --steps sampling full")
     return args
 
 
@@ -125,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 def label(args: argparse.Namespace, topology: str, model: str, kind: str) -> dict[str, Any]:
     """The columns that identify a row."""
     trained = {} if kind == "sampling" else {"remat": args.remat}
+    model = f"{model} (MaxDiffusion)" if args.maxdiffusion else model
     return {"step": kind, "model": model, "slice": topology, "batch": args.batch, "pixels": args.pixels} | trained
 
 
@@ -249,11 +258,15 @@ def lower(args: argparse.Namespace, topology: str, model: str, kind: str) -> Ste
 def parts(args: argparse.Namespace, topology: str, model: str, kind: str) -> Iterator[Part]:
     """The blocks of a step, traced for a slice."""
     mesh = mesh_of(topology, kind)
-    network, inputs = unet_call(model, args.batch * mesh.size, args.pixels, "float32" if kind == "full" else "bfloat16")
+    images, dtype = args.batch * mesh.size, "float32" if kind == "full" else "bfloat16"
+    unet, inputs = unet_call(model, images, args.pixels, dtype)
+    network = ours(unet, mesh)
+    if args.maxdiffusion:
+        network, inputs = maxdiffusion(args.maxdiffusion, MODELS[model][0], mesh, inputs, dtype)
     if kind == "sampling":
-        return sampling_parts(network, mesh, **inputs)
-    pairs = jax.eval_shape(lambda: lora.init(network.shapes(), 4, jax.random.key(0))) if kind == "lora" else None
-    return training_parts(network, mesh, pairs, "adamw", **inputs)
+        return sampling_parts(network, **inputs)
+    pairs = jax.eval_shape(lambda: lora.init(unet.shapes(), 4, jax.random.key(0))) if kind == "lora" else None
+    return training_parts(network, pairs, "adamw", **inputs)
 
 
 def keep(name: str, title: str, about: str, row: dict[str, Any]) -> None:

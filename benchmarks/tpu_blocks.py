@@ -8,8 +8,11 @@ a block stays apart.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -37,12 +40,42 @@ BLOCKS = (ResnetBlock, TransformerBlock, Downsample, Upsample, TimestepEmbedding
 """Recomputed blocks, and the layers that stand outside them."""
 
 
+class Network(NamedTuple):
+    """A network on the devices of a slice.
+
+    Attributes:
+      model: applied to ``{"params": ...}`` and the named inputs.
+      shapes: of its parameters, with their shardings.
+      mesh: the devices.
+      kinds: the modules that are its blocks.
+      around: makes the context in which it is traced.
+    """
+
+    model: Any
+    shapes: Any
+    mesh: Mesh
+    kinds: tuple[type[nn.Module], ...]
+    around: Callable[[], AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def for_tpus(mesh: Mesh) -> Iterator[None]:
+    """Trace our networks for TPUs on this mesh."""
+    with jax.set_mesh(automatic(mesh)), target_platform("tpu"):
+        yield
+
+
+def ours(model: Model, mesh: Mesh) -> Network:
+    """One of our networks, its parameters sharded as pipelines and trainers do it."""
+    return Network(model, _placed(model.shapes(), mesh), mesh, BLOCKS, functools.partial(for_tpus, mesh))
+
+
 @dataclasses.dataclass
 class Block:
-    """A kind of block: its module, its inputs as shapes, and where in the network such blocks are."""
+    """A kind of block: its module, its inputs (in order, and by name) as shapes, and where in the network they are."""
 
     module: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
     paths: list[tuple[str, ...]]
 
     @property
@@ -57,8 +90,8 @@ class Block:
     def apply(self, params: Any, arrays: list[Any]) -> Any:
         """The block's result for other arrays in the place of its own."""
         left = iter(arrays)
-        inputs = jax.tree.map(lambda x: next(left) if isinstance(x, jax.ShapeDtypeStruct) else x, self.inputs)
-        return self.module.apply({"params": params}, *inputs)
+        given, named = jax.tree.map(lambda x: next(left) if isinstance(x, jax.ShapeDtypeStruct) else x, self.inputs)
+        return self.module.apply({"params": params}, *given, **named)
 
     def part(self, tree: Any) -> Any:
         """The part of the network's parameters, or of a tree like it, that the first block of the kind has."""
@@ -75,18 +108,17 @@ class Part(NamedTuple):
     lowered: jax.stages.Lowered
 
 
-def blocks(network: Model, **inputs: Any) -> list[Block]:
+def blocks(network: Network, **inputs: Any) -> list[Block]:
     """The kinds of blocks that an evaluation of a network on named inputs, given as shapes, has; in its order."""
     found: dict[str, Block] = {}
     inside = False
 
     def note(call: Call) -> Any:
         nonlocal inside
-        if inside or not isinstance(call.module, BLOCKS):
+        if inside or not isinstance(call.module, network.kinds):
             return call.output()
-        given = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, call.inputs
-        )
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+        given = jax.tree.map(shape, (call.inputs, dict(call.named)))
         module = call.module.clone(parent=None, name=None)
         found.setdefault(f"{module!r} {given}", Block(module, given, [])).paths.append(call.path)
         inside = True
@@ -96,22 +128,20 @@ def blocks(network: Model, **inputs: Any) -> list[Block]:
             inside = False
 
     def evaluate(params: Any, inputs: Any) -> Any:
-        return network.apply({"params": params}, **inputs)
+        return network.model.apply({"params": params}, **inputs)
 
-    shapes = network.shapes()  # not inside the context: it evaluates the network on another input
-    with changed_layers(note):
-        jax.eval_shape(evaluate, shapes, inputs)
+    with network.around(), changed_layers(note):
+        jax.eval_shape(evaluate, network.shapes, inputs)
     return list(found.values())
 
 
-def sampling_parts(network: Model, mesh: Mesh, **inputs: Any) -> Iterator[Part]:
+def sampling_parts(network: Network, **inputs: Any) -> Iterator[Part]:
     """The blocks of one evaluation; images are divided among the devices."""
-    shapes = _placed(network.shapes(), mesh)
     for block in blocks(network, **inputs):
-        yield _part(block, "", mesh, block.apply, block.part(shapes), _by_image(block.arrays, mesh))
+        yield _part(network, block, "", block.apply, block.part(network.shapes), _by_image(block.arrays, network.mesh))
 
 
-def training_parts(network: Model, mesh: Mesh, pairs: Any | None, optimizer: str, **inputs: Any) -> Iterator[Part]:
+def training_parts(network: Network, pairs: Any | None, optimizer: str, **inputs: Any) -> Iterator[Part]:
     """The blocks of a training step, each evaluated and then, with its evaluation repeated, differentiated.
 
     The last part is the optimiser's update.
@@ -120,10 +150,10 @@ def training_parts(network: Model, mesh: Mesh, pairs: Any | None, optimizer: str
       pairs: shapes of LoRA pairs, which are trained instead of the network's parameters.
       optimizer: its name, as of ``--optimizer``.
     """
-    shapes = _placed(network.shapes(), mesh)
-    trained = shapes if pairs is None else _placed(pairs, mesh)
+    mesh = network.mesh
+    trained = network.shapes if pairs is None else _placed(pairs, mesh)
     for block in blocks(network, **inputs):
-        frozen = {} if pairs is None else block.part(shapes)
+        frozen = {} if pairs is None else block.part(network.shapes)
         given = block.part(trained), _by_image(block.arrays, mesh)
 
         def evaluate(mine: Any, arrays: Any, frozen: Any, block: Block = block) -> Any:
@@ -133,15 +163,15 @@ def training_parts(network: Model, mesh: Mesh, pairs: Any | None, optimizer: str
         def gradient(mine: Any, arrays: Any, frozen: Any, cotangent: Any, evaluate: Any = evaluate) -> Any:
             return jax.vjp(lambda *both: evaluate(*both, frozen), mine, arrays)[1](cotangent)
 
-        yield _part(block, "", mesh, evaluate, *given, frozen)
-        with jax.set_mesh(automatic(mesh)), target_platform("tpu"):
+        yield _part(network, block, "", evaluate, *given, frozen)
+        with network.around():
             cotangent = _by_image(jax.eval_shape(evaluate, *given, frozen), mesh)
         kept = jax.tree.map(lambda x: x.sharding, given)
-        yield _part(block, "gradient of ", mesh, gradient, *given, frozen, cotangent, out_shardings=kept)
-    yield _update(trained, optimizer, mesh)
+        yield _part(network, block, "gradient of ", gradient, *given, frozen, cotangent, out_shardings=kept)
+    yield _update(network, trained, optimizer)
 
 
-def _update(trained: Any, optimizer: str, mesh: Mesh) -> Part:
+def _update(network: Network, trained: Any, optimizer: str) -> Part:
     made = make_optimizer(optimizer, lambda _: jnp.float32(1e-5))
     state = jax.eval_shape(lambda params: fresh_state(params, made, False), trained)
 
@@ -150,18 +180,25 @@ def _update(trained: Any, optimizer: str, mesh: Mesh) -> Part:
             changes, moments = made.update(gradient, moments, params)
         return optax.apply_updates(params, changes), moments
 
-    given = trained, _placed(state.opt_state, mesh)
-    kept = jax.tree.map(lambda x: x.sharding, given)
-    return Part("update", 1, _lowered(update, mesh, *given, trained, donate_argnums=(0, 1), out_shardings=kept))
+    cut = {path: leaf.sharding for path, leaf in flatten(trained).items()}
+    everywhere = NamedSharding(automatic(network.mesh), PartitionSpec())
+    keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    where = lambda path, leaf: cut.get(keys(path), everywhere)
+    moments = placed(state.opt_state, jax.tree_util.tree_map_with_path(where, state.opt_state))
+    kept = jax.tree.map(lambda x: x.sharding, (trained, moments))
+    given = trained, moments, trained
+    return Part("update", 1, _lowered(network, update, *given, donate_argnums=(0, 1), out_shardings=kept))
 
 
-def _part(block: Block, what: str, mesh: Mesh, fun: Any, *given: Any, **options: Any) -> Part:
-    return Part(what + block.name, len(block.paths), _lowered(fun, mesh, *given, **options))
+def _part(network: Network, block: Block, what: str, fun: Any, *given: Any, **options: Any) -> Part:
+    return Part(what + block.name, len(block.paths), _lowered(network, fun, *given, **options))
 
 
-def _lowered(fun: Any, mesh: Mesh, *given: Any, **options: Any) -> jax.stages.Lowered:
-    with jax.set_mesh(automatic(mesh)), target_platform("tpu"):
-        traced = jax.jit(fun, compiler_options=compiler_options(), **options).trace(*given)
+def _lowered(network: Network, fun: Any, *given: Any, **options: Any) -> jax.stages.Lowered:
+    with network.around():
+        with target_platform("tpu"):
+            chosen = compiler_options() if network.kinds is BLOCKS else None
+        traced = jax.jit(fun, compiler_options=chosen, **options).trace(*given)
         return traced.lower(lowering_platforms=("tpu",))
 
 
