@@ -155,7 +155,13 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"),
+    "diffuse_jax.text": (
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "LDMBertModel",
+        "MultilingualCLIP",
+        "T5EncoderModel",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
