@@ -36,7 +36,7 @@ class KandinskyPipeline(DiffusionPipeline):
         meaning.
 
         Args:
-          prompt: one, or one per embedding.
+          prompt: one for all embeddings, or a list; each is for as many consecutive embeddings.
           image_embeds: ``[N,E]``, from the prior.
           negative_image_embeds: ``[N,E]``, from the prior; needed if a scale is above 1.
           height, width: in pixels, rounded up to a multiple of 64.

@@ -31,7 +31,7 @@ class KandinskyImg2ImgPipeline(KandinskyPipeline):
         """Generate images. Arguments shared with :class:`KandinskyPipeline` have the same meaning.
 
         Args:
-          prompt: one, or one per embedding.
+          prompt: one for all embeddings, or a list; each is for as many consecutive embeddings.
           image: the initial image, or one per embedding; or latents ``[B,h,w,c]``. It is resized to the output's size.
           image_embeds, negative_image_embeds: ``[N,E]``, from the prior.
           strength: in (0, 1], how much the image is changed: the fraction of the steps that is run. The noise that the

@@ -33,7 +33,7 @@ class KandinskyInpaintPipeline(KandinskyPipeline):
         """Generate images. Arguments shared with :class:`KandinskyPipeline` have the same meaning.
 
         Args:
-          prompt: one, or one per embedding.
+          prompt: one for all embeddings, or a list; each is for as many consecutive embeddings.
           image: the initial image, or one per embedding; or latents ``[B,h,w,c]``. It is resized to the output's size.
           mask_image: white where to repaint, or one per embedding. The network sees a mask one latent pixel wider; the
             rest of the image is its to keep.

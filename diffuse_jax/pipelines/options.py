@@ -232,7 +232,7 @@ class PromptedEmbeddingOptions(EmbeddingOptions, total=False):
     """:class:`EmbeddingOptions` of a decoder that takes prompts too.
 
     Attributes:
-      negative_prompt: one, or one per embedding; empty if None.
+      negative_prompt: one for all embeddings, or a list as for ``prompt``; empty if None.
     """
 
     negative_prompt: str | Sequence[str] | None

@@ -15,9 +15,13 @@ from diffuse_jax.pipelines import (
     DiffusionPipeline,
     KandinskyInpaintPipeline,
     KandinskyPipeline,
+    KandinskyPriorPipeline,
+    KandinskyV22PriorPipeline,
 )
 from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.schedulers import EulerDiscreteScheduler
 from tests.oracle.agreement import require_same
+from tests.oracle.comparisons import difference
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 
@@ -50,7 +54,7 @@ def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, seed: in
     with torch.no_grad():
         wanted = twin(generator=torch.Generator().manual_seed(seed), output_type="np", **given).images
     ours = pipe(seed=seed, noise="torch", output_type="np", **request).images
-    print("DIFF", require_same(pipe, ours, wanted))
+    require_same(pipe, ours, wanted)
 
 
 def test_decoder(tmp_path: Path) -> None:
@@ -62,7 +66,7 @@ def test_decoder(tmp_path: Path) -> None:
     assert pipe.programs.compilations == 1, "prompts, steps, scales and seeds are data"
     for changes, message in [
         ({"prompt": None}, "prompt must be a string or a list"),
-        ({"prompt": PROMPTS}, "prompt has 2 entries for 1 prompts"),
+        ({"prompt": PROMPTS}, "prompt has 2 entries for 1 image_embeds; give one, or one for each"),
         ({"image_embeds": None}, r"give image_embeds \[N,32\]"),
         ({"negative_image_embeds": np.zeros((3, 32), np.float32)}, "1 image_embeds, but 3 negative_image_embeds"),
         ({"prompt_embeds": np.zeros((1, 77, 24))}, "has no argument prompt_embeds"),
@@ -72,6 +76,28 @@ def test_decoder(tmp_path: Path) -> None:
     image, other = folders.images(1, EDGE)[0], KandinskyInpaintPipeline.from_pipe(pipe)
     with pytest.raises(ValueError, match=r"4 input channels .* not a UNet for KandinskyInpaintPipeline"):
         other.request("a cat", **embeddings(), image=image, mask_image=image)
+
+
+def test_prior(tmp_path: Path) -> None:
+    """The class of 2.2 under another name."""
+    folder = folders.kandinsky_prior(tmp_path / "prior", "KandinskyPriorPipeline")
+    pipe, twin = DiffusionPipeline.from_pretrained(folder), diffusers.KandinskyPriorPipeline.from_pretrained(folder)
+    assert type(pipe) is KandinskyPriorPipeline
+    twin.set_progress_bar_config(disable=True)
+    folders.exact(twin.scheduler)
+    request = {"prompt": "a cat", "negative_prompt": "rain", "num_inference_steps": 4}
+    with torch.no_grad():
+        wanted = twin(generator=torch.Generator().manual_seed(5), **request)
+    ours = pipe(seed=5, noise="torch", **request)
+    for name in ("image_embeds", "negative_image_embeds"):
+        assert difference(getattr(ours, name), getattr(wanted, name).numpy()) < 1e-4
+    given = (["a cat", folders.images(1, 40)[0]], [0.25, 0.5])
+    options = {"num_inference_steps": 4, "seed": 1}
+    mixed = pipe.interpolate(*given, **options).image_embeds
+    other = KandinskyV22PriorPipeline.from_pipe(pipe).interpolate(*given, **options).image_embeds
+    np.testing.assert_array_equal(mixed, other)
+    again = KandinskyPriorPipeline.from_pipe(KandinskyV22PriorPipeline.from_pipe(pipe))
+    assert again.params["prior"] is pipe.params["prior"]
 
 
 def test_image_to_image(tmp_path: Path) -> None:
@@ -87,6 +113,15 @@ def test_image_to_image(tmp_path: Path) -> None:
         pipe.request(**request | {"image": None}, strength=0.7)
     with pytest.raises(ValueError, match=r"strength must lie in \(0, 1\], got 1.5"):
         pipe.request(**request, strength=1.5)
+    little = pipe.request(**request | {"num_inference_steps": 900}, strength=0.0015).rows["mixture"]
+    np.testing.assert_allclose(little, [[(1 - 1e-4) ** 0.5, 1e-2]], rtol=1e-6, err_msg="DDPM's first timestep")
+    scaled = pipe.replace(scheduler=EulerDiscreteScheduler.from_config(pipe.scheduler))
+    seen = []
+    for found in (each.request(**request, strength=0.7, seed=0) for each in (pipe, scaled)):
+        image = np.ones((1, 8, 8, 4), np.float32)
+        rows = found.rows | {"image_latents": image, "noise": 0.5 * image}
+        seen.append(found.plan.model_input(found.method.start(found.plan, rows), 0))
+    np.testing.assert_allclose(*seen, atol=1e-5, err_msg="a sampler that scales its input")
 
 
 def test_inpainting(tmp_path: Path) -> None:
@@ -112,6 +147,9 @@ def test_other_samplers_sizes_and_no_guidance(tmp_path: Path) -> None:
     sizes = {"num_inference_steps": 3, "height": 60, "width": 65}
     compare(pipe, twin, prompt="a cat", **embeddings(), **sizes, num_images_per_prompt=2)
     compare(pipe, twin, prompt="a cat", **embeddings(), **SHORT, guidance_scale=1.0)
+    several = embeddings() | SHORT | {"guidance_scale": 1.0, "output_type": "np"}
+    both = pipe("a cat", **several, num_images_per_prompt=2, seed=[1, 2]).images
+    np.testing.assert_allclose(both[1:], pipe("a cat", **several, seed=[2]).images, atol=1e-4)
     pipe.save_pretrained(tmp_path / "again")
     compare(pipe, type(twin).from_pretrained(tmp_path / "again"), prompt="a cat", **embeddings(), **SHORT)
     scheduler = diffusers.DDPMScheduler(**folders.KANDINSKY_SCHEDULER, variance_type="learned_range")
@@ -149,8 +187,7 @@ def test_both_stages_in_one(tmp_path: Path) -> None:
     compiled = pipe.programs.compilations
     ours = pipe(**request, **steps, **size, seed=4).images
     embeds = pipe.prior_pipe(**request, **first, seed=4)
-    several = [prompt for prompt in PROMPTS for _ in range(2)]
-    stages = pipe.decoder_pipe(several, **embeds, **size, num_inference_steps=2, seed=4).images
+    stages = pipe.decoder_pipe(PROMPTS, **embeds, **size, num_inference_steps=2, seed=4).images
     np.testing.assert_allclose(ours, stages, atol=1e-4)
     assert pipe.programs.compilations == compiled + 2
     pipe(**request, **steps | {"prior_num_inference_steps": 2, "guidance_scale": 2.0}, **size, seed=1)

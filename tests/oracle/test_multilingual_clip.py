@@ -16,6 +16,8 @@ from tests.oracle.comparisons import TOLERANCE, difference
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers.pipelines.kandinsky.text_encoder")
 
+from diffuse_jax.torch_backend.twins import CALLS  # noqa: E402
+
 SMALL = {
     "transformerDimSize": 24,
     "imageDimSize": 20,
@@ -41,6 +43,8 @@ def test_output_equals_pytorch(changes: dict[str, Any], tmp_path: Path, rng: np.
     ours = run(ids, mask)
     assert difference(ours.text_embeds, embeds.numpy()) <= TOLERANCE
     assert difference(ours.last_hidden_state[mask], states.numpy()[mask]) <= TOLERANCE
+    backend = CALLS["MultilingualCLIP", "__call__"](module, torch.tensor(ids), torch.tensor(mask))
+    assert torch.equal(backend.text_embeds, embeds) and torch.equal(backend.last_hidden_state, states)
     assert difference(run(ids[:1]).text_embeds, embeds[:1].numpy()) <= TOLERANCE, "without a mask all tokens count"
     model.save_pretrained(tmp_path / "ours", params)
     again = theirs.MultilingualCLIP.from_pretrained(tmp_path / "ours")

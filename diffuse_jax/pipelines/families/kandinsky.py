@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from diffuse_jax.pipelines.families.clip import ClipFamily
+from diffuse_jax.pipelines.families.clip import NEGATIVE, ClipFamily
 from diffuse_jax.pipelines.families.kandinsky_v22 import decoder_method, embedding_rows
 from diffuse_jax.pipelines.family import Call
-from diffuse_jax.pipelines.inputs import as_list
+from diffuse_jax.pipelines.inputs import spread_prompts
 from diffuse_jax.pipelines.method import Method, Net, Params, Rows
 from diffuse_jax.pipelines.options import PromptedEmbeddingOptions
 from diffuse_jax.pipelines.parts.movq import PromptedUNet
@@ -35,16 +35,13 @@ class MultilingualText(EncodeText):
 
 
 class KandinskyFamily(ClipFamily):
-    """A family whose UNet takes image embeddings and a prompt; there is one for each embedding, or one for all."""
+    """A family whose UNet takes image embeddings and prompts."""
 
-    def rows(self, pipe: Any, call: Call) -> Rows:
-        """As of other families, with the image embeddings.
-
-        Raises:
-          ValueError, TypeError: as there, or there is no prompt.
-        """
-        as_list(call.get("prompt", ()), "prompt")
-        return super().rows(pipe, call)
+    def prompts(self, call: Call, branch: str) -> dict[str, list[str]]:
+        """The prompts of a branch, each for as many consecutive embeddings; only the negative one may be left out."""
+        name = f"{branch}prompt"
+        given = call.get(name, "" if branch == NEGATIVE else ())
+        return {"text_encoder": spread_prompts(given, call.prompts, name, "image_embeds")}
 
     def layouts(self, pipe: Any) -> dict[str, Layout]:
         words, c = pipe.components["tokenizer"], pipe.components["text_encoder"].config
