@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffuse_jax.adapters.tokens import save_rows
 from diffuse_jax.pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -73,6 +74,9 @@ def test_decoder(tmp_path: Path) -> None:
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             pipe.request(**{"prompt": "a cat"} | embeddings() | changes)
+    save_rows(tmp_path / "word.safetensors", "<cat>", np.ones((1, 24), np.float32))
+    with pytest.raises(ValueError, match="the text_encoder of this KandinskyPipeline is a MultilingualCLIP"):
+        pipe.load_textual_inversion(tmp_path / "word.safetensors")
     image, other = folders.images(1, EDGE)[0], KandinskyInpaintPipeline.from_pipe(pipe)
     with pytest.raises(ValueError, match=r"4 input channels .* not a UNet for KandinskyInpaintPipeline"):
         other.request("a cat", **embeddings(), image=image, mask_image=image)
