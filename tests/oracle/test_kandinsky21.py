@@ -156,10 +156,14 @@ def test_other_samplers_sizes_and_no_guidance(tmp_path: Path) -> None:
     np.testing.assert_allclose(both[1:], pipe("a cat", **several, seed=[2]).images, atol=1e-4)
     pipe.save_pretrained(tmp_path / "again")
     compare(pipe, type(twin).from_pretrained(tmp_path / "again"), prompt="a cat", **embeddings(), **SHORT)
-    scheduler = diffusers.DDPMScheduler(**folders.KANDINSKY_SCHEDULER, variance_type="learned_range")
-    twin.register_modules(scheduler=scheduler)
-    twin.save_pretrained(tmp_path / "ddpm")
-    compare(DiffusionPipeline.from_pretrained(tmp_path / "ddpm"), twin, prompt="a cat", **embeddings(), **SHORT)
+    table = folders.KANDINSKY_SCHEDULER
+    for scheduler in (
+        diffusers.DDPMScheduler(**table, variance_type="learned_range"),
+        diffusers.DDIMScheduler(**table, set_alpha_to_one=False, thresholding=True, sample_max_value=2.0),
+    ):
+        twin.register_modules(scheduler=scheduler)
+        twin.save_pretrained(tmp_path / "other")
+        compare(DiffusionPipeline.from_pretrained(tmp_path / "other"), twin, prompt="a cat", **embeddings(), **SHORT)
 
 
 def test_both_stages_in_one(tmp_path: Path) -> None:
