@@ -51,6 +51,13 @@ _PUBLIC = {
         "DDIMPipeline",
         "DDPMPipeline",
         "DiffusionPipeline",
+        "KandinskyCombinedPipeline",
+        "KandinskyImg2ImgCombinedPipeline",
+        "KandinskyImg2ImgPipeline",
+        "KandinskyInpaintCombinedPipeline",
+        "KandinskyInpaintPipeline",
+        "KandinskyPipeline",
+        "KandinskyPriorPipeline",
         "KandinskyV22ControlnetImg2ImgPipeline",
         "KandinskyV22ControlnetPipeline",
         "KandinskyV22Img2ImgPipeline",
@@ -155,7 +162,13 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"),
+    "diffuse_jax.text": (
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "LDMBertModel",
+        "MultilingualCLIP",
+        "T5EncoderModel",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -156,6 +156,31 @@ IF_II_L_UNET = IF_II_M_UNET.replace(
     block_out_channels=(320, 320, 640, 960, 1280), cross_attention_dim=1280, time_embedding_dim=1280
 )
 
+#: 1,228,661,768; states and embeddings of M-CLIP, image embeddings of CLIP L
+KANDINSKY21_UNET = UNet2DConditionConfig(
+    sample_size=64,
+    out_channels=8,
+    block_out_channels=(384, 768, 1152, 1536),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    num_attention_heads=64,
+    cross_attention_dim=768,
+    encoder_hid_dim=1024,
+    encoder_hid_dim_type="text_image_proj",
+    addition_embed_type="text_image",
+    resnet_time_scale_shift="scale_shift",
+)
+KANDINSKY21_INPAINT_UNET = KANDINSKY21_UNET.replace(in_channels=9)  #: 1,228,679,048
+#: 1,253,057,288; image embeddings of OpenCLIP bigG, no text
+KANDINSKY22_UNET = KANDINSKY21_UNET.replace(
+    encoder_hid_dim=1280, encoder_hid_dim_type="image_proj", addition_embed_type="image"
+)
+KANDINSKY22_INPAINT_UNET = KANDINSKY22_UNET.replace(in_channels=9)  #: 1,253,074,568
+#: 1,253,429,212; features of a map of depth beside the latents
+KANDINSKY22_DEPTH_UNET = KANDINSKY22_UNET.replace(in_channels=8, addition_embed_type="image_hint")
+
 SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
 SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; pools its residuals
 #: 364,228,240

@@ -12,6 +12,15 @@ from diffuse_jax.pipelines.deepfloyd_if_superresolution import (
     IFInpaintingSuperResolutionPipeline,
     IFSuperResolutionPipeline,
 )
+from diffuse_jax.pipelines.kandinsky import KandinskyPipeline
+from diffuse_jax.pipelines.kandinsky_combined import (
+    KandinskyCombinedPipeline,
+    KandinskyImg2ImgCombinedPipeline,
+    KandinskyInpaintCombinedPipeline,
+)
+from diffuse_jax.pipelines.kandinsky_img2img import KandinskyImg2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_inpaint import KandinskyInpaintPipeline
+from diffuse_jax.pipelines.kandinsky_prior import KandinskyPriorPipeline
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_combined import (
     KandinskyV22CombinedPipeline,
@@ -95,6 +104,13 @@ __all__ = [
     "IFInpaintingSuperResolutionPipeline",
     "IFPipeline",
     "IFSuperResolutionPipeline",
+    "KandinskyCombinedPipeline",
+    "KandinskyImg2ImgCombinedPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintCombinedPipeline",
+    "KandinskyInpaintPipeline",
+    "KandinskyPipeline",
+    "KandinskyPriorPipeline",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetImg2ImgPipeline",
     "KandinskyV22ControlnetPipeline",

@@ -173,7 +173,13 @@ def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any
     changed: dict[str, Any] = {}
     for name in encoders:
         rows = by_encoder[name]
-        network, params, width = pipe.components[name], pipe.params[name], pipe.components[name].config.hidden_size
+        network, params = pipe.components[name], pipe.params[name]
+        if tokens.TABLE not in flatten(params):
+            raise ValueError(
+                f"{source}: holds a word for CLIP's text encoders; the {name} of this {type(pipe).__name__} is a "
+                f"{type(network).__name__}"
+            )
+        width = network.config.hidden_size
         if rows.shape[1] != width:
             raise ValueError(f"{source}: embeddings of size {rows.shape[1]} do not fit a text encoder of width {width}")
         table = tokens.table_of(params)

@@ -12,7 +12,7 @@ from diffuse_jax.pipelines.catalogue import not_downloaded
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|KandinskyV22"
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|Kandinsky|KandinskyV22"
 NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
@@ -21,7 +21,7 @@ TASKS = {"IFInpaintPipeline": "IFInpaintingPipeline"}
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
 
-COMBINED = ("KandinskyV22",)
+COMBINED = ("Kandinsky", "KandinskyV22")
 """Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
 
 

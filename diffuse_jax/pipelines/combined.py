@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jax
 import numpy as np
 
 from diffuse_jax import weights
@@ -122,8 +123,14 @@ def with_prior(
     return components_of(target.from_pretrained(prior, **among("dtype", "mesh", *hub)))
 
 
+def only_checks(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline has shapes in the place of its parameters (:mod:`~diffuse_jax.pipelines.configured`), so that
+    its requests are made and never run."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(pipe.params)))
+
+
 def after_prior(request: Request, prior: DiffusionPipeline, first: Request, **running: Any) -> Request:
-    """The decoder's request with the embeddings that the prior's run gives.
+    """The decoder's request with the embeddings that the prior's run gives; as it is if the prior :func:`only_checks`.
 
     Args:
       request: the decoder's, made with any embeddings.
@@ -131,6 +138,8 @@ def after_prior(request: Request, prior: DiffusionPipeline, first: Request, **ru
       first: its request, with as many images.
       **running: how to run it, see :func:`~diffuse_jax.pipelines.run`.
     """
+    if only_checks(prior):
+        return request
     found = run(prior, first, **running)
     positive, negative = (np.asarray(readable(found[name])) for name in ("image_embeds", "negative_image_embeds"))
     guided = is_branches(request.rows["image_embeds"])

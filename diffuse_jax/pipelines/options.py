@@ -228,6 +228,16 @@ class EmbeddingOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class PromptedEmbeddingOptions(EmbeddingOptions, total=False):
+    """:class:`EmbeddingOptions` of a decoder that takes prompts too.
+
+    Attributes:
+      negative_prompt: one for all embeddings, or a list as for ``prompt``; empty if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+
+
 class CombinedOptions(EmbeddingOptions, total=False):
     """Arguments of a call of a prior and a decoder in one, besides the prompt.
 

@@ -21,6 +21,7 @@ LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
     "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
+    "kandinsky": diffusers.pipelines.kandinsky,
     "stable_diffusion": diffusers.pipelines.stable_diffusion,
     "wuerstchen": wuerstchen,
 }

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from diffuse_jax.config import Config
 from diffuse_jax.models import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
@@ -30,13 +31,20 @@ from diffuse_jax.models import (
     WuerstchenPrior,
     presets,
 )
-from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, LDMBertModel, T5EncoderModel
+from diffuse_jax.text import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LDMBertModel,
+    MultilingualCLIP,
+    T5EncoderModel,
+)
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 ldm = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+m_clip = pytest.importorskip("diffusers.pipelines.kandinsky.text_encoder")
 transformers = pytest.importorskip("transformers")
 
 from diffuse_jax.torch_backend.networks import torch_class  # noqa: E402
@@ -66,6 +74,11 @@ UNETS = {
     "IF_I_XL_UNET": 4_304_695_110,
     "IF_II_M_UNET": 466_183_686,
     "IF_II_L_UNET": 1_198_017_030,
+    "KANDINSKY21_UNET": 1_228_661_768,
+    "KANDINSKY21_INPAINT_UNET": 1_228_679_048,
+    "KANDINSKY22_UNET": 1_253_057_288,
+    "KANDINSKY22_INPAINT_UNET": 1_253_074_568,
+    "KANDINSKY22_DEPTH_UNET": 1_253_429_212,
 }
 CONTROLNETS = {
     "SD15_CONTROLNET": 361_279_120,
@@ -88,6 +101,7 @@ TEXTS = {
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
 LDM_BERTS = {"LDM_BERT": 581_994_042}
+M_CLIPS = {"M_CLIP": 560_677_632}
 T5S = {"T5_XXL": 4_762_310_656}
 TINIES = {
     "TINY_VAE": 2_445_063
@@ -188,6 +202,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in LDM_BERTS.items():
         model = LDMBertModel(getattr(text_presets, name))
         yield name, model, partial(ldm.LDMBertModel, ldm.LDMBertConfig(**model.config.to_json())), count
+    for name, count in M_CLIPS.items():
+        model = MultilingualCLIP(getattr(text_presets, name))
+        yield name, model, partial(m_clip.MultilingualCLIP, m_clip.MCLIPConfig(**model.config.to_json())), count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -211,13 +228,15 @@ def test_every_preset_is_checked() -> None:
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
     tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
-    kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
-    found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}
-    assert found == TEXTS.keys() | T5S.keys()
+    found = {name for name, value in vars(text_presets).items() if isinstance(value, Config)}
+    assert found == TEXTS.keys() | T5S.keys() | LDM_BERTS.keys() | M_CLIPS.keys()
 
 
-# Tracing an SDXL takes seconds, and these differ from it by one layer.
-VARIANTS = {"SDXL_INPAINT_UNET", "SDXL_PIX2PIX_UNET", "SDXL_LCM_UNET"}
+# Tracing a large UNet takes seconds, and these differ from another one by one layer.
+VARIANTS = {
+    *("SDXL_INPAINT_UNET", "SDXL_PIX2PIX_UNET", "SDXL_LCM_UNET"),
+    *("KANDINSKY21_INPAINT_UNET", "KANDINSKY22_INPAINT_UNET"),
+}
 CASES = [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * (row[0] in VARIANTS)) for row in networks()]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from diffuse_jax import models
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.configured import configured_pipeline
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.weights import WeightsError
 from tests.oracle.agreement import require_same
@@ -209,6 +210,7 @@ def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = twin(generator=generator, output_type="np", **request).images
     require_same(pipe, pipe(seed=SEEDS[:1], noise="torch", output_type="np", **request).images, wanted)
+    assert configured_pipeline(tmp_path / "both").request(**request).images == 1, "checked, not run"
 
     # The same as the stages by themselves, several images per prompt.
     prior, decoder = (opened(tmp_path / name) for name in ("prior", "decoder"))
