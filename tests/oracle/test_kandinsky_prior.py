@@ -114,7 +114,7 @@ def test_a_prompt_is_the_same_in_any_batch_and_the_output_unpacks(pipe: Any) -> 
     ("changes", "message"),
     [
         ({"prompt": None}, "prompt must be a string or a list"),
-        ({"output_type": "np"}, "output_type must be 'jax' for embeddings"),
+        ({"output_type": "pil"}, "output_type must be 'jax' or 'np' for embeddings, got 'pil'"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 2 prompts"),
         ({"negative_prompt": "rain", "noise": "torch", "seed": 0}, "takes one image, got 2"),
         ({"clip_skip": 1}, "has no argument clip_skip"),
