@@ -109,6 +109,8 @@ _PUBLIC = {
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLPipeline",
+        "StableUnCLIPImg2ImgPipeline",
+        "StableUnCLIPPipeline",
         "WuerstchenCombinedPipeline",
         "WuerstchenDecoderPipeline",
         "WuerstchenPriorPipeline",

@@ -116,6 +116,7 @@ FOLDERS = {
     "WuerstchenPriorPipeline": wuerstchen.prior_pipeline,
     "WuerstchenDecoderPipeline": wuerstchen.decoder_pipeline,
     "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
+    "StableUnCLIPImg2ImgPipeline": folders.stable_unclip_img2img,
 }
 """Class -> what writes a folder that nothing else opens."""
 
