@@ -116,6 +116,8 @@ _PUBLIC = {
         "StableDiffusionXLPAGInpaintPipeline",
         "StableDiffusionXLPAGPipeline",
         "StableDiffusionXLPipeline",
+        "StableUnCLIPImg2ImgPipeline",
+        "StableUnCLIPPipeline",
         "WuerstchenCombinedPipeline",
         "WuerstchenDecoderPipeline",
         "WuerstchenPriorPipeline",

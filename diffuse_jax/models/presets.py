@@ -40,8 +40,9 @@ SD20_UNET = SD15_UNET.replace(cross_attention_dim=1024, num_attention_heads=(5, 
 SD21_UNET = SD20_UNET.replace(sample_size=96, upcast_attention=True)  #: 865,910,724; 768 pixels, predicts velocity
 SD20_INPAINT_UNET = SD20_UNET.replace(in_channels=9)  #: 865,925,124
 SD20_DEPTH_UNET = SD20_UNET.replace(in_channels=5)  #: 865,913,604; latents, depth
-#: 870,173,124; image embedding and its noise level as class
+#: 870,173,124; image embedding and its noise level as class; of OpenCLIP H
 SD21_UNCLIP_UNET = SD21_UNET.replace(class_embed_type="projection", projection_class_embeddings_input_dim=2048)
+SD21_UNCLIP_L_UNET = SD21_UNCLIP_UNET.replace(projection_class_embeddings_input_dim=1536)  #: 869,517,764; of CLIP L
 #: 473,398,020; latents, low-resolution pixels; noise level as class
 X4_UPSCALER_UNET = SD20_UNET.replace(
     sample_size=128,

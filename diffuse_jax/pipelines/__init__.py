@@ -78,6 +78,8 @@ from diffuse_jax.pipelines.stable_diffusion_xl_controlnet_inpaint import StableD
 from diffuse_jax.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLInpaintPipeline
 from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
+from diffuse_jax.pipelines.stable_unclip import StableUnCLIPPipeline
+from diffuse_jax.pipelines.stable_unclip_img2img import StableUnCLIPImg2ImgPipeline
 from diffuse_jax.pipelines.unconditional import (
     ConsistencyModelPipeline,
     DDIMPipeline,
@@ -170,6 +172,8 @@ __all__ = [
     "StableDiffusionXLPAGInpaintPipeline",
     "StableDiffusionXLPAGPipeline",
     "StableDiffusionXLPipeline",
+    "StableUnCLIPImg2ImgPipeline",
+    "StableUnCLIPPipeline",
     "Step",
     "WuerstchenCombinedPipeline",
     "WuerstchenDecoderPipeline",

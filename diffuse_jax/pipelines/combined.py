@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from diffuse_jax import weights
+from diffuse_jax.pipelines.family import Family, request_of
 from diffuse_jax.pipelines.parts.guidance import Branches, is_branches
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request, run
@@ -147,6 +148,32 @@ def after_prior(request: Request, prior: DiffusionPipeline, first: Request, **ru
     return request._replace(rows=request.rows | {"image_embeds": embeds})
 
 
+def stage(
+    pipe: DiffusionPipeline, family: Family, name: str, prompts: int, given: Mapping[str, Any], **own: Any
+) -> Request:
+    """The request of a stage inside a pipeline, before it has the rows that an earlier stage makes.
+
+    Args:
+      pipe: the pipeline.
+      family: of the stage.
+      name: of the stage, whose sampler is the component ``{name}_scheduler``.
+      prompts: the number of prompts.
+      given: the arguments of the call that all stages share; None stands for a default.
+      **own: those of the stage, by the names that a call of it alone has.
+
+    Raises:
+      ValueError, TypeError: an argument is invalid or contradicts another one.
+    """
+    both = {name: value for name, value in {"guidance_scale": 1.0, **given, **own}.items() if value is not None}
+    return request_of(pipe, both, prompts, (0, 0), family=family, scheduler=pipe.components[f"{name}_scheduler"])
+
+
+def after(request: Request, pipe: DiffusionPipeline, first: Request) -> Request:
+    """The request of a stage with the results of an earlier one of the same pipeline as rows, which is run."""
+    found = {name: np.asarray(readable(value)) for name, value in run(pipe, first).results.items()}
+    return request._replace(rows=request.rows | found)
+
+
 def with_seed(options: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
     """The options with a seed for both stages, random unless they have one.
 
@@ -154,7 +181,7 @@ def with_seed(options: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
       ValueError: they name another library's noise, which both stages would draw from one generator.
     """
     if options.get("noise") is not None:
-        raise ValueError("a combined pipeline takes no noise=; run its prior_pipe and its decoder_pipe one by one")
+        raise ValueError("a pipeline of several stages takes no noise=, since all of them would draw from one generator; give seed=")
     if options.get("seed") is not None or options.get("key") is not None or spans_processes(mesh):
         return dict(options)
     return {**options, "seed": int(np.random.SeedSequence().generate_state(1)[0])}

@@ -99,15 +99,18 @@ def request_of(
     prompts: int,
     size: tuple[int, int],
     *,
+    family: Family | None = None,
     scheduler: Scheduler | None = None,
     **plan_options: Any,
 ) -> Request:
     """The request for a number of prompts, from arguments that are not None; see :func:`text_to_image`.
 
+    A stage of a pipeline has a ``family`` of its own; otherwise it is the pipeline's.
+
     Raises:
       ValueError: ``num_images_per_prompt`` is not positive, or as :func:`text_to_image`.
     """
-    family, copies = pipe.family, given.get("num_images_per_prompt", 1)
+    family, copies = family or pipe.family, given.get("num_images_per_prompt", 1)
     if copies < 1:
         raise ValueError(f"num_images_per_prompt must be at least 1, got {copies}")
     call = Call(given, prompts, copies, size)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -146,6 +147,19 @@ def joined_array(value: Any, name: str) -> np.ndarray:
     if not all(part.ndim for part in parts) or len({part.shape[1:] for part in parts}) != 1:
         raise ValueError(f"{name} as a list must have arrays of one shape, got {brief(value)}")
     return np.concatenate(parts)
+
+
+def embeddings(value: Any, width: int, name: str) -> np.ndarray:
+    """Embeddings ``[N,width]`` float32; lists of ``[n,width]`` are joined.
+
+    Raises:
+      ValueError: they are not floating-point of this width, or there are none.
+      TypeError: they are no arrays of numbers.
+    """
+    array = joined_array(value, name)
+    if array.ndim != 2 or array.shape[1] != width or not jnp.issubdtype(array.dtype, jnp.floating) or not len(array):
+        raise ValueError(f"{name} must be floating-point [N,{width}], got {array.dtype} {list(array.shape)}")
+    return array.astype(np.float32)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:

@@ -126,6 +126,17 @@ class PixelTextOptions(CallOptions, total=False):
     batch_size: int | None
 
 
+class StableUnCLIPOptions(TextOptions, total=False):
+    """:class:`TextOptions` of calls whose UNet takes an image embedding with noise added.
+
+    Attributes:
+      noise_level: how much noise, one step of ``image_noising_scheduler`` or one per image, from 0 (default). More
+        noise means more varied images.
+    """
+
+    noise_level: int | Sequence[int]
+
+
 class ImageVariationOptions(CallOptions, total=False):
     """Arguments of a call with images in the place of prompts.
 

@@ -12,10 +12,10 @@ import numpy as np
 from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.family import default_steps, request_of
 from diffuse_jax.pipelines.image_prompts import encoder_pixels
-from diffuse_jax.pipelines.inputs import ImageInput, as_list, per_prompt
+from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, per_prompt
 from diffuse_jax.pipelines.method import Net
 from diffuse_jax.pipelines.options import check_names
-from diffuse_jax.pipelines.parts.prior import ImageEmbedding, embedded
+from diffuse_jax.pipelines.parts.prior import EmbedImage, ImageEmbedding, embedded
 from diffuse_jax.pipelines.parts.start import FromNoised
 from diffuse_jax.pipelines.running import Request, apply
 from diffuse_jax.pipelines.tasks import changed, require_image
@@ -83,6 +83,37 @@ def image_embeddings(pipe: Any, image: ImageInput, copies: int) -> jax.Array:
         raise ValueError(f"each entry of images_and_prompts must be one image, got {len(pixels)} in an entry")
     rows = {"image_pixels": np.repeat(pixels, copies, axis=0)}
     return apply(pipe, embedded, ImageEmbedding(image_encoder(pipe)), rows)
+
+
+def seen_images(pipe: Any, image: ImageInput, embeds: Any, name: str) -> tuple[str, Any]:
+    """The images of a call as a row for :class:`EmbedImage <diffuse_jax.pipelines.parts.prior.EmbedImage>`, or their
+    embeddings: its name, and an array with an entry for each.
+
+    Args:
+      pipe: the pipeline.
+      image: images of any size, or None.
+      embeds: ``[N,E]``, or None.
+      name: of the argument with embeddings.
+
+    Raises:
+      ValueError, TypeError: neither or both are given, or something is no image or no embedding.
+    """
+    if (image is None) == (embeds is None):
+        raise ValueError(f"give either image or {name}")
+    if image is not None:
+        return "image_pixels", encoder_pixels(pipe, image, "image")
+    return "image_embeds", embeddings(embeds, image_encoder(pipe).config.projection_dim, name)
+
+
+def with_images(request: Request, pipe: Any, name: str, array: Any) -> Request:
+    """The request with what :func:`seen_images` returns, one row per image, and the encoder that it needs.
+
+    Raises:
+      ValueError: the number of images is wrong.
+    """
+    rows = {name: per_prompt(array, request.images, request.copies, "image")}
+    encoders = (EmbedImage(image_encoder(pipe)),) if name == "image_pixels" else ()
+    return changed(request, rows, conditions=(*encoders, *request.method.conditions))
 
 
 def image_encoder(pipe: Any) -> Net:

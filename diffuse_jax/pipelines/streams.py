@@ -11,12 +11,13 @@ from diffuse_jax.noise import STREAMS
 from diffuse_jax.pipelines.method import PlainStep, Rows, all_parts, noise_row
 from diffuse_jax.pipelines.parts.image import NoisedImage
 from diffuse_jax.pipelines.parts.latent_upscaler import SCALE, SmallImage
+from diffuse_jax.pipelines.parts.stable_unclip import NoisedEmbedding
 from diffuse_jax.pipelines.parts.start import FromImage
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.rounding import power_of_two
 
-PURPOSES = ("low res image", "image", "small image", "noise", "masked image", "upscaled image")
+PURPOSES = ("low res image", "image", "small image", "image embedding", "noise", "masked image", "upscaled image")
 """What diffusers draws before the loop, in its order; "noise" is the start, the others are for encoded images."""
 
 EACH_USED = (
@@ -92,6 +93,7 @@ def drawn_before(request: Request) -> list[str]:
         "low res image": "low res image" in noised,
         "image": "image" in rows and encoded and (not pure or bool(kept)),
         "small image": "image" in rows and any(isinstance(part, SmallImage) for part in request.method.conditions),
+        "image embedding": bool(noised_embeddings(request)),
         "noise": "noise" not in rows and ("latents" not in rows or "mask" in rows),
         "masked image": "image" in rows and "mask" in rows and "masked_image_latents" not in rows,
         "upscaled image": "upscaled image" in noised,
@@ -103,8 +105,15 @@ def drawn_shape(purpose: str, request: Request) -> tuple[int, ...]:
     """The shape of one image's noise for one of :data:`PURPOSES`."""
     if purpose in ("low res image", "upscaled image"):
         return request.rows["low_res_image"].shape[1:]
+    if purpose == "image embedding":
+        return noised_embeddings(request)[0].shape
     shape = request.method.latent_shape
     return (shape[0] // SCALE, shape[1] // SCALE, shape[2]) if purpose == "small image" else shape
+
+
+def noised_embeddings(request: Request) -> list[NoisedEmbedding]:
+    """The parts that add noise to the embedding of an image."""
+    return [part for part in request.method.conditions if isinstance(part, NoisedEmbedding)]
 
 
 def row_name(purpose: str) -> str:

@@ -107,6 +107,13 @@ UNETS: dict[str, dict[str, Any]] = {
         "class_embed_type": "projection",
         "projection_class_embeddings_input_dim": 2048,
     },
+    "SD21_UNCLIP_L_UNET": SD20
+    | {
+        "sample_size": 96,
+        "upcast_attention": True,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 1536,
+    },
     "X4_UPSCALER_UNET": SD20
     | {
         "attention_head_dim": 8,

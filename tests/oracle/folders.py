@@ -12,6 +12,7 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer  # noqa: E402
 
 SD_SCHEDULER = {
     "beta_start": 0.00085,
@@ -285,4 +286,56 @@ def kandinsky21_decoder(folder: Path, kind: str = "KandinskyPipeline", **changes
         "movq": lively(diffusers.VQModel(**MOVQ)),
     }
     getattr(diffusers, kind)(**parts).save_pretrained(folder)
+    return folder
+
+
+UNET_UNCLIP = UNET | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64}
+"""For embeddings with 32 channels, each with as much of the noise level."""
+
+
+def embedding_parts() -> dict[str, Any]:
+    """What both forms of stable unCLIP have: Stable Diffusion 2.1, and what adds noise to embeddings."""
+    torch.manual_seed(0)
+    tok = tokenizer(pad_token="!")
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=32)
+    normalizer.std.data.fill_(0.7)
+    return {
+        "image_normalizer": lively(normalizer),
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        "tokenizer": tok,
+        "text_encoder": lively(transformers.CLIPTextModel(text_config(tok, hidden_act="gelu"))),
+        "unet": lively(diffusers.UNet2DConditionModel(**UNET_UNCLIP)),
+        "scheduler": diffusers.DDIMScheduler(**SD_SCHEDULER, prediction_type="v_prediction"),
+        "vae": lively(diffusers.AutoencoderKL(**VAE)),
+    }
+
+
+def stable_unclip(folder: Path) -> Path:
+    """A folder like Stable unCLIP with Karlo's prior; the prior's sampler draws no noise."""
+    parts = embedding_parts()
+    tok = tokenizer()
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=32, num_embeddings=16
+    )
+    prior.clip_std.data.fill_(1.0)
+    diffusers.StableUnCLIPPipeline(
+        prior_tokenizer=tok,
+        prior_text_encoder=lively(transformers.CLIPTextModelWithProjection(text_config(tok))),
+        prior=lively(prior),
+        prior_scheduler=diffusers.DDIMScheduler(
+            beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=5.0
+        ),
+        **parts,
+    ).save_pretrained(folder)
+    return folder
+
+
+def stable_unclip_img2img(folder: Path) -> Path:
+    """A folder like SD 2.1 unCLIP."""
+    encoder = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION))
+    diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=transformers.CLIPImageProcessor(size=16, crop_size=16),
+        image_encoder=lively(encoder),
+        **embedding_parts(),
+    ).save_pretrained(folder)
     return folder

@@ -111,6 +111,7 @@ FOLDERS = {
     "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
     "KandinskyV22PriorPipeline": folders.kandinsky_prior,
     "KandinskyV22PriorEmb2EmbPipeline": folders.kandinsky_prior,
+    "StableUnCLIPImg2ImgPipeline": folders.stable_unclip_img2img,
 }
 """Class -> what writes a folder that nothing else opens."""
 

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, guidance_rows, repeat_rows, stack_branches
 from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
-from diffuse_jax.pipelines.inputs import joined_array
+from diffuse_jax.pipelines.inputs import embeddings
 from diffuse_jax.pipelines.method import Method, Net, Part, Rows
 from diffuse_jax.pipelines.options import EmbeddingOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
@@ -96,10 +95,7 @@ def given_embeds(pipe: Any, options: Mapping[str, Any], name: str) -> np.ndarray
     given, width = options.get(name), pipe.components["unet"].config.image_width
     if given is None:
         raise ValueError(f"give {name} [N,{width}], as the prior returns them")
-    array = joined_array(given, name)
-    if array.ndim != 2 or array.shape[1] != width or not jnp.issubdtype(array.dtype, jnp.floating) or not len(array):
-        raise ValueError(f"{name} must be floating-point [N,{width}], got {array.dtype} {list(array.shape)}")
-    return array.astype(np.float32)
+    return embeddings(given, width, name)
 
 
 KANDINSKY_V22 = KandinskyV22Family()

@@ -91,6 +91,34 @@ class ImageEmbedding(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class EmbedImage(Part):
+    """``image_embeds [B,E]`` of ``image_pixels [B,h,w,3]``, as the encoder takes them."""
+
+    net: Net
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("image_pixels",)
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return ("image_embeds",)
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        return rows | {"image_embeds": self.net.apply(params, rows["image_pixels"]).image_embeds.astype(jnp.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToEmbedding(Part):
+    """``image_embeds``, float32 ``[B,E]``."""
+
+    prior: Net
+
+    def __call__(self, params: Params, rows: Rows, sample: jax.Array) -> dict[str, Any]:
+        return {"image_embeds": self.prior.apply(params, sample, method="unnormalised")}
+
+
+@dataclasses.dataclass(frozen=True)
 class ToEmbeddings(Part):
     """``image_embeds`` and ``negative_image_embeds``, both float32 ``[B,E]``.
 
