@@ -71,6 +71,7 @@ _PUBLIC = {
         "KarrasVePipeline",
         "LDMPipeline",
         "LDMSuperResolutionPipeline",
+        "LDMTextToImagePipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "PNDMPipeline",

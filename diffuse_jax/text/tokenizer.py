@@ -1,4 +1,4 @@
-"""The tokenizers of CLIP and T5 from transformers, and thread-safe calls of tokenizers."""
+"""The tokenizers of BERT, CLIP and T5 from transformers, and thread-safe calls of tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
 
-FILES = {"CLIP": "vocab.json and merges.txt", "T5": "spiece.model"}
+FILES = {"Bert": "vocab.txt", "CLIP": "vocab.json and merges.txt", "T5": "spiece.model"}
 """Tokenizer -> the files with its vocabulary, if there is no ``tokenizer.json``."""
 
 SPACE = "▁"

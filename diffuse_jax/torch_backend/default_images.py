@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.family import autoencoder_name
 from diffuse_jax.pipelines.parts.latent_upscaler import SCALE
 
 CONTROLS: dict[str, Callable[[Any], int]] = {
@@ -36,7 +37,7 @@ def default_images(pipe: DiffusionPipeline) -> dict[str, Any]:
         return {"image_embeddings": maps(pipe.components["decoder"].config.effnet_embd)}
     if pipe.components.get("unet") is None:
         return {}
-    size, vae = pipe.components["unet"].config.sample_size, pipe.components.get("vae")
+    size, vae = pipe.components["unet"].config.sample_size, pipe.components.get(autoencoder_name(pipe))
     scale = 1 if vae is None else vae.config.scale
     height, width = (edge * scale for edge in ((size, size) if isinstance(size, int) else size))
     smaller = UPSCALING.get(type(pipe).__name__, lambda scale: 1)(scale)
