@@ -201,6 +201,18 @@ DDPM_256_UNET = DDPM_CIFAR10_UNET.replace(
     down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 )
+#: 65,574,549; NCSN++ on 256 pixels, conditioned on the noise level (churches, bedrooms, celebrities)
+NCSNPP_256_UNET = UNet2DConfig(
+    sample_size=256,
+    block_out_channels=(128, 128) + (256,) * 5,
+    down_block_types=("SkipDownBlock2D",) * 4 + ("AttnSkipDownBlock2D",) + ("SkipDownBlock2D",) * 2,
+    up_block_types=("SkipUpBlock2D",) * 2 + ("AttnSkipUpBlock2D",) + ("SkipUpBlock2D",) * 4,
+    time_embedding_type="fourier",
+    attention_head_dim=None,
+    norm_num_groups=None,
+    norm_eps=1e-6,
+    mid_block_scale_factor=2**0.5,
+)
 
 #: 83,653,863; 1.x and 2.x
 SD_VAE = AutoencoderKLConfig(
