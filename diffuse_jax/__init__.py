@@ -78,6 +78,7 @@ _PUBLIC = {
         "KarrasVePipeline",
         "LDMPipeline",
         "LDMSuperResolutionPipeline",
+        "LDMTextToImagePipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "PNDMPipeline",

@@ -35,6 +35,8 @@ SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  #: 859,535,364; latents, m
 SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  #: 859,532,484; latents, latents of the image
 SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  #: 859,602,884; guidance scale as input
 
+#: 872,300,484; latent diffusion's text to image (CompVis/ldm-text2im-large-256), before Stable Diffusion
+LDM_TEXT_UNET = SD15_UNET.replace(sample_size=32, cross_attention_dim=1280)
 #: 865,910,724; 2.0, and 2.1 at 512 pixels
 SD20_UNET = SD15_UNET.replace(cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True)
 SD21_UNET = SD20_UNET.replace(sample_size=96, upcast_attention=True)  #: 865,910,724; 768 pixels, predicts velocity
@@ -225,6 +227,18 @@ DDPM_256_UNET = DDPM_CIFAR10_UNET.replace(
     down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 )
+#: 65,574,549; NCSN++ on 256 pixels, conditioned on the noise level (churches, bedrooms, celebrities)
+NCSNPP_256_UNET = UNet2DConfig(
+    sample_size=256,
+    block_out_channels=(128, 128) + (256,) * 5,
+    down_block_types=("SkipDownBlock2D",) * 4 + ("AttnSkipDownBlock2D",) + ("SkipDownBlock2D",) * 2,
+    up_block_types=("SkipUpBlock2D",) * 2 + ("AttnSkipUpBlock2D",) + ("SkipUpBlock2D",) * 4,
+    time_embedding_type="fourier",
+    attention_head_dim=None,
+    norm_num_groups=None,
+    norm_eps=1e-6,
+    mid_block_scale_factor=2**0.5,
+)
 
 #: 83,653,863; 1.x and 2.x
 SD_VAE = AutoencoderKLConfig(
@@ -234,6 +248,7 @@ SD_VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
+LDM_TEXT_VAE = SD_VAE.replace(sample_size=256)  #: 83,653,863; latent diffusion's text to image
 SD21_VAE = SD_VAE.replace(sample_size=768)  #: 83,653,863
 SDXL_VAE = SD_VAE.replace(sample_size=1024, scaling_factor=0.13025)  #: 83,653,863; needs float32 (force_upcast)
 #: 55,325,927; four pixels per latent

@@ -38,6 +38,7 @@ from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelPipeline,
 )
 from diffuse_jax.pipelines.latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
+from diffuse_jax.pipelines.latent_diffusion_text import LDMTextToImagePipeline
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.perturbed import (
     StableDiffusionControlNetPAGInpaintPipeline,
@@ -127,6 +128,7 @@ __all__ = [
     "KarrasVePipeline",
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
+    "LDMTextToImagePipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from diffuse_jax import weights
 from diffuse_jax.pipelines.catalogue import not_downloaded
+from diffuse_jax.pipelines.family import autoencoder_name
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|Kandinsky|KandinskyV22"
+FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|LDMTextToImage|IF|Kandinsky|KandinskyV22"
 NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|)Pipeline")
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
@@ -71,7 +72,7 @@ class AutoPipeline:
         """
         if pipe.components.get("movq") is not None:
             return pipe  # a decoder of embeddings, which checks its UNet itself
-        over_pixels = pipe.components.get("vae") is None
+        over_pixels = pipe.components.get(autoencoder_name(pipe)) is None
         latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
         takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" and not over_pixels else (latents,)

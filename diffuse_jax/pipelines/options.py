@@ -149,8 +149,8 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
-class WuerstchenOptions(CallOptions, total=False):
-    """Arguments of a call of either stage of Würstchen, besides the prompt.
+class EncoderTextOptions(CallOptions, total=False):
+    """Arguments of calls with prompts whose text encoder has one output, besides the prompt itself.
 
     Attributes:
       negative_prompt: one, or one per prompt; empty if None.
@@ -170,6 +170,10 @@ class WuerstchenOptions(CallOptions, total=False):
     prompt_syntax: Literal["a1111", "compel"] | None
     long_prompts: bool
     batch_size: int | None
+
+
+class WuerstchenOptions(EncoderTextOptions, total=False):
+    """Arguments of a call of either stage of Würstchen, besides the prompt: those of :class:`EncoderTextOptions`."""
 
 
 class WuerstchenDecoderOptions(WuerstchenOptions, total=False):

@@ -1,4 +1,4 @@
-"""The tokenizers of CLIP, T5 and XLM-RoBERTa from transformers, and thread-safe calls of tokenizers."""
+"""The tokenizers of BERT, CLIP, T5 and XLM-RoBERTa from transformers, and thread-safe calls of tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
 
-FILES = {"CLIP": "vocab.json and merges.txt", "T5": "spiece.model", "XLMRoberta": "sentencepiece.bpe.model"}
+FILES = {
+    "Bert": "vocab.txt",
+    "CLIP": "vocab.json and merges.txt",
+    "T5": "spiece.model",
+    "XLMRoberta": "sentencepiece.bpe.model",
+}
 """Tokenizer -> the files with its vocabulary, if there is no ``tokenizer.json``."""
 
 SPACE = "▁"

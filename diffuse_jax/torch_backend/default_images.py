@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.pipelines.family import STEPS
+from diffuse_jax.pipelines.family import STEPS, autoencoder_name
 from diffuse_jax.pipelines.kandinsky_decoding import rounded_up
 from diffuse_jax.pipelines.parts.latent_upscaler import SCALE
 
@@ -64,7 +64,7 @@ def size_of(pipe: DiffusionPipeline, options: Mapping[str, Any]) -> tuple[int, i
 
 def scale_of(pipe: DiffusionPipeline) -> int:
     """Pixels along the edge of a latent; 1 over pixels."""
-    vae = pipe.components.get("vae", pipe.components.get("movq"))
+    vae = pipe.components.get(autoencoder_name(pipe), pipe.components.get("movq"))
     return 1 if vae is None else vae.config.scale
 
 

@@ -14,6 +14,8 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer  # noqa: E402
 
+latent_diffusion = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+
 SD_SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -160,6 +162,39 @@ def stable_diffusion_xl(folder: Path) -> Path:
         unet=lively(diffusers.UNet2DConditionModel(**UNET_XL)),
         scheduler=diffusers.EulerDiscreteScheduler(**scheduler, timestep_spacing="leading"),
         add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def bert_tokenizer() -> Any:
+    """A BERT tokenizer of single characters."""
+    letters = [chr(c) for c in (*range(33, 65), *range(91, 127))]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
+
+
+def latent_diffusion_text(folder: Path, kind: str = "AutoencoderKL") -> Path:
+    """A folder like CompVis/ldm-text2im-large-256, with an autoencoder of this class."""
+    torch.manual_seed(0)
+    tok, levels = bert_tokenizer(), 4  # the pipeline of diffusers takes eight pixels for each latent
+    vae = VAE | {
+        "block_out_channels": (16,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": 4,
+        "sample_size": 64,
+    }
+    vae |= {"num_vq_embeddings": 32, "scaling_factor": 0.4} if kind == "VQModel" else {}
+    bert = latent_diffusion.LDMBertConfig(
+        vocab_size=len(tok), d_model=32, encoder_layers=2, encoder_ffn_dim=40, encoder_attention_heads=2, head_dim=8
+    )
+    pipe = diffusers.LDMTextToImagePipeline(
+        vqvae=lively(getattr(diffusers, kind)(**vae)),
+        bert=lively(latent_diffusion.LDMBertModel(bert)),
+        tokenizer=tok,
+        unet=lively(diffusers.UNet2DConditionModel(**UNET | {"sample_size": 8})),
+        scheduler=diffusers.DDIMScheduler(**SD_SCHEDULER),
     )
     pipe.save_pretrained(folder)
     return folder

@@ -283,6 +283,18 @@ PIXELS = {
     "norm_num_groups": 4,
     "sample_size": 8,
 }
+NCSNPP = {
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "time_embedding_type": "fourier",
+    "attention_head_dim": None,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 2**0.5,
+    "sample_size": 8,
+}
 PIXEL_UNETS: dict[str, dict[str, Any]] = {
     "DDPM": PIXELS
     | {"layers_per_block": 2, "block_out_channels": (16, 16, 32)}
@@ -321,6 +333,16 @@ PIXEL_UNETS: dict[str, dict[str, Any]] = {
     | {"class_embed_type": "timestep", "center_input_sample": True, "time_embedding_dim": 40, "act_fn": "gelu"},
     "learned embeddings": PIXELS | {"time_embedding_type": "learned", "num_train_timesteps": 800},
     "no middle": PIXELS | {"mid_block_type": None},
+    "NCSN++": NCSNPP,
+    "NCSN++ at the finest level": NCSNPP
+    | {
+        "down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "SkipUpBlock2D"),
+        "norm_num_groups": 4,
+        "time_embedding_type": "positional",
+        "center_input_sample": True,
+        "class_embed_type": "timestep",
+    },
 }
 
 VAE = {

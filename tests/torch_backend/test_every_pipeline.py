@@ -106,6 +106,7 @@ OTHERS = {"StableDiffusionImageVariationPipeline": for_variations}
 
 
 FOLDERS = {
+    "LDMTextToImagePipeline": folders.latent_diffusion_text,
     "WuerstchenPriorPipeline": wuerstchen.prior_pipeline,
     "WuerstchenDecoderPipeline": wuerstchen.decoder_pipeline,
     "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
