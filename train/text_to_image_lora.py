@@ -57,7 +57,8 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    plan = configured_from(model, "text to image")
+    names = trained_names(model, run.optimizer, plan)
     shapes = lora_shapes(lora, plan, names)
     source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown)
     pipe = pipeline_from(model, mesh, float32=())
@@ -70,7 +71,7 @@ def main() -> None:
         mesh,
         trainable=pairs,
         frozen={name: params for name, params in pipe.params.items() if name not in inputs.unused},
-        loss=loss_of(pipe, with_lora(networks(pipe)), objective),
+        loss=loss_of(pipe, with_lora(networks(pipe)), objective, model.class_labels_conditioning),
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=save_lora,
         validate=validation_from(shown, model, pipe, merged_lora(pipe), run.seed),

@@ -8,6 +8,7 @@ from typing import Any
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.training.families import trained_family
 from diffuse_jax.training.latent import sample_images
 from diffuse_jax.training.latent_model import source_folder
 from diffuse_jax.training.settings import ModelSettings, ValidationSettings
@@ -39,7 +40,7 @@ def validation_from(
         return None
     prompts = settings.validation_prompt
     sampler = Scheduler.from_pretrained(source_folder(model, only_small=True), subfolder="scheduler")
-    sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
+    sampler = trained_family(pipe).sampler(sampler, pipe.scheduler)
     given = {} if images is None else {"image": list(images)}
     sampler.plan(settings.validation_inference_steps)  # raises here instead of at the first validation
 
