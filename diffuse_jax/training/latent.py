@@ -118,7 +118,11 @@ def _assembled(
     unchecked: dict[str, Any] = {"requires_safety_checker": False}  # images of training are not shown to others
     pipe = DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **unchecked, **parts)
     pipe = dataclasses.replace(pipe, options=index.options)
-    return pipe.replace(**_borrowed(family, index, sources, open_network, what, hub))
+    found = _borrowed(family, index, sources, open_network, what, hub)
+    nets = {name: part for name, part in found.items() if isinstance(part, tuple)}
+    models = {name: nets[name][0] if name in nets else part for name, part in found.items()}
+    params = {name: placed for name, (_, placed) in nets.items()}
+    return dataclasses.replace(pipe, components={**pipe.components, **models}, params={**pipe.params, **params})
 
 
 def _configs(index: weights.PipelineIndex, names: Iterable[str]) -> dict[str, Any]:

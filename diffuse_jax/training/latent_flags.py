@@ -69,6 +69,8 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     add("--pretrained_vae_model_name_or_path", help="folder or Hub id of an autoencoder to use instead")
     what = "folder or Hub id of the prior whose image encoder a decoder of Kandinsky 2.2 reads"
     add("--pretrained_prior_model_name_or_path", help=what)
+    what = "file with the EfficientNet for a prior of Würstchen: model_v2_stage_b.pt of dome272/wuerstchen"
+    add("--effnet_path", help=what)
     what = "what a super-resolution model of DeepFloyd IF is told: the noise_level of the small image, or the timesteps"
     add("--class_labels_conditioning", choices=CLASS_LABELS, help=what)
     add("--prediction_type", choices=PREDICTION_TYPES, help="overrides the prediction type of the scheduler")

@@ -39,7 +39,7 @@ def trained_names(model: ModelSettings, optimizer: OptimizerSettings, pipe: Diff
     if model.train_text_encoder:
         if not family.trains_text:
             raise ValueError(
-                f"--train_text_encoder cannot be used with a {type(pipe).__name__}: "
+                f"--train_text_encoder cannot be used with {type(pipe).__name__}: "
                 + family.refused.get("train_text_encoder", "its text encoder stays as it is")
             )
         names += tuple(family.text_encoders(pipe))
@@ -70,7 +70,10 @@ def sources_of(model: ModelSettings, class_name: str, *, only_small: bool = Fals
     """The local folders of networks that come from another place than the rest of a pipeline of this class."""
     family = family_of(class_name, model.pretrained_model_name_or_path)
     named = {name: getattr(model, setting) for name, setting in family.borrowed.items()}
-    return {name: model_folder(source, model.hub, only_small=only_small) for name, source in named.items() if source}
+    local = lambda source: (
+        Path(source) if Path(source).is_file() else model_folder(source, model.hub, only_small=only_small)
+    )
+    return {name: local(source) for name, source in named.items() if source}
 
 
 def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:
@@ -102,6 +105,8 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
     if jax.process_count() == 1:
         return network, pipe.params[name]
     source = sources_of(model, type(pipe).__name__).get(name, source_folder(model))
+    if source.is_file():
+        return trained_family(pipe).read(source)
     folder = component_folder(source, name)
     return network, type(network).from_pretrained(folder, dtype=network.dtype, variant=model.hub.variant)[1]
 

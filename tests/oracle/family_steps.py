@@ -17,7 +17,6 @@ from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend.training import Trained, Update, step_noise
 from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_updates, verdict
 from diffuse_jax.training.data import Example
-from diffuse_jax.training.families import trained_family
 from diffuse_jax.training.latent import loss_of, open_pipeline
 from diffuse_jax.training.objective import Objective
 
@@ -67,7 +66,7 @@ def compare(
     theirs: Update = twin.torch_step(parameters, loss)
     known = theirs._replace(values={name: x for name, x in theirs.values.items() if name in ours.values})
     compared = compare_updates(ours, known, TOLERANCES["float32"])
-    assert compared.ok, verdict(compared)
+    assert compared.ok, verdict(compared) + str([row for row in compared.rows if not row.ok])
     assert {*theirs.gradients} == {*ours.gradients}, "the same parameters are trained"
     wanted = float(theirs.values["loss"])
     moved = [np.linalg.norm(ours.changes[n] - theirs.changes[n]) / np.linalg.norm(before[n]) for n in theirs.changes]
@@ -76,7 +75,9 @@ def compare(
 
 def text_states(pipe: Any, batch: Mapping[str, np.ndarray]) -> Any:
     """The last states of the text encoder, whose padding is hidden."""
-    ids, mask = (torch.tensor(np.asarray(batch[name]), dtype=torch.long) for name in ("text_encoder", "text_encoder_mask"))
+    ids, mask = (
+        torch.tensor(np.asarray(batch[name]), dtype=torch.long) for name in ("text_encoder", "text_encoder_mask")
+    )
     return pipe.text_encoder(ids, attention_mask=mask)
 
 
@@ -141,10 +142,22 @@ def prior_loss(pipe: Any, objective: Objective, batch: Mapping[str, np.ndarray])
         return whole(found.predicted_image_embedding)
 
     flat = drawn._replace(noise=np.asarray(drawn.noise)[:, None, None])
-    return twin.loss_at(schedule, objective, whole(x0), flat, predict)
+    computed = twin.loss_at(schedule, objective, whole(x0), flat, predict)
+    return computed._replace(values={name: x[:, 0, 0] if x.ndim else x for name, x in computed.values.items()})
 
 
-def family_scheduler(pipe: Any) -> Any:
-    """The noise schedule that a trainer uses; it is the pipeline's."""
-    assert trained_family(pipe).denoiser in pipe.params
-    return pipe.scheduler
+def semantic_loss(pipe: Any, encoder: Any, objective: Objective, batch: Mapping[str, np.ndarray]) -> Any:
+    """Noise of semantic maps, in continuous time."""
+    unit = channels_first(torch.tensor(batch["pixel_values"]).float() / 255)
+    each = lambda *values: torch.tensor(values).reshape(1, 3, 1, 1)
+    with torch.no_grad():
+        states = text_states(pipe, batch).last_hidden_state
+        maps = (encoder((unit - each(0.485, 0.456, 0.406)) / each(0.229, 0.224, 0.225)) + 1) / 42
+    x0 = channels_last(maps)
+    _, drawn = step_noise(objective, SEED, tuple(x0.shape))
+    noise, t = to_torch(drawn.noise, "cpu"), torch.tensor(np.asarray(drawn.t))
+    assert t.dtype == torch.float32
+    x = twin.diffusers.DDPMWuerstchenScheduler().add_noise(maps, channels_first(noise), t)
+    prediction = channels_last(pipe.prior(x, t, states))
+    mse = (prediction - noise).square().mean()
+    return twin.LossAndValues(mse, {"noised latents": channels_last(x), "prediction": prediction, "mse": mse})

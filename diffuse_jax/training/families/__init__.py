@@ -19,6 +19,7 @@ from diffuse_jax.training.families.base import (
 from diffuse_jax.training.families.deepfloyd_if import DEEPFLOYD_IF_TRAINED
 from diffuse_jax.training.families.kandinsky import KANDINSKY_DECODER, KANDINSKY_PRIOR
 from diffuse_jax.training.families.stable_diffusion import LatentFamily
+from diffuse_jax.training.families.wuerstchen import WUERSTCHEN_TRAINED
 
 __all__ = [
     "LatentFamily",
@@ -36,7 +37,7 @@ OTHERS: tuple[tuple[Any, TrainedFamily | None], ...] = (
     (DEEPFLOYD_IF, DEEPFLOYD_IF_TRAINED),
     (KANDINSKY_V22, KANDINSKY_DECODER),
     (PRIOR, KANDINSKY_PRIOR),
-    (WUERSTCHEN_PRIOR, None),
+    (WUERSTCHEN_PRIOR, WUERSTCHEN_TRAINED),
     (WUERSTCHEN_DECODER, None),
 )
 """Families of pipelines that are not trained as Stable Diffusion is -> how they are trained; None if not at all."""

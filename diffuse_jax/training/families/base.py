@@ -125,6 +125,14 @@ class TrainedFamily:
           ValueError: it is one for another task.
         """
 
+    def read(self, path: Path) -> tuple[Any, Params]:
+        """A borrowed network from a single file.
+
+        Raises:
+          ValueError: the family has none in such files.
+        """
+        raise ValueError(f"{path} is a file; give a folder or Hub id")
+
     def refusals(self, pipe: Any) -> Mapping[str, str]:
         """The settings that make no sense for a pipeline -> what to do instead."""
         return self.refused
@@ -220,4 +228,4 @@ def refuse_settings(family: TrainedFamily, pipe: Any, *settings: Any) -> None:
     refused = family.refusals(pipe)
     for name, _ in changed_settings(*settings):
         if name in refused:
-            raise ValueError(f"--{name} cannot be used with a {type(pipe).__name__}: {refused[name]}")
+            raise ValueError(f"--{name} cannot be used with {type(pipe).__name__}: {refused[name]}")

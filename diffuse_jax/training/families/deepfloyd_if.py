@@ -23,7 +23,7 @@ from diffuse_jax.training.families.base import (
     mask_name,
     normalised,
 )
-from diffuse_jax.training.families.stable_diffusion import OF_KANDINSKY
+from diffuse_jax.training.families.stable_diffusion import OF_KANDINSKY, OF_WUERSTCHEN
 
 FIRST_STAGE = 64
 """Height and width of the first stage's images in pixels."""
@@ -52,6 +52,7 @@ class PixelFamily(TrainedFamily):
             "pretrained_vae_model_name_or_path": f"{NO_LATENTS}, so it has no autoencoder",
             "train_text_encoder": "T5 stays as it is, and both stages read the same prompt embeddings",
             "pretrained_prior_model_name_or_path": OF_KANDINSKY,
+            "effnet_path": OF_WUERSTCHEN,
         }
     )
 

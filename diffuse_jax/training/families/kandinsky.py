@@ -25,7 +25,7 @@ from diffuse_jax.training.families.base import (
     normalised,
     pixels_of,
 )
-from diffuse_jax.training.families.stable_diffusion import OF_IF, OF_KANDINSKY
+from diffuse_jax.training.families.stable_diffusion import OF_IF, OF_KANDINSKY, OF_WUERSTCHEN
 
 NO_IMAGES = (
     "a prior and a decoder make images together; open a checkpoint and the other one with KandinskyV22CombinedPipeline"
@@ -61,12 +61,8 @@ class DecoderFamily(TrainedFamily):
     parts: tuple[str, ...] = ("movq", "image_encoder")
     image_encoders: tuple[str, ...] = ("movq", "image_encoder")
     encoded_images: tuple[str, ...] = ("latents", "image_embeds")
-    borrowed: Any = dataclasses.field(
-        default_factory=lambda: {"image_encoder": "pretrained_prior_model_name_or_path"}
-    )
-    beside: Any = dataclasses.field(
-        default_factory=lambda: {"image_encoder": {"image_processor": "feature_extractor"}}
-    )
+    borrowed: Any = dataclasses.field(default_factory=lambda: {"image_encoder": "pretrained_prior_model_name_or_path"})
+    beside: Any = dataclasses.field(default_factory=lambda: {"image_encoder": {"image_processor": "feature_extractor"}})
     refused: Any = dataclasses.field(
         default_factory=lambda: {
             "pretrained_vae_model_name_or_path": "its autoencoder is the folder movq of the model",
@@ -75,6 +71,7 @@ class DecoderFamily(TrainedFamily):
             "proportion_empty_prompts": NO_TEXT,
             "validation_prompt": NO_IMAGES,
             "validation_images": OF_IF,
+            "effnet_path": OF_WUERSTCHEN,
             "class_labels_conditioning": OF_IF,
         }
     )
@@ -84,8 +81,8 @@ class DecoderFamily(TrainedFamily):
         if unet.sample_channels != latents or unet.addition_embed_type != "image":
             raise ValueError(
                 f"{what} whose UNet has {unet.in_channels} input channels (addition_embed_type="
-                f"{unet.addition_embed_type!r}); this trainer gives it noisy latents alone ({latents}), as the decoder of "
-                "a KandinskyV22Pipeline takes"
+                f"{unet.addition_embed_type!r}); this trainer gives it noisy latents alone ({latents}), as the decoder "
+                "of a KandinskyV22Pipeline takes"
             )
 
     def multiple(self, pipe: Any) -> int:
@@ -133,6 +130,7 @@ class PriorFamily(TrainedFamily):
             "remat_policy": "the prior has no blocks that can be recomputed",
             "validation_prompt": NO_IMAGES,
             "validation_images": OF_IF,
+            "effnet_path": OF_WUERSTCHEN,
             "class_labels_conditioning": OF_IF,
         }
     )

@@ -26,6 +26,7 @@ from diffuse_jax.training.families.base import (
 )
 
 OF_IF = "only DeepFloyd IF's second stage has it"
+OF_WUERSTCHEN = "only a prior of Würstchen learns the maps of an EfficientNet"
 OF_KANDINSKY = "only the decoders of Kandinsky 2.2 read embeddings of a prior's image encoder"
 
 
@@ -49,6 +50,7 @@ class LatentFamily(TrainedFamily):
             "class_labels_conditioning": OF_IF,
             "validation_images": OF_IF,
             "pretrained_prior_model_name_or_path": OF_KANDINSKY,
+            "effnet_path": OF_WUERSTCHEN,
         }
     )
 

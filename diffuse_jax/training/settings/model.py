@@ -120,6 +120,7 @@ class ModelSettings(Checked):
       pretrained_vae_model_name_or_path: a folder or Hub id of an autoencoder to use instead; None keeps the pipeline's.
       pretrained_prior_model_name_or_path: a folder or Hub id of the prior whose image encoder a decoder of Kandinsky
         2.2 reads.
+      effnet_path: a file with the EfficientNet that makes the maps which a prior of Würstchen learns.
       class_labels_conditioning: one of :data:`CLASS_LABELS`, for super-resolution with DeepFloyd IF.
       prediction_type: one of :data:`PREDICTION_TYPES`, which overrides the scheduler's.
       train_text_encoder: train the text encoders together with the UNet.
@@ -133,6 +134,7 @@ class ModelSettings(Checked):
     pretrained_model_name_or_path: str | Path
     pretrained_vae_model_name_or_path: str | Path | None = None
     pretrained_prior_model_name_or_path: str | Path | None = None
+    effnet_path: str | Path | None = None
     class_labels_conditioning: str | None = None
     prediction_type: str | None = None
     train_text_encoder: bool = False
