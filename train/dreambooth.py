@@ -1,4 +1,5 @@
-"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images: DreamBooth (Ruiz et al. 2023).
+"""Teach Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF one instance from a few images: DreamBooth (Ruiz et al.
+2023).
 
 With ``--with_prior_preservation``, the model is also trained on images of the class, which it generates beforehand. The
 result is a complete pipeline folder; every ``checkpoint-N`` contains the trained networks. Example:

@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images, with DreamBooth and LoRA.
+"""Teach Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF one instance from a few images, with DreamBooth and LoRA.
 
 The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
 library and of PyTorch diffusers loads it. Example:

@@ -1,5 +1,5 @@
 """Train or fine-tune the UNet of Stable Diffusion (1.x, 2.x, XL), and optionally its text encoders, on captioned
-images.
+images; or DeepFloyd IF, Kandinsky 2.2 or the prior of Würstchen.
 
 The result is a complete pipeline folder in diffusers' layout; every ``checkpoint-N`` contains the trained networks.
 Example:

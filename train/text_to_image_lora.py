@@ -1,4 +1,5 @@
-"""Fine-tune Stable Diffusion (1.x, 2.x, XL) on captioned images with LoRA.
+"""Fine-tune Stable Diffusion (1.x, 2.x, XL), DeepFloyd IF, Kandinsky 2.2 or Würstchen's prior on captioned images
+with LoRA.
 
 The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
 library and of PyTorch diffusers loads it. Example:

@@ -113,9 +113,11 @@ def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[
     """Check that the images and caches suit the networks, by their configurations.
 
     Raises:
-      ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
+      ValueError: an output of a trained network would be cached, the model does not support the image size, or it has
+        no text encoder.
     """
     family = trained_family(pipe)
+    family.words(pipe)
     if data.caches.cache_text_embeddings and set(family.text_encoders(pipe)) & set(trained):
         raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
     check_sides(data.images, family.multiple(pipe))

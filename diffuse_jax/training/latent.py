@@ -121,7 +121,9 @@ def _assembled(
     found = _borrowed(family, index, sources, open_network, what, hub)
     nets = {name: part for name, part in found.items() if isinstance(part, tuple)}
     models = {name: nets[name][0] if name in nets else part for name, part in found.items()}
-    params = {name: placed for name, (_, placed) in nets.items()}
+    params = {name: tree for name, (_, tree) in nets.items()}
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(params, mesh))
     return dataclasses.replace(pipe, components={**pipe.components, **models}, params={**pipe.params, **params})
 
 
@@ -151,9 +153,10 @@ def _borrowed(
         if name in index.components:
             continue
         if name not in sources:
-            raise ValueError(
-                f"{what}, which has no {name}; give --{family.borrowed[name]}, a folder or Hub id with one"
-            )
+            raise ValueError(f"{what}, which has no {name}; give --{family.borrowed[name]}, which has one")
+        if Path(sources[name]).is_file():
+            found[name] = family.read(Path(sources[name]))
+            continue
         other = weights.read_index(weights.resolve(sources[name], **hub))
         entries = {wanted: other.components.get(wanted) for wanted in (name, *family.beside.get(name, {}))}
         if missing := [wanted for wanted, entry in entries.items() if entry is None]:

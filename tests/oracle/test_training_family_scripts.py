@@ -1,5 +1,5 @@
-"""The training scripts with DeepFloyd IF, Kandinsky 2.2 and Würstchen, from their command lines; PyTorch diffusers opens
-what they write."""
+"""The training scripts with DeepFloyd IF, Kandinsky 2.2 and Würstchen, from their command lines; PyTorch diffusers
+opens what they write."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_wuerstchen_prior(models: dict[str, Path], tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("script", "model", "wrong", "message"),
     [
-        ("text_to_image.py", "one", {"cache_latents": True}, "--cache_latents cannot be used with a IFPipeline"),
+        ("text_to_image.py", "one", {"cache_latents": True}, "--cache_latents cannot be used with IFPipeline"),
         ("text_to_image.py", "one", {"train_text_encoder": True}, "T5 stays as it is"),
         ("text_to_image.py", "one", {"class_labels_conditioning": "timesteps"}, "this is a first stage"),
         ("text_to_image.py", "one", {"resolution": 16, "effnet_path": "x.pt"}, "only a prior of Würstchen"),
@@ -153,7 +153,7 @@ def test_wuerstchen_prior(models: dict[str, Path], tmp_path: Path, monkeypatch: 
                                   "class_data_dir": "dogs"}, "has 0 of 100 images, and super-resolution cannot"),
         ("dreambooth.py", "prior", DREAMBOOTH, "is a KandinskyV22PriorPipeline; this trainer supports"),
         ("controlnet.py", "one", {"conditioning": "canny"}, "is a IFPipeline; this trainer supports"),
-        ("text_to_image.py", "prior", {"noise_offset": 0.1}, "--noise_offset cannot be used with a Kandinsky"),
+        ("text_to_image.py", "prior", {"noise_offset": 0.1}, "--noise_offset cannot be used with Kandinsky"),
         ("text_to_image.py", "prior", {"gradient_checkpointing": True}, "no blocks that can be recomputed"),
         ("text_to_image.py", "prior", {"validation_prompt": "a"}, "KandinskyV22CombinedPipeline"),
         ("text_to_image.py", "decoder", {}, "has no image_encoder; give --pretrained_prior_model_name_or_path"),
