@@ -288,9 +288,7 @@ def loss_of(
     :class:`~diffuse_jax.training.settings.ModelSettings`.
     """
     family = trained_family(pipe)
-    if class_labels is not None:
-        family = dataclasses.replace(family, class_labels=class_labels)
-    return functools.partial(denoising_loss, family, combine, objective)
+    return functools.partial(denoising_loss, family.told(class_labels), combine, objective)
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -179,6 +179,10 @@ class TrainedFamily:
 
     # The loss
 
+    def told(self, class_labels: str | None) -> TrainedFamily:
+        """The family whose super-resolution is told this; None for what it is told by default."""
+        return self
+
     def encode_text(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
         """The prompts' embeddings, among them ``states``, from a batch with tokens."""
         return {}
