@@ -70,11 +70,14 @@ def test_if_first_stage_with_lora(tmp_path: Path, rng: np.random.Generator) -> N
     if_step(tmp_path, 1, lora=True, rng=rng)
 
 
-@pytest.mark.parametrize("labels", [None, pytest.param("timesteps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [None, "timesteps"])
 def test_if_second_stage(labels: str | None, tmp_path: Path, rng: np.random.Generator) -> None:
     if_step(tmp_path, 2, lora=False, labels=labels, rng=rng)
 
 
+# The ordinary suite has this kind of UNet in the first stage above, and its parts in the tests of the scripts.
+@pytest.mark.slow
 def test_kandinsky_decoder(tmp_path: Path, rng: np.random.Generator) -> None:
     prior = folders.kandinsky_prior(tmp_path / "prior")
     decoder = folders.kandinsky_decoder(tmp_path / "decoder", **ONE_LEVEL)

@@ -74,6 +74,7 @@ def test_dreambooth_with_lora_of_a_first_stage(
     assert pipe("a cat", num_inference_steps=2, seed=0).images[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_dreambooth_of_a_second_stage(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (16, 16), "red").save(tmp_path / "small.png")
     more = {"validation_prompt": "a cat", "num_validation_images": 1, "validation_inference_steps": 2,
@@ -90,19 +91,17 @@ def test_dreambooth_of_a_second_stage(models: dict[str, Path], tmp_path: Path, m
 
 def test_kandinsky_prior(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weight decay, which must not reach the statistics of the embeddings; caches change nothing."""
-    flags = {"train_data_dir": EMOJI, "adam_weight_decay": 0.1}
+    flags = {"train_data_dir": EMOJI, "adam_weight_decay": 0.1, "center_crop": True}
+    caches = {"cache_latents": True, "cache_text_embeddings": True}
     out = train(monkeypatch, "text_to_image.py", models["prior"], tmp_path / "plain", **flags)
+    again = train(monkeypatch, "text_to_image.py", models["prior"], tmp_path / "cached", **flags, **caches)
+    np.testing.assert_allclose(log(out), log(again), rtol=1e-5)
     before, after = (diffusers.KandinskyV22PriorPipeline.from_pretrained(x) for x in (models["prior"], out))
     changed = moved(before.prior, after.prior)
     assert changed
     assert not changed & {"clip_mean", "clip_std"}
     assert type(after.scheduler) is type(before.scheduler)
     assert after.scheduler.config == before.scheduler.config
-    caches = {"cache_latents": True, "cache_text_embeddings": True}
-    cached = {"center_crop": True} | caches
-    plain = train(monkeypatch, "text_to_image.py", models["prior"], tmp_path / "a", **flags, center_crop=True)
-    again = train(monkeypatch, "text_to_image.py", models["prior"], tmp_path / "b", **flags, **cached)
-    np.testing.assert_allclose(log(plain), log(again), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -121,6 +120,7 @@ def test_lora_of_priors(models: dict[str, Path], tmp_path: Path, monkeypatch: py
         assert pipe.load_lora_weights(out).params["prior"] is not pipe.params["prior"]
 
 
+@pytest.mark.slow
 def test_kandinsky_decoder(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"train_data_dir": EMOJI, "pretrained_prior_model_name_or_path": models["prior"], "cache_latents": True}
     out = train(monkeypatch, "text_to_image.py", models["decoder"], tmp_path, **flags)
