@@ -31,8 +31,9 @@ def with_lora(pipe: Any, source: str | Path, scale: float, **options: Any) -> di
 
 
 def adaptable(pipe: Any) -> dict[str, Params]:
-    """The shapes of the networks of a pipeline that adapters can change: UNet, text encoders, a single ControlNet."""
-    names = [name for name in pipe.params if name in ("unet", "controlnet") or name.startswith("text_encoder")]
+    """The shapes of the networks of a pipeline that adapters can change: UNet or prior, text encoders, a single
+    ControlNet."""
+    names = [name for name in pipe.params if name in ("unet", "prior", "controlnet") or name.startswith("text_encoder")]
     return {name: pipe.components[name].shapes() for name in names if isinstance(pipe.components[name], Model)}
 
 

@@ -181,7 +181,7 @@ def with_seed(options: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
       ValueError: they name another library's noise, which both stages would draw from one generator.
     """
     if options.get("noise") is not None:
-        raise ValueError("a pipeline of several stages takes no noise=, as all would draw from one generator; give seed=")
+        raise ValueError("a pipeline of stages takes no noise=, as all would draw from one generator; give seed=")
     if options.get("seed") is not None or options.get("key") is not None or spans_processes(mesh):
         return dict(options)
     return {**options, "seed": int(np.random.SeedSequence().generate_state(1)[0])}

@@ -16,7 +16,7 @@ import transformers
 
 from diffuse_jax.pipelines.inputs import tokenize
 from diffuse_jax.text.tokenizer import clip_tokenizer, open_tokenizer, padded_ids, unpadded_ids
-from diffuse_jax.training.latent import token_ids
+from diffuse_jax.training.families import Words
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.hub import SHIPPED
 from tests.pipelines import tiny
@@ -111,7 +111,7 @@ def test_eight_threads_get_the_same_ids_as_one() -> None:
         if k % 4 == 0:
             return tokenize(tokenizer, [text], 32, len(tokenizer))[0].tolist()
         if k % 4 == 1:
-            return token_ids(tokenizer, 7, text).tolist()
+            return Words(tokenizer, 7).ids(text).tolist()
         if k % 4 == 2:
             return unpadded_ids(tokenizer, [text])[0]
         tokenizer(text, padding="max_length", truncation=True, max_length=5 + k % 3)  # what it gives is not ours
