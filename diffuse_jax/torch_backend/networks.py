@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.pipelines.deprecated import wuerstchen
+from diffusers.pipelines.deprecated import unclip, wuerstchen
 from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as latent_diffusion
 
 from diffuse_jax.models import Model
@@ -25,6 +25,7 @@ LIBRARIES = {
     "kandinsky": diffusers.pipelines.kandinsky,
     "latent_diffusion": latent_diffusion,
     "stable_diffusion": diffusers.pipelines.stable_diffusion,
+    "unclip": unclip.text_proj,
     "wuerstchen": wuerstchen,
 }
 """What ``model_index.json`` calls a library -> the module that has its classes."""

@@ -24,6 +24,7 @@ from diffuse_jax.models import (
     PriorTransformer,
     StableDiffusionSafetyChecker,
     T2IAdapter,
+    UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -81,6 +82,7 @@ UNETS = {
     "KANDINSKY22_UNET": 1_253_057_288,
     "KANDINSKY22_INPAINT_UNET": 1_253_074_568,
     "KANDINSKY22_DEPTH_UNET": 1_253_429_212,
+    "KARLO_UNET": 885_439_686,
 }
 CONTROLNETS = {
     "SD15_CONTROLNET": 361_279_120,
@@ -93,7 +95,12 @@ T2I_ADAPTERS = {
     "SD15_COLOR_T2I_ADAPTER": 18_689_200,
     "SDXL_T2I_ADAPTER": 79_028_160,
 }
-PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219, "NCSNPP_256_UNET": 65_574_549}
+PIXEL_UNETS = {
+    "DDPM_CIFAR10_UNET": 35_746_307,
+    "DDPM_256_UNET": 113_673_219,
+    "NCSNPP_256_UNET": 65_574_549,
+    "KARLO_SUPER_RESOLUTION_UNET": 691_579_523,
+}
 VAES = {
     "SD_VAE": 83_653_863,
     "LDM_TEXT_VAE": 83_653_863,
@@ -127,6 +134,7 @@ WUERSTCHEN: dict[str, tuple[type, int]] = {
     "PAELLA_VQ_VAE": (PaellaVQModel, 18_406_903),
 }
 PRIORS = {"UNCLIP_PRIOR": 1_022_030_080, "KANDINSKY22_PRIOR": 1_026_225_920}
+TEXT_PROJS = {"KARLO_TEXT_PROJ": 7_878_400}
 SAFETY_CHECKER = 303_981_588
 
 
@@ -152,6 +160,15 @@ def not_initialised(kind: Any, config: dict[str, Any]) -> Any:
         return kind.from_config(config)
 
 
+KINDS: tuple[tuple[Any, dict[str, int]], ...] = (
+    (AutoencoderTiny, TINIES),
+    (AsymmetricAutoencoderKL, ASYMMETRICS),
+    (VQModel, VQS),
+    (UnCLIPTextProjModel, TEXT_PROJS),
+)
+"""Networks that both libraries make of the same configuration, in the same way."""
+
+
 def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     """Name, our network, what builds PyTorch's, and the published number of parameters."""
     for name, count in UNETS.items():
@@ -174,7 +191,7 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
-    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS), (VQModel, VQS)):
+    for kind, table in KINDS:
         for name, count in table.items():
             config = getattr(presets, name)
             yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
@@ -231,10 +248,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR", "_DECODER")
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR", "_DECODER", "_PROJ")
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
-    tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN)
+    tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN, TEXT_PROJS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     found = {name for name, value in vars(text_presets).items() if isinstance(value, Config)}
     assert found == TEXTS.keys() | T5S.keys() | LDM_BERTS.keys() | M_CLIPS.keys()
