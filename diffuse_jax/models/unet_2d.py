@@ -3,6 +3,7 @@ NCSN++ (Song et al. 2021)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -105,6 +106,7 @@ class UNet2DModel(Model):
                 f"this UNet takes {'' if c.has_classes else 'no '}class_labels (num_class_embeds in its config)"
             )
         width = c.block_out_channels[0]
+        project: Callable[[jax.Array], jax.Array]
         if c.time_embedding_type == "fourier":
             project = FourierProjection(width, False, log=True, param_dtype=self.param_dtype, name="time_proj")
         else:

@@ -50,6 +50,15 @@ class Combined:
         return opened.from_pretrained(source, **{**first, **options})
 
     @classmethod
+    def from_pipe(cls, pipe: DiffusionPipeline, *, prior: DiffusionPipeline | None = None, **components: Any) -> Self:
+        """The pipeline of a decoder that is open and its ``prior``, or of one of another task with both stages; errors
+        and further components as of :meth:`DiffusionPipeline.from_pipe
+        <diffuse_jax.pipelines.DiffusionPipeline.from_pipe>`."""
+        opened: Any = super()
+        first = {} if prior is None else components_of(prior)
+        return opened.from_pipe(pipe, **{**first, **components})
+
+    @classmethod
     def from_stages(cls, prior: DiffusionPipeline, decoder: DiffusionPipeline) -> Self:
         """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both."""
         of_both = lambda a, b: {**{f"{PREFIX}{name}": value for name, value in a.items()}, **b}

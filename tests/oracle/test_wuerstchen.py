@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffuse_jax import models
+from diffuse_jax import AutoPipelineForText2Image, models
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.configured import configured_pipeline
 from diffuse_jax.pipelines.programs import Programs
@@ -223,6 +223,13 @@ def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
         two = type(pipe).from_pretrained(tmp_path / "decoder", **given)
         assert two.components.keys() == joined.components.keys()
         assert two.options == joined.options
+    auto = AutoPipelineForText2Image
+    for two in (auto.from_pretrained(tmp_path / "decoder"), auto.from_pipe(decoder, prior=prior)):
+        assert type(two) is type(pipe)
+        assert (two.components.keys(), two.options) == (joined.components.keys(), joined.options)
+    assert auto.from_pipe(pipe).components == pipe.components
+    with pytest.raises(ValueError, match="WuerstchenCombinedPipeline needs prior_prior"):
+        auto.from_pipe(decoder)
     seeds = [1, 2, 3, 4]
     images = joined(**request | {"prompt": PROMPTS}, num_images_per_prompt=2, seed=seeds, output_type="np").images
     sizes = {"height": 100, "width": 86, "guidance_scale": 4.0, "num_inference_steps": 3}
