@@ -28,12 +28,10 @@ from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
 from diffuse_jax.sharding import param_shardings
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.distributed import say
-from diffuse_jax.training.families import TrainedFamily, Words, family_of, normalised, tokens_of, trained_family
+from diffuse_jax.training.families import TrainedFamily, Words, family_of, tokens_of, trained_family
 from diffuse_jax.training.networks import warn_of_dropout
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
-
-__all__ = ["normalised"]
 
 Combine = Callable[[Params, Params], tuple[Mapping[str, Any], Params]]
 """``(frozen, trainable) -> (networks, parameters)``, both by component: the rule that distinguishes training
