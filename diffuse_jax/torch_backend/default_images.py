@@ -89,7 +89,7 @@ def images(pipe: DiffusionPipeline, height: int, width: int) -> dict[str, Any]:
 def embeddings(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What decoders take in the place of prompts or beside them: two of each."""
     found: dict[str, Any] = {}
-    if "decoder" in pipe.required:
+    if "vqgan" in pipe.required:
         found["image_embeddings"] = maps(pipe.components["decoder"].config.effnet_embd)
     if "movq" in pipe.required:
         width = pipe.components["unet"].config.image_width

@@ -20,7 +20,7 @@ from diffuse_jax.weights import read_json, write_json
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 from diffuse_jax.torch_backend import parity, pipeline  # noqa: E402
 from diffuse_jax.torch_backend.trace import RESULTS  # noqa: E402
-from tests.oracle import if_folders, twins, wuerstchen  # noqa: E402
+from tests.oracle import if_folders, twins, unclip, wuerstchen  # noqa: E402
 from tests.oracle.test_depth_and_latent_upscaling import K_UNET  # noqa: E402
 
 torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
@@ -110,9 +110,13 @@ FOLDERS = {
     "WuerstchenPriorPipeline": wuerstchen.prior_pipeline,
     "WuerstchenDecoderPipeline": wuerstchen.decoder_pipeline,
     "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
+    "KandinskyPriorPipeline": functools.partial(folders.kandinsky_prior, kind="KandinskyPriorPipeline"),
     "KandinskyV22PriorPipeline": folders.kandinsky_prior,
     "KandinskyV22PriorEmb2EmbPipeline": folders.kandinsky_prior,
+    "StableUnCLIPPipeline": folders.stable_unclip,
     "StableUnCLIPImg2ImgPipeline": folders.stable_unclip_img2img,
+    "UnCLIPPipeline": unclip.text_pipeline,
+    "UnCLIPImageVariationPipeline": unclip.variation_pipeline,
 }
 """Class -> what writes a folder that nothing else opens."""
 
@@ -163,10 +167,12 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         root = tmp_path_factory.mktemp("kandinsky")
         plain, changes = name.replace("Combined", ""), {"in_channels": 9} if "Inpaint" in name else {}
         changes |= {"in_channels": 8, "addition_embed_type": "image_hint"} if "Controlnet" in name else {}
-        decoder = folders.kandinsky_decoder(root / "decoder", plain, **changes)
+        newer = "V22" in name
+        write = folders.kandinsky_decoder if newer else folders.kandinsky21_decoder
+        decoder = write(root / "decoder", plain, **changes)
         if name == plain:
             return decoder
-        prior = folders.kandinsky_prior(root / "prior")
+        prior = folders.kandinsky_prior(root / "prior", f"Kandinsky{'V22' if newer else ''}PriorPipeline")
         return PIPELINES[name].from_pretrained(decoder, prior=prior).save_pretrained(root / "combined")
 
     def find(name: str) -> Path:
