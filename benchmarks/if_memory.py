@@ -41,13 +41,13 @@ GIB = 1 << 30
 
 ABOUT = (
     "Memory of DeepFloyd IF's cascade in GiB, one image with guidance: T5 XXL, IF-I-XL at 64 pixels, IF-II-L at 256 "
-    "and the x4 upscaler at 1024, each as the whole program that its pipeline compiles. Nothing was run. `parameters` "
-    "are those that a step reads, counted exactly from the networks' shapes, in the dtype of the row. `temporary` is "
-    "what the compiled program needs besides arguments and results, by its `memory_analysis()`; it was compiled for "
-    "the CPU in float32 for both dtypes, because in bfloat16 the CPU's compiler makes float32 copies of all "
-    "parameters, which GPUs and TPUs do not need. With `all_on_device` the parameters of all steps stay; with "
-    '`T5_offloaded` those of T5 are there only while it encodes (`stage_1.offload("text_encoder")`); with '
-    "`all_offloaded` (`offload()` of each stage) only those that the step reads."
+    "and the x4 upscaler at 1024, each as the whole program that its pipeline compiles. Nothing was run. "
+    "`parameters` are those that a step reads, counted exactly from the networks' shapes, in the dtype of the row. "
+    "`temporary` is what the compiled program needs besides arguments and results, by its `memory_analysis()`; it "
+    "was compiled for the CPU in float32 for both dtypes, because in bfloat16 the CPU's compiler makes float32 "
+    "copies of all parameters, which GPUs and TPUs do not need. With `all_on_device` the parameters of all steps "
+    'stay; with `T5_offloaded` those of T5 are there only while it encodes (`stage_1.offload("text_encoder")`); '
+    "with `all_offloaded` (`offload()` of each stage) only those that the step reads."
 )
 
 TINY: dict[str, Any] = {

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
-from diffuse_jax.interpolation import query_grid, weights
+from diffuse_jax.interpolation import at_queries, query_grid
 from diffuse_jax.messages import warn
 
 RESAMPLE = {
@@ -238,6 +238,4 @@ def mask_for_queries(masks: Any, queries: int) -> NDArray[np.float32]:
     rows, columns = query_grid(array.shape[1], array.shape[2], queries)
     if rows * columns != queries:
         warn(f"{queries} queries have another aspect ratio than the masks of {array.shape[1]}x{array.shape[2]} pixels")
-    down, across = weights(array.shape[1], rows, cubic=True), weights(array.shape[2], columns, cubic=True)
-    small = (down @ array @ across.T).reshape(len(array), -1)[:, :queries]
-    return np.pad(small, ((0, 0), (0, queries - small.shape[1])))
+    return at_queries(array, queries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,3 +65,20 @@ def query_grid(height: int, width: int, queries: int) -> tuple[int, int]:
     rows = max(int(math.sqrt(queries / (width / height))), 1)
     rows += queries % rows != 0
     return rows, queries // rows
+
+
+def at_queries(masks: Any, queries: int, xp: Any = np) -> Any:
+    """Masks ``[N,H,W]`` at the positions of a layer's queries, ``[N,queries]``, bicubically as PyTorch resizes them.
+
+    Where the layer has another aspect ratio than the masks, they are cut or end in zeros.
+
+    Args:
+      masks: an array of ``xp``.
+      queries: of the layer, one for each pixel of its features, row after row.
+      xp: NumPy or ``jax.numpy``.
+    """
+    _, height, width = masks.shape
+    rows, columns = query_grid(height, width, queries)
+    down, across = weights(height, rows, cubic=True), weights(width, columns, cubic=True)
+    small = xp.einsum("hi,bij,wj->bhw", down, masks, across, optimize=True).reshape(len(masks), -1)
+    return xp.pad(small, ((0, 0), (0, max(0, queries - rows * columns))))[:, :queries]

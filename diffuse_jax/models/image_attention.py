@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffuse_jax.interpolation import query_grid, weights
+from diffuse_jax.interpolation import at_queries, query_grid
 from diffuse_jax.kernels import attention
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.models.ip_adapter import ImageStates, IPAdapterConfig
@@ -150,15 +151,12 @@ def _attended(query: jax.Array, prompt: ImagePrompt, layer: int) -> jax.Array:
 
 
 def resized_mask(mask: jax.Array, count: int) -> jax.Array:
-    """A mask ``[B,H,W]`` at the positions of a layer, ``[B,count]``, resized bicubically as PyTorch does.
+    """A mask ``[B,H,W]`` at the positions of a layer, ``[B,count]``; see :func:`diffuse_jax.interpolation.at_queries`.
 
-    The layer's height and width follow from ``count`` and the mask's aspect ratio. Where that is not the
-    layer's, positions at the end are 0 or positions of the mask are left out, with a warning.
+    The layer's height and width follow from ``count`` and the mask's aspect ratio; where they are others, a warning is
+    logged.
     """
-    B, H, W = mask.shape
-    height, width = query_grid(H, W, count)
-    rows, columns = weights(H, height, cubic=True), weights(W, width, cubic=True)
-    small = jnp.einsum("hi,bij,wj->bhw", rows, jnp.asarray(mask, jnp.float32), columns).reshape(B, -1)
-    if height * width != count:
+    _, H, W = mask.shape
+    if math.prod(query_grid(H, W, count)) != count:
         logger.warning("a mask of %d x %d has another aspect than the image; pass masks of the image's aspect", H, W)
-    return jnp.pad(small, ((0, 0), (0, max(0, count - height * width))))[:, :count]
+    return at_queries(jnp.asarray(mask, jnp.float32), count, jnp)

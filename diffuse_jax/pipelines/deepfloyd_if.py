@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.bounds import flag, whole
 from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, encode_ids
 from diffuse_jax.pipelines.families.deepfloyd_if import DEEPFLOYD_IF
 from diffuse_jax.pipelines.family import Call, output_size
@@ -80,17 +81,21 @@ class IFPipeline(DiffusionPipeline):
           clean_caption: as in a call.
 
         Raises:
-          ValueError: the pipeline has no ``text_encoder`` or ``tokenizer``, or the number of prompts does not match.
+          ValueError, TypeError: the pipeline has no ``text_encoder`` or ``tokenizer``, or an argument is invalid.
         """
         if self.components.get("text_encoder") is None or self.components.get("tokenizer") is None:
             raise ValueError("encode_prompt needs a text_encoder and a tokenizer, and this pipeline has none")
+        guided = flag(do_classifier_free_guidance, "do_classifier_free_guidance")
+        if (copies := whole(num_images_per_prompt, "num_images_per_prompt")) < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {copies}")
+        clean_caption = flag(clean_caption, "clean_caption")
         given = {"prompt": prompt, "negative_prompt": negative_prompt, "clean_caption": clean_caption}
         call = Call(given, len(as_list(prompt, "prompt")), 1, (0, 0))
-        branches = (POSITIVE, NEGATIVE) if do_classifier_free_guidance else (POSITIVE,)
+        branches = (POSITIVE, NEGATIVE) if guided else (POSITIVE,)
         tokens = [self.family.tokens(self, self.family.prompts(call, branch)) for branch in branches]
         rows = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tokens)  # T5 is on the device once for both
         states = apply(self, encode_ids, self.family.text_part(self), rows)["states"]
-        positive, *negative = jnp.split(jnp.repeat(states, num_images_per_prompt, axis=0), len(branches))
+        positive, *negative = jnp.split(jnp.repeat(states, copies, axis=0), len(branches))
         return PromptEmbeds(positive, negative[0] if negative else None)
 
 

@@ -32,6 +32,7 @@ from diffuse_jax.pipelines.parts.step import KeepInverted, Predict
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.tasks import changed, image_rows, input_size, vae_of
 from diffuse_jax.rounding import power_of_two
+from diffuse_jax.schedulers.request import check_strength
 
 SOURCE, TARGET = ("source_negative_", "source_"), ("target_negative_", "target_")
 """The branches of guidance for each prompt, as prefixes of the arguments' names."""
@@ -121,6 +122,7 @@ def masking(
         )
     if output_type not in ("np", "pil"):
         raise ValueError(f'output_type must be "np" or "pil", got {output_type!r}')
+    check_strength(mask_encode_strength, "mask_encode_strength")
     if num_maps_per_mask < 1:
         raise ValueError(f"num_maps_per_mask must be at least 1, got {num_maps_per_mask}")
     if not mask_thresholding_ratio > 0:
@@ -210,6 +212,7 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
         raise ValueError("give image_latents: the latents that invert finds for an image")
     if arguments.get("latents") is not None:
         raise TypeError("DiffEdit takes no latents: the run starts from image_latents")
+    check_strength(strength, "inpaint_strength")
     vae = vae_of(pipe)
     inverted = joined_array(inverted, "image_latents").astype(np.float32)
     if inverted.ndim not in (4, 5) or inverted.shape[-1] != vae.config.latent_channels:

@@ -198,7 +198,10 @@ def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
 
     Raises:
       ValueError: a row does not have one entry per image, or holds no numbers.
+      TypeError: they are not named.
     """
+    if rows is not None and not isinstance(rows, Mapping):
+        raise TypeError(f"rows must be a dict, name -> array with an entry for each image, got {brief(rows)}")
     is_array = lambda value: isinstance(value, list | tuple)
     found = {name: jax.tree.map(_as_array, value, is_leaf=is_array) for name, value in (rows or {}).items()}
     for path, value in jax.tree_util.tree_leaves_with_path(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,11 +44,16 @@ def number_of_prompts(prompt: Prompt | None, embeds: Any, name: str = "prompt") 
     """The number of prompts, which are given either as text or as embeddings.
 
     Raises:
-      ValueError: both or neither were given.
+      ValueError: both or neither were given, or the embeddings are of no prompt.
     """
     if (prompt is None) == (embeds is None):
         raise ValueError(f"give either {name} or {name}_embeds")
-    return len(embeds) if prompt is None else len(as_list(prompt, name))
+    if prompt is not None:
+        return len(as_list(prompt, name))
+    with contextlib.suppress(TypeError):  # of what has no length
+        if found := len(embeds):
+            return found
+    raise ValueError(f"{name}_embeds must be an array with an entry for each prompt, got {brief(embeds)}")
 
 
 def one_per_prompt(value: Prompt | None, prompts: int, name: str) -> list[str]:
@@ -124,6 +130,7 @@ def number_array(value: Any, name: str) -> np.ndarray:
 
     Raises:
       TypeError: it is something else, as text or lists of several lengths are.
+      ValueError: a number is infinite or NaN.
     """
     try:
         array = np.asarray(value)
@@ -131,6 +138,8 @@ def number_array(value: Any, name: str) -> np.ndarray:
         array = np.asarray(None)
     if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer)):
         raise TypeError(f"{name} must be an array of numbers, got {brief(value)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite; {np.sum(~np.isfinite(array))} of {array.size} numbers are not")
     return array
 
 

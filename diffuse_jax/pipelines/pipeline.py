@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from diffuse_jax import weights
 from diffuse_jax.adapters.named import Adapters
 from diffuse_jax.habits import refuse_habits
-from diffuse_jax.messages import warn
+from diffuse_jax.messages import brief, warn
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import adapting
 from diffuse_jax.pipelines.adapter_methods import AdapterMethods
@@ -178,6 +178,8 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         request = modified(composed, pipe, modifiers)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
+            if not callable(method):
+                raise TypeError(f"method must be a function from the pipeline's method to another, got {brief(method)}")
             request = request._replace(method=method(request.method))
         request = with_check(pipe, with_noise(adapting.with_live(pipe, request), self.scheduler, options))
         check_rows(request.method, request.rows)

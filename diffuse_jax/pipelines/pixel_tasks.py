@@ -63,10 +63,16 @@ def fitted_size(pipe: Any, image: ImageInput, name: str) -> tuple[int, int]:
     """
     require_image(image, name)
     height, width = image_sizes(image, name)[0]
-    edge = pipe.components["unet"].config.sample_size
+    config = pipe.components["unet"].config
+    edge, multiple = config.sample_size, config.divisor
     if isinstance(whole_images(image, name)[0], Image.Image) and isinstance(edge, int):
         longer = round(edge / 8 * max(height, width) / min(height, width)) * 8
         height, width = (edge, longer) if width >= height else (longer, edge)
+    elif not (height and width) or height % multiple or width % multiple:
+        raise ValueError(
+            f"{name} is {height}x{width} pixels (height x width, channels last), and this network takes multiples of "
+            f"{multiple}; resize it, or pass a PIL image, which is resized"
+        )
     return output_size(pipe, height, width)
 
 

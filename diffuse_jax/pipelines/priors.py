@@ -12,7 +12,7 @@ import numpy as np
 from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.family import default_steps, request_of
 from diffuse_jax.pipelines.image_prompts import encoder_pixels
-from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, per_prompt
+from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, number_array, per_prompt
 from diffuse_jax.pipelines.method import Net
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.parts.prior import EmbedImage, ImageEmbedding, embedded
@@ -73,7 +73,8 @@ def given_embeddings(pipe: Any, image: Any) -> Any:
     """Embeddings ``[N,E]`` float32, where they are given instead of images; None for images."""
     width = pipe.components["prior"].config.embedding_dim
     is_array = isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating)
-    return image.astype(np.float32) if is_array and image.ndim == 2 and image.shape[1] == width else None
+    given = is_array and image.ndim == 2 and image.shape[1] == width
+    return number_array(image, "image").astype(np.float32) if given else None
 
 
 def image_embeddings(pipe: Any, image: ImageInput, copies: int) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from diffuse_jax.bounds import whole
+from diffuse_jax.messages import brief
 from diffuse_jax.pipelines import method as methods
 from diffuse_jax.pipelines.adapting import live_part
 from diffuse_jax.pipelines.method import Method, Params, Rows
@@ -124,7 +125,10 @@ def run(
 
     Raises:
       ValueError: the rows do not fit the method, or ``batch_size`` is not positive. Nothing has been compiled.
+      TypeError: the callback is no function, likewise.
     """
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise TypeError(f"callback_on_step_end must be a function, got {brief(callback_on_step_end)}")
     methods.check_rows(request.method, request.rows)
     params, results = params_on_devices(pipe, request.method.networks), []
     by_steps = callback_on_step_end is not None or progress_bar or return_trajectory

@@ -19,6 +19,7 @@ from diffuse_jax.pipelines.pipeline import described_by, verb
 from diffuse_jax.pipelines.running import Output, Request, apply, as_images
 from diffuse_jax.pipelines.stable_diffusion import StableDiffusionPipeline
 from diffuse_jax.pipelines.tasks import vae_of
+from diffuse_jax.schedulers.request import check_strength
 
 
 def inversion(
@@ -40,6 +41,7 @@ def inversion(
             f'noise="{kind}" with num_reg_steps={num_reg_steps}: the regularisation draws shifts of its own, so the '
             "result is not that of the other program"
         )
+    check_strength(inpaint_strength, "inpaint_strength")
     scheduler = inverse_of(pipe, None)
     arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
     request = inverting(pipe, image, arguments, scheduler=scheduler, strength=inpaint_strength)

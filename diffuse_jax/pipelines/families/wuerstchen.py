@@ -63,7 +63,12 @@ class PriorFamily(WuerstchenFamily):
         return pipe.components["prior"].config.c_cond
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
-        """The text encoder, the prior, guidance if the scale is above 1, and the maps' mean and deviation."""
+        """The text encoder, the prior, guidance if the scale is above 1, and the maps' mean and deviation.
+
+        Raises:
+          ValueError: ``output_type`` is unknown.
+        """
+        check_output(call.get("output_type", "pil"))
         net, multiple = Net("prior", pipe.components["prior"]), setting(pipe, "resolution_multiple")
         height, width = (math.ceil(side / multiple) for side in call.size)
         return Method(
@@ -133,8 +138,6 @@ def checked_maps(pipe: Any, maps: Any) -> np.ndarray:
         raise ValueError(
             f"image_embeddings must be floating-point [B,k,l,{channels}] (channel-last), got {maps.dtype} {maps.shape}"
         )
-    if not np.isfinite(maps).all():
-        raise ValueError("image_embeddings must be finite")
     return maps.astype(np.float32)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.models import Model
 from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.method import Part, Rows, all_parts
@@ -37,10 +38,13 @@ def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifie
     """The request after all modifiers, in order.
 
     Raises:
-      TypeError: one of them returned something else.
+      TypeError: one of them is no modifier, or returned something else.
       ValueError: two of them cannot act together.
     """
-    for modifier in [modifiers] if callable(modifiers) else modifiers:
+    each = [modifiers] if callable(modifiers) else modifiers
+    if not isinstance(each, Sequence) or not all(map(callable, each)):
+        raise TypeError(f"modifiers must be one or several of pipelines.modifiers, got {brief(modifiers)}")
+    for modifier in each:
         request = modifier(request, pipe)
         if not isinstance(request, Request):
             raise TypeError(f"{modifier!r} must return a Request, got {type(request).__name__}")
