@@ -28,10 +28,13 @@ from diffuse_jax.training.data import (
 )
 from diffuse_jax.training.data.sources import Record
 from diffuse_jax.training.latent import (
+    encoded_condition,
     finish,
     micro_conditioning,
+    networks,
     normalised,
     prompt_embeddings,
+    reads_control,
     token_ids,
     tokenizers_of,
 )
@@ -149,22 +152,29 @@ def latent_cache(
     true_sizes: bool,
 ) -> Callable[[Example], Batch]:
     """A cache of ``moments [h,w,2c]`` of every image's latent distribution, for SDXL also of ``time_ids [6]``, and of
-    the control images ``conditioning [H,W,3]`` if there are any."""
+    the control images ``conditioning [H,W,3]`` if there are any, or of their latents ``image_condition [h,w,c]`` if the
+    UNet reads those."""
     vae, params = component_from(model, pipe, "vae")
     encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
+    condition = None if reads_control(networks(pipe)) else jax.jit(functools.partial(encoded_condition, vae))
 
     def compute(examples: list[Example]) -> Batch:
         pixels = np.stack([np.asarray(example.pixels) for example in examples])
         at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
-        parts = [encode(params, pixels[i : i + at_once]) for i in range(0, len(pixels), at_once)]
-        found = {"moments": np.concatenate([np.asarray(part, np.float32) for part in parts])}
+
+        def in_parts(encode: Callable[[Params, np.ndarray], jax.Array], images: np.ndarray) -> np.ndarray:
+            parts = [encode(params, images[i : i + at_once]) for i in range(0, len(images), at_once)]
+            return np.concatenate([np.asarray(part, np.float32) for part in parts])
+
+        found = {"moments": in_parts(encode, pixels)}
         if control := [example.conditioning for example in examples if example.conditioning is not None]:
-            found["conditioning"] = np.stack(control)
+            images = np.stack(control)
+            found |= {"conditioning": images} if condition is None else {"image_condition": in_parts(condition, images)}
         return found | ({"time_ids": np.stack([time_ids(example) for example in examples])} if time_ids else {})
 
     key = {"vae": network_key(vae, params), "sizes": true_sizes if time_ids else None}
     if (control := data.conditioning or data.conditioning_image_column) is not None:
-        key["conditioning"] = control
+        key["conditioning"] = control if condition is None else f"latents of {control}"
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
     return cache_images(folder, "latents", key, source, transform_from(data), compute, buckets)
 

@@ -232,10 +232,13 @@ def finish(
       texts: a cache that replaces the token ids; None without one.
       example: the image and its caption.
     """
+    arrays: Batch = {}
+    if example.keeps_conditioning is not None:
+        arrays["keeps_conditioning"] = np.bool_(example.keeps_conditioning)
     if texts is None:
-        arrays = {name: token_ids(*tokenizer, example.caption) for name, tokenizer in tokenizers.items()}
+        arrays |= {name: token_ids(*tokenizer, example.caption) for name, tokenizer in tokenizers.items()}
     else:
-        arrays = texts(example)
+        arrays |= texts(example)
     if latents is not None:
         return arrays | latents(example)
     arrays["pixel_values"] = example.pixels
@@ -275,8 +278,9 @@ def denoising_loss(
 
     ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
     distribution; token ids ``[B,L]`` under each text encoder's name, or the prompt embeddings ``states [B,L,D]`` and,
-    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet
-    or T2I-Adapter the images ``conditioning [B,H,W,3]`` uint8.
+    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; with prior preservation ``prior [B]``; for a ControlNet or
+    T2I-Adapter the images ``conditioning [B,H,W,3]`` uint8; and for a UNet that edits images what
+    :func:`beside_condition` reads.
     """
     models, params = combine(frozen, trainable)
     k_latent, k_draw = jax.random.split(key)
@@ -287,7 +291,7 @@ def denoising_loss(
         added = {"text_embeds": text["pooled"], "time_ids": batch["time_ids"]}
     drawn = draw(objective, k_draw, x0)
     x = noised(objective, x0, drawn)
-    inputs = x, drawn.t, text["states"]
+    inputs = beside_condition(models, params, batch, x), drawn.t, text["states"]
     control = control_residuals(models, params, batch, inputs, added)
     prediction = models["unet"].apply({"params": params["unet"]}, *inputs, added, **control)
     return errors(objective, prediction, x0, drawn, batch.get("prior"))
@@ -305,7 +309,7 @@ def control_residuals(
 
     ``inputs`` and ``added`` are those of the UNet: the sample, the timesteps and the prompt embeddings, and SDXL's.
     """
-    if "conditioning" not in batch:
+    if "conditioning" not in batch or not reads_control(models):
         return {}
     images = batch["conditioning"].astype(jnp.float32) / 255
     if "adapter" in models:
@@ -313,6 +317,36 @@ def control_residuals(
         return {"down_intrablock_additional_residuals": features}
     down, middle = models["controlnet"].apply({"params": params["controlnet"]}, *inputs, images, added)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def reads_control(models: Mapping[str, Any]) -> bool:
+    """Whether a ControlNet or T2I-Adapter reads the control images; otherwise the UNet reads their latents."""
+    return "controlnet" in models or "adapter" in models
+
+
+def beside_condition(
+    models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array], x: jax.Array
+) -> jax.Array:
+    """Noisy latents ``[B,h,w,c]`` and the original images as a UNet that edits takes them (Brooks et al. 2023):
+    ``[B,h,w,2c]``; the noisy latents alone without such images.
+
+    ``batch`` has the images ``conditioning [B,H,W,3]`` uint8, or from a cache ``image_condition [B,h,w,c]``, the most
+    likely latents, not scaled. Where ``keeps_conditioning [B]`` is False, these are zero.
+    """
+    if "image_condition" in batch:
+        found = jnp.asarray(batch["image_condition"], jnp.float32)
+    elif "conditioning" in batch and not reads_control(models):
+        found = encoded_condition(models["vae"], params["vae"], batch["conditioning"])
+    else:
+        return x
+    if "keeps_conditioning" in batch:
+        found = jnp.where(batch["keeps_conditioning"][:, None, None, None], found, 0.0)
+    return jnp.concatenate([x, found], -1)
+
+
+def encoded_condition(vae: Any, params: Params | None, images: jax.Array) -> jax.Array:
+    """The most likely latents ``[B,h,w,c]`` float32 of images uint8 ``[B,H,W,3]``, not scaled."""
+    return vae.apply({"params": params}, normalised(images), method="encode").mode().astype(jnp.float32)
 
 
 def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
