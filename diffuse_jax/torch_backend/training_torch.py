@@ -155,7 +155,7 @@ def text_to_image_loss(
 
     Args:
       pipe: Stable Diffusion 1.x, 2.x or XL of PyTorch diffusers; its scheduler determines the prediction type. If the
-        batch has ``conditioning``, its ``controlnet`` or ``adapter`` reads it.
+        batch has ``conditioning``, its ``controlnet`` or ``adapter`` reads it, or else its UNet.
       objective: loss weighting, see :func:`loss_at`.
       batch: as for our step.
       seed: seed of the noise and timesteps.
@@ -176,7 +176,10 @@ def text_to_image_loss(
     if text.pooled is not None:
         added = {"text_embeds": text.pooled, "time_ids": to_torch(batch["time_ids"], device)}
 
+    seen: dict[str, Any] = {}
+
     def predict(x: Any, t: Any) -> Any:
+        seen["noised latents"] = x = beside_condition(pipe, batch, x, half)
         given: dict[str, Any] = {"encoder_hidden_states": text.states, "added_cond_kwargs": added}
         with half():
             more = control_residuals(pipe, batch, channels_first(x), t, given)
@@ -185,13 +188,28 @@ def text_to_image_loss(
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
-    return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
+    return LossAndValues(
+        computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values | seen
+    )
+
+
+def beside_condition(pipe: Any, batch: Batch, x: Any, half: Callable[[bool], Any]) -> Any:
+    """The input ``[B,h,w,2c]`` of a UNet that edits images, from noisy latents; these alone for others."""
+    latents = pipe.vae.config.latent_channels
+    if pipe.unet.config.in_channels != 2 * latents:
+        return x
+    images = channels_first(to_torch(batch["conditioning"], x.device)).to(pipe.vae.dtype) / 127.5 - 1
+    with torch.no_grad(), half(not pipe.vae.config.force_upcast):
+        original = channels_last(pipe.vae.encode(images).latent_dist.mode()).float()
+    if "keeps_conditioning" in batch:
+        original = original * to_torch(batch["keeps_conditioning"], x.device)[:, None, None, None]
+    return torch.cat([x, original], -1)
 
 
 def control_residuals(pipe: Any, batch: Batch, x: Any, t: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the ControlNet or T2I-Adapter adds inside the UNet, by the UNet's arguments; nothing if the batch has no
     control images."""
-    if "conditioning" not in batch:
+    if "conditioning" not in batch or not (hasattr(pipe, "adapter") or hasattr(pipe, "controlnet")):
         return {}
     images = channels_first(to_torch(batch["conditioning"], x.device)) / 255
     if hasattr(pipe, "adapter"):

@@ -133,7 +133,7 @@ def image_cache(
 ) -> Callable[[Example], Batch]:
     """A cache of what the family's networks make of every image, for Stable Diffusion ``moments [h,w,2c]`` of its
     latent distribution, and of the other arrays: for SDXL ``time_ids [6]``, and the control images
-    ``conditioning [H,W,3]`` if there are any."""
+    ``conditioning [H,W,3]`` if there are any, unless the family encodes these too."""
     family = trained_family(pipe)
     arrays = family.arrays(pipe, true_sizes)
     opened = {name: component_from(model, pipe, name) for name in family.image_encoders}
@@ -143,6 +143,8 @@ def image_cache(
     def compute(examples: list[Example]) -> Batch:
         made = {name: np.stack([make(example) for example in examples]) for name, make in arrays.items()}
         pixels = {name: made.pop(name) for name in PIXELS if name in made}
+        if control := [example.conditioning for example in examples if example.conditioning is not None]:
+            (pixels if family.encodes_conditioning else made)["conditioning"] = np.stack(control)
         area = max(array.shape[1] * array.shape[2] for array in pixels.values())
         at_once = max(1, PIXELS_AT_ONCE // area)
         parts = [
@@ -150,14 +152,12 @@ def image_cache(
             for i in range(0, len(examples), at_once)
         ]
         found = {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in parts[0]}
-        if control := [example.conditioning for example in examples if example.conditioning is not None]:
-            found["conditioning"] = np.stack(control)
         return found | made
 
     key: dict[str, Any] = {name: network_key(models[name], params[name]) for name in models}
     key["sizes"] = true_sizes if "time_ids" in arrays else None
     if (control := data.conditioning or data.conditioning_image_column) is not None:
-        key["conditioning"] = control
+        key["conditioning"] = f"latents of {control}" if family.encodes_conditioning else control
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
     return cache_images(folder, "latents", key, source, transform_from(data), compute, buckets)
 

@@ -34,6 +34,7 @@ from diffuse_jax.training.settings import (
     NetworkSettings,
     ObjectiveSettings,
     RunSettings,
+    ValidationImageSettings,
     ValidationSettings,
 )
 from diffuse_jax.training.start import check_output
@@ -250,13 +251,15 @@ def save_beside(kind: Kind, net: Model, output: str | Path, folder: Path, params
 
 def control_validation(
     shown: ValidationSettings,
-    control: BesideSettings,
+    control: ValidationImageSettings,
     model: ModelSettings,
     data: DataSettings,
     pipe: DiffusionPipeline,
     seed: int = 0,
+    what: str = "control image",
 ) -> Callable[[Any], list[tuple[str, Any]]] | None:
-    """As :func:`~diffuse_jax.training.validation.validation_from`; the control images are shown first.
+    """As :func:`~diffuse_jax.training.validation.validation_from`; the images are shown first, as
+    ``what``.
 
     Raises:
       ValueError: there are prompts without images, images without prompts, or different numbers of both.
@@ -272,7 +275,7 @@ def control_validation(
     count = max(len(prompts), len(paths))
     images = control_images(paths, data)
     prompts, images = prompts * (count // len(prompts)), images * (count // len(images))
-    seen = [(f"{prompt} (control image)", Image.fromarray(image)) for prompt, image in zip(prompts, images)]
+    seen = [(f"{prompt} ({what})", Image.fromarray(image)) for prompt, image in zip(prompts, images)]
     shown = dataclasses.replace(shown, validation_prompt=tuple(prompts))
     sample = validation_from(shown, model, pipe, lambda trained: trained, seed, images)
     assert sample is not None  # there are prompts

@@ -243,7 +243,9 @@ def finish(
       texts: a cache that replaces the tokens; None without one.
       example: the image and its caption.
     """
-    made = tokens_of(words, example.caption) if texts is None else texts(example)
+    made = dict(tokens_of(words, example.caption) if texts is None else texts(example))
+    if example.keeps_conditioning is not None:
+        made["keeps_conditioning"] = np.array(example.keeps_conditioning, np.bool_)
     if images is not None:
         return made | images(example)
     if example.conditioning is not None:
@@ -265,8 +267,9 @@ def denoising_loss(
     ``batch`` has what :func:`finish` makes of each example, for Stable Diffusion ``pixel_values [B,H,W,3]`` (uint8, or
     float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents' distribution; token ids ``[B,L]`` under each text
     encoder's name, or the prompt embeddings ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``; for SDXL
-    ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet or T2I-Adapter the images
-    ``conditioning [B,H,W,3]`` uint8.
+    ``time_ids [B,6]``; with prior preservation ``prior [B]``; for a ControlNet or T2I-Adapter the images
+    ``conditioning [B,H,W,3]`` uint8, also for a UNet that edits images, with ``keeps_conditioning [B]`` if some are
+    dropped.
     """
     models, params = combine(frozen, trainable)
     k_begin, k_draw = jax.random.split(key)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffuse_jax.training.arguments import add_objective, make_parser
-from diffuse_jax.training.data.flags import add_conditioning, add_data
+from diffuse_jax.training.data.flags import add_conditioning, add_data, add_edits
 from diffuse_jax.training.flags import Accepted, Parser, Refused
 from diffuse_jax.training.settings import (
     BesideSettings,
@@ -15,6 +15,7 @@ from diffuse_jax.training.settings import (
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
+    ValidationImageSettings,
     ValidationSettings,
 )
 from diffuse_jax.training.settings.methods import OTHER_DATA, TEMPLATES
@@ -120,6 +121,18 @@ def add_control(parser: Parser, settings: type[BesideSettings], name: str) -> No
     advice = "the model always sees the images as uncropped, as pipelines do by default"
     for side in ("h", "w"):
         parser.group("data")(f"--crops_coords_top_left_{side}", action=Refused, advice=advice)
+
+
+def add_edit(parser: Parser) -> None:
+    """Add the flags of images before and after an edit, and of the images to edit at validations."""
+    add = parser.group("monitoring", ValidationImageSettings)
+    what = "images to edit as the validation prompts say, one for all or one for each"
+    add("--validation_image", nargs="+", help=what)
+    add_edits(parser)
+    for name in ("val_image_url", "val_image_url_or_path"):
+        parser.group("monitoring")(f"--{name}", action=Refused, advice="is called --validation_image here, a file")
+    advice = "is --conditioning_dropout_prob here, which drops instructions and original images"
+    parser.group("data")("--proportion_empty_prompts", action=Refused, advice=advice)
 
 
 def add_dreambooth(parser: Parser) -> None:

@@ -134,7 +134,7 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
     for name, entry in index.components.items():
         entries[name] = (entry.library, entry.class_name) if name in kept else (None, None)
-    weights.write_index(folder, index.class_name, entries, index.options)
+    weights.write_index(folder, type(pipe).__name__, entries, index.options)
 
 
 def copy_component(source: Path, target: Path, variant: str | None = None) -> None:

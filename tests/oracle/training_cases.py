@@ -23,6 +23,7 @@ from diffuse_jax.torch_backend import training_torch as twin
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared, compare_updates
 from diffuse_jax.training.control import ADAPTER, adapter_config, with_network
 from diffuse_jax.training.data import Example
+from diffuse_jax.training.editing import with_image_channels
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import networks, open_pipeline, with_tokens
 from diffuse_jax.training.objective import Objective
@@ -46,6 +47,7 @@ class Case:
         self.objective = Objective(scheduler=self.pipe.scheduler, snr_gamma=5.0, prior_loss_weight=0.7)
         self.prompts, self.prior = prompts, np.array([False, True] * (len(prompts) // 2)) if prior else None
         self.images = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
+        self.kept: list[bool | None] = [None] * len(prompts)
         self.sizes = rng.integers(SIZE, 1024, (len(prompts), 2))
 
     @property
@@ -54,13 +56,12 @@ class Case:
         return [name for name in self.pipe.params if name != "vae"]
 
     def batch(self) -> dict[str, np.ndarray]:
-        size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), strict=True)
-        control = (
-            self.images[::-1] if {"controlnet", "adapter"} & {*self.pipe.components} else [None] * len(self.images)
-        )
+        size, rows = (SIZE, SIZE), zip(self.images, self.prompts, self.sizes.tolist(), self.kept, strict=True)
+        reads = {"controlnet", "adapter"} & {*self.pipe.components} or "InstructPix2Pix" in type(self.pipe).__name__
+        control = self.images[::-1] if reads else [None] * len(self.images)
         examples = [
-            Example(x, text, tuple(own), (1, 2), size, 0, 0, "", image)
-            for (x, text, own), image in zip(rows, control, strict=True)
+            Example(x, text, tuple(own), (1, 2), size, 0, 0, "", image, kept)
+            for (x, text, own, kept), image in zip(rows, control, strict=True)
         ]
         made = training.batch_of(self.pipe, examples)
         return made if self.prior is None else made | {"prior": self.prior}
@@ -137,6 +138,20 @@ def t2i_adapter(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
     return case.compare(training.full(case.pipe, names), twin.full_parameters(case.theirs, names))
 
 
+def instruct_pix2pix(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
+    """A UNet that also reads the latents of images, of which two are dropped; PyTorch opens the folder as its own."""
+    case = Case(save(folder / "base", fresh=False), rng)
+    case.pipe = with_image_channels(case.pipe)
+    net = case.pipe.components["unet"]
+    case.pipe = case.pipe.replace(unet=(net, initial_params(net.shapes(), 1, ())))  # none is zero: all have gradients
+    case.pipe.save_pretrained(folder / "edit")
+    case.theirs = twin.open_reference(folder / "edit", trainable=(), device="cpu")
+    assert type(case.theirs).__name__ == type(case.pipe).__name__
+    case.kept = [True, False, False, True]
+    names = ["unet"]
+    return case.compare(training.full(case.pipe, names), twin.full_parameters(case.theirs, names))
+
+
 CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "text to image, SD": functools.partial(full, save=save_sd),
     "text to image, SDXL": functools.partial(full, save=save_sdxl),
@@ -147,6 +162,8 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "textual inversion": inversion,
     "T2I-Adapter, SD": functools.partial(t2i_adapter, save=save_sd),
     "T2I-Adapter, SDXL": functools.partial(t2i_adapter, save=save_sdxl),
+    "InstructPix2Pix, SD": functools.partial(instruct_pix2pix, save=save_sd),
+    "InstructPix2Pix, SDXL": functools.partial(instruct_pix2pix, save=save_sdxl),
     "ControlNet, SD": functools.partial(controlnet, save=save_sd),
     "ControlNet, SDXL": functools.partial(controlnet, save=save_sdxl),
 }

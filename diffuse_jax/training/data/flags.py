@@ -11,13 +11,21 @@ from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 from diffuse_jax.training.flags import Parser, settings_from
 
 
-def add_data(parser: Parser, *, captions: bool = True, caches: bool = False, **defaults: Any) -> None:
+def add_data(
+    parser: Parser,
+    *,
+    captions: bool = True,
+    caches: bool = False,
+    images: tuple[str, ...] = ("--image_column",),
+    **defaults: Any,
+) -> None:
     """Add the flag groups "data" and "images".
 
     Args:
       parser: the parser to add them to.
       captions: False omits the flags for captions.
       caches: True adds ``--cache_latents`` and ``--cache_text_embeddings``.
+      images: what the flag for the column of images is called.
       defaults: defaults that differ from those of the settings.
     """
     add = parser.group("data", DataSettings, CacheSettings)
@@ -28,7 +36,8 @@ def add_data(parser: Parser, *, captions: bool = True, caches: bool = False, **d
     add("--load_from_disk", action="store_true", help="--train_data_dir was written by `datasets` with save_to_disk")
     add("--streaming", action="store_true", help="read --dataset_name while training instead of downloading it first")
     add("--shuffle_buffer_size", help="size of the shuffle buffer when streaming, in rows")
-    add("--image_column", help="column of the images (not used for image folders and shards)")
+    what = "column of the images (not used for image folders and shards)"
+    add(*images, dest="image_column", default=DataSettings.image_column, help=what)
     if captions:
         add("--caption_column", help="column of the caption, or of a list of captions of which one is chosen at random")
         add("--proportion_empty_prompts", help="fraction of captions replaced by the empty string")
@@ -68,6 +77,20 @@ def add_conditioning(parser: Parser) -> None:
     what = "column of the control images, conditioning_image if omitted; in image folders, the key of their paths"
     add("--conditioning_image_column", help=what)
     add("--conditioning", choices=CONDITIONS, help="make the control images from the training images instead")
+
+
+def add_edits(parser: Parser) -> None:
+    """Add the flag groups "data" and "images" for images before and after an edit, and the instructions."""
+    edited = ("--edited_image_column", "--image_column")
+    add_data(parser, captions=False, caches=True, images=edited, image_column="edited_image", resolution=256)
+    add = parser.group("data", DataSettings)
+    what = "column of the images before the edit; in image folders, the key of their paths"
+    names = ("--original_image_column", "--conditioning_image_column")
+    add(*names, dest="conditioning_image_column", default="input_image", help=what)
+    what = "column of the instruction, or of a list of instructions of which one is chosen at random"
+    add("--edit_prompt_column", "--caption_column", dest="caption_column", default="edit_prompt", help=what)
+    what = "probability of dropping the instruction alone, the original image alone, and both; 0 drops nothing"
+    add("--conditioning_dropout_prob", help=what)
 
 
 def data_from(args: argparse.Namespace, *, named: bool = True) -> DataSettings:

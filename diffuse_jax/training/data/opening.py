@@ -119,6 +119,7 @@ def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: 
         random_flip=data.images.random_flip,
         interpolation=data.images.image_interpolation_mode,
         empty_share=data.proportion_empty_prompts,
+        dropout=data.conditioning_dropout_prob,
         pixels=pixels,
         conditioning=data.conditioning,
         seed=data.seed,

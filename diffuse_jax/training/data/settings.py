@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
-from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE
+from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, THIRD
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
 from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
@@ -86,6 +86,8 @@ class DataSettings(Checked):
       conditioning_image_column: column of the control images; None if there is none. In image folders, the key of
         their paths.
       proportion_empty_prompts: fraction of captions replaced by the empty string.
+      conditioning_dropout_prob: probability of dropping the caption alone, of dropping the control image alone, and of
+        dropping both.
       max_train_samples: use a random subset of this many images, determined by ``seed``; all if None.
       dataloader_num_workers: number of processes that prepare batches; 0 for threads of this process.
       cache_dir: where data sets from the Hub are stored; the default folder of ``datasets`` if None.
@@ -109,6 +111,7 @@ class DataSettings(Checked):
     conditioning: str | None = None
     conditioning_image_column: str | None = None
     proportion_empty_prompts: Annotated[float, SHARE] = 0.0
+    conditioning_dropout_prob: Annotated[float, THIRD] = 0.0
     max_train_samples: Annotated[int, COUNT] | None = None
     dataloader_num_workers: Annotated[int, NATURAL] = 0
     cache_dir: str | Path | None = None

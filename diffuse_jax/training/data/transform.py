@@ -57,6 +57,7 @@ class Example:
       caption_index: index of the caption among those of the row; -1 if it was dropped.
       name: name in error messages.
       conditioning: the control image, uint8 ``[h,w,3]``, cropped and mirrored like ``pixels``; None if there is none.
+      keeps_conditioning: False if the network must do without it this time; None if that never happens in the run.
     """
 
     pixels: np.ndarray | None
@@ -68,6 +69,7 @@ class Example:
     caption_index: int
     name: str
     conditioning: np.ndarray | None = None
+    keeps_conditioning: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Transform:
       random_flip: mirror each example with probability 1/2.
       interpolation: a key of ``INTERPOLATIONS``.
       empty_share: fraction of captions replaced by "".
+      dropout: probability of dropping the caption alone, of dropping the control image alone, and of dropping both
+        (Brooks et al. 2023, section 3.2.1); at most 1/3.
       pixels: False skips reading images, for latents from a cache.
       conditioning: one of ``CONDITIONS``, which makes the control image from the cropped image; None takes that of the
         record.
@@ -93,6 +97,7 @@ class Transform:
     random_flip: bool = False
     interpolation: str = "bilinear"
     empty_share: float = 0.0
+    dropout: float = 0.0
     pixels: bool = True
     conditioning: str | None = None
     seed: int = 0
@@ -108,8 +113,12 @@ class Transform:
         """
         u, v, mirrored, which, dropped = np.random.default_rng([self.seed, CHOICES, position]).random(5)
         place = None if self.center_crop else (u, v)
-        number = -1 if dropped < self.empty_share else int(which * len(record.captions))
-        return self._example(record, index, number, place, self.random_flip and mirrored < 0.5, size)
+        empty = dropped < max(self.empty_share, 2 * self.dropout)
+        number = -1 if empty else int(which * len(record.captions))
+        example = self._example(record, index, number, place, self.random_flip and mirrored < 0.5, size)
+        if not self.dropout:
+            return example
+        return dataclasses.replace(example, keeps_conditioning=not self.dropout <= dropped < 3 * self.dropout)
 
     def fixed(self, record: Record, index: int, size: Size | None = None) -> Example:
         """The example without randomness: the centre crop of the image, not mirrored, with the first caption."""

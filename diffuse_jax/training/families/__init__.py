@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffuse_jax.pipelines import PIPELINES
+from diffuse_jax.pipelines import (
+    PIPELINES,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from diffuse_jax.pipelines.families import DEEPFLOYD_IF, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR, ClipFamily
 from diffuse_jax.pipelines.families.kandinsky_v22 import KANDINSKY_V22
 from diffuse_jax.pipelines.families.prior import PRIOR
@@ -17,6 +21,7 @@ from diffuse_jax.training.families.base import (
     tokens_of,
 )
 from diffuse_jax.training.families.deepfloyd_if import DEEPFLOYD_IF_TRAINED
+from diffuse_jax.training.families.editing import EditingFamily
 from diffuse_jax.training.families.kandinsky import KANDINSKY_DECODER, KANDINSKY_PRIOR
 from diffuse_jax.training.families.stable_diffusion import LatentFamily
 from diffuse_jax.training.families.wuerstchen import WUERSTCHEN_TRAINED
@@ -42,6 +47,9 @@ OTHERS: tuple[tuple[Any, TrainedFamily | None], ...] = (
 )
 """Families of pipelines that are not trained as Stable Diffusion is -> how they are trained; None if not at all."""
 
+EDITING = (StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline)
+"""Pipelines of Stable Diffusion's families whose UNet reads images before an edit."""
+
 
 def trained(family: Any) -> TrainedFamily | None:
     """How checkpoints of a family of pipelines are trained; None if they cannot be."""
@@ -62,6 +70,8 @@ def trained_family(pipe: Any) -> TrainedFamily:
     found = trained(getattr(pipe, "family", None))
     if found is None:
         raise TypeError(f"there is no trainer for a {type(pipe).__name__}")
+    if isinstance(found, LatentFamily) and isinstance(pipe, EDITING):
+        return EditingFamily(text=found.text, encoders=found.encoders)
     return found
 
 

@@ -24,7 +24,7 @@ Networks = Mapping[str, Any]
 PIXELS = ("pixel_values", "image_pixels")
 """Arrays of a batch that :meth:`TrainedFamily.encode_images` replaces."""
 
-METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "comparison")
+METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "editing", "comparison")
 """The trainers, and the comparison of a training step with PyTorch."""
 
 
@@ -95,6 +95,8 @@ class TrainedFamily:
       fixed: parameters of the denoiser, at its top level, that are not trained.
       image_encoders: the networks that :meth:`encode_images` uses.
       encoded_images: what it makes of every image; empty if images need no network.
+      encodes_conditioning: whether :meth:`encode_images` also replaces ``conditioning``, which a network beside the
+        denoiser reads otherwise.
       borrowed: network -> the setting that names another folder, which it comes from.
       beside: borrowed network -> what comes with it: the component's name there -> its name here.
       refused: setting -> what to do instead, for those that make no sense here.
@@ -108,6 +110,7 @@ class TrainedFamily:
     fixed: tuple[str, ...] = ()
     image_encoders: tuple[str, ...] = ()
     encoded_images: tuple[str, ...] = ()
+    encodes_conditioning: bool = False
     borrowed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beside: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ from diffuse_jax.training.settings.methods import (
     DreamBoothSettings,
     InversionSettings,
     ObjectiveSettings,
+    ValidationImageSettings,
     ValidationSettings,
 )
 from diffuse_jax.training.settings.model import (
@@ -54,5 +55,6 @@ __all__ = [
     "RunSettings",
     "TrackerSettings",
     "UploadSettings",
+    "ValidationImageSettings",
     "ValidationSettings",
 ]

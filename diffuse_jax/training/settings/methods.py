@@ -71,17 +71,26 @@ class ValidationSettings(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BesideSettings(Checked):
-    """A network that is trained beside a frozen pipeline and reads control images.
+class ValidationImageSettings(Checked):
+    """What networks that read images are shown at validations.
 
     Attributes:
       validation_image: paths of the images: one for all validation prompts, or one for each.
     """
 
+    validation_image: tuple[str | Path, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BesideSettings(ValidationImageSettings):
+    """A network that is trained beside a frozen pipeline and reads control images.
+
+    Attributes:
+      validation_image: as for :class:`ValidationImageSettings`.
+    """
+
     prefix: ClassVar[str]
     """What the flags of the network to start from begin with; also the pipeline's component."""
-
-    validation_image: tuple[str | Path, ...] | None = None
 
     @property
     def source(self) -> str | Path | None:
