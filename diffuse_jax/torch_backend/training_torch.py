@@ -188,7 +188,9 @@ def text_to_image_loss(
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
-    return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values | seen)
+    return LossAndValues(
+        computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values | seen
+    )
 
 
 def beside_condition(pipe: Any, batch: Batch, x: Any, half: Callable[[bool], Any]) -> Any:
