@@ -107,6 +107,17 @@ def test_shares_of_captions() -> None:
     assert examples[0].pixels is None
 
 
+def test_one_draw_drops_captions_and_control_images() -> None:
+    """With probability 0.1 each: the caption alone, the image alone, and both."""
+    one, transform = record(np.zeros((8, 8, 3), np.uint8), "a"), Transform(8, dropout=0.1, pixels=False)
+    examples = [transform(one, 0, position) for position in range(4000)]
+    shares = {drawn: n / 4000 for drawn, n in Counter((e.caption, e.keeps_conditioning) for e in examples).items()}
+    expected = {("a", True): 0.7, ("", True): 0.1, ("a", False): 0.1, ("", False): 0.1}
+    assert shares == pytest.approx(expected, abs=0.03)
+    assert transform.fixed(one, 0).keeps_conditioning is None
+    assert Transform(8, pixels=False)(one, 0, 0).keeps_conditioning is None
+
+
 def test_images_are_turned_upright_and_transparency_is_dropped(tmp_path: Path, rng: np.random.Generator) -> None:
     pixels = noise(rng, 4, 6)
     exif = Image.Exif()
