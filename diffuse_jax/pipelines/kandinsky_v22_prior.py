@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.families.prior import PRIOR
 from diffuse_jax.pipelines.inputs import Prompt, finite
 from diffuse_jax.pipelines.options import PriorOptions
@@ -68,6 +69,8 @@ class KandinskyV22PriorPipeline(DiffusionPipeline):
         Raises:
           ValueError, TypeError: there is not one weight for each of them, or an argument is invalid.
         """
+        if not isinstance(images_and_prompts, list | tuple):
+            raise TypeError(f"images_and_prompts must be a list of images and prompts, got {brief(images_and_prompts)}")
         given = finite(weights, "weights").astype(np.float32)
         if given.shape != (len(images_and_prompts),) or not len(given):
             raise ValueError(

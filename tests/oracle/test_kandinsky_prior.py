@@ -97,6 +97,8 @@ def test_interpolation(folder: Path, pipe: Any) -> None:
     np.testing.assert_allclose(negative, pipe("rain", **request).image_embeds, atol=1e-5)
     with pytest.raises(ValueError, match="one weight for each image or prompt; got 1 weights for 2"):
         pipe.interpolate(["a cat", image], [1.0])
+    with pytest.raises(TypeError, match="images_and_prompts must be a list of images and prompts, got 'cat'"):
+        pipe.interpolate("cat", [1.0, 1.0, 1.0])
 
 
 def test_a_prompt_is_the_same_in_any_batch_and_the_output_unpacks(pipe: Any) -> None:
