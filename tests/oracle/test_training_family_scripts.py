@@ -68,7 +68,7 @@ def test_dreambooth_with_lora_of_a_first_stage(
     assert len(list((out / "validation").rglob("*.png"))) == 1
     theirs = diffusers.IFPipeline.from_pretrained(models["one"])
     theirs.load_lora_weights(out)
-    layers = {name.split(".")[-3] for name in theirs.unet.state_dict() if ".lora_" in name}
+    layers = {name.split(".")[-4] for name in theirs.unet.state_dict() if ".lora_" in name}
     assert layers >= {"to_q", "add_k_proj", "add_v_proj"}, "prompts reach this UNet through the last two"
     pipe = DiffusionPipeline.from_pretrained(models["one"]).load_lora_weights(out)
     assert pipe("a cat", num_inference_steps=2, seed=0).images[0].size == (16, 16)
