@@ -33,13 +33,14 @@ def weights(old: int, new: int, *, cubic: bool, align_corners: bool = False) -> 
 
 
 @functools.lru_cache(maxsize=256)
-def antialiased_weights(old: int, new: int) -> NDArray[np.float32]:
-    """The same for PyTorch's cubic interpolation with ``antialias`` and ``align_corners``, ``[new, old]`` float32.
+def antialiased_weights(old: int, new: int, *, align_corners: bool = True) -> NDArray[np.float32]:
+    """The same for PyTorch's cubic interpolation with ``antialias``, ``[new, old]`` float32.
 
-    The kernel has a = -0.5 and is widened where pixels become fewer. Pixels outside the image count for nothing; the
-    corners only determine the distance between pixels, and their centres stay those of pixels.
+    The kernel has a = -0.5 and is widened where pixels become fewer. Pixels outside the image count for nothing; with
+    ``align_corners`` these only determine the distance between pixels, and their centres stay those of pixels.
     """
-    scale = (old - 1) / (new - 1) if new > 1 else 0.0
+    between = (old - 1) / (new - 1) if new > 1 else 0.0
+    scale = between if align_corners else old / new
     width = max(scale, 1.0)
     centre = (np.arange(new, dtype=np.float64)[:, None] + 0.5) * scale
     source = np.arange(old)

@@ -28,6 +28,7 @@ from diffuse_jax.models import (
     PriorTransformer,
     StableUnCLIPImageNormalizer,
     T2IAdapter,
+    UnCLIPTextProjModel,
     UNet2DConditionConfig,
     UNet2DConditionModel,
     UNet2DModel,
@@ -46,7 +47,7 @@ NETWORKS: list[type[Model]] = [
     *(PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior),
     *(AsymmetricAutoencoderKL, AutoencoderTiny, ConsistencyDecoderVAE, DPTForDepthEstimation, IPAdapter, T2IAdapter),
     PriorTransformer,
-    StableUnCLIPImageNormalizer,
+    *(StableUnCLIPImageNormalizer, UnCLIPTextProjModel),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
     *(LDMBertModel, VQModel),
 ]

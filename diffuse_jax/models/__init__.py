@@ -24,6 +24,7 @@ from diffuse_jax.models.preconditioning import consistency_denoiser
 from diffuse_jax.models.prior_transformer import PriorTransformer, PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig, combined_features
 from diffuse_jax.models.tiling import tiled_decode, tiled_encode
+from diffuse_jax.models.unclip_text_proj import UnCLIPTextProjConfig, UnCLIPTextProjModel
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from diffuse_jax.models.vq_model import VQConfig, VQModel
@@ -74,6 +75,8 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DConfig",
     "UNet2DModel",
+    "UnCLIPTextProjConfig",
+    "UnCLIPTextProjModel",
     "VQConfig",
     "VQModel",
     "WuerstchenDiffNeXt",

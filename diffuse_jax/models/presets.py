@@ -19,6 +19,7 @@ from diffuse_jax.models.dpt import DEFAULT_BACKBONE, DPTConfig
 from diffuse_jax.models.paella_vq import PaellaVQConfig
 from diffuse_jax.models.prior_transformer import PriorTransformerConfig
 from diffuse_jax.models.t2i_adapter import T2IAdapterConfig
+from diffuse_jax.models.unclip_text_proj import UnCLIPTextProjConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionConfig
 from diffuse_jax.models.vq_model import VQConfig
@@ -157,6 +158,18 @@ IF_II_L_UNET = IF_II_M_UNET.replace(
     block_out_channels=(320, 320, 640, 960, 1280), cross_attention_dim=1280, time_embedding_dim=1280
 )
 
+#: 885,439,686; Karlo's decoder at 64 pixels; embeddings as class. Fields of Karlo's networks are those of the script
+#: that converted them to diffusers
+KARLO_UNET = IF_I_L_UNET.replace(
+    act_fn="silu",
+    cross_attention_dim=1536,
+    cross_attention_norm=None,
+    encoder_hid_dim=None,
+    encoder_hid_dim_type=None,
+    addition_embed_type=None,
+    class_embed_type="identity",
+)
+
 SD15_CONTROLNET = ControlNetConfig(cross_attention_dim=768)  #: 361,279,120; for 1.1 to 1.5
 SD15_SHUFFLE_CONTROLNET = SD15_CONTROLNET.replace(global_pool_conditions=True)  #: 361,279,120; pools its residuals
 #: 364,228,240
@@ -199,6 +212,17 @@ DDPM_256_UNET = DDPM_CIFAR10_UNET.replace(
     block_out_channels=(128, 128, 256, 256, 512, 512),
     down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+)
+
+#: 691,579,523; Karlo's two networks of super-resolution: sample, enlarged image
+KARLO_SUPER_RESOLUTION_UNET = UNet2DConfig(
+    sample_size=256,
+    in_channels=6,
+    block_out_channels=(320, 640, 960, 1280),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D",) * 4,
+    up_block_types=("ResnetUpsampleBlock2D",) * 4,
+    add_attention=False,
 )
 
 #: 83,653,863; 1.x and 2.x
@@ -300,4 +324,5 @@ WUERSTCHEN_PRIOR = WuerstchenPriorConfig(
 WUERSTCHEN_DECODER = WuerstchenDiffNeXtConfig()  #: 1,055,365,280; states of OpenCLIP H
 PAELLA_VQ_VAE = PaellaVQConfig()  #: 18,406,903; Würstchen's autoencoder, four pixels per latent
 UNCLIP_PRIOR = PriorTransformerConfig()  #: 1,022,030,080; Karlo and Kandinsky 2.1
+KARLO_TEXT_PROJ = UnCLIPTextProjConfig()  #: 7,878,400; the conditions of KARLO_UNET
 KANDINSKY22_PRIOR = UNCLIP_PRIOR.replace(embedding_dim=1280)  #: 1,026,225,920; Kandinsky 2.2

@@ -22,10 +22,11 @@ def bicubic(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return _resample(x, size, align_corners=False, cubic=True)
 
 
-def bicubic_antialiased(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def bicubic_antialiased(x: jax.Array, size: tuple[int, int], *, align_corners: bool = True) -> jax.Array:
     """``[B,H,W,C] -> [B,*size,C]``, cubic, smoothed where pixels become fewer; see
     :func:`~diffuse_jax.interpolation.antialiased_weights`."""
-    return _apply(x, *(antialiased_weights(old, new) for old, new in zip(x.shape[1:3], size, strict=True)))
+    pairs = zip(x.shape[1:3], size, strict=True)
+    return _apply(x, *(antialiased_weights(old, new, align_corners=align_corners) for old, new in pairs))
 
 
 def _resample(x: jax.Array, size: tuple[int, int], align_corners: bool, cubic: bool) -> jax.Array:

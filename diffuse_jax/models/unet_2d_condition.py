@@ -18,6 +18,7 @@ from diffuse_jax.models.k_blocks import GROUP, KLevel
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from diffuse_jax.models.one_file import OneFile
 from diffuse_jax.models.remat import check_policy, remat_level
+from diffuse_jax.models.text_mask import masked_text
 from diffuse_jax.models.unet_blocks import UpBlock, add_residuals
 from diffuse_jax.models.unet_config import HAS_ATTENTION, HINT_CHANNELS, MIDDLES, EncoderConfig, Level
 from diffuse_jax.models.unet_encoder import EncoderModel
@@ -202,6 +203,7 @@ class UNet2DConditionModel(OneFile, EncoderModel):
         class_labels: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
         *,
+        encoder_attention_mask: jax.Array | None = None,
         down_block_additional_residuals: Sequence[jax.Array] | None = None,
         mid_block_additional_residual: jax.Array | None = None,
         down_intrablock_additional_residuals: Sequence[jax.Array] | None = None,
@@ -218,6 +220,8 @@ class UNet2DConditionModel(OneFile, EncoderModel):
             hint also ``{"hint": [B,8h,8w,3]}``.
           class_labels: ``[B]`` noise levels for the upscaler, or ``[B,D]`` for projected classes.
           timestep_cond: ``[B,time_cond_proj_dim]``, LCM's embedded guidance scale.
+          encoder_attention_mask: bool ``[B,L]``, true where a token of the prompt may be attended to; all of them if
+            None.
           down_block_additional_residuals: what a ControlNet adds to the skip connections, finest first: one array for
             each, of the same shape or ``[B,1,1,C]``.
           mid_block_additional_residual: the same for the output of the middle block.
@@ -227,7 +231,8 @@ class UNet2DConditionModel(OneFile, EncoderModel):
         Returns: ``[B,h,w,out_channels]`` in ``dtype``.
 
         Raises:
-          ValueError: the channels of ``sample``, the conditioning or the residuals do not match the configuration.
+          ValueError: the channels of ``sample``, the conditioning, its mask or the residuals do not match the
+            configuration.
         """
         c = self.config
         check_policy(self.remat)
@@ -237,6 +242,9 @@ class UNet2DConditionModel(OneFile, EncoderModel):
             sample.shape[0], timesteps, added_cond_kwargs, class_labels, timestep_cond, encoder_hidden_states
         )
         context = self.context(encoder_hidden_states, added_cond_kwargs)
+        mask = encoder_attention_mask
+        if mask is not None and mask.shape != context.shape[:2]:
+            raise ValueError(f"encoder_attention_mask must be {context.shape[:2]}, got {mask.shape}")
         x = jnp.asarray(sample, self.dtype)
         if c.center_input_sample:
             x = 2 * x - 1
@@ -250,14 +258,16 @@ class UNet2DConditionModel(OneFile, EncoderModel):
             down_intrablock_additional_residuals,
         )
         if not c.has_k_blocks:
-            x = self.levels(x, temb, context, *residuals)
+            with masked_text(mask):
+                x = self.levels(x, temb, context, *residuals)
         elif any(each is not None for each in residuals):
             raise ValueError("a UNet of K blocks has no places for the residuals of a ControlNet or T2I-Adapter")
         else:
             down, up = c.k_levels()
             levels = k_blocks.KLevels(c.norm_eps, c.act_fn, **dtypes, down=down, up=up, remat=self.remat, name=None)
             nn.share_scope(self, levels)
-            x = levels(x, temb, context)
+            with masked_text(mask):
+                x = levels(x, temb, context)
 
         if c.norm_num_groups is not None:
             x = GroupNorm(c.norm_num_groups, c.norm_eps, **dtypes, name="conv_norm_out")(x)

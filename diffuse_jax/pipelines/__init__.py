@@ -71,6 +71,8 @@ from diffuse_jax.pipelines.stable_diffusion_xl_inpaint import StableDiffusionXLI
 from diffuse_jax.pipelines.stable_diffusion_xl_instruct_pix2pix import StableDiffusionXLInstructPix2PixPipeline
 from diffuse_jax.pipelines.stable_unclip import StableUnCLIPPipeline
 from diffuse_jax.pipelines.stable_unclip_img2img import StableUnCLIPImg2ImgPipeline
+from diffuse_jax.pipelines.unclip import UnCLIPPipeline
+from diffuse_jax.pipelines.unclip_image_variation import UnCLIPImageVariationPipeline
 from diffuse_jax.pipelines.unconditional import (
     ConsistencyModelPipeline,
     DDIMPipeline,
@@ -159,6 +161,8 @@ __all__ = [
     "StableUnCLIPImg2ImgPipeline",
     "StableUnCLIPPipeline",
     "Step",
+    "UnCLIPImageVariationPipeline",
+    "UnCLIPPipeline",
     "WuerstchenCombinedPipeline",
     "WuerstchenDecoderPipeline",
     "WuerstchenPriorPipeline",

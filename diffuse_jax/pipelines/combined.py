@@ -172,7 +172,9 @@ def with_seed(options: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
       ValueError: they name another library's noise, which both stages would draw from one generator.
     """
     if options.get("noise") is not None:
-        raise ValueError("a pipeline of several stages takes no noise=, since all of them would draw from one generator; give seed=")
+        raise ValueError(
+            "a pipeline of several stages takes no noise=, which PyTorch draws in another order; give seed="
+        )
     if options.get("seed") is not None or options.get("key") is not None or spans_processes(mesh):
         return dict(options)
     return {**options, "seed": int(np.random.SeedSequence().generate_state(1)[0])}

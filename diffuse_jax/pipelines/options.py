@@ -137,6 +137,27 @@ class StableUnCLIPOptions(TextOptions, total=False):
     noise_level: int | Sequence[int]
 
 
+class UnCLIPOptions(RunOptions, total=False):
+    """Arguments of a call of unCLIP, besides those of its stages; they mean what they mean in :class:`CallOptions`.
+
+    Attributes:
+      num_images_per_prompt: 1 by default; the images of a prompt are consecutive.
+      seed, key: of all stages, each of which begins its noise anew.
+      batch_size, method, rows, modifiers: of the last stage, the super-resolution.
+    """
+
+    num_images_per_prompt: int
+    seed: int | Sequence[int] | None
+    key: jax.Array | None
+    noise: str | None
+    output_type: str
+    batch_size: int | None
+    method: Replace | None
+    rows: Mapping[str, Any] | None
+    modifiers: Modifier | Sequence[Modifier]
+    lora_scale: float | Sequence[float] | None
+
+
 class ImageVariationOptions(CallOptions, total=False):
     """Arguments of a call with images in the place of prompts.
 

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.pipelines.deprecated import wuerstchen
+from diffusers.pipelines.deprecated import unclip, wuerstchen
 
 from diffuse_jax.models import Model
 from diffuse_jax.weights import WeightsError
@@ -22,6 +22,7 @@ LIBRARIES = {
     "transformers": transformers,
     "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
     "stable_diffusion": diffusers.pipelines.stable_diffusion,
+    "unclip": unclip.text_proj,
     "wuerstchen": wuerstchen,
 }
 """What ``model_index.json`` calls a library -> the module that has its classes."""

@@ -16,6 +16,7 @@ from diffuse_jax.models.autoencoder_kl import Posterior
 from diffuse_jax.models.autoencoder_tiny import Encoded
 from diffuse_jax.models.clip_vision import CLIPVisionOutput
 from diffuse_jax.models.controlnet import ControlNetOutput
+from diffuse_jax.models.unclip_text_proj import DecoderConditions
 from diffuse_jax.text.clip import CLIPTextOutput
 from diffuse_jax.text.ldm_bert import LDMBertOutput
 from diffuse_jax.text.t5 import T5Output
@@ -94,6 +95,7 @@ def unet(
     added_cond_kwargs: Any = None,
     class_labels: Any = None,
     timestep_cond: Any = None,
+    encoder_attention_mask: Any = None,
     down_block_additional_residuals: Any = None,
     mid_block_additional_residual: Any = None,
     down_intrablock_additional_residuals: Any = None,
@@ -109,6 +111,7 @@ def unet(
         class_labels=class_labels,
         timestep_cond=cast(timestep_cond),
         added_cond_kwargs=added(module, added_cond_kwargs),
+        encoder_attention_mask=encoder_attention_mask,
         down_block_additional_residuals=None if down is None else tuple(map(image, down)),
         mid_block_additional_residual=image(mid_block_additional_residual),
         down_intrablock_additional_residuals=None if inside is None else list(map(image, inside)),
@@ -214,6 +217,20 @@ def swaps_colours(module: Any) -> bool:
     return module.config.controlnet_conditioning_channel_order == "bgr"
 
 
+def decoder_conditions(
+    module: Any, image: torch.Tensor, prompt: torch.Tensor, states: torch.Tensor, unconditional: torch.Tensor
+) -> DecoderConditions:
+    """An unCLIP decoder's conditions; the module itself puts its learned embedding before all others."""
+    learned = module.learned_classifier_free_guidance_embeddings
+    context, vector = module(
+        image_embeddings=torch.where(unconditional[:, None], learned, image.to(module.dtype)),
+        prompt_embeds=prompt.to(module.dtype),
+        text_encoder_hidden_states=states.to(module.dtype),
+        do_classifier_free_guidance=False,
+    )
+    return DecoderConditions(context, vector)
+
+
 def encode(module: Any, images: torch.Tensor) -> Posterior:
     """Encode images; returns the posterior."""
     found = module.encode(channels_first(images.to(module.dtype))).latent_dist
@@ -289,6 +306,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("PriorTransformer", "unnormalised"): unnormalised,
     ("StableUnCLIPImageNormalizer", "__call__"): scaled,
     ("StableUnCLIPImageNormalizer", "unscale"): unscaled,
+    ("UnCLIPTextProjModel", "__call__"): decoder_conditions,
     ("ControlNetModel", "__call__"): control,
     ("ControlNetModel", "embed"): embed,
     ("T2IAdapter", "__call__"): adapter,

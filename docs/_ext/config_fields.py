@@ -29,6 +29,7 @@ CONFIGS: dict[str, type[Config]] = {
     "WuerstchenPrior": models.WuerstchenPriorConfig,
     "WuerstchenDiffNeXt": models.WuerstchenDiffNeXtConfig,
     "PriorTransformer": models.PriorTransformerConfig,
+    "UnCLIPTextProjModel": models.UnCLIPTextProjConfig,
     "StableUnCLIPImageNormalizer": models.StableUnCLIPImageNormalizerConfig,
     "CLIPTextModel": CLIPTextConfig,
     "LDMBertModel": LDMBertConfig,

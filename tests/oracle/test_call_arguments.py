@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.options import INSTEAD, argument_names
 
 UNRELEASED = {"KarrasEDMPipeline"}
 """Classes that no release of diffusers has."""
-LEFT_OUT: dict[str, set[str]] = {}
+LEFT_OUT: dict[str, set[str]] = {"UnCLIPPipeline": {"text_model_output", "text_attention_mask"}}
 """Class -> arguments that it does not have on purpose."""
 
 

@@ -37,6 +37,7 @@ NETWORKS: list[type[Model]] = [
     models.WuerstchenPrior,
     models.PriorTransformer,
     models.StableUnCLIPImageNormalizer,
+    models.UnCLIPTextProjModel,
 ]
 PIPELINES = [
     cls

@@ -23,6 +23,7 @@ from diffuse_jax.models import (
     PriorTransformer,
     StableDiffusionSafetyChecker,
     T2IAdapter,
+    UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -67,6 +68,7 @@ UNETS = {
     "IF_I_XL_UNET": 4_304_695_110,
     "IF_II_M_UNET": 466_183_686,
     "IF_II_L_UNET": 1_198_017_030,
+    "KARLO_UNET": 885_439_686,
 }
 CONTROLNETS = {
     "SD15_CONTROLNET": 361_279_120,
@@ -79,7 +81,11 @@ T2I_ADAPTERS = {
     "SD15_COLOR_T2I_ADAPTER": 18_689_200,
     "SDXL_T2I_ADAPTER": 79_028_160,
 }
-PIXEL_UNETS = {"DDPM_CIFAR10_UNET": 35_746_307, "DDPM_256_UNET": 113_673_219}
+PIXEL_UNETS = {
+    "DDPM_CIFAR10_UNET": 35_746_307,
+    "DDPM_256_UNET": 113_673_219,
+    "KARLO_SUPER_RESOLUTION_UNET": 691_579_523,
+}
 VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
 VQS = {"LDM_VQ": 55_322_782, "MOVQ": 67_832_495}
 CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
@@ -106,6 +112,7 @@ WUERSTCHEN: dict[str, tuple[type, int]] = {
     "PAELLA_VQ_VAE": (PaellaVQModel, 18_406_903),
 }
 PRIORS = {"UNCLIP_PRIOR": 1_022_030_080, "KANDINSKY22_PRIOR": 1_026_225_920}
+TEXT_PROJS = {"KARLO_TEXT_PROJ": 7_878_400}
 SAFETY_CHECKER = 303_981_588
 
 
@@ -131,6 +138,15 @@ def not_initialised(kind: Any, config: dict[str, Any]) -> Any:
         return kind.from_config(config)
 
 
+KINDS: tuple[tuple[Any, dict[str, int]], ...] = (
+    (AutoencoderTiny, TINIES),
+    (AsymmetricAutoencoderKL, ASYMMETRICS),
+    (VQModel, VQS),
+    (UnCLIPTextProjModel, TEXT_PROJS),
+)
+"""Networks that both libraries make of the same configuration, in the same way."""
+
+
 def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     """Name, our network, what builds PyTorch's, and the published number of parameters."""
     for name, count in UNETS.items():
@@ -153,7 +169,7 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in VAES.items():
         config = getattr(presets, name)
         yield name, AutoencoderKL(config), partial(diffusers.AutoencoderKL.from_config, config.to_json()), count
-    for kind, table in ((AutoencoderTiny, TINIES), (AsymmetricAutoencoderKL, ASYMMETRICS), (VQModel, VQS)):
+    for kind, table in KINDS:
         for name, count in table.items():
             config = getattr(presets, name)
             yield name, kind(config), partial(torch_class(kind).from_config, config.to_json()), count
@@ -207,10 +223,10 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def test_every_preset_is_checked() -> None:
-    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR", "_DECODER")
+    ends = ("_UNET", "_CONTROLNET", "_T2I_ADAPTER", "_VAE", "VQ", "_VISION", "_DEPTH", "_PRIOR", "_DECODER", "_PROJ")
     in_modules = {name for name in vars(presets) if name.endswith(ends)}
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
-    tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN)
+    tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN, TEXT_PROJS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
     kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
     found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}

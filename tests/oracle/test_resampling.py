@@ -26,13 +26,14 @@ def test_equals_pytorch(mode: str, size: tuple[int, int], rng: np.random.Generat
     np.testing.assert_allclose(ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("corners", [True, False])
 @pytest.mark.parametrize("size", [(7, 5), (14, 10), (3, 9), (20, 2)])
-def test_smoothed_equals_pytorch(size: tuple[int, int], rng: np.random.Generator) -> None:
+def test_smoothed_equals_pytorch(size: tuple[int, int], corners: bool, rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 7, 5, 3)).astype(np.float32)
-    options: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": True}
+    options: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": corners}
     given = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     expected = torch.nn.functional.interpolate(given, size=size, **options).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(bicubic_antialiased(jnp.asarray(x), size), expected, atol=1e-5)
+    np.testing.assert_allclose(bicubic_antialiased(jnp.asarray(x), size, align_corners=corners), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("cubic", [False, True])

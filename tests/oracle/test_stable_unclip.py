@@ -95,9 +95,6 @@ def test_from_images(image_folder: Path, from_image: Any) -> None:
     both()
     both(noise_level=700, num_inference_steps=3, guidance_scale=4.0, prompt="a cat", negative_prompt="rain")
     assert pipe.programs.compilations == 1, "steps, scales, levels and prompts are data"
-    embeds = twin.image_encoder(torch.tensor(pipe.components["feature_extractor"](image).transpose(0, 3, 1, 2)))
-    both(image=None, image_embeds=embeds.image_embeds.detach())
-    pipe.compile(image, num_inference_steps=2)
 
 
 @pytest.mark.slow
@@ -112,14 +109,24 @@ def test_without_guidance_and_with_several_images(image_folder: Path) -> None:
         require_same_images(pipe(**request, **changes, latents=LATENTS, rows=rows), theirs)
 
 
-def test_an_image_is_the_same_in_any_batch(from_image: Any) -> None:
-    pipe, images = from_image, folders.images(2, 40)
-    request = {"num_inference_steps": 2, "output_type": "np"}
-    both = pipe(images, PROMPTS, seed=[1, 2], noise_level=[0, 300], **request).images
-    alone = pipe(images[1], PROMPTS[1], seed=2, noise_level=300, **request).images
-    np.testing.assert_allclose(both[1], alone[0], atol=1e-3)
-    other = pipe(images[1], PROMPTS[1], seed=2, noise_level=0, **request).images
-    assert np.abs(alone - other).mean() > 1e-3, "the noise level matters"
+@pytest.mark.slow
+def test_from_embeddings(image_folder: Path, from_image: Any) -> None:
+    pipe, twin = from_image, reference("StableUnCLIPImg2ImgPipeline", image_folder)
+    pixels = pipe.components["feature_extractor"](folders.images(1, 40)[0]).transpose(0, 3, 1, 2)
+    embeds = twin.image_encoder(torch.tensor(pixels)).image_embeds.detach()
+    request = {"image_embeds": embeds, "num_inference_steps": 3, "output_type": "np"}
+    theirs = twin(**request, generator=torch.Generator().manual_seed(5))
+    require_same_images(pipe(**request | {"image_embeds": embeds.numpy()}, seed=5, noise="torch"), theirs)
+
+
+def test_an_image_depends_on_its_own_arguments_alone(from_image: Any) -> None:
+    images, request = folders.images(2, 40), {"num_inference_steps": 2, "output_type": "np"}
+    both = from_image(images, PROMPTS, seed=[1, 2], noise_level=[0, 300], **request).images
+    swapped = from_image(images[::-1], PROMPTS[::-1], seed=[2, 1], noise_level=[300, 0], **request).images
+    np.testing.assert_allclose(both, swapped[::-1], atol=1e-4)
+    other = from_image(images, PROMPTS, seed=[1, 2], noise_level=[0, 0], **request).images
+    np.testing.assert_allclose(both[0], other[0], atol=1e-4)
+    assert np.abs(both[1] - other[1]).mean() > 1e-3, "the noise level matters"
 
 
 def test_saved_folders_open_in_diffusers(from_text: Any, from_image: Any, tmp_path: Path) -> None:

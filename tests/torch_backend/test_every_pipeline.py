@@ -24,7 +24,7 @@ from tests.oracle.test_depth_and_latent_upscaling import K_UNET  # noqa: E402
 
 torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
 
-EMBEDDINGS = ("prior", "movq")
+EMBEDDINGS = ("prior", "movq", "text_proj")
 """Networks of pipelines from or to image embeddings, which are no images or prompts that parity could ask for; their
 oracle tests compare them with PyTorch."""
 

@@ -14,9 +14,10 @@ from diffuse_jax.pipelines.method import Net, Params, Part, Rows, Step
 class UNet(Part):
     """A text-conditioned UNet.
 
-    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; ``class_labels``, ``residuals`` (of
-    ControlNets) and ``inner_residuals`` (of T2I-Adapters) if there are any; and if the network takes one more vector,
-    ``timestep_cond [B,D]``, or else ``guidance_scale [B]``, which it is made of.
+    Reads ``states [B,L,D]``; for SDXL ``pooled [B,P]`` and ``time_ids [B,n]``; ``class_labels``, ``text_mask [B,L]``
+    (false where a state is not attended to), ``residuals`` (of ControlNets) and ``inner_residuals`` (of T2I-Adapters)
+    if there are any; and if the network takes one more vector, ``timestep_cond [B,D]``, or else
+    ``guidance_scale [B]``, which it is made of.
     """
 
     net: Net
@@ -33,6 +34,8 @@ class UNet(Part):
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         if "inner_residuals" in rows:
             residuals["down_intrablock_additional_residuals"] = rows["inner_residuals"]
+        if "text_mask" in rows:
+            residuals["encoder_attention_mask"] = rows["text_mask"]
         return self.net.apply(params, x, step.t, rows["states"], **conditions(self.net, rows), **residuals)
 
 
