@@ -214,12 +214,12 @@ def attention_flops(program: Program, lanes: int = 128) -> float:
     for computation in program.computations.values():
         shapes = {one.name: one.shape for one in computation}
         for one in computation:
-            if "tpu_custom_call" not in one.target or len(one.operands) < 3:
+            given = [found for name in one.operands if len(found := axes(shapes.get(name, ""))) == 4]
+            if "tpu_custom_call" not in one.target or len(given) < 3:
                 continue
-            query, key = (axes(shapes.get(name, "")) for name in one.operands[:2])
-            if len(query) != 4 or len(key) != 4:
-                continue
-            products = 4 if "dkv" in one.operation else 3 if "dq" in one.operation else 2
+            query, key = given[:2]  # masks and the like come before them, but have other numbers of axes
+            called = f"{one.name} {one.operation}"
+            products = 4 if "dkv" in called else 3 if "dq" in called else 2
             batch, heads, rows, depth = query
             padded = -(-depth // lanes) * lanes
             times = sum(n for ran, n in program.executed() if ran is one)

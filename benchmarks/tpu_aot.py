@@ -2,39 +2,54 @@
 
 libtpu compiles on any CPU and writes an estimate beside most instructions; this adds them up. **All times are the
 compiler's estimates**: nothing has run on a TPU. Needs libtpu (``pip install "diffusejax[tpu]"``). A step takes minutes
-to an hour on one core, and each is written as soon as it is done::
+to an hour on one core, so its parts can be had apart, and each is written as soon as it is done: memory and collectives
+from the whole program at a low effort, which changes them little, and times from one block of each kind::
 
     python benchmarks/tpu_aot.py --steps sampling --models small --pixels 64 --print-only   # a quick trial
-    python benchmarks/tpu_aot.py --steps sampling --models sd15 sdxl --slices v5e:2x4 v6e:2x4
-    python benchmarks/tpu_aot.py --steps full --models sd15 --batch 8
-    python benchmarks/tpu_aot.py --steps lora full --models sdxl --batch 1 --pixels 1024 --slices v5p:2x2x1
+    python benchmarks/tpu_aot.py --steps sampling --models sd15 --slices v5e:2x4 v6e:2x4
+    python benchmarks/tpu_aot.py --by memory blocks --models sdxl --pixels 1024 --slices v5p:2x2x1
+    python benchmarks/tpu_aot.py --by memory blocks --steps full --models sd15 --batch 8
+    python benchmarks/tpu_aot.py --by memory blocks --steps lora full --models sdxl --batch 1 --pixels 1024
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.metadata
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.tpu_aot
 
 import hlo
 from common import RESULTS, write
-from tpu_programs import Step, needs, refusal, sampling_step, slice_mesh, training_step
+from tpu_blocks import Part, ours, sampling_parts, training_parts
+from tpu_maxdiffusion import maxdiffusion
+from tpu_programs import Step, needs, refusal, sampling_step, slice_mesh, training_step, unet_call
 from trainers import MODELS
+
+from diffuse_jax.adapters import lora
 
 ABOUT = (
     "Steps compiled by libtpu on a CPU; **all times are the compiler's estimates, nothing has run on a TPU**. `ms` is "
     "the sum of the estimated cycles, loop bodies as often as they run, over the chip's clock, and `attention_ms` the "
     "time of the Pallas attention calls, which carry no estimate, at the peak rate with heads padded to 128. `flop_ms` "
-    "is the step's arithmetic (without recomputation) and `hbm_ms` the bytes that the compiler counts, at the chip's "
-    "peak rates; `of_flop` is `ms` and `attention_ms` over `flop_ms`. `GiB` is what a chip needs, of `has_GiB`. "
-    "`batch` is per chip: UNet inputs when sampling (two for an image with guidance), images when training."
+    "is the step's arithmetic (without recomputation) at the chip's peak rate, `GB` the bytes that the compiler counts "
+    "as moved, and `roofline_ms` the larger of both, with the bytes at the chip's bandwidth; `of_flop` is `ms` and "
+    "`attention_ms` over `flop_ms`. `times` says whether that is of the whole program or the sum of its blocks, one "
+    "of each kind compiled alone and counted as often as it occurs (`roofline_ms` is then their sum too). `GiB` is "
+    "what a chip needs of `has_GiB`, by the whole program compiled at the effort in `memory`. `batch` is per chip: "
+    "UNet inputs when sampling (two for an image with guidance), images when training, which takes cached latents and "
+    "prompt embeddings; parameters and moments are divided over all chips of the slice."
 )
 PROFILE = (
     "The same steps by kind of work: milliseconds of the compiler's estimate, and the bytes that collectives send. "
@@ -73,89 +88,195 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pixels", type=int, default=512)
     add("--remat", default="blocks", help="like --remat_policy of the trainers")
     add(
+        "--by",
+        nargs="+",
+        choices=("step", "memory", "blocks"),
+        default=["step"],
+        help="step: everything from the whole program at --effort; memory: memory and collectives from the whole "
+        "program at O1; blocks: times from one block of each kind at --effort",
+    )
+    add(
         "--effort",
         choices=("O0", "O1", "O2", "O3"),
         default="O2",
         help="compiler effort; O1 takes a third of O2's time",
+    )
+    add(
+        "--maxdiffusion",
+        type=Path,
+        help="checkout of MaxDiffusion: measure its UNet instead, with --by blocks, in sampling and full steps",
     )
     add("--dump", type=Path, help="folder for the compiled programs as text")
     add("--print-only", action="store_true", help="print rows, leave docs/results unchanged")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.slices if name.split(":")[0] not in CHIPS]:
         parser.error(f"--slices {unknown[0]}: the chip is none of {', '.join(CHIPS)}")
+    if args.maxdiffusion and (args.by != ["blocks"] or "lora" in args.steps):
+        parser.error("--maxdiffusion: only for --by blocks and --steps sampling full")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    jax.config.update("jax_optimization_level", args.effort)
     for topology in args.slices:
         for model in args.models:
             for kind in args.steps:
-                row, profile = measure(args, topology, model, kind)
-                print(json.dumps(row), json.dumps(profile), sep="\n", flush=True)
-                if not args.print_only:
-                    keep("tpu_aot", "Steps on TPUs, by the compiler's estimate", ABOUT, row)
-                    keep("tpu_aot_profile", "Steps on TPUs, by kind of work", PROFILE, profile)
+                for way in args.by:
+                    row, profile = measure(args, topology, model, kind, way)
+                    print(json.dumps(row), json.dumps(profile), sep="\n", flush=True)
+                    if not args.print_only:
+                        keep("tpu_aot", "Steps on TPUs, by the compiler's estimate", ABOUT, row)
+                        keep("tpu_aot_profile", "Steps on TPUs, by kind of work", PROFILE, profile)
     return 0
 
 
 def label(args: argparse.Namespace, topology: str, model: str, kind: str) -> dict[str, Any]:
     """The columns that identify a row."""
     trained = {} if kind == "sampling" else {"remat": args.remat}
+    model = f"{model} (MaxDiffusion)" if args.maxdiffusion else model
     return {"step": kind, "model": model, "slice": topology, "batch": args.batch, "pixels": args.pixels} | trained
 
 
-def measure(args: argparse.Namespace, topology: str, model: str, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row of one step, and the row of its profile."""
-    start, named = time.perf_counter(), label(args, topology, model, kind)
-    chip = CHIPS[topology.split(":")[0]]
-    step = lower(args, topology, model, kind)
-    print(f"{named}: traced in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+def measure(
+    args: argparse.Namespace, topology: str, model: str, kind: str, way: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of one step, and the row of its profile, as far as one of the ways knows them."""
+    named, chip = label(args, topology, model, kind), CHIPS[topology.split(":")[0]]
     start = time.perf_counter()
-    row = named | {"effort": args.effort, "flop_ms": 1e3 * step.flops / chip.flops, "has_GiB": chip.hbm}
+    if way == "blocks":
+        row, profile = from_blocks(args, topology, model, kind, chip)
+    else:
+        row, profile = from_step(args, topology, model, kind, chip, way == "step")
+    spent = {f"{way}_seconds": round(time.perf_counter() - start), "libtpu": importlib.metadata.version("libtpu")}
+    return named | row | spent, named | profile
+
+
+def from_step(
+    args: argparse.Namespace, topology: str, model: str, kind: str, chip: Chip, timed: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Memory and collectives of the whole program; unless it is ``timed``, times are left out."""
+    effort = args.effort if timed else "O1"
+    jax.config.update("jax_optimization_level", effort)
+    step = lower(args, topology, model, kind)
+    row = {"flop_ms": 1e3 * step.flops / chip.flops, "has_GiB": chip.hbm, "memory": effort}
     try:
         compiled = step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = refusal(str(error))
-        return row | {"fits": False, "GiB": found["total"]}, named
+        return row | {"fits": False, "GiB": refusal(str(error))["total"]}, {}
+    row |= {"fits": True, "GiB": needs(compiled)["total"]}
     text = compiled.as_text()
     if args.dump:
         args.dump.mkdir(parents=True, exist_ok=True)
         (args.dump / f"{kind}-{model}-{topology.replace(':', '-')}.txt").write_text(text)
-    program, memory, cost = hlo.parse(text), needs(compiled), compiled.cost_analysis() or {}
-    to_ms = lambda cycles: 1e3 * cycles / chip.clock
-    attention = 1e3 * hlo.attention_flops(program) / chip.flops
-    total = to_ms(hlo.cycles(program))
-    row |= {
-        "ms": total,
-        "attention_ms": attention,
-        "of_flop": (total + attention) / row["flop_ms"],
-        "hbm_ms": 1e3 * cost.get("bytes accessed", float("nan")) / chip.bandwidth,
-        "fits": True,
-        "GiB": memory["total"],
-        "compile_seconds": round(time.perf_counter() - start),
-    }
-    sent = hlo.sent(program)
-    profile = named | {"attention": attention} | {name: to_ms(n) for name, n in hlo.profile(program).items()}
-    return row, profile | {f"{name} MiB": moved / 2**20 for name, (_, moved) in sent.items()}
+    program = hlo.parse(text)
+    profile = {f"{name} MiB": moved / 2**20 for name, (_, moved) in hlo.sent(program).items()}
+    if not timed:
+        return row, profile
+    found = Estimate.of(compiled, program, chip)
+    return row | {"times": "whole"} | found.row(step.flops, chip), found.profile(chip) | profile
+
+
+def from_blocks(
+    args: argparse.Namespace, topology: str, model: str, kind: str, chip: Chip
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times, as the sums over the blocks."""
+    jax.config.update("jax_optimization_level", args.effort)
+    flops, total = lower(args, topology, model, kind).flops, Estimate()
+    for part in parts(args, topology, model, kind):
+        start = time.perf_counter()
+        compiled = part.lowered.compile()
+        found = Estimate.of(compiled, hlo.parse(compiled.as_text()), chip)
+        total += found.times(part.count)
+        ms = 1e3 * found.cycles / chip.clock
+        print(f"{part.name}: {ms:.3f} ms, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    row = {"flop_ms": 1e3 * flops / chip.flops, "has_GiB": chip.hbm, "times": "blocks"}
+    return row | total.row(flops, chip), total.profile(chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the compiler expects of one run of a program, or of several.
+
+    Attributes:
+      kinds: estimated cycles by kind of work.
+      attention: operations of the attention kernels.
+      moved: bytes.
+      roofline: seconds.
+    """
+
+    kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    attention: float = 0.0
+    moved: float = 0.0
+    roofline: float = 0.0
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled, program: hlo.Program, chip: Chip) -> Estimate:
+        cost, attention = compiled.cost_analysis() or {}, hlo.attention_flops(program)
+        moved = cost.get("bytes accessed", math.nan)
+        arithmetic = (cost.get("flops", math.nan) + attention) / chip.flops
+        return cls(hlo.profile(program), attention, moved, max(moved / chip.bandwidth, arithmetic))
+
+    @property
+    def cycles(self) -> float:
+        return sum(self.kinds.values())
+
+    def __add__(self, other: Estimate) -> Estimate:
+        kinds = {name: self.kinds.get(name, 0) + other.kinds.get(name, 0) for name in {*self.kinds, *other.kinds}}
+        sums = (getattr(self, name) + getattr(other, name) for name in ("attention", "moved", "roofline"))
+        return Estimate(kinds, *sums)
+
+    def times(self, n: int) -> Estimate:
+        kinds = {name: n * cycles for name, cycles in self.kinds.items()}
+        return Estimate(kinds, n * self.attention, n * self.moved, n * self.roofline)
+
+    def row(self, flops: float, chip: Chip) -> dict[str, float]:
+        """Columns of the table, for a step of so many operations."""
+        ms, attention = 1e3 * self.cycles / chip.clock, 1e3 * self.attention / chip.flops
+        of_flop = (ms + attention) / (1e3 * flops / chip.flops)
+        moved = {"GB": self.moved / 1e9, "roofline_ms": 1e3 * self.roofline}
+        return {"ms": ms, "attention_ms": attention, "of_flop": of_flop} | moved
+
+    def profile(self, chip: Chip) -> dict[str, float]:
+        """Milliseconds by kind of work, largest first."""
+        kinds = sorted(self.kinds.items(), key=lambda kind: -kind[1])
+        return {"attention": 1e3 * self.attention / chip.flops} | {name: 1e3 * n / chip.clock for name, n in kinds}
+
+
+def mesh_of(topology: str, kind: str) -> Mesh:
+    """Sampling divides images among the chips, training also parameters."""
+    return slice_mesh(topology) if kind == "sampling" else slice_mesh(topology, data=1, fsdp=-1)
 
 
 def lower(args: argparse.Namespace, topology: str, model: str, kind: str) -> Step:
-    """The step, traced for a slice: sampling shards images, training also parameters."""
+    """The whole step, traced for a slice."""
+    mesh = mesh_of(topology, kind)
     if kind == "sampling":
-        return sampling_step(model, slice_mesh(topology), args.batch, args.pixels)
-    mesh = slice_mesh(topology, data=1, fsdp=-1)
-    return training_step(model, kind, mesh, args.batch, args.pixels, remat=args.remat)
+        return sampling_step(model, mesh, args.batch, args.pixels)
+    return training_step(model, kind, mesh, args.batch, args.pixels, remat=args.remat, cached=True)
+
+
+def parts(args: argparse.Namespace, topology: str, model: str, kind: str) -> Iterator[Part]:
+    """The blocks of a step, traced for a slice."""
+    mesh = mesh_of(topology, kind)
+    images, dtype = args.batch * mesh.size, "float32" if kind == "full" else "bfloat16"
+    unet, inputs = unet_call(model, images, args.pixels, dtype)
+    network = ours(unet, mesh)
+    if args.maxdiffusion:
+        network, inputs = maxdiffusion(args.maxdiffusion, MODELS[model][0], mesh, inputs, dtype)
+    if kind == "sampling":
+        return sampling_parts(network, **inputs)
+    pairs = jax.eval_shape(lambda: lora.init(unet.shapes(), 4, jax.random.key(0))) if kind == "lora" else None
+    return training_parts(network, pairs, "adamw", **inputs)
 
 
 def keep(name: str, title: str, about: str, row: dict[str, Any]) -> None:
-    """Write a row to a file of results, in place of an earlier one of the same step."""
+    """Write a row to a file of results; what it does not know stays as an earlier one of the same step has it."""
     path = RESULTS / f"{name}.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     names = ("step", "model", "slice", "batch", "pixels", "remat")
     same = lambda other: all(other.get(key) == row.get(key) for key in names)
-    write(name, title, about, [other for other in before if not same(other)] + [row], "jax", "libtpu")
+    earlier = next((other for other in rows if same(other)), {})
+    write(name, title, about, [other for other in rows if not same(other)] + [earlier | row], "jax", "libtpu")
 
 
 if __name__ == "__main__":

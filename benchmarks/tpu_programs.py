@@ -42,29 +42,31 @@ def slice_mesh(topology: str, **axes: int) -> Mesh:
     return make_mesh(**{"data": -1} | axes, devices=topologies.get_topology_desc(topology, "tpu").devices)
 
 
+def unet_call(
+    model: str, images: int, pixels: int, param_dtype: Any = jnp.bfloat16
+) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+    """A UNet in bfloat16 with its named inputs, as shapes, for so many images."""
+    config = MODELS[model][0]
+    network = UNet2DConditionModel(config, dtype=jnp.bfloat16, param_dtype=param_dtype)
+    rows = lambda *shape: jax.ShapeDtypeStruct((images, *shape), jnp.bfloat16)
+    inputs = {
+        "sample": rows(pixels // 8, pixels // 8, 4),
+        "timesteps": jax.ShapeDtypeStruct((), jnp.int32),
+        "encoder_hidden_states": rows(77, config.cross_attention_dim),
+    }
+    if config.addition_embed_type:
+        inputs["added_cond_kwargs"] = {"text_embeds": rows(1280), "time_ids": rows(6)}
+    return network, inputs
+
+
 def sampling_step(model: str, mesh: Mesh, batch: int, pixels: int) -> Step:
     """One evaluation of a UNet in bfloat16; ``batch`` counts its inputs per chip, two for an image with guidance."""
-    config = MODELS[model][0]
-    network = UNet2DConditionModel(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    rows = lambda *shape: jax.ShapeDtypeStruct((batch * mesh.shape["data"], *shape), jnp.bfloat16)
-    inputs = {"sample": rows(pixels // 8, pixels // 8, 4), "states": rows(77, config.cross_attention_dim)}
-    if config.addition_embed_type:
-        inputs |= {"text_embeds": rows(1280), "time_ids": rows(6)}
-
-    def step(params: Any, inputs: dict[str, Any], timestep: Any) -> Any:
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs} or None
-        call = inputs["sample"], timestep, inputs["states"]
-        return network.apply({"params": params}, *call, added_cond_kwargs=added)
-
-    shapes, timestep = network.shapes(), jax.ShapeDtypeStruct((), jnp.int32)
-    flops = count_flops(step, shapes, inputs, timestep) / mesh.shape["data"]
-    over = NamedSharding(mesh, PartitionSpec("data"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    arguments = (
-        placed(shapes, param_shardings(shapes, mesh)),
-        placed(inputs, jax.tree.map(lambda _: over, inputs)),
-        placed(timestep, everywhere),
-    )
+    network, inputs = unet_call(model, batch * mesh.shape["data"], pixels)
+    step = lambda params, inputs: network.apply({"params": params}, **inputs)
+    shapes = network.shapes()
+    flops = count_flops(step, shapes, inputs) / mesh.shape["data"]
+    over = lambda x: NamedSharding(mesh, PartitionSpec("data") if x.ndim else PartitionSpec())
+    arguments = placed(shapes, param_shardings(shapes, mesh)), placed(inputs, jax.tree.map(over, inputs))
     with jax.set_mesh(mesh), target_platform("tpu"):
         traced = jax.jit(step, compiler_options=compiler_options()).trace(*arguments)
         return Step(traced.lower(lowering_platforms=("tpu",)), flops)

@@ -16,6 +16,7 @@ from diffuse_jax.pipelines.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.text import presets as text_presets
+from diffuse_jax.training.families import LatentFamily
 from diffuse_jax.training.latent import denoising_loss, whole, with_lora
 from diffuse_jax.training.objective import Objective
 from diffuse_jax.training.state import Loss
@@ -87,7 +88,8 @@ def make_trainer(
         del parameters["unet"]
         trainable, frozen, combine = {"unet": networks["unet"].shapes()}, parameters, whole(networks)
     objective = Objective(scheduler=DDPMScheduler(**SCHEDULE))
-    return Trainer(networks, trainable, frozen, functools.partial(denoising_loss, family, combine, objective))
+    learned = LatentFamily(text=family, encoders=family.encoders)
+    return Trainer(networks, trainable, frozen, functools.partial(denoising_loss, learned, combine, objective))
 
 
 def _networks(model: str, dtype: DTypeLike, remat: str) -> tuple[dict[str, Model], ClipFamily]:

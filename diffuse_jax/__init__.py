@@ -52,6 +52,13 @@ _PUBLIC = {
         "DDIMPipeline",
         "DDPMPipeline",
         "DiffusionPipeline",
+        "KandinskyCombinedPipeline",
+        "KandinskyImg2ImgCombinedPipeline",
+        "KandinskyImg2ImgPipeline",
+        "KandinskyInpaintCombinedPipeline",
+        "KandinskyInpaintPipeline",
+        "KandinskyPipeline",
+        "KandinskyPriorPipeline",
         "KandinskyV22ControlnetImg2ImgPipeline",
         "KandinskyV22ControlnetPipeline",
         "KandinskyV22Img2ImgPipeline",
@@ -72,6 +79,7 @@ _PUBLIC = {
         "KarrasVePipeline",
         "LDMPipeline",
         "LDMSuperResolutionPipeline",
+        "LDMTextToImagePipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "LatentConsistencyModelPipeline",
         "PNDMPipeline",
@@ -160,7 +168,13 @@ _PUBLIC = {
         "UniPCMultistepScheduler",
         "VQDiffusionScheduler",
     ),
-    "diffuse_jax.text": ("CLIPTextModel", "CLIPTextModelWithProjection", "LDMBertModel", "T5EncoderModel"),
+    "diffuse_jax.text": (
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "LDMBertModel",
+        "MultilingualCLIP",
+        "T5EncoderModel",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

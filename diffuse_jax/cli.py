@@ -1,4 +1,5 @@
-"""The ``diffuse-jax`` command: ``generate``, ``warmup``, ``convert``, ``parity``, ``env``, and :mod:`weights_commands`.
+"""The ``diffuse-jax`` command: ``generate``, ``warmup``, ``convert``, ``parity``, ``env``, those of
+:mod:`weights_commands`, and ``runs``.
 
 Results go to stdout or to files, messages to stderr, and the exit status is 0 only on success. Building the parser
 imports nothing heavy, so ``--help`` answers at once.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffuse_jax
-from diffuse_jax import batch_command, weights_commands
+from diffuse_jax import batch_command, runs_command, weights_commands
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, number
 from diffuse_jax.command import run_command, silent_without_readers
 from diffuse_jax.image_flags import IMAGES, NUMBERS, add_flags, configured_controlnet, for_images
@@ -413,6 +414,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     weights_commands.add_commands(commands, add_command, DTYPES)
     add_parity(commands)
+    runs_command.add_commands(commands, add_command)
     add_env(commands)
     return parser
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
+from diffuse_jax.columns import in_columns
 from diffuse_jax.pipelines.configured import configured_networks
 from diffuse_jax.sharding import abstract_mesh, logical_axes, param_spec
 from diffuse_jax.weights.names import flatten
@@ -110,8 +111,5 @@ def _axes(axes: Any) -> str:
 
 def show(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print rows in columns; those whose heading speaks of bytes or parameters are numbers, aligned on the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     numbers = [title.startswith("bytes") or title == "parameters" for title in head]
-    for row in (head, *rows):
-        cells = zip(row, widths, numbers, strict=True)
-        print("  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in cells).rstrip())
+    print(in_columns((head, *rows), numbers))

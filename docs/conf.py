@@ -18,6 +18,7 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent)]
 
 import config_fields  # noqa: E402
 import results  # noqa: E402
+import systems  # noqa: E402
 
 import diffuse_jax  # noqa: E402
 
@@ -166,6 +167,7 @@ def setup(app: Sphinx) -> None:
     """Write the tables before any page is read."""
     app.connect("builder-inited", lambda _: results.write_pages(DOCS / "results", DOCS / "_generated"))
     app.connect("builder-inited", lambda _: config_fields.write_page(DOCS / "_generated"))
+    app.connect("builder-inited", lambda _: systems.write_page(DOCS / "_generated"))
     app.connect("doctree-resolved", keep_flags_whole)
     app.connect("html-page-context", right_backlinks)
     app.connect("autodoc-process-signature", tidy_signature)

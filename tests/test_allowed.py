@@ -38,7 +38,7 @@ from diffuse_jax.models import (
 )
 from diffuse_jax.models.discriminator import PatchDiscriminatorConfig
 from diffuse_jax.schedulers import DDIMScheduler, DPMSolverMultistepScheduler
-from diffuse_jax.text import CLIPTextConfig, CLIPTextModel, LDMBertModel
+from diffuse_jax.text import CLIPTextConfig, CLIPTextModel, LDMBertModel, MultilingualCLIP
 from diffuse_jax.weights import WeightsError
 from tests.bounds import bounded
 from tests.schedulers.samplers import EVERY, REQUIRED
@@ -49,7 +49,7 @@ NETWORKS: list[type[Model]] = [
     PriorTransformer,
     *(StableUnCLIPImageNormalizer, UnCLIPTextProjModel),
     *(ADMUNet, AutoencoderKL, CLIPTextModel, CLIPVisionModel, ControlNetModel, UNet2DConditionModel, UNet2DModel),
-    *(LDMBertModel, VQModel),
+    *(LDMBertModel, MultilingualCLIP, VQModel),
 ]
 CONFIGS: dict[str, type[Config]] = {
     **{cls.__name__: cls.config_class for cls in NETWORKS},

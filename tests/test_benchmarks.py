@@ -50,6 +50,22 @@ def test_pipeline_tiny(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_of_the_cascade_tiny() -> None:
+    """Offloading leaves what a step reads; T5 counts only where it encodes."""
+    command = [sys.executable, BENCHMARKS / "if_memory.py", "--size", "tiny", "--print-only", "--dtypes", "bfloat16"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    encode, *stages = (json.loads(line) for line in done.stdout.splitlines())
+    assert [row["pixels"] for row in (encode, *stages)] == [None, 16, 64, 256]
+    for row in (encode, *stages):
+        assert row["all_offloaded"] == pytest.approx(row["parameters"] + row["temporary"])
+        assert 0 < row["temporary"] < row["all_offloaded"] < row["all_on_device"]
+    assert encode["T5_offloaded"] == encode["all_on_device"]
+    assert all(row["all_on_device"] - row["T5_offloaded"] == pytest.approx(encode["parameters"]) for row in stages)
+
+
+@pytest.mark.slow
 def test_both_sides_of_image_tasks_make_the_same_images(tmp_path: Path) -> None:
     """Image to image, ControlNet and a live LoRA of the tiny folder, in both libraries."""
     pytest.importorskip("diffusers")

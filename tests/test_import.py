@@ -39,6 +39,7 @@ LEVELS = {
     "noise": 0,
     "timing": 0,
     "command": 0,
+    "columns": 0,
     "kernels": 1,
     "mesh_axes": 0,
     "sharding": 1,
@@ -60,6 +61,7 @@ LEVELS = {
     "image_flags": 6,
     "placement_table": 6,
     "batch_command": 6,
+    "runs_command": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -269,7 +269,8 @@ def train(args: argparse.Namespace) -> Result:
 
     from diffuse_jax import DiffusionPipeline
     from diffuse_jax.sharding import make_mesh, param_shardings, put_params, readable, train_batch_sharding
-    from diffuse_jax.training.latent import loss_of, networks, token_ids, tokenizers_of, whole
+    from diffuse_jax.training.families import trained_family
+    from diffuse_jax.training.latent import loss_of, networks, whole
     from diffuse_jax.training.objective import Objective
     from diffuse_jax.training.state import init_state, make_step
 
@@ -279,8 +280,8 @@ def train(args: argparse.Namespace) -> Result:
     rows = (1, mesh.size)
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     host = {"pixel_values": np.broadcast_to(pixels, (*rows, *pixels.shape))}
-    for name, (tokenizer, length) in tokenizers_of(pipe).items():
-        ids = token_ids(tokenizer, length, PROMPT)
+    for name, words in trained_family(pipe).words(pipe).items():
+        ids = words.ids(PROMPT)
         host[name] = np.broadcast_to(ids, (*rows, *ids.shape))
     place = train_batch_sharding(mesh)
     batch = {

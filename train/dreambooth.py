@@ -1,4 +1,5 @@
-"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images: DreamBooth (Ruiz et al. 2023).
+"""Teach Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF one instance from a few images: DreamBooth (Ruiz et al.
+2023).
 
 With ``--with_prior_preservation``, the model is also trained on images of the class, which it generates beforehand. The
 result is a complete pipeline folder; every ``checkpoint-N`` contains the trained networks. Example:
@@ -30,7 +31,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, instance_source, make_class_images
     from diffuse_jax.training.flags import settings_from
-    from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
+    from diffuse_jax.training.latent import divided, loss_of, networks, save_networks, whole
     from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest, trained_names
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
@@ -56,21 +57,23 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names, plan = trained_names(model, run.optimizer), configured_from(model)
-    shapes, instance = {name: plan.params[name] for name in names}, instance_source(taught, run.batch, mesh)
+    plan = configured_from(model, "DreamBooth")
+    names = trained_names(model, run.optimizer, plan)
+    shapes, instance = divided(plan, names)[0], instance_source(taught, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
     make_class_images(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=names)
+    trainable, frozen = divided(pipe, names)
 
     batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names, instance=instance)
     objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
     fit(
         run,
         mesh,
-        trainable={name: pipe.params[name] for name in names},
-        frozen={name: params for name, params in pipe.params.items() if name not in (*names, *unused)},
-        loss=loss_of(pipe, whole(networks(pipe)), objective),
+        trainable=trainable,
+        frozen={name: params for name, params in frozen.items() if name not in unused},
+        loss=loss_of(pipe, whole(networks(pipe)), objective, model.class_labels_conditioning),
         batches=batches,
         export=functools.partial(save_networks, pipe),
         validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),

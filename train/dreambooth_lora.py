@@ -1,4 +1,4 @@
-"""Teach Stable Diffusion (1.x, 2.x, XL) one instance from a few images, with DreamBooth and LoRA.
+"""Teach Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF one instance from a few images, with DreamBooth and LoRA.
 
 The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
 library and of PyTorch diffusers loads it. Example:
@@ -60,7 +60,8 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    plan = configured_from(model, "DreamBooth")
+    names = trained_names(model, run.optimizer, plan)
     shapes, instance = lora_shapes(lora, plan, names), instance_source(taught, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
@@ -75,7 +76,7 @@ def main() -> None:
         mesh,
         trainable=pairs,
         frozen={name: params for name, params in pipe.params.items() if name not in unused},
-        loss=loss_of(pipe, with_lora(networks(pipe)), objective),
+        loss=loss_of(pipe, with_lora(networks(pipe)), objective, model.class_labels_conditioning),
         batches=batches,
         export=save_lora,
         validate=validation_from(shown, model, pipe, merged_lora(pipe), run.seed),

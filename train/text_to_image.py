@@ -1,5 +1,5 @@
 """Train or fine-tune the UNet of Stable Diffusion (1.x, 2.x, XL), and optionally its text encoders, on captioned
-images.
+images; or DeepFloyd IF, Kandinsky 2.2 or the prior of Würstchen.
 
 The result is a complete pipeline folder in diffusers' layout; every ``checkpoint-N`` contains the trained networks.
 Example:
@@ -32,7 +32,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.data import batches_from, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.flags import settings_from
-    from diffuse_jax.training.latent import loss_of, networks, save_networks, whole
+    from diffuse_jax.training.latent import divided, loss_of, networks, save_networks, whole
     from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest, trained_names
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.objective import objective_from
@@ -54,23 +54,23 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names, plan = trained_names(model, run.optimizer), configured_from(model)
-    shapes = {name: plan.params[name] for name in names}
+    plan = configured_from(model, "text to image")
+    names = trained_names(model, run.optimizer, plan)
+    shapes, _ = divided(plan, names)
     source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown)
     pipe = pipeline_from(model, mesh, float32=names)
-    trainable = {name: pipe.params[name] for name in names}
+    trainable, frozen = divided(pipe, names)
 
     inputs = inputs_from(
         data, model, pipe, trained=names, source=source
     )  # images and captions, or what was computed from them before
-    frozen = {name: params for name, params in pipe.params.items() if name not in (*names, *inputs.unused)}
     objective = objective_from(learned, pipe.scheduler)
     fit(
         run,
         mesh,
         trainable=trainable,
-        frozen=frozen,
-        loss=loss_of(pipe, whole(networks(pipe)), objective),
+        frozen={name: params for name, params in frozen.items() if name not in inputs.unused},
+        loss=loss_of(pipe, whole(networks(pipe)), objective, model.class_labels_conditioning),
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=functools.partial(save_networks, pipe),
         validate=validation_from(shown, model, pipe, lambda trained: trained, run.seed),

@@ -1,4 +1,5 @@
-"""Fine-tune Stable Diffusion (1.x, 2.x, XL) on captioned images with LoRA.
+"""Fine-tune Stable Diffusion (1.x, 2.x, XL), DeepFloyd IF, Kandinsky 2.2 or Würstchen's prior on captioned images
+with LoRA.
 
 The result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``; ``pipe.load_lora_weights`` of this
 library and of PyTorch diffusers loads it. Example:
@@ -57,7 +58,8 @@ def main() -> None:
     lora = settings_from(args, LoraSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    names, plan = trained_names(model, run.optimizer), configured_from(model)
+    plan = configured_from(model, "text to image")
+    names = trained_names(model, run.optimizer, plan)
     shapes = lora_shapes(lora, plan, names)
     source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown)
     pipe = pipeline_from(model, mesh, float32=())
@@ -70,7 +72,7 @@ def main() -> None:
         mesh,
         trainable=pairs,
         frozen={name: params for name, params in pipe.params.items() if name not in inputs.unused},
-        loss=loss_of(pipe, with_lora(networks(pipe)), objective),
+        loss=loss_of(pipe, with_lora(networks(pipe)), objective, model.class_labels_conditioning),
         batches=batches_from(data, run.batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels),
         export=save_lora,
         validate=validation_from(shown, model, pipe, merged_lora(pipe), run.seed),

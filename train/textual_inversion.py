@@ -69,7 +69,7 @@ def main() -> None:
     learned, shown = settings_from(args, ObjectiveSettings), settings_from(args, ValidationSettings)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run, data.caches.data_cache_dir)
-    plan = configured_from(model)
+    plan = configured_from(model, "textual inversion")
     shapes = {"text_encoder": row_shapes(word, plan)}
     checked_source(
         run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=images, times=word.repeats

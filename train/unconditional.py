@@ -65,8 +65,8 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.schedulers import DDPMScheduler
     from diffuse_jax.training.data import batches_from, check_first, data_from, source_from, warn_of_size
     from diffuse_jax.training.devices import mesh_from
+    from diffuse_jax.training.families import normalised
     from diffuse_jax.training.flags import settings_from
-    from diffuse_jax.training.latent import normalised
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.networks import configured_network, network_folder, open_network
     from diffuse_jax.training.objective import Objective, draw, errors, noised, objective_from

@@ -86,9 +86,9 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.data import DataSettings, ImageSettings, batches_from, check_sides, data_from
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.distributed import say
+    from diffuse_jax.training.families import normalised
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.initial import initial_params
-    from diffuse_jax.training.latent import normalised
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.networks import configured_network, open_network
     from diffuse_jax.training.perceptual import NETWORKS, read_features

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-TARGETS = r"/(to_q|to_k|to_v|to_out_0)$|/(q_proj|k_proj|v_proj|out_proj)$"
+TARGETS = r"/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)$|/(q_proj|k_proj|v_proj|out_proj)$"
 """Paths of the layers that get pairs unless others are named: all projections of UNets' and of CLIP's attention."""

@@ -57,7 +57,8 @@ PREFIXES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (r"(?:text_encoders\.)?clip_[lh]\.(?:transformer\.)?", ("text_encoder",), "."),
     (r"(?:text_encoders\.)?clip_g\.(?:transformer\.)?", ("text_encoder_2",), "."),
     (r"controlnet\.", ("controlnet",), "."),
-    (r"", ("unet", "text_encoder", "controlnet"), "."),
+    (r"prior\.", ("prior",), "."),
+    (r"", ("unet", "prior", "text_encoder", "controlnet"), "."),
 )
 """Prefix of a name -> the networks that it can mean, and what separates the words behind it."""
 

@@ -35,11 +35,12 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True
 class FourierProjection(nn.Module):
     """Sines and cosines of ``t [B]`` at random frequencies, which are never trained (Song et al. 2021, C.2).
 
-    The result, ``[B, 2 * half]``, is in float32.
+    The result, ``[B, 2 * half]``, is in float32. ``log``: of the logarithm of ``t``, which is above 0.
     """
 
     half: int
     flip_sin_to_cos: bool = True
+    log: bool = False
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -47,7 +48,9 @@ class FourierProjection(nn.Module):
         weight = parameter(self, "weight", nn.initializers.normal(1.0), (self.half,))
         frequencies = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
         # In this order: large angles are as inexact as those that the network was trained with.
-        angles = jnp.asarray(t, jnp.float32)[:, None] * frequencies[None, :] * 2 * math.pi
+        t = jnp.asarray(t, jnp.float32)
+        t = jnp.log(t) if self.log else t
+        angles = t[:, None] * frequencies[None, :] * 2 * math.pi
         sin, cos = jnp.sin(angles), jnp.cos(angles)
         return jnp.concatenate([cos, sin] if self.flip_sin_to_cos else [sin, cos], axis=-1)
 

@@ -36,6 +36,8 @@ SD15_INPAINT_UNET = SD15_UNET.replace(in_channels=9)  #: 859,535,364; latents, m
 SD15_PIX2PIX_UNET = SD15_UNET.replace(in_channels=8)  #: 859,532,484; latents, latents of the image
 SD15_LCM_UNET = SD15_UNET.replace(sample_size=96, time_cond_proj_dim=256)  #: 859,602,884; guidance scale as input
 
+#: 872,300,484; latent diffusion's text to image (CompVis/ldm-text2im-large-256), before Stable Diffusion
+LDM_TEXT_UNET = SD15_UNET.replace(sample_size=32, cross_attention_dim=1280)
 #: 865,910,724; 2.0, and 2.1 at 512 pixels
 SD20_UNET = SD15_UNET.replace(cross_attention_dim=1024, num_attention_heads=(5, 10, 20, 20), use_linear_projection=True)
 SD21_UNET = SD20_UNET.replace(sample_size=96, upcast_attention=True)  #: 865,910,724; 768 pixels, predicts velocity
@@ -158,6 +160,30 @@ IF_II_L_UNET = IF_II_M_UNET.replace(
     block_out_channels=(320, 320, 640, 960, 1280), cross_attention_dim=1280, time_embedding_dim=1280
 )
 
+#: 1,228,661,768; states and embeddings of M-CLIP, image embeddings of CLIP L
+KANDINSKY21_UNET = UNet2DConditionConfig(
+    sample_size=64,
+    out_channels=8,
+    block_out_channels=(384, 768, 1152, 1536),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    up_block_types=("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    num_attention_heads=64,
+    cross_attention_dim=768,
+    encoder_hid_dim=1024,
+    encoder_hid_dim_type="text_image_proj",
+    addition_embed_type="text_image",
+    resnet_time_scale_shift="scale_shift",
+)
+KANDINSKY21_INPAINT_UNET = KANDINSKY21_UNET.replace(in_channels=9)  #: 1,228,679,048
+#: 1,253,057,288; image embeddings of OpenCLIP bigG, no text
+KANDINSKY22_UNET = KANDINSKY21_UNET.replace(
+    encoder_hid_dim=1280, encoder_hid_dim_type="image_proj", addition_embed_type="image"
+)
+KANDINSKY22_INPAINT_UNET = KANDINSKY22_UNET.replace(in_channels=9)  #: 1,253,074,568
+#: 1,253,429,212; features of a map of depth beside the latents
+KANDINSKY22_DEPTH_UNET = KANDINSKY22_UNET.replace(in_channels=8, addition_embed_type="image_hint")
 #: 885,439,686; Karlo's decoder at 64 pixels; embeddings as class. Fields of Karlo's networks are those of the script
 #: that converted them to diffusers
 KARLO_UNET = IF_I_L_UNET.replace(
@@ -213,6 +239,18 @@ DDPM_256_UNET = DDPM_CIFAR10_UNET.replace(
     down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 )
+#: 65,574,549; NCSN++ on 256 pixels, conditioned on the noise level (churches, bedrooms, celebrities)
+NCSNPP_256_UNET = UNet2DConfig(
+    sample_size=256,
+    block_out_channels=(128, 128) + (256,) * 5,
+    down_block_types=("SkipDownBlock2D",) * 4 + ("AttnSkipDownBlock2D",) + ("SkipDownBlock2D",) * 2,
+    up_block_types=("SkipUpBlock2D",) * 2 + ("AttnSkipUpBlock2D",) + ("SkipUpBlock2D",) * 4,
+    time_embedding_type="fourier",
+    attention_head_dim=None,
+    norm_num_groups=None,
+    norm_eps=1e-6,
+    mid_block_scale_factor=2**0.5,
+)
 
 #: 691,579,523; Karlo's two networks of super-resolution: sample, enlarged image
 KARLO_SUPER_RESOLUTION_UNET = UNet2DConfig(
@@ -233,6 +271,7 @@ SD_VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
+LDM_TEXT_VAE = SD_VAE.replace(sample_size=256)  #: 83,653,863; latent diffusion's text to image
 SD21_VAE = SD_VAE.replace(sample_size=768)  #: 83,653,863
 SDXL_VAE = SD_VAE.replace(sample_size=1024, scaling_factor=0.13025)  #: 83,653,863; needs float32 (force_upcast)
 #: 55,325,927; four pixels per latent

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from diffuse_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
+from diffuse_jax.models.resampling import smooth_down, smooth_up
 
 
 class ResnetNames(NamedTuple):
@@ -28,8 +29,10 @@ class ResnetBlock(nn.Module):
 
     ``time_scale_shift``: "default" adds the projected time embedding after the first convolution (Ho et al. 2020);
     "scale_shift" lets it scale and shift the second norm (Dhariwal & Nichol 2021, adaptive group norm).
-    ``resample``: "up" or "down" changes the resolution by two before the first convolution and in the shortcut.
-    ``time_act``: whether the activation is applied to the time embedding. The result is divided by ``output_scale``.
+    ``resample``: what :func:`change_size` does before the first convolution and in the shortcut. ``time_act``: whether
+    the activation is applied to the time embedding. The result is divided by ``output_scale``. ``groups_out``: groups
+    of the second norm, if not as many as of the first. ``shortcut``: whether the shortcut is a layer, even if the
+    number of channels stays.
     """
 
     channels: int
@@ -41,6 +44,8 @@ class ResnetBlock(nn.Module):
     time_act: bool = True
     output_scale: float = 1.0
     names: ResnetNames = ResnetNames()
+    groups_out: int | None = None
+    shortcut: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -60,24 +65,24 @@ class ResnetBlock(nn.Module):
             if self.time_scale_shift == "scale_shift":
                 scale, shift = jnp.split(shift, 2, axis=-1)
 
-        h = act(self.norm(self.names.norm1, x, codes))
+        h = act(self.norm(self.names.norm1, x, codes, self.groups))
         x, h = change_size(x, self.resample), change_size(h, self.resample)
         h = Conv(self.channels, **dtypes, name=self.names.conv1)(h)
         if shift is not None and scale is None:
             h = h + shift
-        h = self.norm(self.names.norm2, h, codes)
+        h = self.norm(self.names.norm2, h, codes, self.groups_out or self.groups)
         if shift is not None and scale is not None:
             h = h * (1 + scale) + shift
         h = Conv(self.channels, **dtypes, name=self.names.conv2)(act(h))
-        if x.shape[-1] != self.channels:
+        if self.shortcut or x.shape[-1] != self.channels:
             x = Conv(self.channels, kernel_size=1, padding=0, **dtypes, name=self.names.conv_shortcut)(x)
         return x + h if self.output_scale == 1 else (x + h) / self.output_scale
 
-    def norm(self, name: str, x: jax.Array, codes: jax.Array | None) -> jax.Array:
-        """The norm of this name, of ``x``."""
+    def norm(self, name: str, x: jax.Array, codes: jax.Array | None, groups: int) -> jax.Array:
+        """The norm of this name, of ``x``; the groups do not matter with codes."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if codes is None:
-            return GroupNorm(self.groups, self.eps, **dtypes, name=name)(x)
+            return GroupNorm(groups, self.eps, **dtypes, name=name)(x)
         return SpatialNorm(**dtypes, name=name)(x, codes)
 
 
@@ -150,13 +155,18 @@ def halve(x: jax.Array) -> jax.Array:
 
 
 def change_size(x: jax.Array, direction: str | None) -> jax.Array:
-    """Upsample ``[B,H,W,C]`` by two ("up", nearest neighbour), downsample it ("down", average) or keep it (None)."""
+    """Upsample ``[B,H,W,C]`` by two ("up", nearest neighbour), downsample it ("down", average) or keep it (None);
+    "smooth_up" and "smooth_down" are with the filter of :mod:`~diffuse_jax.models.resampling`."""
     match direction:
         case "up":
             return nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
         case "down":
             return halve(x)
+        case "smooth_up":
+            return smooth_up(x)
+        case "smooth_down":
+            return smooth_down(x)
         case None:
             return x
         case _:
-            raise ValueError(f"resample={direction!r}; expected 'up', 'down' or None")
+            raise ValueError(f"resample={direction!r}; expected 'up', 'down', 'smooth_up', 'smooth_down' or None")

@@ -12,6 +12,15 @@ from diffuse_jax.pipelines.deepfloyd_if_superresolution import (
     IFInpaintingSuperResolutionPipeline,
     IFSuperResolutionPipeline,
 )
+from diffuse_jax.pipelines.kandinsky import KandinskyPipeline
+from diffuse_jax.pipelines.kandinsky_combined import (
+    KandinskyCombinedPipeline,
+    KandinskyImg2ImgCombinedPipeline,
+    KandinskyInpaintCombinedPipeline,
+)
+from diffuse_jax.pipelines.kandinsky_img2img import KandinskyImg2ImgPipeline
+from diffuse_jax.pipelines.kandinsky_inpaint import KandinskyInpaintPipeline
+from diffuse_jax.pipelines.kandinsky_prior import KandinskyPriorPipeline
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_combined import (
     KandinskyV22CombinedPipeline,
@@ -29,6 +38,7 @@ from diffuse_jax.pipelines.latent_consistency import (
     LatentConsistencyModelPipeline,
 )
 from diffuse_jax.pipelines.latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
+from diffuse_jax.pipelines.latent_diffusion_text import LDMTextToImagePipeline
 from diffuse_jax.pipelines.method import Method, Net, Part, PlainStep, Step, draw, sample
 from diffuse_jax.pipelines.perturbed import (
     StableDiffusionControlNetPAGInpaintPipeline,
@@ -99,6 +109,13 @@ __all__ = [
     "IFInpaintingSuperResolutionPipeline",
     "IFPipeline",
     "IFSuperResolutionPipeline",
+    "KandinskyCombinedPipeline",
+    "KandinskyImg2ImgCombinedPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintCombinedPipeline",
+    "KandinskyInpaintPipeline",
+    "KandinskyPipeline",
+    "KandinskyPriorPipeline",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetImg2ImgPipeline",
     "KandinskyV22ControlnetPipeline",
@@ -113,6 +130,7 @@ __all__ = [
     "KarrasVePipeline",
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
+    "LDMTextToImagePipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "Method",

@@ -31,8 +31,9 @@ def with_lora(pipe: Any, source: str | Path, scale: float, **options: Any) -> di
 
 
 def adaptable(pipe: Any) -> dict[str, Params]:
-    """The shapes of the networks of a pipeline that adapters can change: UNet, text encoders, a single ControlNet."""
-    names = [name for name in pipe.params if name in ("unet", "controlnet") or name.startswith("text_encoder")]
+    """The shapes of the networks of a pipeline that adapters can change: UNet or prior, text encoders, a single
+    ControlNet."""
+    names = [name for name in pipe.params if name in ("unet", "prior", "controlnet") or name.startswith("text_encoder")]
     return {name: pipe.components[name].shapes() for name in names if isinstance(pipe.components[name], Model)}
 
 
@@ -173,7 +174,13 @@ def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any
     changed: dict[str, Any] = {}
     for name in encoders:
         rows = by_encoder[name]
-        network, params, width = pipe.components[name], pipe.params[name], pipe.components[name].config.hidden_size
+        network, params = pipe.components[name], pipe.params[name]
+        if tokens.TABLE not in flatten(params):
+            raise ValueError(
+                f"{source}: holds a word for CLIP's text encoders; the {name} of this {type(pipe).__name__} is a "
+                f"{type(network).__name__}"
+            )
+        width = network.config.hidden_size
         if rows.shape[1] != width:
             raise ValueError(f"{source}: embeddings of size {rows.shape[1]} do not fit a text encoder of width {width}")
         table = tokens.table_of(params)

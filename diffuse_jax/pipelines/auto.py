@@ -9,20 +9,24 @@ from typing import Any, ClassVar
 
 from diffuse_jax import weights
 from diffuse_jax.pipelines.catalogue import not_downloaded
+from diffuse_jax.pipelines.combined import Combined
+from diffuse_jax.pipelines.family import autoencoder_name
 from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline, pipeline_class
 from diffuse_jax.pipelines.tasks import vae_of
 
-FAMILIES = "StableDiffusion|StableDiffusionXL|LatentConsistencyModel|IF|KandinskyV22"
-NAME = re.compile(f"({FAMILIES})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|)Pipeline")
+COMBINED = ("Kandinsky", "KandinskyV22", "StableCascade", "Wuerstchen")
+"""Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
+
+FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel", "LDMTextToImage", "IF", *COMBINED)
+NAME = re.compile(
+    f"({'|'.join(FAMILIES)})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|Decoder|)Pipeline"
+)
 """Class names in ``model_index.json``, split into family, ControlNet, perturbed-attention guidance, and the task that
 the folder was saved for."""
 TASKS = {"IFInpaintPipeline": "IFInpaintingPipeline"}
 """Class names that follow from family and task -> what they are called instead."""
 SHARED = {"LatentConsistencyModel": "StableDiffusion"}
 """Families whose checkpoints are run by the classes of another family, for tasks without a class of their own."""
-
-COMBINED = ("KandinskyV22",)
-"""Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
 
 
 class AutoPipeline:
@@ -53,7 +57,8 @@ class AutoPipeline:
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
         """The task's pipeline with the components of another pipeline; parameters are shared, not copied. Pipelines of
-        other tasks (T2I-Adapters, panoramas, self-attention guidance, DiffEdit) become the plain one of their family.
+        other tasks (T2I-Adapters, panoramas, self-attention guidance, DiffEdit) become the plain one of their family. A
+        decoder of embeddings becomes the pipeline of both stages, with ``prior=`` an open prior.
 
         Raises:
           WeightsError: the architecture does not support the task.
@@ -69,9 +74,9 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
-        if pipe.components.get("movq") is not None:
-            return pipe  # a decoder of embeddings, which checks its UNet itself
-        over_pixels = pipe.components.get("vae") is None
+        if isinstance(pipe, Combined):
+            return pipe  # a decoder of embeddings, which checks its network itself
+        over_pixels = pipe.components.get(autoencoder_name(pipe)) is None
         latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels
         takes = (latents, 2 * latents + 1) if cls.task == "Inpaint" and not over_pixels else (latents,)
@@ -91,14 +96,22 @@ class AutoPipeline:
         names = [own] if isinstance(own, str) else [base.__name__ for base in own.__mro__]
         name, found = names[0], next((match for base in names if (match := NAME.fullmatch(base))), None)
         if found is None:
-            known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
-            raise weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")
+            raise cls.refused(name, source)
         family, control, perturbed, _ = found.groups()
         has_control = given["controlnet"] is not None if "controlnet" in given else bool(control)
         kind = ("ControlNet" if has_control else "") + ("PAG" if given.get("enable_pag", bool(perturbed)) else "")
         rest = f"{kind}{cls.task}{'Combined' if family in COMBINED else ''}Pipeline"
-        name = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
-        return pipeline_class(TASKS.get(name, name), source)
+        target = (family if family + rest in PIPELINES else SHARED.get(family, family)) + rest
+        target = TASKS.get(target, target)
+        if target not in PIPELINES and not kind:
+            raise cls.refused(name, source)
+        return pipeline_class(target, source)
+
+    @classmethod
+    def refused(cls, name: str, source: Any) -> weights.WeightsError:
+        """The error that no class for this task has the architecture of the class of this name."""
+        known = ", ".join(k for k in sorted(PIPELINES) if NAME.fullmatch(k))
+        return weights.WeightsError(f"{source}: {name} has no {cls.__name__}; known: {known}")
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jax
 import numpy as np
 
 from diffuse_jax import weights
@@ -47,6 +48,15 @@ class Combined:
         opened: Any = super()
         first = with_prior(source, cls.prior, prior, options)
         return opened.from_pretrained(source, **{**first, **options})
+
+    @classmethod
+    def from_pipe(cls, pipe: DiffusionPipeline, *, prior: DiffusionPipeline | None = None, **components: Any) -> Self:
+        """The pipeline of a decoder that is open and its ``prior``, or of one of another task with both stages; errors
+        and further components as of :meth:`DiffusionPipeline.from_pipe
+        <diffuse_jax.pipelines.DiffusionPipeline.from_pipe>`."""
+        opened: Any = super()
+        first = {} if prior is None else components_of(prior)
+        return opened.from_pipe(pipe, **{**first, **components})
 
     @classmethod
     def from_stages(cls, prior: DiffusionPipeline, decoder: DiffusionPipeline) -> Self:
@@ -123,8 +133,14 @@ def with_prior(
     return components_of(target.from_pretrained(prior, **among("dtype", "mesh", *hub)))
 
 
+def only_checks(pipe: DiffusionPipeline) -> bool:
+    """Whether a pipeline has shapes in the place of its parameters (:mod:`~diffuse_jax.pipelines.configured`), so that
+    its requests are made and never run."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(pipe.params)))
+
+
 def after_prior(request: Request, prior: DiffusionPipeline, first: Request, **running: Any) -> Request:
-    """The decoder's request with the embeddings that the prior's run gives.
+    """The decoder's request with the embeddings that the prior's run gives; as it is if the prior :func:`only_checks`.
 
     Args:
       request: the decoder's, made with any embeddings.
@@ -132,6 +148,8 @@ def after_prior(request: Request, prior: DiffusionPipeline, first: Request, **ru
       first: its request, with as many images.
       **running: how to run it, see :func:`~diffuse_jax.pipelines.run`.
     """
+    if only_checks(prior):
+        return request
     found = run(prior, first, **running)
     positive, negative = (np.asarray(readable(found[name])) for name in ("image_embeds", "negative_image_embeds"))
     guided = is_branches(request.rows["image_embeds"])
@@ -172,9 +190,7 @@ def with_seed(options: Mapping[str, Any], mesh: Any) -> dict[str, Any]:
       ValueError: they name another library's noise, which both stages would draw from one generator.
     """
     if options.get("noise") is not None:
-        raise ValueError(
-            "a pipeline of several stages takes no noise=, which PyTorch draws in another order; give seed="
-        )
+        raise ValueError("a pipeline of stages takes no noise=, as all would draw from one generator; give seed=")
     if options.get("seed") is not None or options.get("key") is not None or spans_processes(mesh):
         return dict(options)
     return {**options, "seed": int(np.random.SeedSequence().generate_state(1)[0])}

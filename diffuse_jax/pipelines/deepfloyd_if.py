@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, encode_ids
 from diffuse_jax.pipelines.families.deepfloyd_if import DEEPFLOYD_IF
@@ -84,13 +85,13 @@ class IFPipeline(DiffusionPipeline):
         if self.components.get("text_encoder") is None or self.components.get("tokenizer") is None:
             raise ValueError("encode_prompt needs a text_encoder and a tokenizer, and this pipeline has none")
         given = {"prompt": prompt, "negative_prompt": negative_prompt, "clean_caption": clean_caption}
-        call, part = Call(given, len(as_list(prompt, "prompt")), 1, (0, 0)), self.family.text_part(self)
-
-        def encoded(branch: str) -> jax.Array:
-            tokens = self.family.tokens(self, self.family.prompts(call, branch))
-            return jnp.repeat(apply(self, encode_ids, part, tokens)["states"], num_images_per_prompt, axis=0)
-
-        return PromptEmbeds(encoded(POSITIVE), encoded(NEGATIVE) if do_classifier_free_guidance else None)
+        call = Call(given, len(as_list(prompt, "prompt")), 1, (0, 0))
+        branches = (POSITIVE, NEGATIVE) if do_classifier_free_guidance else (POSITIVE,)
+        tokens = [self.family.tokens(self, self.family.prompts(call, branch)) for branch in branches]
+        rows = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tokens)  # T5 is on the device once for both
+        states = apply(self, encode_ids, self.family.text_part(self), rows)["states"]
+        positive, *negative = jnp.split(jnp.repeat(states, num_images_per_prompt, axis=0), len(branches))
+        return PromptEmbeds(positive, negative[0] if negative else None)
 
 
 class IFImg2ImgPipeline(IFPipeline):

@@ -162,7 +162,7 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
         of the UNet's (the message gives the nearest valid sizes), or longer than :data:`LONGEST_SIDE`; the image has
         more than :data:`MOST_PIXELS`; or the checkpoint has no default.
     """
-    vae = pipe.components.get("vae")
+    vae = pipe.components.get(autoencoder_name(pipe))
     scale = 1 if vae is None else vae.config.scale
     multiple = pipe.components["unet"].config.divisor if vae is None else scale
     default = pipe.components["unet"].config.sample_size
@@ -181,6 +181,11 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
     if math.prod(sizes) > MOST_PIXELS:
         raise ValueError(f"an image may have {MOST_PIXELS} pixels, got {sizes[0]}x{sizes[1]}")
     return sizes[0], sizes[1]
+
+
+def autoencoder_name(pipe: Any) -> str:
+    """The name of the component that encodes and decodes latents: the family's ``autoencoder``, or ``vae``."""
+    return getattr(pipe.family, "autoencoder", "vae")
 
 
 def asks_for_guidance(call: Call) -> bool:

@@ -1,10 +1,12 @@
-"""Requests of Kandinsky's decoders, and the tasks that change them: image to image, inpainting, a hint to follow."""
+"""Requests of the decoders of Kandinsky 2.1 and 2.2, and the tasks that change them: image to image, inpainting, a hint
+to follow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diffuse_jax.pipelines.families.kandinsky_v22 import given_embeds, movq_of
@@ -13,29 +15,32 @@ from diffuse_jax.pipelines.inputs import ImageInput, image_list, mask_pixels, pe
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.movq import EncodeInitial, WidenedMask
-from diffuse_jax.pipelines.parts.start import FromNoised
+from diffuse_jax.pipelines.parts.start import FromMixture, FromNoised
 from diffuse_jax.pipelines.parts.step import KeepKnown
 from diffuse_jax.pipelines.running import Request
 from diffuse_jax.pipelines.tasks import below_guidance, changed, is_latents, latent_rows, require_image
+from diffuse_jax.schedulers import DDPMScheduler
 
 STEPS = 100
 
 
-def decoder_request(pipe: Any, arguments: Mapping[str, Any], height: int, width: int, **plan_options: Any) -> Request:
+def decoder_request(
+    pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any], height: int, width: int, **plan_options: Any
+) -> Request:
     """The request of a decoder, starting from noise.
 
     Args:
       pipe: the pipeline.
-      arguments: those of the call besides the size.
+      named: the arguments of the call that its class names: embeddings, guidance, a prompt.
+      options: its further arguments.
       height, width: in pixels; rounded up to a multiple of the square of the autoencoder's factor.
       **plan_options: further arguments of the sampler's plan, for example ``strength``.
 
     Raises:
       ValueError, TypeError: an argument is invalid or contradicts another one.
     """
-    named = ("image_embeds", "negative_image_embeds", "guidance_scale")
-    check_names(type(pipe), {k: v for k, v in arguments.items() if k not in named}, pipe.family.options)
-    given = {name: value for name, value in arguments.items() if value is not None}
+    check_names(type(pipe), options, pipe.family.options)
+    given = {name: value for name, value in {**named, **options}.items() if value is not None}
     prompts = len(given_embeds(pipe, given, "image_embeds"))
     size = rounded_up(pipe, height, "height"), rounded_up(pipe, width, "width")
     request = request_of(pipe, default_steps(given, STEPS), prompts, size, **plan_options)
@@ -58,11 +63,11 @@ def check_channels(pipe: Any, request: Request) -> Request:
     """The request, if the UNet takes what the pipeline's task gives it.
 
     Raises:
-      ValueError: it takes a mask or a hint that the pipeline has not, or the other way round.
+      ValueError: it takes a mask, a hint or a prompt that the pipeline has not, or the other way round.
     """
     config, latents = pipe.components["unet"].config, request.method.latent_shape[-1]
-    hinted, gives = config.addition_embed_type == "image_hint", 2 * latents + 1 if pipe.masked else latents
-    if config.sample_channels != gives or hinted != pipe.hinted:
+    gives = 2 * latents + 1 if pipe.masked else latents
+    if config.sample_channels != gives or config.addition_embed_type != pipe.added:
         raise ValueError(
             f"the UNet has {config.in_channels} input channels (addition_embed_type={config.addition_embed_type!r}), "
             f"which is not a UNet for {type(pipe).__name__}; take the class that the checkpoint names"
@@ -107,10 +112,23 @@ def from_initial_image(request: Request, pipe: Any, image: ImageInput) -> Reques
     return changed(request, {}, start=FromNoised())
 
 
+def from_mixed_image(request: Request, pipe: Any, image: ImageInput, strength: float) -> Request:
+    """Start from an image with as much noise as Kandinsky 2.1 was made for.
+
+    That is DDPM's (Ho et al. 2020) two timesteps before the one that the strength is a share of, whatever the sampler's
+    noise schedule is.
+    """
+    request = with_initial_image(request, pipe, image)
+    levels = DDPMScheduler().train_levels()
+    last = int(pipe.scheduler.num_train_timesteps * strength) - 2
+    mixture = levels[min(max(last, 0), len(levels) - 1)].astype(np.float32)
+    return changed(request, {"mixture": np.tile(mixture, (request.images, 1))}, start=FromMixture())
+
+
 def repainted(request: Request, pipe: Any, image: ImageInput, mask: ImageInput) -> Request:
     """Repaint an image where the mask is white, with a UNet that sees the mask and the rest of the image.
 
-    The mask is made one latent pixel wider. The rest is restored after each step.
+    The mask is made one latent pixel wider.
     """
     require_image(mask, "mask_image")
     request = with_initial_image(request, pipe, image)
@@ -122,8 +140,12 @@ def repainted(request: Request, pipe: Any, image: ImageInput, mask: ImageInput) 
         rows,
         conditions=(*method.conditions, WidenedMask(movq_of(pipe).config.scale)),
         denoiser=below_guidance(method.denoiser, lambda d: Beside(d, ("masked_image_latents", "known_mask"))),
-        advance=KeepKnown(method.advance),
     )
+
+
+def restored(request: Request) -> Request:
+    """The request of :func:`repainted` with the rest of the image restored after each step."""
+    return changed(request, {}, advance=KeepKnown(request.method.advance))
 
 
 def with_hint(request: Request, pipe: Any, hint: ImageInput) -> Request:

@@ -17,7 +17,8 @@ class KandinskyV22Pipeline(DiffusionPipeline):
 
     required: ClassVar[tuple[str, ...]] = ("unet", "scheduler", "movq")
     masked: ClassVar[bool] = False
-    hinted: ClassVar[bool] = False
+    added: ClassVar[str] = "image"
+    """What the UNet embeds beside the timestep (``addition_embed_type``)."""
     family = KANDINSKY_V22
 
     def compose(
@@ -44,4 +45,4 @@ class KandinskyV22Pipeline(DiffusionPipeline):
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-        return decoder_request(self, {**embeds, "guidance_scale": guidance_scale, **options}, height, width)
+        return decoder_request(self, {**embeds, "guidance_scale": guidance_scale}, options, height, width)

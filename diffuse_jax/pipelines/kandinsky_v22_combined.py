@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
 from diffuse_jax.pipelines.kandinsky_v22_inpaint import KandinskyV22InpaintPipeline
 from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
-from diffuse_jax.pipelines.options import CombinedOptions, check_names
+from diffuse_jax.pipelines.options import CombinedOptions, argument_names, check_names
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request
 
@@ -31,7 +31,7 @@ class KandinskyV22CombinedPipeline(Combined, DiffusionPipeline):
         *prefixed(KandinskyV22PriorPipeline.required),
     )
     prior = KandinskyV22PriorPipeline
-    decoder: ClassVar[type[KandinskyV22Pipeline]] = KandinskyV22Pipeline
+    decoder: ClassVar[type[DiffusionPipeline]] = KandinskyV22Pipeline
 
     def compose(
         self,
@@ -65,9 +65,10 @@ class KandinskyV22CombinedPipeline(Combined, DiffusionPipeline):
         second: dict[str, Any] = dict(first)
         first |= {TO_PRIOR[name]: given.pop(name) for name in TO_PRIOR if name in given}
         first |= {name: given.pop(name) for name in ("negative_prompt", "latents") if name in given}
-        width = self.components["unet"].config.image_width
-        blank = np.zeros((len(as_list(() if prompt is None else prompt, "prompt")), width), np.float32)
+        prompts = as_list(() if prompt is None else prompt, "prompt")
+        blank = np.zeros((len(prompts), self.components["unet"].config.image_width), np.float32)
         second |= given | {"image_embeds": blank, "negative_image_embeds": blank, **decoding}
+        second |= {"prompt": prompts} if "prompt" in argument_names(self.decoder) else {}
         request = type(decoder).compose(decoder, **second)
         running = {} if callback is None else {"callback_on_step_end": callback}
         return after_prior(request, prior, prior.request(prompt, **first), **running)
@@ -76,7 +77,7 @@ class KandinskyV22CombinedPipeline(Combined, DiffusionPipeline):
 class KandinskyV22Img2ImgCombinedPipeline(KandinskyV22CombinedPipeline):
     """Images from prompts and an initial image."""
 
-    decoder = KandinskyV22Img2ImgPipeline
+    decoder: ClassVar[type[DiffusionPipeline]] = KandinskyV22Img2ImgPipeline
 
     def compose(
         self,
@@ -110,7 +111,7 @@ class KandinskyV22Img2ImgCombinedPipeline(KandinskyV22CombinedPipeline):
 class KandinskyV22InpaintCombinedPipeline(KandinskyV22CombinedPipeline):
     """Repaints the masked part of an image from prompts."""
 
-    decoder = KandinskyV22InpaintPipeline
+    decoder: ClassVar[type[DiffusionPipeline]] = KandinskyV22InpaintPipeline
 
     def compose(
         self,

@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.running import Request
 class KandinskyV22ControlnetPipeline(KandinskyV22Pipeline):
     """Images from embeddings that follow an image, such as a map of depth."""
 
-    hinted: ClassVar[bool] = True
+    added: ClassVar[str] = "image_hint"
 
     def compose(  # type: ignore[override]
         self,
@@ -41,6 +41,6 @@ class KandinskyV22ControlnetPipeline(KandinskyV22Pipeline):
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-        arguments = {**embeds, "guidance_scale": guidance_scale, **options}
-        request = decoder_request(self, arguments, height, width)
+        named = {**embeds, "guidance_scale": guidance_scale}
+        request = decoder_request(self, named, options, height, width)
         return with_hint(request, self, hint)

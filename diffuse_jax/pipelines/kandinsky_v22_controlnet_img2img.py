@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.running import Request
 class KandinskyV22ControlnetImg2ImgPipeline(KandinskyV22Pipeline):
     """Images from embeddings and an initial image that follow another image."""
 
-    hinted: ClassVar[bool] = True
+    added: ClassVar[str] = "image_hint"
 
     def compose(  # type: ignore[override]
         self,
@@ -45,6 +45,6 @@ class KandinskyV22ControlnetImg2ImgPipeline(KandinskyV22Pipeline):
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-        arguments = {**embeds, "guidance_scale": guidance_scale, **options}
-        request = decoder_request(self, arguments, height, width, strength=strength)
+        named = {**embeds, "guidance_scale": guidance_scale}
+        request = decoder_request(self, named, options, height, width, strength=strength)
         return with_hint(from_initial_image(request, self, image), self, hint)

@@ -41,6 +41,6 @@ class KandinskyV22Img2ImgPipeline(KandinskyV22Pipeline):
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-        arguments = {**embeds, "guidance_scale": guidance_scale, **options}
-        request = decoder_request(self, arguments, height, width, strength=strength)
+        named = {**embeds, "guidance_scale": guidance_scale}
+        request = decoder_request(self, named, options, height, width, strength=strength)
         return from_initial_image(request, self, image)

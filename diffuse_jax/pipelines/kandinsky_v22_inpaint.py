@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack
 
 from diffuse_jax.pipelines.inputs import ImageInput
-from diffuse_jax.pipelines.kandinsky_decoding import decoder_request, repainted
+from diffuse_jax.pipelines.kandinsky_decoding import decoder_request, repainted, restored
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.options import EmbeddingOptions
 from diffuse_jax.pipelines.running import Request
@@ -43,6 +43,6 @@ class KandinskyV22InpaintPipeline(KandinskyV22Pipeline):
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.
         """
         embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-        arguments = {**embeds, "guidance_scale": guidance_scale, **options}
-        request = decoder_request(self, arguments, height, width)
-        return repainted(request, self, image, mask_image)
+        named = {**embeds, "guidance_scale": guidance_scale}
+        request = decoder_request(self, named, options, height, width)
+        return restored(repainted(request, self, image, mask_image))

@@ -170,8 +170,8 @@ class ImageVariationOptions(CallOptions, total=False):
     batch_size: int | None
 
 
-class WuerstchenOptions(CallOptions, total=False):
-    """Arguments of a call of either stage of Würstchen, besides the prompt.
+class EncoderTextOptions(CallOptions, total=False):
+    """Arguments of calls with prompts whose text encoder has one output, besides the prompt itself.
 
     Attributes:
       negative_prompt: one, or one per prompt; empty if None.
@@ -191,6 +191,10 @@ class WuerstchenOptions(CallOptions, total=False):
     prompt_syntax: Literal["a1111", "compel"] | None
     long_prompts: bool
     batch_size: int | None
+
+
+class WuerstchenOptions(EncoderTextOptions, total=False):
+    """Arguments of a call of either stage of Würstchen, besides the prompt: those of :class:`EncoderTextOptions`."""
 
 
 class WuerstchenDecoderOptions(WuerstchenOptions, total=False):
@@ -258,6 +262,16 @@ class EmbeddingOptions(CallOptions, total=False):
 
     num_images_per_prompt: int
     batch_size: int | None
+
+
+class PromptedEmbeddingOptions(EmbeddingOptions, total=False):
+    """:class:`EmbeddingOptions` of a decoder that takes prompts too.
+
+    Attributes:
+      negative_prompt: one for all embeddings, or a list as for ``prompt``; empty if None.
+    """
+
+    negative_prompt: str | Sequence[str] | None
 
 
 class CombinedOptions(EmbeddingOptions, total=False):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.family import default_steps, request_of
 from diffuse_jax.pipelines.image_prompts import encoder_pixels
 from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, per_prompt
@@ -36,8 +37,8 @@ def prior_request(pipe: Any, arguments: Mapping[str, Any], **plan_options: Any) 
     named = ("prompt", "guidance_scale")
     check_names(type(pipe), {k: v for k, v in arguments.items() if k not in named}, pipe.family.options)
     given = {name: value for name, value in arguments.items() if value is not None}
-    if (output := given.setdefault("output_type", "jax")) != "jax":
-        raise ValueError(f"output_type must be 'jax' for embeddings (np.asarray makes NumPy's of them), got {output!r}")
+    if (output := given.setdefault("output_type", "jax")) not in ("jax", "np"):
+        raise ValueError(f"output_type must be 'jax' or 'np' for embeddings, got {brief(output)}")
     prompts = len(as_list(given.get("prompt", ()), "prompt"))
     request = request_of(pipe, default_steps(given, STEPS), prompts, (0, 0), **plan_options)
     if given.get("noise") and "negative_prompt" in given and request.images > 1:

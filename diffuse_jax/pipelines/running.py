@@ -68,8 +68,8 @@ class Output:
     Attributes:
       results: name -> result. Depending on ``output_type``, ``images`` is a list of ``PIL.Image`` ("pil"), float32
         ``[B,H,W,3]`` in [0, 1] ("np", or as a ``jax.Array`` that stays on the device with "jax"), or a ``jax.Array`` of
-        latents ``[B,h,w,c]`` ("latent"). Other results are
-        ``jax.Array`` with one row per image; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
+        latents ``[B,h,w,c]`` ("latent"). Other results are ``jax.Array`` with one row per image, those of pipelines
+        that make no images NumPy's with "np"; ``trajectory`` is float32 ``[B,evaluations + 1, ...]``.
         ``nsfw_content_detected`` is a list with a bool per image, or None if the images were not checked.
       seeds: the seed of each image; None if the caller gave ``key``.
     """
@@ -303,7 +303,7 @@ def to_output_type(results: Sequence[dict[str, Any]], count: int, output_type: s
     images = [found["images"] for found in results if "images" in found]
     rest = concatenated([{k: v for k, v in found.items() if k != "images"} for found in results], count)
     if not images:
-        return rest
+        return jax.tree.map(lambda x: np.asarray(readable(x)), rest) if output_type == "np" else rest
     array = np.concatenate([np.asarray(readable(part)) for part in images])[:count]
     return {"images": as_images(array) if output_type == "pil" else array, **rest}
 

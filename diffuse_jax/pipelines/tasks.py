@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.models.controlnet import check_fits
-from diffuse_jax.pipelines.family import output_size
+from diffuse_jax.pipelines.family import autoencoder_name, output_size
 from diffuse_jax.pipelines.inputs import (
     ImageInput,
     finite,
@@ -119,7 +119,8 @@ def nets_of(pipe: Any, name: str) -> tuple[Net, ...]:
 
 def vae_of(pipe: Any) -> Net:
     """The pipeline's autoencoder."""
-    return Net("vae", autoencoder(pipe.components["vae"]))
+    name = autoencoder_name(pipe)
+    return Net(name, autoencoder(pipe.components[name]))
 
 
 def request_size(request: Request, vae: Net) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
-from diffuse_jax.pipelines.combined import Combined, prefixed
+from diffuse_jax.pipelines.combined import Combined, only_checks, prefixed
 from diffuse_jax.pipelines.families.wuerstchen import with_maps
 from diffuse_jax.pipelines.inputs import Prompt
 from diffuse_jax.pipelines.options import WuerstchenCombinedOptions, check_names
@@ -89,5 +89,7 @@ class WuerstchenCombinedPipeline(Combined, WuerstchenDecoderPipeline):
             **{name: value for name, value in pick(*TEXT, "output_type").items() if name != "num_images_per_prompt"},
             **noise,
         )
+        if only_checks(prior):
+            return second
         maps = run(prior, first, callback_on_step_end=prior_callback_on_step_end).image_embeddings
         return with_maps(second, np.asarray(readable(maps)))

@@ -41,7 +41,7 @@ class WuerstchenPriorPipeline(DiffusionPipeline):
             rounded up.
           guidance_scale: scale of classifier-free guidance, one value or one per image; off if none is above 1.
           **options: see :class:`~diffuse_jax.pipelines.options.WuerstchenOptions`. ``timesteps`` are from 1 to 0;
-            ``output_type`` has no effect.
+            ``output_type="np"`` gives the maps as NumPy's.
 
         Raises:
           ValueError, TypeError: an argument is invalid or contradicts another one; nothing has been compiled.

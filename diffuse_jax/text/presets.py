@@ -6,6 +6,7 @@ from typing import Any
 
 from diffuse_jax.text.clip import CLIPTextConfig
 from diffuse_jax.text.ldm_bert import LDMBertConfig
+from diffuse_jax.text.multilingual_clip import MultilingualCLIPConfig
 from diffuse_jax.text.t5 import T5Config
 
 OLD_IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2}
@@ -36,3 +37,14 @@ OPENCLIP_BIGG = CLIPTextConfig(
 T5_XXL = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 #: 581,994,042; latent diffusion's text to image (CompVis/ldm-text2im-large-256), its layer ``to_logits`` included
 LDM_BERT = LDMBertConfig()
+#: 560,677,632; Kandinsky 2.1 (M-CLIP/XLM-Roberta-Large-Vit-L-14), its pooling layer included
+M_CLIP = MultilingualCLIPConfig(
+    vocab_size=250002,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    max_position_embeddings=514,
+    type_vocab_size=1,
+    layer_norm_eps=1e-5,
+)

@@ -1,4 +1,4 @@
-"""The tokenizers of CLIP and T5 from transformers, and thread-safe calls of tokenizers."""
+"""The tokenizers of BERT, CLIP, T5 and XLM-RoBERTa from transformers, and thread-safe calls of tokenizers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.writing import expanded
 
-FILES = {"CLIP": "vocab.json and merges.txt", "T5": "spiece.model"}
+FILES = {
+    "Bert": "vocab.txt",
+    "CLIP": "vocab.json and merges.txt",
+    "T5": "spiece.model",
+    "XLMRoberta": "sentencepiece.bpe.model",
+}
 """Tokenizer -> the files with its vocabulary, if there is no ``tokenizer.json``."""
 
 SPACE = "▁"
-"""What T5's tokenizer has for a space, with or without a vocabulary."""
+"""What the tokenizers of T5 and XLM-RoBERTa have for a space, T5's even without a vocabulary."""
 
 TOKENIZERS = tuple(f"{kind}Tokenizer{suffix}" for kind in FILES for suffix in ("", "Fast"))
 """The tokenizer classes of transformers that can be opened."""

@@ -15,9 +15,15 @@ from diffuse_jax.torch_backend.networks import exact, to_numpy, to_torch
 from diffuse_jax.torch_backend.twins import CALLS
 
 
+def split_flags(kwargs: Mapping[str, Any]) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Keyword arguments that decide what is computed, and those that are arrays."""
+    is_flag = {name: isinstance(value, bool) for name, value in kwargs.items()}
+    return {n: v for n, v in kwargs.items() if is_flag[n]}, {n: v for n, v in kwargs.items() if not is_flag[n]}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordedCall:
-    """One call of a network: its method and its arguments as NumPy arrays."""
+    """One call of a network: its method and its arguments as NumPy arrays (flags as bools)."""
 
     method: str
     args: tuple[Any, ...]
@@ -66,13 +72,15 @@ class TorchNetwork:
             raise ValueError(
                 f"{type(self.model).__name__}.{method} has no PyTorch counterpart yet (torch_backend/twins.py)"
             )
-        apply = lambda params, a, k: self.model.apply({"params": params}, *a, method=method, **k)
-        shapes = jax.eval_shape(apply, self.model.shapes(), args, kwargs)
-        return jax.pure_callback(functools.partial(self._run, method, shapes), shapes, args, kwargs)
+        flags, arrays = split_flags(kwargs)
+        apply = lambda params, a, k: self.model.apply({"params": params}, *a, method=method, **k, **flags)
+        shapes = jax.eval_shape(apply, self.model.shapes(), args, arrays)
+        return jax.pure_callback(functools.partial(self._run, method, flags, shapes), shapes, args, arrays)
 
-    def _run(self, method: str, shapes: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, method: str, flags: dict[str, bool], shapes: Any, args: Any, kwargs: Any) -> Any:
         """The host callback."""
         args, kwargs = jax.tree.map(np.asarray, (args, kwargs))
+        kwargs |= flags
         if self.calls is not None:
             self.calls.append(RecordedCall(method, args, kwargs))
         outputs = self.run(method, args, kwargs)
@@ -81,6 +89,7 @@ class TorchNetwork:
     def run(self, method: str, args: Any, kwargs: Any) -> Any:
         """Call the module with NumPy arguments; returns its outputs as tensors."""
         device = next(self.module.parameters()).device
-        tensors = jax.tree.map(lambda x: to_torch(x, device), (args, kwargs))
+        flags, arrays = split_flags(kwargs)
+        tensors = jax.tree.map(lambda x: to_torch(x, device), (args, arrays))
         with exact():
-            return CALLS[type(self.model).__name__, method](self.module, *tensors[0], **tensors[1])
+            return CALLS[type(self.model).__name__, method](self.module, *tensors[0], **tensors[1], **flags)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines.parts.decode import autoencoder
-from diffuse_jax.torch_backend.adapter import RecordedCall, TorchNetwork
+from diffuse_jax.torch_backend.adapter import RecordedCall, TorchNetwork, split_flags
 from diffuse_jax.torch_backend.networks import to_numpy
 from diffuse_jax.torch_backend.trace import Trace
 
@@ -78,17 +78,19 @@ def named(outputs: Any) -> dict[str, Any]:
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("method", "model"))
-def apply(params: Any, args: Any, kwargs: Any, *, method: str, model: Any) -> Any:
-    """Our network's outputs, compiled once per network and shape."""
-    return model.apply({"params": params}, *args, method=method, **kwargs)
+@functools.partial(jax.jit, static_argnames=("method", "flags", "model"))
+def apply(params: Any, args: Any, kwargs: Any, *, method: str, flags: tuple[tuple[str, bool], ...], model: Any) -> Any:
+    """Our network's outputs, compiled once per network, flags and shape."""
+    return model.apply({"params": params}, *args, method=method, **kwargs, **dict(flags))
 
 
 def run_ours(call: Call, model: Any, params: Any) -> Outputs:
     """Our outputs as float32, with matrix products in full precision."""
     recorded = call.recorded
+    flags, arrays = split_flags(recorded.kwargs)
+    static = {"method": recorded.method, "flags": tuple(flags.items()), "model": autoencoder(model)}
     with jax.default_matmul_precision("highest"):
-        outputs = apply(params, recorded.args, recorded.kwargs, method=recorded.method, model=autoencoder(model))
+        outputs = apply(params, recorded.args, arrays, **static)
     return {name: np.asarray(value, np.float32) for name, value in named(outputs).items()}
 
 

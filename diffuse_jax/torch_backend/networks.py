@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.deprecated import unclip, wuerstchen
+from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as latent_diffusion
 
 from diffuse_jax.models import Model
 from diffuse_jax.weights import WeightsError
@@ -21,6 +22,8 @@ LIBRARIES = {
     "diffusers": diffusers,
     "transformers": transformers,
     "deepfloyd_if": diffusers.pipelines.deepfloyd_if.safety_checker,
+    "kandinsky": diffusers.pipelines.kandinsky,
+    "latent_diffusion": latent_diffusion,
     "stable_diffusion": diffusers.pipelines.stable_diffusion,
     "unclip": unclip.text_proj,
     "wuerstchen": wuerstchen,

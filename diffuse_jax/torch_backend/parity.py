@@ -51,8 +51,7 @@ class Request:
         takes = inspect.signature(pipe.compose).parameters
         given = {"prompt": list(self.prompts), "batch_size": len(self.prompts)}
         prompts = {name: value for name, value in given.items() if name in takes}
-        missing = {k: image for k, image in default_images(pipe).items() if k not in self.options}
-        return prompts | missing | self.options
+        return prompts | default_images(pipe, self.options, len(self.prompts)) | self.options
 
 
 @dataclasses.dataclass
@@ -139,7 +138,8 @@ def check(sides: Sides, request: Request) -> Result:
         ours = run_traced(sides.ours, **request.arguments(sides.ours))
         result.differences += token_differences(ours, theirs)
         result.rows += trajectory_rows(ours, theirs, tolerance)
-        result.images = ours.images, theirs.images
+        is_image = ours.images.ndim == 4 and ours.images.shape[-1] == 3  # and not embeddings
+        result.images = (ours.images, theirs.images) if is_image else None
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from diffuse_jax.columns import in_columns
 from diffuse_jax.weights import write_json
 
 
@@ -78,9 +79,7 @@ def table(rows: Iterable[Comparison]) -> str:
         errors = map(number, (row.max_error, row.mean_error, row.relative_error))
         shape = "x".join(map(str, row.shape)) or "1"
         cells.append((row.name, shape, *errors, f"{row.tolerance:g}", "same" if row.ok else "DIFFERENT"))
-    widths = [max(len(line[k]) for line in cells) for k in range(len(HEADER))]
-    left = lambda line: (line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:])))
-    return "\n".join("  ".join(left(line)).rstrip() for line in cells)
+    return in_columns(cells, [name != HEADER[0] for name in HEADER])
 
 
 def write_report(path: Path, rows: Iterable[Comparison], **context: Any) -> Path:

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 
 from diffuse_jax.pipelines import DiffusionPipeline, run
-from diffuse_jax.pipelines.method import networks_of
+from diffuse_jax.pipelines.method import Method, networks_of
 from diffuse_jax.torch_backend.adapter import RecordedCall, TorchNetwork
+
+RESULTS = ("images", "image_embeddings", "image_embeds")
+"""What runs result in, whichever is there."""
 
 
 class Trace(NamedTuple):
@@ -42,12 +45,18 @@ def run_traced(pipe: DiffusionPipeline, *args: Any, **call: Any) -> Trace:
     calls = {name: network.calls for name, network in networks(pipe).items() if isinstance(network, TorchNetwork)}
     return Trace(
         request.rows,
-        any(networks_of(request.method.start)),
+        starts_encoded(request.method),
         np.asarray(request.plan.timesteps[:evaluations]),
         np.asarray(out.trajectory),
-        np.asarray(out.results.get("images", out.results.get("image_embeddings"))),
+        np.asarray(next(out.results[name] for name in RESULTS if name in out.results)),
         {name: found for name, found in calls.items() if found},
     )
+
+
+def starts_encoded(method: Method) -> bool:
+    """Whether a network computes the first sample, in the start or in a condition whose row it reads."""
+    reads = {name for row in method.start.reads for name in row.split("|")}
+    return any(networks_of(method.start)) or any(reads & {*part.adds} for part in method.conditions)
 
 
 def recording(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -6,7 +6,7 @@ The loss and the optimizer step are those of the trainers (:mod:`diffuse_jax.tra
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,19 +18,11 @@ import optax
 from diffuse_jax.adapters import lora
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.pipelines.families import ClipFamily
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import Example
-from diffuse_jax.training.latent import (
-    Combine,
-    denoising_loss,
-    finish,
-    micro_conditioning,
-    networks,
-    tokenizers_of,
-    whole,
-    with_lora,
-)
+from diffuse_jax.training.families import TrainedFamily, trained_family
+from diffuse_jax.training.families.base import Arrays, Networks
+from diffuse_jax.training.latent import Combine, denoising_loss, divided, finish, networks, whole, with_lora
 from diffuse_jax.training.objective import Draw, Objective, draw
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.state import Loss, Metrics, init_state, make_step
@@ -73,8 +65,7 @@ class Trained(NamedTuple):
 
 def full(pipe: DiffusionPipeline, names: Sequence[str]) -> Trained:
     """Full fine-tuning of the named networks, whose parameters are float32."""
-    trainable = {name: pipe.params[name] for name in names}
-    frozen = {name: tree for name, tree in pipe.params.items() if name not in trainable}
+    trainable, frozen = divided(pipe, names)
     return Trained(trainable, frozen, whole(networks(pipe)), named_parameters)
 
 
@@ -109,8 +100,8 @@ def named_pairs(pairs: Mapping[str, Params]) -> dict[str, np.ndarray]:
 
 def batch_of(pipe: DiffusionPipeline, examples: Sequence[Example]) -> Batch:
     """The batch of captioned images of one size, arrays ``[B,...]``, as a trainer's data workers compute it."""
-    time_ids = functools.partial(micro_conditioning, True) if "text_encoder_2" in pipe.components else None
-    rows = [finish(tokenizers_of(pipe), time_ids, None, None, example) for example in examples]
+    family = trained_family(pipe)
+    rows = [finish(family.words(pipe), family.arrays(pipe, True), None, None, example) for example in examples]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -141,7 +132,7 @@ def our_step(pipe: DiffusionPipeline, trained: Trained, objective: Objective, ba
       batch: see :func:`batch_of`.
       seed: seed of the step's random numbers.
     """
-    return step_of(recording_loss(pipe.family, trained.combine, objective), trained, batch, seed)
+    return step_of(recording_loss(trained_family(pipe), trained.combine, objective), trained, batch, seed)
 
 
 def step_of(loss: Loss, trained: Trained, batch: Mapping[str, Any], seed: int = 0) -> Update:
@@ -171,36 +162,37 @@ def record_gradients() -> optax.GradientTransformation:
     )
 
 
-class RecordingUNet(NamedTuple):
-    """A UNet that records its inputs and outputs; it can be applied wherever a model can."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded(TrainedFamily):
+    """A family whose denoiser's inputs and outputs are recorded in ``seen``."""
 
-    model: Any
+    family: TrainedFamily
     seen: dict[str, jax.Array]
 
-    def apply(
-        self, variables: Mapping[str, Any], x: jax.Array, t: jax.Array, states: jax.Array, added: Any, **control: Any
-    ) -> Any:
-        """Like ``model.apply``."""
-        prediction = self.model.apply(variables, x, t, states, added, **control)
-        self.seen.update({"prompt embeddings": states, "noised latents": x, "prediction": prediction})
-        if added is not None:
-            self.seen["pooled embeddings"] = added["text_embeds"]
+    def encoded(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
+        return self.family.encoded(models, params, batch)
+
+    def begin(self, models: Networks, params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Arrays]:
+        return self.family.begin(models, params, batch, key)
+
+    def predict(self, models: Networks, params: Params, batch: Arrays, x: jax.Array, t: jax.Array) -> jax.Array:
+        prediction = self.family.predict(models, params, batch, x, t)
+        named = {"prompt embeddings": "states", "pooled embeddings": "pooled"}
+        found = {name: batch[row] for name, row in named.items() if row in batch}
+        self.seen.update(found | {"noised latents": x, "prediction": prediction})
         return prediction
 
 
-def recording_loss(family: ClipFamily, combine: Combine, objective: Objective) -> Loss:
-    """:func:`~diffuse_jax.training.latent.denoising_loss`, with the UNet's inputs and outputs as further metrics."""
+def recording_loss(family: TrainedFamily, combine: Combine, objective: Objective) -> Loss:
+    """:func:`~diffuse_jax.training.latent.denoising_loss`, with the denoiser's inputs and outputs as further
+    metrics."""
 
     def loss(
         trainable: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         seen: dict[str, jax.Array] = {}
-
-        def watched(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
-            models, params = combine(frozen, trainable)
-            return {**models, "unet": RecordingUNet(models["unet"], seen)}, params
-
-        value, metrics = denoising_loss(family, watched, objective, trainable, frozen, batch, key)
+        recorded = Recorded(family=family, seen=seen)
+        value, metrics = denoising_loss(recorded, combine, objective, trainable, frozen, batch, key)
         return value, metrics | seen
 
     return loss

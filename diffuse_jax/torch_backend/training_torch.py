@@ -33,7 +33,7 @@ from diffuse_jax.torch_backend.networks import (
 )
 from diffuse_jax.torch_backend.training import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Update, step_noise
 from diffuse_jax.training.batches import Batch
-from diffuse_jax.training.latent import family_of
+from diffuse_jax.training.families import family_of
 from diffuse_jax.training.objective import Draw, Objective
 from diffuse_jax.weights.names import ALIASES, rename
 
@@ -76,7 +76,7 @@ def open_reference(
     """
     folder, where = weights.resolve(source, variant=variant, revision=revision), choose_device(device)
     index = weights.read_index(folder)
-    family_of(index.class_name, source)
+    family_of(index.class_name, source, "comparison")
     parts: dict[str, Any] = dict.fromkeys(name for name in index.components if name in {*NOT_LOADED, *OPTIONAL})
     with quiet():
         for name, entry in index.components.items():

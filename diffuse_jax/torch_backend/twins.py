@@ -19,6 +19,7 @@ from diffuse_jax.models.controlnet import ControlNetOutput
 from diffuse_jax.models.unclip_text_proj import DecoderConditions
 from diffuse_jax.text.clip import CLIPTextOutput
 from diffuse_jax.text.ldm_bert import LDMBertOutput
+from diffuse_jax.text.multilingual_clip import MultilingualCLIPOutput
 from diffuse_jax.text.t5 import T5Output
 from diffuse_jax.torch_backend.networks import channels_first, channels_last
 
@@ -73,6 +74,13 @@ def t5(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> T5Ou
 def ldm_bert(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> LDMBertOutput:
     """Latent diffusion's text encoder."""
     return LDMBertOutput(module(input_ids.long(), attention_mask=attention_mask).last_hidden_state)
+
+
+def multilingual(module: Any, input_ids: torch.Tensor, attention_mask: Any = None) -> MultilingualCLIPOutput:
+    """Kandinsky 2.1's text encoder."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    embeds, states = module(input_ids.long(), mask.long())
+    return MultilingualCLIPOutput(states, embeds)
 
 
 def if_safety(module: Any, clip_input: torch.Tensor) -> torch.Tensor:
@@ -295,6 +303,7 @@ CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     ("CLIPTextModelWithProjection", "final_norm"): final_norm,
     ("T5EncoderModel", "__call__"): t5,
     ("LDMBertModel", "__call__"): ldm_bert,
+    ("MultilingualCLIP", "__call__"): multilingual,
     ("CLIPVisionModel", "__call__"): vision,
     ("CLIPVisionModelWithProjection", "__call__"): vision,
     ("DPTForDepthEstimation", "__call__"): depth,

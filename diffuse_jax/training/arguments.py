@@ -183,6 +183,7 @@ def _add_monitoring(parser: Parser) -> None:
     add("--logging_dir", help="folder for TensorBoard and W&B files, inside output_dir")
     add("--tracker_project_name", default=Path(parser.prog).stem, help="project on Weights & Biases")
     add("--wandb_entity", help="user or team on Weights & Biases")
+    add("--plot", action="store_true", help="draw loss and learning rate into output_dir/curves.svg (needs matplotlib)")
     add("--validation_steps", help="generate validation images every this many training steps; 100 if omitted")
     add("--validation_epochs", "--save_images_epochs", help="or every this many epochs")
     add("--peak_tflops", help="peak speed of a device, for the FLOPs utilisation; known for TPUs and many GPUs")

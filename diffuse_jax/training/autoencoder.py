@@ -13,7 +13,7 @@ import numpy as np
 from diffuse_jax.models import AutoencoderKL, Params
 from diffuse_jax.models.autoencoder_kl import Posterior
 from diffuse_jax.models.discriminator import PatchDiscriminator
-from diffuse_jax.training.latent import normalised
+from diffuse_jax.training.families import normalised
 from diffuse_jax.training.perceptual import perceptual_distance
 from diffuse_jax.training.state import Metrics
 

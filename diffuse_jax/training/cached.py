@@ -1,4 +1,4 @@
-"""The inputs of a latent model's networks: computed in every training step, or cached once before the run."""
+"""The inputs of a text-to-image model's networks: computed in every training step, or cached once before the run."""
 
 from __future__ import annotations
 
@@ -27,19 +27,11 @@ from diffuse_jax.training.data import (
     transform_from,
 )
 from diffuse_jax.training.data.sources import Record
-from diffuse_jax.training.latent import (
-    finish,
-    micro_conditioning,
-    normalised,
-    prompt_embeddings,
-    token_ids,
-    tokenizers_of,
-)
+from diffuse_jax.training.families import tokens_of, trained_family
+from diffuse_jax.training.families.base import PIXELS
+from diffuse_jax.training.latent import finish
 from diffuse_jax.training.latent_model import component_from
 from diffuse_jax.training.settings import ModelSettings
-
-TimeIds = Callable[[Example], np.ndarray] | None
-"""Makes SDXL's micro-conditioning ``time_ids [6]`` of an example; None for other models."""
 
 PIXELS_AT_ONCE = 2**21
 """Number of pixels that are encoded in one call: eight images of 512 x 512."""
@@ -101,38 +93,34 @@ def inputs_from(
       ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
     """
     check_inputs(data, pipe, trained)
-    encoders = encoders_of(pipe)
-    time_ids: TimeIds = None
-    if pipe.components["unet"].config.addition_embed_type == "text_time":
-        time_ids = functools.partial(micro_conditioning, true_sizes)
+    family = trained_family(pipe)
+    words, arrays = family.words(pipe), family.arrays(pipe, true_sizes)
     if source is None and data.streaming:
-        return Inputs(None, functools.partial(finish, tokenizers_of(pipe), time_ids, None, None), True, ())
+        return Inputs(None, functools.partial(finish, words, arrays, None, None), True, ())
 
     rows = source_from(data) if source is None else source
-    latents = latent_cache(data, model, pipe, rows, time_ids, true_sizes) if data.caches.cache_latents else None
+    images = image_cache(data, model, pipe, rows, true_sizes) if data.caches.cache_latents else None
     texts = text_cache(data, model, pipe, rows) if data.caches.cache_text_embeddings else None
-    make = functools.partial(finish, {} if texts else tokenizers_of(pipe), time_ids, latents, texts)
-    unused = [*(["vae"] if latents else []), *(encoders if texts else [])]
+    make = functools.partial(finish, words, arrays, images, texts)
+    unused = [*(family.image_encoders if images else []), *(family.text_encoders(pipe) if texts else [])]
     if times > 1:
         make = functools.partial(finish_repeated, make, len(rows))
         rows = RepeatedSource(rows, times)
-    return Inputs(rows, make, latents is None, tuple(unused))
-
-
-def encoders_of(pipe: DiffusionPipeline) -> list[str]:
-    """The names of a pipeline's text encoders."""
-    return [name for name in pipe.family.encoders if pipe.components.get(name) is not None]
+    return Inputs(rows, make, images is None, tuple(unused))
 
 
 def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[str]) -> None:
     """Check that the images and caches suit the networks, by their configurations.
 
     Raises:
-      ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
+      ValueError: an output of a trained network would be cached, the model does not support the image size, or it has
+        no text encoder.
     """
-    if data.caches.cache_text_embeddings and set(encoders_of(pipe)) & set(trained):
+    family = trained_family(pipe)
+    family.words(pipe)
+    if data.caches.cache_text_embeddings and set(family.text_encoders(pipe)) & set(trained):
         raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
-    check_sides(data.images, pipe.components["vae"].config.scale)
+    check_sides(data.images, family.multiple(pipe))
 
 
 def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:
@@ -140,29 +128,34 @@ def finish_repeated(make: Callable[[Example], Batch], length: int, example: Exam
     return make(dataclasses.replace(example, index=example.index % length))
 
 
-def latent_cache(
-    data: DataSettings,
-    model: ModelSettings,
-    pipe: DiffusionPipeline,
-    source: Source,
-    time_ids: TimeIds,
-    true_sizes: bool,
+def image_cache(
+    data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source, true_sizes: bool
 ) -> Callable[[Example], Batch]:
-    """A cache of ``moments [h,w,2c]`` of every image's latent distribution, for SDXL also of ``time_ids [6]``, and of
-    the control images ``conditioning [H,W,3]`` if there are any."""
-    vae, params = component_from(model, pipe, "vae")
-    encode = jax.jit(lambda p, x: jnp.concatenate(vae.apply({"params": p}, normalised(x), method="encode"), -1))
+    """A cache of what the family's networks make of every image, for Stable Diffusion ``moments [h,w,2c]`` of its
+    latent distribution, and of the other arrays: for SDXL ``time_ids [6]``, and the control images
+    ``conditioning [H,W,3]`` if there are any."""
+    family = trained_family(pipe)
+    arrays = family.arrays(pipe, true_sizes)
+    opened = {name: component_from(model, pipe, name) for name in family.image_encoders}
+    models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
+    encode = jax.jit(lambda params, batch: family.encode_images(models, params, batch))
 
     def compute(examples: list[Example]) -> Batch:
-        pixels = np.stack([np.asarray(example.pixels) for example in examples])
-        at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
-        parts = [encode(params, pixels[i : i + at_once]) for i in range(0, len(pixels), at_once)]
-        found = {"moments": np.concatenate([np.asarray(part, np.float32) for part in parts])}
+        made = {name: np.stack([make(example) for example in examples]) for name, make in arrays.items()}
+        pixels = {name: made.pop(name) for name in PIXELS if name in made}
+        area = max(array.shape[1] * array.shape[2] for array in pixels.values())
+        at_once = max(1, PIXELS_AT_ONCE // area)
+        parts = [
+            encode(params, {name: array[i : i + at_once] for name, array in pixels.items()})
+            for i in range(0, len(examples), at_once)
+        ]
+        found = {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in parts[0]}
         if control := [example.conditioning for example in examples if example.conditioning is not None]:
             found["conditioning"] = np.stack(control)
-        return found | ({"time_ids": np.stack([time_ids(example) for example in examples])} if time_ids else {})
+        return found | made
 
-    key = {"vae": network_key(vae, params), "sizes": true_sizes if time_ids else None}
+    key: dict[str, Any] = {name: network_key(models[name], params[name]) for name in models}
+    key["sizes"] = true_sizes if "time_ids" in arrays else None
     if (control := data.conditioning or data.conditioning_image_column) is not None:
         key["conditioning"] = control
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)
@@ -174,19 +167,20 @@ def text_cache(
 ) -> Callable[[Example], Batch]:
     """A cache of the prompt embeddings of every caption and of the empty prompt: ``states [L,D]``, for SDXL also
     ``pooled [P]``."""
-    tokenizers = tokenizers_of(pipe)
-    opened = {name: component_from(model, pipe, name) for name in tokenizers}
+    family = trained_family(pipe)
+    words = family.words(pipe)
+    opened = {name: component_from(model, pipe, name) for name in words}
     models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
-    text = jax.jit(lambda params, ids: prompt_embeddings(pipe.family, models, params, ids))
+    text = jax.jit(lambda params, batch: family.encode_text(models, params, batch))
 
     def compute(captions: list[str]) -> Batch:
-        ids = lambda tokenizer, length: np.stack([token_ids(tokenizer, length, caption) for caption in captions])
-        out = text(params, {name: ids(*tokenizer) for name, tokenizer in tokenizers.items()})
+        rows = [tokens_of(words, caption) for caption in captions]
+        out = text(params, {name: np.stack([row[name] for row in rows]) for name in rows[0]})
         return {name: np.asarray(value, np.float32) for name, value in out.items()}
 
-    key = {name: network_key(models[name], params[name]) for name in tokenizers}
-    for name, (tokenizer, length) in tokenizers.items():
-        key[f"{name} tokens"] = str(token_ids(tokenizer, length, "the quick brown fox"))
+    key = {name: network_key(models[name], params[name]) for name in words}
+    for name, own in words.items():
+        key[f"{name} tokens"] = str(own.ids("the quick brown fox"))
     return cache_captions(data.caches.data_cache_dir, "text", key, source, compute)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.pipelines.family import output_size
 from diffuse_jax.training.cached import check_inputs
 from diffuse_jax.training.data import DataSettings, Source, check_first, source_from, stream_from, warn_of_size
+from diffuse_jax.training.families import refuse_settings, trained_family
 from diffuse_jax.training.objective import objective_from
 from diffuse_jax.training.settings import ModelSettings, ObjectiveSettings, RunSettings, ValidationSettings
 from diffuse_jax.training.start import check_run
@@ -52,9 +52,10 @@ def checked_source(
     Raises:
       ValueError, FileNotFoundError, FileExistsError, ImportError: as for the functions that use these settings.
     """
+    family = trained_family(pipe)
+    refuse_settings(family, pipe, model, data, learned, *([] if shown is None else [shown]))
     check_inputs(data, pipe, trainable)
-    if pipe.components["unet"].config.sample_size is not None:
-        warn_of_size(data.images, output_size(pipe, None, None))
+    warn_of_size(data.images, family.size(pipe))
     objective_from(learned, pipe.scheduler)
     if shown is not None:
         validation_from(shown, model, pipe, lambda trained: trained)

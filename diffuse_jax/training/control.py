@@ -84,7 +84,7 @@ def train_beside(kind: Kind, settings: BesideRun, mesh: Mesh, config: Mapping[st
     run, model, data, learned, shown, control = settings
     name = kind.component
     check_output(run, data.caches.data_cache_dir)
-    plan = configured_from(model)
+    plan = configured_from(model, "control")
     shapes = {name: beside_shapes(kind, control, model, plan)}
     control_validation(shown, control, model, data, plan)  # checks the prompts and images
     source = checked_source(run, model, data, learned, mesh, plan, trainable=shapes)

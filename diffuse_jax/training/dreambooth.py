@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from diffuse_jax import weights
 from diffuse_jax.images import find_images
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.batches import Batch, Batches
@@ -96,6 +97,9 @@ def make_class_images(settings: DreamBoothSettings, model: ModelSettings, seed: 
 
     Returns:
       The number of images that were generated.
+
+    Raises:
+      ValueError: images are missing, and the model makes none from a prompt alone.
     """
     if not settings.with_prior_preservation:
         return 0
@@ -103,6 +107,11 @@ def make_class_images(settings: DreamBoothSettings, model: ModelSettings, seed: 
     folder = Path(settings.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     have, wanted = len(images_in(folder)), settings.num_class_images
+    if have < wanted and "image_noising_scheduler" in weights.read_index(source_folder(model)).components:
+        raise ValueError(
+            f"--class_data_dir {folder} has {have} of {wanted} images, and super-resolution cannot make the others "
+            "from a prompt; give as many, or a smaller --num_class_images"
+        )
     if jax.process_index() == 0 and have < wanted:
         say(f"generating {wanted - have} class images in {folder} with {model.pretrained_model_name_or_path}")
         pipe: Any = DiffusionPipeline.from_pretrained(

@@ -15,7 +15,7 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source
 from diffuse_jax.training.dreambooth import FixedPrompts, refuse_other_data
-from diffuse_jax.training.latent import tokenizers_of
+from diffuse_jax.training.families import trained_family
 from diffuse_jax.training.settings import InversionSettings
 from diffuse_jax.training.settings.methods import TEMPLATES
 
@@ -45,14 +45,14 @@ def placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[A
     """
     if not isinstance(pipe, StableDiffusionPipeline):
         raise ValueError(f"textual inversion supports one text encoder; {type(pipe).__name__} has two")
-    tokenizer, length = tokenizers_of(pipe)["text_encoder"]
-    if settings.num_vectors > (most := length - 2):
+    words = trained_family(pipe).words(pipe)["text_encoder"]
+    if settings.num_vectors > (most := words.length - 2):
         raise ValueError(
             f"--num_vectors must be at most {most}, got {settings.num_vectors}: a prompt has no more tokens besides "
             "its start and end"
         )
-    extended = tokens.with_words(tokenizer, settings.placeholder_token, settings.num_vectors)
-    return extended, tokens.token_id(tokenizer, settings.initializer_token)
+    extended = tokens.with_words(words.tokenizer, settings.placeholder_token, settings.num_vectors)
+    return extended, tokens.token_id(words.tokenizer, settings.initializer_token)
 
 
 def row_shapes(settings: InversionSettings, pipe: DiffusionPipeline) -> jax.ShapeDtypeStruct:

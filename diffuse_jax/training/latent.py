@@ -1,7 +1,7 @@
-"""Shared code of trainers of latent text-to-image models: networks, prompts, the loss, and saving.
+"""Shared code of trainers of text-to-image models: opening them, what is trained, the loss, and saving.
 
 Trainers differ in which parameters they train, in how these are combined with the frozen ones (:data:`Combine`), and in
-their data. Stable Diffusion 1.x, 2.x and XL differ only in their text encoders and in the UNet's micro-conditioning.
+their data. What differs between kinds of checkpoints is in :mod:`diffuse_jax.training.families`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from jax.typing import DTypeLike
 from diffuse_jax import weights
 from diffuse_jax.adapters import tokens
 from diffuse_jax.adapters.lora import Adapted
+from diffuse_jax.errors import WeightsError
 from diffuse_jax.models import AutoencoderKL, Model, Params
-from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
-from diffuse_jax.pipelines import PIPELINES, DiffusionPipeline, Net, catalogue
+from diffuse_jax.pipelines import DiffusionPipeline, catalogue
 from diffuse_jax.pipelines.catalogue import NOT_LOADED, OPTIONAL
-from diffuse_jax.pipelines.families import ClipFamily
-from diffuse_jax.schedulers import DDPMScheduler
 from diffuse_jax.sharding import param_shardings
-from diffuse_jax.text.tokenizer import padded_ids
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.distributed import say
+from diffuse_jax.training.families import TrainedFamily, Words, family_of, tokens_of, trained_family
 from diffuse_jax.training.networks import warn_of_dropout
 from diffuse_jax.training.objective import Objective, draw, errors, noised
 from diffuse_jax.training.state import Metrics
@@ -46,11 +44,11 @@ def open_pipeline(
     trainable: Sequence[str],
     mesh: Mesh,
     dtype: DTypeLike = jnp.float32,
-    vae_source: str | Path | None = None,
+    sources: Mapping[str, str | Path] | None = None,
     prediction_type: str | None = None,
     **hub: Any,
 ) -> DiffusionPipeline:
-    """Open a Stable Diffusion pipeline for training: sharded over the mesh, with a :class:`DDPMScheduler`.
+    """Open a pipeline for training: sharded over the mesh, with the noise schedule of training as its scheduler.
 
     Args:
       source: a folder or a Hub id.
@@ -58,7 +56,7 @@ def open_pipeline(
       mesh: the mesh that holds the parameters; each device loads only its shard.
       dtype: the dtype in which the networks compute. The autoencoder stays in float32 if the checkpoint requires it
         (``force_upcast``, SDXL).
-      vae_source: a folder or Hub id of an autoencoder, or of a pipeline whose ``vae/`` is used instead.
+      sources: network -> a folder or Hub id that it comes from instead, or one of a pipeline that has it.
       prediction_type: overrides the prediction type of the checkpoint's scheduler.
       **hub: ``revision``, ``variant``, ``cache_dir`` ... as in :meth:`DiffusionPipeline.from_pretrained`.
 
@@ -70,11 +68,15 @@ def open_pipeline(
     def opened(kind: type[Model], folder: Path, name: str) -> tuple[Model, Params]:
         return _open(kind, folder, name, name in trainable, mesh, dtype, hub.get("variant"))
 
-    return _assembled(source, opened, mesh, vae_source, prediction_type, hub)
+    return _assembled(source, opened, mesh, sources or {}, prediction_type, hub)
 
 
 def pipeline_of_shapes(
-    source: str | Path, *, vae_source: str | Path | None = None, prediction_type: str | None = None, **hub: Any
+    source: str | Path,
+    *,
+    sources: Mapping[str, str | Path] | None = None,
+    prediction_type: str | None = None,
+    **hub: Any,
 ) -> DiffusionPipeline:
     """The pipeline of :func:`open_pipeline` with the shapes of its parameters in their place.
 
@@ -85,64 +87,84 @@ def pipeline_of_shapes(
         model = kind.from_config(folder)
         return model, model.shapes()
 
-    return _assembled(source, shapes, None, vae_source, prediction_type, hub | {"only_small": True})
+    return _assembled(source, shapes, None, sources or {}, prediction_type, hub | {"only_small": True})
 
 
 def _assembled(
     source: str | Path,
     open_network: Callable[[type[Model], Path, str], tuple[Model, Params]],
     mesh: Mesh | None,
-    vae_source: str | Path | None,
+    sources: Mapping[str, str | Path],
     prediction_type: str | None,
     hub: Mapping[str, Any],
 ) -> DiffusionPipeline:
     """A pipeline of the networks that ``open_network(class, folder, name)`` opens."""
     folder = weights.resolve(source, **hub)
     index = weights.read_index(folder)
-    family_of(index.class_name, source)
-    refuse_other_inputs(index, source)
-    parts: dict[str, Any] = {name: None for name in index.components if name in {*NOT_LOADED, *OPTIONAL}}
+    family = family_of(index.class_name, source)
+    what = f"{source} is a {index.class_name}"
+    family.check(_configs(index, (family.denoiser, *family.image_encoders)), what)
+    unused = {*NOT_LOADED, *OPTIONAL} - {*family.image_encoders}
+    parts: dict[str, Any] = {name: None for name in index.components if name in unused}
     for name, entry in index.components.items():
         if name not in parts and (kind := catalogue.network(entry)) is not None:
-            origin = Path(vae_source) if vae_source is not None and name == "vae" else folder
+            origin = Path(sources.get(name, folder))
             parts[name] = open_network(kind, component_folder(origin, name, **hub), name)
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler = family.scheduler(folder)
     if prediction_type is not None:
         scheduler = scheduler.replace(prediction_type=prediction_type)
     unchecked: dict[str, Any] = {"requires_safety_checker": False}  # images of training are not shown to others
     pipe = DiffusionPipeline.from_pretrained(folder, mesh=mesh, scheduler=scheduler, **unchecked, **parts)
-    return dataclasses.replace(pipe, options=index.options)
+    pipe = dataclasses.replace(pipe, options=index.options)
+    found = _borrowed(family, index, sources, open_network, what, hub)
+    nets = {name: part for name, part in found.items() if isinstance(part, tuple)}
+    models = {name: nets[name][0] if name in nets else part for name, part in found.items()}
+    params = {name: tree for name, (_, tree) in nets.items()}
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(params, mesh))
+    return dataclasses.replace(pipe, components={**pipe.components, **models}, params={**pipe.params, **params})
 
 
-def family_of(class_name: str, source: Any) -> ClipFamily:
-    """The family of a pipeline class.
+def _configs(index: weights.PipelineIndex, names: Iterable[str]) -> dict[str, Any]:
+    """The configurations of networks that an index names, by component."""
+    entries = {name: index.components[name] for name in names if name in index.components}
+    kinds = {name: catalogue.network(entry) for name, entry in entries.items()}
+    return {name: kind.from_config(entries[name].folder).config for name, kind in kinds.items() if kind}
+
+
+def _borrowed(
+    family: TrainedFamily,
+    index: weights.PipelineIndex,
+    sources: Mapping[str, str | Path],
+    open_network: Callable[[type[Model], Path, str], tuple[Model, Params]],
+    what: str,
+    hub: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The components that training needs and the pipeline does not have, from the folder of another pipeline.
 
     Raises:
-      ValueError: these trainers do not support the class.
+      ValueError: no such folder is named.
+      WeightsError: it does not have them.
     """
-    found = {k.__name__: getattr(k, "family", None) for k in PIPELINES.classes()}
-    families = {name: family for name, family in found.items() if isinstance(family, ClipFamily) and family.encoders}
-    if class_name not in families:
-        raise ValueError(f"{source} is a {class_name}; this trainer supports {', '.join(families)}")
-    return families[class_name]
-
-
-def refuse_other_inputs(index: weights.PipelineIndex, source: Any) -> None:
-    """Refuse a checkpoint whose UNet takes more than noisy latents, by its configurations.
-
-    Raises:
-      ValueError: it is one for inpainting, editing, depth maps or upscaling.
-    """
-    kinds = {name: catalogue.network(index.components[name]) for name in ("unet", "vae") if name in index.components}
-    found: dict[str, Any] = {
-        name: kind.from_config(index.components[name].folder).config for name, kind in kinds.items() if kind
-    }
-    takes, latents = (found.get(name) for name in ("unet", "vae"))
-    if takes and latents and takes.in_channels != latents.latent_channels:
-        raise ValueError(
-            f"{source} is a {index.class_name} whose UNet has {takes.in_channels} input channels; this trainer gives "
-            f"it noisy latents alone ({latents.latent_channels}), as a checkpoint for text to image takes"
-        )
+    found: dict[str, Any] = {}
+    for name in family.image_encoders:
+        if name in index.components:
+            continue
+        if name not in sources:
+            raise ValueError(f"{what}, which has no {name}; give --{family.borrowed[name]}, which has one")
+        if Path(sources[name]).is_file():
+            found[name] = family.read(Path(sources[name]))
+            continue
+        other = weights.read_index(weights.resolve(sources[name], **hub))
+        entries = {wanted: other.components.get(wanted) for wanted in (name, *family.beside.get(name, {}))}
+        if missing := [wanted for wanted, entry in entries.items() if entry is None]:
+            raise WeightsError(f"{sources[name]} is a {other.class_name} without {' and '.join(missing)}")
+        for wanted, entry in entries.items():
+            assert entry is not None
+            kind = catalogue.network(entry)
+            here = family.beside.get(name, {}).get(wanted, wanted)
+            found[here] = catalogue.open_other(entry) if kind is None else open_network(kind, entry.folder, wanted)
+    return found
 
 
 def _open(
@@ -176,8 +198,12 @@ def component_folder(source: str | Path, name: str, **hub: Any) -> Path:
 
 
 def whole(models: Mapping[str, Any]) -> Combine:
-    """Trained networks replace the frozen ones of the same name: full fine-tuning."""
-    return lambda frozen, trainable: (models, {**frozen, **trainable})
+    """Trained networks replace the frozen ones of the same name, but for what is fixed in them: full fine-tuning."""
+
+    def combine(frozen: Params, trainable: Params) -> tuple[Mapping[str, Any], Params]:
+        return models, {**frozen, **{name: {**frozen.get(name, {}), **tree} for name, tree in trainable.items()}}
+
+    return combine
 
 
 def with_lora(models: Mapping[str, Any], scale: float = 1.0) -> Combine:
@@ -201,69 +227,32 @@ def with_tokens(models: Mapping[str, Any]) -> Combine:
 # From examples to the loss
 
 
-Tokenizers = Mapping[str, tuple[Any, int]]
-"""Name of a text encoder -> its tokenizer and its number of tokens."""
-
-
-def tokenizers_of(pipe: DiffusionPipeline) -> dict[str, tuple[Any, int]]:
-    """The tokenizers of a pipeline's text encoders."""
-    used = {}
-    for name, tokenizer in pipe.family.encoders.items():
-        if pipe.components.get(name) is not None:
-            found = pipe.components[tokenizer]
-            used[name] = found, min(pipe.components[name].config.max_position_embeddings, found.model_max_length)
-    return used
-
-
 def finish(
-    tokenizers: Tokenizers,
-    time_ids: Callable[[Any], np.ndarray] | None,
-    latents: Callable[[Any], Batch] | None,
+    words: Mapping[str, Words],
+    arrays: Mapping[str, Callable[[Any], np.ndarray]],
+    images: Callable[[Any], Batch] | None,
     texts: Callable[[Any], Batch] | None,
     example: Any,
 ) -> Batch:
     """The arrays of one :class:`~diffuse_jax.training.data.Example`; runs in the data workers.
 
     Args:
-      tokenizers: the tokenizers, which make token ids int32 ``[L]`` under each text encoder's name.
-      time_ids: makes SDXL's ``time_ids``; None for other models.
-      latents: a cache that replaces ``pixel_values`` and ``conditioning`` uint8 ``[h,w,3]`` (and ``time_ids``); None
-        without one.
-      texts: a cache that replaces the token ids; None without one.
+      words: what makes tokens of captions, see :func:`~diffuse_jax.training.families.tokens_of`.
+      arrays: makes the other arrays, see :meth:`~diffuse_jax.training.families.TrainedFamily.arrays`.
+      images: a cache that replaces these and ``conditioning`` uint8 ``[h,w,3]``; None without one.
+      texts: a cache that replaces the tokens; None without one.
       example: the image and its caption.
     """
-    if texts is None:
-        arrays = {name: token_ids(*tokenizer, example.caption) for name, tokenizer in tokenizers.items()}
-    else:
-        arrays = texts(example)
-    if latents is not None:
-        return arrays | latents(example)
-    arrays["pixel_values"] = example.pixels
+    made = tokens_of(words, example.caption) if texts is None else texts(example)
+    if images is not None:
+        return made | images(example)
     if example.conditioning is not None:
-        arrays["conditioning"] = example.conditioning
-    return arrays if time_ids is None else arrays | {"time_ids": time_ids(example)}
-
-
-def token_ids(tokenizer: Any, length: int, text: str) -> np.ndarray:
-    """Token ids int32 ``[length]``, truncated and padded; words with several embeddings are expanded to all tokens."""
-    return padded_ids(tokenizer, [tokens.expand_words(text, tokenizer)], length)[0]
-
-
-def micro_conditioning(true: bool, example: Any) -> np.ndarray:
-    """SDXL's ``time_ids [6]`` float32 (Podell et al. 2023, section 2.2): original size, top left of the crop, target
-    size.
-
-    All are (height, width) in pixels. Unless they are to be ``true``, the image counts as uncropped and as having the
-    target size originally. These are the values at inference, so the model does not associate a handful of training
-    images with their original resolution.
-    """
-    target = example.target_size
-    original = (*example.original_size, *example.crop_top_left) if true else (*target, 0, 0)
-    return np.array((*original, *target), np.float32)
+        made["conditioning"] = example.conditioning
+    return made | {name: make(example) for name, make in arrays.items()}
 
 
 def denoising_loss(
-    family: ClipFamily,
+    family: TrainedFamily,
     combine: Combine,
     objective: Objective,
     trainable: Params,
@@ -271,86 +260,57 @@ def denoising_loss(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """Squared error of the UNet at random timesteps of sampled latents (Rombach et al. 2022, eq. 2).
+    """Squared error of the denoiser at random timesteps of clean samples (Rombach et al. 2022, eq. 2).
 
-    ``batch`` has ``pixel_values [B,H,W,3]`` (uint8, or float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents'
-    distribution; token ids ``[B,L]`` under each text encoder's name, or the prompt embeddings ``states [B,L,D]`` and,
-    for SDXL, ``pooled [B,P]``; for SDXL ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet
-    or T2I-Adapter the images ``conditioning [B,H,W,3]`` uint8.
+    ``batch`` has what :func:`finish` makes of each example, for Stable Diffusion ``pixel_values [B,H,W,3]`` (uint8, or
+    float32 in [-1, 1]) or ``moments [B,h,w,2c]`` of the latents' distribution; token ids ``[B,L]`` under each text
+    encoder's name, or the prompt embeddings ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``; for SDXL
+    ``time_ids [B,6]``; with prior preservation ``prior [B]``; and for a ControlNet or T2I-Adapter the images
+    ``conditioning [B,H,W,3]`` uint8.
     """
     models, params = combine(frozen, trainable)
-    k_latent, k_draw = jax.random.split(key)
-    x0 = latents(models["vae"], params.get("vae"), batch, k_latent)
-    text = prompt_embeddings(family, models, params, batch)
-    added = None
-    if "time_ids" in batch:
-        added = {"text_embeds": text["pooled"], "time_ids": batch["time_ids"]}
+    k_begin, k_draw = jax.random.split(key)
+    x0, given = family.begin(models, params, family.encoded(models, params, batch), k_begin)
     drawn = draw(objective, k_draw, x0)
     x = noised(objective, x0, drawn)
-    inputs = x, drawn.t, text["states"]
-    control = control_residuals(models, params, batch, inputs, added)
-    prediction = models["unet"].apply({"params": params["unet"]}, *inputs, added, **control)
+    prediction = family.predict(models, params, given, x, drawn.t)
     return errors(objective, prediction, x0, drawn, batch.get("prior"))
 
 
-def control_residuals(
-    models: Mapping[str, Any],
-    params: Params,
-    batch: Mapping[str, jax.Array],
-    inputs: tuple[jax.Array, jax.Array, jax.Array],
-    added: Mapping[str, jax.Array] | None,
-) -> dict[str, Any]:
-    """What the ControlNet or T2I-Adapter adds inside the UNet, by the names of the UNet's arguments; nothing without
-    control images.
+def loss_of(
+    pipe: DiffusionPipeline, combine: Combine, objective: Objective, class_labels: str | None = None
+) -> Callable[..., Any]:
+    """:func:`denoising_loss` of a pipeline, in the form that :func:`~diffuse_jax.training.state.make_step` takes.
 
-    ``inputs`` and ``added`` are those of the UNet: the sample, the timesteps and the prompt embeddings, and SDXL's.
+    ``class_labels`` is what a super-resolution model of DeepFloyd IF is told, see ``class_labels_conditioning`` of
+    :class:`~diffuse_jax.training.settings.ModelSettings`.
     """
-    if "conditioning" not in batch:
-        return {}
-    images = batch["conditioning"].astype(jnp.float32) / 255
-    if "adapter" in models:
-        features = models["adapter"].apply({"params": params["adapter"]}, images)
-        return {"down_intrablock_additional_residuals": features}
-    down, middle = models["controlnet"].apply({"params": params["controlnet"]}, *inputs, images, added)
-    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-
-
-def latents(vae: Any, params: Params | None, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Scaled latents ``[B,h,w,c]`` float32, sampled from their distribution."""
-    if "moments" in batch:
-        moments = jnp.asarray(batch["moments"], jnp.float32)
-        posterior = Posterior(*jnp.split(moments, 2, axis=-1))
-    else:
-        posterior = vae.apply({"params": params}, normalised(batch["pixel_values"]), method="encode")
-    return scale_latents(posterior.sample(key), vae.config)
-
-
-def normalised(pixels: jax.Array) -> jax.Array:
-    """uint8 pixels as float32 in [-1, 1]; other dtypes unchanged."""
-    return pixels.astype(jnp.float32) / 127.5 - 1 if pixels.dtype == jnp.uint8 else pixels
-
-
-def prompt_embeddings(
-    family: ClipFamily, models: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Prompt embeddings ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``: those of the batch, or from its token
-    ids."""
-    if "states" in batch:
-        return {name: batch[name] for name in ("states", "pooled") if name in batch}
-    nets = tuple(Net(name, models[name]) for name in family.encoders if name in batch and name in models)
-    return family.encode(nets).encode(params, {"ids": {net.name: batch[net.name] for net in nets}})
-
-
-def loss_of(pipe: DiffusionPipeline, combine: Combine, objective: Objective) -> Callable[..., Any]:
-    """:func:`denoising_loss` of a pipeline, in the form that :func:`~diffuse_jax.training.state.make_step` takes."""
-    return functools.partial(denoising_loss, pipe.family, combine, objective)
+    family = trained_family(pipe)
+    return functools.partial(denoising_loss, family.told(class_labels), combine, objective)
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's networks by name: the text encoders in their order, the UNet, the autoencoder and, if it has one,
-    the ControlNet or T2I-Adapter."""
-    names = [*pipe.family.encoders, "unet", "vae", "controlnet", "adapter"]
+    """What the loss of a pipeline needs, by name: the text encoders in their order, the denoiser, and for example the
+    autoencoder and, if it has one, the ControlNet or T2I-Adapter."""
+    family = trained_family(pipe)
+    names = [*family.encoders, family.denoiser, *family.parts]
     return {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
+
+
+def divided(pipe: DiffusionPipeline, names: Sequence[str]) -> tuple[dict[str, Params], dict[str, Params]]:
+    """The parameters of the networks with these names, which are trained, and all others.
+
+    What a family leaves :attr:`fixed <diffuse_jax.training.families.TrainedFamily.fixed>` in its denoiser is among the
+    latter.
+    """
+    family = trained_family(pipe)
+    trainable = {name: pipe.params[name] for name in names}
+    frozen = {name: params for name, params in pipe.params.items() if name not in names}
+    if family.fixed and family.denoiser in trainable:
+        tree = trainable[family.denoiser]
+        frozen[family.denoiser] = {name: tree[name] for name in family.fixed}
+        trainable[family.denoiser] = {name: leaf for name, leaf in tree.items() if name not in family.fixed}
+    return trainable, frozen
 
 
 # Saving and validation
@@ -359,7 +319,13 @@ def networks(pipe: DiffusionPipeline) -> dict[str, Any]:
 def save_networks(pipe: DiffusionPipeline, folder: Path, params: Mapping[str, Params]) -> None:
     """Write trained networks in inference format to ``folder/unet`` and so on."""
     for name, network_params in params.items():
-        pipe.components[name].save_pretrained(folder / name, network_params)
+        pipe.components[name].save_pretrained(folder / name, completed(pipe, name, network_params))
+
+
+def completed(pipe: DiffusionPipeline, name: str, params: Params) -> Params:
+    """The trained parameters of a network with those that are fixed in it; see :func:`divided`."""
+    fixed = trained_family(pipe).fixed if name == trained_family(pipe).denoiser else ()
+    return {**{leaf: pipe.params[name][leaf] for leaf in fixed}, **params}
 
 
 def sample_images(pipe: DiffusionPipeline, prompts: Iterable[str], **options: Any) -> list[tuple[str, Any]]:

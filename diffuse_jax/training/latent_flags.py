@@ -1,4 +1,4 @@
-"""Flags shared by all trainers of latent text-to-image models."""
+"""Flags shared by all trainers of text-to-image models."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from diffuse_jax.training.settings import (
     ValidationSettings,
 )
 from diffuse_jax.training.settings.methods import OTHER_DATA, TEMPLATES
-from diffuse_jax.training.settings.model import PREDICTION_TYPES
+from diffuse_jax.training.settings.model import CLASS_LABELS, PREDICTION_TYPES
 
-IF = "belongs to DeepFloyd IF, which is not trained here"
 PLAIN_LORA = "LoRA here has only --rank and --lora_targets"
 SAMPLER = "validation images are sampled with the scheduler of the model"
 
@@ -40,13 +39,17 @@ OF_OTHERS: Mapping[str, str] = {
     "dream_training": "is not implemented",
     "adam_weight_decay_text_encoder": "all networks have the same --adam_weight_decay",
     "validation_scheduler": SAMPLER,
-    "skip_save_text_encoder": IF,
-    "class_labels_conditioning": IF,
-    "tokenizer_max_length": IF,
-    "text_encoder_use_attention_mask": IF,
-    "validation_images": IF,
+    "skip_save_text_encoder": "the result is a whole pipeline; delete its folder text_encoder to save space",
+    "pretrained_decoder_model_name_or_path": "the model that is trained is called --pretrained_model_name_or_path here",
 }
 """Flags of diffusers' scripts that are unknown here -> what to do."""
+
+AS_THE_MODEL: Mapping[str, tuple[int, str]] = {
+    "tokenizer_max_length": (1, "prompts have the length that the model was made for, 77 tokens in DeepFloyd IF"),
+    "text_encoder_use_attention_mask": (0, "padding is hidden where the model was made so, as DeepFloyd IF was"),
+    "prior_generation_precision": (1, "the precision is that of --mixed_precision"),
+}
+"""Flags of diffusers' scripts that are not needed here -> their number of values, and why."""
 
 
 def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
@@ -61,9 +64,15 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help="folder or Hub id of a Stable Diffusion 1.x, 2.x or XL model",
+        help="folder or Hub id of the model, such as Stable Diffusion 1.x, 2.x or XL",
     )
     add("--pretrained_vae_model_name_or_path", help="folder or Hub id of an autoencoder to use instead")
+    what = "folder or Hub id of the prior whose image encoder a decoder of Kandinsky 2.2 reads"
+    add("--pretrained_prior_model_name_or_path", help=what)
+    what = "file with the EfficientNet for a prior of Würstchen: model_v2_stage_b.pt of dome272/wuerstchen"
+    add("--effnet_path", help=what)
+    what = "what a super-resolution model of DeepFloyd IF is told: the noise_level of the small image, or the timesteps"
+    add("--class_labels_conditioning", choices=CLASS_LABELS, help=what)
     add("--prediction_type", choices=PREDICTION_TYPES, help="overrides the prediction type of the scheduler")
     if text_encoders:
         add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
@@ -75,14 +84,16 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
         nargs="+",
         help="generate images of these prompts during training",
     )
+    what = "small images that a super-resolution model of DeepFloyd IF enlarges, one for each prompt"
+    add("--validation_images", nargs="+", help=what)
     add("--num_validation_images", help="images per prompt")
     add("--validation_inference_steps", help="sampling steps of validation images")
     add("--validation_guidance_scale", help="guidance scale of validation images")
     add_objective(parser)
     for name, advice in OF_OTHERS.items():
         parser.group("model")(f"--{name}", action=Refused, advice=advice)
-    note = "the precision is that of --mixed_precision"
-    parser.group("precision and memory")("--prior_generation_precision", action=Accepted, nargs=1, note=note)
+    for name, (values, note) in AS_THE_MODEL.items():
+        parser.group("model")(f"--{name}", action=Accepted, nargs=values, note=note)
     parser.set_defaults(**defaults)
     return parser
 

@@ -15,8 +15,9 @@ from diffuse_jax.limits import refuse_links
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.training.families import family_of, trained_family
 from diffuse_jax.training.hub import model_folder
-from diffuse_jax.training.latent import component_folder, family_of, open_pipeline, pipeline_of_shapes
+from diffuse_jax.training.latent import component_folder, open_pipeline, pipeline_of_shapes
 from diffuse_jax.training.optimizer import check_rates
 from diffuse_jax.training.settings import ModelSettings, OptimizerSettings
 
@@ -26,33 +27,53 @@ def source_folder(model: ModelSettings, *, only_small: bool = False) -> Path:
     return model_folder(model.pretrained_model_name_or_path, model.hub, only_small=only_small)
 
 
-def trained_names(model: ModelSettings, optimizer: OptimizerSettings) -> tuple[str, ...]:
-    """The names of the networks that are trained.
+def trained_names(model: ModelSettings, optimizer: OptimizerSettings, pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """The names of the networks of a pipeline that are trained.
 
     Raises:
-      ValueError: a learning rate is set for the text encoders, but they are not trained.
+      ValueError: the text encoders are to be trained and cannot be, or a learning rate is set for them, but they are
+        not trained.
     """
-    names: tuple[str, ...] = ("unet",)
+    family = trained_family(pipe)
+    names: tuple[str, ...] = (family.denoiser,)
     if model.train_text_encoder:
-        index = weights.read_index(source_folder(model, only_small=True))
-        encoders = family_of(index.class_name, model.pretrained_model_name_or_path).encoders
-        names += tuple(name for name in encoders if name in index.components)
+        if not family.trains_text:
+            raise ValueError(
+                f"--train_text_encoder cannot be used with {type(pipe).__name__}: "
+                + family.refused.get("train_text_encoder", "its text encoder stays as it is")
+            )
+        names += tuple(family.text_encoders(pipe))
     check_rates(optimizer, names)
     return names
 
 
-def configured_from(model: ModelSettings) -> DiffusionPipeline:
+def configured_from(model: ModelSettings, method: str) -> DiffusionPipeline:
     """The pipeline with the shapes of its parameters in their place, for checks before the weights are read.
 
+    Args:
+      model: where it comes from.
+      method: the trainer, one of :data:`~diffuse_jax.training.families.base.METHODS`.
+
     Raises:
-      WeightsError, ValueError: as for :func:`~diffuse_jax.training.latent.open_pipeline`, except those about weights.
+      WeightsError, ValueError: the method does not support the pipeline, or as for
+        :func:`~diffuse_jax.training.latent.open_pipeline`, except those about weights.
     """
-    vae = model.pretrained_vae_model_name_or_path
+    folder = source_folder(model, only_small=True)
+    class_name = weights.read_index(folder).class_name
+    family_of(class_name, model.pretrained_model_name_or_path, method)
     return pipeline_of_shapes(
-        source_folder(model, only_small=True),
-        vae_source=None if vae is None else model_folder(vae, model.hub, only_small=True),
-        prediction_type=model.prediction_type,
+        folder, sources=sources_of(model, class_name, only_small=True), prediction_type=model.prediction_type
     )
+
+
+def sources_of(model: ModelSettings, class_name: str, *, only_small: bool = False) -> dict[str, Path]:
+    """The local folders of networks that come from another place than the rest of a pipeline of this class."""
+    family = family_of(class_name, model.pretrained_model_name_or_path)
+    named = {name: getattr(model, setting) for name, setting in family.borrowed.items()}
+    local = lambda source: (
+        Path(source) if Path(source).is_file() else model_folder(source, model.hub, only_small=only_small)
+    )
+    return {name: local(source) for name, source in named.items() if source}
 
 
 def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> DiffusionPipeline:
@@ -61,18 +82,21 @@ def pipeline_from(model: ModelSettings, mesh: Mesh, float32: Sequence[str]) -> D
     Raises:
       WeightsError, ValueError: as for :func:`~diffuse_jax.training.latent.open_pipeline`.
     """
-    vae = model.pretrained_vae_model_name_or_path
+    folder = source_folder(model)
     pipe = open_pipeline(
-        source_folder(model),
+        folder,
         trainable=float32,
         mesh=mesh,
         dtype=model.compute.dtype,
-        vae_source=None if vae is None else model_folder(vae, model.hub),
+        sources=sources_of(model, weights.read_index(folder).class_name),
         prediction_type=model.prediction_type,
         **model.hub.options,
     )
-    unet = pipe.components["unet"].clone(remat=model.compute.remat)
-    return pipe.replace(unet=(unet, pipe.params["unet"]))
+    name = trained_family(pipe).denoiser
+    network = pipe.components[name]
+    if model.compute.remat == "none":
+        return pipe
+    return pipe.replace(**{name: (network.clone(remat=model.compute.remat), pipe.params[name])})
 
 
 def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> tuple[Any, Params]:
@@ -80,8 +104,10 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
     network = pipe.components[name]
     if jax.process_count() == 1:
         return network, pipe.params[name]
-    replaced = model.pretrained_vae_model_name_or_path if name == "vae" else None
-    folder = component_folder(model_folder(replaced or model.pretrained_model_name_or_path, model.hub), name)
+    source = sources_of(model, type(pipe).__name__).get(name, source_folder(model))
+    if source.is_file():
+        return trained_family(pipe).read(source)
+    folder = component_folder(source, name)
     return network, type(network).from_pretrained(folder, dtype=network.dtype, variant=model.hub.variant)[1]
 
 
@@ -96,14 +122,15 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
     if jax.process_index() != 0:
         return
     source, folder = source_folder(model), Path(folder)
-    index, kept, vae = weights.read_index(source), set(trained), model.pretrained_vae_model_name_or_path
+    index, kept = weights.read_index(source), set(trained)
+    others = sources_of(model, index.class_name)
     for name, entry in index.components.items():
         if entry.folder.is_dir() and name not in kept:
-            origin = component_folder(model_folder(vae, model.hub), name) if vae and name == "vae" else entry.folder
+            origin = component_folder(others[name], name) if name in others else entry.folder
             copy_component(origin, folder / name, model.hub.variant)
             kept.add(name)
     sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
-    sampler.replace(prediction_type=pipe.scheduler.prediction_type).save_pretrained(folder / "scheduler")
+    trained_family(pipe).sampler(sampler, pipe.scheduler).save_pretrained(folder / "scheduler")
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
     for name, entry in index.components.items():
         entries[name] = (entry.library, entry.class_name) if name in kept else (None, None)

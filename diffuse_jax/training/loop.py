@@ -83,7 +83,7 @@ def fit(
       FileExistsError: the folder has checkpoints, and no setting says what to do with them.
       RuntimeError: another run is writing to the folder.
       OSError: files cannot be written there.
-      ImportError: a tracker that ``report_to`` names is not installed.
+      ImportError: a tracker that ``report_to`` names, or matplotlib for ``plot``, is not installed.
       ConnectionError: ``push_to_hub`` is set, but the Hub cannot be reached or denies write access.
       FloatingPointError: the loss, the gradient or the state is not finite; the message names the step and its batch.
         No checkpoint is written.
@@ -97,7 +97,7 @@ def fit(
 
         rows = run.batch.images_per_step(mesh)
         counts = count_steps(run, rows, getattr(batches, "total", None))
-        trackers = wanted_trackers(run.trackers.report_to)
+        trackers = wanted_trackers(run.trackers.report_to, run.trackers.plot)
         optimizer, rate = optimizer_from(run.optimizer, counts.steps, rows, trainable)
         average = run.ema.average
         make_repository(run.upload, output)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.bounds import NONNEGATIVE, POSITIVE
+from diffuse_jax.schedulers.continuous import ContinuousScheduler
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import shard_batch
 from diffuse_jax.training.checks import Checked, one_of
@@ -40,6 +41,14 @@ def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) 
 def snr_table(scheduler: Scheduler) -> np.ndarray:
     """The signal-to-noise ratio ``alpha_bar / (1 - alpha_bar)`` of every training timestep, float32 ``[T]``."""
     return (scheduler.alpha_bar / (1 - scheduler.alpha_bar)).astype(np.float32)
+
+
+def snr_at(scheduler: Scheduler, t: jax.Array) -> jax.Array:
+    """The signal-to-noise ratios ``[B]`` at training timesteps ``t [B]``, or at times of a continuous schedule."""
+    if isinstance(scheduler, ContinuousScheduler):
+        alpha, sigma = scheduler.level(t, jnp)
+        return jnp.square(alpha / sigma)
+    return jnp.asarray(snr_table(scheduler))[t]
 
 
 def min_snr_weight(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Array:
@@ -121,7 +130,7 @@ class Draw(NamedTuple):
 
     noise: jax.Array  # [B,...]
     extra: jax.Array | None  # [B,...] additional noise of the input, not part of the target
-    t: jax.Array  # int32 [B]
+    t: jax.Array  # int32 [B]; float32 if the schedule is continuous
 
 
 def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
@@ -135,6 +144,9 @@ def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
     if objective.input_perturbation:
         extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape, jnp.float32)
     steps, shape = objective.scheduler.num_train_timesteps, x0.shape[:1]
+    if isinstance(objective.scheduler, ContinuousScheduler):
+        low, high = objective.scheduler.timestep_range
+        return Draw(noise, extra, shard_batch(jax.random.uniform(k_time, shape, jnp.float32, low, high)))
     if objective.timestep_bias is None:
         return Draw(noise, extra, shard_batch(jax.random.randint(k_time, shape, 0, steps, jnp.int32)))
     logits = jnp.log(jnp.asarray(objective.timestep_bias, jnp.float32))
@@ -161,7 +173,7 @@ def errors(
     """
     wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
     squares = per_sample_error(prediction, wanted)
-    weighted, snr = squares, jnp.asarray(snr_table(objective.scheduler))[drawn.t]
+    weighted, snr = squares, snr_at(objective.scheduler, drawn.t)
     if objective.snr_weighting:
         weighted = weighted * snr
     if objective.snr_gamma is not None:

@@ -93,7 +93,7 @@ def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any
     if examples is not None:
         check_batch(run.batch, mesh, examples)
     steps = count_steps(run, images, examples).steps
-    wanted_trackers(run.trackers.report_to)
+    wanted_trackers(run.trackers.report_to, run.trackers.plot)
     optimizer, _ = optimizer_from(run.optimizer, steps, images, trainable)
     if (folder := starting_point(run)) is not None:
         fresh = functools.partial(fresh_state, optimizer=optimizer, use_ema=run.ema.use_ema)

@@ -1,4 +1,4 @@
-"""Where the metrics and images of a run are logged: a JSONL file, TensorBoard, Weights & Biases."""
+"""Where the metrics and images of a run are logged: a JSONL file, a plot, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from diffuse_jax.training.checks import one_of
+from diffuse_jax.training.runs import LOG_FILE, plot, pyplot, read_run
 from diffuse_jax.training.settings.run import TRACKERS
 
 Images = Sequence[tuple[str, Image.Image]]
@@ -39,7 +40,7 @@ class JsonLines:
     """
 
     def __init__(self, output_dir: Path, first_step: int) -> None:
-        self.folder, self.path = output_dir, output_dir / "log.jsonl"
+        self.folder, self.path = output_dir, output_dir / LOG_FILE
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= first_step]
         new = self.path.with_suffix(".new")
@@ -74,6 +75,22 @@ def _step(line: str) -> float:
 def _file_name(text: str) -> str:
     kept = "".join(c if c.isalnum() else "-" for c in text[:60])
     return "-".join(part for part in kept.split("-") if part) or "image"
+
+
+class Curves:
+    """``OUTPUT/curves.svg``, drawn from ``log.jsonl`` when the run ends, interrupted or not."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir
+
+    def scalars(self, step: int, record: Mapping[str, float]) -> None:
+        pass
+
+    def images(self, step: int, images: Images) -> None:
+        pass
+
+    def close(self) -> None:
+        plot([read_run(self.folder)], self.folder / "curves.svg")
 
 
 class TensorBoard:
@@ -141,13 +158,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def wanted_trackers(report_to: str | None) -> tuple[str, ...]:
+def wanted_trackers(report_to: str | None, plot: bool = False) -> tuple[str, ...]:
     """The trackers that ``--report_to`` names: None means TensorBoard if it is installed, "all" all installed ones.
 
+    With ``plot``, "curves" comes first.
+
     Raises:
-      ImportError: the named tracker is not installed; the message says how to install it.
+      ImportError: the named tracker, or matplotlib for ``plot``, is not installed; the message says how to install it.
       ValueError: the name is unknown.
     """
+    if plot:
+        pyplot()
+        return ("curves", *wanted_trackers(report_to))
     installed = tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
     if report_to in (None, "all"):
         return installed if report_to == "all" else tuple(name for name in installed if name == "tensorboard")
@@ -173,6 +195,8 @@ def open_trackers(
     ``first_step``."""
     folder = output_dir / logging_dir
     trackers: list[Tracker] = [JsonLines(output_dir, first_step)]
+    if "curves" in names:
+        trackers.append(Curves(output_dir))
     if "tensorboard" in names:
         trackers.append(TensorBoard(folder, first_step))
     if "wandb" in names:

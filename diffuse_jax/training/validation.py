@@ -8,9 +8,11 @@ from typing import Any
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.schedulers import Scheduler
+from diffuse_jax.training.families import trained_family
 from diffuse_jax.training.latent import sample_images
 from diffuse_jax.training.latent_model import source_folder
 from diffuse_jax.training.settings import ModelSettings, ValidationSettings
+from diffuse_jax.utils import load_image
 
 
 def validation_from(
@@ -33,13 +35,17 @@ def validation_from(
       images: what the pipeline takes as ``image``, for each prompt; None if it takes none.
 
     Raises:
-      ValueError: the sampler does not support this number of steps.
+      ValueError: the sampler does not support this number of steps, or super-resolution has no images.
     """
     if not settings.validation_prompt:
         return None
     prompts = settings.validation_prompt
     sampler = Scheduler.from_pretrained(source_folder(model, only_small=True), subfolder="scheduler")
-    sampler = sampler.replace(prediction_type=pipe.scheduler.prediction_type)
+    sampler = trained_family(pipe).sampler(sampler, pipe.scheduler)
+    if settings.validation_images:
+        images = [load_image(str(path)) for path in settings.validation_images]
+    if images is None and "image_noising_scheduler" in pipe.components:
+        raise ValueError("--validation_prompt needs --validation_images here: what super-resolution is to enlarge")
     given = {} if images is None else {"image": list(images)}
     sampler.plan(settings.validation_inference_steps)  # raises here instead of at the first validation
 

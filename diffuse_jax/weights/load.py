@@ -134,12 +134,14 @@ def match(
 
 
 def _by_wanted_name(checkpoint: Checkpoint, wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Name in the tree (or an unknown name unchanged) -> name in the file; position buffers are dropped."""
+    """Name in the tree (or an unknown name unchanged) -> name in the file; buffers, and second names beside
+    the first, are dropped."""
     tables = (naming.FLAX_ALIASES,) if checkpoint.flax else (naming.ALIASES, naming.VISION_ALIASES)
     found: dict[str, str] = {}
     for name in checkpoint.tensors:
         target = naming.known_name(name, wanted, tables)
-        if target not in wanted and naming.IGNORED.search(name):
+        is_second_name = target != name and target in checkpoint.tensors
+        if (is_second_name or target not in wanted) and naming.IGNORED.search(name):
             continue
         if target in found:
             raise bad(checkpoint.files[name], f"{name!r} and {found[target]!r} are the same parameter")

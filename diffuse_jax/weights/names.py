@@ -26,9 +26,9 @@ AXES: dict[int, tuple[int, ...]] = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5:
 NOT_INDEXED = {"linear_1", "linear_2", "wi_0", "wi_1"}
 """Words that end in a digit in PyTorch too, where the digit is not a list index."""
 
-IGNORED = re.compile(r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$")
-"""Keys of buffers, which are not parameters, and of T5's second name of ``shared.weight``; they may be in a file and
-are ignored."""
+IGNORED = re.compile(r"(^|\.)position_ids$|^encoder\.embed_tokens\.weight$|^time_proj\.W$")
+"""Keys of buffers, which are not parameters, and second names of T5's ``shared.weight`` and of ``time_proj.weight`` of
+NCSN++; they may be in a file and are ignored."""
 
 ALIASES: Renames = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
@@ -36,8 +36,10 @@ ALIASES: Renames = (
     (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
     (r"^(embeddings|encoder\.layers|final_layer_norm)\.", r"text_model.\1."),
+    (r"^time_proj\.W$", "time_proj.weight"),
 )
-"""PyTorch keys of other releases -> current ones (VAE attention before 2023; transformers 5)."""
+"""PyTorch keys of other releases -> current ones (VAE attention before 2023; transformers 5; Fourier
+features, in some files without the current name)."""
 
 VISION_ALIASES: Renames = (
     (r"^(vision_model\.)?(?=(embeddings|encoder\.layers|pre_layrnorm|post_layernorm)\.)", r"\1vision_model."),

@@ -12,7 +12,7 @@ import results
 from diffuse_jax import models, pipelines, processors, schedulers
 from diffuse_jax.config import Config
 from diffuse_jax.schedulers.configuration import setting_names
-from diffuse_jax.text import CLIPTextConfig, LDMBertConfig
+from diffuse_jax.text import CLIPTextConfig, LDMBertConfig, MultilingualCLIPConfig
 
 CONFIGS: dict[str, type[Config]] = {
     "UNet2DConditionModel": models.UNet2DConditionConfig,
@@ -33,6 +33,7 @@ CONFIGS: dict[str, type[Config]] = {
     "StableUnCLIPImageNormalizer": models.StableUnCLIPImageNormalizerConfig,
     "CLIPTextModel": CLIPTextConfig,
     "LDMBertModel": LDMBertConfig,
+    "MultilingualCLIP": MultilingualCLIPConfig,
     "CLIPVisionModel": models.CLIPVisionConfig,
     "DPTForDepthEstimation": models.DPTConfig,
     "DPTImageProcessor": processors.DPTImageProcessor,

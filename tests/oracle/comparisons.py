@@ -5,6 +5,7 @@ Inputs are channel-last NumPy arrays; the PyTorch side transposes them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,8 +77,14 @@ def conditions(c: Any, rng: np.random.Generator) -> dict[str, Any]:
     return inputs
 
 
+@functools.cache
+def applied(model: Any) -> Any:
+    """``(params, named inputs) -> output``, compiled once for each network and form of its inputs."""
+    return jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs))
+
+
 def run_unet(model: UNet2DConditionModel | UNet2DModel, params: Any, inputs: Mapping[str, Any]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs)))
+    return np.asarray(applied(model)(params, dict(inputs)))
 
 
 def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
@@ -92,7 +99,7 @@ def run_torch_unet(module: Any, inputs: Mapping[str, Any]) -> np.ndarray:
 
 def run_controlnet(model: ControlNetModel, params: Any, inputs: Mapping[str, Any]) -> list[np.ndarray]:
     """Every residual, the middle's last."""
-    output = jax.jit(lambda p, i: model.apply({"params": p}, **i))(params, dict(inputs))
+    output = applied(model)(params, dict(inputs))
     return [np.asarray(residual) for residual in (*output.down_block_res_samples, output.mid_block_res_sample)]
 
 

@@ -14,6 +14,8 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer  # noqa: E402
 
+latent_diffusion = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+
 SD_SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -165,6 +167,39 @@ def stable_diffusion_xl(folder: Path) -> Path:
     return folder
 
 
+def bert_tokenizer() -> Any:
+    """A BERT tokenizer of single characters."""
+    letters = [chr(c) for c in (*range(33, 65), *range(91, 127))]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
+
+
+def latent_diffusion_text(folder: Path, kind: str = "AutoencoderKL") -> Path:
+    """A folder like CompVis/ldm-text2im-large-256, with an autoencoder of this class."""
+    torch.manual_seed(0)
+    tok, levels = bert_tokenizer(), 4  # the pipeline of diffusers takes eight pixels for each latent
+    vae = VAE | {
+        "block_out_channels": (16,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": 4,
+        "sample_size": 64,
+    }
+    vae |= {"num_vq_embeddings": 32, "scaling_factor": 0.4} if kind == "VQModel" else {}
+    bert = latent_diffusion.LDMBertConfig(
+        vocab_size=len(tok), d_model=32, encoder_layers=2, encoder_ffn_dim=40, encoder_attention_heads=2, head_dim=8
+    )
+    pipe = diffusers.LDMTextToImagePipeline(
+        vqvae=lively(getattr(diffusers, kind)(**vae)),
+        bert=lively(latent_diffusion.LDMBertModel(bert)),
+        tokenizer=tok,
+        unet=lively(diffusers.UNet2DConditionModel(**UNET | {"sample_size": 8})),
+        scheduler=diffusers.DDIMScheduler(**SD_SCHEDULER),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 VISION = {
     "hidden_size": 16,
     "projection_dim": 32,
@@ -176,8 +211,8 @@ VISION = {
 }
 
 
-def kandinsky_prior(folder: Path) -> Path:
-    """A folder like the prior of Kandinsky 2.2, whose embeddings have 32 channels."""
+def kandinsky_prior(folder: Path, kind: str = "KandinskyV22PriorPipeline") -> Path:
+    """A folder like the prior of Kandinsky, 2.1 or 2.2, whose embeddings have 32 channels."""
     torch.manual_seed(0)
     tok = tokenizer()
     prior = diffusers.PriorTransformer(
@@ -185,7 +220,7 @@ def kandinsky_prior(folder: Path) -> Path:
     )
     encoder = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION))
     prior.clip_std.data.fill_(1.0)
-    pipe = diffusers.KandinskyV22PriorPipeline(
+    pipe = getattr(diffusers, kind)(
         prior=lively(prior),
         image_encoder=lively(encoder),
         text_encoder=lively(transformers.CLIPTextModelWithProjection(text_config(tok))),
@@ -199,6 +234,15 @@ def kandinsky_prior(folder: Path) -> Path:
     return folder
 
 
+def exact(scheduler: Any) -> None:
+    """Tables in float64: in float32, the variance at the last timestep is the difference of nearly equal numbers, which
+    is wrong by a thousandth."""
+    scheduler.betas = scheduler.betas.double()
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+
+
+KANDINSKY_SCHEDULER = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 UNET_K22 = {
     "sample_size": 8,
     "out_channels": 8,
@@ -231,15 +275,52 @@ def kandinsky_decoder(folder: Path, kind: str = "KandinskyV22Pipeline", **change
     """A folder like a decoder of Kandinsky 2.2, for the embeddings of :func:`kandinsky_prior`."""
     torch.manual_seed(0)
     unet = lively(diffusers.UNet2DConditionModel(**UNET_K22 | changes))
-    scheduler = diffusers.DDPMScheduler(
-        beta_schedule="linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        variance_type="learned_range",
-    )
+    scheduler = diffusers.DDPMScheduler(**KANDINSKY_SCHEDULER, variance_type="learned_range")
     movq = lively(diffusers.VQModel(**MOVQ))
     getattr(diffusers, kind)(unet=unet, scheduler=scheduler, movq=movq).save_pretrained(folder)
+    return folder
+
+
+UNET_K21 = UNET_K22 | {
+    "cross_attention_dim": 32,
+    "encoder_hid_dim": 24,
+    "encoder_hid_dim_type": "text_image_proj",
+    "addition_embed_type": "text_image",
+}
+M_CLIP = {
+    "transformerDimSize": 24,
+    "imageDimSize": 32,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 90,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def multilingual_tokenizer() -> Any:
+    """XLM-RoBERTa's tokenizer of single characters."""
+    letters = [(chr(c), -3.0) for c in range(97, 123)]
+    special = [(word, 0.0) for word in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, ("\u2581", -2.0), *letters, ("<mask>", 0.0)]
+    return transformers.XLMRobertaTokenizer(vocab=vocab, model_max_length=512)
+
+
+def kandinsky21_decoder(folder: Path, kind: str = "KandinskyPipeline", **changes: Any) -> Path:
+    """A folder like a decoder of Kandinsky 2.1, for the embeddings of :func:`kandinsky_prior`."""
+    from diffusers.pipelines.kandinsky import text_encoder
+
+    torch.manual_seed(0)
+    tok = multilingual_tokenizer()
+    parts = {
+        "text_encoder": lively(text_encoder.MultilingualCLIP(text_encoder.MCLIPConfig(**M_CLIP, vocab_size=len(tok)))),
+        "tokenizer": tok,
+        "unet": lively(diffusers.UNet2DConditionModel(**UNET_K21 | changes)),
+        "scheduler": diffusers.DDIMScheduler(**KANDINSKY_SCHEDULER, set_alpha_to_one=False, steps_offset=1),
+        "movq": lively(diffusers.VQModel(**MOVQ)),
+    }
+    getattr(diffusers, kind)(**parts).save_pretrained(folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from diffuse_jax.config import Config
 from diffuse_jax.models import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
@@ -31,13 +32,20 @@ from diffuse_jax.models import (
     WuerstchenPrior,
     presets,
 )
-from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection, LDMBertModel, T5EncoderModel
+from diffuse_jax.text import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LDMBertModel,
+    MultilingualCLIP,
+    T5EncoderModel,
+)
 from diffuse_jax.text import presets as text_presets
 from diffuse_jax.weights import names
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 ldm = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+m_clip = pytest.importorskip("diffusers.pipelines.kandinsky.text_encoder")
 transformers = pytest.importorskip("transformers")
 
 from diffuse_jax.torch_backend.networks import torch_class  # noqa: E402
@@ -59,6 +67,7 @@ UNETS = {
     "SDXL_UNET": 2_567_463_684,
     "SDXL_INPAINT_UNET": 2_567_478_084,
     "SDXL_PIX2PIX_UNET": 2_567_475_204,
+    "LDM_TEXT_UNET": 872_300_484,
     "SDXL_LCM_UNET": 2_567_545_604,
     "SDXL_REFINER_UNET": 2_259_526_660,
     "SSD_1B_UNET": 1_331_334_404,
@@ -68,6 +77,11 @@ UNETS = {
     "IF_I_XL_UNET": 4_304_695_110,
     "IF_II_M_UNET": 466_183_686,
     "IF_II_L_UNET": 1_198_017_030,
+    "KANDINSKY21_UNET": 1_228_661_768,
+    "KANDINSKY21_INPAINT_UNET": 1_228_679_048,
+    "KANDINSKY22_UNET": 1_253_057_288,
+    "KANDINSKY22_INPAINT_UNET": 1_253_074_568,
+    "KANDINSKY22_DEPTH_UNET": 1_253_429_212,
     "KARLO_UNET": 885_439_686,
 }
 CONTROLNETS = {
@@ -84,9 +98,16 @@ T2I_ADAPTERS = {
 PIXEL_UNETS = {
     "DDPM_CIFAR10_UNET": 35_746_307,
     "DDPM_256_UNET": 113_673_219,
+    "NCSNPP_256_UNET": 65_574_549,
     "KARLO_SUPER_RESOLUTION_UNET": 691_579_523,
 }
-VAES = {"SD_VAE": 83_653_863, "SD21_VAE": 83_653_863, "SDXL_VAE": 83_653_863, "X4_UPSCALER_VAE": 55_325_927}
+VAES = {
+    "SD_VAE": 83_653_863,
+    "LDM_TEXT_VAE": 83_653_863,
+    "SD21_VAE": 83_653_863,
+    "SDXL_VAE": 83_653_863,
+    "X4_UPSCALER_VAE": 55_325_927,
+}
 VQS = {"LDM_VQ": 55_322_782, "MOVQ": 67_832_495}
 CONSISTENCY_DECODERS = {"CONSISTENCY_DECODER_VAE": 655_441_366}
 TEXTS = {
@@ -95,6 +116,7 @@ TEXTS = {
     "OPENCLIP_BIGG": (CLIPTextModelWithProjection, 694_659_840),
 }
 LDM_BERTS = {"LDM_BERT": 581_994_042}
+M_CLIPS = {"M_CLIP": 560_677_632}
 T5S = {"T5_XXL": 4_762_310_656}
 TINIES = {
     "TINY_VAE": 2_445_063
@@ -205,6 +227,9 @@ def networks() -> Iterator[tuple[str, Any, Callable[[], Any], int]]:
     for name, count in LDM_BERTS.items():
         model = LDMBertModel(getattr(text_presets, name))
         yield name, model, partial(ldm.LDMBertModel, ldm.LDMBertConfig(**model.config.to_json())), count
+    for name, count in M_CLIPS.items():
+        model = MultilingualCLIP(getattr(text_presets, name))
+        yield name, model, partial(m_clip.MultilingualCLIP, m_clip.MCLIPConfig(**model.config.to_json())), count
     for name, (kind, count) in TEXTS.items():
         config = getattr(text_presets, name)
         theirs = transformers.CLIPTextConfig(**config.to_json())
@@ -228,13 +253,15 @@ def test_every_preset_is_checked() -> None:
     tables = (UNETS, CONTROLNETS, T2I_ADAPTERS, PIXEL_UNETS, VAES, TINIES, ASYMMETRICS, VQS, CONSISTENCY_DECODERS)
     tables = (*tables, VISIONS, DEPTHS, PRIORS, WUERSTCHEN, TEXT_PROJS)
     assert in_modules - {"TINY_FLUX2_VAE"} == {name for table in tables for name in table}
-    kinds = (type(text_presets.CLIP_L), type(text_presets.T5_XXL))
-    found = {name for name, value in vars(text_presets).items() if isinstance(value, kinds)}
-    assert found == TEXTS.keys() | T5S.keys()
+    found = {name for name, value in vars(text_presets).items() if isinstance(value, Config)}
+    assert found == TEXTS.keys() | T5S.keys() | LDM_BERTS.keys() | M_CLIPS.keys()
 
 
-# Tracing an SDXL takes seconds, and these differ from it by one layer.
-VARIANTS = {"SDXL_INPAINT_UNET", "SDXL_PIX2PIX_UNET", "SDXL_LCM_UNET"}
+# Tracing a large UNet takes seconds, and these differ from another one by one layer.
+VARIANTS = {
+    *("SDXL_INPAINT_UNET", "SDXL_PIX2PIX_UNET", "SDXL_LCM_UNET"),
+    *("KANDINSKY21_INPAINT_UNET", "KANDINSKY22_INPAINT_UNET"),
+}
 CASES = [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] * (row[0] in VARIANTS)) for row in networks()]
 
 

@@ -14,6 +14,7 @@ from diffuse_jax.pipelines import (
     DiffusionPipeline,
     KandinskyV22CombinedPipeline,
 )
+from diffuse_jax.pipelines.configured import configured_pipeline
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.weights import WeightsError
 
@@ -60,6 +61,7 @@ def test_both_stages_in_one(parts: tuple[Path, Path], tmp_path: Path) -> None:
     diffusers.KandinskyV22CombinedPipeline.from_pretrained(tmp_path / "model")
     again = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(again) is KandinskyV22CombinedPipeline
+    assert configured_pipeline(tmp_path / "model").request(**request, **STEPS, **SIZE).images == 4, "checked, not run"
     task = AutoPipelineForImage2Image.from_pipe(again)
     assert type(task).__name__ == "KandinskyV22Img2ImgCombinedPipeline" and task.params["unet"] is again.params["unet"]
     image = folders.images(1, 64)[0]

@@ -38,18 +38,10 @@ def require_same_embeddings(ours: Any, theirs: Any) -> None:
         assert difference(getattr(ours, name), wanted.numpy()) < TOLERANCE, name
 
 
-def exact(scheduler: Any) -> None:
-    """Tables in float64: in float32, the variance at the last timestep is the difference of nearly equal numbers, which
-    is wrong by a thousandth."""
-    scheduler.betas = scheduler.betas.double()
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-
-
 def compare(pipe: Any, twin: Any, **request: Any) -> None:
     """With one generator for all prompts, as PyTorch diffusers draws."""
     twin.set_progress_bar_config(disable=True)
-    exact(twin.scheduler)
+    folders.exact(twin.scheduler)
     with torch.no_grad():
         wanted = twin(generator=torch.Generator().manual_seed(5), **request)
     require_same_embeddings(pipe(seed=5, noise="torch", **request), wanted)
@@ -122,7 +114,7 @@ def test_a_prompt_is_the_same_in_any_batch_and_the_output_unpacks(pipe: Any) -> 
     ("changes", "message"),
     [
         ({"prompt": None}, "prompt must be a string or a list"),
-        ({"output_type": "np"}, "output_type must be 'jax' for embeddings"),
+        ({"output_type": "pil"}, "output_type must be 'jax' or 'np' for embeddings, got 'pil'"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 2 prompts"),
         ({"negative_prompt": "rain", "noise": "torch", "seed": 0}, "takes one image, got 2"),
         ({"clip_skip": 1}, "has no argument clip_skip"),

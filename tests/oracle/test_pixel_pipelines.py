@@ -118,6 +118,26 @@ def test_images_are_those_of_pytorch(case: str, tmp_path: Path, rng: np.random.G
     require_one_program_and_opened_by_pytorch(pipe, twin, tmp_path / "ours")
 
 
+def test_ncsnpp_runs_the_score_sde(tmp_path: Path, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """The kind of network that the pipeline's checkpoints have, also in files that name its frequencies twice."""
+    twin = save("ScoreSdeVePipeline", tmp_path / "theirs", **twins.NCSNPP)
+    start, step = (rng.standard_normal((1, *SHAPE)).astype(np.float32) for _ in range(2))
+    same_noise(monkeypatch, "ScoreSdeVePipeline", start, step)
+    pipe = opened(tmp_path / "theirs")
+    wanted = twin(batch_size=1, output_type="np", num_inference_steps=4).images
+    require_same(pipe, pipe(latents=start, num_inference_steps=4, seed=0, output_type="np").images, wanted)
+    require_one_program_and_opened_by_pytorch(pipe, twin, tmp_path / "ours")
+
+    file = tmp_path / "theirs" / "unet" / "diffusion_pytorch_model.bin"
+    tensors = twin.unet.state_dict()
+    for names in (("W",), ("W", "weight")):
+        old = {key: value for key, value in tensors.items() if key != "time_proj.weight"}
+        torch.save(old | {f"time_proj.{name}": tensors["time_proj.weight"] for name in names}, file)
+        file.with_suffix(".safetensors").unlink(missing_ok=True)
+        _, params = UNet2DModel.from_pretrained(file.parent)
+        np.testing.assert_array_equal(params["time_proj"]["weight"], tensors["time_proj.weight"])
+
+
 @pytest.mark.parametrize("sampler", ["DDIMScheduler", "LMSDiscreteScheduler"])
 def test_super_resolution(sampler: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: Any) -> None:
     """A sampler that scales the sample also scales the image beside it."""

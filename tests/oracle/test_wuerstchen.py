@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffuse_jax import models
+from diffuse_jax import AutoPipelineForText2Image, models
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.pipelines.configured import configured_pipeline
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.weights import WeightsError
 from tests.oracle.agreement import require_same
@@ -209,6 +210,7 @@ def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = twin(generator=generator, output_type="np", **request).images
     require_same(pipe, pipe(seed=SEEDS[:1], noise="torch", output_type="np", **request).images, wanted)
+    assert configured_pipeline(tmp_path / "both").request(**request).images == 1, "checked, not run"
 
     # The same as the stages by themselves, several images per prompt.
     prior, decoder = (opened(tmp_path / name) for name in ("prior", "decoder"))
@@ -221,6 +223,13 @@ def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
         two = type(pipe).from_pretrained(tmp_path / "decoder", **given)
         assert two.components.keys() == joined.components.keys()
         assert two.options == joined.options
+    auto = AutoPipelineForText2Image
+    for two in (auto.from_pretrained(tmp_path / "decoder"), auto.from_pipe(decoder, prior=prior)):
+        assert type(two) is type(pipe)
+        assert (two.components.keys(), two.options) == (joined.components.keys(), joined.options)
+    assert auto.from_pipe(pipe).components == pipe.components
+    with pytest.raises(ValueError, match="WuerstchenCombinedPipeline needs prior_prior"):
+        auto.from_pipe(decoder)
     seeds = [1, 2, 3, 4]
     images = joined(**request | {"prompt": PROMPTS}, num_images_per_prompt=2, seed=seeds, output_type="np").images
     sizes = {"height": 100, "width": 86, "guidance_scale": 4.0, "num_inference_steps": 3}

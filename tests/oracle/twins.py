@@ -21,6 +21,7 @@ from diffuse_jax.models import (
     UNet2DModel,
 )
 from diffuse_jax.text import CLIPTextModel, CLIPTextModelWithProjection
+from tests.oracle.pixel_unets import NCSNPP, PIXEL_UNETS, PIXELS  # noqa: F401  (tests find all twins here)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -272,55 +273,6 @@ T2I_ADAPTERS: dict[str, dict[str, Any]] = {  # two levels of latents with eight 
     "XL": {"channels": (16, 32, 32, 32), "downscale_factor": 16, "adapter_type": "full_adapter_xl"},
     "light": {"channels": (16,), "num_res_blocks": 2, "adapter_type": "light_adapter"},
     "light, three stages": {"channels": (8, 16), "downscale_factor": 2, "adapter_type": "light_adapter"},
-}
-
-PIXELS = {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "sample_size": 8,
-}
-PIXEL_UNETS: dict[str, dict[str, Any]] = {
-    "DDPM": PIXELS
-    | {"layers_per_block": 2, "block_out_channels": (16, 16, 32)}
-    | {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
-    | {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")},
-    "DDPM, first release": PIXELS
-    | {
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    },
-    "classes": PIXELS | {"num_class_embeds": 10, "in_channels": 4, "out_channels": 8},
-    "consistency model": PIXELS
-    | {
-        "num_class_embeds": 10,
-        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-        "attn_norm_num_groups": 8,
-    },
-    "norm without groups": PIXELS | {"resnet_time_scale_shift": "scale_shift"},
-    "super-resolution of unCLIP": PIXELS
-    | {
-        "in_channels": 6,
-        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
-        "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
-        "downsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-        "add_attention": False,
-    },
-    "other embeddings": PIXELS
-    | {"class_embed_type": "timestep", "center_input_sample": True, "time_embedding_dim": 40, "act_fn": "gelu"},
-    "learned embeddings": PIXELS | {"time_embedding_type": "learned", "num_train_timesteps": 800},
-    "no middle": PIXELS | {"mid_block_type": None},
 }
 
 VAE = {

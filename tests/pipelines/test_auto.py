@@ -61,6 +61,15 @@ def test_the_first_stage_of_a_cascade(auto: Any, name: str) -> None:
         assert auto.pipeline_for(own, "x", {}).__name__ == name
 
 
+@pytest.mark.parametrize("own", ["LDMTextToImagePipeline", "WuerstchenDecoderPipeline", "WuerstchenCombinedPipeline"])
+def test_families_of_one_task(own: str) -> None:
+    found = AutoPipelineForText2Image.pipeline_for(own, "x", {}).__name__
+    assert found == own.replace("Decoder", "Combined")
+    for auto in (AutoPipelineForImage2Image, AutoPipelineForInpainting):
+        with pytest.raises(WeightsError, match=f"x: {own} has no {auto.__name__}; known: .*IFImg2ImgPipeline"):
+            auto.pipeline_for(own, "x", {})
+
+
 @pytest.mark.parametrize("family", ["", "XL"])
 @pytest.mark.parametrize("kind", ["Adapter", "SAG", "Panorama", "DiffEdit"])
 def test_other_tasks_become_the_plain_one_of_their_family(kind: str, family: str) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from diffuse_jax.pipelines.inputs import tokenize
-from diffuse_jax.text.tokenizer import clip_tokenizer, padded_ids, unpadded_ids
-from diffuse_jax.training.latent import token_ids
+from diffuse_jax.text.tokenizer import clip_tokenizer, open_tokenizer, padded_ids, unpadded_ids
+from diffuse_jax.training.families import Words
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.hub import SHIPPED
 from tests.pipelines import tiny
@@ -49,6 +50,19 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     for options in ({}, {"pad_token": "!"}):
         with pytest.raises(WeightsError, match=r"no vocabulary; expected vocab\.json and merges\.txt"):
             clip_tokenizer(tmp_path, **options)
+
+
+def test_the_tokenizer_of_xlm_roberta(tmp_path: Path) -> None:
+    """Under either name, from the files that transformers writes; without a vocabulary it is refused."""
+    words = [*((word, 0.0) for word in ("<s>", "<pad>", "</s>", "<unk>")), ("▁", -2.0), ("a", -3.0), ("é", -3.0)]
+    whole = transformers.XLMRobertaTokenizer(vocab=[*words, ("<mask>", 0.0)])
+    whole.save_pretrained(tmp_path / "whole")
+    for name in ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast"):
+        opened = open_tokenizer(name, tmp_path / "whole")
+        np.testing.assert_array_equal(padded_ids(opened, ["aé"], 8), [[0, 4, 5, 6, 2, 1, 1, 1]])
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    with pytest.raises(WeightsError, match=r"no vocabulary; expected sentencepiece\.bpe\.model, or tokenizer\.json"):
+        open_tokenizer("XLMRobertaTokenizer", tmp_path)
 
 
 @pytest.mark.parametrize(("vocab", "merges"), [('{"a": 0,', "#version: 0.2"), ('{"a": 0}', None)])
@@ -97,7 +111,7 @@ def test_eight_threads_get_the_same_ids_as_one() -> None:
         if k % 4 == 0:
             return tokenize(tokenizer, [text], 32, len(tokenizer))[0].tolist()
         if k % 4 == 1:
-            return token_ids(tokenizer, 7, text).tolist()
+            return Words(tokenizer, 7).ids(text).tolist()
         if k % 4 == 2:
             return unpadded_ids(tokenizer, [text])[0]
         tokenizer(text, padding="max_length", truncation=True, max_length=5 + k % 3)  # what it gives is not ours

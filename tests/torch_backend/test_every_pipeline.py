@@ -19,20 +19,13 @@ from diffuse_jax.weights import read_json, write_json
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
 from diffuse_jax.torch_backend import parity, pipeline  # noqa: E402
+from diffuse_jax.torch_backend.trace import RESULTS  # noqa: E402
 from tests.oracle import if_folders, twins, wuerstchen  # noqa: E402
 from tests.oracle.test_depth_and_latent_upscaling import K_UNET  # noqa: E402
 
 torch, diffusers, transformers = folders.torch, folders.diffusers, folders.transformers
 
-EMBEDDINGS = ("prior", "movq", "text_proj")
-"""Networks of pipelines from or to image embeddings, which are no images or prompts that parity could ask for; their
-oracle tests compare them with PyTorch."""
-
-CLASSES = [
-    name
-    for name, cls in PIPELINES.items()
-    if cls.__module__.startswith("diffuse_jax.") and not {*EMBEDDINGS} & {*cls.required}
-]
+CLASSES = [name for name, cls in PIPELINES.items() if cls.__module__.startswith("diffuse_jax.")]
 
 UNETS: dict[str, dict[str, Any]] = {
     "StableDiffusionInstructPix2PixPipeline": {"in_channels": 8},
@@ -113,9 +106,12 @@ OTHERS = {"StableDiffusionImageVariationPipeline": for_variations}
 
 
 FOLDERS = {
+    "LDMTextToImagePipeline": folders.latent_diffusion_text,
     "WuerstchenPriorPipeline": wuerstchen.prior_pipeline,
     "WuerstchenDecoderPipeline": wuerstchen.decoder_pipeline,
     "WuerstchenCombinedPipeline": wuerstchen.combined_pipeline,
+    "KandinskyV22PriorPipeline": folders.kandinsky_prior,
+    "KandinskyV22PriorEmb2EmbPipeline": folders.kandinsky_prior,
     "StableUnCLIPImg2ImgPipeline": folders.stable_unclip_img2img,
 }
 """Class -> what writes a folder that nothing else opens."""
@@ -162,7 +158,20 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def stage(number: int) -> Path:
         return if_folders.save(tmp_path_factory.mktemp("if") / "model", number)
 
+    @functools.cache
+    def kandinsky(name: str) -> Path:
+        root = tmp_path_factory.mktemp("kandinsky")
+        plain, changes = name.replace("Combined", ""), {"in_channels": 9} if "Inpaint" in name else {}
+        changes |= {"in_channels": 8, "addition_embed_type": "image_hint"} if "Controlnet" in name else {}
+        decoder = folders.kandinsky_decoder(root / "decoder", plain, **changes)
+        if name == plain:
+            return decoder
+        prior = folders.kandinsky_prior(root / "prior")
+        return PIPELINES[name].from_pretrained(decoder, prior=prior).save_pretrained(root / "combined")
+
     def find(name: str) -> Path:
+        if "movq" in PIPELINES[name].required:
+            return kandinsky(name)
         if name in FOLDERS:
             return written(name)
         if name.startswith("IF"):
@@ -186,8 +195,14 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 REQUEST = parity.Request(["a cat", "x"], {"num_inference_steps": 4, "seed": 0})
-SIZES = {"StableDiffusionPanoramaPipeline": {"height": 32, "width": 160}}
+SMALL = {name: {"height": 64, "width": 64} for name in CLASSES if "movq" in PIPELINES[name].required}
+SIZES = {"StableDiffusionPanoramaPipeline": {"height": 32, "width": 160}, **SMALL}
 """Of those that do not take the checkpoint's size: three windows rather than thousands."""
+
+
+def request(name: str) -> parity.Request:
+    """What is asked of a class."""
+    return dataclasses.replace(REQUEST, options=REQUEST.options | SIZES.get(name, {}))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +216,7 @@ def refusal(name: str) -> str | None:
     """Why parity cannot run a class; None for the others. Compare the plain class of the same task instead."""
     if "PAG" in name or "SAG" in name:
         return "a modifier changes the layers of a UNet, which a TorchNetwork does not let it do"
-    return "give image_latents" if name == "StableDiffusionDiffEditPipeline" else None
+    return None
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if refusal(name)])
@@ -218,14 +233,19 @@ COMPARED = [name for name in CLASSES if not refusal(name)]
 def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, on_torch: Any) -> None:
     """A call is complete without images of the user's, and PyTorch has every network and method that it needs."""
     pipe = on_torch(name)
-    run = pipe.request(**REQUEST.arguments(pipe))
+    run = pipe.request(**request(name).arguments(pipe))
     images = 1 if name in {"RePaintPipeline", *OTHERS} else 2  # these have one image in the place of two prompts
     traced = lambda params, rows: sample(run.method, params, rows, run.plan)
     found = jax.eval_shape(traced, pipe.params, run.rows)
-    assert found["image_embeddings" if name.endswith("PriorPipeline") else "images"].shape[0] == images
+    assert next(found[result] for result in RESULTS if result in found).shape[0] == images
 
 
-QUICK = ("StableDiffusionXLAdapterPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionLatentUpscalePipeline")
+QUICK = (
+    "KandinskyV22PriorPipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionLatentUpscalePipeline",
+)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +253,7 @@ QUICK = ("StableDiffusionXLAdapterPipeline", "StableDiffusionDepth2ImgPipeline",
 )
 def test_every_pipeline_computes_the_same(name: str, folder_of: Any) -> None:
     sides = parity.open_sides(str(folder_of(name)), device="cpu", pipeline_name=name)
-    result = parity.check(sides, dataclasses.replace(REQUEST, options=REQUEST.options | SIZES.get(name, {})))
+    result = parity.check(sides, request(name))
     assert result.ok, (result.rows, result.differences)
     names = [row.name for row in result.rows]
     assert all(names.count(row) == 1 for row in names if row.startswith("adapter")), "called once for all steps"

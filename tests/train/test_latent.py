@@ -275,7 +275,7 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
         ("text_to_image.py", {"cache_latents": True, "random_flip": True}, "leave out --random_flip"),
         ("text_to_image.py", {"cache_text_embeddings": True, "train_text_encoder": True}, "text encoder is trained"),
         ("text_to_image.py", {"text_encoder_lr": 1e-5}, "--text_encoder_lr 1e-05 has no effect without"),
-        ("text_to_image.py", {"resolution": 15}, "--resolution must be a multiple of 2 for this autoencoder, got 15"),
+        ("text_to_image.py", {"resolution": 15}, "--resolution must be a multiple of 2 for this model, got 15"),
         ("text_to_image.py", {"train_data_dir": "nowhere"}, "nowhere: there is no such folder"),
         ("text_to_image.py", {"caption_column": "words"}, "no column 'words' (--caption_column)"),
         ("text_to_image.py", {"train_batch_size": 99}, "but the data set has 12; use a smaller batch"),

@@ -22,8 +22,8 @@ from diffuse_jax.training.autoencoder import (
     split_decoder,
 )
 from diffuse_jax.training.batches import IndexedBatches, WithStepIndex
+from diffuse_jax.training.families import normalised
 from diffuse_jax.training.initial import initial_params
-from diffuse_jax.training.latent import normalised
 
 VAE = AutoencoderKL(
     AutoencoderKLConfig(block_out_channels=(4,), norm_num_groups=2, latent_channels=2, mid_block_add_attention=False)

@@ -220,6 +220,16 @@ def test_a_run_writes_to_tensorboard_by_default(tmp_path: Path) -> None:
     assert len(list((tmp_path / "logs").glob("events.out.tfevents.*"))) == 1
 
 
+def test_a_run_draws_its_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    args = arguments(output_dir=tmp_path, max_train_steps=3, logging_steps=1)
+    train_line(args)
+    assert not (tmp_path / "curves.svg").exists()
+    args.plot = True
+    train_line(args)
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
 def test_trackers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert wanted_trackers(None) == ()
@@ -227,6 +237,9 @@ def test_trackers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("tensorboard", "wandb"):
         with pytest.raises(ImportError, match=f"--report_to {name} needs the package {name}: pip install {name}"):
             wanted_trackers(name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install \"diffusejax\[plots\]\""):
+        wanted_trackers(None, plot=True)
     with pytest.raises(ValueError, match="tensorboard, wandb, none, all, got 'comet_ml'"):
         wanted_trackers("comet_ml")
 

@@ -54,6 +54,7 @@ PARSED = {
     "cli.py": "a command",
     "batch_command.py": "the flags of a job",
     "image_flags.py": "the flags of images",
+    "runs_command.py": "a command",
     "torch_backend/command.py": "a command",
     "torch_backend/training_command.py": "a command",
     "training/command.py": "reads the flags of a script before the rest of it is loaded",

@@ -48,6 +48,7 @@ class ClipFamily:
       masked: mask the padding for encoders with ``use_attention_mask`` in their config.
       options: a ``TypedDict`` of the arguments of its calls.
       plan_options: the names of those that are passed on to the sampler's plan.
+      autoencoder: the name of the component that decodes the latents.
     """
 
     encoders: dict[str, str]
@@ -59,6 +60,7 @@ class ClipFamily:
     masked: bool = False
     options: type = TextOptions
     plan_options: tuple[str, ...] = ()
+    autoencoder: str = "vae"
 
     def rows(self, pipe: Any, call: Call) -> Rows:
         """Token ids (or prompt embeddings), guidance and micro-conditioning, one row per image.
@@ -224,7 +226,7 @@ class ClipFamily:
           ValueError: ``output_type`` is unknown, or ``clip_skip`` out of range.
         """
         unet = with_image_prompts(pipe, rows, UNet(Net("unet", pipe.components["unet"])))
-        vae = Net("vae", autoencoder(pipe.components["vae"]))
+        vae = Net(self.autoencoder, autoencoder(pipe.components[self.autoencoder]))
         output, scale = check_output(call.get("output_type", "pil")), vae.config.scale
         decode = Raw() if output == "latent" else ToImages(vae, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
         return Method(

@@ -77,7 +77,7 @@ class PixelTextFamily(ClipFamily):
         return super().tokens(pipe, prompts, style) if self.layouts(pipe) else {"ids": {}}
 
     def text_part(self, pipe: Any, clip_skip: int | None = None, style: Style = PLAIN) -> EncodeText:
-        return self.encode((Net("text_encoder", pipe.components["text_encoder"]),))
+        return self.encode((Net("text_encoder", pipe.components.get("text_encoder")),))
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
         """The text encoder, the UNet, and guidance if the scale is above 1.

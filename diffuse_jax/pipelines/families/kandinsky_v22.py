@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from diffuse_jax.pipelines.families.clip import guidance_rows, stack_branches
+from diffuse_jax.pipelines.families.clip import NEGATIVE, POSITIVE, guidance_rows, repeat_rows, stack_branches
 from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
 from diffuse_jax.pipelines.inputs import embeddings
-from diffuse_jax.pipelines.method import Method, Net, Rows
+from diffuse_jax.pipelines.method import Method, Net, Part, Rows
 from diffuse_jax.pipelines.options import EmbeddingOptions
 from diffuse_jax.pipelines.parts.decode import Raw, ToImages, autoencoder
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
@@ -33,11 +33,8 @@ class KandinskyV22Family:
           ValueError: embeddings are missing, or their shapes are wrong.
         """
         guided = asks_for_guidance(call)
-        names = ("negative_image_embeds", "image_embeds") if guided else ("image_embeds",)
-        embeds = [np.repeat(given_embeds(pipe, call.options, name), call.copies, axis=0) for name in names]
-        if guided and embeds[0].shape != embeds[1].shape:
-            raise ValueError(f"there are {len(embeds[1])} image_embeds, but {len(embeds[0])} negative_image_embeds")
-        return {"image_embeds": stack_branches(embeds)} | guidance_rows(call, guided)
+        rows = embedding_rows(pipe, call, (NEGATIVE, POSITIVE) if guided else (POSITIVE,))
+        return {name: repeat_rows(value, call.copies) for name, value in rows.items()} | guidance_rows(call, guided)
 
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
         """The UNet, guidance if the scale is above 1, and the decoder.
@@ -45,15 +42,42 @@ class KandinskyV22Family:
         Raises:
           ValueError: ``output_type`` is unknown.
         """
-        unet, movq = EmbeddingUNet(Net("unet", pipe.components["unet"])), movq_of(pipe)
-        output, scale = check_output(call.get("output_type", "pil")), movq.config.scale
-        decode = Raw() if output == "latent" else ToImages(movq, output == "pil", pipe.vae_tiling, pipe.vae_slicing)
-        return Method(
-            denoiser=ClassifierFree(unet) if asks_for_guidance(call) else unet,
-            start=FromNoise(),
-            decode=decode,
-            latent_shape=(call.size[0] // scale, call.size[1] // scale, movq.config.latent_channels),
-        )
+        return decoder_method(pipe, call, EmbeddingUNet(Net("unet", pipe.components["unet"])))
+
+
+def decoder_method(pipe: Any, call: Call, unet: Part, conditions: tuple[Part, ...] = ()) -> Method:
+    """The method of a decoder with a UNet, and guidance if the scale is above 1.
+
+    Args:
+      pipe: the pipeline.
+      call: the call.
+      unet: the UNet as a denoiser.
+      conditions: the parts that encode what it is conditioned on besides image embeddings.
+
+    Raises:
+      ValueError: ``output_type`` is unknown.
+    """
+    movq, output = movq_of(pipe), check_output(call.get("output_type", "pil"))
+    height, width = (side // movq.config.scale for side in call.size)
+    return Method(
+        conditions=conditions,
+        denoiser=ClassifierFree(unet) if asks_for_guidance(call) else unet,
+        start=FromNoise(),
+        decode=Raw() if output == "latent" else ToImages(movq, output == "pil", pipe.vae_tiling, pipe.vae_slicing),
+        latent_shape=(height, width, movq.config.latent_channels),
+    )
+
+
+def embedding_rows(pipe: Any, call: Call, branches: tuple[str, ...]) -> Rows:
+    """``image_embeds`` of the branches of guidance, one row per embedding.
+
+    Raises:
+      ValueError: embeddings are missing, or their shapes are wrong.
+    """
+    embeds = [given_embeds(pipe, call.options, f"{branch}image_embeds") for branch in branches]
+    if len({len(each) for each in embeds}) > 1:
+        raise ValueError(f"there are {len(embeds[1])} image_embeds, but {len(embeds[0])} negative_image_embeds")
+    return {"image_embeds": stack_branches(embeds)}
 
 
 def movq_of(pipe: Any) -> Unquantised:

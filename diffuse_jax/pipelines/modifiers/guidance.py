@@ -21,6 +21,7 @@ from diffuse_jax.pipelines.modifiers.request import (
 )
 from diffuse_jax.pipelines.parts import combine
 from diffuse_jax.pipelines.running import Request
+from diffuse_jax.pipelines.tasks import vae_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Regions:
         require_guidance(request, self)
         if isinstance(self.prompts, str) or len(self.prompts) != len(self.masks) or not self.prompts:
             raise ValueError(f"give a mask for each of {len(self.prompts)} prompts, got {len(self.masks)} masks")
-        scale = pipe.components["vae"].config.scale
+        scale = vae_of(pipe).config.scale
         height, width = (scale * length for length in request.method.latent_shape[:2])
         masks = [mask_pixels(mask, (height, width), "masks")[0, ::scale, ::scale] for mask in self.masks]
         rest = np.clip(1 - np.sum(masks, 0), 0, 1)

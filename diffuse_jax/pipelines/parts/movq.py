@@ -40,6 +40,19 @@ class EmbeddingUNet(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptedUNet(EmbeddingUNet):
+    """A UNet that is conditioned on ``image_embeds [B,E]`` and a prompt: ``states [B,L,D]`` and ``pooled [B,P]``."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "image_embeds", "states", "pooled"
+
+    def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
+        added = {"text_embeds": rows["pooled"], "image_embeds": rows["image_embeds"]}
+        return self.net.apply(params, x, step.t, rows["states"], added)
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodeInitial(Part):
     """``image_latents [B,h,w,c]`` of ``initial_image [B,H,W,3]`` in [-1, 1], without randomness."""
 

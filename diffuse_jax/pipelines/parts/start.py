@@ -45,6 +45,23 @@ class FromNoised(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class FromMixture(Part):
+    """The first sample is ``image_latents`` and noise in the proportions ``mixture [B,2]``, whatever the plan's level.
+
+    That is what the network sees; a sampler that scales its input starts from as much more.
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "noise", "image_latents", "mixture"
+
+    def __call__(self, plan: Plan, rows: Rows) -> State:
+        image, noise = rows["image_latents"], rows["noise"]
+        of_image, of_noise = (per_image(rows["mixture"][:, k], noise) for k in range(2))
+        return plan.resume((of_image * image + of_noise * noise) / jnp.asarray(plan.input_scale)[0])
+
+
+@dataclasses.dataclass(frozen=True)
 class FromImage(FromNoised):
     """The same from an image: ``image [B,H,W,3]`` in [-1, 1], or ``image_latents`` if it is already encoded."""
 

@@ -44,14 +44,14 @@ def check_named(data: DataSettings) -> None:
 
 
 def check_sides(images: ImageSettings, multiple: int) -> None:
-    """Refuse image sizes that the autoencoder does not support.
+    """Refuse image sizes that the model does not support.
 
     Raises:
       ValueError: the sides are not multiples of ``multiple`` pixels.
     """
     name = "bucket_step" if images.aspect_ratio_buckets else "resolution"
     if getattr(images, name) % multiple:
-        raise ValueError(f"--{name} must be a multiple of {multiple} for this autoencoder, got {getattr(images, name)}")
+        raise ValueError(f"--{name} must be a multiple of {multiple} for this model, got {getattr(images, name)}")
 
 
 def warn_of_size(images: ImageSettings, native: int | Sequence[int] | None) -> None:

@@ -47,18 +47,27 @@ class ValidationSettings(Checked):
 
     Attributes:
       validation_prompt: prompts of the images; None for no images.
+      validation_images: paths of small images that a super-resolution model enlarges, one for each prompt.
       num_validation_images: number of images per prompt.
       validation_inference_steps: number of sampling steps.
       validation_guidance_scale: guidance scale.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: a number is out of range, or there is not one image for each prompt.
     """
 
     validation_prompt: tuple[str, ...] | None = None
+    validation_images: tuple[str | Path, ...] | None = None
     num_validation_images: Annotated[int, COUNT] = 4
     validation_inference_steps: Annotated[int, COUNT] = 25
     validation_guidance_scale: Annotated[float, NONNEGATIVE] = 7.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prompts, images = len(self.validation_prompt or ()), len(self.validation_images or ())
+        if images and images != prompts:
+            raise ValueError(f"--validation_images needs one image for each validation prompt, got {images} images and "
+                             f"{prompts} prompts")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

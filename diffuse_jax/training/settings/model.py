@@ -105,24 +105,37 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a denoising network can predict."""
 
 
+CLASS_LABELS = ("noise_level", "timesteps")
+"""What a super-resolution model of DeepFloyd IF sees beside the noisy image, and what its class labels say of it: the
+small image, enlarged and noised to a random level, which is the default; or, as in diffusers' scripts, the noisy image
+again, whose level is that of the timestep."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings(Checked):
-    """The Stable Diffusion model (1.x, 2.x or XL) to start from, and which of its networks are trained.
+    """The text-to-image model to start from, and which of its networks are trained.
 
     Attributes:
       pretrained_model_name_or_path: a folder or a Hub id.
       pretrained_vae_model_name_or_path: a folder or Hub id of an autoencoder to use instead; None keeps the pipeline's.
+      pretrained_prior_model_name_or_path: a folder or Hub id of the prior whose image encoder a decoder of Kandinsky
+        2.2 reads.
+      effnet_path: a file with the EfficientNet that makes the maps which a prior of Würstchen learns.
+      class_labels_conditioning: one of :data:`CLASS_LABELS`, for super-resolution with DeepFloyd IF.
       prediction_type: one of :data:`PREDICTION_TYPES`, which overrides the scheduler's.
       train_text_encoder: train the text encoders together with the UNet.
       compute: precision and memory of the networks.
       hub: which version of the model is downloaded from the Hub.
 
     Raises:
-      ValueError: the prediction type is unknown.
+      ValueError: the prediction type or what the class labels are is unknown.
     """
 
     pretrained_model_name_or_path: str | Path
     pretrained_vae_model_name_or_path: str | Path | None = None
+    pretrained_prior_model_name_or_path: str | Path | None = None
+    effnet_path: str | Path | None = None
+    class_labels_conditioning: str | None = None
     prediction_type: str | None = None
     train_text_encoder: bool = False
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -131,6 +144,7 @@ class ModelSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(PREDICTION_TYPES, prediction_type=self.prediction_type)
+        one_of(CLASS_LABELS, class_labels_conditioning=self.class_labels_conditioning)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

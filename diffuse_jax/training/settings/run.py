@@ -170,6 +170,7 @@ class TrackerSettings(Checked):
       logging_dir: folder for the files of TensorBoard and W&B, inside the folder of the run.
       tracker_project_name: project on Weights & Biases.
       wandb_entity: user or team on Weights & Biases; the user who is logged in if None.
+      plot: draw the curves of loss and learning rate when the run ends; needs matplotlib.
 
     Raises:
       ValueError: the tracker is unknown.
@@ -179,6 +180,7 @@ class TrackerSettings(Checked):
     logging_dir: str | Path = "logs"
     tracker_project_name: str = "diffuse-jax"
     wandb_entity: str | None = None
+    plot: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,129 @@
+"""Training Stable Diffusion 1.x, 2.x and XL: noise of an autoencoder's latents, from CLIP's states of captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffuse_jax.models import Params
+from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
+from diffuse_jax.pipelines import Net
+from diffuse_jax.pipelines.families import ClipFamily
+from diffuse_jax.training.families.base import (
+    METHODS,
+    Arrays,
+    Networks,
+    TrainedFamily,
+    apply,
+    normalised,
+    pixels_of,
+)
+
+OF_IF = "only DeepFloyd IF's second stage has it"
+OF_WUERSTCHEN = "only a prior of Würstchen learns the maps of an EfficientNet"
+OF_KANDINSKY = "only the decoders of Kandinsky 2.2 read embeddings of a prior's image encoder"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentFamily(TrainedFamily):
+    """Checkpoints with CLIP text encoders, an ``AutoencoderKL`` and a UNet; XL's also has micro-conditioning.
+
+    Attributes:
+      text: the family of their pipelines.
+    """
+
+    text: ClipFamily
+    parts: tuple[str, ...] = ("vae", "controlnet", "adapter")
+    methods: tuple[str, ...] = METHODS
+    trains_text: bool = True
+    image_encoders: tuple[str, ...] = ("vae",)
+    encoded_images: tuple[str, ...] = ("moments",)
+    borrowed: Any = dataclasses.field(default_factory=lambda: {"vae": "pretrained_vae_model_name_or_path"})
+    refused: Any = dataclasses.field(
+        default_factory=lambda: {
+            "class_labels_conditioning": OF_IF,
+            "validation_images": OF_IF,
+            "pretrained_prior_model_name_or_path": OF_KANDINSKY,
+            "effnet_path": OF_WUERSTCHEN,
+        }
+    )
+
+    def check(self, configs: Mapping[str, Any], what: str) -> None:
+        takes, latents = (configs.get(name) for name in ("unet", "vae"))
+        if takes and latents and takes.in_channels != latents.latent_channels:
+            raise ValueError(
+                f"{what} whose UNet has {takes.in_channels} input channels; this trainer gives it noisy latents alone "
+                f"({latents.latent_channels}), as a checkpoint for text to image takes"
+            )
+
+    def multiple(self, pipe: Any) -> int:
+        return int(pipe.components["vae"].config.scale)
+
+    def arrays(self, pipe: Any, true_sizes: bool) -> dict[str, Callable[[Any], np.ndarray]]:
+        found: dict[str, Callable[[Any], np.ndarray]] = {"pixel_values": pixels_of}
+        if pipe.components["unet"].config.addition_embed_type == "text_time":
+            found["time_ids"] = functools.partial(micro_conditioning, true_sizes)
+        return found
+
+    def encode_text(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
+        """``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``."""
+        nets = tuple(Net(name, models[name]) for name in self.encoders if name in batch and name in models)
+        return self.text.encode(nets).encode(params, {"ids": {net.name: batch[net.name] for net in nets}})
+
+    def encode_images(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
+        """``moments [B,h,w,2c]``: mean and log variance of the latents."""
+        posterior = apply(models, params, "vae", normalised(batch["pixel_values"]), method="encode")
+        return {"moments": jnp.concatenate(posterior, -1)}
+
+    def begin(self, models: Networks, params: Params, batch: Arrays, key: jax.Array) -> tuple[jax.Array, Arrays]:
+        """Scaled latents ``[B,h,w,c]``, sampled from their distribution."""
+        posterior = Posterior(*jnp.split(jnp.asarray(batch["moments"], jnp.float32), 2, axis=-1))
+        return scale_latents(posterior.sample(key), models["vae"].config), batch
+
+    def predict(self, models: Networks, params: Params, batch: Arrays, x: jax.Array, t: jax.Array) -> jax.Array:
+        added = None
+        if "time_ids" in batch:
+            added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+        inputs = x, t, batch["states"]
+        control = control_residuals(models, params, batch, inputs, added)
+        return apply(models, params, "unet", *inputs, added, **control)
+
+
+def micro_conditioning(true: bool, example: Any) -> np.ndarray:
+    """SDXL's ``time_ids [6]`` float32 (Podell et al. 2023, section 2.2): original size, top left of the crop, target
+    size.
+
+    All are (height, width) in pixels. Unless they are to be ``true``, the image counts as uncropped and as having the
+    target size originally. These are the values at inference, so the model does not associate a handful of training
+    images with their original resolution.
+    """
+    target = example.target_size
+    original = (*example.original_size, *example.crop_top_left) if true else (*target, 0, 0)
+    return np.array((*original, *target), np.float32)
+
+
+def control_residuals(
+    models: Networks,
+    params: Params,
+    batch: Arrays,
+    inputs: tuple[jax.Array, jax.Array, jax.Array],
+    added: Arrays | None,
+) -> dict[str, Any]:
+    """What the ControlNet or T2I-Adapter adds inside the UNet, by the names of the UNet's arguments; nothing without
+    control images.
+
+    ``inputs`` and ``added`` are those of the UNet: the sample, the timesteps and the prompt embeddings, and SDXL's.
+    """
+    if "conditioning" not in batch:
+        return {}
+    images = batch["conditioning"].astype(jnp.float32) / 255
+    if "adapter" in models:
+        return {"down_intrablock_additional_residuals": apply(models, params, "adapter", images)}
+    down, middle = apply(models, params, "controlnet", *inputs, images, added)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
