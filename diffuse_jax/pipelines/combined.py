@@ -13,6 +13,7 @@ import numpy as np
 
 from diffuse_jax import weights
 from diffuse_jax.pipelines.family import Family, request_of
+from diffuse_jax.pipelines.method import check_rows, sample
 from diffuse_jax.pipelines.parts.guidance import Branches, is_branches
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
 from diffuse_jax.pipelines.running import Request, run
@@ -178,8 +179,14 @@ def stage(
 
 
 def after(request: Request, pipe: DiffusionPipeline, first: Request) -> Request:
-    """The request of a stage with the results of an earlier one of the same pipeline as rows, which is run."""
-    found = {name: np.asarray(readable(value)) for name, value in run(pipe, first).results.items()}
+    """The request of a stage with the results of an earlier one of the same pipeline as rows, which is run; zeros in
+    their place if the pipeline :func:`only_checks`."""
+    if only_checks(pipe):
+        check_rows(first.method, first.rows)
+        shapes = jax.eval_shape(lambda *given: sample(first.method, *given, first.plan), dict(pipe.params), first.rows)
+        found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    else:
+        found = {name: np.asarray(readable(value)) for name, value in run(pipe, first).results.items()}
     return request._replace(rows=request.rows | found)
 
 

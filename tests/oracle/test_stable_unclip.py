@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.pipelines import DiffusionPipeline, StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from diffuse_jax.pipelines.configured import configured_pipeline
 from diffuse_jax.pipelines.programs import Programs
 
 folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
@@ -174,3 +175,11 @@ def test_networks_of_different_embeddings_are_refused(from_image: Any) -> None:
     wrong = pipe.replace(unet=(unet.clone(config=unet.config.replace(class_embed_type=None)), pipe.params["unet"]))
     with pytest.raises(ValueError, match="class_embed_type='projection' with an input of 64"):
         wrong.request(folders.images(1, 40)[0])
+
+
+def test_a_call_is_checked_without_weights(text_folder: Path) -> None:
+    pipe = configured_pipeline(text_folder)
+    request = pipe.request(PROMPTS, **STEPS)
+    assert request.rows["image_embeds"].shape == (2, 32)
+    with pytest.raises(ValueError, match="noise_level must be a whole number"):
+        pipe.request(PROMPTS, noise_level=-1)
