@@ -176,10 +176,8 @@ def text_to_image_loss(
     if text.pooled is not None:
         added = {"text_embeds": text.pooled, "time_ids": to_torch(batch["time_ids"], device)}
 
-    seen: dict[str, Any] = {}
-
     def predict(x: Any, t: Any) -> Any:
-        seen["noised latents"] = x = beside_condition(pipe, batch, x, half)
+        x = beside_condition(pipe, batch, x, half)
         given: dict[str, Any] = {"encoder_hidden_states": text.states, "added_cond_kwargs": added}
         with half():
             more = control_residuals(pipe, batch, channels_first(x), t, given)
@@ -188,9 +186,7 @@ def text_to_image_loss(
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
-    return LossAndValues(
-        computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values | seen
-    )
+    return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
 
 
 def beside_condition(pipe: Any, batch: Batch, x: Any, half: Callable[[bool], Any]) -> Any:
