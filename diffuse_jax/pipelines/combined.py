@@ -183,7 +183,8 @@ def after(request: Request, pipe: DiffusionPipeline, first: Request) -> Request:
     their place if the pipeline :func:`only_checks`."""
     if only_checks(pipe):
         check_rows(first.method, first.rows)
-        shapes = jax.eval_shape(lambda *given: sample(first.method, *given, first.plan), dict(pipe.params), first.rows)
+        traced = lambda params, rows: sample(first.method, params, rows, first.plan)
+        shapes = jax.eval_shape(traced, dict(pipe.params), first.rows)
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     else:
         found = {name: np.asarray(readable(value)) for name, value in run(pipe, first).results.items()}
