@@ -205,10 +205,20 @@ SMALL = {name: {"height": 64, "width": 64} for name in CLASSES if "movq" in PIPE
 SIZES = {"StableDiffusionPanoramaPipeline": {"height": 32, "width": 160}, **SMALL}
 """Of those that do not take the checkpoint's size: three windows rather than thousands."""
 
+ONE_IMAGE = {"RePaintPipeline", "UnCLIPImageVariationPipeline", *OTHERS}
+"""Classes that take one image in the place of two prompts."""
+
+STAGES = {"UnCLIPPipeline": ("prior", "decoder", "super_res"), "UnCLIPImageVariationPipeline": ("decoder", "super_res")}
+"""The stages of classes that take the number of steps of each."""
+
 
 def request(name: str) -> parity.Request:
     """What is asked of a class."""
-    return dataclasses.replace(REQUEST, options=REQUEST.options | SIZES.get(name, {}))
+    options = REQUEST.options | SIZES.get(name, {})
+    if name in STAGES:
+        steps = options.pop("num_inference_steps")
+        options |= {f"{stage}_num_inference_steps": steps for stage in STAGES[name]}
+    return dataclasses.replace(REQUEST, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +250,7 @@ def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, o
     """A call is complete without images of the user's, and PyTorch has every network and method that it needs."""
     pipe = on_torch(name)
     run = pipe.request(**request(name).arguments(pipe))
-    images = 1 if name in {"RePaintPipeline", *OTHERS} else 2  # these have one image in the place of two prompts
+    images = 1 if name in ONE_IMAGE else 2
     traced = lambda params, rows: sample(run.method, params, rows, run.plan)
     found = jax.eval_shape(traced, pipe.params, run.rows)
     assert next(found[result] for result in RESULTS if result in found).shape[0] == images
