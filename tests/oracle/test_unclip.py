@@ -16,7 +16,6 @@ from diffuse_jax.pipelines.method import image_keys, normal
 from diffuse_jax.pipelines.programs import Programs
 from tests.oracle import twins, unclip
 from tests.oracle.comparisons import channel_first, channel_last, difference
-from tests.oracle.test_kandinsky_prior import exact
 
 folders, torch = unclip.folders, unclip.torch
 
@@ -91,7 +90,7 @@ class Both:
         monkeypatch.setattr(combined, "run", lambda pipe, request: self.made.append(request) or after(pipe, request))
         for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
             if (scheduler := getattr(twin, name, None)) is not None:
-                exact(scheduler)
+                folders.exact(scheduler)
 
     def compare(self, **request: Any) -> None:
         self.made.clear()
