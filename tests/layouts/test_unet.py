@@ -27,7 +27,7 @@ PUBLISHED = {
     for name, config in vars(presets).items()
     if isinstance(config, UNet2DConditionConfig) and not config.has_k_blocks
 }
-FOLDERS_ALONE = [name for name in PUBLISHED if name.startswith("IF_")]
+FOLDERS_ALONE = [name for name in PUBLISHED if name.startswith(("IF_", "KANDINSKY", "KARLO"))]
 """Those that have no layout of one file."""
 UNKNOWN = {"extra", "sample_size", "upcast_attention"}
 """What tensors do not say: ``sample_size`` is a guess."""
@@ -52,9 +52,10 @@ def test_configurations_of_published_unets_are_in_their_tensors(name: str) -> No
     assert {field for field in vars(found) if getattr(found, field) != getattr(same, field)} <= UNKNOWN
 
 
-def test_networks_of_folders_alone_are_named() -> None:
+@pytest.mark.parametrize("name", ["IF_II_M_UNET", "KANDINSKY22_UNET", "KARLO_UNET"])
+def test_networks_of_folders_alone_are_named(name: str) -> None:
     with pytest.raises(ValueError, match="UNets of DeepFloyd IF and Kandinsky 2 need; open their folder"):
-        identified(tensors_of(PUBLISHED["IF_II_M_UNET"]))
+        identified(tensors_of(PUBLISHED[name]))
 
 
 @pytest.mark.parametrize("channels", [5, 9])
