@@ -49,6 +49,7 @@ class Network(NamedTuple):
       mesh: the devices.
       kinds: the modules that are its blocks.
       around: makes the context in which it is traced.
+      options: of the compiler.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class Network(NamedTuple):
     mesh: Mesh
     kinds: tuple[type[nn.Module], ...]
     around: Callable[[], AbstractContextManager[Any]]
+    options: dict[str, bool] | None = None
 
 
 @contextlib.contextmanager
@@ -67,7 +69,9 @@ def for_tpus(mesh: Mesh) -> Iterator[None]:
 
 def ours(model: Model, mesh: Mesh) -> Network:
     """One of our networks, its parameters sharded as pipelines and trainers do it."""
-    return Network(model, _placed(model.shapes(), mesh), mesh, BLOCKS, functools.partial(for_tpus, mesh))
+    with target_platform("tpu"):
+        options = compiler_options()
+    return Network(model, _placed(model.shapes(), mesh), mesh, BLOCKS, functools.partial(for_tpus, mesh), options)
 
 
 @dataclasses.dataclass
@@ -196,9 +200,7 @@ def _part(network: Network, block: Block, what: str, fun: Any, *given: Any, **op
 
 def _lowered(network: Network, fun: Any, *given: Any, **options: Any) -> jax.stages.Lowered:
     with network.around():
-        with target_platform("tpu"):
-            chosen = compiler_options() if network.kinds is BLOCKS else None
-        traced = jax.jit(fun, compiler_options=chosen, **options).trace(*given)
+        traced = jax.jit(fun, compiler_options=network.options, **options).trace(*given)
         return traced.lower(lowering_platforms=("tpu",))
 
 

@@ -14,7 +14,7 @@ SORTED_BY = ("run", "step", "loss", "lowest loss", "steps/s", "minutes")
 
 
 def runs(args: argparse.Namespace) -> None:
-    """Print a table of runs, best first; with ``--plot``, also draw their curves."""
+    """Print a table of runs; with ``--plot``, also draw their curves."""
     from diffuse_jax.columns import in_columns
     from diffuse_jax.training import runs as reading
 

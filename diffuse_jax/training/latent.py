@@ -285,11 +285,11 @@ def loss_of(
 ) -> Callable[..., Any]:
     """:func:`denoising_loss` of a pipeline, in the form that :func:`~diffuse_jax.training.state.make_step` takes.
 
-    ``class_labels`` is what a super-resolution model of DeepFloyd IF is told, see ``class_labels_conditioning`` of
+    ``class_labels`` are those of a super-resolution model of DeepFloyd IF, see ``class_labels_conditioning`` of
     :class:`~diffuse_jax.training.settings.ModelSettings`.
     """
     family = trained_family(pipe)
-    return functools.partial(denoising_loss, family.told(class_labels), combine, objective)
+    return functools.partial(denoising_loss, family.with_class_labels(class_labels), combine, objective)
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     add("--pretrained_prior_model_name_or_path", help=what)
     what = "file with the EfficientNet for a prior of Würstchen: model_v2_stage_b.pt of dome272/wuerstchen"
     add("--effnet_path", help=what)
-    what = "what a super-resolution model of DeepFloyd IF is told: the noise_level of the small image, or the timesteps"
+    what = (
+        "class labels of a super-resolution model of DeepFloyd IF: the noise_level of the small image, or the timesteps"
+    )
     add("--class_labels_conditioning", choices=CLASS_LABELS, help=what)
     add("--prediction_type", choices=PREDICTION_TYPES, help="overrides the prediction type of the scheduler")
     if text_encoders:

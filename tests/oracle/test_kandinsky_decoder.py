@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from diffuse_jax.pipelines import DiffusionPipeline, KandinskyV22InpaintPipeline
-from diffuse_jax.pipelines.programs import Programs
-from tests.oracle.agreement import require_same
+from diffuse_jax.pipelines import KandinskyV22InpaintPipeline
+from tests.oracle import kandinsky
+from tests.oracle.kandinsky import compare, embeddings
 
-folders = pytest.importorskip("tests.oracle.folders", reason="needs PyTorch diffusers and transformers")
-
-torch, diffusers = folders.torch, folders.diffusers
-
-EDGE = 64
-SHORT = {"num_inference_steps": 3, "height": EDGE, "width": EDGE}
+folders, torch, diffusers = kandinsky.folders, kandinsky.torch, kandinsky.diffusers
+EDGE, SHORT = kandinsky.EDGE, kandinsky.SHORT
 HINTED = {"in_channels": 8, "addition_embed_type": "image_hint"}
 
 
-def embeddings(count: int = 1) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(3)
-    draw = lambda: rng.standard_normal((count, 32)).astype(np.float32)
-    return {"image_embeds": draw(), "negative_image_embeds": draw()}
-
-
-def opened(name: str, folder: Path, **changes: Any) -> tuple[Any, Any]:
-    """The pipeline here, whose programs are counted, and in PyTorch."""
-    folders.kandinsky_decoder(folder, name, **changes)
-    twin = getattr(diffusers, name).from_pretrained(folder)
-    twin.set_progress_bar_config(disable=True)
-    pipe = DiffusionPipeline.from_pretrained(folder).replace(programs=Programs())
-    assert type(pipe).__name__ == name
-    return pipe, twin
-
-
-def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, seed: int = 5, **request: Any) -> None:
-    tensors = {name: torch.tensor(request[name]) for name in ("image_embeds", "negative_image_embeds")}
-    given = request | tensors | (theirs or {})
-    with torch.no_grad():
-        wanted = twin(generator=torch.Generator().manual_seed(seed), output_type="np", **given).images
-    ours = pipe(seed=seed, noise="torch", output_type="np", **request).images
-    require_same(pipe, ours, wanted)
+opened = functools.partial(kandinsky.opened_from, folders.kandinsky_decoder)
 
 
 def test_decoder(tmp_path: Path) -> None:

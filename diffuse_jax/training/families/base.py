@@ -182,8 +182,8 @@ class TrainedFamily:
 
     # The loss
 
-    def told(self, class_labels: str | None) -> TrainedFamily:
-        """The family whose super-resolution is told this; None for what it is told by default."""
+    def with_class_labels(self, class_labels: str | None) -> TrainedFamily:
+        """The family whose super-resolution has this as class labels; None for the default."""
         return self
 
     def encode_text(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:

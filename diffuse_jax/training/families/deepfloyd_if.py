@@ -86,7 +86,7 @@ class PixelFamily(TrainedFamily):
         length = min(TOKENS, int(tokenizer.model_max_length))
         return {"text_encoder": Words(tokenizer, length, masked=True, plain=True)}
 
-    def told(self, class_labels: str | None) -> TrainedFamily:
+    def with_class_labels(self, class_labels: str | None) -> TrainedFamily:
         return self if class_labels is None else dataclasses.replace(self, class_labels=class_labels)
 
     def encode_text(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
