@@ -120,6 +120,7 @@ def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: 
         interpolation=data.images.image_interpolation_mode,
         empty_share=data.proportion_empty_prompts,
         dropout=data.conditioning_dropout_prob,
+        tags=data.tags,
         pixels=pixels,
         conditioning=data.conditioning,
         seed=data.seed,

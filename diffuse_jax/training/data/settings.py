@@ -10,6 +10,7 @@ from typing import Annotated
 from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, THIRD
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
+from diffuse_jax.training.data.tags import TagSettings
 from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 
 
@@ -92,6 +93,7 @@ class DataSettings(Checked):
       dataloader_num_workers: number of processes that prepare batches; 0 for threads of this process.
       cache_dir: where data sets from the Hub are stored; the default folder of ``datasets`` if None.
       seed: determines the order of the examples, and how they are cropped, mirrored and captioned.
+      tags: how captions that are lists of tags are changed.
       images: size and cropping of the images.
       caches: what is computed in advance.
 
@@ -116,6 +118,7 @@ class DataSettings(Checked):
     dataloader_num_workers: Annotated[int, NATURAL] = 0
     cache_dir: str | Path | None = None
     seed: Annotated[int, SEED] = 0
+    tags: TagSettings = field(default_factory=TagSettings)
     images: ImageSettings = field(default_factory=ImageSettings)
     caches: CacheSettings = field(default_factory=CacheSettings)
 
@@ -129,6 +132,10 @@ class DataSettings(Checked):
             )
         if self.caches.cache_latents and self.images.random_flip:
             raise ValueError("--cache_latents stores one version of each image; leave out --random_flip")
+        if self.caches.cache_text_embeddings and self.tags.changes:
+            raise ValueError(
+                "--cache_text_embeddings stores one version of each caption; leave out --shuffle_tags and --tag_dropout"
+            )
         everything = {
             "aspect_ratio_buckets": self.images.aspect_ratio_buckets,
             "cache_latents": self.caches.cache_latents,
