@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
@@ -71,7 +72,10 @@ class DataSettings(Checked):
     provides its own source.
 
     Attributes:
-      train_data_dir: image folder; captions in ``metadata.jsonl``.
+      train_data_dir: image folder, or several; captions in ``metadata.jsonl``.
+      data_repeats: how often an epoch has the images of each folder; once if None.
+      data_weights: the share of each folder among the examples, as positive numbers of any sum; None for shares
+        proportional to the images.
       dataset_name: data set on the Hub, or a local folder that ``datasets`` can read.
       dataset_config_name: configuration of that data set.
       train_shards: ``.tar`` (WebDataset) or ``.array_record`` files, such as ``("a-{000..127}.tar",)``.
@@ -101,7 +105,9 @@ class DataSettings(Checked):
       ValueError: a value is out of range, or two settings exclude each other.
     """
 
-    train_data_dir: str | Path | None = None
+    train_data_dir: str | Path | tuple[str | Path, ...] | None = None
+    data_repeats: tuple[int, ...] | None = None
+    data_weights: tuple[float, ...] | None = None
     dataset_name: str | Path | None = None
     dataset_config_name: str | None = None
     train_shards: tuple[str | Path, ...] | None = None
@@ -125,6 +131,7 @@ class DataSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(CONDITIONS, conditioning=self.conditioning)
+        self._check_shares()
         if self.conditioning is not None and self.conditioning_image_column is not None:
             raise ValueError(
                 f"--conditioning {self.conditioning} computes the control images; leave out "
@@ -144,3 +151,29 @@ class DataSettings(Checked):
         for name, wanted in everything.items():
             if self.streaming and wanted:
                 raise ValueError(f"--{name} has to see all images before training; leave out --streaming")
+
+    @property
+    def folders(self) -> tuple[str | Path, ...]:
+        """The folders that ``train_data_dir`` names."""
+        if not self.train_data_dir:
+            return ()
+        return self.train_data_dir if isinstance(self.train_data_dir, tuple) else (self.train_data_dir,)
+
+    def _check_shares(self) -> None:
+        for name, what in (("data_repeats", "at least 1"), ("data_weights", "positive and finite")):
+            if (values := getattr(self, name)) is None:
+                continue
+            words = " ".join(map(str, values))
+            if len(values) != len(self.folders):
+                raise ValueError(
+                    f"--{name} {words} must have one number for each folder of --train_data_dir, which names "
+                    f"{len(self.folders)}"
+                )
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(f"--{name} must be {what}, got {words}")
+            if self.max_train_samples is not None:
+                raise ValueError(f"--max_train_samples chooses from all images alike; leave out --{name}")
+        if self.data_weights is not None and self.data_repeats is not None:
+            raise ValueError("--data_repeats and --data_weights both set the shares of the folders; give one of them")
+        if self.data_weights is not None and self.images.aspect_ratio_buckets:
+            raise ValueError("--data_weights cannot be kept within buckets; use --data_repeats")

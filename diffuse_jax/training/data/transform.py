@@ -15,7 +15,7 @@ from PIL import Image
 from diffuse_jax import images
 from diffuse_jax.training.data.tags import TagSettings
 
-ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, TAGS = range(6)
+ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, TAGS, SETS = range(7)
 """Purposes of random streams; part of the seed, so that the streams are independent."""
 
 CONDITIONS = ("canny", "blur")

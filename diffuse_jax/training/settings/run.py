@@ -114,7 +114,7 @@ class OptimizerSettings(Checked):
     def rates(self) -> dict[str, float]:
         """The peak learning rate of the parameters whose path, such as ``unet/down_blocks_0/resnets_0/conv1/kernel``,
         contains a match of the regular expression; the first that matches counts."""
-        found = {}
+        found: dict[str, float] = {}
         for rule in self.lr_rules or ():
             pattern, _, text = rule.rpartition("=")
             try:
