@@ -76,6 +76,7 @@ def inputs_from(
     source: Source | None = None,
     times: int = 1,
     true_sizes: bool = True,
+    masked: bool = False,
 ) -> Inputs:
     """The data source of a run and the function that makes the networks' inputs from it, with caches where requested.
 
@@ -88,6 +89,7 @@ def inputs_from(
       times: number of times the source is repeated.
       true_sizes: whether SDXL's micro-conditioning is the true original size and crop of each image; otherwise every
         image counts as uncropped and as having the target size.
+      masked: whether examples have masks, which become ``loss_mask [h,w]``.
 
     Raises:
       ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
@@ -95,6 +97,8 @@ def inputs_from(
     check_inputs(data, pipe, trained)
     family = trained_family(pipe)
     words, arrays = family.words(pipe), family.arrays(pipe, true_sizes)
+    if masked:
+        arrays["loss_mask"] = functools.partial(mask_of, family.multiple(pipe))
     if source is None and data.streaming:
         return Inputs(None, functools.partial(finish, words, arrays, None, None), True, ())
 
@@ -121,6 +125,15 @@ def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[
     if data.caches.cache_text_embeddings and set(family.text_encoders(pipe)) & set(trained):
         raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
     check_sides(data.images, family.multiple(pipe))
+
+
+def mask_of(cell: int, example: Example) -> np.ndarray:
+    """The weight of every latent of an example in the loss, float32 ``[h,w]``: the mean of ``cell x cell`` pixels."""
+    height, width = (side // cell for side in example.target_size)
+    if example.mask is None:
+        return np.ones((height, width), np.float32)
+    cells = example.mask[: height * cell, : width * cell].reshape(height, cell, width, cell)
+    return (cells.mean((1, 3)) / 255).astype(np.float32)
 
 
 def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:

@@ -15,6 +15,7 @@ from diffuse_jax.training.data.buckets import assign, bucket_sizes
 from diffuse_jax.training.data.hub import Stream
 from diffuse_jax.training.data.loader import Finish, Loader, Maker, process_rows
 from diffuse_jax.training.data.order import Bucketed, Plain
+from diffuse_jax.training.data.rescaling import Rescaled
 from diffuse_jax.training.data.settings import DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import shard_source
 from diffuse_jax.training.data.sources import FolderSource, Source, sample
@@ -144,6 +145,7 @@ def batches_from(
     source: Source | None = None,
     crop_size: int | None = None,
     pixels: bool = True,
+    cell: int | None = None,
 ) -> Batches:
     """The batches of a run: for each training step, the rows that this process provides.
 
@@ -158,6 +160,7 @@ def batches_from(
       crop_size: size of the square crops, taken after the shorter side has been resized to ``resolution``; None for
         ``resolution``.
       pixels: False skips reading images, for a ``finish`` that takes latents from a cache.
+      cell: give images random sizes, see :class:`~diffuse_jax.training.data.rescaling.Rescaled`; None for their own.
 
     Returns:
       An iterator whose ``total`` is the number of examples in an epoch (None for a stream of unknown length).
@@ -176,7 +179,8 @@ def batches_from(
     order: Plain | Bucketed = Plain(data.seed, len(source), rows)
     if buckets is not None:
         order = Bucketed(data.seed, [members for _, members in buckets], [size for size, _ in buckets], rows)
-    return Loader(Maker(source, transform, order, mine, finish), data.dataloader_num_workers)
+    sized = transform if cell is None else Rescaled(transform, cell)
+    return Loader(Maker(source, sized, order, mine, finish), data.dataloader_num_workers)
 
 
 def _streamed(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffuse_jax import images
 
-ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
+ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, SIZES = range(6)
 """Purposes of random streams; part of the seed, so that the streams are independent."""
 
 CONDITIONS = ("canny", "blur")
@@ -58,6 +58,7 @@ class Example:
       name: name in error messages.
       conditioning: the control image, uint8 ``[h,w,3]``, cropped and mirrored like ``pixels``; None if there is none.
       keeps_conditioning: False if the network must do without it this time; None if that never happens in the run.
+      mask: the weight of every pixel in the loss, uint8 ``[h,w]``, 255 for the full weight; None if all have it.
     """
 
     pixels: np.ndarray | None
@@ -70,6 +71,7 @@ class Example:
     name: str
     conditioning: np.ndarray | None = None
     keeps_conditioning: bool | None = None
+    mask: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

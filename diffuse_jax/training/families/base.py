@@ -24,7 +24,15 @@ Networks = Mapping[str, Any]
 PIXELS = ("pixel_values", "image_pixels")
 """Arrays of a batch that :meth:`TrainedFamily.encode_images` replaces."""
 
-METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "editing", "comparison")
+METHODS = (
+    "text to image",
+    "DreamBooth",
+    "textual inversion",
+    "Custom Diffusion",
+    "control",
+    "editing",
+    "comparison",
+)
 """The trainers, and the comparison of a training step with PyTorch."""
 
 
