@@ -1,6 +1,6 @@
 """Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): several concepts from a few images of each.
 
-Only the projections of the UNet's cross-attention and the embeddings of new words are trained (section 3.2). Images get
+Only the projections of the UNet's cross-attention and the embeddings of new words are trained (section 3). Images get
 random sizes, and what they leave empty has no weight in the loss.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +194,7 @@ def make_classes(
 
 def cell_of(settings: CustomSettings, pipe: DiffusionPipeline) -> int | None:
     """Pixels per side of a latent, for images of random size; None if they are to keep their size."""
-    return None if settings.noaug else trained_family(pipe).multiple(pipe)
+    return None if settings.noaug else trained_family(pipe).cell(pipe)
 
 
 # What is trained
@@ -288,7 +288,7 @@ def with_attention(models: Mapping[str, Any]) -> Combine:
 
 def combined(params: Mapping[str, Params], trained: Trained) -> dict[str, Params]:
     """The parameters of the networks that are trained, by name, with what is trained, in their own dtypes."""
-    put = {"unet": custom_diffusion.merged, "text_encoder": tokens.combine}
+    put: dict[str, Callable[..., Params]] = {"unet": custom_diffusion.merged, "text_encoder": tokens.combine}
     return {name: put[name](params[name], new) for name, new in trained.items()}
 
 

@@ -64,10 +64,11 @@ def refuse_other_data(data: DataSettings, folder: str) -> None:
 
 
 class FixedPrompts:
-    """All images of a folder with the same captions; metadata files are ignored."""
+    """All images of a folder with the same captions; metadata files are ignored unless they name masks."""
 
-    def __init__(self, folder: str | Path, captions: tuple[str, ...]) -> None:
-        self._source, self._captions = FolderSource(folder, caption_column=None, metadata=False), captions
+    def __init__(self, folder: str | Path, captions: tuple[str, ...], mask_column: str | None = None) -> None:
+        read = {"mask_column": mask_column, "metadata": mask_column is not None}
+        self._source, self._captions = FolderSource(folder, None, **read), captions  # type: ignore[arg-type]
         self.fingerprint = f"{self._source.fingerprint}-{hashlib.sha1(repr(captions).encode()).hexdigest()}"
 
     def __len__(self) -> int:
@@ -176,9 +177,10 @@ def repeated(source: Source, batch: BatchSettings, mesh: Mesh) -> Repeated:
     return source, math.ceil(batch.images_per_step(mesh) / len(source))
 
 
-def instance_source(settings: DreamBoothSettings, batch: BatchSettings, mesh: Mesh) -> Repeated:
-    """The images of the instance."""
-    return repeated(FixedPrompts(settings.instance_data_dir, (settings.instance_prompt,)), batch, mesh)
+def instance_source(settings: DreamBoothSettings, data: DataSettings, batch: BatchSettings, mesh: Mesh) -> Repeated:
+    """The images of the instance, with their masks if the data has a column of them."""
+    images = FixedPrompts(settings.instance_data_dir, (settings.instance_prompt,), data.mask_column)
+    return repeated(images, batch, mesh)
 
 
 def class_source(settings: DreamBoothSettings, batch: BatchSettings, mesh: Mesh) -> Repeated | None:
@@ -216,29 +218,16 @@ def interleaved_batches(
       cell: gives the images of the instance random sizes, see :func:`~diffuse_jax.training.data.batches_from`.
     """
 
-    def batches(source: Source, times: int, cell: int | None = None) -> tuple[Batches, tuple[str, ...]]:
-        how: dict[str, Any] = {"true_sizes": False, "masked": cell is not None}
+    def batches(
+        source: Source, times: int, masked: bool = False, cell: int | None = None
+    ) -> tuple[Batches, tuple[str, ...]]:
+        how: dict[str, Any] = {"true_sizes": False, "masked": masked}
         inputs = inputs_from(data, model, pipe, trained=trained, source=source, times=times, **how)
         rows = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels, cell=cell)
         return rows, inputs.unused
 
-    batches_of_instance, unused = batches(*instance, cell)
+    masked = cell is not None or data.mask_column is not None
+    batches_of_instance, unused = batches(*instance, masked, cell)
     if others is None:
         return batches_of_instance, unused
     return Interleaved(batches_of_instance, batches(*others)[0]), unused
-
-
-def dreambooth_batches(
-    settings: DreamBoothSettings,
-    data: DataSettings,
-    batch: BatchSettings,
-    mesh: Mesh,
-    model: ModelSettings,
-    pipe: DiffusionPipeline,
-    *,
-    trained: Sequence[str],
-    instance: Repeated,
-) -> tuple[Batches, tuple[str, ...]]:
-    """:func:`interleaved_batches` with the class of the settings."""
-    others = class_source(settings, batch, mesh)
-    return interleaved_batches(data, batch, mesh, model, pipe, trained=trained, instance=instance, others=others)

@@ -24,7 +24,7 @@ def record() -> Record:
     return Record(png(Image.fromarray(pixels)), ("a cat",), "a.png")
 
 
-@pytest.mark.parametrize("size", [None, (64, 128)])
+@pytest.mark.parametrize("size", [None, (96, 128)])
 def test_sizes_prompts_and_masks_belong_together(record: Record, size: tuple[int, int] | None) -> None:
     transform = Rescaled(Transform(96, random_flip=True), CELL)
     canvas, seen = size or (96, 96), Counter()

@@ -78,12 +78,11 @@ def source_from(data: DataSettings) -> Source:
       FileNotFoundError: files are missing.
     """
     check_named(data)
-    columns = data.image_column, data.caption_column, data.conditioning_image_column
+    others = data.conditioning_image_column, data.mask_column
+    columns = data.image_column, data.caption_column, *others
     source: Source
     if data.train_shards:
-        source = shard_source(
-            [str(path) for path in data.train_shards], data.caption_column, data.conditioning_image_column
-        )
+        source = shard_source([str(path) for path in data.train_shards], data.caption_column, *others)
     elif data.dataset_name:
         table = hub.load(str(data.dataset_name), data.dataset_config_name, cache_dir=data.cache_dir)
         source = hub.TableSource(table, *columns)
@@ -92,7 +91,7 @@ def source_from(data: DataSettings) -> Source:
         if data.load_from_disk:
             source = hub.TableSource(hub.load_saved(data.train_data_dir), *columns)
         else:
-            source = FolderSource(data.train_data_dir, data.caption_column, data.conditioning_image_column)
+            source = FolderSource(data.train_data_dir, data.caption_column, *others)
     return source if data.max_train_samples is None else sample(source, data.max_train_samples, data.seed)
 
 
@@ -105,6 +104,7 @@ def stream_from(data: DataSettings) -> Stream:
         image_column=data.image_column,
         caption_column=data.caption_column,
         conditioning_column=data.conditioning_image_column,
+        mask_column=data.mask_column,
         seed=data.seed,
         window=data.shuffle_buffer_size,
         count=data.max_train_samples,

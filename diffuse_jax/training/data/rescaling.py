@@ -1,5 +1,4 @@
-"""Images of random size: made smaller and placed on a grey canvas, or enlarged and cropped (Kumari et al. 2023, section
-3.2).
+"""Images of random size: made smaller and placed on a grey canvas, or enlarged and cropped (Kumari et al. 2023).
 
 The caption says that the subject is far away or close up, so that a model that learns it from a few images does not
 learn its size with it. What a smaller image leaves grey has no weight in the loss.

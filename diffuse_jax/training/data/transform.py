@@ -33,13 +33,15 @@ class Record(NamedTuple):
       image: the bytes of an image file, or its path.
       captions: the captions, of which one is chosen each time.
       name: name in error messages: a path, or a key and the file that contains it.
-      conditioning: the control image, in the same form as ``image``; None if there is none.
+      conditioning, mask: the control image, and the weights of the pixels in the loss as a grey image, in the same form
+        as ``image``; None if there is none.
     """
 
     image: bytes | str
     captions: tuple[str, ...]
     name: str
     conditioning: bytes | str | None = None
+    mask: bytes | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Transform:
             return Example(None, caption, (0, 0), (0, 0), target, index, number, record.name)
         image = decode(record)
         original = image.height, image.width
+        weights = None if record.mask is None else decode_mask(record, image.size)
 
         def cropped(image: Image.Image) -> tuple[np.ndarray, Size]:
             image = cover(image, covered, self.interpolation)
@@ -149,7 +152,8 @@ class Transform:
             control = condition(self.conditioning, pixels)
         elif record.conditioning is not None:
             control, _ = cropped(decode(Record(record.conditioning, (), f"the control image of {record.name}")))
-        return Example(pixels, caption, original, crop, target, index, number, record.name, control)
+        mask = None if weights is None else cropped(weights)[0]
+        return Example(pixels, caption, original, crop, target, index, number, record.name, control, mask=mask)
 
 
 def condition(name: str, pixels: np.ndarray) -> np.ndarray:
@@ -167,6 +171,22 @@ def decode(record: Record) -> Image.Image:
     """
     with images.opened(record.image, record.name) as image:
         return images.rgb(image, record.name)
+
+
+def decode_mask(record: Record, size: tuple[int, int]) -> Image.Image:
+    """The mask of a record, upright and grey.
+
+    Raises:
+      ValueError: it does not have the ``size`` of its image, width and height in pixels, or as for :func:`decode`.
+    """
+    assert record.mask is not None
+    mask = decode(Record(record.mask, (), f"the mask of {record.name}")).convert("L")
+    if mask.size != size:
+        raise ValueError(
+            f"the mask of {record.name} has {mask.width} x {mask.height} pixels, and its image {size[0]} x {size[1]}; "
+            "both must have the same size"
+        )
+    return mask
 
 
 def image_size(record: Record) -> Size:

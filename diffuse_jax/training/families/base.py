@@ -160,6 +160,10 @@ class TrainedFamily:
         """Sides of images are multiples of this."""
         return 1
 
+    def cell(self, pipe: Any) -> int | None:
+        """Pixels per side of a place of the samples that are denoised; None if masks of pixels are not supported."""
+        return None
+
     def size(self, pipe: Any) -> tuple[int, int] | None:
         """(height, width) of the model's images in pixels; None if it has no own."""
         return None if pipe.components[self.denoiser].config.sample_size is None else output_size(pipe, None, None)
