@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -64,16 +63,16 @@ def test_two_concepts_with_classes_are_learned_and_resumed_bit_for_bit(
     (tmp_path / "concepts.json").write_text(json.dumps(concepts))
     options = {"concepts_list": tmp_path / "concepts.json", "modifier_token": "<c>+<h>", "hflip": True,
                "with_prior_preservation": True, "num_class_images": 3, "learning_rate": 2e-2,
-               "max_train_steps": 40, "checkpointing_steps": 30, "no_safe_serialization": True}  # fmt: skip
+               "max_train_steps": 24, "checkpointing_steps": 20, "no_safe_serialization": True}  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(monkeypatch, SCRIPT, devices=1, **flags(sd, whole, **options))
     assert all(value > 0 for value in log(whole, "prior_loss"))
-    assert np.mean(log(whole)[-10:]) < 0.95 * np.mean(log(whole)[:5])
-    shutil.copytree(whole / "checkpoint-30", parts / "checkpoint-30")
+    assert np.mean(log(whole)[-8:]) < 0.97 * np.mean(log(whole)[:4])
+    shutil.copytree(whole / "checkpoint-20", parts / "checkpoint-20")
     run(monkeypatch, SCRIPT, devices=1, **flags(sd, parts, resume_from_checkpoint="latest", **options))
-    assert log(whole)[30:] == log(parts)
+    assert log(whole)[20:] == log(parts)
     files = ["<c>.bin", "<h>.bin", custom_file.OLD_FILE]
-    assert all((folder / file).is_file() for folder in (whole, whole / "checkpoint-30") for file in files)
+    assert all((folder / file).is_file() for folder in (whole, whole / "checkpoint-20") for file in files)
     assert all((whole / file).read_bytes() == (parts / file).read_bytes() for file in files)
 
     before = DiffusionPipeline.from_pretrained(sd)
@@ -92,22 +91,22 @@ def test_two_concepts_with_classes_are_learned_and_resumed_bit_for_bit(
 def test_one_concept_with_sizes_kept_and_the_pictures_of_its_validation(
     sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With everything of cross-attention; class images are generated, and latents cached."""
-    data, others, out = images(tmp_path / "data", 0, 3), tmp_path / "class", tmp_path / "out"
+    """With everything of cross-attention, and cached latents."""
+    data, others, out = images(tmp_path / "data", 0, 3), images(tmp_path / "class", 3, 5), tmp_path / "out"
     options = {"instance_data_dir": data, "instance_prompt": "a <c>", "freeze_model": "crossattn", "noaug": True,
                "with_prior_preservation": True, "class_data_dir": others, "class_prompt": "a", "num_class_images": 2,
                "cache_latents": True, "max_train_steps": 2, "mixed_precision": "bf16", "validation_prompt": "a <c>",
                "validation_steps": 2, "num_validation_images": 1, "validation_inference_steps": 2}  # fmt: skip
     run(monkeypatch, SCRIPT, devices=1, **flags(sd, out, **options))
-    assert len(list(others.glob("*.png"))) == 2
     assert len(list((out / "validation").rglob("*.png"))) == 1
     keys = {key.split(".")[-2] for key in load_file(out / custom_file.FILE) if "custom_diffusion" in key}
     assert keys == {f"to_{name}_custom_diffusion" for name in "qkv"} | {"0"}
     plain = DiffusionPipeline.from_pretrained(sd)
     pipe = plain.load_attn_procs(out).load_textual_inversion(out / "<c>.safetensors")
-    draw = lambda pipe: pipe("a <c>", num_inference_steps=2, seed=0, output_type="np").images
-    assert np.abs(draw(pipe) - draw(plain)).max() > 1e-5
-    assert jax.tree.structure(pipe.params["unet"]) == jax.tree.structure(plain.params["unet"])
+    before, after = flatten(plain.params["unet"]), flatten(pipe.params["unet"])
+    moved = {path[-3:-1] for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {("attn2", name) for name in ("to_q", "to_k", "to_v", "to_out_0")}
+    assert len(tokens.table_of(pipe.params["text_encoder"])) == len(tokens.table_of(plain.params["text_encoder"])) + 1
 
 
 def test_photographs_of_the_class_have_captions(tmp_path: Path) -> None:
