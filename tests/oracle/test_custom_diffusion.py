@@ -11,8 +11,10 @@ import pytest
 
 from diffuse_jax import DiffusionPipeline
 from diffuse_jax.adapters import custom_diffusion as custom_file
+from diffuse_jax.models import UNet2DConditionModel, presets
 from diffuse_jax.training import custom
 from diffuse_jax.training.settings import CustomSettings
+from diffuse_jax.weights.names import flatten
 from tests.train.latent_models import SIZE, save_sd
 
 torch = pytest.importorskip("torch")
@@ -87,3 +89,16 @@ def test_files_of_diffusers_draw_the_same_here(safe: bool, model: Path, tmp_path
     plain = DiffusionPipeline.from_pretrained(model)
     assert difference(plain.load_attn_procs(tmp_path), theirs, "a cat") < 0.01
     assert difference(plain, theirs, "a cat") > 1
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("SD15_UNET", 19_169_280), ("SD21_UNET", 25_559_040)])
+def test_files_of_full_size_have_a_processor_for_each_attention(name: str, numbers: int) -> None:
+    config = getattr(presets, name)
+    shapes = UNet2DConditionModel(config).shapes()
+    leaves = custom_file.leaves_of(shapes, "crossattn_kv")
+    assert sum(leaf.size for leaf in jax.tree.leaves(leaves)) == numbers, "2 to 3 % of the network"
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(config.to_json()).attn_processors
+    changed = {custom_file.key_of(path).partition(".to_")[0] for path in flatten(leaves)}
+    assert changed | {*custom_file.unchanged(leaves, shapes)} == theirs.keys()
+    assert len(changed) == len(theirs) / 2 == 16
