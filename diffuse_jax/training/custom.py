@@ -6,9 +6,7 @@ random sizes, and what they leave empty has no weight in the loss.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from diffuse_jax.models import Model, Params
 from diffuse_jax.models.intercept import Call, changed_layers
 from diffuse_jax.pipelines import DiffusionPipeline, StableDiffusionPipeline
 from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source
-from diffuse_jax.training.data.sources import METADATA, fingerprint
+from diffuse_jax.training.data.sources import METADATA, Joined, fingerprint
 from diffuse_jax.training.dreambooth import (
     FixedPrompts,
     Repeated,
@@ -94,22 +92,6 @@ def check_custom(settings: CustomSettings, data: DataSettings) -> tuple[DreamBoo
         if getattr(data.caches, name) and not settings.noaug:
             raise ValueError(f"--{name} needs images and prompts that stay the same; add --noaug, or leave it out")
     return concepts
-
-
-class Joined:
-    """The rows of several sources, one source after another."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = tuple(sources)
-        self._ends = list(itertools.accumulate(map(len, sources)))
-        self.fingerprint = fingerprint("joined", [source.fingerprint for source in sources])
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        which = bisect.bisect_right(self._ends, index)
-        return self._sources[which][index - (self._ends[which - 1] if which else 0)]
 
 
 class Listed:
