@@ -29,7 +29,13 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.checked import checked_source
     from diffuse_jax.training.data import data_from
     from diffuse_jax.training.devices import mesh_from
-    from diffuse_jax.training.dreambooth import check_dreambooth, dreambooth_batches, instance_source, make_class_images
+    from diffuse_jax.training.dreambooth import (
+        check_dreambooth,
+        class_source,
+        instance_source,
+        interleaved_batches,
+        make_class_images,
+    )
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.latent import divided, loss_of, networks, save_networks, whole
     from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest, trained_names
@@ -59,14 +65,15 @@ def main() -> None:
     check_output(run, data.caches.data_cache_dir)
     plan = configured_from(model, "DreamBooth")
     names = trained_names(model, run.optimizer, plan)
-    shapes, instance = divided(plan, names)[0], instance_source(taught, run.batch, mesh)
+    shapes, instance = divided(plan, names)[0], instance_source(taught, data, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
     make_class_images(taught, model, run.seed)
     pipe = pipeline_from(model, mesh, float32=names)
     trainable, frozen = divided(pipe, names)
 
-    batches, unused = dreambooth_batches(taught, data, run.batch, mesh, model, pipe, trained=names, instance=instance)
+    others, images = class_source(taught, run.batch, mesh), (data, run.batch, mesh, model, pipe)
+    batches, unused = interleaved_batches(*images, trained=names, instance=instance, others=others)
     objective = objective_from(learned, pipe.scheduler, taught.prior_loss_weight)
     fit(
         run,

@@ -22,7 +22,7 @@ from diffuse_jax.training.latent_flags import latent_parser
 @functools.cache
 def parse_args() -> argparse.Namespace:
     parser = latent_parser(__doc__, output_dir="runs/text-to-image")
-    add_data(parser, caches=True)
+    add_data(parser, caches=True, masks=True)
     return parser.parse_args()
 
 

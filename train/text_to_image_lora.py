@@ -22,7 +22,7 @@ from diffuse_jax.training.latent_flags import add_lora, latent_parser
 def parse_args() -> argparse.Namespace:
     parser = latent_parser(__doc__, output_dir="runs/text-to-image-lora")
     add_lora(parser)
-    add_data(parser, caches=True)
+    add_data(parser, caches=True, masks=True)
     return parser.parse_args()
 
 

@@ -27,6 +27,7 @@ from diffuse_jax.text.tokenizer import stateless, unpadded_ids
 from diffuse_jax.weights.copy import compact, refuse_not_finite
 from diffuse_jax.weights.safetensors import read_safetensors, write_safetensors
 from diffuse_jax.weights.torch_file import read_torch_object
+from diffuse_jax.weights.torch_writer import write_torch
 from diffuse_jax.writing import expanded
 
 FILE = "learned_embeds.safetensors"
@@ -91,8 +92,8 @@ def _occurrences(prompt: str, tokenizer: Any, known: Mapping[str, int]) -> list[
     return [(names.get(number, ""), *place) for number, place in found]
 
 
-def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
-    """A copy of the tokenizer with the words of ``token`` added.
+def with_words(tokenizer: Any, token: str, vectors: int, setting: str = "placeholder_token") -> Any:
+    """A copy of the tokenizer with the words of ``token`` added; ``setting`` is where the word comes from, for errors.
 
     Raises:
       TypeError: ``token`` is not a string.
@@ -108,14 +109,14 @@ def with_words(tokenizer: Any, token: str, vectors: int) -> Any:
     new, known = words(token, vectors), tokenizer.get_vocab()
     for word in new:
         if word in known:
-            raise ValueError(f"the tokenizer already knows {word!r}; choose another placeholder_token")
+            raise ValueError(f"the tokenizer already knows {word!r}; choose another {setting}")
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(new)
     before = [*tokenizer.get_added_vocab()]  # of two words that differ in case, either may be read as the other
     expected = unpadded_ids(tokenizer, before, add_special_tokens=False) if before else []
     expected += [[number] for number in extended.convert_tokens_to_ids(new)]
     if unpadded_ids(extended, [*before, *new], add_special_tokens=False) != expected:
-        raise ValueError(f"the tokenizer reads {token!r} as another word; choose another placeholder_token")
+        raise ValueError(f"the tokenizer reads {token!r} as another word; choose another {setting}")
     return extended
 
 
@@ -164,10 +165,12 @@ def _replace_table(params: Params, change: Any) -> Params:
 
 
 def save_rows(file: str | Path, token: str, rows: jax.Array) -> Path:
-    """Write ``{token: rows [n,D]}`` as safetensors, for ``load_textual_inversion`` here and in PyTorch diffusers."""
+    """Write ``{token: rows [n,D]}`` for ``load_textual_inversion`` here and in PyTorch diffusers, as safetensors unless
+    the file ends in ``.bin``."""
     path, array = expanded(file), np.asarray(jax.device_get(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, {token: (array.dtype, array.shape)}, iter([array]))
+    write = write_torch if path.suffix == ".bin" else write_safetensors
+    write(path, {token: (array.dtype, array.shape)}, iter([array]))
     return path
 
 

@@ -34,6 +34,7 @@ KINDS = (
         r"(\.|_)lora([._](up|down)|_[AB](\.\w+)?)\.weight$|\.(hada|lokr)_w1",
         "a LoRA, which load_lora_weights of a pipeline reads",
     ),
+    (r"_custom_diffusion\.", "weights of Custom Diffusion, which load_attn_procs of a pipeline reads"),
     (
         r"^(first_stage_model\.)?(encoder|decoder)\.conv_in\.weight$",
         "an autoencoder, which AutoencoderKL.from_single_file opens",

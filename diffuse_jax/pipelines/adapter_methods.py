@@ -154,6 +154,21 @@ class AdapterMethods:
         two = "text_encoder_2" in self.params
         return write_adapter(expanded(folder) / FILE, self.adapters.named[names[0]], to, two_encoders=two)
 
+    def load_attn_procs(self, source: str | Path, *, weight_name: str | None = None) -> Self:
+        """A pipeline whose UNet has the cross-attention of a Custom Diffusion file (Kumari et al. 2023).
+
+        Its new words are in files of their own; see :meth:`load_textual_inversion`.
+
+        Args:
+          source: ``pytorch_custom_diffusion_weights.safetensors`` or ``.bin``, or its folder.
+          weight_name: the file in the folder, if it has another name.
+
+        Raises:
+          WeightsError: the file does not exist, holds something else, or does not fit the UNet.
+          ValueError: the pipeline has no UNet.
+        """
+        return self._replaced(**adapting.with_attention(self, source, weight_name))
+
     def load_textual_inversion(self, source: str | Path, *, token: str | None = None) -> Self:
         """A pipeline with one more word in its vocabulary (textual inversion).
 

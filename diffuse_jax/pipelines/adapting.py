@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.adapters import tokens
+from diffuse_jax.adapters import custom_diffusion, tokens
+from diffuse_jax.adapters.custom_diffusion import read_leaves
 from diffuse_jax.adapters.lora_file import read_adapter, torch_shape
 from diffuse_jax.adapters.merging import KERNEL, difference, merged
 from diffuse_jax.adapters.named import Adapters, by_layer, checked, live_params
@@ -158,6 +159,14 @@ def live_part(pipe: Any, part: Any) -> tuple[Any, dict[str, Any]]:
     if np.ndim(pipe.adapters.scale):
         raise ValueError("lora_scale must be one number where only some of the prompts are given as embeddings")
     return new, {SCALE: jnp.full((1,), pipe.adapters.scale, jnp.float32)}
+
+
+def with_attention(pipe: Any, source: str | Path, weight_name: str | None) -> dict[str, Any]:
+    """The UNet with the cross-attention of a file; see ``DiffusionPipeline.load_attn_procs``."""
+    if "unet" not in pipe.params:
+        raise ValueError(f"weights of Custom Diffusion are for a UNet, and a {type(pipe).__name__} has none")
+    network, params = pipe.components["unet"], pipe.params["unet"]
+    return {"unet": (network, custom_diffusion.merged(params, read_leaves(source, network.shapes(), weight_name)))}
 
 
 def with_word(pipe: Any, source: str | Path, token: str | None) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def text_to_image_loss(
             return channels_last(pipe.unet(channels_first(x), t, **given, **more).sample)
 
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"))
+    computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"), batch.get("loss_mask"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
     return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
 
@@ -246,6 +246,7 @@ def loss_at(
     drawn: Draw,
     predict: Callable[[Any, Any], Any],
     prior: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> LossAndValues:
     """The loss of clean samples at sampled timesteps.
 
@@ -255,14 +256,18 @@ def loss_at(
       x0: clean samples ``[B,h,w,c]`` float32.
       drawn: noise and timesteps.
       predict: ``(x, t) -> prediction``, both of the shape of ``x0``.
-      prior: bool ``[B]``, see :func:`diffuse_jax.training.objective.errors`.
+      prior, mask: bool ``[B]`` and float32 ``[B,h,w]``, see :func:`diffuse_jax.training.objective.errors`.
     """
     noise, t = to_torch(drawn.noise, x0.device), to_torch(drawn.t, x0.device).long()
     extra = 0 if drawn.extra is None else to_torch(drawn.extra, x0.device)
     x, kind = scheduler.add_noise(x0, noise + extra, t), scheduler.config.prediction_type
     prediction = predict(x, t).float()
     wanted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0}[kind]
-    squares = (prediction - wanted).square().mean((1, 2, 3))
+    squares = (prediction - wanted).square()
+    if mask is not None:
+        weight = to_torch(mask, x0.device)[..., None]
+        squares = squares * weight / weight.mean((1, 2, 3), keepdim=True)
+    squares = squares.mean((1, 2, 3))
     error = squares * sample_weights(scheduler, objective, t)
     instance = torch.ones_like(t, dtype=torch.bool) if prior is None else ~to_torch(prior, x0.device)
     loss = error[instance].mean()

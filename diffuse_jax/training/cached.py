@@ -76,6 +76,7 @@ def inputs_from(
     source: Source | None = None,
     times: int = 1,
     true_sizes: bool = True,
+    masked: bool | None = None,
 ) -> Inputs:
     """The data source of a run and the function that makes the networks' inputs from it, with caches where requested.
 
@@ -88,18 +89,20 @@ def inputs_from(
       times: number of times the source is repeated.
       true_sizes: whether SDXL's micro-conditioning is the true original size and crop of each image; otherwise every
         image counts as uncropped and as having the target size.
+      masked: whether examples have masks, which become ``loss_mask [h,w]``; if None, they do with a column of masks.
 
     Raises:
       ValueError: an output of a trained network would be cached, or the autoencoder does not support the image size.
     """
     check_inputs(data, pipe, trained)
     family = trained_family(pipe)
-    words, arrays = family.words(pipe), family.arrays(pipe, true_sizes)
+    masked = data.mask_column is not None if masked is None else masked
+    words, arrays = family.words(pipe), arrays_of(pipe, true_sizes, masked)
     if source is None and data.streaming:
         return Inputs(None, functools.partial(finish, words, arrays, None, None), True, ())
 
     rows = source_from(data) if source is None else source
-    images = image_cache(data, model, pipe, rows, true_sizes) if data.caches.cache_latents else None
+    images = image_cache(data, model, pipe, rows, true_sizes, masked) if data.caches.cache_latents else None
     texts = text_cache(data, model, pipe, rows) if data.caches.cache_text_embeddings else None
     make = functools.partial(finish, words, arrays, images, texts)
     unused = [*(family.image_encoders if images else []), *(family.text_encoders(pipe) if texts else [])]
@@ -113,14 +116,38 @@ def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[
     """Check that the images and caches suit the networks, by their configurations.
 
     Raises:
-      ValueError: an output of a trained network would be cached, the model does not support the image size, or it has
-        no text encoder.
+      ValueError: an output of a trained network would be cached, the model does not support the image size or masks, or
+        it has no text encoder.
     """
     family = trained_family(pipe)
     family.words(pipe)
+    if data.mask_column is not None and family.cell(pipe) is None:
+        raise ValueError(
+            f"--mask_column cannot be used with {type(pipe).__name__}: only latents of Stable Diffusion are weighted"
+        )
     if data.caches.cache_text_embeddings and set(family.text_encoders(pipe)) & set(trained):
         raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
     check_sides(data.images, family.multiple(pipe))
+
+
+def arrays_of(pipe: DiffusionPipeline, true_sizes: bool, masked: bool) -> dict[str, Callable[[Example], np.ndarray]]:
+    """What is made of an example, by its name in the batch; with ``masked``, also ``loss_mask``."""
+    family = trained_family(pipe)
+    arrays = family.arrays(pipe, true_sizes)
+    if masked:
+        cell = family.cell(pipe)
+        assert cell is not None  # check_inputs
+        arrays["loss_mask"] = functools.partial(mask_of, cell)
+    return arrays
+
+
+def mask_of(cell: int, example: Example) -> np.ndarray:
+    """The weight of every latent of an example in the loss, float32 ``[h,w]``: the mean of ``cell x cell`` pixels."""
+    height, width = (side // cell for side in example.target_size)
+    if example.mask is None:
+        return np.ones((height, width), np.float32)
+    cells = example.mask[: height * cell, : width * cell].reshape(height, cell, width, cell)
+    return (cells.mean((1, 3)) / 255).astype(np.float32)
 
 
 def finish_repeated(make: Callable[[Example], Batch], length: int, example: Example) -> Batch:
@@ -129,13 +156,18 @@ def finish_repeated(make: Callable[[Example], Batch], length: int, example: Exam
 
 
 def image_cache(
-    data: DataSettings, model: ModelSettings, pipe: DiffusionPipeline, source: Source, true_sizes: bool
+    data: DataSettings,
+    model: ModelSettings,
+    pipe: DiffusionPipeline,
+    source: Source,
+    true_sizes: bool,
+    masked: bool = False,
 ) -> Callable[[Example], Batch]:
     """A cache of what the family's networks make of every image, for Stable Diffusion ``moments [h,w,2c]`` of its
-    latent distribution, and of the other arrays: for SDXL ``time_ids [6]``, and the control images
-    ``conditioning [H,W,3]`` if there are any, unless the family encodes these too."""
+    latent distribution, and of the other arrays: for SDXL ``time_ids [6]``, with ``masked`` also ``loss_mask [h,w]``,
+    and the control images ``conditioning [H,W,3]`` if there are any, unless the family encodes these too."""
     family = trained_family(pipe)
-    arrays = family.arrays(pipe, true_sizes)
+    arrays = arrays_of(pipe, true_sizes, masked)
     opened = {name: component_from(model, pipe, name) for name in family.image_encoders}
     models, params = ({name: pair[i] for name, pair in opened.items()} for i in (0, 1))
     encode = jax.jit(lambda params, batch: family.encode_images(models, params, batch))
@@ -156,6 +188,8 @@ def image_cache(
 
     key: dict[str, Any] = {name: network_key(models[name], params[name]) for name in models}
     key["sizes"] = true_sizes if "time_ids" in arrays else None
+    if masked:
+        key["mask"] = data.mask_column
     if (control := data.conditioning or data.conditioning_image_column) is not None:
         key["conditioning"] = f"latents of {control}" if family.encodes_conditioning else control
     folder, buckets = data.caches.data_cache_dir, buckets_from(data, source)

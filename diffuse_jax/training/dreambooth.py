@@ -23,7 +23,7 @@ from diffuse_jax.images import find_images
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.batches import Batch, Batches
 from diffuse_jax.training.cached import inputs_from
-from diffuse_jax.training.data import DataSettings, FolderSource, Record, batches_from
+from diffuse_jax.training.data import DataSettings, FolderSource, Record, Source, batches_from
 from diffuse_jax.training.distributed import say
 from diffuse_jax.training.latent_model import source_folder
 from diffuse_jax.training.settings import BatchSettings, DreamBoothSettings, ModelSettings
@@ -64,10 +64,11 @@ def refuse_other_data(data: DataSettings, folder: str) -> None:
 
 
 class FixedPrompts:
-    """All images of a folder with the same captions; metadata files are ignored."""
+    """All images of a folder with the same captions; metadata files are ignored unless they name masks."""
 
-    def __init__(self, folder: str | Path, captions: tuple[str, ...]) -> None:
-        self._source, self._captions = FolderSource(folder, caption_column=None, metadata=False), captions
+    def __init__(self, folder: str | Path, captions: tuple[str, ...], mask_column: str | None = None) -> None:
+        read = {"mask_column": mask_column, "metadata": mask_column is not None}
+        self._source, self._captions = FolderSource(folder, None, **read), captions  # type: ignore[arg-type]
         self.fingerprint = f"{self._source.fingerprint}-{hashlib.sha1(repr(captions).encode()).hexdigest()}"
 
     def __len__(self) -> int:
@@ -148,6 +149,8 @@ class Interleaved:
         first, second = (next(part) for part in self._both)
         rows = len(next(iter(first.values())))
         first["prior"], second["prior"] = np.zeros(rows, bool), np.ones(rows, bool)
+        if "loss_mask" in first:  # images of the class count everywhere
+            second["loss_mask"] = np.ones_like(first["loss_mask"])
         self.names = tuple(name for part in self._both for name in part.names)
         turns = lambda a, b: np.stack([a, b], 1).reshape(2 * rows, *a.shape[1:])
         return {name: turns(first[name], second[name]) for name in first}
@@ -165,18 +168,31 @@ class Interleaved:
             getattr(part, "close", lambda: None)()
 
 
-def instance_source(settings: DreamBoothSettings, batch: BatchSettings, mesh: Mesh) -> tuple[FixedPrompts, int]:
-    """The images of the instance, and how many times they are repeated so that they fill a training step."""
-    return _repeated(settings.instance_data_dir, settings.instance_prompt, batch, mesh)
+Repeated = tuple[Source, int]
+"""A source, and how many times it is repeated so that it fills a training step."""
 
 
-def _repeated(folder: str | Path, prompt: str, batch: BatchSettings, mesh: Mesh) -> tuple[FixedPrompts, int]:
-    source = FixedPrompts(folder, (prompt,))
+def repeated(source: Source, batch: BatchSettings, mesh: Mesh) -> Repeated:
+    """A source repeated so that it fills a training step."""
     return source, math.ceil(batch.images_per_step(mesh) / len(source))
 
 
-def dreambooth_batches(
-    settings: DreamBoothSettings,
+def instance_source(settings: DreamBoothSettings, data: DataSettings, batch: BatchSettings, mesh: Mesh) -> Repeated:
+    """The images of the instance, with their masks if the data has a column of them."""
+    images = FixedPrompts(settings.instance_data_dir, (settings.instance_prompt,), data.mask_column)
+    return repeated(images, batch, mesh)
+
+
+def class_source(settings: DreamBoothSettings, batch: BatchSettings, mesh: Mesh) -> Repeated | None:
+    """The images of the class; None without prior preservation."""
+    if not settings.with_prior_preservation:
+        return None
+    assert settings.class_data_dir is not None  # checked by the settings
+    assert settings.class_prompt is not None
+    return repeated(FixedPrompts(settings.class_data_dir, (settings.class_prompt,)), batch, mesh)
+
+
+def interleaved_batches(
     data: DataSettings,
     batch: BatchSettings,
     mesh: Mesh,
@@ -184,30 +200,34 @@ def dreambooth_batches(
     pipe: DiffusionPipeline,
     *,
     trained: Sequence[str],
-    instance: tuple[FixedPrompts, int],
+    instance: Repeated,
+    others: Repeated | None,
+    cell: int | None = None,
 ) -> tuple[Batches, tuple[str, ...]]:
     """The batches of a run, and the names of the networks that are no longer needed because their outputs are cached.
 
     Args:
-      settings: the two folders and their prompts.
       data: how the images are read.
       batch: number of instance images per training step; there are as many class images.
       mesh: the mesh across which batches are divided.
       model: where the pipeline was loaded from.
       pipe: the pipeline to train.
       trained: names of the networks that are trained.
-      instance: that of :func:`instance_source`.
+      instance: the images of the instance.
+      others: those of the class; None without prior preservation.
+      cell: gives the images of the instance random sizes, see :func:`~diffuse_jax.training.data.batches_from`.
     """
 
-    def batches(source: FixedPrompts, times: int) -> tuple[Batches, tuple[str, ...]]:
-        inputs = inputs_from(data, model, pipe, trained=trained, source=source, times=times, true_sizes=False)
-        rows = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels)
+    def batches(
+        source: Source, times: int, masked: bool = False, cell: int | None = None
+    ) -> tuple[Batches, tuple[str, ...]]:
+        how: dict[str, Any] = {"true_sizes": False, "masked": masked}
+        inputs = inputs_from(data, model, pipe, trained=trained, source=source, times=times, **how)
+        rows = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels, cell=cell)
         return rows, inputs.unused
 
-    batches_of_instance, unused = batches(*instance)
-    if not settings.with_prior_preservation:
+    masked = cell is not None or data.mask_column is not None
+    batches_of_instance, unused = batches(*instance, masked, cell)
+    if others is None:
         return batches_of_instance, unused
-    assert settings.class_data_dir is not None  # checked by the settings
-    assert settings.class_prompt is not None
-    others, _ = batches(*_repeated(settings.class_data_dir, settings.class_prompt, batch, mesh))
-    return Interleaved(batches_of_instance, others), unused
+    return Interleaved(batches_of_instance, batches(*others)[0]), unused

@@ -157,6 +157,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(flag, known)}")
         return found
 
+    def drop(self, name: str) -> None:
+        """Remove a flag, for a script that gives it another meaning."""
+        self._handle_conflict_resolve(self._option_string_actions[name], [(name, self._option_string_actions[name])])
+
     def hide(self, names: Iterable[str]) -> None:
         """Leave flags out of the help, namely those that the script refuses with an explanation."""
         hidden = {*names}

@@ -269,7 +269,7 @@ def denoising_loss(
     encoder's name, or the prompt embeddings ``states [B,L,D]`` and, for SDXL, ``pooled [B,P]``; for SDXL
     ``time_ids [B,6]``; with prior preservation ``prior [B]``; for a ControlNet or T2I-Adapter the images
     ``conditioning [B,H,W,3]`` uint8, also for a UNet that edits images, with ``keeps_conditioning [B]`` if some are
-    dropped.
+    dropped. ``loss_mask [B,h,w]`` weights the error of every place.
     """
     models, params = combine(frozen, trainable)
     k_begin, k_draw = jax.random.split(key)
@@ -277,7 +277,7 @@ def denoising_loss(
     drawn = draw(objective, k_draw, x0)
     x = noised(objective, x0, drawn)
     prediction = family.predict(models, params, given, x, drawn.t)
-    return errors(objective, prediction, x0, drawn, batch.get("prior"))
+    return errors(objective, prediction, x0, drawn, batch.get("prior"), batch.get("loss_mask"))
 
 
 def loss_of(

@@ -61,10 +61,19 @@ def min_snr_weight(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Ar
     return jnp.where(s > gamma, gamma / jnp.maximum(s, 1e-8), 1.0)
 
 
-def per_sample_error(prediction: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Mean squared error of each sample in float32, ``[B,...] -> [B]``."""
+def per_sample_error(prediction: jax.Array, wanted: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Mean squared error of each sample in float32, ``[B,...,C] -> [B]``.
+
+    ``mask [B,...]`` weights the error of every place; the result is the weighted mean, 0 for a sample whose weights are
+    all 0.
+    """
     error = jnp.square(prediction.astype(jnp.float32) - wanted.astype(jnp.float32))
-    return error.mean(tuple(range(1, error.ndim)))
+    if mask is None:
+        return error.mean(tuple(range(1, error.ndim)))
+    weight = mask.astype(jnp.float32)
+    total = weight.sum(tuple(range(1, weight.ndim)))
+    weighted = (error.mean(-1) * weight).sum(tuple(range(1, weight.ndim)))
+    return jnp.where(total > 0, weighted / jnp.where(total > 0, total, 1), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,12 @@ def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
 
 
 def errors(
-    objective: Objective, prediction: jax.Array, x0: jax.Array, drawn: Draw, prior: jax.Array | None = None
+    objective: Objective,
+    prediction: jax.Array,
+    x0: jax.Array,
+    drawn: Draw,
+    prior: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss and its parts as metrics: ``mse`` without weights and, with ``prior``, ``prior_loss``.
 
@@ -170,9 +184,11 @@ def errors(
       drawn: the noise and timesteps of the network's input.
       prior: bool ``[B]``, true for class images; their mean loss is computed separately and added with the weight
         ``prior_loss_weight``. None without prior preservation.
+      mask: ``[B,...]`` without the channels of ``x0``, the weight of every place; see :func:`per_sample_error`. None
+        for equal weights.
     """
     wanted = target(objective.scheduler, x0.astype(jnp.float32), drawn.noise, drawn.t)
-    squares = per_sample_error(prediction, wanted)
+    squares = per_sample_error(prediction, wanted, mask)
     weighted, snr = squares, snr_at(objective.scheduler, drawn.t)
     if objective.snr_weighting:
         weighted = weighted * snr

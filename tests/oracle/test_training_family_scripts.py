@@ -147,6 +147,8 @@ def test_wuerstchen_prior(models: dict[str, Path], tmp_path: Path, monkeypatch: 
         ("text_to_image.py", "one", {"train_text_encoder": True}, "T5 stays as it is"),
         ("text_to_image.py", "one", {"class_labels_conditioning": "timesteps"}, "this is a first stage"),
         ("text_to_image.py", "one", {"resolution": 16, "effnet_path": "x.pt"}, "only a prior of Würstchen"),
+        ("text_to_image.py", "one", {"mask_column": "mask"}, "--mask_column cannot be used with IFPipeline: only"),
+        ("text_to_image.py", "prior", {"mask_column": "mask"}, "--mask_column cannot be used with KandinskyV22Prior"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "validation_prompt": "a"}, "needs --validation_images here"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "resolution": 15}, "--resolution must be a multiple of 2"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "with_prior_preservation": True, "class_prompt": "a",

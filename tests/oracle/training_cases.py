@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.adapters import custom_diffusion as custom_file
 from diffuse_jax.adapters import tokens
 from diffuse_jax.models import ControlNetModel, T2IAdapter
 from diffuse_jax.pipelines import AutoPipelineForText2Image
@@ -21,12 +22,15 @@ from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend import training_torch as twin
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared, compare_updates
+from diffuse_jax.training import custom
 from diffuse_jax.training.control import ADAPTER, adapter_config, with_network
 from diffuse_jax.training.data import Example
 from diffuse_jax.training.editing import with_image_channels
 from diffuse_jax.training.initial import initial_params
 from diffuse_jax.training.latent import networks, open_pipeline, with_tokens
 from diffuse_jax.training.objective import Objective
+from diffuse_jax.training.settings import CustomSettings
+from diffuse_jax.weights.names import flatten, to_torch
 from tests.oracle import twins
 from tests.train.latent_models import MIDDLE, SIZE, save_sd, save_sdxl
 
@@ -48,6 +52,7 @@ class Case:
         self.prompts, self.prior = prompts, np.array([False, True] * (len(prompts) // 2)) if prior else None
         self.images = rng.integers(0, 256, (len(prompts), SIZE, SIZE, 3), np.uint8)
         self.kept: list[bool | None] = [None] * len(prompts)
+        self.mask: np.ndarray | None = None
         self.sizes = rng.integers(SIZE, 1024, (len(prompts), 2))
 
     @property
@@ -64,7 +69,8 @@ class Case:
             for (x, text, own, kept), image in zip(rows, control, strict=True)
         ]
         made = training.batch_of(self.pipe, examples)
-        return made if self.prior is None else made | {"prior": self.prior}
+        more = {"prior": self.prior, "loss_mask": self.mask}
+        return made | {name: array for name, array in more.items() if array is not None}
 
     def compare(self, trained: training.Trained, parameters: twin.Parameters) -> Compared:
         """Our step and PyTorch's."""
@@ -111,6 +117,40 @@ def inversion(folder: Path, rng: np.random.Generator) -> Compared:
     trainable, frozen = {"text_encoder": rows}, dict(case.pipe.params)
     trained = training.Trained(trainable, frozen, with_tokens(networks(case.pipe)), named)
     return case.compare(trained, {"rows": table})
+
+
+def custom_diffusion(folder: Path, rng: np.random.Generator) -> Compared:
+    """New projections of the cross-attention, from a file that PyTorch opens, and the rows of two new words; with prior
+    preservation and a mask."""
+    words = ["<c>", "<h>"]
+    case = Case(save_sd(folder, fresh=False), rng, prior=True, prompts=["a <c>", "cat", "<h>, <c>", "hat"])
+    settings = CustomSettings(
+        instance_data_dir="cats", instance_prompt="a", modifier_token="+".join(words), initializer_token="a+b",
+        freeze_model="crossattn",
+    )  # fmt: skip
+    case.pipe, trainable = custom.with_concepts(settings, case.pipe)
+    trainable = jax.tree.map(lambda x: x + rng.standard_normal(x.shape).astype(np.float32) / 8, trainable)
+    custom.save_custom(settings, case.pipe, folder, trainable)
+    case.theirs.unet.load_attn_procs(folder, weight_name=custom_file.FILE, _pipeline=case.theirs)
+    for word in words:
+        case.theirs.load_textual_inversion(folder, weight_name=f"{word}.safetensors")
+    case.mask = rng.uniform(0, 1, (4, SIZE // 2, SIZE // 2)).astype(np.float32)
+    case.mask[:2] = case.mask[:2] > 0.5
+
+    embedding = case.theirs.text_encoder.get_input_embeddings()
+    table = torch.nn.Parameter(embedding.weight[-2:].detach().clone())
+    embedding.forward = lambda ids: torch.nn.functional.embedding(
+        ids, torch.cat([embedding.weight.detach()[:-2], table])
+    )
+    named = lambda tree: (
+        {"rows": np.asarray(tree["text_encoder"])}
+        | {custom_file.key_of(path): to_torch(path, np.asarray(leaf)) for path, leaf in flatten(tree["unet"]).items()}
+    )
+    parameters = {"rows": table}
+    for name, processor in case.theirs.unet.attn_processors.items():
+        parameters |= {f"{name}.{key}": value for key, value in processor.named_parameters()}
+    trained = training.Trained(trainable, dict(case.pipe.params), custom.with_attention(networks(case.pipe)), named)
+    return case.compare(trained, parameters)
 
 
 def controlnet(folder: Path, rng: np.random.Generator, save: Any) -> Compared:
@@ -160,6 +200,7 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Compared]] = {
     "DreamBooth with prior preservation": functools.partial(full, save=save_sd, prior=True),
     "DreamBooth with LoRA and prior preservation, SDXL": functools.partial(low_rank, save=save_sdxl, prior=True),
     "textual inversion": inversion,
+    "Custom Diffusion with prior preservation and a mask": custom_diffusion,
     "T2I-Adapter, SD": functools.partial(t2i_adapter, save=save_sd),
     "T2I-Adapter, SDXL": functools.partial(t2i_adapter, save=save_sdxl),
     "InstructPix2Pix, SD": functools.partial(instruct_pix2pix, save=save_sd),

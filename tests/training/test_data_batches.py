@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.batches import IndexedBatches
 from diffuse_jax.training.data import batches_from
 from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
@@ -160,6 +161,18 @@ def test_images_of_instance_and_class_alternate(tmp_path: Path) -> None:
     for batches in (both, again):
         batches.close()
     assert not set(threading.enumerate()) - others
+
+
+def test_images_of_a_class_count_everywhere() -> None:
+    mask = np.full((2, 3, 3), 0.5, np.float32)
+    masked, plain = (
+        IndexedBatches(lambda n: {"x": np.full(2, 1), "loss_mask": mask}),
+        IndexedBatches(lambda n: {"x": np.full(2, 2)}),
+    )
+    masked.total = plain.total = 2  # type: ignore[attr-defined]
+    batch = next(Interleaved(masked, plain))
+    assert batch["x"].tolist() == [1, 2, 1, 2]
+    np.testing.assert_array_equal(batch["loss_mask"], np.float32([0.5, 1, 0.5, 1])[:, None, None] * np.ones((3, 3)))
 
 
 def test_processes_divide_the_batch_of_one(tmp_path: Path) -> None:

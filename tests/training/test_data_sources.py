@@ -30,7 +30,7 @@ from diffuse_jax.training.data import (
     write_tar,
 )
 from diffuse_jax.training.data.shards import braces, shard_source
-from diffuse_jax.training.data.sources import METADATA
+from diffuse_jax.training.data.sources import METADATA, PICTURES
 from diffuse_jax.training.data.transform import Record, decode
 from diffuse_jax.training.dreambooth import FixedPrompts
 
@@ -153,7 +153,9 @@ def with_control_images(folder: Path, key: str = "control") -> Path:
     return folder
 
 
-def test_every_kind_of_data_set_may_have_control_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["conditioning", "mask"])
+def test_every_kind_of_data_set_may_have_control_images_and_masks(field: str, tmp_path: Path) -> None:
+    flag = PICTURES[field][0].removeprefix("--")
     members = [(f"{n}.{suffix}", content) for n in range(3) for suffix, content in
                (("png", png(flat_image(n))), ("control.png", png(flat_image(100 + n))), ("txt", b"a"))]  # fmt: skip
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -170,11 +172,11 @@ def test_every_kind_of_data_set_may_have_control_images(tmp_path: Path) -> None:
         ["--train_shards", str(tmp_path / "a.tar")],
         ["--load_from_disk", "--train_data_dir", str(tmp_path / "saved")],
     ):
-        source = pickle.loads(pickle.dumps(source_from(flags(*line, conditioning_image_column="control"))))
-        assert [first_value(source[n].conditioning) for n in range(3)] == [100, 101, 102]
-        assert source_from(flags(*line))[0].conditioning is None
-        with pytest.raises(ValueError, match=r"--conditioning_image_column|no \.depth\.png"):
-            source_from(flags(*line, conditioning_image_column="depth"))
+        source = pickle.loads(pickle.dumps(source_from(flags(*line, **{flag: "control"}))))
+        assert [first_value(getattr(source[n], field)) for n in range(3)] == [100, 101, 102]
+        assert getattr(source_from(flags(*line))[0], field) is None
+        with pytest.raises(ValueError, match=rf"--{flag}|no \.depth\.png"):
+            source_from(flags(*line, **{flag: "depth"}))
 
 
 def first_value(image: bytes | str | None) -> int:
@@ -196,6 +198,8 @@ def test_array_records_have_no_control_images(tmp_path: Path) -> None:
     (tmp_path / "a.array_record").touch()
     with pytest.raises(ValueError, match="ArrayRecord files hold no control images"):
         shard_source([str(tmp_path / "a.array_record")], None, "control")
+    with pytest.raises(ValueError, match=r"ArrayRecord files hold no masks \(--mask_column\); use .tar files"):
+        shard_source([str(tmp_path / "a.array_record")], None, mask_column="control")
 
 
 def test_images_alone_need_no_metadata(tmp_path: Path) -> None:

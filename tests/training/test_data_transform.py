@@ -43,6 +43,21 @@ def test_the_middle_is_cut_out(rng: np.random.Generator) -> None:
     assert (example.index, example.caption, example.name) == (3, "a", "a.png")
 
 
+def test_a_mask_is_cut_and_mirrored_with_its_image(rng: np.random.Generator) -> None:
+    pixels = noise(rng, 10, 17)
+    masked = record(pixels)._replace(mask=png(Image.fromarray(pixels[..., 0])))
+    transform = Transform(8, random_flip=True)
+    for position in range(20):
+        example = transform(record(np.repeat(pixels[..., :1], 3, -1))._replace(mask=masked.mask), 0, position)
+        assert example.mask is not None
+        assert example.mask.dtype == np.uint8
+        np.testing.assert_array_equal(example.mask, example.pixels[..., 0], err_msg="resized in the same way too")
+    assert transform(record(pixels), 0, 0).mask is None
+    other = record(pixels)._replace(mask=png(Image.fromarray(pixels[:8, :, 0])))
+    with pytest.raises(ValueError, match=r"the mask of a.png has 17 x 8 pixels, and its image 17 x 10; both must have"):
+        transform(other, 0, 0)
+
+
 def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generator) -> None:
     """``crop_top_left`` of a mirrored example is the position in the mirrored image.
 

@@ -74,6 +74,20 @@ def test_errors_are_means_per_sample_in_float32() -> None:
     assert per_sample_error(prediction.astype(jnp.bfloat16), wanted.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
+def test_masked_errors_are_weighted_means(rng: np.random.Generator) -> None:
+    prediction, wanted = clean(rng, (3, 4, 4, 2)), clean(rng, (3, 4, 4, 2))
+    mask = rng.uniform(0, 1, (3, 4, 4)).astype(np.float32)
+    mask[1], mask[2] = 0, 0.3
+    squares = np.square(np.asarray(prediction) - np.asarray(wanted)).mean(-1)
+    error = jax.jit(per_sample_error)(prediction, wanted, jnp.asarray(mask))
+    np.testing.assert_allclose(error[0], np.average(squares[0], weights=mask[0]), rtol=1e-6)
+    assert float(error[1]) == 0, "a sample without any weight"
+    np.testing.assert_allclose(error[2], per_sample_error(prediction, wanted)[2], rtol=1e-6)
+    slope = jax.grad(lambda x: per_sample_error(x, wanted, jnp.asarray(mask)).sum())(prediction)
+    assert bool(jnp.isfinite(slope).all())
+    assert not slope[1].any()
+
+
 def clean(rng: np.random.Generator, shape: tuple[int, ...] = (6, 4, 4, 3)) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 

@@ -30,6 +30,7 @@ from diffuse_jax.training.networks import network_folder
 from diffuse_jax.training.settings import (
     BatchSettings,
     ComputeSettings,
+    CustomSettings,
     DreamBoothSettings,
     HubSettings,
     LoraSettings,
@@ -193,6 +194,10 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (NetworkSettings, {"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "leave out"),
         (DreamBoothSettings, {"instance_data_dir": "a", "instance_prompt": "b", "with_prior_preservation": True,
                               "class_prompt": "c"}, "needs --class_data_dir$"),
+        (CustomSettings, {"instance_data_dir": "a"}, "give --instance_data_dir and --instance_prompt, or several conc"),
+        (CustomSettings, {"instance_data_dir": "a", "instance_prompt": "b", "freeze_model": "all"},
+         "freeze_model must be one of crossattn_kv, crossattn, got 'all'"),
+        (CustomSettings, {"instance_data_dir": "a", "instance_prompt": "b", "modifier_token": "<a>+"}, "joined by +"),
         (ValidationSettings, {"num_validation_images": 0}, "must be a whole number of at least 1 .*, got 0"),
     ],
 )  # fmt: skip

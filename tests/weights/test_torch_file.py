@@ -9,11 +9,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from diffuse_jax.weights import WeightsError
 from diffuse_jax.weights.torch_file import read_torch, read_torch_object
+from diffuse_jax.weights.torch_writer import write_torch
 from tests.weights.torch_files import (
     OBJECT_END,
     many,
@@ -195,3 +197,30 @@ def test_sizes_and_plain_values_are_kept(tmp_path: Path) -> None:
     size = name("torch", "Size") + many(many(number(2), number(3))) + b"R"
     values = read_torch_object(zipped(tmp_path, mapping(size=size, kind=name("torch", "float16"), note=text("hello"))))
     assert values == {"size": (2, 3), "kind": np.dtype("float16"), "note": "hello"}
+
+
+def test_a_file_that_is_written_is_read_here_and_by_pytorch(tmp_path: Path, rng: np.random.Generator) -> None:
+    wanted = {
+        "a.b": rng.standard_normal((3, 4, 5)).astype(np.float32),
+        "half": rng.standard_normal(7).astype(np.float16),
+        "brain": rng.standard_normal((2, 2)).astype(ml_dtypes.bfloat16),
+        "scalar": np.float32(3).reshape(()),
+        "none": np.zeros((0, 3), np.float32),
+    }
+    specs = {name: (array.dtype, array.shape) for name, array in wanted.items()}
+    write_torch(tmp_path / "a.bin", specs, iter(wanted.values()))
+    read = read_torch(tmp_path / "a.bin")
+    assert [*read] == [*wanted]
+    for name_, array in wanted.items():
+        assert (read[name_].dtype, read[name_].shape) == specs[name_]
+        np.testing.assert_array_equal(read[name_], array)
+    with pytest.raises(WeightsError, match=r"b\.bin: 'x' has dtype int64, which is not written as \.bin"):
+        write_torch(tmp_path / "b.bin", {"x": (np.dtype(np.int64), (1,))}, iter([np.zeros(1, np.int64)]))
+    assert not (tmp_path / "b.bin").exists()
+    torch = pytest.importorskip("torch")
+    for options in ({}, {"mmap": True}):
+        loaded = torch.load(tmp_path / "a.bin", weights_only=True, **options)
+        assert [*loaded] == [*wanted]
+        for name_, array in wanted.items():
+            np.testing.assert_array_equal(loaded[name_].float().numpy(), array.astype(np.float32))
+            assert tuple(loaded[name_].shape) == array.shape

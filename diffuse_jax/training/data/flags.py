@@ -18,6 +18,7 @@ def add_data(
     captions: bool = True,
     caches: bool = False,
     images: tuple[str, ...] = ("--image_column",),
+    masks: bool = False,
     **defaults: Any,
 ) -> None:
     """Add the flag groups "data" and "images".
@@ -27,6 +28,7 @@ def add_data(
       captions: False omits the flags for captions.
       caches: True adds ``--cache_latents`` and ``--cache_text_embeddings``.
       images: what the flag for the column of images is called.
+      masks: True adds ``--mask_column``.
       defaults: defaults that differ from those of the settings.
     """
     add = parser.group("data", DataSettings, CacheSettings)
@@ -43,6 +45,9 @@ def add_data(
     add("--shuffle_buffer_size", help="size of the shuffle buffer when streaming, in rows")
     what = "column of the images (not used for image folders and shards)"
     add(*images, dest="image_column", default=DataSettings.image_column, help=what)
+    if masks:
+        what = "column of grey images, the weights of the pixels in the loss; in image folders, the key of their paths"
+        add("--mask_column", help=what)
     if captions:
         add("--caption_column", help="column of the caption, or of a list of captions of which one is chosen at random")
         add("--proportion_empty_prompts", help="fraction of captions replaced by the empty string")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.limits import refuse_links
-from diffuse_jax.training.data.sources import captions_of, fingerprint
+from diffuse_jax.training.data.sources import PICTURES, captions_of, fingerprint, pictures
 from diffuse_jax.training.data.transform import Record
 
 
@@ -20,10 +20,11 @@ class TableSource:
         image_column: str = "image",
         caption_column: str | None = "text",
         conditioning_column: str | None = None,
+        mask_column: str | None = None,
     ) -> None:
         """See :func:`undecoded` for the errors."""
         self._name = str(dataset.info.dataset_name or "row")
-        self._columns = image_column, caption_column, conditioning_column
+        self._columns = image_column, caption_column, conditioning_column, mask_column
         self._dataset = undecoded(dataset, *self._columns)
         self.fingerprint = fingerprint("table", [self._dataset._fingerprint])
 
@@ -43,7 +44,7 @@ class Stream:
       dataset: a ``datasets.IterableDataset``.
       image_column: column of the images.
       caption_column: column of the captions; None if they are not needed.
-      conditioning_column: column of the control images; None if they are not needed.
+      conditioning_column, mask_column: columns of the control images and masks; None if they are not needed.
       seed: seed of the order.
       window: number of rows that are shuffled with each other.
       count: number of rows to use, the first ones after the files are shuffled; all if None.
@@ -55,6 +56,7 @@ class Stream:
     image_column: str = "image"
     caption_column: str | None = "text"
     conditioning_column: str | None = None
+    mask_column: str | None = None
     seed: int = 0
     window: int = 1000
     count: int | None = None
@@ -62,9 +64,9 @@ class Stream:
     parts: int = 1
 
     @property
-    def columns(self) -> tuple[str, str | None, str | None]:
-        """The columns of images, captions and control images."""
-        return self.image_column, self.caption_column, self.conditioning_column
+    def columns(self) -> tuple[str, str | None, str | None, str | None]:
+        """The columns of images, captions, control images and masks."""
+        return self.image_column, self.caption_column, self.conditioning_column, self.mask_column
 
     def share(self, part: int, parts: int) -> Stream:
         """A share of this share."""
@@ -105,7 +107,11 @@ def load_saved(folder: str | Path, split: str = "train") -> Any:
 
 
 def undecoded(
-    dataset: Any, image_column: str, caption_column: str | None, conditioning_column: str | None = None
+    dataset: Any,
+    image_column: str,
+    caption_column: str | None,
+    conditioning_column: str | None = None,
+    mask_column: str | None = None,
 ) -> Any:
     """The columns of a data set or stream that are used, with images as undecoded files.
 
@@ -121,6 +127,7 @@ def undecoded(
         "--image_column": image_column,
         "--caption_column": caption_column,
         "--conditioning_image_column": conditioning_column,
+        "--mask_column": mask_column,
     }
     wanted = {flag: column for flag, column in columns.items() if column is not None}
     for flag, column in wanted.items():
@@ -132,7 +139,7 @@ def undecoded(
             f"{features[caption_column]}; the columns are {sorted(features)}"
         )
     dataset = dataset.select_columns(list(wanted.values()))
-    for name in (image_column, conditioning_column):
+    for name in (image_column, conditioning_column, mask_column):
         if name is not None and isinstance(features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset
@@ -144,7 +151,12 @@ def _is_text(feature: Any) -> bool:
 
 
 def record_of(
-    row: dict[str, Any], image_column: str, caption_column: str | None, conditioning_column: str | None, where: str
+    row: dict[str, Any],
+    image_column: str,
+    caption_column: str | None,
+    conditioning_column: str | None,
+    mask_column: str | None,
+    where: str,
 ) -> Record:
     """The record of a row of an :func:`undecoded` data set.
 
@@ -152,11 +164,10 @@ def record_of(
       ValueError: the row has neither the bytes nor the path of an image, or no caption.
     """
     image, path = _image(row, image_column, "--image_column", where)
-    control = None
-    if conditioning_column is not None:
-        control, _ = _image(row, conditioning_column, "--conditioning_image_column", where)
+    columns = pictures(conditioning_column, mask_column)
+    others = {field: _image(row, column, PICTURES[field][0], where)[0] for field, column in columns.items()}
     name = f"{where} ({path})" if isinstance(path, str) else where
-    return Record(image, captions_of(row, caption_column, where), name, control)
+    return Record(image, captions_of(row, caption_column, where), name, **others)
 
 
 def _image(row: dict[str, Any], column: str, flag: str, where: str) -> tuple[bytes | str, Any]:

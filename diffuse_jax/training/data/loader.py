@@ -11,6 +11,7 @@ import numpy as np
 
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.order import Bucketed, Mixed, Plain
+from diffuse_jax.training.data.rescaling import Rescaled
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Transform
 from diffuse_jax.training.data.workers import in_turns
@@ -34,7 +35,7 @@ class Maker:
     """
 
     source: Source
-    transform: Transform
+    transform: Transform | Rescaled
     order: Plain | Bucketed | Mixed
     rows: np.ndarray
     finish: Finish

@@ -16,6 +16,7 @@ from diffuse_jax.training.data.buckets import assign, bucket_sizes
 from diffuse_jax.training.data.hub import Stream
 from diffuse_jax.training.data.loader import Finish, Loader, Maker, process_rows
 from diffuse_jax.training.data.order import Bucketed, Mixed, Plain, shares
+from diffuse_jax.training.data.rescaling import Rescaled
 from diffuse_jax.training.data.settings import DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import shard_source
 from diffuse_jax.training.data.sources import FolderSource, Joined, Source, sample
@@ -78,27 +79,26 @@ def source_from(data: DataSettings) -> Source:
       FileNotFoundError: files are missing.
     """
     check_named(data)
-    columns = data.image_column, data.caption_column, data.conditioning_image_column
+    others = data.conditioning_image_column, data.mask_column
+    columns = data.image_column, data.caption_column, *others
     source: Source
     if data.train_shards:
-        source = shard_source(
-            [str(path) for path in data.train_shards], data.caption_column, data.conditioning_image_column
-        )
+        source = shard_source([str(path) for path in data.train_shards], data.caption_column, *others)
     elif data.dataset_name:
         table = hub.load(str(data.dataset_name), data.dataset_config_name, cache_dir=data.cache_dir)
         source = hub.TableSource(table, *columns)
     else:
-        opened = [_folder(data, folder) for folder in data.folders]
+        opened = [_folder(data, folder, columns) for folder in data.folders]
         source = opened[0] if len(opened) == 1 else Joined(opened)
     return source if data.max_train_samples is None else sample(source, data.max_train_samples, data.seed)
 
 
-def _folder(data: DataSettings, folder: str | Path) -> Source:
-    """One folder of ``train_data_dir``."""
+def _folder(data: DataSettings, folder: str | Path, columns: Sequence[str | None]) -> Source:
+    """One folder of ``train_data_dir``; ``columns`` are those of images, captions, control images and masks."""
+    image, *others = columns
     if data.load_from_disk:
-        columns = data.image_column, data.caption_column, data.conditioning_image_column
-        return hub.TableSource(hub.load_saved(folder), *columns)
-    return FolderSource(folder, data.caption_column, data.conditioning_image_column)
+        return hub.TableSource(hub.load_saved(folder), str(image), *others)
+    return FolderSource(folder, *others)
 
 
 def counts_from(data: DataSettings, source: Source) -> tuple[int, ...]:
@@ -129,6 +129,7 @@ def stream_from(data: DataSettings) -> Stream:
         image_column=data.image_column,
         caption_column=data.caption_column,
         conditioning_column=data.conditioning_image_column,
+        mask_column=data.mask_column,
         seed=data.seed,
         window=data.shuffle_buffer_size,
         count=data.max_train_samples,
@@ -170,6 +171,7 @@ def batches_from(
     source: Source | None = None,
     crop_size: int | None = None,
     pixels: bool = True,
+    cell: int | None = None,
 ) -> Batches:
     """The batches of a run: for each training step, the rows that this process provides.
 
@@ -184,6 +186,7 @@ def batches_from(
       crop_size: size of the square crops, taken after the shorter side has been resized to ``resolution``; None for
         ``resolution``.
       pixels: False skips reading images, for a ``finish`` that takes latents from a cache.
+      cell: give images random sizes, see :class:`~diffuse_jax.training.data.rescaling.Rescaled`; None for their own.
 
     Returns:
       An iterator whose ``total`` is the number of examples in an epoch (None for a stream of unknown length).
@@ -199,7 +202,8 @@ def batches_from(
     source = source_from(data) if source is None else source
     order = order_from(data, source, rows)
     check_batch(batch, mesh, order.total)
-    return Loader(Maker(source, transform, order, mine, finish), data.dataloader_num_workers)
+    sized = transform if cell is None else Rescaled(transform, cell)
+    return Loader(Maker(source, sized, order, mine, finish), data.dataloader_num_workers)
 
 
 def _streamed(

@@ -90,6 +90,8 @@ class DataSettings(Checked):
         them.
       conditioning_image_column: column of the control images; None if there is none. In image folders, the key of
         their paths.
+      mask_column: column of grey images of the size of the images, whose values weight the pixels in the loss, 255 for
+        the full weight; None if there is none. In image folders, the key of their paths.
       proportion_empty_prompts: fraction of captions replaced by the empty string.
       conditioning_dropout_prob: probability of dropping the caption alone, of dropping the control image alone, and of
         dropping both.
@@ -118,6 +120,7 @@ class DataSettings(Checked):
     caption_column: str | None = "text"
     conditioning: str | None = None
     conditioning_image_column: str | None = None
+    mask_column: str | None = None
     proportion_empty_prompts: Annotated[float, SHARE] = 0.0
     conditioning_dropout_prob: Annotated[float, THIRD] = 0.0
     max_train_samples: Annotated[int, COUNT] | None = None

@@ -24,7 +24,7 @@ import numpy as np
 
 from diffuse_jax.images import SUFFIXES, Skipped, warn_of
 from diffuse_jax.limits import parse_json
-from diffuse_jax.training.data.sources import captions_of, file_identity, fingerprint
+from diffuse_jax.training.data.sources import PICTURES, captions_of, file_identity, fingerprint, pictures
 from diffuse_jax.training.data.transform import Record
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -63,21 +63,26 @@ def braces(pattern: str) -> Iterator[str]:
 
 
 def shard_source(
-    patterns: Sequence[str], caption_column: str | None, conditioning_column: str | None = None
+    patterns: Sequence[str],
+    caption_column: str | None,
+    conditioning_column: str | None = None,
+    mask_column: str | None = None,
 ) -> TarSource | ArrayRecordSource:
     """Open files that are either all tar files or all ArrayRecord files, according to their names.
 
     Raises:
       FileNotFoundError: no file matches a pattern.
       ValueError: the names are neither those of tar files nor those of ArrayRecord files, or the latter are to have
-        control images.
+        control images or masks.
     """
     paths = expand(patterns)
     if all(path.suffix == ".tar" for path in paths):
-        return TarSource(paths, caption_column, conditioning_column)
+        return TarSource(paths, caption_column, conditioning_column, mask_column)
     if all(re.search(r"\.array_?record", path.name) for path in paths):
         if conditioning_column is not None:
             raise ValueError("ArrayRecord files hold no control images; use .tar files, or compute: --conditioning")
+        if mask_column is not None:
+            raise ValueError("ArrayRecord files hold no masks (--mask_column); use .tar files")
         return ArrayRecordSource(paths, caption_column)
     names = ", ".join(path.name for path in paths[:3])
     raise ValueError(f"--train_shards must name .tar files (not compressed) or .array_record files, got {names}")
@@ -98,15 +103,17 @@ class TarSource:
         paths: Sequence[str | Path],
         caption_column: str | None = "text",
         conditioning_column: str | None = None,
+        mask_column: str | None = None,
     ) -> None:
         """Read the headers of all members. Samples without an image are skipped, with a warning.
 
         Raises:
-          ValueError: a sample has no caption or control image although these are needed, a file is not a tar file or is
-            damaged, or there are no images.
+          ValueError: a sample has no caption, control image or mask although these are needed, a file is not a tar file
+            or is damaged, or there are no images.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
-        self._controlled, controls = conditioning_column is not None, []
+        columns = pictures(conditioning_column, mask_column)
+        others: dict[str, list[Place]] = {field: [] for field in columns}
         rows, keys, skipped = [], [], []
         for number, path in enumerate(self._paths):
             for key, members in _samples(path):
@@ -117,21 +124,22 @@ class TarSource:
                 text, line = _first(members, TEXTS), members.get("json")
                 if caption_column is not None and text is None and line is None:
                     raise ValueError(f"{path}: {key} has no caption: no .{', .'.join(TEXTS)} and no .json")
-                if conditioning_column is not None:
-                    suffixes = [f"{conditioning_column}.{suffix}" for suffix in IMAGES]
-                    control = _first(members, suffixes)
-                    if control is None:
-                        raise ValueError(f"{path}: {key} has no control image: no .{', .'.join(suffixes)}")
-                    controls.append(control)
+                for field, column in columns.items():
+                    suffixes = [f"{column}.{suffix}" for suffix in IMAGES]
+                    found = _first(members, suffixes)
+                    if found is None:
+                        raise ValueError(f"{path}: {key} has no {PICTURES[field][1]}: no .{', .'.join(suffixes)}")
+                    others[field].append(found)
                 caption = text or line or Place(0, 0)
                 rows.append((number, *image, *caption, text is not None))
                 keys.append(key.encode(errors="surrogateescape"))  # names need not be UTF-8
         if not rows:
             raise ValueError(f"no images (.{', .'.join(IMAGES)}) in {self._paths[0]} and the other shards")
         warn_of(Skipped(len(skipped), skipped[0] if skipped else ""), f"{self._paths[0]} and the other shards")
-        self._rows, self._keys, self._controls = np.array(rows, np.int64), np.array(keys), np.array(controls, np.int64)
-        columns = caption_column if conditioning_column is None else f"{caption_column} {conditioning_column}"
-        self.fingerprint = fingerprint(f"tar {columns}", map(file_identity, self._paths))
+        self._rows, self._keys = np.array(rows, np.int64), np.array(keys)
+        self._others = {field: np.array(places, np.int64) for field, places in others.items()}
+        names = " ".join([str(caption_column), *columns.values()])
+        self.fingerprint = fingerprint(f"tar {names}", map(file_identity, self._paths))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,12 +151,13 @@ class TarSource:
         name = f"{key} in {path}"
         with path.open("rb") as file:
             image = _bytes(file, Place(start, size), name)
-            control = _bytes(file, Place(*self._controls[index].tolist()), name) if self._controlled else None
+            places = {field: Place(*rows[index].tolist()) for field, rows in self._others.items()}
+            others = {field: _bytes(file, place, name) for field, place in places.items()}
             if self._column is None:
-                return Record(image, ("",), name, control)
+                return Record(image, ("",), name, **others)
             text = _bytes(file, Place(caption, length), name)
         row = {self._column: _decoded(text, name).strip()} if plain else _object(_decoded(text, name), name)
-        return Record(image, captions_of(row, self._column, name), name, control)
+        return Record(image, captions_of(row, self._column, name), name, **others)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Place]]]:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,12 @@ from diffuse_jax.images import SUFFIXES, find_images, warn_of
 from diffuse_jax.limits import SURROGATE, open_regular, parse_json, refuse_links
 from diffuse_jax.messages import warn
 from diffuse_jax.training.data.transform import SUBSET, Record
+
+PICTURES = {
+    "conditioning": ("--conditioning_image_column", "control image", "edges/a.png"),
+    "mask": ("--mask_column", "mask", "masks/a.png"),
+}
+"""Field of :class:`Record` -> the flag that names its column, what it is, and an example."""
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -36,6 +42,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+def pictures(conditioning_column: str | None, mask_column: str | None) -> dict[str, str]:
+    """Field of :class:`Record` -> the column of these pictures, of those that are needed."""
+    columns = {"conditioning": conditioning_column, "mask": mask_column}
+    return {field: column for field, column in columns.items() if column is not None}
+
+
 class FolderSource:
     """An image folder: ``metadata.jsonl`` with ``file_name`` and a caption (or list of captions) per line.
 
@@ -49,6 +61,7 @@ class FolderSource:
         folder: str | Path,
         caption_column: str | None = "text",
         conditioning_column: str | None = None,
+        mask_column: str | None = None,
         *,
         metadata: bool = True,
     ) -> None:
@@ -59,6 +72,7 @@ class FolderSource:
           caption_column: key of the caption; None if captions are not needed.
           conditioning_column: key of the path of the control image, or the same with ``_file_name`` as in Hugging
             Face's image folders; None if control images are not needed.
+          mask_column: the same for masks.
           metadata: False reads all images, whether a metadata file names them or not.
 
         Raises:
@@ -67,13 +81,14 @@ class FolderSource:
           ValueError: a line lacks one of these keys, an image is outside the folder, a link leaves it, a
             caption is not a string, or there are no lines.
         """
-        self.folder, self.caption_column, self._control = Path(folder), caption_column, conditioning_column
+        self.folder, self.caption_column = Path(folder), caption_column
+        self._pictures = pictures(conditioning_column, mask_column)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
         refuse_links(self.folder, deep=True)
         self._metadata = _metadata_files(self.folder) if metadata else []
         if not self._metadata:
-            self._images = _uncaptioned_images(self.folder, caption_column, conditioning_column)
+            self._images = _uncaptioned_images(self.folder, caption_column, self._pictures)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
         places, digest = [], []
@@ -81,8 +96,8 @@ class FolderSource:
         for number, path in enumerate(self._metadata):
             for offset, line, where in _lines(path):
                 places.append((number, offset))
-                image, captions, control = self._parse(line, path, where)
-                files = [image] if control is None else [image, control]
+                image, captions, others = self._parse(line, path, where)
+                files = [image, *others.values()]
                 for file in files:
                     if not os.path.isfile(file):  # unlike is_file, also for names that no file can have
                         raise FileNotFoundError(f"{where}: {file} does not exist")
@@ -104,20 +119,18 @@ class FolderSource:
         number, offset = self._places[index]
         path = self._metadata[number]
         _, line, where = next(_lines(path, int(offset)))
-        image, captions, control = self._parse(line, path, where)
-        return Record(str(image), captions, str(image), None if control is None else str(control))
+        image, captions, others = self._parse(line, path, where)
+        return Record(str(image), captions, str(image), **{field: str(file) for field, file in others.items()})
 
-    def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...], Path | None]:
-        image, control = self._file(line, "file_name", path, where), None
-        if self._control is not None:
-            key = self._control if self._control in line else f"{self._control}_file_name"
+    def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...], dict[str, Path]]:
+        image, others = self._file(line, "file_name", path, where), {}
+        for field, column in self._pictures.items():
+            key = column if column in line else f"{column}_file_name"
             if key not in line:
-                raise ValueError(
-                    f"{where}: no control image under {self._control!r} (--conditioning_image_column); it has "
-                    f"{sorted(line)}"
-                )
-            control = self._file(line, key, path, where)
-        return image, captions_of(line, self.caption_column, where), control
+                flag, what, _ = PICTURES[field]
+                raise ValueError(f"{where}: no {what} under {column!r} ({flag}); it has {sorted(line)}")
+            others[field] = self._file(line, key, path, where)
+        return image, captions_of(line, self.caption_column, where), others
 
     def _file(self, line: dict[str, Any], key: str, path: Path, where: str) -> Path:
         """The file that a line names under a key, relative to its metadata file ``path``."""
@@ -149,8 +162,8 @@ def _metadata_files(folder: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _uncaptioned_images(folder: Path, caption_column: str | None, conditioning_column: str | None) -> list[Path]:
-    wanted = {caption_column: "a caption", conditioning_column: "edges/a.png"}
+def _uncaptioned_images(folder: Path, caption_column: str | None, columns: Mapping[str, str]) -> list[Path]:
+    wanted = {caption_column: "a caption"} | {column: PICTURES[field][2] for field, column in columns.items()}
     if keys := {key: value for key, value in wanted.items() if key is not None}:
         raise FileNotFoundError(
             f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per image there: "

@@ -15,7 +15,7 @@ from PIL import Image
 from diffuse_jax import images
 from diffuse_jax.training.data.tags import TagSettings
 
-ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, TAGS, SETS = range(7)
+ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, TAGS, SETS, SIZES = range(8)
 """Purposes of random streams; part of the seed, so that the streams are independent."""
 
 CONDITIONS = ("canny", "blur")
@@ -34,13 +34,15 @@ class Record(NamedTuple):
       image: the bytes of an image file, or its path.
       captions: the captions, of which one is chosen each time.
       name: name in error messages: a path, or a key and the file that contains it.
-      conditioning: the control image, in the same form as ``image``; None if there is none.
+      conditioning, mask: the control image, and the weights of the pixels in the loss as a grey image, in the same form
+        as ``image``; None if there is none.
     """
 
     image: bytes | str
     captions: tuple[str, ...]
     name: str
     conditioning: bytes | str | None = None
+    mask: bytes | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Example:
       name: name in error messages.
       conditioning: the control image, uint8 ``[h,w,3]``, cropped and mirrored like ``pixels``; None if there is none.
       keeps_conditioning: False if the network must do without it this time; None if that never happens in the run.
+      mask: the weight of every pixel in the loss, uint8 ``[h,w]``, 255 for the full weight; None if all have it.
     """
 
     pixels: np.ndarray | None
@@ -71,6 +74,7 @@ class Example:
     name: str
     conditioning: np.ndarray | None = None
     keeps_conditioning: bool | None = None
+    mask: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Transform:
             return Example(None, caption, (0, 0), (0, 0), target, index, number, record.name)
         image = decode(record)
         original = image.height, image.width
+        weights = None if record.mask is None else decode_mask(record, image.size)
 
         def cropped(image: Image.Image) -> tuple[np.ndarray, Size]:
             image = cover(image, covered, self.interpolation)
@@ -150,7 +155,8 @@ class Transform:
             control = condition(self.conditioning, pixels)
         elif record.conditioning is not None:
             control, _ = cropped(decode(Record(record.conditioning, (), f"the control image of {record.name}")))
-        return Example(pixels, caption, original, crop, target, index, number, record.name, control)
+        mask = None if weights is None else cropped(weights)[0]
+        return Example(pixels, caption, original, crop, target, index, number, record.name, control, mask=mask)
 
 
 def condition(name: str, pixels: np.ndarray) -> np.ndarray:
@@ -168,6 +174,22 @@ def decode(record: Record) -> Image.Image:
     """
     with images.opened(record.image, record.name) as image:
         return images.rgb(image, record.name)
+
+
+def decode_mask(record: Record, size: tuple[int, int]) -> Image.Image:
+    """The mask of a record, upright and grey.
+
+    Raises:
+      ValueError: it does not have the ``size`` of its image, width and height in pixels, or as for :func:`decode`.
+    """
+    assert record.mask is not None
+    mask = decode(Record(record.mask, (), f"the mask of {record.name}")).convert("L")
+    if mask.size != size:
+        raise ValueError(
+            f"the mask of {record.name} has {mask.width} x {mask.height} pixels, and its image {size[0]} x {size[1]}; "
+            "both must have the same size"
+        )
+    return mask
 
 
 def image_size(record: Record) -> Size:

@@ -24,7 +24,15 @@ Networks = Mapping[str, Any]
 PIXELS = ("pixel_values", "image_pixels")
 """Arrays of a batch that :meth:`TrainedFamily.encode_images` replaces."""
 
-METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "editing", "comparison")
+METHODS = (
+    "text to image",
+    "DreamBooth",
+    "textual inversion",
+    "Custom Diffusion",
+    "control",
+    "editing",
+    "comparison",
+)
 """The trainers, and the comparison of a training step with PyTorch."""
 
 
@@ -151,6 +159,10 @@ class TrainedFamily:
     def multiple(self, pipe: Any) -> int:
         """Sides of images are multiples of this."""
         return 1
+
+    def cell(self, pipe: Any) -> int | None:
+        """Pixels per side of a place of the samples that are denoised; None if masks of pixels are not supported."""
+        return None
 
     def size(self, pipe: Any) -> tuple[int, int] | None:
         """(height, width) of the model's images in pixels; None if it has no own."""

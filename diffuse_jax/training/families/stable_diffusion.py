@@ -65,6 +65,9 @@ class LatentFamily(TrainedFamily):
     def multiple(self, pipe: Any) -> int:
         return int(pipe.components["vae"].config.scale)
 
+    def cell(self, pipe: Any) -> int | None:
+        return self.multiple(pipe)
+
     def arrays(self, pipe: Any, true_sizes: bool) -> dict[str, Callable[[Any], np.ndarray]]:
         found: dict[str, Callable[[Any], np.ndarray]] = {"pixel_values": pixels_of}
         if pipe.components["unet"].config.addition_embed_type == "text_time":
