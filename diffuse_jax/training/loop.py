@@ -122,7 +122,7 @@ def fit(
             show = None if validate is None else lambda state: validate(trained(state))
             with interrupted.at_once():
                 found = rehearse(run, mesh, counts, step, state, frozen, batches, compiling, show)
-            say(f"dry run: {STEPS} steps are done, nothing was written\n{found}")
+            say(f"dry run: {STEPS} steps are done, and nothing of the run was written\n{found}")
             raise SystemExit("; ".join(found.problems()) or 0)
         first, last = int(state.step), counts.steps
         saver, profiler = Checkpoints(output, run.checkpoints_total_limit), Profiler(run.profile, output, first)
