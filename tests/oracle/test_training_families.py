@@ -38,6 +38,15 @@ def require_equal(found: tuple[float, float]) -> None:
     print(f"loss {found[0]:.1e}, parameters {found[1]:.1e}")
 
 
+def trained_of(pipe: Any, theirs: Any, name: str, *, lora: bool) -> tuple[training.Trained, dict[str, Any]]:
+    """What is trained on both sides: the network, or low-rank pairs for it."""
+    if not lora:
+        return training.full(pipe, [name]), twin.full_parameters(theirs, [name])
+    pytest.importorskip("peft", reason="PyTorch diffusers loads LoRA through peft")
+    trained = training.low_rank(pipe, [name], rank=3, seed=0)
+    return trained, twin.low_rank_parameters(theirs, trained.trainable)
+
+
 def if_unet(stage: int) -> Any:
     """A UNet of one level, whose norms of the prompt have two channels in each of their 32 groups. With one, as other
     tests have, a bias before them has no effect, and its gradient is rounding."""
@@ -51,8 +60,7 @@ def if_step(folder: Path, stage: int, *, lora: bool, prior: bool = False, labels
     pipe = steps.opened(folder, ("unet",))
     kind = diffusers.IFPipeline if stage == 1 else diffusers.IFSuperResolutionPipeline
     theirs = kind.from_pretrained(folder)
-    trained = training.low_rank(pipe, ["unet"], rank=3, seed=0) if lora else training.full(pipe, ["unet"])
-    parameters = twin.low_rank_parameters(theirs, trained.trainable) if lora else twin.full_parameters(theirs, ["unet"])
+    trained, parameters = trained_of(pipe, theirs, "unet", lora=lora)
     objective = Objective(scheduler=pipe.scheduler, snr_gamma=5.0, prior_loss_weight=0.7)
     batch = steps.batch_of(pipe, EDGE, rng, prior)
     loss = lambda: steps.if_loss(theirs, objective, batch, labels)
@@ -66,7 +74,6 @@ def test_if_first_stage(tmp_path: Path, rng: np.random.Generator) -> None:
 
 @pytest.mark.slow
 def test_if_first_stage_with_lora(tmp_path: Path, rng: np.random.Generator) -> None:
-    pytest.importorskip("peft", reason="PyTorch diffusers loads LoRA through peft")
     if_step(tmp_path, 1, lora=True, rng=rng)
 
 
@@ -76,9 +83,15 @@ def test_if_second_stage(labels: str | None, tmp_path: Path, rng: np.random.Gene
     if_step(tmp_path, 2, lora=False, labels=labels, rng=rng)
 
 
+@pytest.mark.slow
+def test_if_second_stage_with_lora(tmp_path: Path, rng: np.random.Generator) -> None:
+    if_step(tmp_path, 2, lora=True, rng=rng)
+
+
 # The ordinary suite has this kind of UNet in the first stage above, and its parts in the tests of the scripts.
 @pytest.mark.slow
-def test_kandinsky_decoder(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_kandinsky_decoder(lora: bool, tmp_path: Path, rng: np.random.Generator) -> None:
     prior = folders.kandinsky_prior(tmp_path / "prior")
     decoder = folders.kandinsky_decoder(tmp_path / "decoder", **ONE_LEVEL)
     with pytest.raises(ValueError, match="KandinskyV22Pipeline, which has no image_encoder; give --pretrained_prior"):
@@ -88,29 +101,31 @@ def test_kandinsky_decoder(tmp_path: Path, rng: np.random.Generator) -> None:
     encoder = diffusers.KandinskyV22PriorPipeline.from_pretrained(prior).image_encoder
     objective = Objective(scheduler=pipe.scheduler, snr_gamma=5.0)
     batch = steps.batch_of(pipe, 16, rng)
-    trained, parameters = training.full(pipe, ["unet"]), twin.full_parameters(theirs, ["unet"])
+    trained, parameters = trained_of(pipe, theirs, "unet", lora=lora)
     loss = lambda: steps.decoder_loss(theirs, encoder, objective, batch)
     require_equal(steps.compare(pipe, trained, batch, objective, parameters, loss))
 
 
-def test_kandinsky_prior(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kandinsky_prior(lora: bool, tmp_path: Path, rng: np.random.Generator) -> None:
     pipe = steps.opened(folders.kandinsky_prior(tmp_path), ("prior",))
     theirs = diffusers.KandinskyV22PriorPipeline.from_pretrained(tmp_path)
     objective = Objective(scheduler=pipe.scheduler, snr_gamma=5.0)
     batch = steps.batch_of(pipe, 16, rng)
-    trained, parameters = training.full(pipe, ["prior"]), twin.full_parameters(theirs, ["prior"])
+    trained, parameters = trained_of(pipe, theirs, "prior", lora=lora)
     assert not {"clip_mean", "clip_std"} & {*trained.trainable["prior"]}
     parameters = {name: p for name, p in parameters.items() if "clip_" not in name.split(".")[-1]}
     loss = lambda: steps.prior_loss(theirs, objective, batch)
     require_equal(steps.compare(pipe, trained, batch, objective, parameters, loss))
 
 
-def test_wuerstchen_prior(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_wuerstchen_prior(lora: bool, tmp_path: Path, rng: np.random.Generator) -> None:
     theirs, encoder = wuerstchen.prior_pipeline(tmp_path / "prior"), efficientnet.tiny(wuerstchen.PRIOR["c_in"])
     torch.save({"state_dict": {"x": torch.zeros(1)}, "effnet_state_dict": encoder.state_dict()}, tmp_path / "b.pt")
     pipe = steps.opened(tmp_path / "prior", ("prior",), sources={"effnet": tmp_path / "b.pt"})
     objective = Objective(scheduler=pipe.scheduler)
     batch = steps.batch_of(pipe, 64, rng)
-    trained, parameters = training.full(pipe, ["prior"]), twin.full_parameters(theirs, ["prior"])
+    trained, parameters = trained_of(pipe, theirs, "prior", lora=lora)
     loss = lambda: steps.semantic_loss(theirs, encoder, objective, batch)
     require_equal(steps.compare(pipe, trained, batch, objective, parameters, loss))
