@@ -42,10 +42,19 @@ def decoder_request(
     check_names(type(pipe), options, pipe.family.options)
     given = {name: value for name, value in {**named, **options}.items() if value is not None}
     prompts = len(given_embeds(pipe, given, "image_embeds"))
-    multiple = movq_of(pipe).config.scale ** 2
-    rows, columns = (-(-side // multiple) * multiple for side in pixel_size(height, width))
-    request = request_of(pipe, default_steps(given, STEPS), prompts, (rows, columns), **plan_options)
+    request = request_of(pipe, default_steps(given, STEPS), prompts, rounded_up(pipe, height, width), **plan_options)
     return check_channels(pipe, request)
+
+
+def rounded_up(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """A size as the decoder makes it.
+
+    Raises:
+      ValueError: a side is not positive or too long, or there are too many pixels.
+    """
+    multiple = movq_of(pipe).config.scale ** 2
+    height, width = (-(-side // multiple) * multiple for side in pixel_size(height, width))
+    return height, width
 
 
 def check_channels(pipe: Any, request: Request) -> Request:
