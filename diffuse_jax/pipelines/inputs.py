@@ -141,7 +141,7 @@ def number_array(value: Any, name: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with a gradient
         array = np.asarray(None)
     if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer)):
         raise TypeError(f"{name} must be an array of numbers, got {brief(value)}")

@@ -27,7 +27,7 @@ from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
 from diffuse_jax.pipelines.image_adapters import ImageAdapters
 from diffuse_jax.pipelines.method import Replace, check_rows
-from diffuse_jax.pipelines.modifiers import listed, modified
+from diffuse_jax.pipelines.modifiers.request import listed, modified
 from diffuse_jax.pipelines.opening import (
     open_components,
     refuse_family,

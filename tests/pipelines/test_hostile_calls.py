@@ -96,6 +96,11 @@ SEVERAL: list[tuple[Any, dict[str, Any], str]] = [
         {"prompt": None, "text_model_output": ENCODED, "text_attention_mask": MASK * 0.5},
         "text_attention_mask must be True for tokens and False for padding",
     ),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": ENCODED, "text_attention_mask": [[True], [True, False]]},
+        "text_attention_mask must be a number, or a list of numbers",
+    ),
     (STABLE_UNCLIP, {"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
     (STABLE_UNCLIP, {"prior_latents": np.zeros((1, 3))}, r"^prior_latents must be \(1, 16\)"),
     (KANDINSKY, {"prior_num_inference_steps": 0}, "^prior_num_inference_steps must be a whole number"),

@@ -172,19 +172,21 @@ class Parts:
         reader = M_CLIP.replace(
             vocab_size=len(words), num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=80, **width
         )
-        unet = lambda preset: self.filled(models.UNet2DConditionModel(preset.replace(**SMALL, encoder_hid_dim=WIDTH)))
+        unet = lambda preset, width: self.filled(
+            models.UNet2DConditionModel(preset.replace(**SMALL, encoder_hid_dim=width))
+        )
         movq = self.filled(models.VQModel(MOVQ))
         first = self.made(
             KandinskyPipeline,
             text_encoder=self.filled(MultilingualCLIP(reader)),
             tokenizer=words,
-            unet=unet(presets.KANDINSKY21_UNET),
+            unet=unet(presets.KANDINSKY21_UNET, reader.transformerDimensions),
             scheduler=DDIMScheduler(),
             movq=movq,
         )
         second = self.made(
             KandinskyV22Pipeline,
-            unet=unet(presets.KANDINSKY22_UNET),
+            unet=unet(presets.KANDINSKY22_UNET, WIDTH),
             scheduler=DDPMScheduler(variance_type="learned_range"),
             movq=movq,
         )

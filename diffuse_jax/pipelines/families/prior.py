@@ -11,7 +11,7 @@ import numpy as np
 from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows, stack_branches
 from diffuse_jax.pipelines.family import Call, asks_for_guidance, one_width
-from diffuse_jax.pipelines.inputs import number_array, one_per_prompt, token_mask, tokenize
+from diffuse_jax.pipelines.inputs import finite, number_array, one_per_prompt, token_mask, tokenize
 from diffuse_jax.pipelines.method import Method, Net, Part, Rows
 from diffuse_jax.pipelines.options import PriorOptions
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
@@ -133,7 +133,7 @@ def given_text(pipe: Any, output: Any, mask: Any) -> Rows:
     length, width = min(c.max_position_embeddings, int(words.model_max_length)), c.projection_dim
     names = [f"text_model_output.{name}" for name in TEXT.values()]
     found = [number_array(array, name).astype(np.float32) for array, name in zip(arrays, names, strict=True)]
-    seen = np.asarray(mask)
+    seen = finite(mask, "text_attention_mask")
     prompts = max(found[0].shape[0] if found[0].ndim else 0, 1)
     wanted = [(prompts, width), (prompts, length, c.hidden_size), (prompts, length)]
     for name, array, shape in zip([*names, "text_attention_mask"], [*found, seen], wanted, strict=True):

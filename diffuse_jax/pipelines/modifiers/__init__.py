@@ -15,7 +15,7 @@ from diffuse_jax.pipelines.modifiers.guidance import (
     ZeroStar,
 )
 from diffuse_jax.pipelines.modifiers.perturbation import PerturbedAttention, SelfAttentionGuidance
-from diffuse_jax.pipelines.modifiers.request import Number, listed, modified
+from diffuse_jax.pipelines.modifiers.request import Number, modified
 from diffuse_jax.pipelines.running import Modifier
 
 __all__ = [
@@ -32,6 +32,5 @@ __all__ = [
     "SelfAttentionGuidance",
     "Windows",
     "ZeroStar",
-    "listed",
     "modified",
 ]
