@@ -19,6 +19,7 @@ from diffuse_jax.pipelines import (
     StableDiffusionImg2ImgPipeline,
 )
 from diffuse_jax.pipelines.diffedit import masking
+from diffuse_jax.pipelines.families.prior import given_text
 from diffuse_jax.pipelines.programs import Programs
 from diffuse_jax.schedulers import LCMScheduler
 from tests.pipelines import tiny, tiny_if, tiny_stages
@@ -129,6 +130,17 @@ def test_pipelines_of_several_stages(pipe: Any, call: dict[str, Any], message: s
         pipe(**given)
     assert "\n" not in str(found.value)
     assert pipe.programs.compilations == 0
+
+
+def test_results_of_a_text_encoder() -> None:
+    """Ours, diffusers' (a dict), and a pair."""
+    encoder, params = KARLO.components["text_encoder"], KARLO.params["text_encoder"]
+    output = encoder.apply({"params": params}, np.ones((2, 16), np.int32))
+    for found in (output, output._asdict(), (output.text_embeds, output.last_hidden_state, "more")):
+        text = given_text(KARLO, found, np.ones((2, 16)))
+        np.testing.assert_array_equal(text["pooled"], output.text_embeds)
+        np.testing.assert_array_equal(text["states"], output.last_hidden_state)
+        assert text["mask"].dtype == bool
 
 
 def test_networks_of_several_checkpoints() -> None:

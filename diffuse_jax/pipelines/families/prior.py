@@ -125,7 +125,7 @@ def given_text(pipe: Any, output: Any, mask: Any) -> Rows:
         missing = "text_attention_mask" if mask is None else "text_model_output"
         raise ValueError(f"text_model_output and text_attention_mask belong together; {missing} is missing")
     arrays = [_field(output, name) for name in TEXT.values()]
-    if isinstance(output, tuple | list) and arrays == [None] * len(TEXT):
+    if isinstance(output, tuple | list) and all(array is None for array in arrays):
         arrays = [*output[: len(TEXT)]]
     if len(arrays) != len(TEXT) or any(array is None for array in arrays):
         raise TypeError(f"text_model_output must have {' and '.join(TEXT.values())}, got {brief(output)}")
