@@ -2,8 +2,9 @@
 
     python -m benchmarks.training_parity
 
-Writes ``docs/results/training_parity.json``: the cases of ``tests/oracle/training_cases.py``, and the shipped model as
-``diffuse-jax parity diffuse-jax/emoji --training`` compares it.
+Writes ``docs/results/training_parity.json``: the cases of ``tests/oracle/training_cases.py`` and
+``tests/oracle/family_cases.py``, and the shipped model as ``diffuse-jax parity diffuse-jax/emoji --training`` compares
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import common
 from diffuse_jax.torch_backend.training_parity import TrainingRequest, compare_training
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared
-from tests.oracle import training_cases
+from tests.oracle import family_cases, training_cases
 
 ABOUT = (
     "One AdamW step with clipping and Min-SNR, from the same weights, images, captions, noise and timesteps, on the"
@@ -37,9 +38,10 @@ GROUPS = ("values", "gradients", "changes")
 
 def main() -> None:
     rows = []
-    for name, case in training_cases.CASES.items():
+    for name, case in (training_cases.CASES | family_cases.CASES).items():
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, "float32", case(Path(folder), np.random.default_rng(0))))
+            found = case(Path(folder), np.random.default_rng(0))
+            rows.append(row(name, "float32", getattr(found, "compared", found)))
     for name, request in SHIPPED.items():
         for dtype in TOLERANCES:
             typed = dataclasses.replace(request, dtype=dtype)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
@@ -38,6 +39,29 @@ class _Brief(reprlib.Repr):
 
 brief = _Brief().repr
 """The ``repr`` of a value, limited to a few items, levels and characters."""
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """A context in which errors name an argument as the user's call does.
+
+    An ordinary word, such as ``strength``, is taken for an argument at the beginning of a message or before ``=``.
+
+    Args:
+      names: argument of what is called in the context -> that of the user's call.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        text = str(error)
+        for name, own in names.items():
+            place = rf"\b{name}\b" if "_" in name else rf"^{name}\b|\b{name}(?==)"
+            text = re.sub(place, own, text)
+        if text == str(error):
+            raise
+        raise type(error)(text) from None
 
 
 _given: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("warnings given", default=None)

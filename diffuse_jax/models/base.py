@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -33,6 +35,10 @@ Params = dict[str, Any]
 
 _REGISTRY: dict[tuple[str, str], type[Model]] = {}
 """Every network class by library and name; filled as the classes are defined."""
+
+
+MISFIT = re.compile(r'"([^"]*)" in "/?([^"]*)".* shape (\([^)]*\)),.* shape (\([^)]*\))')
+"""What Flax says about a parameter whose shape is not that of the input: name, module, wanted and found shape."""
 
 
 class Model(nn.Module):
@@ -73,6 +79,11 @@ class Model(nn.Module):
             return cls.__module__
         return "transformers" if cls.model_type else "diffusers"
 
+    @property
+    def initial_deviations(self) -> Mapping[str, float]:
+        """Path of a parameter -> its standard deviation at the start of training, where the name alone does not say."""
+        return {}
+
     def example_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Keyword arguments of ``__call__`` as shapes, the smallest that use every parameter."""
         raise NotImplementedError
@@ -85,10 +96,18 @@ class Model(nn.Module):
         sharded along the batch as the inputs are, and replicated along all other explicit axes.
 
         Raises:
-          ValueError: parameters and inputs are on different meshes.
+          ValueError: parameters and inputs are on different meshes, or an input has another width than the network
+            takes, as the output of another checkpoint's network may have.
         """
         run = lambda variables, args, kwargs: super(Model, self).apply(variables, *args, **kwargs)
-        return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
+        try:
+            return on_automatic_axes(run, (variables, args, kwargs), batch=(args, kwargs))
+        except ScopeParamShapeError as error:
+            name, scope, wanted, found = MISFIT.search(str(error)).groups()  # type: ignore[union-attr]
+            raise ValueError(
+                f"{type(self).__name__}: the {name} of {scope} has shape {found}, and this input would need {wanted}; "
+                "give an input of the width that the network was made for"
+            ) from None
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

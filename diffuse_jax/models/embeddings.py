@@ -35,17 +35,19 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True
 class FourierProjection(nn.Module):
     """Sines and cosines of ``t [B]`` at random frequencies, which are never trained (Song et al. 2021, C.2).
 
-    The result, ``[B, 2 * half]``, is in float32. ``log``: of the logarithm of ``t``, which is above 0.
+    The result, ``[B, 2 * half]``, is in float32. ``log``: of the logarithm of ``t``, which is above 0. ``deviation``:
+    of the frequencies at the start of training.
     """
 
     half: int
     flip_sin_to_cos: bool = True
     log: bool = False
+    deviation: float = 1.0
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        weight = parameter(self, "weight", nn.initializers.normal(1.0), (self.half,))
+        weight = parameter(self, "weight", nn.initializers.normal(self.deviation), (self.half,))
         frequencies = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
         # In this order: large angles are as inexact as those that the network was trained with.
         t = jnp.asarray(t, jnp.float32)

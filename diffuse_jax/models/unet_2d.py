@@ -3,7 +3,7 @@ NCSN++ (Song et al. 2021)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -20,6 +20,9 @@ from diffuse_jax.models.unet_2d_config import UNet2DConfig, is_skip
 
 __all__ = ["UNet2DConfig", "UNet2DModel"]
 
+FOURIER_DEVIATION = 16.0
+"""Standard deviation of the frequencies that noise levels are embedded with (Song et al. 2021, C.2)."""
+
 
 class UNet2DModel(Model):
     """Predicts noise (or the sample) from a noisy image, a timestep and, if trained with classes, a class label.
@@ -30,6 +33,11 @@ class UNet2DModel(Model):
     config: UNet2DConfig = UNet2DConfig()
     remat: str = "none"  # or "blocks", "full": what the backward pass recomputes; see models/remat.py
     config_class: ClassVar[type[Config]] = UNet2DConfig
+
+    @property
+    def initial_deviations(self) -> Mapping[str, float]:
+        """As of other networks."""
+        return {"time_proj/weight": FOURIER_DEVIATION} if self.config.time_embedding_type == "fourier" else {}
 
     def example_inputs(self) -> dict[str, Any]:
         c = self.config
@@ -108,7 +116,8 @@ class UNet2DModel(Model):
         width = c.block_out_channels[0]
         project: Callable[[jax.Array], jax.Array]
         if c.time_embedding_type == "fourier":
-            project = FourierProjection(width, False, log=True, param_dtype=self.param_dtype, name="time_proj")
+            spread = {"deviation": FOURIER_DEVIATION, "param_dtype": self.param_dtype}
+            project = FourierProjection(width, False, log=True, **spread, name="time_proj")
         else:
             project = lambda t: sinusoidal_embedding(
                 t, width, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift

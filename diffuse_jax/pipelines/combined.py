@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from diffuse_jax import weights
+from diffuse_jax.messages import brief, renaming
 from diffuse_jax.pipelines.family import Family, request_of
 from diffuse_jax.pipelines.method import check_rows, sample
 from diffuse_jax.pipelines.parts.guidance import Branches, is_branches
@@ -56,12 +57,18 @@ class Combined:
         and further components as of :meth:`DiffusionPipeline.from_pipe
         <diffuse_jax.pipelines.DiffusionPipeline.from_pipe>`."""
         opened: Any = super()
-        first = {} if prior is None else components_of(prior)
+        first = {} if prior is None else components_of(prior, cls.prior)
         return opened.from_pipe(pipe, **{**first, **components})
 
     @classmethod
     def from_stages(cls, prior: DiffusionPipeline, decoder: DiffusionPipeline) -> Self:
-        """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both."""
+        """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both.
+
+        Raises:
+          TypeError: one of them is not such a stage.
+        """
+        for name, pipe, target in (("prior", prior, cls.prior), ("decoder", decoder, cls.decoder)):
+            check_stage(pipe, target, name)
         of_both = lambda a, b: {**{f"{PREFIX}{name}": value for name, value in a.items()}, **b}
         make: Any = cls
         return make(
@@ -91,8 +98,23 @@ def _stage(pipe: Any, target: type[DiffusionPipeline], prefix: str = "") -> Diff
     return target(**fields | {"components": own(pipe.components), "params": own(pipe.params), "options": options})
 
 
-def components_of(prior: DiffusionPipeline) -> dict[str, Any]:
-    """The components and settings of an open prior as arguments of a combined pipeline's ``from_pretrained``."""
+def check_stage(pipe: Any, target: type[DiffusionPipeline], name: str) -> None:
+    """Check that what was given for a stage is a pipeline with the components of a class.
+
+    Raises:
+      TypeError: it is not; the message names the argument.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"{name} must be an open {target.__name__}, got {brief(pipe)}")
+    if missing := [part for part in target.required if pipe.components.get(part) is None]:
+        found = type(pipe).__name__
+        raise TypeError(f"{name} must be a {target.__name__}, got a {found}, which has no {' and no '.join(missing)}")
+
+
+def components_of(prior: DiffusionPipeline, target: type[DiffusionPipeline]) -> dict[str, Any]:
+    """The components and settings of an open prior as arguments of a combined pipeline's ``from_pretrained``; errors as
+    of :func:`check_stage`."""
+    check_stage(prior, target, "prior")
     pair = lambda name, part: (part, prior.params[name]) if name in prior.params else part
     parts = {f"{PREFIX}{name}": pair(name, part) for name, part in prior.components.items() if part is not None}
     return parts | {name: value for name, value in prior.options.items() if name in prior.settings}
@@ -120,9 +142,10 @@ def with_prior(
 
     Raises:
       WeightsError: there is no prior.
+      TypeError: it is not one for this decoder.
     """
-    if isinstance(prior, DiffusionPipeline):
-        return components_of(prior)
+    if prior is not None and not isinstance(prior, str | Path):
+        return components_of(prior, target)
     hub = ("local_files_only", "token", "cache_dir")
     among = lambda *names: {name: options[name] for name in names if name in options}
     if prior is None:
@@ -131,7 +154,7 @@ def with_prior(
             return {}
         if (prior := prior_in_card(folder)) is None:
             raise weights.WeightsError(f"{source}: names no prior; give prior=, an open one, its folder or its Hub id")
-    return components_of(target.from_pretrained(prior, **among("dtype", "mesh", *hub)))
+    return components_of(target.from_pretrained(prior, **among("dtype", "mesh", *hub)), target)
 
 
 def only_checks(pipe: DiffusionPipeline) -> bool:
@@ -169,13 +192,15 @@ def stage(
       name: of the stage, whose sampler is the component ``{name}_scheduler``.
       prompts: the number of prompts.
       given: the arguments of the call that all stages share; None stands for a default.
-      **own: those of the stage, by the names that a call of it alone has.
+      **own: those of the stage, by the names that a call of it alone has; in that of the pipeline they begin with
+        ``{name}_``.
 
     Raises:
       ValueError, TypeError: an argument is invalid or contradicts another one.
     """
-    both = {name: value for name, value in {"guidance_scale": 1.0, **given, **own}.items() if value is not None}
-    return request_of(pipe, both, prompts, (0, 0), family=family, scheduler=pipe.components[f"{name}_scheduler"])
+    both = {key: value for key, value in {"guidance_scale": 1.0, **given, **own}.items() if value is not None}
+    with renaming({key: f"{name}_{key}" for key in own}):
+        return request_of(pipe, both, prompts, (0, 0), family=family, scheduler=pipe.components[f"{name}_scheduler"])
 
 
 def after(request: Request, pipe: DiffusionPipeline, first: Request) -> Request:

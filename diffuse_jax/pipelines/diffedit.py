@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import numpy as np
 from PIL import Image
 
+from diffuse_jax.messages import renaming
 from diffuse_jax.pipelines.families.clip import guidance_rows, repeat_rows
 from diffuse_jax.pipelines.family import STEPS, Call, make_plan, text_to_image
 from diffuse_jax.pipelines.inputs import (
@@ -46,6 +47,7 @@ class MaskOptions(TypedDict, total=False):
       target_prompt_embeds, target_negative_prompt_embeds, source_prompt_embeds, source_negative_prompt_embeds:
         ``[prompts,L,D]`` hidden states instead of prompts.
       num_inference_steps: number of denoising steps, of which one is evaluated; 50 by default.
+      prompt_syntax, long_prompts: as in every call.
       seed, key, noise: as in every call, one for each noise map.
     """
 
@@ -56,6 +58,8 @@ class MaskOptions(TypedDict, total=False):
     source_prompt_embeds: Any
     source_negative_prompt_embeds: Any
     num_inference_steps: int
+    prompt_syntax: Literal["a1111", "compel"] | None
+    long_prompts: bool
     seed: int | Sequence[int] | None
     key: jax.Array | None
     noise: str | None
@@ -145,7 +149,8 @@ def masking(
     rows = {name: repeat_rows(value, call.copies) for name, value in rows.items()}
     rows |= guidance_rows(call, first == 0)
     noise, seeds = noise_rows(call.images, given, method.latent_shape, pipe.mesh)
-    plan = make_plan(pipe.scheduler, given, STEPS, strength=mask_encode_strength)
+    with renaming({"strength": "mask_encode_strength"}):
+        plan = make_plan(pipe.scheduler, given, STEPS, strength=mask_encode_strength)
     plan = dataclasses.replace(plan, num_evaluations=np.int32(1))
     method = dataclasses.replace(
         method,
@@ -222,7 +227,8 @@ def inside_mask(pipe: Any, mask: ImageInput, inverted: Any, strength: float, arg
         )
     latent_size = inverted.shape[-3:-1]
     size = (latent_size[0] * vae.config.scale, latent_size[1] * vae.config.scale)
-    request = text_to_image(pipe, arguments, size, strength=strength)
+    with renaming({"strength": "inpaint_strength"}):
+        request = text_to_image(pipe, arguments, size, strength=strength)
     evaluations, prompts = int(request.plan.num_evaluations), request.images // request.copies
     if inverted.ndim == 4 and len(inverted) == prompts * evaluations:
         inverted = inverted.reshape(prompts, evaluations, *inverted.shape[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from diffuse_jax.messages import brief
-from diffuse_jax.pipelines.inputs import noise_rows, number_of_prompts
+from diffuse_jax.pipelines.inputs import LONGEST_SIDE, noise_rows, number_of_prompts, pixel_size
 from diffuse_jax.pipelines.method import Method, Rows
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.running import Request
@@ -137,9 +136,6 @@ def default_steps(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return dict(options) if given else {**options, "num_inference_steps": steps}
 
 
-LONGEST_SIDE, MOST_PIXELS = 1 << 16, 1 << 28
-"""Limits of an image's size: the compiler takes minutes for more, and then memory runs out."""
-
 OUTPUTS = ("pil", "np", "jax", "latent")
 
 
@@ -159,8 +155,8 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
 
     Raises:
       ValueError: a side is not a positive multiple of the autoencoder's downsampling factor, or without an autoencoder
-        of the UNet's (the message gives the nearest valid sizes), or longer than :data:`LONGEST_SIDE`; the image has
-        more than :data:`MOST_PIXELS`; or the checkpoint has no default.
+        of the UNet's (the message gives the nearest valid sizes); it is too large (:func:`pixel_size
+        <diffuse_jax.pipelines.inputs.pixel_size>`); or the checkpoint has no default.
     """
     vae = pipe.components.get(autoencoder_name(pipe))
     scale = 1 if vae is None else vae.config.scale
@@ -178,14 +174,31 @@ def output_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, 
             below = max(multiple, size // multiple * multiple)
             raise ValueError(f"{name} must be a multiple of {multiple}, got {size}; try {below} or {below + multiple}")
         sizes.append(int(size))
-    if math.prod(sizes) > MOST_PIXELS:
-        raise ValueError(f"an image may have {MOST_PIXELS} pixels, got {sizes[0]}x{sizes[1]}")
-    return sizes[0], sizes[1]
+    return pixel_size(*sizes)
 
 
 def autoencoder_name(pipe: Any) -> str:
     """The name of the component that encodes and decodes latents: the family's ``autoencoder``, or ``vae``."""
     return getattr(pipe.family, "autoencoder", "vae")
+
+
+def one_width(pipe: Any, fields: Mapping[str, str]) -> int:
+    """The width of the embeddings that components exchange.
+
+    Args:
+      pipe: the pipeline.
+      fields: component -> the field of its configuration; those that the pipeline does not have are left out.
+
+    Raises:
+      ValueError: two of them have different widths.
+    """
+    there = {name: pipe.components[name] for name in fields if pipe.components.get(name) is not None}
+    widths = {name: getattr(network.config, fields[name]) for name, network in there.items()}
+    first, width = next(iter(widths.items()))
+    for name, found in widths.items():
+        if found != width:
+            raise ValueError(f"the {name} has embeddings of width {found}, and the {first} of width {width}")
+    return int(width)
 
 
 def asks_for_guidance(call: Call) -> bool:
@@ -198,10 +211,7 @@ def given_rows(rows: Mapping[str, Any] | None, images: int) -> Rows:
 
     Raises:
       ValueError: a row does not have one entry per image, or holds no numbers.
-      TypeError: they are not named.
     """
-    if rows is not None and not isinstance(rows, Mapping):
-        raise TypeError(f"rows must be a dict, name -> array with an entry for each image, got {brief(rows)}")
     is_array = lambda value: isinstance(value, list | tuple)
     found = {name: jax.tree.map(_as_array, value, is_leaf=is_array) for name, value in (rows or {}).items()}
     for path, value in jax.tree_util.tree_leaves_with_path(found):

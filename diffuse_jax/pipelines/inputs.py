@@ -24,7 +24,7 @@ from diffuse_jax.text.tokenizer import padded_ids, padded_mask, unpadded_ids
 Prompt = str | Sequence[str]
 
 
-def as_list(value: Prompt, name: str) -> list[str]:
+def as_list(value: Prompt | None, name: str) -> list[str]:
     """A prompt or a list of prompts as a list.
 
     Raises:
@@ -33,7 +33,7 @@ def as_list(value: Prompt, name: str) -> list[str]:
     """
     values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or any(not isinstance(v, str) for v in values):
-        raise TypeError(f"{name} must be a string or a list of at least one string, got {value!r}")
+        raise TypeError(f"{name} must be a string or a list of at least one string, got {brief(value)}")
     for text in values:
         if SURROGATE.search(text):
             raise ValueError(f"{name} must be valid Unicode text (UTF-8 on the command line), got {brief(ascii(text))}")
@@ -80,15 +80,22 @@ def spread_prompts(value: Prompt, count: int, name: str, of: str) -> list[str]:
     return [prompt for prompt in prompts for _ in range(count // len(prompts))]
 
 
-def pixel_size(height: int, width: int, longest: int = 1 << 16) -> tuple[int, int]:
+LONGEST_SIDE, MOST_PIXELS = 1 << 16, 1 << 28
+"""Limits of an image's size: the compiler takes minutes for more, and then memory runs out."""
+
+
+def pixel_size(height: int, width: int) -> tuple[int, int]:
     """A size in pixels, for networks that take any.
 
     Raises:
-      ValueError: a side is not a whole number from 1 to ``longest``.
+      ValueError: a side is not a whole number from 1 to :data:`LONGEST_SIDE`, or there are more than
+        :data:`MOST_PIXELS`.
     """
     for name, side in (("height", height), ("width", width)):
-        if not 1 <= whole(side, name) <= longest:
-            raise ValueError(f"{name} must be from 1 to {longest}, got {brief(side)}")
+        if not 1 <= whole(side, name) <= LONGEST_SIDE:
+            raise ValueError(f"{name} must be from 1 to {LONGEST_SIDE}, got {brief(side)}")
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"an image may have {MOST_PIXELS} pixels, got {height}x{width}")
     return int(height), int(width)
 
 
@@ -134,7 +141,7 @@ def number_array(value: Any, name: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with a gradient
         array = np.asarray(None)
     if not any(jax.dtypes.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer)):
         raise TypeError(f"{name} must be an array of numbers, got {brief(value)}")
@@ -171,7 +178,9 @@ def embeddings(value: Any, width: int, name: str) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int) -> np.ndarray:
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary: int, *, advice: str = ""
+) -> np.ndarray:
     """Token ids ``[B,L]`` int32, padded to ``L``; a prompt that is too long is cut, with a warning that shows what was
     cut.
 
@@ -180,6 +189,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
       prompts: one text per image.
       max_length: the encoder's number of positions; ``L`` is the smaller of this and the tokenizer's own limit.
       vocabulary: the encoder's number of token embeddings.
+      advice: the end of the warning.
 
     A word with several embeddings (textual inversion) is expanded to all its tokens.
 
@@ -189,17 +199,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], max_length: int, vocabulary
     prompts = [expand_words(prompt, tokenizer) for prompt in prompts]
     length = min(max_length, int(tokenizer.model_max_length))
     for ids in unpadded_ids(tokenizer, prompts):
-        warn_of_cut(tokenizer, ids[1:-1], length)
+        warn_of_cut(tokenizer, ids[1:-1], length, advice)
     padded = padded_ids(tokenizer, prompts, length)
     check_vocabulary(padded, vocabulary)
     return padded
 
 
-def warn_of_cut(tokenizer: Any, ids: Sequence[int], length: int) -> None:
-    """Warn if the tokens of a text, without start and end, do not fit into ``length`` with them."""
+def warn_of_cut(tokenizer: Any, ids: Sequence[int], length: int, advice: str) -> None:
+    """Warn if the tokens of a text, without start and end, do not fit into ``length`` with them; ``advice`` is the end
+    of the warning."""
     if (excess := len(ids) + 2 - length) > 0:
         rest = tokenizer.decode(list(ids[length - 2 :]))
-        warn(f"the prompt is {excess} tokens too long ({length} fit); cut: {rest!r} (long_prompts=True keeps it)")
+        warn(f"the prompt is {excess} tokens too long ({length} fit); cut: {rest!r}{advice}")
 
 
 def check_vocabulary(ids: np.ndarray, vocabulary: int) -> None:
@@ -240,7 +251,8 @@ def image_seeds(seed: int | Sequence[int] | None, images: int, limit: int = 2**3
     if len(values) != images:
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one per image")
     if any(not isinstance(v, int) or isinstance(v, bool) or not 0 <= v < limit for v in values):
-        larger = "" if limit > 2**32 else '; noise="torch" takes seeds up to 2**64 - 1, and key= a key of JAX'
+        large = any(isinstance(v, int) and v >= limit for v in values) and limit == 2**32
+        larger = '; noise="torch" takes seeds up to 2**64 - 1, and key= a key of JAX' if large else ""
         raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {brief(seed)}{larger}")
     return np.array(values, np.uint64), np.arange(images, dtype=np.uint32) * np.uint32(shared)
 
@@ -455,6 +467,7 @@ def whole_images(images: ImageInput, name: str) -> list[Any]:
     if isinstance(images, np.ndarray | jax.Array) and (images.ndim in (2, 3) or (images.ndim == 4 and len(images))):
         return [images]
     given = f"an array of shape {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
+    given = f"an empty {given}" if isinstance(images, list | tuple) else given
     if type(images).__module__ == "torch":
         given = "a tensor of PyTorch; channel-last it is an array: x.permute(0, 2, 3, 1).numpy(), with values in [0, 1]"
     raise TypeError(f"{name} must be a PIL image, an array [H,W,3] or [B,H,W,3], or a list of them, got {given}")

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax.pipelines.families.kandinsky_v22 import given_embeds, movq_of
-from diffuse_jax.pipelines.family import LONGEST_SIDE, default_steps, request_of
-from diffuse_jax.pipelines.inputs import ImageInput, image_list, mask_pixels, per_prompt, pixels, signed
+from diffuse_jax.pipelines.family import default_steps, request_of
+from diffuse_jax.pipelines.inputs import ImageInput, image_list, mask_pixels, per_prompt, pixel_size, pixels, signed
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.movq import EncodeInitial, WidenedMask
@@ -42,21 +42,19 @@ def decoder_request(
     check_names(type(pipe), options, pipe.family.options)
     given = {name: value for name, value in {**named, **options}.items() if value is not None}
     prompts = len(given_embeds(pipe, given, "image_embeds"))
-    size = rounded_up(pipe, height, "height"), rounded_up(pipe, width, "width")
-    request = request_of(pipe, default_steps(given, STEPS), prompts, size, **plan_options)
+    request = request_of(pipe, default_steps(given, STEPS), prompts, rounded_up(pipe, height, width), **plan_options)
     return check_channels(pipe, request)
 
 
-def rounded_up(pipe: Any, pixels: int, name: str) -> int:
-    """A side as the decoder makes it.
+def rounded_up(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """A size as the decoder makes it.
 
     Raises:
-      ValueError: it is not positive or too long.
+      ValueError: a side is not positive or too long, or there are too many pixels.
     """
-    if not 1 <= pixels <= LONGEST_SIDE:
-        raise ValueError(f"{name} must be from 1 to {LONGEST_SIDE}, got {pixels}")
     multiple = movq_of(pipe).config.scale ** 2
-    return -(-pixels // multiple) * multiple
+    height, width = (-(-side // multiple) * multiple for side in pixel_size(height, width))
+    return height, width
 
 
 def check_channels(pipe: Any, request: Request) -> Request:

@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
+from diffuse_jax.messages import renaming
 from diffuse_jax.pipelines.combined import Combined, after_prior, prefixed, with_seed
+from diffuse_jax.pipelines.family import one_width
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt, as_list
 from diffuse_jax.pipelines.kandinsky_v22 import KandinskyV22Pipeline
 from diffuse_jax.pipelines.kandinsky_v22_img2img import KandinskyV22Img2ImgPipeline
@@ -15,7 +17,7 @@ from diffuse_jax.pipelines.kandinsky_v22_inpaint import KandinskyV22InpaintPipel
 from diffuse_jax.pipelines.kandinsky_v22_prior import KandinskyV22PriorPipeline
 from diffuse_jax.pipelines.options import CombinedOptions, argument_names, check_names
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
-from diffuse_jax.pipelines.running import Request
+from diffuse_jax.pipelines.running import Request, check_callback
 
 TO_PRIOR = {"prior_num_inference_steps": "num_inference_steps", "prior_guidance_scale": "guidance_scale"}
 """Argument of a combined pipeline -> of the prior."""
@@ -65,13 +67,16 @@ class KandinskyV22CombinedPipeline(Combined, DiffusionPipeline):
         second: dict[str, Any] = dict(first)
         first |= {TO_PRIOR[name]: given.pop(name) for name in TO_PRIOR if name in given}
         first |= {name: given.pop(name) for name in ("negative_prompt", "latents") if name in given}
-        prompts = as_list(() if prompt is None else prompt, "prompt")
+        prompts = as_list(prompt, "prompt")
         blank = np.zeros((len(prompts), self.components["unet"].config.image_width), np.float32)
         second |= given | {"image_embeds": blank, "negative_image_embeds": blank, **decoding}
         second |= {"prompt": prompts} if "prompt" in argument_names(self.decoder) else {}
         request = type(decoder).compose(decoder, **second)
-        running = {} if callback is None else {"callback_on_step_end": callback}
-        return after_prior(request, prior, prior.request(prompt, **first), **running)
+        with renaming({own: name for name, own in TO_PRIOR.items()}):
+            run_first = prior.request(prompt, **first)
+        one_width(self, {"unet": "image_width", "prior_prior": "embedding_dim"})
+        check_callback(callback, "prior_callback_on_step_end")
+        return after_prior(request, prior, run_first, callback_on_step_end=callback)
 
 
 class KandinskyV22Img2ImgCombinedPipeline(KandinskyV22CombinedPipeline):

@@ -12,7 +12,7 @@ from diffuse_jax.pipelines.families.prior import PRIOR
 from diffuse_jax.pipelines.inputs import Prompt, finite
 from diffuse_jax.pipelines.options import PriorOptions
 from diffuse_jax.pipelines.pipeline import DiffusionPipeline
-from diffuse_jax.pipelines.priors import image_embeddings, prior_request
+from diffuse_jax.pipelines.priors import image_embeddings, prior_request, seen_image
 from diffuse_jax.pipelines.running import Output, Request
 
 
@@ -77,10 +77,11 @@ class KandinskyV22PriorPipeline(DiffusionPipeline):
                 f"give one weight for each image or prompt; got {given.size} weights for {len(images_and_prompts)}"
             )
         prior = lambda prompt: self(prompt, negative_prompt=negative_prior_prompt, **options)
+        seen = [entry if isinstance(entry, str) else seen_image(self, entry) for entry in images_and_prompts]
         negative, images = prior(negative_prompt), options.get("num_images_per_prompt", 1)
         each = (
             prior(entry).image_embeds if isinstance(entry, str) else image_embeddings(self, entry, images)
-            for entry in images_and_prompts
+            for entry in seen
         )
         total = sum(weight * embeds for weight, embeds in zip(given, each, strict=True))
         without = negative.image_embeds if negative_prompt else negative.negative_image_embeds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Unpack
 
+from diffuse_jax.messages import renaming
 from diffuse_jax.pipelines.family import default_steps, output_size, text_to_image
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.options import TextOptions
@@ -82,7 +83,9 @@ class LatentConsistencyModelImg2ImgPipeline(LatentConsistencyModelPipeline):
         # Samplers that do not choose from the timesteps of a distillation leave out the first steps, as elsewhere.
         name = "grid_strength" if "grid_strength" in self.scheduler.grid_options else "strength"
         part: dict[str, Any] = {name: strength, **distillation}
-        return from_image(text_to_image(self, arguments, size, **part), self, image)
+        with renaming({"grid_strength": "strength"}):
+            request = text_to_image(self, arguments, size, **part)
+        return from_image(request, self, image)
 
 
 def of_distillation(steps: int | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from diffuse_jax.pipelines.family import given_rows
 from diffuse_jax.pipelines.image_adapter_methods import ImageAdapterMethods
 from diffuse_jax.pipelines.image_adapters import ImageAdapters
 from diffuse_jax.pipelines.method import Replace, check_rows
-from diffuse_jax.pipelines.modifiers import modified
+from diffuse_jax.pipelines.modifiers.request import listed, modified
 from diffuse_jax.pipelines.opening import (
     open_components,
     refuse_family,
@@ -38,7 +38,7 @@ from diffuse_jax.pipelines.opening import (
 from diffuse_jax.pipelines.options import RunOptions
 from diffuse_jax.pipelines.placement import params_to_default_device, params_to_mesh
 from diffuse_jax.pipelines.programs import PROGRAMS, Programs, signature_of
-from diffuse_jax.pipelines.running import Modifier, Output, Request, compile_request, run
+from diffuse_jax.pipelines.running import Modifier, Output, Request, check_running, compile_request, run
 from diffuse_jax.pipelines.safety import CHECKER, REQUIRED, check_processor, warn_if_off, with_check
 from diffuse_jax.pipelines.settings import corrected, log_ignored, split_settings
 from diffuse_jax.pipelines.single_file import open_single_file, read_file, refuse_other, save_single_file
@@ -137,6 +137,7 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
         """Run the request that :meth:`compose` builds from these arguments; :class:`RunOptions
         <diffuse_jax.pipelines.options.RunOptions>` control how it is run."""
         running = {name: options.pop(name) for name in self._run_options(options.get("compose")) if name in options}
+        check_running(**running)
         return run(self, self.request(*args, **options), **running)
 
     def request(
@@ -170,16 +171,19 @@ class DiffusionPipeline(AdapterMethods, ImageAdapterMethods):
                 f"{', '.join(wrong)} control how a request is run; pass them to the call, or to pipelines.run"
             )
         pipe = self if lora_scale is None else adapting.at_scale(self, lora_scale)
+        changes = listed(modifiers)
+        if method is not None and not callable(method):
+            raise TypeError(f"method must be a function from the pipeline's method to another, got {brief(method)}")
+        if rows is not None and not isinstance(rows, Mapping):
+            raise TypeError(f"rows must be a dict, name -> array with an entry for each image, got {brief(rows)}")
         positional, options = plain_arguments(type(pipe), compose, args, options)
         composed = (type(pipe).compose if compose is None else compose)(pipe, *positional, **options)
         if not isinstance(composed, Request):
             name = f"{type(self).__name__}.compose" if compose is None else getattr(compose, "__name__", "compose")
             raise TypeError(f"{name} must return a Request, got {type(composed).__name__}")
-        request = modified(composed, pipe, modifiers)
+        request = modified(composed, pipe, changes)
         request = request._replace(rows=request.rows | given_rows(rows, request.images))
         if method is not None:
-            if not callable(method):
-                raise TypeError(f"method must be a function from the pipeline's method to another, got {brief(method)}")
             request = request._replace(method=method(request.method))
         request = with_check(pipe, with_noise(adapting.with_live(pipe, request), self.scheduler, options))
         check_rows(request.method, request.rows)

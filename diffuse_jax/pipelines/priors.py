@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffuse_jax.messages import brief
 from diffuse_jax.pipelines.family import default_steps, request_of
 from diffuse_jax.pipelines.image_prompts import encoder_pixels
-from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, number_array, per_prompt
-from diffuse_jax.pipelines.method import Net
+from diffuse_jax.pipelines.inputs import ImageInput, as_list, embeddings, per_prompt
+from diffuse_jax.pipelines.method import Net, Rows
 from diffuse_jax.pipelines.options import check_names
 from diffuse_jax.pipelines.parts.prior import EmbedImage, ImageEmbedding, embedded
 from diffuse_jax.pipelines.parts.start import FromNoised
@@ -39,7 +38,7 @@ def prior_request(pipe: Any, arguments: Mapping[str, Any], **plan_options: Any) 
     given = {name: value for name, value in arguments.items() if value is not None}
     if (output := given.setdefault("output_type", "jax")) not in ("jax", "np"):
         raise ValueError(f"output_type must be 'jax' or 'np' for embeddings, got {brief(output)}")
-    prompts = len(as_list(given.get("prompt", ()), "prompt"))
+    prompts = len(as_list(given.get("prompt"), "prompt"))
     request = request_of(pipe, default_steps(given, STEPS), prompts, (0, 0), **plan_options)
     if given.get("noise") and "negative_prompt" in given and request.images > 1:
         raise ValueError(
@@ -70,20 +69,28 @@ def from_embedding(request: Request, pipe: Any, image: ImageInput) -> Request:
 
 
 def given_embeddings(pipe: Any, image: Any) -> Any:
-    """Embeddings ``[N,E]`` float32, where they are given instead of images; None for images."""
-    width = pipe.components["prior"].config.embedding_dim
-    is_array = isinstance(image, np.ndarray | jax.Array) and jnp.issubdtype(image.dtype, jnp.floating)
-    given = is_array and image.ndim == 2 and image.shape[1] == width
-    return number_array(image, "image").astype(np.float32) if given else None
+    """Embeddings ``[N,E]`` float32, where they are given instead of images; None for images, which have colours.
+
+    Raises:
+      ValueError: they are not floating-point of the prior's width.
+    """
+    if not isinstance(image, np.ndarray | jax.Array) or image.ndim != 2:
+        return None
+    return embeddings(image, pipe.components["prior"].config.embedding_dim, "image (as embeddings)")
 
 
-def image_embeddings(pipe: Any, image: ImageInput, copies: int) -> jax.Array:
-    """The embeddings of an image, ``[copies,E]`` float32; errors as of :func:`from_embedding`."""
+def seen_image(pipe: Any, image: ImageInput) -> Rows:
+    """The rows of an image that :func:`image_embeddings` takes; errors as of :func:`from_embedding`."""
     pixels = encoder_pixels(pipe, image, "an image of images_and_prompts", "image_processor")
     if len(pixels) != 1:
         raise ValueError(f"each entry of images_and_prompts must be one image, got {len(pixels)} in an entry")
-    rows = {"image_pixels": np.repeat(pixels, copies, axis=0)}
-    return apply(pipe, embedded, ImageEmbedding(image_encoder(pipe)), rows)
+    return {"image_pixels": pixels}
+
+
+def image_embeddings(pipe: Any, rows: Rows, copies: int) -> jax.Array:
+    """The embeddings of an image, ``[copies,E]`` float32."""
+    each = {name: np.repeat(array, copies, axis=0) for name, array in rows.items()}
+    return apply(pipe, embedded, ImageEmbedding(image_encoder(pipe)), each)
 
 
 def seen_images(pipe: Any, image: ImageInput, embeds: Any, name: str) -> tuple[str, Any]:

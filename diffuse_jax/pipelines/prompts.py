@@ -124,7 +124,7 @@ def chunks_of(text: Sequence[Piece], layout: Layout, *, long: bool) -> list[Chun
         units += [whole] if group >= 0 and len(whole) <= room else words
     tokens = flat(units)
     if not long:
-        warn_of_cut(tokenizer, [token.id for token in tokens], layout.length)
+        warn_of_cut(tokenizer, [token.id for token in tokens], layout.length, " (long_prompts=True keeps it)")
         return [tokens[:room]]
     return packed(units, room, comma=unpadded_ids(tokenizer, [","], add_special_tokens=False)[0][-1])
 

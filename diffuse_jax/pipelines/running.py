@@ -127,8 +127,7 @@ def run(
       ValueError: the rows do not fit the method, or ``batch_size`` is not positive. Nothing has been compiled.
       TypeError: the callback is no function, likewise.
     """
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise TypeError(f"callback_on_step_end must be a function, got {brief(callback_on_step_end)}")
+    check_running(batch_size, callback_on_step_end)
     methods.check_rows(request.method, request.rows)
     params, results = params_on_devices(pipe, request.method.networks), []
     by_steps = callback_on_step_end is not None or progress_bar or return_trajectory
@@ -148,6 +147,24 @@ def run(
     if request.finish is not None:
         found["images"] = request.finish(found["images"])
     return Output(found, request.seeds)
+
+
+def check_running(batch_size: int | None = None, callback_on_step_end: Any = None, **others: Any) -> None:
+    """Check how a request is to be run, before there is one; making it runs the first stage of a pipeline of several.
+
+    Raises:
+      ValueError: ``batch_size`` is not positive.
+      TypeError: the callback is no function.
+    """
+    check_callback(callback_on_step_end, "callback_on_step_end")
+    if batch_size is not None and whole(batch_size, "batch_size") < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def check_callback(callback: Any, name: str) -> None:
+    """Refuse a callback that is no function, by its argument's name, with ``TypeError``."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{name} must be a function, got {brief(callback)}")
 
 
 def device_call(pipe: Any, request: Request, begin: int, end: int, size: int) -> tuple[Any, Callable[[], Any]]:
@@ -255,8 +272,7 @@ def chunks(pipe: Any, rows: Rows, count: int, batch_size: int | None) -> Iterato
     """Split rows into chunks of at most ``batch_size`` images, each padded to the same size; yields ``(number of images
     without padding, padded rows)``."""
     devices = 1 if pipe.mesh is None else pipe.mesh.shape["data"]
-    if batch_size is not None and (batch_size := whole(batch_size, "batch_size")) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_running(batch_size)
     size = padded_size(count if batch_size is None else min(batch_size, count), devices)
     for begin in range(0, count, size):
         padded = jax.tree.map(lambda array, b=begin: _pad(_part(array, b, b + size), size), rows)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 from PIL import Image
 
-from diffuse_jax.messages import warn
+from diffuse_jax.messages import renaming, warn
 from diffuse_jax.pipelines.diffedit import inside_mask, masking, regularised
 from diffuse_jax.pipelines.inputs import ImageInput, Prompt
 from diffuse_jax.pipelines.inversion import inverse_of, inverting
@@ -44,7 +44,8 @@ def inversion(
     check_strength(inpaint_strength, "inpaint_strength")
     scheduler = inverse_of(pipe, None)
     arguments = {"prompt": prompt, "guidance_scale": guidance_scale, **options}
-    request = inverting(pipe, image, arguments, scheduler=scheduler, strength=inpaint_strength)
+    with renaming({"strength": "inpaint_strength"}):
+        request = inverting(pipe, image, arguments, scheduler=scheduler, strength=inpaint_strength)
     return regularised(request, scheduler, (lambda_auto_corr, lambda_kl), num_reg_steps, num_auto_corr_rolls)
 
 

@@ -15,6 +15,7 @@ from diffuse_jax.pipelines.inputs import (
     ImageInput,
     finite,
     image_size,
+    number_array,
     per_prompt,
     pixels,
     signed,
@@ -170,9 +171,10 @@ def latent_rows(latents: Any, request: Request, name: str, shape: tuple[int, ...
       shape: of each; that of the request's if None.
 
     Raises:
-      ValueError: they do not have this shape.
+      ValueError: they do not have this shape, or those on the host are not finite.
     """
-    array: Any = latents.astype(np.float32) if stays_on_device(latents) else np.asarray(latents, np.float32)
+    on_device = stays_on_device(latents)
+    array: Any = latents.astype(np.float32) if on_device else number_array(latents, name).astype(np.float32)
     shape = request.method.latent_shape if shape is None else shape
     if array.ndim != 4 or array.shape[1:] != shape:
         want = ", ".join(map(str, shape))

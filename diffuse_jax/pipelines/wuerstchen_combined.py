@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
+from diffuse_jax.messages import renaming
 from diffuse_jax.pipelines.combined import Combined, only_checks, prefixed
 from diffuse_jax.pipelines.families.wuerstchen import with_maps
 from diffuse_jax.pipelines.inputs import Prompt
 from diffuse_jax.pipelines.options import WuerstchenCombinedOptions, check_names
-from diffuse_jax.pipelines.running import Request, StepCallback, run
+from diffuse_jax.pipelines.running import Request, StepCallback, check_callback, run
 from diffuse_jax.pipelines.wuerstchen_decoder import WuerstchenDecoderPipeline
 from diffuse_jax.pipelines.wuerstchen_prior import WuerstchenPriorPipeline
 from diffuse_jax.sharding import readable
@@ -71,24 +72,27 @@ class WuerstchenCombinedPipeline(Combined, WuerstchenDecoderPipeline):
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         pick = lambda *names: {name: given[name] for name in names if name in given}
         steps = lambda count, times: {"num_inference_steps": count} if times is None else {"timesteps": times}
-        prior = self.prior_pipe
-        first = prior.request(
-            prompt,
-            height=height,
-            width=width,
-            guidance_scale=prior_guidance_scale,
-            **steps(prior_num_inference_steps, prior_timesteps),
-            **pick(*TEXT, *NOISE, "prompt_embeds", "negative_prompt_embeds", "latents"),
-        )
-        noise = pick("key") or {"seed": first.seeds}
-        second = super().compose(
-            np.zeros((first.images, *first.method.latent_shape), np.float32),
-            "" if prompt is None else prompt,
-            guidance_scale=decoder_guidance_scale,
-            **steps(num_inference_steps, decoder_timesteps),
-            **{name: value for name, value in pick(*TEXT, "output_type").items() if name != "num_images_per_prompt"},
-            **noise,
-        )
+        check_callback(prior_callback_on_step_end, "prior_callback_on_step_end")
+        prior, text = self.prior_pipe, pick(*TEXT, "output_type")
+        text.pop("num_images_per_prompt", None)
+        with renaming({name: f"prior_{name}" for name in ("num_inference_steps", "timesteps", "guidance_scale")}):
+            first = prior.request(
+                prompt,
+                height=height,
+                width=width,
+                guidance_scale=prior_guidance_scale,
+                **steps(prior_num_inference_steps, prior_timesteps),
+                **pick(*TEXT, *NOISE, "prompt_embeds", "negative_prompt_embeds", "latents"),
+            )
+        with renaming({name: f"decoder_{name}" for name in ("timesteps", "guidance_scale")}):
+            second = super().compose(
+                np.zeros((first.images, *first.method.latent_shape), np.float32),
+                "" if prompt is None else prompt,
+                guidance_scale=decoder_guidance_scale,
+                **steps(num_inference_steps, decoder_timesteps),
+                **text,
+                **(pick("key") or {"seed": first.seeds}),
+            )
         if only_checks(prior):
             return second
         maps = run(prior, first, callback_on_step_end=prior_callback_on_step_end).image_embeddings

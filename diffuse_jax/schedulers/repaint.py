@@ -23,6 +23,7 @@ import numpy as np
 from diffuse_jax.schedulers import noise_schedule as ns
 from diffuse_jax.schedulers.ddim import ddim_step
 from diffuse_jax.schedulers.noise_schedule import Array
+from diffuse_jax.schedulers.request import MAX_STEPS
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.schedulers.table import Grid, Row
 
@@ -67,6 +68,12 @@ class RePaintScheduler(Scheduler):
         for name, value in {"jump_length": jump_length, "jump_n_sample": jump_n_sample}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        starts = range(0, n - jump_length, jump_length)
+        if (most := n + len(starts) * (jump_n_sample - 1) * jump_length) > MAX_STEPS:
+            raise ValueError(
+                f"jump_n_sample={jump_n_sample} and jump_length={jump_length} make {most} evaluations of {n} steps, "
+                f"more than {MAX_STEPS}; use a smaller jump_n_sample"
+            )
         stride = self.num_train_timesteps // n
         index = stride * np.array(_walk(n, jump_length, jump_n_sample))
         levels = self.train_levels()

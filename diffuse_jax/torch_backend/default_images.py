@@ -58,7 +58,7 @@ def size_of(pipe: DiffusionPipeline, options: Mapping[str, Any]) -> tuple[int, i
     defaults = {name: takes[name].default if name in takes else None for name in own}
     asked = {name: options.get(name) or defaults[name] or own[name] * scale_of(pipe) for name in own}
     if "movq" in pipe.required:
-        return rounded_up(pipe, asked["height"], "height"), rounded_up(pipe, asked["width"], "width")
+        return rounded_up(pipe, asked["height"], asked["width"])
     return asked["height"], asked["width"]
 
 

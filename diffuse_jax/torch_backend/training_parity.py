@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax import weights
 from diffuse_jax.pipelines import DiffusionPipeline, Net
 from diffuse_jax.pipelines.parts.decode import decode_latents, to_uint8
 from diffuse_jax.sharding import make_mesh
@@ -29,6 +30,7 @@ from diffuse_jax.torch_backend.training_torch import (
 )
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import Example, FolderSource, Transform
+from diffuse_jax.training.families import family_of
 from diffuse_jax.training.latent import open_pipeline
 from diffuse_jax.training.objective import Objective
 
@@ -154,7 +156,14 @@ def reference_step(pipe: Any, trained: Trained, objective: Objective, batch: Bat
 
 
 def open_for(source: str | Path, request: TrainingRequest, **hub: Any) -> DiffusionPipeline:
-    """Our pipeline as a trainer opens it: fully trained networks in float32, the others in the compute dtype."""
+    """Our pipeline as a trainer opens it: fully trained networks in float32, the others in the compute dtype.
+
+    Raises:
+      WeightsError: there is no such checkpoint.
+      ValueError: it is not of Stable Diffusion.
+    """
+    folder = weights.resolve(source, only_small=True, revision=hub.get("revision"))
+    family_of(weights.read_index(folder).class_name, source, "comparison")
     encoders = ENCODER_NAMES if request.train_text_encoder else ()
     whole = ("unet", *encoders) if request.method == "full" else ()
     mesh = make_mesh(devices=jax.devices()[:1])

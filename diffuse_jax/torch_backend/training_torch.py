@@ -107,7 +107,13 @@ def low_rank_parameters(pipe: Any, pairs: Mapping[str, Params]) -> Parameters:
       ImportError: peft is not installed.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
-        pipe.load_lora_weights(save_lora(Path(folder), pairs).parent, adapter_name=ADAPTER)
+        written = save_lora(Path(folder), pairs)
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(written.parent, adapter_name=ADAPTER)
+        else:  # Kandinsky's pipelines read no files, but their networks do
+            for name in pairs:
+                options = {"weight_name": written.name, "prefix": name, "adapter_name": ADAPTER}
+                getattr(pipe, name).load_lora_adapter(written.parent, **options)
     found = {}
     for name in pairs:
         for key, p in getattr(pipe, name).named_parameters():

@@ -199,7 +199,7 @@ def _new_adapter(pipe: DiffusionPipeline, params: Params, seed: int) -> tuple[T2
     unet = pipe.components["unet"]
     net = T2IAdapter(adapter_config(unet.config, pipe.components["vae"].config.scale), dtype=unet.dtype)
     net = net.clone(remat=unet.remat)
-    return net, initial_params(net.shapes(), seed, ())
+    return net, initial_params(net, seed, ())
 
 
 def adapter_config(unet: UNet2DConditionConfig, scale: int) -> T2IAdapterConfig:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from diffuse_jax.models.base import Params
+from diffuse_jax.models.base import Model, Params
 
 ZERO_AT_START = (r"/conv2/kernel$", r"/proj_out/kernel$", r"^conv_out/kernel$")
 """Last layers of residual branches and of a denoising network; zero, so a block starts as the identity (Goyal et al.
@@ -27,22 +27,25 @@ DEVIATIONS = {
 frequencies of a Fourier embedding."""
 
 
-def initial_params(shapes: Params, seed: int, zero: Sequence[str] = ZERO_AT_START) -> Params:
-    """Float32 parameters for a tree of shapes (:meth:`Model.shapes`), identical for the same seed on every machine.
+def initial_params(network: Model | Params, seed: int, zero: Sequence[str] = ZERO_AT_START) -> Params:
+    """Float32 parameters for a network, or for a tree of shapes (:meth:`Model.shapes`), identical for the same seed on
+    every machine.
 
     Kernels are normally distributed with variance 1 / fan-in (LeCun et al. 1998, section 4.6), embeddings with standard
-    deviation 0.02, the frequencies of a Fourier embedding with 1; norms start as the identity and biases at zero. A
-    parameter whose joined path matches a pattern of ``zero`` starts at zero.
+    deviation 0.02, the frequencies of a Fourier embedding with that of the network (:attr:`Model.initial_deviations`;
+    1 for a tree of shapes); norms start as the identity and biases at zero. A parameter whose joined path matches a
+    pattern of ``zero`` starts at zero.
 
     Raises:
       ValueError: a parameter's name is none that a network has whose training is supported.
     """
     rng = np.random.default_rng(seed)
+    shapes, own = (network.shapes(), network.initial_deviations) if isinstance(network, Model) else (network, {})
     zeros = re.compile("|".join(zero) or "(?!)")
 
     def fresh(path: tuple[jax.tree_util.DictKey, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         name = "/".join(key.key for key in path)
-        deviation = _deviation(name.rsplit("/", 1)[-1], shape.shape)
+        deviation = own[name] if name in own else _deviation(name.rsplit("/", 1)[-1], shape.shape)
         noise = rng.standard_normal(shape.shape, dtype=np.float32) * np.float32(deviation)
         if zeros.search(name):
             return np.zeros_like(noise)

@@ -46,7 +46,7 @@ def open_network(
     warn_of_dropout(model)
     if settings.pretrained_model_name_or_path is None:
         say(f"initialising a new {kind.__name__} from seed {seed}")
-        return model, initial_params(model.shapes(), seed)
+        return model, initial_params(model, seed)
     folder = network_folder(hub, settings.pretrained_model_name_or_path, subfolder)
     say(f"loading {kind.__name__} from {folder}")
     shardings = param_shardings(model.shapes(), mesh)

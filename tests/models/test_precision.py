@@ -34,6 +34,8 @@ from diffuse_jax.models import (
     T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConditionModel,
+    UNet2DConfig,
+    UNet2DModel,
     VQConfig,
     VQModel,
 )
@@ -141,10 +143,20 @@ K_BLOCKS = UNet2DConditionConfig(
     timestep_post_act="gelu",
     time_cond_proj_dim=8,
 )
+NCSNPP = UNet2DConfig(
+    block_out_channels=(32, 32),
+    down_block_types=("SkipDownBlock2D",) * 2,
+    up_block_types=("SkipUpBlock2D",) * 2,
+    layers_per_block=1,
+    norm_num_groups=None,
+    time_embedding_type="fourier",
+    attention_head_dim=None,
+)
 NETWORKS = {
     "unet": (UNet2DConditionModel, UNET),
     "unet with every condition": (UNet2DConditionModel, CONDITIONED),
     "unet of K blocks": (UNet2DConditionModel, K_BLOCKS),
+    "NCSN++": (UNet2DModel, NCSNPP),
     "controlnet": (ControlNetModel, CONTROLNET),
     "controlnet with means": (ControlNetModel, CONTROLNET.replace(global_pool_conditions=True, num_class_embeds=10)),
     "T2I-Adapter": (T2IAdapter, T2IAdapterConfig(channels=(8, 12), num_res_blocks=1)),

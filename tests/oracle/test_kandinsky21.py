@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffuse_jax import pipelines
 from diffuse_jax.adapters.tokens import save_rows
 from diffuse_jax.pipelines import (
     AutoPipelineForImage2Image,
@@ -190,3 +191,39 @@ def test_both_stages_in_one(tmp_path: Path) -> None:
     assert type(AutoPipelineForInpainting.from_pipe(painter)).__name__ == "KandinskyInpaintCombinedPipeline"
     assert type(painter.decoder_pipe).__name__ == "KandinskyImg2ImgPipeline"
     assert type(KandinskyPipeline.from_pipe(painter.decoder_pipe)) is KandinskyPipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "channels"), [("Img2Img", 4), ("Inpaint", 9)])
+def test_both_stages_of_other_tasks(task: str, channels: int, tmp_path: Path) -> None:
+    """The same for an image, and for an image and a mask."""
+    prior = folders.kandinsky_prior(tmp_path / "prior", "KandinskyPriorPipeline")
+    decoder = folders.kandinsky21_decoder(tmp_path / "decoder", f"Kandinsky{task}Pipeline", in_channels=channels)
+    name = f"Kandinsky{task}CombinedPipeline"
+    pipe = getattr(pipelines, name).from_pretrained(decoder, prior=prior).replace(programs=Programs())
+    pipe.save_pretrained(tmp_path / "model")
+    twin = getattr(diffusers, name).from_pretrained(tmp_path / "model")
+    twin.set_progress_bar_config(disable=True)
+    folders.exact(twin.prior_scheduler)
+    inputs = {"image": folders.images(1, EDGE)[0]}
+    inputs |= {"strength": 0.6} if task == "Img2Img" else {"mask_image": folders.masks(EDGE)[0]}
+    text, size = {"prompt": "a cat", "negative_prompt": "rain"}, {"height": EDGE, "width": EDGE, "output_type": "np"}
+    first, steps = {"num_inference_steps": 3, "guidance_scale": 2.0}, {"num_inference_steps": 4}
+    generator = torch.Generator().manual_seed(5)
+    both = {"prior_num_inference_steps": 3, "prior_guidance_scale": 2.0, **text, **inputs, **steps, **size}
+    with torch.no_grad():
+        twin.prior_pipe(**text, **first, generator=generator)
+        noise = np.moveaxis(torch.randn((1, 4, 8, 8), generator=generator).numpy(), 1, -1)
+        wanted = twin(**both, generator=torch.Generator().manual_seed(5)).images
+    scale = {"guidance_scale": 4.0}
+    embeds = pipe.prior_pipe(**text, **first, seed=5, noise="torch")
+    second = {"prompt": "a cat", **inputs, **steps, **size, **scale}
+    require_same(pipe, pipe.decoder_pipe(**embeds, **second, latents=noise, seed=5).images, wanted)
+
+    embeds = pipe.prior_pipe(**text, **first, seed=4)
+    stages = pipe.decoder_pipe(**embeds, **second, seed=4).images
+    np.testing.assert_allclose(pipe(**both, seed=4).images, stages, atol=1e-4)
+    compiled = pipe.programs.compilations
+    changes = {"prior_num_inference_steps": 2, "num_inference_steps": 5, "guidance_scale": 2.0}
+    pipe(**both | changes | ({"strength": 0.8} if task == "Img2Img" else {}), seed=1)
+    assert pipe.programs.compilations == compiled, "steps, scales, strength and seeds are data"

@@ -138,6 +138,27 @@ def test_from_prompts(text: Both) -> None:
     assert text.pipe.programs.compilations == 3, "steps, scales and seeds are data"
 
 
+def encoded(twin: Any, prompts: list[str]) -> dict[str, Any]:
+    """What PyTorch's text encoder makes of prompts, and which tokens are not padding."""
+    tokens = twin.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        output = twin.text_encoder(tokens.input_ids)
+    return {"text_model_output": output, "text_attention_mask": tokens.attention_mask.bool()}
+
+
+def test_from_the_results_of_a_text_encoder(text: Both) -> None:
+    """Those of PyTorch as they are: an object with names, or a tuple."""
+    given, options = encoded(text.twin, PROMPTS), ALL_STEPS
+    text.compare(**given, **options)
+    own = text.pipe(PROMPTS, seed=3, output_type="np", **options).images
+    same = text.pipe(**given, seed=3, output_type="np", **options).images
+    np.testing.assert_allclose(same, own, atol=1e-4)
+    pair = given["text_model_output"].text_embeds, given["text_model_output"].last_hidden_state
+    mask = np.asarray(given["text_attention_mask"])
+    mixed = text.pipe(text_model_output=pair, text_attention_mask=mask, seed=3, output_type="np", **options).images
+    np.testing.assert_array_equal(mixed, same)
+
+
 def test_from_images(variation: Both) -> None:
     assert type(variation.pipe) is UnCLIPImageVariationPipeline
     image = folders.images(1, 40)[0]
@@ -151,7 +172,9 @@ def test_from_images(variation: Both) -> None:
 @pytest.mark.slow
 def test_without_guidance_and_with_several_images(text: Both, variation: Both) -> None:
     text.compare(prompt="a cat", num_images_per_prompt=2, **ALL_STEPS)
-    text.compare(prompt="a cat", **ALL_STEPS, prior_guidance_scale=1.0, decoder_guidance_scale=1.0)
+    plain = {**ALL_STEPS, "prior_guidance_scale": 1.0, "decoder_guidance_scale": 1.0}
+    text.compare(prompt="a cat", **plain)
+    text.compare(**encoded(text.twin, ["a cat"]), **plain, num_images_per_prompt=2)
     variation.compare(image=folders.images(1, 40)[0], **STEPS, decoder_guidance_scale=1.0)
 
 

@@ -8,15 +8,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffuse_jax.models import CLIPVisionModelWithProjection, PriorTransformer
 from diffuse_jax.pipelines import (
+    AutoPipelineForImage2Image,
     IFImg2ImgPipeline,
     IFInpaintingSuperResolutionPipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
+    LatentConsistencyModelImg2ImgPipeline,
     StableDiffusionDiffEditPipeline,
+    StableDiffusionImg2ImgPipeline,
 )
+from diffuse_jax.pipelines.diffedit import masking
+from diffuse_jax.pipelines.families.prior import given_text
 from diffuse_jax.pipelines.programs import Programs
-from tests.pipelines import tiny, tiny_if
+from diffuse_jax.schedulers import LCMScheduler
+from tests.pipelines import tiny, tiny_if, tiny_stages
 
 PLAIN = tiny.pipeline()
+PARTS = tiny_stages.Parts(PLAIN)
+KARLO, VARIATION = PARTS.karlo()
+STABLE_UNCLIP, _ = PARTS.stable_unclip()
+KANDINSKY, KANDINSKY_22 = PARTS.kandinsky()
+WUERSTCHEN = PARTS.wuerstchen()
+EDIT = StableDiffusionDiffEditPipeline.from_pipe(PLAIN)
 STAGES = [stage.replace(programs=Programs()) for stage in tiny_if.cascade(PLAIN)]
 SHORT: dict[str, Any] = {"prompt": "a", "num_inference_steps": 4}
 SMALL, LARGE = Image.new("RGB", (16, 16)), Image.new("RGB", (32, 32))
@@ -43,6 +57,178 @@ def test_a_call(call: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         first(**call)
     assert first.programs.compilations == 0
+
+
+ENCODED = {"text_embeds": np.zeros((1, 16)), "last_hidden_state": np.zeros((1, 16, 16))}
+MASK = np.ones((1, 16), bool)
+SEVERAL: list[tuple[Any, dict[str, Any], str]] = [
+    (KARLO, {"prompt": None}, "prompt must be a string or a list of at least one string, got None"),
+    (KARLO, {"prior_num_inference_steps": 0}, "^prior_num_inference_steps must be a whole number from 1 to 1000"),
+    (KARLO, {"decoder_num_inference_steps": 2000}, "^decoder_num_inference_steps must be a whole number"),
+    (KARLO, {"super_res_num_inference_steps": -1}, "^super_res_num_inference_steps must be a whole number"),
+    (KARLO, {"prior_guidance_scale": [1, 2]}, "^prior_guidance_scale has 2 entries for 1 images"),
+    (KARLO, {"decoder_latents": np.zeros((1, 3))}, r"^decoder_latents must be \(1, 8, 8, 3\)"),
+    (KARLO, {"modifiers": 3}, "^modifiers must be one or several"),
+    (KARLO, {"method": 3}, "^method must be a function"),
+    (KARLO, {"rows": [1]}, "^rows must be a dict"),
+    (KARLO, {"callback_on_step_end": 3}, "^callback_on_step_end must be a function, got 3"),
+    (KARLO, {"batch_size": 0}, "^batch_size must be at least 1, got 0"),
+    (KARLO, {"seed": -1}, r"^a seed must be an integer from 0 to 4294967295, got -1$"),
+    (KARLO, {"text_model_output": ENCODED}, "give prompt, or text_model_output and text_attention_mask, not both"),
+    (KARLO, {"prompt": None, "text_model_output": ENCODED}, "belong together; text_attention_mask is missing"),
+    (KARLO, {"prompt": None, "text_attention_mask": MASK}, "belong together; text_model_output is missing"),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": ENCODED, "text_attention_mask": MASK[:, 1:]},
+        r"text_attention_mask must be \[1, 16\] \(padded to 16 tokens\), got \[1, 15\]",
+    ),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": (np.zeros((2, 16)), np.zeros((1, 16, 16))), "text_attention_mask": MASK},
+        r"text_model_output.last_hidden_state must be \[2, 16, 16\]",
+    ),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": 3, "text_attention_mask": MASK},
+        "text_model_output must have text_embeds and last_hidden_state, got 3",
+    ),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": ENCODED, "text_attention_mask": MASK * 0.5},
+        "text_attention_mask must be True for tokens and False for padding",
+    ),
+    (
+        KARLO,
+        {"prompt": None, "text_model_output": ENCODED, "text_attention_mask": [[True], [True, False]]},
+        "text_attention_mask must be a number, or a list of numbers",
+    ),
+    (STABLE_UNCLIP, {"guidance_rescale": 2}, "guidance_rescale must be from 0 to 1, got 2"),
+    (STABLE_UNCLIP, {"prior_latents": np.zeros((1, 3))}, r"^prior_latents must be \(1, 16\)"),
+    (KANDINSKY, {"prior_num_inference_steps": 0}, "^prior_num_inference_steps must be a whole number"),
+    (KANDINSKY, {"prior_guidance_scale": [1, 2]}, "^prior_guidance_scale has 2 entries"),
+    (KANDINSKY_22, {"prior_callback_on_step_end": 3}, "^prior_callback_on_step_end must be a function, got 3"),
+    (KANDINSKY_22, {"modifiers": 3}, "^modifiers must be one or several"),
+    (KANDINSKY_22, {"height": 60000, "width": 60000}, "an image may have 268435456 pixels, got 60000x60000"),
+    (KANDINSKY_22, {"height": 0}, "height must be from 1 to 65536, got 0"),
+    (WUERSTCHEN, {"height": 60000, "width": 60000}, "an image may have 268435456 pixels, got 60000x60000"),
+    (WUERSTCHEN, {"prior_num_inference_steps": 0}, "^prior_num_inference_steps must be a whole number"),
+    (WUERSTCHEN, {"prior_timesteps": [0.5, 2]}, "^prior_timesteps must"),
+    (WUERSTCHEN, {"decoder_timesteps": []}, "^decoder_timesteps must"),
+    (WUERSTCHEN, {"decoder_guidance_scale": [1, 2]}, "^decoder_guidance_scale has 2 entries"),
+    (WUERSTCHEN, {"prior_callback_on_step_end": 3}, "^prior_callback_on_step_end must be a function, got 3"),
+]
+
+
+@pytest.mark.parametrize(("pipe", "call", "message"), SEVERAL)
+def test_pipelines_of_several_stages(pipe: Any, call: dict[str, Any], message: str) -> None:
+    """An argument has the name that the call gives it, not that of the stage; and no stage has run."""
+    size = {"height": 128, "width": 128} if pipe is WUERSTCHEN else {}
+    given = {
+        name: value for name, value in {"prompt": "a", **size, **call}.items() if value is not None or pipe is KARLO
+    }
+    with pytest.raises((ValueError, TypeError), match=message) as found:
+        pipe(**given)
+    assert "\n" not in str(found.value)
+    assert pipe.programs.compilations == 0
+
+
+def test_results_of_a_text_encoder() -> None:
+    """Ours, diffusers' (a dict), and a pair."""
+    encoder, params = KARLO.components["text_encoder"], KARLO.params["text_encoder"]
+    output = encoder.apply({"params": params}, np.ones((2, 16), np.int32))
+    for found in (output, output._asdict(), (output.text_embeds, output.last_hidden_state, "more")):
+        text = given_text(KARLO, found, np.ones((2, 16)))
+        np.testing.assert_array_equal(text["pooled"], output.text_embeds)
+        np.testing.assert_array_equal(text["states"], output.last_hidden_state)
+        assert text["mask"].dtype == bool
+
+
+def test_networks_of_several_checkpoints() -> None:
+    """Widths are compared before a stage runs; what is not compared, the network itself says in one line."""
+    other = PARTS.filled(PriorTransformer(tiny_stages.PRIOR.replace(embedding_dim=24)))
+    seeing = PARTS.filled(CLIPVisionModelWithProjection(tiny_stages.VISION.replace(projection_dim=24)))
+    for make, message in [
+        (lambda: KARLO.replace(prior=other).request("a"), "the text_encoder has embeddings of width 16, and the prior"),
+        (lambda: VARIATION.replace(image_encoder=seeing).request(SMALL), "the image_encoder has embeddings of width"),
+        (lambda: KANDINSKY.replace(prior_prior=other).request("a"), "of width 24"),
+        (lambda: KANDINSKY_22.prior_pipe.replace(image_encoder=seeing).request("a"), "the image_encoder has .* 24"),
+        (lambda: KARLO.components["prior"].apply(
+            {"params": KARLO.params["prior"]}, np.zeros((1, 16)), 0, np.zeros((1, 16)), np.zeros((1, 16, 24))),
+         r"PriorTransformer: the kernel of encoder_hidden_states_proj has shape \(16, 16\), and this input would need"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert KARLO.programs.compilations == KANDINSKY.programs.compilations == 0
+
+
+def test_stages_of_other_classes() -> None:
+    prior, decoder, kind = KANDINSKY_22.prior_pipe, KANDINSKY_22.decoder_pipe, type(KANDINSKY_22)
+    for make, message in [
+        (lambda: kind.from_stages(decoder, prior), "prior must be a KandinskyV22PriorPipeline, got a KandinskyV22Pipe"),
+        (lambda: kind.from_stages(prior, "x"), "decoder must be an open KandinskyV22Pipeline, got 'x'"),
+        (lambda: kind.from_pipe(decoder, prior=decoder), "prior must be a KandinskyV22PriorPipeline, got a"),
+        (lambda: kind.from_pretrained("x", prior=decoder), "prior must be a KandinskyV22PriorPipeline, got a"),
+        (lambda: kind.from_pretrained("x", prior=3), "prior must be an open KandinskyV22PriorPipeline, got 3"),
+        (lambda: kind.from_stages(WUERSTCHEN.prior_pipe, decoder), "which has no image_encoder and no image_processor"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_embeddings_and_images_of_priors() -> None:
+    prior = KANDINSKY_22.prior_pipe
+    nearby = KandinskyV22PriorEmb2EmbPipeline.from_pipe(prior)
+    with pytest.raises(
+        ValueError, match=r"image \(as embeddings\) must be floating-point \[N,16\], got float32 \[1, 15\]"
+    ):
+        nearby.request("a", np.zeros((1, 15), np.float32))
+    with pytest.raises(TypeError, match="image must be a PIL image, .*, got an empty list"):
+        VARIATION.request([])
+    with pytest.raises(TypeError, match="an image of images_and_prompts must be a PIL image"):
+        prior.interpolate(["a", 3], [0.5, 0.5])
+    with pytest.raises(ValueError, match="each entry of images_and_prompts must be one image, got 2"):
+        prior.interpolate(["a", [SMALL, SMALL]], [0.5, 0.5])
+    assert prior.programs.compilations == 0
+
+
+def test_latents_in_the_place_of_an_image_are_finite() -> None:
+    kandinsky: Any = AutoPipelineForImage2Image.from_pipe(KANDINSKY_22)
+    for pipe, size in (
+        (StableDiffusionImg2ImgPipeline.from_pipe(PLAIN), {}),
+        (kandinsky, {"height": 16, "width": 16}),
+    ):
+        with pytest.raises(ValueError, match="image must be finite; 256 of 256 numbers are not"):
+            pipe.request("a", np.full((1, 8, 8, 4), np.nan, np.float32), **size)
+        assert pipe.programs.compilations == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: STAGES[0].request("a" * 200), False),
+        (lambda: KANDINSKY.prior_pipe.request("a" * 40), False),
+        (lambda: KANDINSKY.decoder_pipe.request("a" * 200, np.zeros((1, 16), np.float32), guidance_scale=1.0), False),
+        (lambda: PLAIN.request("a" * 40), True),
+        (lambda: EDIT.request(SMALL, "a" * 40, "b", compose=masking), True),
+    ],
+    ids=["IF", "prior", "Kandinsky 2.1", "Stable Diffusion", "mask of DiffEdit"],
+)
+def test_a_long_prompt_is_told_what_the_call_takes(make: Any, hint: bool) -> None:
+    with pytest.warns(UserWarning, match="tokens too long") as found:
+        make()
+    assert all(("long_prompts=True" in str(warning.message)) is hint for warning in found)
+
+
+def test_masks_of_long_prompts() -> None:
+    rows = EDIT.request(SMALL, "a" * 40, "b", compose=masking, long_prompts=True).rows
+    assert rows["ids"]["text_encoder"].values.shape[-2:] == (3, 16)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 1.5, [0.5]])
+def test_rescaling(scale: Any) -> None:
+    call = SHORT | {"guidance_rescale": scale, "num_images_per_prompt": 2}
+    with pytest.raises(ValueError, match=r"^guidance_rescale (must be from 0 to 1, got|has 1 entries for 2 images)"):
+        PLAIN.request(**call)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +268,25 @@ def test_an_array_whose_size_the_network_does_not_take_is_named() -> None:
 
 @pytest.mark.parametrize("strength", [0, 1.5, -1])
 def test_a_strength_has_the_name_of_its_argument(strength: float) -> None:
-    edit = StableDiffusionDiffEditPipeline.from_pipe(PLAIN)
     latents, mask = np.zeros((1, 3, 8, 8, 4), np.float32), np.ones((8, 8), np.float32)
     with pytest.raises(ValueError, match=r"^inpaint_strength must lie in \(0, 1\], got"):
-        edit.request(**SHORT, mask_image=mask, image_latents=latents, inpaint_strength=strength)
+        EDIT.request(**SHORT, mask_image=mask, image_latents=latents, inpaint_strength=strength)
     with pytest.raises(ValueError, match=r"^inpaint_strength must lie in \(0, 1\], got"):
-        edit.invert("a", SMALL, inpaint_strength=strength)
+        EDIT.invert("a", SMALL, inpaint_strength=strength)
     with pytest.raises(ValueError, match=r"^mask_encode_strength must lie in \(0, 1\], got"):
-        edit.generate_mask(SMALL, "a", "b", mask_encode_strength=strength)
-    assert edit.programs.compilations == 0
+        EDIT.generate_mask(SMALL, "a", "b", mask_encode_strength=strength)
+    distilled = LatentConsistencyModelImg2ImgPipeline.from_pipe(PLAIN.replace(scheduler=LCMScheduler()))
+    with pytest.raises(ValueError, match=r"^strength must lie in \(0, 1\], got"):
+        distilled.request("a", SMALL, strength=strength)
+    assert EDIT.programs.compilations == 0
+
+
+def test_a_strength_that_leaves_no_steps_has_the_name_of_its_argument() -> None:
+    latents, mask = np.zeros((1, 3, 8, 8, 4), np.float32), np.ones((8, 8), np.float32)
+    with pytest.raises(ValueError, match="^inpaint_strength=0.01 of 4 steps leaves none to run; use a strength of at"):
+        EDIT.request(**SHORT, mask_image=mask, image_latents=latents, inpaint_strength=0.01)
+    with pytest.raises(ValueError, match="^inpaint_strength=0.01 of 4 steps leaves none to run"):
+        EDIT.invert("a", SMALL, inpaint_strength=0.01, num_inference_steps=4)
+    with pytest.raises(ValueError, match="^mask_encode_strength=0.01 of 4 steps leaves none to run"):
+        EDIT.generate_mask(SMALL, "a", "b", mask_encode_strength=0.01, num_inference_steps=4)
+    assert EDIT.programs.compilations == 0

@@ -61,6 +61,7 @@ def test_blending() -> None:
     [
         ({"jump_length": 0}, "jump_length must be at least 1, got 0"),
         ({"jump_n_sample": 0}, "jump_n_sample must be at least 1, got 0"),
+        ({"jump_n_sample": 10**7}, "make 400000010 evaluations of 50 steps, more than 100000; use a smaller"),
         ({"strength": 0.5}, "goes back to more noise between its steps and is run as a whole, without strength="),
         ({"denoising_end": 0.5}, "run as a whole, without strength=, denoising_start= and denoising_end="),
     ],

@@ -240,3 +240,9 @@ def test_a_parameter_that_pytorch_does_not_use_must_have_no_gradient() -> None:
     assert first_different(compare_updates(update(one), theirs, TOLERANCES["float32"])) == "gradient b"
     with pytest.raises(ValueError, match="b and 0 more parameters are trained by PyTorch only"):
         compare_updates(theirs, update(one), TOLERANCES["float32"])
+
+
+def test_other_families_are_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "IFPipeline"}))
+    with pytest.raises(ValueError, match="is a IFPipeline; this trainer supports .*StableDiffusionPipeline"):
+        parity.compare_training(tmp_path, device="cpu")

@@ -41,15 +41,21 @@ def test_the_seed_decides() -> None:
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["unet of K blocks", "vision encoder", "depth estimator"])
+@pytest.mark.parametrize("name", ["unet of K blocks", "NCSN++", "vision encoder", "depth estimator"])
 def test_parameters_that_are_no_kernels_start_as_in_the_network_itself(name: str) -> None:
-    """The Fourier weight of the x2 upscaler, the tokens and positions of vision transformers."""
+    """The Fourier weights of the x2 upscaler and of NCSN++, the tokens and positions of vision transformers."""
     kind, config = NETWORKS[name]
     model = kind(config)
     own = jax.jit(lambda: _unusual(model.init(jax.random.key(0), **_zeros(model.example_inputs()))["params"]))()
-    ours = _unusual(initial_params(model.shapes(), 0))
+    ours = _unusual(initial_params(model, 0))
     assert own.keys() == ours.keys() != set()
     assert [path for path in own if not _alike(np.asarray(own[path]), ours[path])] == []
+
+
+def test_frequencies_of_noise_levels() -> None:
+    kind, config = NETWORKS["NCSN++"]
+    params = initial_params(kind(config.replace(block_out_channels=(512, 32))), 0)
+    assert params["time_proj"]["weight"].std() == pytest.approx(16, rel=0.1), "GaussianFourierProjection(scale=16)"
 
 
 def _zeros(shapes: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diffuse_jax.messages import warning_once
+from diffuse_jax.messages import brief, warning_once
 from diffuse_jax.pipelines.family import Call, asks_for_guidance, check_output
 from diffuse_jax.pipelines.image_prompts import image_encoders, image_prompt_rows, with_image_prompts
 from diffuse_jax.pipelines.inputs import number_array, one_per_image, one_per_prompt, token_mask, tokenize
@@ -159,10 +159,15 @@ class ClipFamily:
         rows: Rows = {"ids": {}, "attention_mask": {}}
         for encoder, layout in layouts.items():
             given = layout.tokenizer, prompts[encoder], layout.length
-            rows["ids"][encoder] = tokenize(*given, layout.vocabulary)
+            rows["ids"][encoder] = tokenize(*given, layout.vocabulary, advice=self.advice)
             if layout.hide_padding:
                 rows["attention_mask"][encoder] = token_mask(*given)
         return {name: value for name, value in rows.items() if value}
+
+    @property
+    def advice(self) -> str:
+        """What a warning about a prompt that is cut says at its end: how to keep it, where calls take that argument."""
+        return " (long_prompts=True keeps it)" if "long_prompts" in self.options.__annotations__ else ""
 
     def layouts(self, pipe: Any) -> dict[str, Layout]:
         """How each text encoder of the checkpoint takes tokens."""
@@ -264,9 +269,15 @@ def sequence_length(tokens: Rows) -> int:
 
 
 def guidance_rows(call: Call, guided: bool) -> Rows:
-    """The scale and the rescaling of the guidance of each image."""
+    """The scale and the rescaling of the guidance of each image.
+
+    Raises:
+      ValueError, TypeError: one is not finite or no number, or a rescaling is not from 0 to 1.
+    """
     defaults = {"guidance_scale": 1.0, "guidance_rescale": 0.0}
     rows = {name: one_per_image(call.get(name, default), call.images, name) for name, default in defaults.items()}
+    if np.any((rows["guidance_rescale"] < 0) | (rows["guidance_rescale"] > 1)):
+        raise ValueError(f"guidance_rescale must be from 0 to 1, got {brief(call.get('guidance_rescale'))}")
     # 1 or less turns guidance off, in a batch too.
     return rows | {"guidance_scale": np.maximum(rows["guidance_scale"], 1.0)} if guided else rows
 

@@ -9,7 +9,7 @@ import numpy as np
 from diffuse_jax.pipelines.families.clip import ClipFamily
 from diffuse_jax.pipelines.families.prior import PriorStage
 from diffuse_jax.pipelines.families.stable_diffusion import LastStates
-from diffuse_jax.pipelines.family import Call
+from diffuse_jax.pipelines.family import Call, one_width
 from diffuse_jax.pipelines.image_prompts import prompted
 from diffuse_jax.pipelines.inputs import one_per_image
 from diffuse_jax.pipelines.method import Net, Part, Rows
@@ -48,12 +48,8 @@ def check_widths(pipe: Any) -> None:
     Raises:
       ValueError: they do not.
     """
-    width, unet = pipe.components["image_normalizer"].config.embedding_dim, pipe.components["unet"].config
-    given = {"prior": "embedding_dim", "image_encoder": "projection_dim"}
-    for name, field in given.items():
-        network = pipe.components.get(name)
-        if network is not None and (found := getattr(network.config, field)) != width:
-            raise ValueError(f"the {name} has embeddings of width {found}, and the image_normalizer of width {width}")
+    fields = {"image_normalizer": "embedding_dim", "prior": "embedding_dim", "image_encoder": "projection_dim"}
+    width, unet = one_width(pipe, fields), pipe.components["unet"].config
     kind, taken = unet.class_embed_type, unet.projection_class_embeddings_input_dim
     if kind != "projection" or taken != 2 * width:
         raise ValueError(

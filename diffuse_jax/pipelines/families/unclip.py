@@ -13,7 +13,6 @@ from diffuse_jax.pipelines.parts.control import Beside
 from diffuse_jax.pipelines.parts.decode import Raw, ToPixels
 from diffuse_jax.pipelines.parts.guidance import ClassifierFree
 from diffuse_jax.pipelines.parts.network import PixelUNet, UNet
-from diffuse_jax.pipelines.parts.prior import EncodePriorText
 from diffuse_jax.pipelines.parts.start import FromNoise
 from diffuse_jax.pipelines.parts.unclip import DecoderContext, Enlarged, ToSmallImage, WithLast
 
@@ -27,13 +26,17 @@ def edges(config: Any) -> tuple[int, int]:
 class UnCLIPDecoder(PriorFamily):
     """The stage that makes a small image; its rows are those of a prior's prompts, and a task adds ``image_embeds``."""
 
+    @property
+    def widths(self) -> dict[str, str]:
+        return {"text_proj": "clip_embeddings_dim", **super().widths}
+
     def method(self, pipe: Any, call: Call, rows: Rows) -> Method:
         """Text encoder, the projection of embeddings, the UNet, and guidance if the scale is above 1."""
         net = lambda name: Net(name, pipe.components[name])
         decoder = net("decoder")
         unet = UNet(decoder)
         return Method(
-            conditions=(EncodePriorText(net(self.encoder)), DecoderContext(net("text_proj"), self.encoder)),
+            conditions=(self.text_part(pipe, rows), DecoderContext(net("text_proj"), self.encoder)),
             denoiser=ClassifierFree(unet) if asks_for_guidance(call) else unet,
             start=FromNoise(),
             decode=ToSmallImage(),

@@ -34,6 +34,18 @@ Number = float | Sequence[float]
 """One number, or one for each image."""
 
 
+def listed(modifiers: Modifier | Sequence[Modifier]) -> list[Modifier]:
+    """One modifier or several as a list.
+
+    Raises:
+      TypeError: one of them is no modifier.
+    """
+    each = [modifiers] if callable(modifiers) else modifiers
+    if not isinstance(each, Sequence) or not all(map(callable, each)):
+        raise TypeError(f"modifiers must be one or several of pipelines.modifiers, got {brief(modifiers)}")
+    return list(each)
+
+
 def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifier]) -> Request:
     """The request after all modifiers, in order.
 
@@ -41,10 +53,7 @@ def modified(request: Request, pipe: Any, modifiers: Modifier | Sequence[Modifie
       TypeError: one of them is no modifier, or returned something else.
       ValueError: two of them cannot act together.
     """
-    each = [modifiers] if callable(modifiers) else modifiers
-    if not isinstance(each, Sequence) or not all(map(callable, each)):
-        raise TypeError(f"modifiers must be one or several of pipelines.modifiers, got {brief(modifiers)}")
-    for modifier in each:
+    for modifier in listed(modifiers):
         request = modifier(request, pipe)
         if not isinstance(request, Request):
             raise TypeError(f"{modifier!r} must return a Request, got {type(request).__name__}")

@@ -40,6 +40,23 @@ class EncodePriorText(Part):
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenText(EncodePriorText):
+    """The same for prompts whose ``given_pooled [B,E]`` and ``given_states [B,L,E]`` are known: with guidance, ``ids``
+    are those of the branch without a prompt, which alone is encoded."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "given_pooled", "given_states"
+
+    def prepare(self, params: Params, rows: Rows, keys: jax.Array) -> Rows:
+        given = {name: rows[f"given_{name}"].astype(self.net.model.dtype) for name in self.adds}
+        if "ids" not in rows:
+            return rows | given
+        without = super().prepare(params, rows, keys)
+        return rows | {name: Branches(jnp.stack([without[name], value], 1)) for name, value in given.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Prior(Part):
     """A prior as a denoiser.
 

@@ -10,8 +10,11 @@ from diffuse_jax.pipelines import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 from diffuse_jax.pipelines.families import DEEPFLOYD_IF, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR, ClipFamily
+from diffuse_jax.pipelines.families.kandinsky import KANDINSKY
 from diffuse_jax.pipelines.families.kandinsky_v22 import KANDINSKY_V22
+from diffuse_jax.pipelines.families.latent_diffusion import LATENT_DIFFUSION
 from diffuse_jax.pipelines.families.prior import PRIOR
+from diffuse_jax.pipelines.families.stable_unclip import STABLE_UNCLIP
 from diffuse_jax.training.families.base import (
     TrainedFamily,
     Words,
@@ -43,7 +46,7 @@ OTHERS: tuple[tuple[Any, TrainedFamily | None], ...] = (
     (KANDINSKY_V22, KANDINSKY_DECODER),
     (PRIOR, KANDINSKY_PRIOR),
     (WUERSTCHEN_PRIOR, WUERSTCHEN_TRAINED),
-    (WUERSTCHEN_DECODER, None),
+    *((family, None) for family in (WUERSTCHEN_DECODER, KANDINSKY, STABLE_UNCLIP, LATENT_DIFFUSION)),
 )
 """Families of pipelines that are not trained as Stable Diffusion is -> how they are trained; None if not at all."""
 
