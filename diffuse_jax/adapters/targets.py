@@ -4,3 +4,6 @@ from __future__ import annotations
 
 TARGETS = r"/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)$|/(q_proj|k_proj|v_proj|out_proj)$"
 """Paths of the layers that get pairs unless others are named: all projections of UNets' and of CLIP's attention."""
+
+UNET_TARGETS = r"/(to_q|to_k|to_v|to_out_0|proj_in|proj_out|net_0/proj|net_2|time_emb_proj)$"
+"""Paths of the dense layers in a UNet's blocks, which LCM-LoRA adapts."""

@@ -8,6 +8,7 @@ from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSetting
 from diffuse_jax.training.settings.methods import (
     AdapterSettings,
     BesideSettings,
+    ConsistencySettings,
     ControlSettings,
     DreamBoothSettings,
     InversionSettings,
@@ -39,6 +40,7 @@ __all__ = [
     "BatchSettings",
     "BesideSettings",
     "ComputeSettings",
+    "ConsistencySettings",
     "ControlSettings",
     "DeviceSettings",
     "DreamBoothSettings",
