@@ -132,7 +132,7 @@ class Draw(NamedTuple):
     """The random quantities of one training step."""
 
     noise: jax.Array  # [B,...] float32
-    index: jax.Array  # int32 [B], the step of the solver
+    position: jax.Array  # int32 [B], the step of the solver
     w: jax.Array  # float32 [B], the guidance scale less 1
 
 
@@ -141,9 +141,9 @@ def draw(distillation: Consistency, key: jax.Array, x0: jax.Array) -> Draw:
     k_noise, k_index, k_w = jax.random.split(key, 3)
     settings, shape = distillation.settings, x0.shape[:1]
     noise = shard_batch(jax.random.normal(k_noise, x0.shape, jnp.float32))
-    index = shard_batch(jax.random.randint(k_index, shape, 0, settings.num_ddim_timesteps, jnp.int32))
+    position = shard_batch(jax.random.randint(k_index, shape, 0, settings.num_ddim_timesteps, jnp.int32))
     w = jax.random.uniform(k_w, shape, jnp.float32, settings.w_min, settings.w_max)
-    return Draw(noise, index, shard_batch(w))
+    return Draw(noise, position, shard_batch(w))
 
 
 class Prediction(NamedTuple):
@@ -193,7 +193,7 @@ def consistency_loss(
     k_begin, k_draw = jax.random.split(key)
     x0, given = family.begin(teacher, frozen, family.encoded(teacher, frozen, batch), k_begin)
     drawn = draw(distillation, k_draw, x0)
-    start = distillation.timesteps[drawn.index]
+    start = distillation.timesteps[drawn.position]
     end = jnp.maximum(start - distillation.stride, 0)
     x = sampler.add_noise(x0.astype(jnp.float32), drawn.noise, start)
 

@@ -162,7 +162,7 @@ def consistency_parser(description: str | None, output_dir: str, **defaults: Any
         text_encoders=False,
         loss=add_consistency,
         names=("--pretrained_teacher_model",),
-        refused=refused | NOT_OF_DISTILLATION,
+        refused={**refused, **NOT_OF_DISTILLATION},
         **of_average | {"validation_inference_steps": 4} | defaults,
     )
     for name, (values, note) in AS_THE_TEACHER.items():

@@ -33,40 +33,46 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save(tmp_path_factory.mktemp(name), fresh=False) for name, save in SAVE.items()}
 
 
-@pytest.fixture(scope="module")
-def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of both kinds of students, and of the same runs resumed from their last checkpoints."""
-    folder = tmp_path_factory.mktemp("runs")
-    shared: dict[str, Any] = {"max_train_steps": 6, "checkpointing_steps": 4, "random_flip": True,
-                              "proportion_empty_prompts": 0.2}  # fmt: skip
-    own: dict[str, dict[str, Any]] = {
-        FULL: {"unet_time_cond_proj_dim": WIDTH, "loss_type": "huber", "validation_prompt": "heart",
-               "num_validation_images": 1, "validation_steps": 6},
-        LORA: {"lora_rank": 4, "learning_rate": 1e-2},
-    }  # fmt: skip
-    for script, options in own.items():
-        whole, parts = folder / script, folder / f"{script}-resumed"
-        with pytest.MonkeyPatch.context() as patch:
-            run(patch, script, devices=1, **flags(models["sd"], whole, **shared | options))
-            shutil.copytree(whole / "checkpoint-4", parts / "checkpoint-4")
-            options |= {"resume_from_checkpoint": "latest"}
-            run(patch, script, devices=1, **flags(models["sd"], parts, **shared | options))
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("script", [FULL, LORA])
-def test_it_resumes_bit_for_bit(script: str, runs: dict[str, Path]) -> None:
-    assert log(runs[script])[4:] == log(runs[f"{script}-resumed"])
-    file = "unet/diffusion_pytorch_model.safetensors" if script == FULL else "pytorch_lora_weights.safetensors"
-    end, again = (load_file(runs[name] / file) for name in (script, f"{script}-resumed"))
+def run_twice(script: str, folder: Path, model: Path, **options: Any) -> Path:
+    """The folder of a run, after the same run has been resumed from its last checkpoint with the same results."""
+    whole, parts = folder / "whole", folder / "parts"
+    shared = {"max_train_steps": 6, "checkpointing_steps": 4, "random_flip": True, "proportion_empty_prompts": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, script, devices=1, **flags(model, whole, **shared | options))
+        shutil.copytree(whole / "checkpoint-4", parts / "checkpoint-4")
+        options["resume_from_checkpoint"] = "latest"
+        run(patch, script, devices=1, **flags(model, parts, **shared | options))
+    assert log(whole)[4:] == log(parts)
+    (file,) = (path.relative_to(whole / "checkpoint-4") for path in (whole / "checkpoint-4").rglob("*.safetensors"))
+    end, again = (load_file(output / file) for output in (whole, parts))
     assert all(np.array_equal(end[key], again[key]) for key in {*end, *again})
-    assert (runs[script] / "checkpoint-4" / file).is_file()
+    return whole
 
 
-def test_the_student_is_a_pipeline_that_takes_the_guidance_scale(
-    models: dict[str, Path], runs: dict[str, Path]
+@pytest.fixture(scope="module")
+def student(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole student."""
+    options = {"unet_time_cond_proj_dim": WIDTH, "loss_type": "huber", "validation_prompt": "heart",
+               "num_validation_images": 1, "validation_steps": 6}  # fmt: skip
+    return run_twice(FULL, tmp_path_factory.mktemp("student"), models["sd"], **options)
+
+
+@pytest.mark.slow  # what the script gives to `fit` is tested below, and a step compared with PyTorch's
+def test_a_lora_resumes_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
+    output = run_twice(LORA, tmp_path, models["sd"], lora_rank=4, learning_rate=1e-2)
+    tensors = load_file(output / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("unet.") for key in tensors)
+    assert any("time_emb_proj.lora" in key for key in tensors)
+    pipe = DiffusionPipeline.from_pretrained(models["sd"])
+    pipe = pipe.replace(scheduler=LCMScheduler.from_config(pipe.scheduler))
+    draw = lambda p: p("heart", num_inference_steps=4, guidance_scale=1.0, seed=0, output_type="np").images
+    assert np.abs(draw(pipe.load_lora_weights(output)) - draw(pipe)).max() > 1e-4
+
+
+def test_a_whole_student_resumes_bit_for_bit_and_takes_the_guidance_scale(
+    models: dict[str, Path], student: Path
 ) -> None:
-    pipe = DiffusionPipeline.from_pretrained(runs[FULL])
+    pipe = DiffusionPipeline.from_pretrained(student)
     assert type(pipe) is type(DiffusionPipeline.from_pretrained(models["sd"]))
     sampler = pipe.scheduler
     assert isinstance(sampler, LCMScheduler)
@@ -77,9 +83,9 @@ def test_the_student_is_a_pipeline_that_takes_the_guidance_scale(
     assert np.abs(weak - strong).max() > 1e-5
     for part in ("vae", "text_encoder"):
         kind = type(pipe.components[part])
-        pairs = zip(numbers(runs[FULL], kind, part), numbers(models["sd"], kind, part), strict=True)
+        pairs = zip(numbers(student, kind, part), numbers(models["sd"], kind, part), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)
-    assert len(list((runs[FULL] / "validation").rglob("*.png"))) == 1
+    assert len(list((student / "validation").rglob("*.png"))) == 1
 
 
 def given(monkeypatch: pytest.MonkeyPatch, script: str, **flags: Any) -> tuple[RunSettings, dict[str, Any]]:
@@ -153,10 +159,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 def test_a_model_that_is_distilled_already_and_one_of_another_kind_are_refused(
-    models: dict[str, Path], runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="has been distilled before; give the model that it was distilled from"):
-        run(monkeypatch, LORA, **flags(runs[FULL], tmp_path / "out", max_train_steps=1))
+        run(monkeypatch, LORA, **flags(student, tmp_path / "out", max_train_steps=1))
     shutil.copytree(models["sd"], tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyV22Pipeline"))

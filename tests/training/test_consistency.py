@@ -44,7 +44,7 @@ def test_steps_begin_at_the_timesteps_of_the_sampler(pipe: DiffusionPipeline) ->
     assert distillation.sampler.timestep_scaling == 5
     np.testing.assert_array_equal(distillation.timesteps[::-1], distillation.sampler.table(20).timesteps)
     drawn = draw(distillation, jax.random.key(0), jnp.zeros((4096, 1)))
-    assert {int(i) for i in drawn.index} == set(range(20))
+    assert {int(i) for i in drawn.position} == set(range(20))
     assert float(drawn.w.min()) == pytest.approx(5, abs=0.02)
     assert float(drawn.w.max()) == pytest.approx(15, abs=0.02)
 

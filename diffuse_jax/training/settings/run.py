@@ -158,8 +158,7 @@ class EmaSettings(Checked):
     @property
     def average(self) -> Average:
         """The settings of the average, in the form that the training step takes."""
-        ramp = {"inv_gamma": self.ema_inv_gamma, "power": self.ema_power, "ramp": self.ema_ramp}
-        return Average(decay=self.ema_decay, **ramp)
+        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power, ramp=self.ema_ramp)
 
 
 TRACKERS = ("tensorboard", "wandb")
