@@ -40,7 +40,8 @@ def run_twice(script: str, folder: Path, model: Path, **options: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         run(patch, script, devices=1, **flags(model, whole, **shared | options))
         shutil.copytree(whole / "checkpoint-4", parts / "checkpoint-4")
-        options["resume_from_checkpoint"] = "latest"
+        options |= {"resume_from_checkpoint": "latest"}
+        options.pop("validation_prompt", None)
         run(patch, script, devices=1, **flags(model, parts, **shared | options))
     assert log(whole)[4:] == log(parts)
     (file,) = (path.relative_to(whole / "checkpoint-4") for path in (whole / "checkpoint-4").rglob("*.safetensors"))
