@@ -12,3 +12,6 @@ CUSTOM_DIFFUSION: Mapping[str, str] = {
     "crossattn": r"/attn2/((to_q|to_k|to_v)/kernel|to_out_0/(kernel|bias))$",
 }
 """What Custom Diffusion trains, by diffusers' names -> paths of these arrays: the projections of cross-attention."""
+
+UNET_TARGETS = r"/(to_q|to_k|to_v|to_out_0|proj_in|proj_out|net_0/proj|net_2|time_emb_proj)$"
+"""Paths of the dense layers in a UNet's blocks, which LCM-LoRA adapts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +79,12 @@ def _splash(q: Array, k: Array, v: Array, visible: Array | None, *, columns: int
     padded = k.shape[2]
     row_block, column_block = (next(n for n in (512, 256, 128) if length % n == 0) for length in (rows, padded))
     names = (name for name in splash.BlockSizes.__dataclass_fields__ if name.startswith("block_"))
-    blocks = splash.BlockSizes(**{name: row_block if name.startswith("block_q") else column_block for name in names})
+    sizes: Any = {name: row_block if name.startswith("block_q") else column_block for name in names}
     pattern = (splash.CausalMask if is_causal else splash.FullMask)((rows, padded))
 
-    def attend(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-        mask = splash.MultiHeadMask([pattern] * len(q))
-        kernel = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+    def attend(q: Array, k: Array, v: Array, seen: Array | None) -> Any:
+        mask, blocks = splash.MultiHeadMask([pattern] * len(q)), splash.BlockSizes(**sizes)
+        kernel: Any = splash.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
         if seen is None:
             return kernel(q, k, v)
         seen = jnp.pad(seen, (0, padded - columns)).astype(jnp.int32)

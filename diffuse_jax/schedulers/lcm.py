@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -85,12 +85,17 @@ class LCMScheduler(Scheduler):
         count = np.arange(1, int(original * strength) + 1)
         return (count * (self.num_train_timesteps // original) - 1).astype(np.float64)
 
+    def boundary(self, t: Any) -> tuple[Any, Any]:
+        """``(c_skip, c_out)`` at timesteps ``t``, a number or an array of any library: a consistency function is
+        ``c_skip * x + c_out * x0``, and so the identity at ``t = 0`` (Luo et al. 2023, eq. 9)."""
+        scaled = t * self.timestep_scaling
+        norm2 = scaled**2 + SIGMA_DATA**2
+        return SIGMA_DATA**2 / norm2, scaled / norm2**0.5
+
     def evaluations(self, grid: Grid, begin: int) -> Iterator[Row]:
         for i in range(begin, len(grid.timesteps)):
             e = self.evaluation(grid.timesteps[i], grid.source[i])
-            scaled = e.timestep * self.timestep_scaling
-            norm2 = scaled**2 + SIGMA_DATA**2
-            # Boundary condition of consistency models: the identity at t = 0.
-            denoised = (scaled / np.sqrt(norm2)) * e.x0 + (SIGMA_DATA**2 / norm2) * e.x
+            c_skip, c_out = self.boundary(e.timestep)
+            denoised = c_skip * e.x + c_out * e.x0
             alpha, sigma = grid.target[i] if i + 1 < len(grid.timesteps) else (1.0, 0.0)
             yield e.row(alpha * denoised + sigma * e.noise)

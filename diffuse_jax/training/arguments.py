@@ -148,6 +148,8 @@ def _add_average(parser: Parser) -> None:
     add("--ema_decay", "--ema_max_decay", help="decay of the average, reached after a ramp")
     add("--ema_inv_gamma", help="use the ramp 1 - (1 + n / this) ** -power instead")
     add("--ema_power", help="power of that ramp")
+    what = "let the decay of the average rise to --ema_decay instead of beginning with it"
+    add("--ema_ramp", action=argparse.BooleanOptionalAction, help=what)
 
 
 def _add_mesh(parser: Parser) -> None:

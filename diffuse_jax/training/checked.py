@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from diffuse_jax.pipelines import DiffusionPipeline
+from diffuse_jax.schedulers import Scheduler
 from diffuse_jax.training.cached import check_inputs
 from diffuse_jax.training.data import (
     DataSettings,
@@ -35,6 +36,7 @@ def checked_source(
     *,
     trainable: Mapping[str, Any],
     shown: ValidationSettings | None = None,
+    sampler: Scheduler | None = None,
     source: Source | None = None,
     times: int = 1,
 ) -> Source | None:
@@ -51,6 +53,7 @@ def checked_source(
       pipe: that of :func:`~diffuse_jax.training.latent_model.configured_from`; its parameters are only shapes.
       trainable: shapes of the parameters to train, by network.
       shown: the validation images; None if they are checked elsewhere.
+      sampler: what samples these, in place of the model's.
       source: a source to use instead of the one that the settings describe.
       times: number of times the source is repeated.
 
@@ -66,7 +69,7 @@ def checked_source(
     warn_of_size(data.images, family.size(pipe))
     objective_from(learned, pipe.scheduler)
     if shown is not None:
-        validation_from(shown, model, pipe, lambda trained: trained)
+        validation_from(shown, model, pipe, lambda trained: trained, sampler=sampler)
     if source is None and data.streaming:
         examples = stream_from(data).count
     else:

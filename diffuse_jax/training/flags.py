@@ -102,8 +102,8 @@ class Accepted(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """A parser that takes values from the command line, then from ``--config FILE``, then from the defaults.
 
-    ``--no-NAME`` turns off a switch that the file sets. Flags cannot be abbreviated, and an unknown flag is an error
-    that suggests the closest one.
+    ``--no-NAME`` turns off a switch that the file sets, or that is on by default. Flags cannot be abbreviated, and an
+    unknown flag is an error that suggests the closest one.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -149,7 +149,8 @@ class Parser(argparse.ArgumentParser):
                 line = arguments_of(read_config(path), self, negated) + line
             except (ValueError, FileNotFoundError) as error:
                 self.error(str(error))
-        found, unknown = self.parse_known_args(line, namespace)
+        off = {a.dest: False for a in self._actions if a.default is True and negated & {*names_of(a)}}
+        found, unknown = self.parse_known_args(line, argparse.Namespace(**off) if namespace is None else namespace)
         if unknown:
             offered = [action for action in self._actions if not isinstance(action, Refused)]
             known = [f"--{name}" for action in offered for name in names_of(action)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,16 +12,18 @@ from diffuse_jax.training.data.flags import add_conditioning, add_data, add_edit
 from diffuse_jax.training.flags import Accepted, Parser, Refused
 from diffuse_jax.training.settings import (
     BesideSettings,
+    ConsistencySettings,
     CustomSettings,
     DreamBoothSettings,
     InversionSettings,
     LoraSettings,
     ModelSettings,
+    ObjectiveSettings,
     OptimizerSettings,
     ValidationImageSettings,
     ValidationSettings,
 )
-from diffuse_jax.training.settings.methods import OTHER_DATA, TEMPLATES
+from diffuse_jax.training.settings.methods import LOSSES, OTHER_DATA, TEMPLATES
 from diffuse_jax.training.settings.model import CLASS_LABELS, PREDICTION_TYPES
 
 PLAIN_LORA = "LoRA here has only --rank and --lora_targets"
@@ -55,17 +58,54 @@ AS_THE_MODEL: Mapping[str, tuple[int, str]] = {
 """Flags of diffusers' scripts that are not needed here -> their number of values, and why."""
 
 
-def latent_parser(description: str | None, output_dir: str, *, text_encoders: bool = True, **defaults: Any) -> Parser:
+OF_DISTILLATION = ("loss_type", "huber_c", "lora_rank")
+"""Those that distillation has."""
+
+NOT_OF_DISTILLATION: Mapping[str, str] = {
+    "teacher_revision": "is called --revision here",
+    "lora_alpha": "the alpha of a LoRA is its rank here",
+    "lora_target_modules": "is called --lora_targets here, a regular expression",
+    "use_fix_crop_and_size": "SDXL sees the true size and crop of every image",
+    "interpolation_type": "is called --image_interpolation_mode here",
+    **dict.fromkeys(
+        (field.name for field in dataclasses.fields(ObjectiveSettings)),
+        "distillation has a loss of its own, see --loss_type",
+    ),
+}
+"""Flags of other scripts that distillation does not have -> what to do."""
+
+AS_THE_TEACHER: Mapping[str, tuple[int, str]] = {
+    "cast_teacher_unet": (0, "the teacher always has the precision of --mixed_precision"),
+    "vae_encode_batch_size": (1, "a batch is encoded at once; --cache_latents encodes all images before the run"),
+    "encode_batch_size": (1, "a batch is encoded at once; --cache_latents encodes all images before the run"),
+}
+"""As :data:`AS_THE_MODEL`, for distillation."""
+
+
+def latent_parser(
+    description: str | None,
+    output_dir: str,
+    *,
+    text_encoders: bool = True,
+    loss: Callable[[Parser], None] = add_objective,
+    names: tuple[str, ...] = (),
+    refused: Mapping[str, str] = OF_OTHERS,
+    **defaults: Any,
+) -> Parser:
     """A parser with the shared flags of :func:`~diffuse_jax.training.arguments.make_parser` and those of latent models.
 
     Args:
       description, output_dir, defaults: as for ``make_parser``.
       text_encoders: whether the script can train the text encoders together with the UNet.
+      loss: adds the flags of the loss.
+      names: further names of the flag of the model.
+      refused: flags that the script does not have -> what to do.
     """
     parser = make_parser(description, output_dir)
     add = parser.group("model", ModelSettings, OptimizerSettings)
     add(
         "--pretrained_model_name_or_path",
+        *names,
         required=True,
         help="folder or Hub id of the model, such as Stable Diffusion 1.x, 2.x or XL",
     )
@@ -94,8 +134,8 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     add("--num_validation_images", help="images per prompt")
     add("--validation_inference_steps", help="sampling steps of validation images")
     add("--validation_guidance_scale", help="guidance scale of validation images")
-    add_objective(parser)
-    for name, advice in OF_OTHERS.items():
+    loss(parser)
+    for name, advice in refused.items():
         parser.group("model")(f"--{name}", action=Refused, advice=advice)
     for name, (values, note) in AS_THE_MODEL.items():
         parser.group("model")(f"--{name}", action=Accepted, nargs=values, note=note)
@@ -103,11 +143,53 @@ def latent_parser(description: str | None, output_dir: str, *, text_encoders: bo
     return parser
 
 
-def add_lora(parser: Parser) -> None:
-    """Add the flags of LoRA."""
+def add_lora(parser: Parser, *names: str, **defaults: Any) -> None:
+    """Add the flags of LoRA, with further names of ``--rank`` and other defaults than those of the settings."""
     add = parser.group("LoRA", LoraSettings)
-    add("--rank", help="rank of the LoRA matrices")
+    add("--rank", *names, help="rank of the LoRA matrices")
     add("--lora_targets", help="regular expression for the paths of the layers to adapt")
+    parser.set_defaults(**defaults)
+
+
+def consistency_parser(description: str | None, output_dir: str, **defaults: Any) -> Parser:
+    """A parser of latent consistency distillation, with the flags of the data; arguments as for ``make_parser``.
+
+    The running average, where there is one, is the target network, and has its decay from the first step on.
+    """
+    refused = {name: advice for name, advice in OF_OTHERS.items() if name not in OF_DISTILLATION}
+    of_average: dict[str, Any] = {"ema_decay": 0.95, "ema_ramp": False}
+    parser = latent_parser(
+        description,
+        output_dir,
+        text_encoders=False,
+        loss=add_consistency,
+        names=("--pretrained_teacher_model",),
+        refused={**refused, **NOT_OF_DISTILLATION},
+        **of_average | {"validation_inference_steps": 4} | defaults,
+    )
+    for name, (values, note) in AS_THE_TEACHER.items():
+        parser.group("model")(f"--{name}", action=Accepted, nargs=values, note=note)
+    add_data(parser, caches=True)
+    return parser
+
+
+def add_consistency(parser: Parser) -> None:
+    """Add the flags of distillation that both kinds of students have."""
+    add = parser.group("distillation", ConsistencySettings)
+    add("--w_min", help="smallest guidance scale of the teacher, less 1")
+    add("--w_max", help="largest guidance scale of the teacher, less 1")
+    add("--num_ddim_timesteps", help="steps of the solver; samplers take their timesteps from these")
+    add("--loss_type", choices=LOSSES, help="squared error or pseudo-Huber loss")
+    add("--huber_c", help="where the pseudo-Huber loss turns from quadratic to linear")
+    add("--timestep_scaling_factor", help="factor of the timestep in the boundary condition")
+
+
+def add_student(parser: Parser) -> None:
+    """Add the flag of a student that is a whole UNet, and what to do for a LoRA."""
+    add = parser.group("distillation", ConsistencySettings)
+    add("--unet_time_cond_proj_dim", help="width of the student's embedding of the guidance scale")
+    for name in ("rank", "lora_rank"):
+        parser.group("model")(f"--{name}", action=Refused, advice="a LoRA is made by train/lcm_distillation_lora.py")
 
 
 def add_control(parser: Parser, settings: type[BesideSettings], name: str) -> None:

@@ -111,13 +111,19 @@ def component_from(model: ModelSettings, pipe: DiffusionPipeline, name: str) -> 
     return network, type(network).from_pretrained(folder, dtype=network.dtype, variant=model.hub.variant)[1]
 
 
-def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path, trained: Iterable[str]) -> None:
+def save_rest(
+    model: ModelSettings,
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    trained: Iterable[str],
+    sampler: Scheduler | None = None,
+) -> None:
     """Complete the trained networks in a folder to a pipeline, by copying all other files of the source unchanged.
 
     All processes may call this; process 0 writes.
 
-    The scheduler is the source's sampler, with the prediction type used in training. ``model_index.json`` is written
-    last; it omits components that the source names but does not contain.
+    The scheduler is ``sampler``, or else the source's with the prediction type used in training. ``model_index.json``
+    is written last; it omits components that the source names but does not contain.
     """
     if jax.process_index() != 0:
         return
@@ -129,11 +135,13 @@ def save_rest(model: ModelSettings, pipe: DiffusionPipeline, folder: str | Path,
             origin = component_folder(others[name], name) if name in others else entry.folder
             copy_component(origin, folder / name, model.hub.variant)
             kept.add(name)
-    sampler = Scheduler.from_pretrained(source, subfolder="scheduler")
-    trained_family(pipe).sampler(sampler, pipe.scheduler).save_pretrained(folder / "scheduler")
+    own = Scheduler.from_pretrained(source, subfolder="scheduler")
+    (sampler or trained_family(pipe).sampler(own, pipe.scheduler)).save_pretrained(folder / "scheduler")
     entries: dict[str, tuple[str | None, str | None]] = dict.fromkeys(index.absent, (None, None))
     for name, entry in index.components.items():
         entries[name] = (entry.library, entry.class_name) if name in kept else (None, None)
+    if sampler is not None:
+        entries["scheduler"] = ("diffusers", type(sampler).__name__)
     weights.write_index(folder, type(pipe).__name__, entries, index.options)
 
 

@@ -23,6 +23,9 @@ Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 """``loss(trainable, frozen, batch, key) -> (scalar, metrics)``: all that distinguishes one training method from
 another."""
 
+AVERAGE = "average"
+"""The name under which a loss finds the running average of the trained parameters among the frozen ones, if the state
+has one."""
 
 PLAIN = Average()
 """The default settings of the running average."""
@@ -85,7 +88,7 @@ def make_step(
     ``grad_norm`` (before clipping).
 
     Args:
-      loss: the loss to minimise.
+      loss: the loss to minimise; it may read the running average before the step, as ``frozen[AVERAGE]``.
       optimizer: the optimiser.
       seed: determines all random numbers of the loss.
       average: settings of the running average, if the state has one.
@@ -99,7 +102,8 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # Kernels that XLA cannot partition and layers with sharded parameters look up the mesh.
         with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
-            grads, metrics = mean_gradient(loss, state.params, frozen, batch, key)
+            given = frozen if state.ema is None else {**frozen, AVERAGE: state.ema}
+            grads, metrics = mean_gradient(loss, state.params, given, batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with float rates
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -133,8 +137,11 @@ def ema_rate(steps: jax.Array, average: Average) -> jax.Array:
     """The decay after ``steps`` training steps: the ramp of :class:`Average` with ``n = steps - update_after_step -
     1``.
 
-    It is 0 while ``n`` is not positive, which keeps the initial parameters out of the average.
+    It is 0 while ``n`` is not positive, which keeps the initial parameters out of the average. Without a ramp, it is
+    ``decay`` in every step after ``update_after_step``.
     """
+    if not average.ramp:
+        return jnp.where(steps > average.update_after_step, jnp.float32(average.decay), 0.0)
     n = jnp.maximum(steps - average.update_after_step - 1, 0).astype(jnp.float32)
     ramp = (1 + n) / (10 + n) if average.inv_gamma is None else 1 - (1 + n / average.inv_gamma) ** -average.power
     return jnp.where(n > 0, jnp.clip(ramp, average.min_decay, average.decay), 0.0)

@@ -22,6 +22,7 @@ def validation_from(
     merged: Callable[[Any], Mapping[str, Params]],
     seed: int = 0,
     images: Sequence[Any] | None = None,
+    sampler: Scheduler | None = None,
 ) -> Callable[[Any], list[tuple[str, Any]]] | None:
     """A function that generates validation images, for :func:`~diffuse_jax.training.loop.fit`; None without a prompt.
 
@@ -33,6 +34,7 @@ def validation_from(
       merged: maps trained parameters to the parameters of the networks that they change.
       seed: seed of the images; the noise is the same at every validation.
       images: what the pipeline takes as ``image``, for each prompt; None if it takes none.
+      sampler: in place of the model's.
 
     Raises:
       ValueError: the sampler does not support this number of steps, or super-resolution has no images.
@@ -40,8 +42,9 @@ def validation_from(
     if not settings.validation_prompt:
         return None
     prompts = settings.validation_prompt
-    sampler = Scheduler.from_pretrained(source_folder(model, only_small=True), subfolder="scheduler")
-    sampler = trained_family(pipe).sampler(sampler, pipe.scheduler)
+    if sampler is None:
+        sampler = Scheduler.from_pretrained(source_folder(model, only_small=True), subfolder="scheduler")
+        sampler = trained_family(pipe).sampler(sampler, pipe.scheduler)
     if settings.validation_images:
         images = [load_image(str(path)) for path in settings.validation_images]
     if images is None and "image_noising_scheduler" in pipe.components:

@@ -15,7 +15,13 @@ from diffuse_jax.training.configuration import write_config
 from diffuse_jax.training.data.flags import add_data
 from diffuse_jax.training.devices import mesh_from
 from diffuse_jax.training.flags import Parser, settings_from
-from diffuse_jax.training.latent_flags import OF_OTHERS, add_lora, latent_parser
+from diffuse_jax.training.latent_flags import (
+    NOT_OF_DISTILLATION,
+    OF_OTHERS,
+    add_lora,
+    consistency_parser,
+    latent_parser,
+)
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.settings import BatchSettings, DeviceSettings, OptimizerSettings
 
@@ -69,6 +75,13 @@ def test_a_switch_of_the_file_can_be_turned_off(parser: Parser, tmp_path: Path) 
     given = config(tmp_path, {"use_ema": True, "scale_lr": True, "distributed": True})
     args = parser.parse_args([*MODEL, *given, "--no-use_ema", "--no-distributed"])
     assert (args.use_ema, args.scale_lr, args.distributed) == (False, True, False)
+
+
+def test_a_switch_that_is_on_by_default_can_be_turned_off(parser: Parser) -> None:
+    parser.set_defaults(use_ema=True)
+    assert parser.parse_args(MODEL).use_ema
+    assert not parser.parse_args([*MODEL, "--no-use_ema"]).use_ema
+    assert not vars(parser.parse_args([*MODEL, "--no-allow_tf32"])).get("allow_tf32")
 
 
 def test_json_files_and_the_file_written_by_a_run(parser: Parser, tmp_path: Path) -> None:
@@ -154,6 +167,26 @@ def test_flags_of_other_libraries_scripts_say_what_to_do(
     add_lora(parser)
     assert f"--{name}: {advice}" in refused(parser, capsys, f"--{name}", "5")
     assert all(flag in parser._option_string_actions for flag in re.findall(r"--\w+", advice))
+
+
+@pytest.mark.parametrize(("name", "advice"), NOT_OF_DISTILLATION.items())
+def test_flags_that_distillation_does_not_have_say_what_to_do(
+    capsys: pytest.CaptureFixture[str], name: str, advice: str
+) -> None:
+    parser = consistency_parser("about", output_dir="somewhere")
+    add_lora(parser, "--lora_rank")
+    assert f"--{name}: {advice}" in refused(parser, capsys, f"--{name}", "5")
+    assert all(flag in parser._option_string_actions for flag in re.findall(r"--\w+", advice))
+
+
+def test_distillation_knows_the_names_of_diffusers_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = consistency_parser("about", output_dir="somewhere")
+    add_lora(parser, "--lora_rank", rank=64)
+    args = parser.parse_args(["--pretrained_teacher_model", "m", "--cast_teacher_unet", "--vae_encode_batch_size", "8"])
+    assert (args.pretrained_model_name_or_path, args.rank) == ("m", 64)
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split()[1] for note in notes] == ["--cast_teacher_unet", "--vae_encode_batch_size"]
+    assert parser.parse_args(["--pretrained_model_name_or_path", "m", "--lora_rank", "8"]).rank == 8
 
 
 @pytest.mark.parametrize(

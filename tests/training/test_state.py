@@ -13,7 +13,7 @@ import pytest
 from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, learning_rate, make_optimizer, optimizer_from
 from diffuse_jax.training.settings import Average, OptimizerSettings
 from diffuse_jax.training.settings.run import SCHEDULES
-from diffuse_jax.training.state import TrainState, ema_rate, init_state, make_step
+from diffuse_jax.training.state import AVERAGE, TrainState, ema_rate, init_state, make_step
 
 START = {"dense": {"kernel": np.full((2, 1), 0.5, np.float32), "bias": np.zeros((1,), np.float32)}}
 
@@ -110,6 +110,24 @@ def test_average_begins_late_and_keeps_its_limits() -> None:
     assert float(ema_rate(jnp.int32(11), warm)) == pytest.approx(1 - 11**-0.75)
     with pytest.raises(ValueError, match="decay"):
         Average(decay=1.5)
+
+
+def test_average_without_a_ramp_has_its_decay_at_once() -> None:
+    assert [float(ema_rate(jnp.int32(n), Average(decay=0.75, ramp=False))) for n in (1, 2, 9)] == [0.75] * 3
+
+
+def test_a_loss_reads_the_average_before_the_step() -> None:
+    def loss(trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return (trainable["w"] * batch).sum(), {"seen": frozen[AVERAGE]["w"]}
+
+    average = Average(decay=0.5, ramp=False)
+    state = init_state({"w": jnp.float32(8.0)}, optax.sgd(1.0), use_ema=True)
+    step = make_step(loss, optax.sgd(1.0), seed=0, average=average)
+    seen = []
+    for _ in range(3):
+        state, metrics = step(state, {}, jnp.ones((1, 4)))  # w falls by 4
+        seen.append(float(metrics["seen"]))
+    assert seen == [8, (8 + 4) / 2, (6 + 0) / 2]
 
 
 @pytest.mark.parametrize("name", sorted({*OPTIMIZERS} - {"prodigy"}))  # whose rate is what it finds

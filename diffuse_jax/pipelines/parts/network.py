@@ -56,7 +56,12 @@ def conditions(net: Net, rows: Rows) -> dict[str, jax.Array | dict[str, jax.Arra
 
 def guidance_embedding(scale: jax.Array, dim: int) -> jax.Array:
     """A guidance scale ``[B]`` embedded as ``[B,dim]`` for distilled networks (Meng et al. 2023; Luo et al. 2023)."""
-    return sinusoidal_embedding((scale - 1) * 1000, dim, flip_sin_to_cos=False, freq_shift=1)
+    return strength_embedding(scale - 1, dim)
+
+
+def strength_embedding(w: jax.Array, dim: int) -> jax.Array:
+    """The same of ``w [B]``, the guidance scale less 1."""
+    return sinusoidal_embedding(w * 1000, dim, flip_sin_to_cos=False, freq_shift=1)
 
 
 @dataclasses.dataclass(frozen=True)

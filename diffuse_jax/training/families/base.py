@@ -31,6 +31,7 @@ METHODS = (
     "Custom Diffusion",
     "control",
     "editing",
+    "distillation",
     "comparison",
 )
 """The trainers, and the comparison of a training step with PyTorch."""
@@ -201,6 +202,10 @@ class TrainedFamily:
     def encode_text(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
         """The prompts' embeddings, among them ``states``, from a batch with tokens."""
         return {}
+
+    def unconditional(self, pipe: Any) -> dict[str, jax.Array]:
+        """What guidance puts in place of :meth:`encode_text`'s arrays, for one image: ``[1,...]``."""
+        raise NotImplementedError
 
     def encode_images(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
         """The arrays :attr:`encoded_images`, from a batch with pixels."""

@@ -15,6 +15,7 @@ from diffuse_jax.models import Params
 from diffuse_jax.models.autoencoder_kl import Posterior, scale_latents
 from diffuse_jax.pipelines import Net
 from diffuse_jax.pipelines.families import ClipFamily
+from diffuse_jax.pipelines.family import Call
 from diffuse_jax.training.families.base import (
     METHODS,
     Arrays,
@@ -23,6 +24,7 @@ from diffuse_jax.training.families.base import (
     apply,
     normalised,
     pixels_of,
+    tokens_of,
 )
 
 OF_IF = "only DeepFloyd IF's second stage has it"
@@ -79,6 +81,15 @@ class LatentFamily(TrainedFamily):
         nets = tuple(Net(name, models[name]) for name in self.encoders if name in batch and name in models)
         return self.text.encode(nets).encode(params, {"ids": {net.name: batch[net.name] for net in nets}})
 
+    def unconditional(self, pipe: Any) -> dict[str, jax.Array]:
+        """The states of the empty prompt, or zeros for a checkpoint whose guidance takes these, as SDXL's does."""
+        tokens = {name: jnp.asarray(ids)[None] for name, ids in tokens_of(self.words(pipe), "").items()}
+        made = jax.jit(lambda params: self.encode_text(pipe.components, params, tokens))(
+            {name: pipe.params[name] for name in tokens}
+        )
+        zero = self.text.zero_negative is not None and self.text.zero_negative(pipe, Call({}, 1, 1, (0, 0)))
+        return jax.tree.map(jnp.zeros_like, made) if zero else made
+
     def encode_images(self, models: Networks, params: Params, batch: Arrays) -> dict[str, jax.Array]:
         """``moments [B,h,w,2c]``: mean and log variance of the latents."""
         posterior = apply(models, params, "vae", normalised(batch["pixel_values"]), method="encode")
@@ -94,8 +105,10 @@ class LatentFamily(TrainedFamily):
         if "time_ids" in batch:
             added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
         inputs = x, t, batch["states"]
-        control = control_residuals(models, params, batch, inputs, added)
-        return apply(models, params, "unet", *inputs, added, **control)
+        more = control_residuals(models, params, batch, inputs, added)
+        if "timestep_cond" in batch:
+            more["timestep_cond"] = batch["timestep_cond"]
+        return apply(models, params, "unet", *inputs, added, **more)
 
 
 def micro_conditioning(true: bool, example: Any) -> np.ndarray:

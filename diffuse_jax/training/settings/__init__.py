@@ -8,6 +8,7 @@ from diffuse_jax.training.settings.devices import DeviceSettings, ProcessSetting
 from diffuse_jax.training.settings.methods import (
     AdapterSettings,
     BesideSettings,
+    ConsistencySettings,
     ControlSettings,
     CustomSettings,
     DreamBoothSettings,
@@ -41,6 +42,7 @@ __all__ = [
     "BatchSettings",
     "BesideSettings",
     "ComputeSettings",
+    "ConsistencySettings",
     "ControlSettings",
     "CustomSettings",
     "DeviceSettings",

@@ -137,6 +137,46 @@ class AdapterSettings(BesideSettings):
     adapter_revision: str | None = None
 
 
+LOSSES = ("l2", "huber")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConsistencySettings(Checked):
+    """Latent consistency distillation (Luo et al. 2023).
+
+    Attributes:
+      w_min, w_max: range of the guidance scales of the teacher, less 1: at ``w`` the conditional prediction is changed
+        by ``w`` times its difference from the unconditional one.
+      num_ddim_timesteps: number of steps of the solver over the whole noise schedule; a sampler takes its timesteps
+        from these.
+      loss_type: one of :data:`LOSSES`, the squared error or the pseudo-Huber loss.
+      huber_c: where the pseudo-Huber loss turns from quadratic to linear.
+      timestep_scaling_factor: factor of the timestep in the boundary condition.
+      unet_time_cond_proj_dim: width of the embedding of ``w`` that the student takes, unless the student is a LoRA.
+
+    Raises:
+      ValueError: a number is out of range, or the loss is unknown.
+    """
+
+    w_min: Annotated[float, NONNEGATIVE] = 5.0
+    w_max: Annotated[float, NONNEGATIVE] = 15.0
+    num_ddim_timesteps: Annotated[int, COUNT] = 50
+    loss_type: str = "l2"
+    huber_c: Annotated[float, POSITIVE] = 1e-3
+    timestep_scaling_factor: Annotated[float, POSITIVE] = 10.0
+    unet_time_cond_proj_dim: Annotated[int, COUNT] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(LOSSES, loss_type=self.loss_type)
+        if self.w_min > self.w_max:
+            raise ValueError(f"--w_min {self.w_min:g} is above --w_max {self.w_max:g}; exchange them")
+        if self.unet_time_cond_proj_dim % 2 or self.unet_time_cond_proj_dim < 4:
+            raise ValueError(
+                f"--unet_time_cond_proj_dim must be even and at least 4, got {self.unet_time_cond_proj_dim}"
+            )
+
+
 OTHER_DATA = (
     "train_data_dir",
     "data_repeats",

@@ -153,6 +153,7 @@ class Average(Checked):
       update_after_step: number of training steps after which averaging begins.
       inv_gamma, power: with ``inv_gamma`` the ramp is ``1 - (1 + n / inv_gamma) ** -power`` instead of
         ``(1 + n) / (10 + n)``.
+      ramp: False for ``decay`` from the first step on, so that the average begins at the initial parameters.
     """
 
     decay: Annotated[float, SHARE] = 0.9999
@@ -160,6 +161,7 @@ class Average(Checked):
     update_after_step: Annotated[int, NATURAL] = 0
     inv_gamma: Annotated[float, POSITIVE] | None = None
     power: Annotated[float, POSITIVE] = 2 / 3
+    ramp: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ class EmaSettings(Checked):
 
     Attributes:
       use_ema: keep a running average of the parameters; save and validate the average.
-      ema_decay, ema_inv_gamma, ema_power: see :class:`Average`.
+      ema_decay, ema_inv_gamma, ema_power, ema_ramp: see :class:`Average`.
 
     Raises:
       ValueError: the decay is not in [0, 1].
@@ -178,11 +180,12 @@ class EmaSettings(Checked):
     ema_decay: Annotated[float, SHARE] = 0.9999
     ema_inv_gamma: Annotated[float, POSITIVE] | None = None
     ema_power: Annotated[float, POSITIVE] = 2 / 3
+    ema_ramp: bool = True
 
     @property
     def average(self) -> Average:
         """The settings of the average, in the form that the training step takes."""
-        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power)
+        return Average(decay=self.ema_decay, inv_gamma=self.ema_inv_gamma, power=self.ema_power, ramp=self.ema_ramp)
 
 
 TRACKERS = ("tensorboard", "wandb")
