@@ -93,7 +93,8 @@ def _splash(q: Array, k: Array, v: Array, visible: Array | None, *, columns: int
     if visible is not None:  # every image has its own mask, which the kernel does not take
         return jax.lax.map(lambda one: attend(*one), (q, k, v, visible))
     seen = None if padded == columns else jnp.ones(columns, bool)
-    return attend(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), seen).reshape(batch, heads, rows, -1)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    return attend(flat(q), flat(k), flat(v), seen).reshape(batch, heads, rows, -1)
 
 
 def _on_each_device(kernel: Callable[..., Array], batch: int, heads: int) -> Callable[..., Array]:
