@@ -64,8 +64,9 @@ def fit(
       frozen: other parameters of the loss, which get neither gradients nor optimiser state.
       loss: ``loss(trainable, frozen, batch, key) -> (scalar, metrics)``.
       batches: the rows of every training step that this process provides, all accumulation steps together. If they have
-        ``total``, the number of examples, the length of the run can be given in epochs; if they have ``close``, it is
-        called at the end.
+        ``total``, the number of examples, the length of the run can be given in epochs; if they have ``follow``, it is
+        called with the trainable parameters before each batch, for data that the model makes itself; if they have
+        ``close``, it is called at the end.
       export: writes trained parameters (their average with ``use_ema``) in inference format: to every checkpoint and,
         at the end, to ``output_dir``. Called on process 0 only, with arrays that it can read in full.
       validate: generates images with such parameters, ``[(name, PIL.Image), ...]``. Called on every process, with the
@@ -122,6 +123,7 @@ def fit(
         work = Work(rows, mesh.devices.size, examples=getattr(batches, "total", None))
         monitor = Monitor(opened, first, last, work, more, compiling)
         profiler.memory("initial")
+        follow = getattr(batches, "follow", lambda params: None)
         done, reached = first, batches.get_state()  # what a checkpoint would contain
         start = BEFORE if folder is None else Phase(f"the run ends; no step was finished since {folder}", True, True)
 
@@ -134,6 +136,7 @@ def fit(
                 for n in range(first, last):
                     with profiler.step(n), interrupted.phase(start) if n == first else contextlib.nullcontext():
                         with interrupted.at_once():  # the data may be slow, and nothing is left half done
+                            follow(state.params)
                             batch = to_mesh(next(batches), mesh, run.batch.gradient_accumulation_steps)
                         if n == first:
                             say("compiling the training step; for a large network this takes minutes, once")

@@ -24,7 +24,7 @@ Networks = Mapping[str, Any]
 PIXELS = ("pixel_values", "image_pixels")
 """Arrays of a batch that :meth:`TrainedFamily.encode_images` replaces."""
 
-METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "editing", "comparison")
+METHODS = ("text to image", "DreamBooth", "textual inversion", "control", "editing", "reward", "comparison")
 """The trainers, and the comparison of a training step with PyTorch."""
 
 

@@ -12,6 +12,7 @@ from diffuse_jax.training.settings.methods import (
     DreamBoothSettings,
     InversionSettings,
     ObjectiveSettings,
+    RewardSettings,
     ValidationImageSettings,
     ValidationSettings,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "OptimizerSettings",
     "ProcessSettings",
     "ProfileSettings",
+    "RewardSettings",
     "RunSettings",
     "TrackerSettings",
     "UploadSettings",
