@@ -1,8 +1,8 @@
-"""Tune a Stable Diffusion (1.x, 2.x, XL) to a reward of its images: DDPO for any reward, DRaFT for those with a gradient.
+"""Tune a Stable Diffusion (1.x, 2.x, XL) to a reward of its images.
 
-With LoRA the result is ``pytorch_lora_weights.safetensors``, also in every ``checkpoint-N``, which
-``pipe.load_lora_weights`` of this library and of PyTorch diffusers loads; with ``--no-use_lora`` it is a pipeline in
-diffusers' layout. Example:
+DDPO takes any reward, DRaFT those with a gradient. With LoRA the result is ``pytorch_lora_weights.safetensors``, also
+in every ``checkpoint-N``, which ``pipe.load_lora_weights`` of this library and of PyTorch diffusers loads; with
+``--no-use_lora`` it is a pipeline in diffusers' layout. Example:
 
     python train/reward.py --pretrained_model_name_or_path my-model --prompts animals.txt \\
         --method ddpo --reward jpeg_compressibility --sample_batch_size 8 --sample_num_batches_per_epoch 4 \\
@@ -34,7 +34,8 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.low_rank import lora_from, lora_shapes, merged_lora
-    from diffuse_jax.training.reward_tuning import image_size, prompts_from, tuning_from
+    from diffuse_jax.training.policy import image_size, prompts_from
+    from diffuse_jax.training.reward_tuning import tuning_from
     from diffuse_jax.training.rewards import check_reward, reward_from
     from diffuse_jax.training.settings import (
         DeviceSettings,

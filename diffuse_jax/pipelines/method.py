@@ -357,9 +357,8 @@ def sample(
     if evaluations is not None:
         check_evaluations(plan, evaluations)
     if gradient_evaluations is not None and not 0 <= gradient_evaluations <= (evaluations or 0):
-        raise ValueError(
-            f"gradient_evaluations must be from 0 to evaluations={evaluations}, got {gradient_evaluations}"
-        )
+        wanted = f"from 0 to evaluations={evaluations}"
+        raise ValueError(f"gradient_evaluations must be {wanted}, got {gradient_evaluations}")
 
     def run(params: Params, rows: Rows, plan: Plan) -> dict[str, Any]:
         rows, state = begin(method, params, rows, plan)

@@ -1,7 +1,7 @@
 """Rewards: functions that say how good images are, ``(images [B,H,W,3] in [0, 1], prompts) -> [B]``.
 
-The library's own are the size of a JPEG file (Black et al. 2023, arXiv 2305.13301, section 5.1), which only the host can
-compute, and an aesthetic predictor on CLIP's image embeddings. Any function of the user's is a reward too.
+The library's own are the size of a JPEG file (Black et al. 2023, arXiv 2305.13301, section 5.1), which only the host
+can compute, and an aesthetic predictor on CLIP's image embeddings. Any function of the user's is a reward too.
 """
 
 from __future__ import annotations

@@ -122,6 +122,34 @@ def test_only_the_last_evaluations_are_differentiated(last: int) -> None:
     assert bool(np.any(found[1]["w"])) == (last > 0)
 
 
+@pytest.mark.parametrize("last", [1, 3])
+def test_gradients_are_finite_differences_in_float64(last: int, rng: np.random.Generator) -> None:
+    """Of the NumPy twin of the sampler, in which the parameters move in the last evaluations only."""
+    table, plan, given = DDIM.table(N, eta=1.0), DDIM.plan(N, eta=1.0), rows()
+    draws = {"noise": rng.standard_normal((2, 4)), "step_noise": rng.standard_normal((2, N, 4))}
+    given |= {name: x.astype(np.float32) for name, x in draws.items()}
+    states, held = np.float64(given["states"].values), np.float64(PARAMS["w"])
+
+    def twin(w: np.ndarray) -> float:
+        def guided(x: np.ndarray, t: float) -> np.ndarray:
+            moved = w if t <= table.timesteps[N - last] else held
+            negative, positive = (np.tanh(x * moved + states[:, k] + t / 1000) for k in range(2))
+            return negative + 3.0 * (positive - negative)
+
+        noise = [np.float64(given["step_noise"][:, i]) for i in range(N)]
+        return float(np.mean(table.run(guided, np.float64(given["noise"]), noise)[-1] ** 2))
+
+    def loss(params: Params) -> Any:
+        run = sample(METHOD, params, given, plan, evaluations=N, gradient_evaluations=last)
+        return jnp.mean(run["images"] ** 2)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(PARAMS)
+    assert float(value) == pytest.approx(twin(held), rel=1e-6)
+    h = 1e-5 * np.eye(4)
+    wanted = [(twin(held + step) - twin(held - step)) / 2e-5 for step in h]
+    np.testing.assert_allclose(gradient["w"], wanted, rtol=2e-5, atol=2e-6)
+
+
 def test_how_many_are_differentiated_is_checked() -> None:
     plan = DDIM.plan(N, eta=1.0)
     for options in ({"evaluations": N, "gradient_evaluations": N + 1}, {"gradient_evaluations": 1}):

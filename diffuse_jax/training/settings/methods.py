@@ -259,7 +259,8 @@ class RewardSettings(Checked):
       train_timestep_fraction: DDPO: share of the random steps of each trajectory that are trained on.
       train_clip_range: DDPO: how far the ratio of new to old probability may move from 1.
       train_adv_clip_max: DDPO: largest absolute advantage.
-      per_prompt_stat_tracking: DDPO: normalise rewards by the recent ones of the same prompt, not by those of the round.
+      per_prompt_stat_tracking: DDPO: normalise rewards by the recent ones of the same prompt instead of the
+        round's.
       per_prompt_stat_tracking_buffer_size: DDPO: number of recent rewards that are kept per prompt.
       per_prompt_stat_tracking_min_count: DDPO: with fewer, the rewards of the round are used.
       gradient_steps: DRaFT: number of last sampling steps that the gradient passes through.
@@ -305,8 +306,8 @@ class RewardSettings(Checked):
             raise ValueError("--aesthetic_model_path and --clip_model_path are for --reward aesthetic")
         if self.reward not in REWARDS and not all(self.reward.rpartition(":")[::2]):
             raise ValueError(
-                f"reward must be one of {', '.join(REWARDS)}, or a function as module:function or path.py:function, got "
-                f"{self.reward!r}"
+                f"reward must be one of {', '.join(REWARDS)}, or a function as module:function or path.py:function, "
+                f"got {self.reward!r}"
             )
         least, most = self.per_prompt_stat_tracking_min_count, self.per_prompt_stat_tracking_buffer_size
         if self.per_prompt_stat_tracking and least > most:
