@@ -239,8 +239,8 @@ class Rollouts:
 
     def _collect(self) -> dict[str, Any]:
         """The samples of a round with their rewards and advantages; all processes get all of them."""
-        r, found = self._rounds, []
-        rng = np.random.default_rng([self._seed, self._round])
+        r, found, texts = self._rounds, list[dict[str, Any]](), list[str]()
+        rng = np.random.default_rng([self._seed, self._round, 1])
         mine = process_rows(self._mesh, 1, r.sampled)
         for _ in range(r.batches):
             prompts, seeds = chosen(self._prompts, rng, r.sampled)
@@ -251,29 +251,22 @@ class Rollouts:
             rewards = values_of(self._reward, images, prompts)
             if jax.process_count() > 1:
                 rewards = np.asarray(multihost_utils.broadcast_one_to_all(rewards))
-            found.append((prompts, rows, samples, log_probs, rewards))
-        texts, rows, samples, log_probs, rewards = zip(*found, strict=True)
-        prompts, rewards = [text for part in texts for text in part], np.concatenate(rewards)
-        tracked = self._settings.per_prompt_stat_tracking
-        advantage = self._statistics.advantages(prompts, rewards) if tracked else normalised(np.float64(rewards))
+            texts += prompts
+            found.append({"rows": rows, "samples": samples, "log_probs": log_probs, "rewards": rewards})
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        values, tracked = together["rewards"].astype(np.float64), self._settings.per_prompt_stat_tracking
+        advantage = self._statistics.advantages(texts, values) if tracked else normalised(values)
         limit = self._settings.train_adv_clip_max
-        return {
-            "prompts": prompts,
-            "rows": jax.tree.map(lambda *parts: np.concatenate(parts), *rows),
-            "samples": np.concatenate(samples),
-            "log_probs": np.concatenate(log_probs),
-            "advantage": np.clip(advantage, -limit, limit).astype(np.float32),
-            "rewards": rewards,
-        }
+        return together | {"prompts": texts, "advantage": np.clip(advantage, -limit, limit).astype(np.float32)}
 
     def _steps(self, found: Mapping[str, Any]) -> Batch:
         """This process's rows of a training step: for each part of the samples, one evaluation after another."""
         r = self._rounds
         turn, update = divmod(self._update, r.updates_per_pass)
-        rng = np.random.default_rng([self._seed, self._round, turn])
+        rng = np.random.default_rng([self._seed, self._round, 2, turn])
         each = r.part * r.batch.gradient_accumulation_steps
         samples = rng.permutation(r.images)[update * each : (update + 1) * each].reshape(-1, r.part)
-        rng = np.random.default_rng([self._seed, self._round, turn, update])
+        rng = np.random.default_rng([self._seed, self._round, 3, turn, update])
         order = np.stack([rng.permutation(r.steps)[: r.trained] for _ in samples])  # [parts, trained]
         parts, columns = np.divmod(process_rows(self._mesh, r.accumulated, r.part), r.part)
         which = samples[parts // r.trained, columns]

@@ -67,7 +67,7 @@ def policy_from(settings: RewardSettings, pipe: DiffusionPipeline) -> Policy:
     """
     height, width = image_size(settings, pipe)
     pipe = pipe.replace(scheduler=DDIMScheduler.from_config(pipe.scheduler))
-    given = {
+    given: dict[str, Any] = {
         "height": height,
         "width": width,
         "num_inference_steps": settings.sample_num_steps,

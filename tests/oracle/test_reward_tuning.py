@@ -50,6 +50,9 @@ def opened(folder: Path, options: RewardSettings) -> tuple[Any, Policy, Any]:
     theirs = twin.open_reference(folder, trainable=trained, device="cpu")
     theirs.scheduler = twin.diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.scheduler.set_timesteps(STEPS)
+    # PyTorch's schedule is a product of a thousand numbers in float32; densities magnify its error.
+    betas = np.linspace(theirs.scheduler.config.beta_start**0.5, theirs.scheduler.config.beta_end**0.5, 1000) ** 2
+    theirs.scheduler.alphas_cumprod = torch.tensor(np.cumprod(1 - betas))
     return pipe, policy_from(options, pipe), theirs
 
 
