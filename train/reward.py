@@ -54,8 +54,9 @@ TRAINED = ("unet",)
 
 def main() -> None:
     args = parse_args()
-    run, model, shown = (settings_from(args, kind) for kind in (RunSettings, ModelSettings, ValidationSettings))
-    settings, lora = settings_from(args, RewardSettings), settings_from(args, LoraSettings)
+    run, model = settings_from(args, RunSettings), settings_from(args, ModelSettings)
+    settings, shown = settings_from(args, RewardSettings), settings_from(args, ValidationSettings)
+    lora = settings_from(args, LoraSettings)
     prompts = prompts_from(settings.prompts, settings_from(args, DataSettings), lines_of)
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run)

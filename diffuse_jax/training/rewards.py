@@ -65,13 +65,8 @@ def reward_from(settings: RewardSettings) -> Reward:
         assert settings.clip_model_path is not None
         return aesthetic(settings.aesthetic_model_path, settings.clip_model_path)
     function = function_from(settings.reward)
-    return Reward(
-        settings.reward, lambda params, images, prompts: function(images, prompts), encode=_encode_of(function)
-    )
-
-
-def _encode_of(function: Any) -> Any:
-    return getattr(function, "encode", None)
+    call = lambda params, images, prompts: function(images, prompts)
+    return Reward(settings.reward, call, encode=getattr(function, "encode", None))
 
 
 def function_from(name: str) -> Callable[..., Any]:
@@ -127,14 +122,15 @@ def aesthetic(path: str | Path, clip: str | Path) -> Reward:
     layers = read_layers(path, network.config.projection_dim)
     edge = network.config.image_size
 
-    def rate(params: Params, images: Any, prompts: Any) -> jax.Array:
+    @jax.jit
+    def rate(params: Params, images: Any) -> jax.Array:
         x = clip_pixels(jnp.asarray(images, jnp.float32), edge)
         x = unit(network.apply({"params": params["clip"]}, x).image_embeds)
         for layer in params["layers"]:
             x = x @ layer["kernel"] + layer["bias"].reshape(1, -1)
         return x[:, 0]
 
-    return Reward("aesthetic", rate, {"clip": params, "layers": layers})
+    return Reward("aesthetic", lambda params, images, prompts: rate(params, images), {"clip": params, "layers": layers})
 
 
 def read_layers(path: str | Path, width: int) -> list[dict[str, np.ndarray]]:

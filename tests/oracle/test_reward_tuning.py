@@ -116,7 +116,7 @@ def test_draft(folder: Path, rng: np.random.Generator) -> None:
         images = theirs.vae.decode(x / theirs.vae.config.scaling_factor).sample
         return -redness(channels_last((images / 2 + 0.5).clamp(0, 1))).mean()
 
-    compared(ours, twin.full_parameters(theirs, ("unet",)), loss, 1e-5)
+    compared(ours, twin.full_parameters(theirs, ("unet",)), loss, 1e-6)
 
 
 def test_ddpo(folder: Path, rng: np.random.Generator) -> None:
@@ -151,4 +151,4 @@ def test_ddpo(folder: Path, rng: np.random.Generator) -> None:
         advantage = torch.tensor(batch["advantage"])
         return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - 1e-3, 1 + 1e-3)).mean()
 
-    compared(ours, twin.low_rank_parameters(theirs, trained.trainable), loss, 1e-5)
+    compared(ours, twin.low_rank_parameters(theirs, trained.trainable), loss, 5e-6)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from diffuse_jax import DiffusionPipeline
 from diffuse_jax.models import UNet2DConditionModel
 from tests.train.helpers import log, numbers, run
-from tests.train.latent_models import save_sd
+from tests.train.latent_models import save_sd, save_sdxl
 
 REDNESS = """
 def redness(images, prompts):
@@ -95,6 +96,20 @@ def test_all_weights_become_a_pipeline(flags: dict[str, Any], tmp_path: Path, mo
         numbers(folder, UNet2DConditionModel, "unet")
         for folder in (flags["pretrained_model_name_or_path"], tmp_path / "out")
     )
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DRAFT, DDPO], ids=["draft", "ddpo"])
+def test_xl_is_tuned_too(
+    method: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_sdxl(tmp_path / "xl", fresh=False)
+    options = {"max_train_steps": 2, "pretrained_model_name_or_path": model}
+    run(monkeypatch, "reward.py", devices=1, **flags | method | options)
+    pipe = DiffusionPipeline.from_pretrained(model)
+    changed = pipe.load_lora_weights(tmp_path / "out")
+    before, after = (jax.tree.leaves(p.params["unet"]) for p in (pipe, changed))
     assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
