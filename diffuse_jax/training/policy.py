@@ -66,7 +66,8 @@ def policy_from(settings: RewardSettings, pipe: DiffusionPipeline) -> Policy:
       ValueError: the model does not have so many steps or this size.
     """
     height, width = image_size(settings, pipe)
-    pipe = pipe.replace(scheduler=DDIMScheduler.from_config(pipe.scheduler))
+    # Latents are not confined to [-1, 1], which is what files of samplers without this option leave to the default.
+    pipe = pipe.replace(scheduler=DDIMScheduler.from_config(pipe.scheduler, clip_sample=False))
     given: dict[str, Any] = {
         "height": height,
         "width": width,
