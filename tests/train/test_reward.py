@@ -27,7 +27,7 @@ LORA = "pytorch_lora_weights.safetensors"
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_sd(tmp_path_factory.mktemp("sd"), fresh=False)
-    # Three evenly spaced steps would go to timestep 1, where a step's noise is tiny and its density hardly says anything.
+    # Other spacings go to timestep 1 before the last step, with so little noise that its density outweighs all others.
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": "trailing"}), encoding="utf-8")
     return folder
