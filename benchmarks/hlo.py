@@ -94,7 +94,7 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, lines = "", "", []
-    for line in text.splitlines():
+    for line in _logical(text):
         if not name and (head := _HEAD.match(line)):
             name, lines = head[2], []
             entry = name if head[1] else entry
@@ -105,6 +105,26 @@ def parse(text: str) -> Program:
     if not entry:
         raise ValueError("no ENTRY computation in the text; give compiled.as_text() of a compiled program")
     return Program(computations, entry)
+
+
+def _logical(text: str) -> Iterator[str]:
+    """The lines, each instruction on one: the settings of some kernels contain line breaks, after which a brace may
+    stand where only the end of a computation has one."""
+    whole, depth = "", 0
+    for line in text.splitlines():
+        if not whole and not _INSTRUCTION.match(line):
+            yield line
+            continue
+        whole, depth = whole + line, depth + _depth(line)
+        if depth <= 0:
+            yield whole
+            whole, depth = "", 0
+
+
+def _depth(line: str) -> int:
+    """How many more braces a line opens than it closes, outside of texts."""
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", line)
+    return bare.count("{") - bare.count("}")
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -214,16 +234,20 @@ def attention_flops(program: Program, lanes: int = 128) -> float:
     for computation in program.computations.values():
         shapes = {one.name: one.shape for one in computation}
         for one in computation:
-            given = [found for name in one.operands if len(found := axes(shapes.get(name, ""))) == 4]
-            if "tpu_custom_call" not in one.target or len(given) < 3:
+            if "tpu_custom_call" not in one.target:
                 continue
-            query, key = given[:2]  # masks and the like come before them, but have other numbers of axes
+            # Masks and the like come before them, but are integers.
+            given = [shape for name in one.operands if (shape := shapes.get(name, "")).startswith(("bf16", "f32"))]
+            given = [found for shape in given if len(found := axes(shape)) >= 3]
+            if len(given) < 3:
+                continue
+            query, key = given[:2]
             called = f"{one.name} {one.operation}"
             products = 4 if "dkv" in called else 3 if "dq" in called else 2
-            batch, heads, rows, depth = query
+            *images_and_heads, rows, depth = query
             padded = -(-depth // lanes) * lanes
             times = sum(n for ran, n in program.executed() if ran is one)
-            total += times * products * 2.0 * batch * heads * rows * key[2] * padded
+            total += times * products * 2.0 * math.prod(images_and_heads) * rows * key[-2] * padded
     return total
 
 

@@ -93,13 +93,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=("step", "memory", "blocks"),
         default=["step"],
         help="step: everything from the whole program at --effort; memory: memory and collectives from the whole "
-        "program at O1; blocks: times from one block of each kind at --effort",
+        "program at --memory-effort; blocks: times from one block of each kind at --effort",
     )
     add(
         "--effort",
         choices=("O0", "O1", "O2", "O3"),
         default="O2",
         help="compiler effort; O1 takes a third of O2's time",
+    )
+    add(
+        "--memory-effort",
+        choices=("O0", "O1", "O2", "O3"),
+        default="O1",
+        help="the same for --by memory",
     )
     add(
         "--maxdiffusion",
@@ -155,7 +161,7 @@ def from_step(
     args: argparse.Namespace, topology: str, model: str, kind: str, chip: Chip, timed: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Memory and collectives of the whole program; unless it is ``timed``, times are left out."""
-    effort = args.effort if timed else "O1"
+    effort = args.effort if timed else args.memory_effort
     jax.config.update("jax_optimization_level", effort)
     step = lower(args, topology, model, kind)
     row = {"flop_ms": 1e3 * step.flops / chip.flops, "has_GiB": chip.hbm, "memory": effort}

@@ -82,6 +82,20 @@ def test_attention_is_counted_with_heads_of_whole_lanes(hlo: ModuleType) -> None
     assert hlo.attention_flops(hlo.parse(TEXT)) == 2 * 2 * 8 * 256 * 384 * 128
 
 
+def test_settings_of_a_kernel_may_have_lines_of_their_own(hlo: ModuleType) -> None:
+    """As those of the splash kernels: what follows them counts, and so do their heads without an axis of images."""
+    call = """%attend = bf16[8,256,40]{2,1,0} custom-call(%ids, %q.3, %k.3, %k.3), custom_call_target="tpu_custom_call", backend_config={"window": {"text": "}}}", "more":
+"block_q": 256
+}}, metadata={op_name="jit(step)/splash_mha_dq/pallas_call"}"""  # noqa: E501
+    lines = TEXT.splitlines()
+    place = next(number for number, line in enumerate(lines) if "%attend" in line)
+    inputs = "  %ids = s32[256,128,1]{2,1,0} parameter(3)\n  %q.3 = bf16[8,256,40]{2,1,0} bitcast(%q)\n"
+    inputs += "  %k.3 = bf16[8,384,40]{2,1,0} bitcast(%k)\n"
+    program = hlo.parse("\n".join((*lines[:place], f"{inputs}  {call}", *lines[place + 1 :])))
+    assert hlo.profile(program) == hlo.profile(hlo.parse(TEXT))
+    assert hlo.attention_flops(program) == 3 * 2 * 8 * 256 * 384 * 128
+
+
 def test_bytes_of_shapes(hlo: ModuleType) -> None:
     assert hlo.size("bf16[2,3]") == 12
     assert hlo.size("(f32[2], s32[], pred[5])") == 8 + 4 + 5

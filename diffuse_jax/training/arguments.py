@@ -87,6 +87,8 @@ def _add_output(parser: Parser) -> None:
         action="store_true",
         help="remove the checkpoints of an older run from the output folder",
     )
+    what = "check everything, compile, take two steps, say what the run needs in memory and time, and write nothing"
+    add("--dry_run", action="store_true", help=what)
     add("--seed", help="determines the order of the data, the noise, the timesteps and caption dropout")
     add("--no_safe_serialization", action=Refused, advice="weights are written as safetensors, which PyTorch reads")
 
@@ -99,6 +101,8 @@ def _add_optimisation(parser: Parser) -> None:
     add("--gradient_accumulation_steps", help="accumulate the gradients of this many batches before each update")
     add("--learning_rate", help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply learning_rate by the number of images per training step")
+    what = "other peak learning rates for parameters whose path a regular expression matches, such as attn2=1e-5"
+    add("--lr_rules", nargs="+", metavar="REGEX=RATE", help=what)
     add("--lr_scheduler", choices=SCHEDULES, help="learning-rate schedule")
     add("--lr_warmup_steps", help="training steps of linear warm-up")
     add("--lr_num_cycles", help="number of cycles of cosine_with_restarts")

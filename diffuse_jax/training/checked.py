@@ -9,7 +9,15 @@ from jax.sharding import Mesh
 
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.cached import check_inputs
-from diffuse_jax.training.data import DataSettings, Source, check_first, source_from, stream_from, warn_of_size
+from diffuse_jax.training.data import (
+    DataSettings,
+    Source,
+    check_first,
+    counts_from,
+    source_from,
+    stream_from,
+    warn_of_size,
+)
 from diffuse_jax.training.families import refuse_settings, trained_family
 from diffuse_jax.training.objective import objective_from
 from diffuse_jax.training.settings import ModelSettings, ObjectiveSettings, RunSettings, ValidationSettings
@@ -63,7 +71,7 @@ def checked_source(
         examples = stream_from(data).count
     else:
         source = source_from(data) if source is None else source
-        examples = len(source) * times
+        examples = sum(counts_from(data, source)) * times
         check_first(data, source)
     check_run(run, mesh, examples, trainable)
     return source

@@ -28,12 +28,16 @@ def inversion_source(settings: InversionSettings, data: DataSettings) -> Source:
       FileNotFoundError: there are no images, or captions are asked for and there are none.
     """
     refuse_other_data(data, "train_data_dir")
-    if not data.train_data_dir:
-        raise ValueError("--train_data_dir is missing: a folder with a few images of what the new word stands for")
+    if len(data.folders) != 1:
+        raise ValueError(
+            "--train_data_dir must be one folder, with a few images of what the new word stands for; got "
+            + (", ".join(map(str, data.folders)) or "none")
+        )
+    (folder,) = data.folders
     if settings.caption_column is not None:
-        return WithPlaceholder(data.train_data_dir, settings.caption_column, settings.placeholder_token)
+        return WithPlaceholder(folder, settings.caption_column, settings.placeholder_token)
     captions = tuple(text.format(settings.placeholder_token) for text in TEMPLATES[settings.learnable_property])
-    return FixedPrompts(data.train_data_dir, captions)
+    return FixedPrompts(folder, captions)
 
 
 def placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[Any, int]:

@@ -27,8 +27,9 @@ from diffuse_jax.training.interruption import BEFORE, Interrupted, Phase, interr
 from diffuse_jax.training.monitor import Monitor, Work
 from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
+from diffuse_jax.training.rehearsal import STEPS, rehearse
 from diffuse_jax.training.settings import Average, RunSettings
-from diffuse_jax.training.start import Counts, begin_run, count_steps, local, restore, to_mesh
+from diffuse_jax.training.start import Counts, begin_run, count_steps, local, restore, starting_point, to_mesh
 from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Images, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
@@ -89,6 +90,7 @@ def fit(
       FloatingPointError: the loss, the gradient or the state is not finite; the message names the step and its batch.
         No checkpoint is written.
       Interrupted: a signal ended the run (a ``SystemExit``).
+      SystemExit: the run was only rehearsed (``dry_run``); the status is 0, or a text that says why it cannot succeed.
     """
     output, alone = Path(run.output_dir), jax.process_count() == 1
     mesh = parse_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -101,10 +103,12 @@ def fit(
         trackers = wanted_trackers(run.trackers.report_to, run.trackers.plot)
         optimizer, rate = optimizer_from(run.optimizer, counts.steps, rows, trainable)
         average = run.ema.average
-        make_repository(run.upload, output)
-        if jax.process_index() == 0:
-            stack.enter_context(claimed(output))
-        folder = begin_run(run)  # may remove an old run, so only after all settings have been checked
+        if not run.dry_run:
+            make_repository(run.upload, output)
+            if jax.process_index() == 0:
+                stack.enter_context(claimed(output))
+        # The beginning of a run may remove an old one, so it comes after all settings have been checked.
+        folder = starting_point(run) if run.dry_run else begin_run(run)
         state = init_state(local(trainable), optimizer, run.ema.use_ema, mesh)
         if folder is not None:
             like = shapes_of(state)
@@ -114,6 +118,13 @@ def fit(
         frozen = put_params(frozen, mesh)
         step = make_step(loss, optimizer, run.seed, average, param_shardings(state, mesh))
         describe(run, counts, mesh, state, frozen, batches)
+        if run.dry_run:
+            stack.callback(getattr(batches, "close", lambda: None))
+            show = None if validate is None else lambda state: validate(trained(state))
+            with interrupted.at_once():
+                found = rehearse(run, mesh, counts, step, state, frozen, batches, compiling, show)
+            say(f"dry run: {STEPS} steps are done, nothing was written\n{found}")
+            raise SystemExit("; ".join(found.problems()) or 0)
         first, last = int(state.step), counts.steps
         saver, profiler = Checkpoints(output, run.checkpoints_total_limit), Profiler(run.profile, output, first)
         config = dict(values_of(run) if config is None else config)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -150,7 +152,7 @@ def make_optimizer(
     rate: optax.Schedule,
     *,
     max_grad_norm: float | None = 1.0,
-    network_rates: Mapping[str, optax.Schedule] | None = None,
+    rates: Mapping[str, optax.Schedule] | None = None,
     **settings: float,
 ) -> optax.GradientTransformation:
     """An optimiser preceded by gradient clipping.
@@ -159,8 +161,8 @@ def make_optimizer(
       name: one of :data:`OPTIMIZERS`.
       rate: the learning rate at each training step.
       max_grad_norm: global norm to which the gradient is clipped; None for no clipping.
-      network_rates: learning rates of individual networks (top-level names in the tree of parameters), which replace
-        ``rate``.
+      rates: learning rates that replace ``rate`` for some of the parameters: those whose path, such as
+        ``unet/conv_in/kernel``, the key matches (a regular expression, searched for); the first match counts.
       **settings: ``beta1``, ``beta2``, ``weight_decay``, ``epsilon``; the optimiser's defaults if omitted.
 
     Raises:
@@ -168,15 +170,24 @@ def make_optimizer(
     """
     one_of(OPTIMIZERS, optimizer=name)
     optimizer = OPTIMIZERS[name](rate, **settings)
-    if network_rates:
-        parts = {network: OPTIMIZERS[name](own, **settings) for network, own in network_rates.items()}
-        optimizer = optax.multi_transform({**parts, "others": optimizer}, functools.partial(_labels, parts))
+    if rates:
+        parts = {f"rate_{n}": OPTIMIZERS[name](own, **settings) for n, own in enumerate(rates.values())}
+        optimizer = optax.multi_transform({**parts, OTHERS: optimizer}, functools.partial(labels, tuple(rates)))
     return optimizer if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
-def _labels(separate: Collection[str], params: Mapping[str, Any]) -> dict[str, str]:
-    """The label of each network's optimiser."""
-    return {network: network if network in separate else "others" for network in params}
+OTHERS = "others"
+"""The label of parameters that no pattern matches."""
+
+
+def labels(patterns: Sequence[str], params: Any) -> Any:
+    """The label of every parameter: ``rate_0`` if the first pattern matches its path, and so on, or ``others``."""
+
+    def label(path: Any, _: Any) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return next((f"rate_{n}" for n, pattern in enumerate(patterns) if re.search(pattern, name)), OTHERS)
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -193,8 +204,24 @@ def check_rates(settings: OptimizerSettings, trained: Iterable[str]) -> None:
         raise ValueError(f"--text_encoder_lr {settings.text_encoder_lr:g} has no effect without --train_text_encoder")
 
 
+def check_rules(patterns: Sequence[str], params: Any) -> None:
+    """Refuse a pattern of ``lr_rules`` that is no parameter's first match.
+
+    Raises:
+      ValueError: there is one; the message names paths of parameters.
+    """
+    found = {*jax.tree.leaves(labels(patterns, params))} if patterns else set()
+    for n, pattern in enumerate(patterns):
+        if f"rate_{n}" not in found:
+            paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
+            raise ValueError(
+                f"--lr_rules: {pattern!r} applies to no parameter (the first rule that matches counts); trained are, "
+                f"for example, {', '.join(paths[:: max(1, len(paths) // 3)][:3])}"
+            )
+
+
 def optimizer_from(
-    settings: OptimizerSettings, steps: int, images: int, trained: Collection[str] = ()
+    settings: OptimizerSettings, steps: int, images: int, trained: Any = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of a run, and its learning rate (that of the networks without a separate one).
 
@@ -202,10 +229,10 @@ def optimizer_from(
       settings: the settings of the optimiser.
       steps: total number of training steps.
       images: number of images per training step, for ``scale_lr``.
-      trained: names of the trained networks.
+      trained: the trained parameters by network, or their shapes.
 
     Raises:
-      ValueError: the warm-up is longer than the run, or a rate is set for text encoders that are not trained.
+      ValueError: the warm-up is longer than the run, or a rate is set for parameters that are not trained.
     """
     scale = images if settings.scale_lr else 1
 
@@ -213,13 +240,14 @@ def optimizer_from(
         shape = {"cycles": settings.lr_num_cycles, "power": settings.lr_power, "rules": settings.lr_step_rules}
         return learning_rate(settings.lr_scheduler, peak * scale, settings.lr_warmup_steps, steps, **shape)  # type: ignore[arg-type]
 
-    rate, network_rates = rate_up_to(settings.learning_rate), {}
+    check_rates(settings, trained)
+    peaks = dict(settings.rates)
     if settings.text_encoder_lr is not None:
-        check_rates(settings, trained)
-        network_rates = dict.fromkeys(TEXT_ENCODERS, rate_up_to(settings.text_encoder_lr))
+        peaks.setdefault(f"^({'|'.join(TEXT_ENCODERS)})/", settings.text_encoder_lr)
+    check_rules(tuple(settings.rates), trained)
+    rate = rate_up_to(settings.learning_rate)
     wanted = {name: getattr(settings, f"adam_{name}") for name in ("beta1", "beta2", "weight_decay", "epsilon")}
     given = {name: value for name, value in wanted.items() if value is not None}
-    optimizer = make_optimizer(
-        settings.optimizer, rate, max_grad_norm=settings.max_grad_norm, network_rates=network_rates, **given
-    )
+    rates = {pattern: rate_up_to(peak) for pattern, peak in peaks.items()}
+    optimizer = make_optimizer(settings.optimizer, rate, max_grad_norm=settings.max_grad_norm, rates=rates, **given)
     return optimizer, rate

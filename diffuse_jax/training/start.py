@@ -101,7 +101,8 @@ def check_run(run: RunSettings, mesh: Mesh, examples: int | None, trainable: Any
         position_of(folder)
         if (number := step_of(folder)) is not None:
             check_steps(folder, number, steps)
-    make_repository(run.upload, run.output_dir)
+    if not run.dry_run:
+        make_repository(run.upload, run.output_dir)
 
 
 def position_of(folder: Path) -> Position:

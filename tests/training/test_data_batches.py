@@ -51,6 +51,56 @@ def test_a_batch_holds_images_and_their_captions(tmp_path: Path) -> None:
     batches.close()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (3, 6)), (["--data_repeats", "3", "1"], (9, 6)), (["--data_weights", "0.5", "1.5"], (2, 7))],
+)
+def test_several_folders_are_mixed(tmp_path: Path, words: list[str], expected: tuple[int, int]) -> None:
+    folders = [str(image_folder(tmp_path / name, count)) for name, count in (("a", 3), ("b", 6))]
+    batches = batches_from(flags("--train_data_dir", *folders, *words), per_device(1), mesh(), finish)
+    total = sum(expected)
+    assert batches.total == total
+    for _ in range(2):
+        names = []
+        for _ in range(total):
+            batch = next(batches)
+            names += batches.names
+            np.testing.assert_array_equal(batch["pixels"][:, 0, 0, 0], batch["caption"])
+        assert tuple(sum(name.startswith(folder + "/") for name in names) for folder in folders) == expected
+    batches.close()
+
+
+def test_buckets_have_the_repeats_of_folders(tmp_path: Path) -> None:
+    folders = [str(image_folder(tmp_path / name, 4, [(8, 8), (8, 16)])) for name in "ab"]
+    line = ["--aspect_ratio_buckets", "--bucket_step", "4", "--data_cache_dir", str(tmp_path / "cache")]
+    data = flags("--train_data_dir", *folders, "--data_repeats", "2", "1", *line)
+    batches, names = batches_from(data, per_device(2), mesh(), finish), []
+    for _ in range(6):
+        next(batches)
+        names += batches.names
+    counts = [sum(name.startswith(folder + "/") for name in names) for folder in folders]
+    assert counts == [8, 4]
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--train_data_dir a b --data_repeats 2", "--data_repeats 2 must have one number for each folder .* names 2"),
+        ("--dataset_name a --data_repeats 2", "--data_repeats 2 must have one number for each folder .* names 0"),
+        ("--train_data_dir a b --data_repeats 2 0", "--data_repeats must be at least 1, got 2 0"),
+        ("--train_data_dir a b --data_weights 2 -1", "--data_weights must be positive and finite, got 2.0 -1.0"),
+        ("--train_data_dir a b --data_weights 2 inf", "--data_weights must be positive and finite, got 2.0 inf"),
+        ("--train_data_dir a b --data_weights 2 1 --data_repeats 1 1", "give one of them"),
+        ("--train_data_dir a b --data_weights 2 1 --aspect_ratio_buckets --resolution 64", "use --data_repeats"),
+        ("--train_data_dir a b --data_repeats 2 1 --max_train_samples 3", "leave out --data_repeats"),
+    ],
+)
+def test_impossible_shares_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flags(*words.split())
+
+
 def test_positions_are_restored_exactly_and_prefetched_batches_are_not_lost(tmp_path: Path) -> None:
     data = flags("--train_data_dir", str(image_folder(tmp_path, 10, [(9, 20)])), "--random_flip")
     batches = batches_from(data, per_device(3), mesh(), finish)

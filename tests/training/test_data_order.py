@@ -8,7 +8,7 @@ import pytest
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.data.buckets import bucket_sizes
 from diffuse_jax.training.data.loader import process_rows
-from diffuse_jax.training.data.order import Bucketed, Plain
+from diffuse_jax.training.data.order import Bucketed, Mixed, Plain, shares
 
 
 @pytest.mark.parametrize(("size", "total"), [(4, 10), (16, 5)])
@@ -40,6 +40,29 @@ def test_buckets_are_visited_evenly_and_not_mixed() -> None:
     np.testing.assert_array_equal(order(4 * 17).indices, batches[17].indices)
     sizes = [size for _, size in batches]
     assert sizes[:40] != sorted(sizes[:40]), "buckets alternate"
+
+
+def test_data_sets_have_their_shares_of_every_epoch() -> None:
+    """And within each, all rows are seen equally often."""
+    order = Mixed(0, lengths=(4, 6, 10), counts=(12, 6, 5), batch_size=5)
+    assert order.total == 23
+    rows = np.concatenate([order(5 * n).indices for n in range(23 * 8)])  # 40 epochs
+    sets = np.digitize(rows, (4, 10))
+    for epoch in sets.reshape(40, 23):
+        np.testing.assert_array_equal(np.bincount(epoch), (12, 6, 5))
+    assert any(tuple(sets[:23]) != tuple(sets[23 * n : 23 * (n + 1)]) for n in range(40)), "in another order"
+    np.testing.assert_array_equal(np.bincount(rows), [120] * 4 + [40] * 6 + [20] * 10)
+    np.testing.assert_array_equal(np.sort(rows[sets == 2][:10]), np.arange(10, 20), "all before one comes again")
+    again = Mixed(0, order.lengths, order.counts, batch_size=7)
+    np.testing.assert_array_equal(again(5 * 11).indices, rows[55:62], "the batch size does not matter")
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "expected"),
+    [((1, 1), 10, (5, 5)), ((0.8, 0.2), 13, (10, 3)), ((1, 1, 1), 10, (4, 3, 3)), ((1e6, 1), 10, (9, 1))],
+)
+def test_shares_are_whole_numbers(weights: tuple[float, ...], total: int, expected: tuple[int, ...]) -> None:
+    assert shares(weights, total) == expected
 
 
 def test_bucket_sizes() -> None:

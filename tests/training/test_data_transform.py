@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffuse_jax.control_images import canny
+from diffuse_jax.training.data.settings import CacheSettings, DataSettings
+from diffuse_jax.training.data.tags import TagSettings
 from diffuse_jax.training.data.transform import Record, Transform, cover, decode, image_size
 
 from .data_sets import flat_image, png
@@ -144,3 +148,54 @@ def test_files_without_an_image_and_images_too_large_are_named(
     for damaged in (b"", b"no image", png(flat_image(3, 40, 40))):
         with pytest.raises(ValueError, match="key7 in a.tar is not a readable image"):
             read(Record(damaged, ("",), "key7 in a.tar"))
+
+
+TAGS = "emoji, cat face , noto,  smiling, yellow, round"
+
+
+def captions(count: int, **tags: Any) -> list[str]:
+    """The caption of this many examples, all of one record."""
+    transform = Transform(8, pixels=False, tags=TagSettings(**tags))
+    return [transform(Record("a.png", (TAGS,), "a.png"), 0, position).caption for position in range(count)]
+
+
+def test_tags_are_shuffled_after_those_that_stay() -> None:
+    found = captions(200, shuffle_tags=True, keep_tags=2)
+    assert found == captions(200, shuffle_tags=True, keep_tags=2), "the same in every run"
+    assert all(caption.startswith("emoji, cat face, ") for caption in found)
+    assert {frozenset(caption.split(", ")) for caption in found} == {frozenset(re.split(" *, *", TAGS))}
+    assert len({*found}) == 24, "all orders of four tags"
+
+
+def test_tags_are_left_out() -> None:
+    found = captions(2000, tag_dropout=0.25, keep_tags=1)
+    assert all(caption.split(", ")[0] == "emoji" for caption in found)
+    for tag in ("cat face", "round"):
+        assert np.mean([tag in caption for caption in found]) == pytest.approx(0.75, abs=0.04)
+    order = re.split(" *, *", TAGS)
+    assert all((kept := caption.split(", ")) == sorted(kept, key=order.index) for caption in found)
+    assert {*captions(3, tag_dropout=1.0)} == {""}
+
+
+def test_captions_without_tags_stay_as_they_are() -> None:
+    assert {*captions(3)} == {TAGS}
+    assert {*captions(50, shuffle_tags=True, tag_separator="|")} == {TAGS}, "one tag"
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"tag_dropout": 1.5}, "tag_dropout"),
+        ({"keep_tags": -1, "shuffle_tags": True}, "keep_tags"),
+        ({"keep_tags": 1}, "--keep_tags 1 has no effect without --shuffle_tags or --tag_dropout"),
+        ({"tag_separator": " ", "shuffle_tags": True}, "--tag_separator must have a character that is not blank"),
+    ],
+)
+def test_impossible_tags_are_refused(tags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TagSettings(**tags)
+
+
+def test_captions_that_change_are_not_stored() -> None:
+    with pytest.raises(ValueError, match="leave out --shuffle_tags and --tag_dropout"):
+        DataSettings(tags=TagSettings(shuffle_tags=True), caches=CacheSettings(cache_text_embeddings=True))

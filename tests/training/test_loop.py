@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -236,3 +237,51 @@ def test_traces_on_request(tmp_path: Path) -> None:
     found = {p.name for p in (tmp_path / "profile").rglob("*") if p.is_file()}
     assert {"memory_initial.prof", "memory_final.prof"} <= found
     assert any(name.endswith(".xplane.pb") for name in found)
+
+
+def rehearsed(args: Any, code: int | str = 0, **options: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_line(args, **options)
+    assert ended.value.code == code
+
+
+def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, validated = tmp_path / "run", []
+    flags = {"output_dir": folder, "max_train_steps": 1000, "checkpointing_steps": 100, "validation_steps": 10}
+    rehearsed(arguments("--dry_run", **flags), validate=validated.append)
+    assert not folder.exists()
+    assert len(validated) == 1
+    text = capsys.readouterr().err
+    assert "steps                    0 to 1,000" in text
+    for word in ("compiling", "one step", "waiting for data", "one validation", "the whole run", "10 of 0.00 MiB each"):
+        assert word in text
+
+
+def test_a_dry_run_takes_the_steps_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those after a checkpoint, which stays as it is."""
+    flags = {"output_dir": tmp_path, "checkpointing_steps": 2}
+    train_line(arguments(max_train_steps=4, **flags))
+    losses = [record["loss"] for record in records(tmp_path)]
+    for words, expected in (([], losses[:2]), (["--resume_from_checkpoint", "checkpoint-2"], losses[2:])):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        capsys.readouterr()
+        line = ["--overwrite_output_dir"] * (not words)
+        rehearsed(arguments("--dry_run", *line, *words, max_train_steps=4, **flags))
+        assert f"loss                     {', '.join(f'{loss:.4g}' for loss in expected)}" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="checkpoint-5"):
+        train_line(
+            arguments("--dry_run", output_dir=tmp_path, max_train_steps=9, resume_from_checkpoint="checkpoint-5")
+        )
+
+
+def test_a_dry_run_finds_that_a_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    why = "the checkpoints need more space than is free; keep fewer: --checkpoints_total_limit"
+    flags = {"output_dir": tmp_path, "max_train_steps": 1000, "checkpointing_steps": 100}
+    rehearsed(arguments("--dry_run", **flags), why)

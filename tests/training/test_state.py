@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, learning_rate, make_optimizer
-from diffuse_jax.training.settings import Average
+from diffuse_jax.training.optimizer import DECAY_SHARE, OPTIMIZERS, learning_rate, make_optimizer, optimizer_from
+from diffuse_jax.training.settings import Average, OptimizerSettings
 from diffuse_jax.training.settings.run import SCHEDULES
 from diffuse_jax.training.state import TrainState, ema_rate, init_state, make_step
 
@@ -120,13 +120,46 @@ def test_weights_decay_by_the_rate(name: str) -> None:
     np.testing.assert_allclose(updates["w"], -0.1 * 0.01 * 2.0, rtol=1e-5)
 
 
-def test_a_network_may_have_a_separate_learning_rate() -> None:
+def test_some_parameters_may_have_a_separate_learning_rate() -> None:
     """Adam's first update has the size of the rate, whatever the gradient; clipping still uses all gradients."""
-    optimizer = make_optimizer("adamw", lambda _: 0.1, network_rates={"text_encoder": lambda _: 0.01}, weight_decay=0.0)
-    params = {"unet": {"w": jnp.ones(3)}, "text_encoder": {"w": jnp.ones(3)}}
+    rates = {"^text_encoder/": lambda _: 0.01, "attn2": lambda _: 0.001, "unet/.*/to_k": lambda _: 0.5}
+    optimizer = make_optimizer("adamw", lambda _: 0.1, rates=rates, weight_decay=0.0)
+    params = {"unet": {"w": jnp.ones(3), "attn2": {"to_k": jnp.ones(3)}}, "text_encoder": {"w": jnp.ones(3)}}
     updates, _ = optimizer.update(jax.tree.map(lambda x: 5 * x, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["unet"]["w"], -0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["unet"]["attn2"]["to_k"], -0.001, rtol=1e-5)
     np.testing.assert_allclose(updates["text_encoder"]["w"], -0.01, rtol=1e-5)
+
+
+def test_rules_of_a_run_give_learning_rates() -> None:
+    params = {"unet": {"conv": jnp.ones(3), "attn2": jnp.ones(3)}, "text_encoder": {"w": jnp.ones(3)}}
+    settings = OptimizerSettings(
+        learning_rate=0.1, text_encoder_lr=0.01, lr_rules=("attn2=1e-3",), adam_weight_decay=0.0, max_grad_norm=None
+    )
+    optimizer, rate = optimizer_from(settings, 10, 1, params)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert float(rate(0)) == pytest.approx(0.1)
+    for value, expected in zip(leaves(updates), (-0.01, -0.001, -0.1), strict=True):  # by name
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (("attn2",), r"'attn2' must be REGEX=RATE"),
+        (("attn2=fast",), r"'attn2=fast' must be REGEX=RATE"),
+        (("=1e-3",), r"'=1e-3' must be REGEX=RATE"),
+        (("attn[=1e-3",), r"'attn\[=1e-3' must be REGEX=RATE"),
+        (("attn2=-1",), r"'attn2=-1' must be REGEX=RATE"),
+        (("attn2=nan",), r"'attn2=nan' must be REGEX=RATE"),
+        (("attn2=1", "attn2=2"), r"two rates for 'attn2', 1 and 2"),
+        (("attn3=1",), r"'attn3' applies to no parameter .* unet/attn2, unet/conv"),
+        (("unet=1", "attn2=2"), r"'attn2' applies to no parameter \(the first rule"),
+    ],
+)
+def test_rules_without_sense_are_refused(rules: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimizer_from(OptimizerSettings(lr_rules=rules), 10, 1, {"unet": {"conv": jnp.ones(3), "attn2": jnp.ones(3)}})
 
 
 def test_unknown_optimizer_is_refused() -> None:

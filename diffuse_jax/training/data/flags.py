@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.training.data.settings import CacheSettings, DataSettings, ImageSettings
+from diffuse_jax.training.data.tags import TagSettings
 from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 from diffuse_jax.training.flags import Parser, settings_from
 
@@ -29,7 +30,11 @@ def add_data(
       defaults: defaults that differ from those of the settings.
     """
     add = parser.group("data", DataSettings, CacheSettings)
-    add("--train_data_dir", help="image folder; captions in metadata.jsonl")
+    add("--train_data_dir", nargs="+", metavar="FOLDER", help="image folder, or several; captions in metadata.jsonl")
+    what = "how often an epoch has the images of each of these folders"
+    add("--data_repeats", nargs="+", type=int, metavar="N", help=what)
+    what = "shares of these folders among the examples, such as 0.8 0.2; proportional to their images if omitted"
+    add("--data_weights", nargs="+", type=float, metavar="X", help=what)
     add("--dataset_name", help="data set on the Hub, or a local folder that `datasets` can read")
     add("--dataset_config_name", help="configuration of that data set")
     add("--train_shards", nargs="+", help='.tar (WebDataset) or .array_record files: "a-{000..127}.tar"')
@@ -41,6 +46,7 @@ def add_data(
     if captions:
         add("--caption_column", help="column of the caption, or of a list of captions of which one is chosen at random")
         add("--proportion_empty_prompts", help="fraction of captions replaced by the empty string")
+        _add_tags(parser)
     add("--max_train_samples", help="use a random subset of this many images, determined by --seed")
     add("--dataloader_num_workers", help="number of processes that prepare batches; 0 uses threads of this process")
     if caches:
@@ -69,6 +75,17 @@ def add_data(
     add("--bucket_step", help="sides of the buckets are multiples of this")
     add("--bucket_max_aspect", help="largest ratio of the longer to the shorter side of a bucket")
     parser.set_defaults(**defaults)
+
+
+def _add_tags(parser: Parser) -> None:
+    """Add the flags of captions that are lists of tags; the second names are those of Kohya's scripts."""
+    add = parser.group("data", TagSettings)
+    what = "captions are lists of tags: put them into another order each time"
+    add("--shuffle_tags", "--shuffle_caption", action="store_true", help=what)
+    add("--tag_dropout", "--caption_tag_dropout_rate", help="probability of leaving out each tag of a caption")
+    what = "number of tags at the beginning that are neither moved nor left out"
+    add("--keep_tags", "--keep_tokens", help=what)
+    add("--tag_separator", "--caption_separator", help="what stands between two tags")
 
 
 def add_conditioning(parser: Parser) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffuse_jax.training.batches import Batch
-from diffuse_jax.training.data.order import Bucketed, Plain
+from diffuse_jax.training.data.order import Bucketed, Mixed, Plain
 from diffuse_jax.training.data.sources import Source
 from diffuse_jax.training.data.transform import Example, Transform
 from diffuse_jax.training.data.workers import in_turns
@@ -35,7 +35,7 @@ class Maker:
 
     source: Source
     transform: Transform
-    order: Plain | Bucketed
+    order: Plain | Bucketed | Mixed
     rows: np.ndarray
     finish: Finish
     first: int = 0
@@ -66,7 +66,7 @@ class Loader:
 
     def __init__(self, maker: Maker, workers: int = 0) -> None:
         self.names: Sequence[str] = ()
-        self.total = len(maker.source)
+        self.total = maker.order.total
         self._maker, self._workers = maker, workers
         self._position = 0
         self._iterator: Generator[Any, None, None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,10 @@ from diffuse_jax.training.data import hub
 from diffuse_jax.training.data.buckets import assign, bucket_sizes
 from diffuse_jax.training.data.hub import Stream
 from diffuse_jax.training.data.loader import Finish, Loader, Maker, process_rows
-from diffuse_jax.training.data.order import Bucketed, Plain
+from diffuse_jax.training.data.order import Bucketed, Mixed, Plain, shares
 from diffuse_jax.training.data.settings import DataSettings, ImageSettings
 from diffuse_jax.training.data.shards import shard_source
-from diffuse_jax.training.data.sources import FolderSource, Source, sample
+from diffuse_jax.training.data.sources import FolderSource, Joined, Source, sample
 from diffuse_jax.training.data.transform import Size, Transform
 from diffuse_jax.training.settings import BatchSettings
 
@@ -87,12 +88,36 @@ def source_from(data: DataSettings) -> Source:
         table = hub.load(str(data.dataset_name), data.dataset_config_name, cache_dir=data.cache_dir)
         source = hub.TableSource(table, *columns)
     else:
-        assert data.train_data_dir  # check_named
-        if data.load_from_disk:
-            source = hub.TableSource(hub.load_saved(data.train_data_dir), *columns)
-        else:
-            source = FolderSource(data.train_data_dir, data.caption_column, data.conditioning_image_column)
+        opened = [_folder(data, folder) for folder in data.folders]
+        source = opened[0] if len(opened) == 1 else Joined(opened)
     return source if data.max_train_samples is None else sample(source, data.max_train_samples, data.seed)
+
+
+def _folder(data: DataSettings, folder: str | Path) -> Source:
+    """One folder of ``train_data_dir``."""
+    if data.load_from_disk:
+        columns = data.image_column, data.caption_column, data.conditioning_image_column
+        return hub.TableSource(hub.load_saved(folder), *columns)
+    return FolderSource(folder, data.caption_column, data.conditioning_image_column)
+
+
+def counts_from(data: DataSettings, source: Source) -> tuple[int, ...]:
+    """The number of examples of each data set of a source in an epoch."""
+    lengths: tuple[int, ...] = getattr(source, "lengths", (len(source),))
+    if data.data_repeats is not None:
+        return tuple(length * times for length, times in zip(lengths, data.data_repeats, strict=True))
+    return lengths if data.data_weights is None else shares(data.data_weights, sum(lengths))
+
+
+def order_from(data: DataSettings, source: Source, rows: int) -> Plain | Bucketed | Mixed:
+    """The rows of each batch of ``rows`` examples, with the buckets and shares of the settings."""
+    counts, lengths = counts_from(data, source), getattr(source, "lengths", (len(source),))
+    buckets = buckets_from(data, source)
+    if buckets is not None:
+        times = np.repeat(np.array(counts) // np.array(lengths), lengths)
+        members = [np.repeat(members, times[members]) for _, members in buckets]
+        return Bucketed(data.seed, members, [size for size, _ in buckets], rows)
+    return Plain(data.seed, len(source), rows) if counts == lengths else Mixed(data.seed, lengths, counts, rows)
 
 
 def stream_from(data: DataSettings) -> Stream:
@@ -120,6 +145,7 @@ def transform_from(data: DataSettings, *, crop_size: int | None = None, pixels: 
         interpolation=data.images.image_interpolation_mode,
         empty_share=data.proportion_empty_prompts,
         dropout=data.conditioning_dropout_prob,
+        tags=data.tags,
         pixels=pixels,
         conditioning=data.conditioning,
         seed=data.seed,
@@ -171,11 +197,8 @@ def batches_from(
     if data.streaming and source is None:
         return _streamed(data, batch, mesh, transform, finish, mine)
     source = source_from(data) if source is None else source
-    check_batch(batch, mesh, len(source))
-    buckets = buckets_from(data, source)
-    order: Plain | Bucketed = Plain(data.seed, len(source), rows)
-    if buckets is not None:
-        order = Bucketed(data.seed, [members for _, members in buckets], [size for size, _ in buckets], rows)
+    order = order_from(data, source, rows)
+    check_batch(batch, mesh, order.total)
     return Loader(Maker(source, transform, order, mine, finish), data.dataloader_num_workers)
 
 

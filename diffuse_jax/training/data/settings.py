@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, THIRD
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
+from diffuse_jax.training.data.tags import TagSettings
 from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 
 
@@ -70,7 +72,10 @@ class DataSettings(Checked):
     provides its own source.
 
     Attributes:
-      train_data_dir: image folder; captions in ``metadata.jsonl``.
+      train_data_dir: image folder, or several; captions in ``metadata.jsonl``.
+      data_repeats: how often an epoch has the images of each folder; once if None.
+      data_weights: the share of each folder among the examples, as positive numbers of any sum; None for shares
+        proportional to the images.
       dataset_name: data set on the Hub, or a local folder that ``datasets`` can read.
       dataset_config_name: configuration of that data set.
       train_shards: ``.tar`` (WebDataset) or ``.array_record`` files, such as ``("a-{000..127}.tar",)``.
@@ -92,6 +97,7 @@ class DataSettings(Checked):
       dataloader_num_workers: number of processes that prepare batches; 0 for threads of this process.
       cache_dir: where data sets from the Hub are stored; the default folder of ``datasets`` if None.
       seed: determines the order of the examples, and how they are cropped, mirrored and captioned.
+      tags: how captions that are lists of tags are changed.
       images: size and cropping of the images.
       caches: what is computed in advance.
 
@@ -99,7 +105,9 @@ class DataSettings(Checked):
       ValueError: a value is out of range, or two settings exclude each other.
     """
 
-    train_data_dir: str | Path | None = None
+    train_data_dir: str | Path | tuple[str | Path, ...] | None = None
+    data_repeats: tuple[int, ...] | None = None
+    data_weights: tuple[float, ...] | None = None
     dataset_name: str | Path | None = None
     dataset_config_name: str | None = None
     train_shards: tuple[str | Path, ...] | None = None
@@ -116,12 +124,14 @@ class DataSettings(Checked):
     dataloader_num_workers: Annotated[int, NATURAL] = 0
     cache_dir: str | Path | None = None
     seed: Annotated[int, SEED] = 0
+    tags: TagSettings = field(default_factory=TagSettings)
     images: ImageSettings = field(default_factory=ImageSettings)
     caches: CacheSettings = field(default_factory=CacheSettings)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(CONDITIONS, conditioning=self.conditioning)
+        self._check_shares()
         if self.conditioning is not None and self.conditioning_image_column is not None:
             raise ValueError(
                 f"--conditioning {self.conditioning} computes the control images; leave out "
@@ -129,6 +139,10 @@ class DataSettings(Checked):
             )
         if self.caches.cache_latents and self.images.random_flip:
             raise ValueError("--cache_latents stores one version of each image; leave out --random_flip")
+        if self.caches.cache_text_embeddings and self.tags.changes:
+            raise ValueError(
+                "--cache_text_embeddings stores one version of each caption; leave out --shuffle_tags and --tag_dropout"
+            )
         everything = {
             "aspect_ratio_buckets": self.images.aspect_ratio_buckets,
             "cache_latents": self.caches.cache_latents,
@@ -137,3 +151,29 @@ class DataSettings(Checked):
         for name, wanted in everything.items():
             if self.streaming and wanted:
                 raise ValueError(f"--{name} has to see all images before training; leave out --streaming")
+
+    @property
+    def folders(self) -> tuple[str | Path, ...]:
+        """The folders that ``train_data_dir`` names."""
+        if not self.train_data_dir:
+            return ()
+        return self.train_data_dir if isinstance(self.train_data_dir, tuple) else (self.train_data_dir,)
+
+    def _check_shares(self) -> None:
+        for name, what in (("data_repeats", "at least 1"), ("data_weights", "positive and finite")):
+            if (values := getattr(self, name)) is None:
+                continue
+            words = " ".join(map(str, values))
+            if len(values) != len(self.folders):
+                raise ValueError(
+                    f"--{name} {words} must have one number for each folder of --train_data_dir, which names "
+                    f"{len(self.folders)}"
+                )
+            if not all(0 < value < math.inf for value in values):
+                raise ValueError(f"--{name} must be {what}, got {words}")
+            if self.max_train_samples is not None:
+                raise ValueError(f"--max_train_samples chooses from all images alike; leave out --{name}")
+        if self.data_weights is not None and self.data_repeats is not None:
+            raise ValueError("--data_repeats and --data_weights both set the shares of the folders; give one of them")
+        if self.data_weights is not None and self.images.aspect_ratio_buckets:
+            raise ValueError("--data_weights cannot be kept within buckets; use --data_repeats")

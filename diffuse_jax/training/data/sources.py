@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -239,6 +241,26 @@ def captions_of(row: dict[str, Any], column: str | None, where: str) -> tuple[st
     if any(map(SURROGATE.search, texts)):
         raise ValueError(f"{where}: {column!r} is not valid Unicode (half of a surrogate pair), got {value!r}")
     return texts
+
+
+class Joined:
+    """The rows of several sources, one after the other.
+
+    Attributes:
+      lengths: the number of rows of each.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources, self.lengths = tuple(sources), tuple(map(len, sources))
+        self._ends = list(itertools.accumulate(self.lengths))
+        self.fingerprint = fingerprint("joined", [source.fingerprint for source in sources])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        which = bisect.bisect_right(self._ends, index)
+        return self._sources[which][index - self._ends[which] + self.lengths[which]]
 
 
 class Part:

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from diffuse_jax import images
+from diffuse_jax.training.data.tags import TagSettings
 
-ORDER, CHOICES, SUBSET, WINDOW, BUCKETS = range(5)
+ORDER, CHOICES, SUBSET, WINDOW, BUCKETS, TAGS, SETS = range(7)
 """Purposes of random streams; part of the seed, so that the streams are independent."""
 
 CONDITIONS = ("canny", "blur")
@@ -85,6 +86,7 @@ class Transform:
       empty_share: fraction of captions replaced by "".
       dropout: probability of dropping the caption alone, of dropping the control image alone, and of dropping both
         (Brooks et al. 2023, section 3.2.1); at most 1/3.
+      tags: how captions that are lists of tags are changed.
       pixels: False skips reading images, for latents from a cache.
       conditioning: one of ``CONDITIONS``, which makes the control image from the cropped image; None takes that of the
         record.
@@ -98,6 +100,7 @@ class Transform:
     interpolation: str = "bilinear"
     empty_share: float = 0.0
     dropout: float = 0.0
+    tags: TagSettings = dataclasses.field(default_factory=TagSettings)
     pixels: bool = True
     conditioning: str | None = None
     seed: int = 0
@@ -116,9 +119,9 @@ class Transform:
         empty = dropped < max(self.empty_share, 2 * self.dropout)
         number = -1 if empty else int(which * len(record.captions))
         example = self._example(record, index, number, place, self.random_flip and mirrored < 0.5, size)
-        if not self.dropout:
-            return example
-        return dataclasses.replace(example, keeps_conditioning=not self.dropout <= dropped < 3 * self.dropout)
+        caption = self.tags.arrange(example.caption, np.random.default_rng([self.seed, TAGS, position]))
+        kept = not self.dropout <= dropped < 3 * self.dropout if self.dropout else None
+        return dataclasses.replace(example, caption=caption, keeps_conditioning=kept)
 
     def fixed(self, record: Record, index: int, size: Size | None = None) -> Example:
         """The example without randomness: the centre crop of the image, not mirrored, with the first caption."""

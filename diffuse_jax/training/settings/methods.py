@@ -138,6 +138,8 @@ class AdapterSettings(BesideSettings):
 
 OTHER_DATA = (
     "train_data_dir",
+    "data_repeats",
+    "data_weights",
     "dataset_name",
     "dataset_config_name",
     "train_shards",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,6 +69,7 @@ class OptimizerSettings(Checked):
       learning_rate: the peak learning rate.
       scale_lr: multiply the learning rate by the number of images per training step.
       text_encoder_lr: the peak learning rate of trained text encoders; ``learning_rate`` if None.
+      lr_rules: peak learning rates of some of the parameters, each as ``"REGEX=RATE"``; see :attr:`rates`.
       lr_scheduler: one of :data:`SCHEDULES`, described at
         :func:`~diffuse_jax.training.optimizer.learning_rate`.
       lr_warmup_steps: number of training steps of linear warm-up.
@@ -86,6 +89,7 @@ class OptimizerSettings(Checked):
     learning_rate: Annotated[float, NONNEGATIVE] = 1e-4
     scale_lr: bool = False
     text_encoder_lr: Annotated[float, NONNEGATIVE] | None = None
+    lr_rules: tuple[str, ...] | None = None
     lr_scheduler: str = "constant"
     lr_warmup_steps: Annotated[int, NATURAL] = 500
     lr_num_cycles: Annotated[int, COUNT] = 1
@@ -104,6 +108,29 @@ class OptimizerSettings(Checked):
         for name in ("learning_rate", "text_encoder_lr"):
             if (rate := getattr(self, name)) is not None and rate < SMALLEST_RATE:
                 warn(f"{name} is {rate:g}: the parameters that it applies to will not change")
+        _ = self.rates  # which checks them
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The peak learning rate of the parameters whose path, such as ``unet/down_blocks_0/resnets_0/conv1/kernel``,
+        contains a match of the regular expression; the first that matches counts."""
+        found: dict[str, float] = {}
+        for rule in self.lr_rules or ():
+            pattern, _, text = rule.rpartition("=")
+            try:
+                rate = float(text)
+                re.compile(pattern)
+            except (ValueError, re.error):
+                rate = -1.0
+            if not pattern or not 0 <= rate < math.inf:
+                raise ValueError(
+                    f"--lr_rules {rule!r} must be REGEX=RATE, such as 'attn2=1e-5': a regular expression and a finite "
+                    "number of at least 0"
+                )
+            if pattern in found:
+                raise ValueError(f"--lr_rules has two rates for {pattern!r}, {found[pattern]:g} and {rate:g}")
+            found[pattern] = rate
+        return found
 
 
 def check_warmup(name: str, warmup: int, total: int) -> None:
@@ -231,6 +258,8 @@ class RunSettings(Checked):
     Attributes:
       output_dir: folder for checkpoints, logs and the trained model; all processes must be able to access it.
       overwrite_output_dir: remove the checkpoints of an older run from ``output_dir``.
+      dry_run: check everything, compile, take two steps on real data, say what the run would need, and end; see
+        :mod:`~diffuse_jax.training.rehearsal`.
       seed: determines the noise, the timesteps and all other random numbers of the loss.
       max_train_steps: total number of training steps, also when resuming; overrides ``num_train_epochs``.
       num_train_epochs: number of passes over the data set.
@@ -254,6 +283,7 @@ class RunSettings(Checked):
 
     output_dir: str | Path
     overwrite_output_dir: bool = False
+    dry_run: bool = False
     seed: Annotated[int, SEED] = 0
     max_train_steps: Annotated[int, COUNT] | None = None
     num_train_epochs: Annotated[int, COUNT] = 100
