@@ -29,7 +29,7 @@ from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
 from diffuse_jax.training.rehearsal import STEPS, rehearse
 from diffuse_jax.training.settings import Average, RunSettings
-from diffuse_jax.training.start import Counts, begin_run, count_steps, local, restore, starting_point, to_mesh
+from diffuse_jax.training.start import Counts, begin_run, count_steps, local, next_batch, restore, starting_point
 from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Images, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
@@ -134,7 +134,6 @@ def fit(
         work = Work(rows, mesh.devices.size, examples=getattr(batches, "total", None))
         monitor = Monitor(opened, first, last, work, more, compiling)
         profiler.memory("initial")
-        follow = getattr(batches, "follow", lambda params: None)
         done, reached = first, batches.get_state()  # what a checkpoint would contain
         start = BEFORE if folder is None else Phase(f"the run ends; no step was finished since {folder}", True, True)
 
@@ -147,8 +146,7 @@ def fit(
                 for n in range(first, last):
                     with profiler.step(n), interrupted.phase(start) if n == first else contextlib.nullcontext():
                         with interrupted.at_once():  # the data may be slow, and nothing is left half done
-                            follow(state.params)
-                            batch = to_mesh(next(batches), mesh, run.batch.gradient_accumulation_steps)
+                            batch = next_batch(batches, state.params, mesh, run.batch.gradient_accumulation_steps)
                         if n == first:
                             say("compiling the training step; for a large network this takes minutes, once")
                             monitor.work = with_flops(run.peak_tflops, work, loss, state.params, frozen, batch)

@@ -22,7 +22,7 @@ from diffuse_jax.training.ddpo import Rollouts, ddpo_loss, rounds_from
 from diffuse_jax.training.policy import Policy
 from diffuse_jax.training.rewards import Reward
 from diffuse_jax.training.settings import BatchSettings, RewardSettings
-from diffuse_jax.training.start import to_mesh
+from diffuse_jax.training.start import next_batch
 from diffuse_jax.training.state import init_state, make_step
 
 N, PROMPTS = 4, ["a", "b", "c"]
@@ -138,8 +138,7 @@ def test_the_reward_rises() -> None:
     state, step = init_state(WEIGHTS, optimizer, False), None
     rewards: list[float] = []
     for _ in range(6 * 8):
-        made.follow(state.params)
-        batch = to_mesh(next(made), mesh, 6)
+        batch = next_batch(made, state.params, mesh, 6)
         step = step or make_step(functools.partial(ddpo_loss, POLICY, settings), optimizer, seed=0)
         state, metrics = step(state, {}, batch)
         rewards.append(float(metrics["reward_mean"]))
