@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines.rollout import random_evaluations, rollout, step_log_prob
-from diffuse_jax.sharding import readable
+from diffuse_jax.sharding import automatic, readable
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.loader import process_rows
 from diffuse_jax.training.distributed import say
@@ -199,10 +199,9 @@ class Rollouts:
 
         @jax.jit
         def run(trainable: Params, frozen: Params, rows: Any) -> Any:
-            rows = jax.tree.map(lambda x: x[0], rows)
-            found = rollout(
-                policy.method, policy.combine(trainable, frozen), rows, policy.plan, evaluations=policy.evaluations
-            )
+            rows, params = jax.tree.map(lambda x: x[0], rows), policy.combine(trainable, frozen)
+            with jax.sharding.use_abstract_mesh(automatic(mesh).abstract_mesh):  # as the training step does
+                found = rollout(policy.method, params, rows, policy.plan, evaluations=policy.evaluations)
             return found.results["images"], found.samples, found.log_probs
 
         self._run = run
