@@ -322,7 +322,15 @@ def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 # The run
 
 
-def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluations: int | None = None) -> dict[str, Any]:
+def sample(
+    method: Method,
+    params: Params,
+    rows: Rows,
+    plan: Plan,
+    *,
+    evaluations: int | None = None,
+    gradient_evaluations: int | None = None,
+) -> dict[str, Any]:
     """The whole sampling run as a pure function of arrays: the function that a pipeline compiles, and that you can
     ``jit``, ``vmap``, differentiate or shard.
 
@@ -335,16 +343,22 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
       evaluations: the number of network evaluations as a static value, equal to the plan's. The run can then be
         differentiated with respect to rows, parameters and noise; each evaluation is recomputed in the backward pass
         instead of being stored. If None, the number is taken from the plan at run time.
+      gradient_evaluations: with ``evaluations``, differentiate through this many of the last ones and through decoding
+        only; the sample before them counts as a constant (DRaFT-K, Clark et al. 2023, arXiv 2309.17400). All if None.
 
     Returns:
       What ``method.decode`` returns, for example ``{"images": [B,H,W,3]}``.
 
     Raises:
-      ValueError: the rows do not fit the method, or ``evaluations`` differs from the plan's number.
+      ValueError: the rows do not fit the method, ``evaluations`` differs from the plan's number, or
+        ``gradient_evaluations`` is not from 0 to ``evaluations``.
     """
     check_rows(method, rows)
     if evaluations is not None:
         check_evaluations(plan, evaluations)
+    if gradient_evaluations is not None and not 0 <= gradient_evaluations <= (evaluations or 0):
+        wanted = f"from 0 to evaluations={evaluations}"
+        raise ValueError(f"gradient_evaluations must be {wanted}, got {gradient_evaluations}")
 
     def run(params: Params, rows: Rows, plan: Plan) -> dict[str, Any]:
         rows, state = begin(method, params, rows, plan)
@@ -352,8 +366,14 @@ def sample(method: Method, params: Params, rows: Rows, plan: Plan, *, evaluation
             loop = lambda i, state: advance(method, params, rows, plan, state, i)
             state = jax.lax.fori_loop(0, plan.num_evaluations, loop, state)
         else:
+            first = 0 if gradient_evaluations is None else evaluations - gradient_evaluations
+            if first:  # no gradient
+                held = jax.lax.stop_gradient((params, rows, state))
+                loop = lambda i, state: advance(method, held[0], held[1], plan, state, i)
+                state = jax.lax.stop_gradient(jax.lax.fori_loop(0, first, loop, held[2]))
             one = jax.checkpoint(lambda state, i: advance(method, params, rows, plan, state, i))
-            state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, jnp.arange(evaluations, dtype=jnp.int32))
+            indices = jnp.arange(first, evaluations, dtype=jnp.int32)
+            state, _ = jax.lax.scan(lambda s, i: (one(s, i), None), state, indices)
         return finish(method, params, rows, state)
 
     return on_automatic_axes(run, (params, rows, plan), batch=rows)  # parts need not say how they are sharded

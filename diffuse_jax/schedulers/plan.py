@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -156,12 +157,53 @@ class Plan:
         sample = state.sample
         output, variance = self._split(sample, model_output)
         noise = self.draw(i, sample.shape, key) if noise is None else _f32(noise)
-        if variance is not None and self.learned_variance == "learned":
-            noise = noise * jnp.sqrt(jnp.maximum(variance, 0.0))
-        elif variance is not None:
-            low, high = _columns(_at(self.log_variance, i), sample)
-            noise = noise * jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
+        if variance is not None:
+            noise = noise * self._spread(sample, i, variance)
         return _combined(_at(self.rows, i), state, self._x0(sample, i, output), output, noise)
+
+    def transition(self, state: State, i: Any, model_output: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The Gaussian from which :meth:`step` draws the sample after evaluation ``i``.
+
+        Args:
+          state, i, model_output: as for :meth:`step`.
+
+        Returns:
+          The mean float32 ``[B, ...]`` and the standard deviation, of a shape that broadcasts to it; 0 where the
+          sampler adds no noise.
+
+        Raises:
+          ValueError: the output has the wrong shape.
+        """
+        sample, row = state.sample, _at(self.rows, i)
+        output, variance = self._split(sample, model_output)
+        mean = _combined(row, state, self._x0(sample, i, output), output, jnp.zeros_like(sample)).sample
+        std = jnp.abs(_over(jnp.asarray(row[..., 0, -1]), sample))
+        return mean, std if variance is None else std * self._spread(sample, i, variance)
+
+    def log_prob(self, state: State, i: Any, model_output: jax.Array, sample: jax.Array) -> jax.Array:
+        """The log-density, float32 ``[B]``, of ``sample [B, ...]`` as the sample after evaluation ``i``.
+
+        It is differentiable with respect to all arrays. A step without noise has no density; its value is 0.
+
+        Args:
+          state, i, model_output: as for :meth:`step`.
+          sample: the sample that :meth:`step` returned, or any other.
+
+        Raises:
+          ValueError: the output has the wrong shape.
+        """
+        mean, std = self.transition(state, i, model_output)
+        drawn = jnp.broadcast_to(std > 0, mean.shape)
+        std = jnp.where(std > 0, std, 1.0)
+        each = -0.5 * jnp.square((_f32(sample) - mean) / std) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
+        return jnp.where(drawn, each, 0.0).sum(tuple(range(1, mean.ndim)))
+
+    def _spread(self, sample: jax.Array, i: Any, variance: jax.Array) -> jax.Array:
+        """The standard deviation that a learned variance stands for, ``[B, ...]``."""
+        if self.learned_variance == "learned":
+            return jnp.sqrt(jnp.maximum(variance, 0.0))
+        low, high = _columns(_at(self.log_variance, i), sample)
+        return jnp.exp(0.5 * (low + 0.5 * (variance + 1) * (high - low)))
 
     def draw(self, i: Any, shape: tuple[int, ...], key: jax.Array | None) -> jax.Array:
         """The noise of evaluation ``i`` as :meth:`step` draws it from ``key``, float32 ``shape = [B, ...]``.

@@ -29,7 +29,7 @@ from diffuse_jax.training.optimizer import optimizer_from
 from diffuse_jax.training.profiling import Profiler
 from diffuse_jax.training.rehearsal import STEPS, rehearse
 from diffuse_jax.training.settings import Average, RunSettings
-from diffuse_jax.training.start import Counts, begin_run, count_steps, local, restore, starting_point, to_mesh
+from diffuse_jax.training.start import Counts, begin_run, count_steps, local, next_batch, restore, starting_point
 from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, make_step
 from diffuse_jax.training.trackers import Images, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
@@ -65,8 +65,9 @@ def fit(
       frozen: other parameters of the loss, which get neither gradients nor optimiser state.
       loss: ``loss(trainable, frozen, batch, key) -> (scalar, metrics)``.
       batches: the rows of every training step that this process provides, all accumulation steps together. If they have
-        ``total``, the number of examples, the length of the run can be given in epochs; if they have ``close``, it is
-        called at the end.
+        ``total``, the number of examples, the length of the run can be given in epochs; if they have ``follow``, it is
+        called with the trainable parameters before each batch, for data that the model makes itself; if they have
+        ``close``, it is called at the end.
       export: writes trained parameters (their average with ``use_ema``) in inference format: to every checkpoint and,
         at the end, to ``output_dir``. Called on process 0 only, with arrays that it can read in full.
       validate: generates images with such parameters, ``[(name, PIL.Image), ...]``. Called on every process, with the
@@ -145,7 +146,7 @@ def fit(
                 for n in range(first, last):
                     with profiler.step(n), interrupted.phase(start) if n == first else contextlib.nullcontext():
                         with interrupted.at_once():  # the data may be slow, and nothing is left half done
-                            batch = to_mesh(next(batches), mesh, run.batch.gradient_accumulation_steps)
+                            batch = next_batch(batches, state.params, mesh, run.batch.gradient_accumulation_steps)
                         if n == first:
                             say("compiling the training step; for a large network this takes minutes, once")
                             monitor.work = with_flops(run.peak_tflops, work, loss, state.params, frozen, batch)

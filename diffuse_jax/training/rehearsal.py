@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.settings import RunSettings
-from diffuse_jax.training.start import Counts, to_mesh
+from diffuse_jax.training.start import Counts, next_batch
 from diffuse_jax.training.state import TrainState
 
 STEPS = 2
@@ -97,7 +97,7 @@ def rehearse(
       validate: generates validation images with the parameters of a state.
     """
     first, checkpoint = int(state.step), sum(x.nbytes for x in jax.tree.leaves(state))
-    batch = lambda: to_mesh(next(batches), mesh, run.batch.gradient_accumulation_steps)
+    batch = lambda: next_batch(batches, state.params, mesh, run.batch.gradient_accumulation_steps)
     given = batch()
     began = compiling()
     program, shapes, losses = step.lower(state, frozen, given).compile(), jax.tree.map(jnp.shape, given), []

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from diffuse_jax.models.base import Params
 from diffuse_jax.output import writable
 from diffuse_jax.sharding import is_global, train_batch_sharding
 from diffuse_jax.training.batches import Batch, Batches
@@ -222,6 +223,12 @@ def restore(folder: Path, like: Any, batches: Batches, rows: int, last: int) -> 
 def local(tree: Any) -> Any:
     """Process-local arrays as NumPy arrays, which a program over all devices accepts; global arrays unchanged."""
     return jax.tree.map(lambda x: x if is_global(x) else np.asarray(x), tree) if jax.process_count() > 1 else tree
+
+
+def next_batch(batches: Batches, params: Params, mesh: Mesh, parts: int) -> Any:
+    """The next batch as :func:`to_mesh` places it; batches that follow the model are given its parameters first."""
+    getattr(batches, "follow", lambda params: None)(params)
+    return to_mesh(next(batches), mesh, parts)
 
 
 def to_mesh(batch: Batch, mesh: Mesh, parts: int) -> Any:

@@ -136,6 +136,17 @@ def test_batches_of_other_shapes_are_compiled_too(tmp_path: Path) -> None:
     assert float(params["w"][0]) > 1.0
 
 
+def test_batches_that_follow_the_model_see_its_parameters(tmp_path: Path) -> None:
+    """Those of every step, before its batch is asked for."""
+    args, seen = arguments(output_dir=tmp_path, max_train_steps=3), []
+    batches = line_batches(args, line_mesh(args))
+    batches.follow = lambda params: seen.append(np.array(params["dense"]["kernel"]))  # type: ignore[attr-defined]
+    train_line(args, batches=batches)
+    np.testing.assert_array_equal(seen[0], start()["dense"]["kernel"])
+    assert len(seen) == 3
+    assert not np.array_equal(seen[1], seen[2])
+
+
 def test_validation_sees_the_average(tmp_path: Path) -> None:
     seen = []
     args = arguments("--use_ema", output_dir=tmp_path, max_train_steps=5, validation_steps=2)

@@ -32,6 +32,7 @@ METHODS = (
     "control",
     "editing",
     "distillation",
+    "reward",
     "comparison",
 )
 """The trainers, and the comparison of a training step with PyTorch."""

@@ -15,6 +15,7 @@ from diffuse_jax.training.settings.methods import (
     InversionSettings,
     ObjectiveSettings,
     PriorSettings,
+    RewardSettings,
     ValidationImageSettings,
     ValidationSettings,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "PriorSettings",
     "ProcessSettings",
     "ProfileSettings",
+    "RewardSettings",
     "RunSettings",
     "TrackerSettings",
     "UploadSettings",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from diffuse_jax.adapters.targets import CUSTOM_DIFFUSION
-from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE
+from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE, SHARE
 from diffuse_jax.training.checks import Checked, one_of
 
 TIMESTEP_BIASES = ("none", "earlier", "later", "range", "cubic")
@@ -352,3 +352,90 @@ class CustomSettings(PriorSettings):
     def initializers(self) -> tuple[str, ...]:
         """The words whose embeddings are starting points."""
         return tuple(self.initializer_token.split("+"))
+
+
+REWARD_METHODS = ("ddpo", "draft")
+"""How a reward is maximised: by policy gradients, which need its values only, or by its own gradient."""
+
+REWARDS = ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic")
+"""The rewards of the library; any other name is the user's ``module:function`` or ``path.py:function``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings(Checked):
+    """The reward, how it is maximised, and how images are sampled meanwhile; most names are those of TRL's DDPO.
+
+    Attributes:
+      method: one of :data:`REWARD_METHODS`.
+      reward: one of :data:`REWARDS`, or the user's function, ``module:function`` or ``path.py:function``.
+      prompts: file with prompts, of any kind that ``diffuse-jax generate --prompts`` reads; None takes the captions of
+        a data set.
+      aesthetic_model_path: file with the linear layers of an aesthetic predictor, for the reward ``aesthetic``.
+      clip_model_path: folder with the CLIP whose image embeddings it rates.
+      resolution: height and width of the images in pixels; the model's own if None.
+      use_lora: train low-rank pairs beside the UNet's layers instead of its weights.
+      sample_num_steps: number of sampling steps.
+      sample_eta: noise of DDIM's steps, from 0 (none) to 1.
+      sample_guidance_scale: guidance scale; up to 1 there is no guidance.
+      sample_batch_size: DDPO: images that are sampled at once, per device.
+      sample_num_batches_per_epoch: DDPO: number of such batches in a round.
+      train_num_inner_epochs: DDPO: number of passes over the samples of a round.
+      train_timestep_fraction: DDPO: share of the random steps of each trajectory that are trained on.
+      train_clip_range: DDPO: how far the ratio of new to old probability may move from 1.
+      train_adv_clip_max: DDPO: largest absolute advantage.
+      per_prompt_stat_tracking: DDPO: normalise rewards by the recent ones of the same prompt instead of the
+        round's.
+      per_prompt_stat_tracking_buffer_size: DDPO: number of recent rewards that are kept per prompt.
+      per_prompt_stat_tracking_min_count: DDPO: with fewer, the rewards of the round are used.
+      gradient_steps: DRaFT: number of last sampling steps that the gradient passes through.
+
+    Raises:
+      ValueError: a number is out of range, the method is unknown, or the settings contradict each other.
+    """
+
+    method: str = "ddpo"
+    reward: str
+    prompts: str | Path | None = None
+    aesthetic_model_path: str | Path | None = None
+    clip_model_path: str | Path | None = None
+    resolution: Annotated[int, COUNT] | None = None
+    use_lora: bool = True
+    sample_num_steps: Annotated[int, COUNT] = 50
+    sample_eta: Annotated[float, SHARE] = 1.0
+    sample_guidance_scale: Annotated[float, NONNEGATIVE] = 5.0
+    sample_batch_size: Annotated[int, COUNT] = 1
+    sample_num_batches_per_epoch: Annotated[int, COUNT] = 2
+    train_num_inner_epochs: Annotated[int, COUNT] = 1
+    train_timestep_fraction: Annotated[float, PORTION] = 1.0
+    train_clip_range: Annotated[float, POSITIVE] = 1e-4
+    train_adv_clip_max: Annotated[float, POSITIVE] = 5.0
+    per_prompt_stat_tracking: bool = False
+    per_prompt_stat_tracking_buffer_size: Annotated[int, COUNT] = 16
+    per_prompt_stat_tracking_min_count: Annotated[int, COUNT] = 16
+    gradient_steps: Annotated[int, COUNT] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(REWARD_METHODS, method=self.method)
+        if self.method == "ddpo" and self.sample_eta == 0:
+            raise ValueError("--sample_eta 0 samples without noise, and DDPO needs random steps: give more, up to 1")
+        if self.method == "draft" and self.gradient_steps > self.sample_num_steps:
+            raise ValueError(f"--gradient_steps must be at most --sample_num_steps {self.sample_num_steps}, got "
+                             f"{self.gradient_steps}")  # fmt: skip
+        needs = {name: getattr(self, name) is None for name in ("aesthetic_model_path", "clip_model_path")}
+        if self.reward == "aesthetic" and any(needs.values()):
+            missing = " and ".join(f"--{name}" for name, absent in needs.items() if absent)
+            raise ValueError(f"--reward aesthetic needs {missing}: weights of yours, none are downloaded")
+        if self.reward != "aesthetic" and not all(needs.values()):
+            raise ValueError("--aesthetic_model_path and --clip_model_path are for --reward aesthetic")
+        if self.reward not in REWARDS and not all(self.reward.rpartition(":")[::2]):
+            raise ValueError(
+                f"reward must be one of {', '.join(REWARDS)}, or a function as module:function or path.py:function, "
+                f"got {self.reward!r}"
+            )
+        least, most = self.per_prompt_stat_tracking_min_count, self.per_prompt_stat_tracking_buffer_size
+        if self.per_prompt_stat_tracking and least > most:
+            raise ValueError(
+                f"--per_prompt_stat_tracking_min_count {least} is never reached: "
+                f"--per_prompt_stat_tracking_buffer_size keeps only {most} rewards"
+            )

@@ -1,0 +1,174 @@
+"""Reward tuning from its command line: a tiny network, and a reward that is easy to raise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffuse_jax import DiffusionPipeline
+from diffuse_jax.models import UNet2DConditionModel
+from tests.train.helpers import log, numbers, run
+from tests.train.latent_models import save_sd, save_sdxl
+
+REDNESS = """
+def redness(images, prompts):
+    return (images[..., 0] - images[..., 1:].mean(-1)).mean((1, 2))
+"""
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_sd(tmp_path_factory.mktemp("sd"), fresh=False)
+    # Other spacings go to timestep 1 before the last step, with so little noise that its density outweighs all others.
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": "trailing"}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def flags(sd: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(REDNESS, encoding="utf-8")
+    return {
+        "pretrained_model_name_or_path": sd,
+        "output_dir": tmp_path / "out",
+        "prompts": tmp_path / "prompts.txt",
+        "reward": f"{tmp_path / 'mine.py'}:redness",
+        "sample_num_steps": 3,
+        "sample_guidance_scale": 2.0,
+        "report_to": "none",
+    }
+
+
+DRAFT: dict[str, Any] = {"method": "draft", "train_batch_size": 8, "learning_rate": 2e-2, "gradient_steps": 1}
+DDPO: dict[str, Any] = {
+    "method": "ddpo", "train_batch_size": 8, "sample_batch_size": 16, "sample_num_batches_per_epoch": 1,
+    "sample_guidance_scale": 1.0, "learning_rate": 2e-2, "train_clip_range": 0.05, "per_prompt_stat_tracking": True,
+    "per_prompt_stat_tracking_min_count": 4, "per_prompt_stat_tracking_buffer_size": 8,
+}  # fmt: skip
+
+
+def test_draft_raises_the_reward(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With validation images, and pairs that a pipeline takes."""
+    shown = {"validation_prompt": "a cat", "num_validation_images": 1, "validation_inference_steps": 2}
+    options = DRAFT | {"max_train_steps": 40, "checkpointing_steps": 20, "validation_steps": 40} | shown
+    run(monkeypatch, "reward.py", devices=1, **flags | options)
+    rewards = log(tmp_path / "out", "reward_mean")
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05
+    assert len(list((tmp_path / "out" / "validation").rglob("*.png"))) == 1
+    assert (tmp_path / "out" / "checkpoint-20" / LORA).is_file()
+    pipe = DiffusionPipeline.from_pretrained(flags["pretrained_model_name_or_path"])
+    make = lambda pipe: pipe(["a cat"] * 8, num_inference_steps=3, seed=list(range(8)), output_type="np").images
+    red = lambda images: float((images[..., 0] - images[..., 1:].mean(-1)).mean())
+    assert red(make(pipe.load_lora_weights(tmp_path / "out"))) > red(make(pipe)) + 0.03
+
+
+def test_ddpo_raises_the_reward_and_resumes_bit_for_bit(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint, asked for within a round, is written at its end, with the recent rewards of each prompt."""
+    options = flags | DDPO | {"max_train_steps": 60, "checkpointing_steps": 55}
+    run(monkeypatch, "reward.py", devices=1, **options)
+    whole, parts = tmp_path / "out", tmp_path / "parts"
+    rewards = log(whole, "reward_mean")
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.008
+    assert all(0 <= share <= 1 for share in log(whole, "clip_fraction"))
+    position = json.loads((whole / "checkpoint-56" / "data-0.json").read_text())["batches"]
+    assert (position["round"], position["update"]) == (28, 0)
+    assert {name: len(kept) for name, kept in position["rewards"].items()} == {"a cat": 8, "two dogs": 8}
+    shutil.copytree(whole / "checkpoint-56", parts / "checkpoint-56")
+    run(monkeypatch, "reward.py", devices=1, **options | {"output_dir": parts, "resume_from_checkpoint": "latest"})
+    assert log(whole)[56:] == log(parts)
+    end, again = (load_file(folder / LORA) for folder in (whole, parts))
+    assert all(np.array_equal(end[name], again[name]) for name in end)
+
+
+@pytest.mark.slow
+def test_all_weights_become_a_pipeline(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"no-use_lora": True, "max_train_steps": 2, "learning_rate": 1e-3}
+    run(monkeypatch, "reward.py", devices=1, **flags | DDPO | options)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out")).__name__ == "StableDiffusionPipeline"
+    before, after = (
+        numbers(folder, UNet2DConditionModel, "unet")
+        for folder in (flags["pretrained_model_name_or_path"], tmp_path / "out")
+    )
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DRAFT, DDPO], ids=["draft", "ddpo"])
+def test_xl_is_tuned_too(
+    method: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_sdxl(tmp_path / "xl", fresh=False)
+    options = {"max_train_steps": 2, "pretrained_model_name_or_path": model}
+    run(monkeypatch, "reward.py", devices=1, **flags | method | options)
+    pipe = DiffusionPipeline.from_pretrained(model)
+    changed = pipe.load_lora_weights(tmp_path / "out")
+    before, after = (jax.tree.leaves(p.params["unet"]) for p in (pipe, changed))
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# A whole trajectory is sampled, rewarded and trained on in DDPO; DRaFT's step has nothing that it does not.
+@pytest.mark.parametrize(
+    "method", [pytest.param(DRAFT, marks=pytest.mark.slow, id="draft"), pytest.param(DDPO, id="ddpo")]
+)
+def test_several_devices_give_the_result_of_one(
+    method: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for devices in (1, 8):
+        share = {name: method[name] // devices for name in ("train_batch_size", "sample_batch_size") if name in method}
+        output = tmp_path / str(devices)
+        given = flags | method | share | {"max_train_steps": 2, "output_dir": output, "max_grad_norm": 1e9}
+        run(monkeypatch, "reward.py", devices=devices, **given)
+        found[devices] = log(output, "reward_mean"), load_file(output / LORA)
+    np.testing.assert_allclose(found[8][0], found[1][0], rtol=1e-4, atol=1e-6)
+    moved = np.sqrt(np.mean([np.mean(x**2) for name, x in found[1][1].items() if "up" in name or "lora_B" in name]))
+    for name, x in found[1][1].items():
+        assert np.sqrt(np.mean((found[8][1][name] - x) ** 2)) < 0.05 * moved, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward": "jpeg_compressibility", "method": "draft"}, "computed on the host and has no gradient"),
+        ({"reward": "no_such_module:f"}, "No module named"),
+        ({"prompts": "none.txt"}, "none.txt"),
+        ({"resolution": 17}, "--resolution must be a multiple of 2, got 17"),
+        ({"sample_batch_size": 3, "sample_num_batches_per_epoch": 1, "train_batch_size": 2}, "cannot be divided"),
+        ({"sample_num_steps": 2000}, "at most|1000"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    options: dict[str, Any], message: str, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        run(monkeypatch, "reward.py", devices=1, **flags | options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("prompt_fn", "give a file of --prompts"),
+        ("train_learning_rate", "is called --learning_rate here"),
+        ("truncated_backprop_timestep", "is --gradient_steps here"),
+        ("train_text_encoder", "only the UNet is tuned"),
+    ],
+)
+def test_flags_of_trl_are_refused_by_name(
+    flag: str, advice: str, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "reward.py", **flags | {flag: 1})
+    assert f"--{flag}: " in (said := capsys.readouterr().err)
+    assert advice in said
