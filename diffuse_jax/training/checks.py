@@ -18,7 +18,8 @@ from diffuse_jax.bounds import Number
 
 @functools.cache
 def numbers_of(kind: type) -> Mapping[str, Number]:
-    """The fields of a dataclass that have a :class:`~diffuse_jax.bounds.Number` in their annotation."""
+    """The fields of a dataclass that have a :class:`~diffuse_jax.bounds.Number` in their annotation: such numbers, or
+    tuples of them."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = {field.name: _number(hints[field.name]) for field in dataclasses.fields(kind)}
     return {name: number for name, number in found.items() if number is not None}
@@ -52,8 +53,9 @@ class Checked:
     def __post_init__(self) -> None:
         for name, number in numbers_of(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            if value is not None and not number.allows(value):
-                raise ValueError(f"{name} must be {number.words}, got {value}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and not number.allows(one):
+                    raise ValueError(f"{name} must be {number.words}, got {one}")
         for name in paths_of(type(self)):  # type: ignore[arg-type]
             if "" in (value if isinstance(value := getattr(self, name), tuple) else (value,)):
                 raise ValueError(f"{name} must not be empty; the current folder is '.'")
