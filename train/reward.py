@@ -15,7 +15,7 @@ import argparse
 import functools
 
 from diffuse_jax.training.command import flags_first, train
-from diffuse_jax.training.latent_flags import reward_parser
+from diffuse_jax.training.reward_flags import reward_parser
 
 
 @functools.cache
