@@ -193,6 +193,9 @@ def test_prompts_that_are_none_are_refused(tmp_path: Path) -> None:
     [
         ({"sample_eta": 0.0}, "--sample_eta 0 samples without noise"),
         ({"method": "draft", "gradient_steps": 60}, "--gradient_steps must be at most --sample_num_steps 50, got 60"),
+        ({"method": "draft", "train_clip_range": 0.1}, "--train_clip_range is for --method ddpo, and would do nothing"),
+        ({"gradient_steps": 2}, "--gradient_steps is for --method draft, and would do nothing with ddpo"),
+        ({"per_prompt_stat_tracking_min_count": 4}, "min_count has no effect without --per_prompt_stat_tracking"),
         ({"method": "ppo"}, "method must be one of ddpo, draft"),
         ({"reward": "aesthetic"}, "needs --aesthetic_model_path and --clip_model_path"),
         ({"reward": "m:f", "clip_model_path": "x"}, "are for --reward aesthetic"),
