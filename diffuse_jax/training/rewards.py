@@ -6,12 +6,13 @@ can compute, and an aesthetic predictor on CLIP's image embeddings. Any function
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,13 @@ def aesthetic(path: str | Path, clip: str | Path) -> Reward:
       clip: folder of a CLIP vision encoder with its projection, as transformers writes it.
 
     Raises:
-      WeightsError: the file has no such layers, or they do not follow each other or CLIP's embeddings.
+      WeightsError: one of them cannot be read or is another network, or the layers do not follow each other or CLIP's
+        embeddings; the message names the flag.
     """
-    network, params = CLIPVisionModelWithProjection.from_pretrained(clip)
-    layers = read_layers(path, network.config.projection_dim)
+    with _named("--clip_model_path must be the folder of a CLIPVisionModelWithProjection"):
+        network, params = CLIPVisionModelWithProjection.from_pretrained(clip)
+    with _named("--aesthetic_model_path must be a file with linear layers"):
+        layers = read_layers(path, network.config.projection_dim)
     edge = network.config.image_size
 
     @jax.jit
@@ -137,11 +141,20 @@ def aesthetic(path: str | Path, clip: str | Path) -> Reward:
     return Reward("aesthetic", lambda params, images, prompts: rate(params, images), {"clip": params, "layers": layers})
 
 
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of reading weights, with what should be there before them."""
+    try:
+        yield
+    except (WeightsError, OSError) as error:
+        raise WeightsError(f"{what}: {error}") from error
+
+
 def read_layers(path: str | Path, width: int) -> list[dict[str, np.ndarray]]:
     """The linear layers of a file in the order of their numbers, ``{"kernel": [in,out], "bias": [out]}``.
 
     Raises:
-      WeightsError: there are none, or their sizes do not go from ``width`` to 1.
+      WeightsError: there are none, their sizes do not go from ``width`` to 1, or a bias has another size.
     """
     tensors = read_checkpoint([Path(path)]).tensors
     names = [name.removesuffix("weight") for name, x in tensors.items() if name.endswith("weight") and x.ndim == 2]
@@ -150,6 +163,8 @@ def read_layers(path: str | Path, width: int) -> list[dict[str, np.ndarray]]:
     for name in sorted(names, key=order):
         kernel = np.asarray(tensors[f"{name}weight"], np.float32).T
         bias = np.asarray(tensors.get(f"{name}bias", np.zeros(kernel.shape[1])), np.float32)
+        if bias.shape != kernel.shape[1:]:
+            raise WeightsError(f"{path}: {name}bias has the shape {bias.shape}, {name}weight {kernel.shape[::-1]}")
         layers.append({"kernel": np.ascontiguousarray(kernel), "bias": bias})
     sizes = [width, *(layer["kernel"].shape[1] for layer in layers)]
     if not layers or [layer["kernel"].shape[0] for layer in layers] != sizes[:-1] or sizes[-1] != 1:

@@ -93,8 +93,15 @@ def test_an_aesthetic_predictor_that_does_not_fit_is_refused(
     clip: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     save_file(linear(rng, 8, 4, 1), tmp_path / "head.safetensors")
-    with pytest.raises(WeightsError, match="from CLIP's 12 features to 1; this has 8x4, 4x1"):
-        aesthetic(tmp_path / "head.safetensors", clip)
+    save_file(linear(rng, 12, 1) | {"layers.0.bias": np.zeros(3, np.float32)}, tmp_path / "bias.safetensors")
+    for name, folder, message in (
+        ("head.safetensors", clip, "--aesthetic_model_path .* from CLIP's 12 features to 1; this has 8x4, 4x1"),
+        ("bias.safetensors", clip, r"layers.0.bias has the shape \(3,\), layers.0.weight \(1, 12\)"),
+        ("none.safetensors", clip, "--aesthetic_model_path must be a file with linear layers: .*none.safetensors"),
+        ("head.safetensors", tmp_path, "--clip_model_path must be the folder of a CLIPVisionModelWithProjection: "),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            aesthetic(tmp_path / name, folder)
 
 
 MINE = """
