@@ -35,7 +35,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.low_rank import lora_from, merged_lora
     from diffuse_jax.training.policy import image_size, prompts_from
-    from diffuse_jax.training.reward_tuning import trained_shapes, tuning_from
+    from diffuse_jax.training.reward_tuning import tell, trained_shapes, tuning_from
     from diffuse_jax.training.rewards import check_reward, reward_from
     from diffuse_jax.training.settings import (
         DeviceSettings,
@@ -66,6 +66,7 @@ def main() -> None:
     check_reward(reward, settings.method == "draft", image_size(settings, plan), prompts)
     validation_from(shown, model, plan, lambda trained: trained)
     check_run(planned.run, mesh, planned.batches.total, shapes)
+    tell(run, planned)
 
     whole = not settings.use_lora
     pipe = pipeline_from(model, mesh, float32=TRAINED if whole else ())

@@ -161,8 +161,6 @@ def run_of_rounds(run: RunSettings, rounds: Rounds) -> RunSettings:
         raise ValueError("--scale_lr counts steps of trajectories here, not images: give the --learning_rate itself")
     batch = dataclasses.replace(run.batch, gradient_accumulation_steps=rounds.accumulated)
     every = -(-run.checkpointing_steps // rounds.updates) * rounds.updates
-    if every != run.checkpointing_steps:
-        say(f"note: checkpoints are written every {every} steps, at the end of rounds of {rounds.updates}")
     return dataclasses.replace(run, batch=batch, checkpointing_steps=every)
 
 

@@ -16,6 +16,7 @@ from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.pipelines.parts.adapted import LORA
 from diffuse_jax.training.ddpo import Rollouts, ddpo_loss, rounds_from, run_of_rounds
+from diffuse_jax.training.distributed import say
 from diffuse_jax.training.draft import REWARD, DraftBatches, draft_loss
 from diffuse_jax.training.families import trained_family
 from diffuse_jax.training.families.base import changed_settings
@@ -49,6 +50,12 @@ def trained_shapes(settings: RewardSettings, lora: LoraSettings, pipe: Diffusion
     if given := next(changed_settings(lora), None):
         raise ValueError(f"--{given[0]} is about low-rank pairs, and --no-use_lora trains none; leave out one of them")
     return {name: pipe.params[name]}
+
+
+def tell(run: RunSettings, tuning: Tuning) -> None:
+    """Say that checkpoints are written at other steps than the settings ask for, if they are."""
+    if (every := tuning.run.checkpointing_steps) != run.checkpointing_steps:
+        say(f"note: checkpoints are written every {every} steps, at the end of rounds")
 
 
 def tuning_from(

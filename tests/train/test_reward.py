@@ -72,21 +72,22 @@ def test_draft_raises_the_reward(flags: dict[str, Any], tmp_path: Path, monkeypa
 
 
 def test_ddpo_raises_the_reward_and_resumes_bit_for_bit(
-    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The checkpoint, asked for within a round, is written at its end, with the recent rewards of each prompt."""
-    options = flags | DDPO | {"max_train_steps": 60, "checkpointing_steps": 55}
+    options = flags | DDPO | {"max_train_steps": 40, "checkpointing_steps": 35, "learning_rate": 0.3}
     run(monkeypatch, "reward.py", devices=1, **options)
+    assert capsys.readouterr().err.count("checkpoints are written every 36 steps") == 1
     whole, parts = tmp_path / "out", tmp_path / "parts"
     rewards = log(whole, "reward_mean")
-    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.008
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:6]) + 0.006  # their standard deviations are 0.0012 and 0.0016
     assert all(0 <= share <= 1 for share in log(whole, "clip_fraction"))
-    position = json.loads((whole / "checkpoint-56" / "data-0.json").read_text())["batches"]
-    assert (position["round"], position["update"]) == (28, 0)
+    position = json.loads((whole / "checkpoint-36" / "data-0.json").read_text())["batches"]
+    assert (position["round"], position["update"]) == (18, 0)
     assert {name: len(kept) for name, kept in position["rewards"].items()} == {"a cat": 8, "two dogs": 8}
-    shutil.copytree(whole / "checkpoint-56", parts / "checkpoint-56")
+    shutil.copytree(whole / "checkpoint-36", parts / "checkpoint-36")
     run(monkeypatch, "reward.py", devices=1, **options | {"output_dir": parts, "resume_from_checkpoint": "latest"})
-    assert log(whole)[56:] == log(parts)
+    assert log(whole)[36:] == log(parts)
     end, again = (load_file(folder / LORA) for folder in (whole, parts))
     assert all(np.array_equal(end[name], again[name]) for name in end)
 
@@ -145,7 +146,7 @@ def test_several_devices_give_the_result_of_one(
         ({"prompts": "none.txt"}, "none.txt"),
         ({"resolution": 17}, "--resolution must be a multiple of 2, got 17"),
         ({"sample_batch_size": 3, "sample_num_batches_per_epoch": 1, "train_batch_size": 2}, "cannot be divided"),
-        ({"sample_num_steps": 2000}, "at most|1000"),
+        ({"sample_num_steps": 2000}, "num_inference_steps .*2000"),
         ({"no-use_lora": True, "rank": 8}, "--rank is about low-rank pairs, and --no-use_lora trains none"),
     ],
 )
