@@ -71,6 +71,16 @@ def test_several_folders_are_mixed(tmp_path: Path, words: list[str], expected: t
     batches.close()
 
 
+def test_other_repeats_after_a_checkpoint_are_mentioned(tmp_path: Path) -> None:
+    folders = [str(image_folder(tmp_path / name, count)) for name, count in (("a", 3), ("b", 6))]
+    line = ["--train_data_dir", *folders, "--data_repeats", "2"]
+    state = batches_from(flags(*line, "1"), per_device(1), mesh(), finish).get_state()
+    batches_from(flags(*line, "1"), per_device(1), mesh(), finish).set_state(state)
+    other = batches_from(flags(*line, "3"), per_device(1), mesh(), finish)
+    with pytest.warns(UserWarning, match=r"with 6 \+ 6 examples per epoch, this run has 6 \+ 18: the order of"):
+        other.set_state(json.loads(json.dumps(state)))
+
+
 def test_buckets_have_the_repeats_of_folders(tmp_path: Path) -> None:
     folders = [str(image_folder(tmp_path / name, 4, [(8, 8), (8, 16)])) for name in "ab"]
     line = ["--aspect_ratio_buckets", "--bucket_step", "4", "--data_cache_dir", str(tmp_path / "cache")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffuse_jax.messages import warn
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data.order import Bucketed, Mixed, Plain
 from diffuse_jax.training.data.rescaling import Rescaled
@@ -86,11 +87,16 @@ class Loader:
         return self
 
     def get_state(self) -> dict[str, Any]:
-        """The number of examples so far, and the batch size."""
-        return {"examples": self._position, "batch_size": self._maker.order.batch_size}
+        """The number of examples so far, the batch size, and the examples of each data set (or bucket) in an epoch."""
+        return {"examples": self._position, "batch_size": self._maker.order.batch_size, "counts": self._counts}
+
+    @property
+    def _counts(self) -> list[int]:
+        order = self._maker.order
+        return [order.total] if isinstance(order, Plain) else [int(count) for count in order.counts]
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore a position.
+        """Restore a position; warns if an epoch had other numbers of examples, and so another order.
 
         Raises:
           ValueError: aspect-ratio buckets are used and the batch size has changed, which would change the batches.
@@ -101,6 +107,11 @@ class Loader:
                 f"the checkpoint was written with {state['batch_size']} examples per step, this run has {size}: with "
                 "--aspect_ratio_buckets both must be equal; change --train_batch_size or "
                 "--gradient_accumulation_steps"
+            )
+        if (before := state.get("counts", self._counts)) != self._counts:
+            warn(
+                f"the checkpoint was written with {' + '.join(map(str, before))} examples per epoch, this run has "
+                f"{' + '.join(map(str, self._counts))}: the order of the examples is another one from here on"
             )
         self.close()
         self._position = state["examples"]
