@@ -190,7 +190,10 @@ def new_words(settings: CustomSettings, pipe: DiffusionPipeline) -> tuple[Any, l
         :func:`~diffuse_jax.adapters.tokens.with_words` and :func:`~diffuse_jax.adapters.tokens.token_id`.
     """
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise ValueError(f"Custom Diffusion supports one text encoder; {type(pipe).__name__} has two")
+        raise ValueError(
+            f"Custom Diffusion supports one text encoder; {type(pipe).__name__} has two: give a Stable Diffusion 1.x "
+            "or 2.x"
+        )
     tokenizer = pipe.components["tokenizer"]
     starts = [tokens.token_id(tokenizer, word) for word in settings.initializers[: len(settings.modifiers)]]
     for word in settings.modifiers:

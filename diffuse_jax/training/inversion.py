@@ -48,7 +48,10 @@ def placeholder(settings: InversionSettings, pipe: DiffusionPipeline) -> tuple[A
         initializer has several tokens.
     """
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise ValueError(f"textual inversion supports one text encoder; {type(pipe).__name__} has two")
+        raise ValueError(
+            f"textual inversion supports one text encoder; {type(pipe).__name__} has two: give a Stable Diffusion 1.x "
+            "or 2.x"
+        )
     words = trained_family(pipe).words(pipe)["text_encoder"]
     if settings.num_vectors > (most := words.length - 2):
         raise ValueError(

@@ -7,6 +7,7 @@ Training samples with the pipeline's own method, guidance included: by :func:`~d
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,13 @@ def policy_from(settings: RewardSettings, pipe: DiffusionPipeline) -> Policy:
     """The policy of a pipeline; the shapes of its parameters are enough.
 
     Raises:
-      ValueError: the model does not have so many steps or this size.
+      ValueError: the model does not have so many steps or this size, or makes images from others.
     """
+    if {"image", "mask_image"} & {*inspect.signature(type(pipe).__call__).parameters}:
+        raise ValueError(
+            f"a {type(pipe).__name__} makes images from other images; rewards are of images from prompts alone: give a "
+            "checkpoint for text to image"
+        )
     height, width = image_size(settings, pipe)
     # Latents are not confined to [-1, 1], which is what files of samplers without this option leave to the default.
     pipe = pipe.replace(scheduler=DDIMScheduler.from_config(pipe.scheduler, clip_sample=False))
@@ -107,7 +113,8 @@ def prompts_from(file: str | Path | None, data: DataSettings, read: Callable[...
       read: :func:`diffuse_jax.batch.lines.lines_of`.
 
     Raises:
-      ValueError: both or none are given, a row is no prompt or has settings of its own, or there are none.
+      ValueError: both or none are given, a row is no prompt or has settings of its own, there are none, or a setting of
+        data sets is given with a file.
       FileNotFoundError: there is no such file.
     """
     named = [f"--{name}" for name in ("train_data_dir", "dataset_name") if getattr(data, name)]
@@ -118,7 +125,13 @@ def prompts_from(file: str | Path | None, data: DataSettings, read: Callable[...
         )
     if file is None:
         source = source_from(data)
-        return [text for k in range(len(source)) for text in source[k].captions]
+        captions = [text for k in range(len(source)) for text in source[k].captions]
+        if not any(captions):
+            raise ValueError(f"{named[0]} has no captions that could be prompts")
+        return captions
+    for name in ("dataset_config_name", "image_column", "caption_column"):
+        if getattr(data, name) != getattr(DataSettings, name):
+            raise ValueError(f"--{name} is about a data set; leave it out with --prompts")
     lines, found = read(file, ("prompt",)), []
     for number, raw in lines.rows():
         try:

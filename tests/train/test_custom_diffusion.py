@@ -149,7 +149,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": "none", "class_promp
         ({"concepts_list": [{"instance_data_dir": "a", "instance_prompt": "b", "name": "c"}]}, "concept 1 has 'name'"),
         ({"concepts_list": {}}, "must be a JSON list of concepts"),
         ({"train_data_dir": EMOJI}, "--train_data_dir cannot be used here"),
-        ({"model": "xl"}, "Custom Diffusion supports one text encoder; StableDiffusionXLPipeline has two"),
+        ({"model": "xl"}, "Custom Diffusion supports one text encoder; StableDiffusionXLPipeline has two: give"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

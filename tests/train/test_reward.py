@@ -158,6 +158,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["StableDiffusionInpaintPipeline", "StableDiffusionDiffEditPipeline"])
+def test_models_that_take_images_are_refused(
+    kind: str, sd: Path, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(sd, tmp_path / "sd")
+    index = tmp_path / "sd" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", kind))
+    with pytest.raises(ValueError, match=f"a {kind} makes images from other images; rewards are of images from prompt"):
+        run(monkeypatch, "reward.py", devices=1, **flags | {"pretrained_model_name_or_path": tmp_path / "sd"})
+
+
 @pytest.mark.parametrize(
     ("flag", "advice"),
     [

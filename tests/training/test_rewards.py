@@ -218,6 +218,14 @@ def test_prompts_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="empty.txt has no prompts"):
         prompts_from(tmp_path / "empty.txt", DataSettings(), lines_of)
+    with pytest.raises(ValueError, match="--caption_column is about a data set; leave it out with --prompts"):
+        prompts_from(tmp_path / "empty.txt", DataSettings(caption_column="title"), lines_of)
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "x.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "x.png", "text": ""}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="--train_data_dir has no captions that could be prompts"):
+        prompts_from(None, DataSettings(train_data_dir=images), lines_of)
     with pytest.raises(ValueError, match="row 2: it must have a prompt and nothing else, got prompt, seed"):
         prompts_from(tmp_path / "more.jsonl", DataSettings(), lines_of)
     with pytest.raises(ValueError, match="give one of --prompts, --train_data_dir, --dataset_name; got none"):
