@@ -52,8 +52,9 @@ class Checked:
     def __post_init__(self) -> None:
         for name, number in numbers_of(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            if value is not None and not number.allows(value):
-                raise ValueError(f"{name} must be {number.words}, got {value}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and not number.allows(one):
+                    raise ValueError(f"{name} must be {number.words}, got {one}")
         for name in paths_of(type(self)):  # type: ignore[arg-type]
             if "" in (value if isinstance(value := getattr(self, name), tuple) else (value,)):
                 raise ValueError(f"{name} must not be empty; the current folder is '.'")

@@ -34,9 +34,9 @@ def add_data(
     add = parser.group("data", DataSettings, CacheSettings)
     add("--train_data_dir", nargs="+", metavar="FOLDER", help="image folder, or several; captions in metadata.jsonl")
     what = "how often an epoch has the images of each of these folders"
-    add("--data_repeats", nargs="+", type=int, metavar="N", help=what)
+    add("--data_repeats", nargs="+", help=what)
     what = "shares of these folders among the examples, such as 0.8 0.2; proportional to their images if omitted"
-    add("--data_weights", nargs="+", type=float, metavar="X", help=what)
+    add("--data_weights", nargs="+", help=what)
     add("--dataset_name", help="data set on the Hub, or a local folder that `datasets` can read")
     add("--dataset_config_name", help="configuration of that data set")
     add("--train_shards", nargs="+", help='.tar (WebDataset) or .array_record files: "a-{000..127}.tar"')

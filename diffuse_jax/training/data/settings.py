@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
-from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, SEED, SHARE, THIRD
+from diffuse_jax.bounds import AT_LEAST_ONE, COUNT, NATURAL, POSITIVE, SEED, SHARE, THIRD
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.data.buckets import bucket_sizes
 from diffuse_jax.training.data.tags import TagSettings
@@ -108,8 +107,8 @@ class DataSettings(Checked):
     """
 
     train_data_dir: str | Path | tuple[str | Path, ...] | None = None
-    data_repeats: tuple[int, ...] | None = None
-    data_weights: tuple[float, ...] | None = None
+    data_repeats: tuple[Annotated[int, COUNT], ...] | None = None
+    data_weights: tuple[Annotated[float, POSITIVE], ...] | None = None
     dataset_name: str | Path | None = None
     dataset_config_name: str | None = None
     train_shards: tuple[str | Path, ...] | None = None
@@ -163,7 +162,7 @@ class DataSettings(Checked):
         return self.train_data_dir if isinstance(self.train_data_dir, tuple) else (self.train_data_dir,)
 
     def _check_shares(self) -> None:
-        for name, what in (("data_repeats", "at least 1"), ("data_weights", "positive and finite")):
+        for name in ("data_repeats", "data_weights"):
             if (values := getattr(self, name)) is None:
                 continue
             words = " ".join(map(str, values))
@@ -172,8 +171,6 @@ class DataSettings(Checked):
                     f"--{name} {words} must have one number for each folder of --train_data_dir, which names "
                     f"{len(self.folders)}"
                 )
-            if not all(0 < value < math.inf for value in values):
-                raise ValueError(f"--{name} must be {what}, got {words}")
             if self.max_train_samples is not None:
                 raise ValueError(f"--max_train_samples chooses from all images alike; leave out --{name}")
         if self.data_weights is not None and self.data_repeats is not None:
