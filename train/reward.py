@@ -15,7 +15,7 @@ import argparse
 import functools
 
 from diffuse_jax.training.command import flags_first, train
-from diffuse_jax.training.latent_flags import reward_parser
+from diffuse_jax.training.reward_flags import reward_parser
 
 
 @functools.cache
@@ -33,9 +33,9 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.latent import save_networks
     from diffuse_jax.training.latent_model import configured_from, pipeline_from, save_rest
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.low_rank import lora_from, lora_shapes, merged_lora
+    from diffuse_jax.training.low_rank import lora_from, merged_lora
     from diffuse_jax.training.policy import image_size, prompts_from
-    from diffuse_jax.training.reward_tuning import tuning_from
+    from diffuse_jax.training.reward_tuning import trained_shapes, tuning_from
     from diffuse_jax.training.rewards import check_reward, reward_from
     from diffuse_jax.training.settings import (
         DeviceSettings,
@@ -61,7 +61,7 @@ def main() -> None:
     mesh = mesh_from(settings_from(args, DeviceSettings))
     check_output(run)
     reward, plan = reward_from(settings), configured_from(model, "reward")
-    shapes = lora_shapes(lora, plan, TRAINED) if settings.use_lora else {"unet": plan.params["unet"]}
+    shapes = trained_shapes(settings, lora, plan)
     planned = tuning_from(settings, run, plan, reward, prompts, mesh)
     check_reward(reward, settings.method == "draft", image_size(settings, plan), prompts)
     validation_from(shown, model, plan, lambda trained: trained)

@@ -18,7 +18,8 @@ from diffuse_jax.bounds import Number
 
 @functools.cache
 def numbers_of(kind: type) -> Mapping[str, Number]:
-    """The fields of a dataclass that have a :class:`~diffuse_jax.bounds.Number` in their annotation."""
+    """The fields of a dataclass that have a :class:`~diffuse_jax.bounds.Number` in their annotation: such numbers, or
+    tuples of them."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = {field.name: _number(hints[field.name]) for field in dataclasses.fields(kind)}
     return {name: number for name, number in found.items() if number is not None}

@@ -68,7 +68,8 @@ def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negate
       negated: switches that stay off whatever the file says.
 
     Raises:
-      ValueError: a name is not a flag (the message suggests the closest one), or a switch is not true or false.
+      ValueError: a name is not a flag (the message suggests the closest one), a switch is not true or false, or a flag
+        has more values than it takes.
     """
     actions = {name: action for action in parser._actions for name in names_of(action)}
     line: list[str] = []
@@ -78,6 +79,9 @@ def arguments_of(values: dict[str, Any], parser: argparse.ArgumentParser, negate
         if name not in actions:
             raise ValueError(f"{name} is not a flag{nearest(name, actions)}")
         switch = actions[name].nargs == 0
+        if isinstance(value, dict) or (isinstance(value, list) and actions[name].nargs not in ("+", "*")):
+            many = "a list of values" if actions[name].nargs in ("+", "*") else "one value"
+            raise ValueError(f"{name} takes {many}, got {value!r}")
         if switch and not isinstance(value, bool | None):
             raise ValueError(f"{name} must be true or false, got {value!r}")
         both_ways = isinstance(actions[name], argparse.BooleanOptionalAction)

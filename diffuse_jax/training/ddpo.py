@@ -172,6 +172,7 @@ class Rollouts:
     Attributes:
       names: the prompts of the batch returned last.
       total: the steps that a round trains on, so that an epoch is a round.
+      round_steps: the number of training steps in a round, whose samples are made before the first of them.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Rollouts:
         self._samples: dict[str, Any] | None = None
         self._trainable: Params | None = None
         self.names: Sequence[str] = ()
-        self.total = rounds.images * rounds.trained * rounds.passes
+        self.total, self.round_steps = rounds.images * rounds.trained * rounds.passes, rounds.updates
 
         @jax.jit
         def run(trainable: Params, frozen: Params, rows: Any) -> Any:

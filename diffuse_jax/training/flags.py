@@ -78,10 +78,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Refused(argparse.Action):
-    """A flag of other libraries that is not supported: an error that says what to do instead."""
+    """A flag that other scripts or libraries have: an error that says what to do instead, with a value or without."""
 
     def __init__(self, option_strings: list[str], dest: str, advice: str, default: object = argparse.SUPPRESS) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         self.advice = advice
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -91,7 +91,7 @@ class Refused(argparse.Action):
 class Accepted(argparse.Action):
     """A flag of other libraries that has no effect here: prints a line that says why."""
 
-    def __init__(self, option_strings: list[str], dest: str, note: str, nargs: int | None = 0) -> None:
+    def __init__(self, option_strings: list[str], dest: str, note: str, nargs: int | str = 0) -> None:
         super().__init__(option_strings, dest, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         self.note = note
 
@@ -165,6 +165,17 @@ class Parser(argparse.ArgumentParser):
     def drop(self, name: str) -> None:
         """Remove a flag, for a script that gives it another meaning."""
         self._handle_conflict_resolve(self._option_string_actions[name], [(name, self._option_string_actions[name])])
+
+    def refuse(self, flags: Mapping[str, str]) -> None:
+        """Add flags that are refused: name -> what to do instead. Those that the script has are left alone."""
+        for name, advice in flags.items():
+            if f"--{name}" not in self._option_string_actions:
+                self.add_argument(f"--{name}", action=Refused, advice=advice)
+
+    def accept(self, flags: Mapping[str, tuple[int | str, str]]) -> None:
+        """Add flags that have no effect: name -> the number of values as for ``nargs``, and why."""
+        for name, (values, note) in flags.items():
+            self.add_argument(f"--{name}", action=Accepted, nargs=values, note=note)
 
     def hide(self, names: Iterable[str]) -> None:
         """Leave flags out of the help, namely those that the script refuses with an explanation."""

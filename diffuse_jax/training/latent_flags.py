@@ -9,8 +9,7 @@ from typing import Any
 from diffuse_jax.adapters.targets import CUSTOM_DIFFUSION
 from diffuse_jax.training.arguments import add_objective, make_parser
 from diffuse_jax.training.data.flags import add_conditioning, add_data, add_edits
-from diffuse_jax.training.data.settings import DataSettings
-from diffuse_jax.training.flags import Accepted, BothWays, Parser, Refused
+from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.settings import (
     BesideSettings,
     ConsistencySettings,
@@ -21,11 +20,10 @@ from diffuse_jax.training.settings import (
     ModelSettings,
     ObjectiveSettings,
     OptimizerSettings,
-    RewardSettings,
     ValidationImageSettings,
     ValidationSettings,
 )
-from diffuse_jax.training.settings.methods import LOSSES, OTHER_DATA, REWARD_METHODS, REWARDS, TEMPLATES
+from diffuse_jax.training.settings.methods import LOSSES, OTHER_DATA, TEMPLATES
 from diffuse_jax.training.settings.model import CLASS_LABELS, PREDICTION_TYPES
 
 PLAIN_LORA = "LoRA here has only --rank and --lora_targets"
@@ -104,7 +102,7 @@ def latent_parser(
       refused: flags that the script does not have -> what to do.
     """
     parser = make_parser(description, output_dir)
-    _add_model(parser, *names)
+    add_model(parser, *names)
     add = parser.group("model", ModelSettings, OptimizerSettings)
     what = "folder or Hub id of the prior whose image encoder a decoder of Kandinsky 2.2 reads"
     add("--pretrained_prior_model_name_or_path", help=what)
@@ -117,19 +115,17 @@ def latent_parser(
     if text_encoders:
         add("--train_text_encoder", action="store_true", help="train the text encoders together with the UNet")
         add("--text_encoder_lr", help="peak learning rate of the text encoders; --learning_rate if omitted")
-    _add_validation(parser)
+    add_validation(parser)
     what = "small images that a super-resolution model of DeepFloyd IF enlarges, one for each prompt"
     parser.group("monitoring", ValidationSettings)("--validation_images", nargs="+", help=what)
     loss(parser)
-    for name, advice in refused.items():
-        parser.group("model")(f"--{name}", action=Refused, advice=advice)
-    for name, (values, note) in AS_THE_MODEL.items():
-        parser.group("model")(f"--{name}", action=Accepted, nargs=values, note=note)
+    parser.refuse(refused)
+    parser.accept(AS_THE_MODEL)
     parser.set_defaults(**defaults)
     return parser
 
 
-def _add_model(parser: Parser, *names: str) -> None:
+def add_model(parser: Parser, *names: str) -> None:
     """Add the flags of the model to start from; ``names`` are further names of the first one."""
     add = parser.group("model", ModelSettings)
     add(
@@ -142,7 +138,7 @@ def _add_model(parser: Parser, *names: str) -> None:
     add("--prediction_type", choices=PREDICTION_TYPES, help="overrides the prediction type of the scheduler")
 
 
-def _add_validation(parser: Parser) -> None:
+def add_validation(parser: Parser) -> None:
     """Add the flags of the images that are generated during training."""
     add = parser.group("monitoring", ValidationSettings)
     add(
@@ -154,85 +150,6 @@ def _add_validation(parser: Parser) -> None:
     add("--num_validation_images", help="images per prompt")
     add("--validation_inference_steps", help="sampling steps of validation images")
     add("--validation_guidance_scale", help="guidance scale of validation images")
-
-
-OF_TRL: Mapping[str, str] = {
-    **dict.fromkeys(("pretrained_model", "sd_model"), "is called --pretrained_model_name_or_path here"),
-    "reward_fn": "is called --reward here: module:function or path.py:function",
-    "prompt_fn": "give a file of --prompts, or the captions of --train_data_dir or --dataset_name",
-    **dict.fromkeys(("train_learning_rate", "lr"), "is called --learning_rate here"),
-    "train_gradient_accumulation_steps": "is called --gradient_accumulation_steps here",
-    "train_max_grad_norm": "is called --max_grad_norm here",
-    **{f"train_adam_{name}": f"is called --adam_{name} here" for name in ("beta1", "beta2", "weight_decay", "epsilon")},
-    "train_use_8bit_adam": "JAX has no 8-bit Adam; --optimizer lion or adafactor needs less memory",
-    "negative_prompts": "guidance is away from the empty prompt",
-    "async_reward_computation": "rewards are computed between sampling and training; a function may use threads itself",
-    "max_workers": "rewards are computed between sampling and training; a function may use threads itself",
-    "log_with": "is called --report_to here",
-    "run_name": "the run is named after --output_dir",
-    "logdir": "is called --logging_dir here",
-    "project_name": "is called --tracker_project_name here",
-    "save_freq": "is called --checkpointing_steps here, in training steps",
-    "num_checkpoint_limit": "is called --checkpoints_total_limit here",
-    "resume_from": "is called --resume_from_checkpoint here",
-    "log_image_freq": "is called --validation_steps here, in training steps",
-    "lora_rank": "is called --rank here",
-    "truncated_backprop_timestep": "is --gradient_steps here: the number of last steps with a gradient",
-    "truncated_backprop_rand": "the number of steps with a gradient is fixed: --gradient_steps",
-    "truncated_rand_backprop_minmax": "the number of steps with a gradient is fixed: --gradient_steps",
-    "train_text_encoder": "only the UNet is tuned to a reward",
-    "backprop_strategy": "is --gradient_steps here",
-}
-"""Flags of TRL's scripts for DDPO and AlignProp that are unknown here -> what to do."""
-
-
-def reward_parser(description: str | None, output_dir: str, **defaults: Any) -> Parser:
-    """A parser with the shared flags and those of reward tuning."""
-    parser = make_parser(description, output_dir)
-    _add_model(parser)
-    add = parser.group("reward", RewardSettings)
-    add("--method", choices=REWARD_METHODS, help="ddpo needs only values of the reward, draft needs its gradient")
-    what = f"{', '.join(REWARDS)}, or a function (images, prompts) -> values as module:function or path.py:function"
-    add("--reward", required=True, help=what)
-    what = "aesthetic: .safetensors or .pth file with the linear layers of the predictor"
-    add("--aesthetic_model_path", help=what)
-    add("--clip_model_path", help="aesthetic: folder of the CLIP vision encoder with its projection")
-    add = parser.group("data", RewardSettings, DataSettings)
-    add("--prompts", help="file with prompts, .txt, .jsonl, .csv or .parquet; instead of a data set")
-    add("--train_data_dir", help="take the captions of an image folder, in metadata.jsonl")
-    add("--dataset_name", help="take the captions of a data set on the Hub, or of a local folder")
-    add("--dataset_config_name", help="configuration of that data set")
-    add("--image_column", help="column of its images, which are not read")
-    add("--caption_column", help="column of the captions")
-    add("--resolution", help="height and width of the images in pixels; the model's own if omitted")
-    add = parser.group("sampling", RewardSettings)
-    add("--sample_num_steps", help="number of sampling steps, of DDIM")
-    add("--sample_eta", help="noise of the steps, from 0 (none) to 1 (ancestral sampling)")
-    add("--sample_guidance_scale", help="guidance scale, also in training; up to 1 there is no guidance")
-    add("--sample_batch_size", help="ddpo: images that are sampled at once, per device")
-    add("--sample_num_batches_per_epoch", help="ddpo: number of such batches in a round")
-    add = parser.group("tuning", RewardSettings)
-    what = "train low-rank pairs; --no-use_lora trains the UNet's weights"
-    add("--use_lora", action=BothWays, help=what)
-    add("--train_num_inner_epochs", help="ddpo: number of passes over the samples of a round")
-    add("--train_timestep_fraction", help="ddpo: share of the steps of each trajectory that are trained on")
-    add("--train_clip_range", help="ddpo: how far the ratio of new to old probability may move from 1")
-    add("--train_adv_clip_max", help="ddpo: largest absolute advantage")
-    what = "ddpo: normalise rewards by the recent ones of the same prompt"
-    add("--per_prompt_stat_tracking", action="store_true", help=what)
-    add("--per_prompt_stat_tracking_buffer_size", help="ddpo: number of recent rewards that are kept per prompt")
-    add("--per_prompt_stat_tracking_min_count", help="ddpo: with fewer, the rewards of the round are used")
-    add("--gradient_steps", help="draft: number of last sampling steps that the gradient passes through")
-    add_lora(parser)
-    _add_validation(parser)
-    for name, advice in OF_TRL.items():
-        parser.group("model")(f"--{name}", action=Refused, advice=advice)
-    parser.group("tuning")("--train_cfg", action=Accepted, nargs="?", note=GUIDED)
-    parser.set_defaults(**defaults)
-    return parser
-
-
-GUIDED = "training has the guidance of sampling, --sample_guidance_scale"
 
 
 def add_lora(parser: Parser, *names: str, **defaults: Any) -> None:
@@ -259,8 +176,7 @@ def consistency_parser(description: str | None, output_dir: str, **defaults: Any
         refused={**refused, **NOT_OF_DISTILLATION},
         **of_average | {"validation_inference_steps": 4} | defaults,
     )
-    for name, (values, note) in AS_THE_TEACHER.items():
-        parser.group("model")(f"--{name}", action=Accepted, nargs=values, note=note)
+    parser.accept(AS_THE_TEACHER)
     add_data(parser, caches=True)
     return parser
 
@@ -280,8 +196,7 @@ def add_student(parser: Parser) -> None:
     """Add the flag of a student that is a whole UNet, and what to do for a LoRA."""
     add = parser.group("distillation", ConsistencySettings)
     add("--unet_time_cond_proj_dim", help="width of the student's embedding of the guidance scale")
-    for name in ("rank", "lora_rank"):
-        parser.group("model")(f"--{name}", action=Refused, advice="a LoRA is made by train/lcm_distillation_lora.py")
+    parser.refuse(dict.fromkeys(("rank", "lora_rank"), "a LoRA is made by train/lcm_distillation_lora.py"))
 
 
 def add_control(parser: Parser, settings: type[BesideSettings], name: str) -> None:
@@ -297,8 +212,7 @@ def add_control(parser: Parser, settings: type[BesideSettings], name: str) -> No
     add_data(parser, caches=True, center_crop=True)
     add_conditioning(parser)
     advice = "the model always sees the images as uncropped, as pipelines do by default"
-    for side in ("h", "w"):
-        parser.group("data")(f"--crops_coords_top_left_{side}", action=Refused, advice=advice)
+    parser.refuse({f"crops_coords_top_left_{side}": advice for side in ("h", "w")})
 
 
 def add_edit(parser: Parser) -> None:
@@ -307,10 +221,11 @@ def add_edit(parser: Parser) -> None:
     what = "images to edit as the validation prompts say, one for all or one for each"
     add("--validation_image", nargs="+", help=what)
     add_edits(parser)
-    for name in ("val_image_url", "val_image_url_or_path"):
-        parser.group("monitoring")(f"--{name}", action=Refused, advice="is called --validation_image here, a file")
+    parser.refuse(
+        dict.fromkeys(("val_image_url", "val_image_url_or_path"), "is called --validation_image here, a file")
+    )
     advice = "is --conditioning_dropout_prob here, which drops instructions and original images"
-    parser.group("data")("--proportion_empty_prompts", action=Refused, advice=advice)
+    parser.refuse({"proportion_empty_prompts": advice})
 
 
 def add_dreambooth(parser: Parser) -> None:

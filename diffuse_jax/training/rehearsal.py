@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ class Rehearsal(NamedTuple):
       compile_seconds: for compiling the training step, and the sampling of validation images.
       step_seconds: of one training step, with the wait for its data.
       data_seconds: the part of it spent waiting for data.
+      round_steps: number of training steps for which batches make their data at once; 1 for most.
+      round_seconds: what this takes before the first of them, compiled; 0 if every step makes its own.
       validation_seconds: of one validation, compiled; None without validation.
       seconds: of the whole run from here, with compiling and validation, without writing checkpoints.
       memory: bytes that the training step takes on each device; None if the compiler does not say.
@@ -41,6 +44,8 @@ class Rehearsal(NamedTuple):
     compile_seconds: float
     step_seconds: float
     data_seconds: float
+    round_steps: int
+    round_seconds: float
     validation_seconds: float | None
     seconds: float
     memory: float | None
@@ -54,12 +59,15 @@ class Rehearsal(NamedTuple):
         lines = {
             "compiling": _duration(self.compile_seconds),
             "one step": f"{self.step_seconds:.3g} s, of which {self.data_seconds:.3g} s waiting for data",
+            "one round": f"{self.round_steps:,} steps, and before them {_duration(self.round_seconds)} for their data",
             "one validation": "none" if self.validation_seconds is None else _duration(self.validation_seconds),
             "the whole run": f"about {_duration(self.seconds)}, and the writing of checkpoints",
             "memory of a device": f"{_size(self.memory)} of {_size(self.free)}",
             "checkpoints": f"{self.checkpoints} of {_size(self.checkpoint)} each; {_size(self.disk)} are free",
             "loss": ", ".join(f"{loss:.4g}" for loss in self.losses),
         }
+        if self.round_steps == 1:
+            del lines["one round"]
         return "\n".join(f"  {name:<24} {text}" for name, text in lines.items())
 
     def problems(self) -> list[str]:
@@ -92,14 +100,15 @@ def rehearse(
       step: the jitted training step, which reuses the memory of ``state``.
       state: the state that the run begins with.
       frozen: the other parameters, on the mesh.
-      batches: the data of the run.
+      batches: the data of the run; ``round_steps``, if they have it, as for :class:`Rehearsal`.
       compiling: returns the seconds spent on compilation so far.
       validate: generates validation images with the parameters of a state.
     """
     first, checkpoint = int(state.step), sum(x.nbytes for x in jax.tree.leaves(state))
     batch = lambda: next_batch(batches, state.params, mesh, run.batch.gradient_accumulation_steps)
+    began, start = compiling(), time.perf_counter()
     given = batch()
-    began = compiling()
+    made = time.perf_counter() - start - (compiling() - began)
     program, shapes, losses = step.lower(state, frozen, given).compile(), jax.tree.map(jnp.shape, given), []
     for n in range(STEPS):
         start = time.perf_counter()
@@ -116,14 +125,17 @@ def rehearse(
         validation = time.perf_counter() - start - (compiling() - before)
     left = counts.steps - first
     validations = 0 if validation is None else 1 + (counts.steps - 1) // counts.validation - first // counts.validation
-    compiled = compiling() - began
+    compiled, every = compiling() - began, getattr(batches, "round_steps", 1)
+    made = made if every > 1 else 0.0
     writes = counts.steps // run.checkpointing_steps - first // run.checkpointing_steps
     return Rehearsal(
         compile_seconds=compiled,
         step_seconds=seconds,
         data_seconds=waited,
+        round_steps=every,
+        round_seconds=made,
         validation_seconds=validation,
-        seconds=compiled + left * seconds + validations * (validation or 0.0),
+        seconds=compiled + left * seconds + math.ceil(left / every) * made + validations * (validation or 0.0),
         memory=_memory(program),
         free=_limit(mesh),
         checkpoint=checkpoint,

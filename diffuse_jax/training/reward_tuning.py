@@ -18,9 +18,11 @@ from diffuse_jax.pipelines.parts.adapted import LORA
 from diffuse_jax.training.ddpo import Rollouts, ddpo_loss, rounds_from, run_of_rounds
 from diffuse_jax.training.draft import REWARD, DraftBatches, draft_loss
 from diffuse_jax.training.families import trained_family
+from diffuse_jax.training.families.base import changed_settings
+from diffuse_jax.training.low_rank import lora_shapes
 from diffuse_jax.training.policy import policy_from
 from diffuse_jax.training.rewards import Reward
-from diffuse_jax.training.settings import RewardSettings, RunSettings
+from diffuse_jax.training.settings import LoraSettings, RewardSettings, RunSettings
 from diffuse_jax.training.state import Metrics
 
 
@@ -32,6 +34,21 @@ class Tuning:
     loss: Callable[..., tuple[jax.Array, Metrics]]
     batches: DraftBatches | Rollouts
     frozen: Params
+
+
+def trained_shapes(settings: RewardSettings, lora: LoraSettings, pipe: DiffusionPipeline) -> dict[str, Params]:
+    """The shapes of what is trained, by network; those of the pipeline's parameters are enough.
+
+    Raises:
+      ValueError: low-rank pairs are described, but none are trained; or as for
+        :func:`~diffuse_jax.training.low_rank.lora_shapes`.
+    """
+    name = trained_family(pipe).denoiser
+    if settings.use_lora:
+        return lora_shapes(lora, pipe, (name,))
+    if given := next(changed_settings(lora), None):
+        raise ValueError(f"--{given[0]} is about low-rank pairs, and --no-use_lora trains none; leave out one of them")
+    return {name: pipe.params[name]}
 
 
 def tuning_from(

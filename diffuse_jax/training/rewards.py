@@ -6,11 +6,13 @@ can compute, and an aesthetic predictor on CLIP's image embeddings. Any function
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from diffuse_jax.messages import warn
 from diffuse_jax.models import CLIPVisionModelWithProjection, Params
 from diffuse_jax.models.clip_vision import unit
 from diffuse_jax.processors import CLIPImageProcessor
@@ -81,15 +84,17 @@ def function_from(name: str) -> Callable[..., Any]:
         if path.suffix == ".py":
             if not path.is_file():
                 raise ValueError(f"there is no file {path}")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
             assert spec is not None
             assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
     except Exception as error:
-        raise ValueError(f"the reward {name!r} cannot be imported: {error or type(error).__name__}") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == where
+        advice = f"; if it is a file, give {where.replace('.', '/')}.py:{attribute}" if missing else ""
+        raise ValueError(f"the reward {name!r} cannot be imported: {_first_line(error)}{advice}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"the reward {name!r} is no function: {where} has no callable {attribute!r}")
@@ -116,10 +121,13 @@ def aesthetic(path: str | Path, clip: str | Path) -> Reward:
       clip: folder of a CLIP vision encoder with its projection, as transformers writes it.
 
     Raises:
-      WeightsError: the file has no such layers, or they do not follow each other or CLIP's embeddings.
+      WeightsError: one of them cannot be read or is another network, or the layers do not follow each other or CLIP's
+        embeddings; the message names the flag.
     """
-    network, params = CLIPVisionModelWithProjection.from_pretrained(clip)
-    layers = read_layers(path, network.config.projection_dim)
+    with _named("--clip_model_path must be the folder of a CLIPVisionModelWithProjection"):
+        network, params = CLIPVisionModelWithProjection.from_pretrained(clip)
+    with _named("--aesthetic_model_path must be a file with linear layers"):
+        layers = read_layers(path, network.config.projection_dim)
     edge = network.config.image_size
 
     @jax.jit
@@ -133,11 +141,20 @@ def aesthetic(path: str | Path, clip: str | Path) -> Reward:
     return Reward("aesthetic", lambda params, images, prompts: rate(params, images), {"clip": params, "layers": layers})
 
 
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of reading weights, with what should be there before them."""
+    try:
+        yield
+    except (WeightsError, OSError) as error:
+        raise WeightsError(f"{what}: {error}") from error
+
+
 def read_layers(path: str | Path, width: int) -> list[dict[str, np.ndarray]]:
     """The linear layers of a file in the order of their numbers, ``{"kernel": [in,out], "bias": [out]}``.
 
     Raises:
-      WeightsError: there are none, or their sizes do not go from ``width`` to 1.
+      WeightsError: there are none, their sizes do not go from ``width`` to 1, or a bias has another size.
     """
     tensors = read_checkpoint([Path(path)]).tensors
     names = [name.removesuffix("weight") for name, x in tensors.items() if name.endswith("weight") and x.ndim == 2]
@@ -146,6 +163,8 @@ def read_layers(path: str | Path, width: int) -> list[dict[str, np.ndarray]]:
     for name in sorted(names, key=order):
         kernel = np.asarray(tensors[f"{name}weight"], np.float32).T
         bias = np.asarray(tensors.get(f"{name}bias", np.zeros(kernel.shape[1])), np.float32)
+        if bias.shape != kernel.shape[1:]:
+            raise WeightsError(f"{path}: {name}bias has the shape {bias.shape}, {name}weight {kernel.shape[::-1]}")
         layers.append({"kernel": np.ascontiguousarray(kernel), "bias": bias})
     sizes = [width, *(layer["kernel"].shape[1] for layer in layers)]
     if not layers or [layer["kernel"].shape[0] for layer in layers] != sizes[:-1] or sizes[-1] != 1:
@@ -170,7 +189,7 @@ def clip_pixels(images: jax.Array, edge: int) -> jax.Array:
 
 
 def check_reward(reward: Reward, gradient: bool, size: tuple[int, int], prompts: Sequence[str]) -> None:
-    """Try a reward on two grey images, before anything is trained.
+    """Try a reward on two images of random colours, before anything is trained.
 
     Args:
       reward: the reward.
@@ -179,10 +198,10 @@ def check_reward(reward: Reward, gradient: bool, size: tuple[int, int], prompts:
       prompts: some prompts.
 
     Raises:
-      ValueError: it fails, returns another shape, or has no gradient where one is needed.
+      ValueError: it fails, returns another shape or values that are not finite, or has no gradient where one is needed.
     """
     texts = [prompts[k % len(prompts)] for k in range(2)]
-    images = np.full((2, *size, 3), 0.5, np.float32)
+    images = np.random.default_rng(0).random((2, *size, 3), np.float32)
     if not gradient:
         values_of(reward, images, texts)
         return
@@ -199,6 +218,17 @@ def check_reward(reward: Reward, gradient: bool, size: tuple[int, int], prompts:
     if getattr(shape, "shape", None) != (2,) or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise ValueError(f"the reward {reward.name} must return floating-point [2] for 2 images, got {shape}")
 
+    def total(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = reward.function(reward.params, images, given)
+        return values.sum(), values
+
+    (_, values), slope = jax.value_and_grad(total, has_aux=True)(jnp.asarray(images))
+    _check_finite(reward, values)
+    if not np.isfinite(slope).all():
+        raise ValueError(f"the gradient of the reward {reward.name} is not finite; use --method ddpo, or mend it")
+    if not np.any(slope):
+        warn(f"the gradient of the reward {reward.name} is zero for images of random colours: nothing may be learned")
+
 
 def values_of(reward: Reward, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """The rewards of images, float32 ``[B]``; for DDPO.
@@ -214,9 +244,13 @@ def values_of(reward: Reward, images: np.ndarray, prompts: Sequence[str]) -> np.
         raise ValueError(
             f"the reward {reward.name} must return one number for each of {len(images)} images, got {found.shape}"
         )
-    if not np.isfinite(found).all():
-        raise ValueError(f"the reward {reward.name} is not finite: {found.tolist()[:8]}")
+    _check_finite(reward, found)
     return found
+
+
+def _check_finite(reward: Reward, values: Any) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"the reward {reward.name} is not finite: {np.asarray(values).tolist()[:8]}")
 
 
 def _first_line(error: Exception) -> str:

@@ -142,6 +142,7 @@ def test_several_devices_give_the_result_of_one(
         ({"resolution": 17}, "--resolution must be a multiple of 2, got 17"),
         ({"sample_batch_size": 3, "sample_num_batches_per_epoch": 1, "train_batch_size": 2}, "cannot be divided"),
         ({"sample_num_steps": 2000}, "at most|1000"),
+        ({"no-use_lora": True, "rank": 8}, "--rank is about low-rank pairs, and --no-use_lora trains none"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from diffuse_jax.training.flags import Parser
+from diffuse_jax.training.flags import Parser, Refused
 from tests.test_docs_commands import parser_of
 from tests.train.helpers import ROOT, load, run
 
+OF_SOME = {
+    "mask_column": ({"text_to_image", "dreambooth"}, "here has no masks|there are no training images"),
+    "shuffle_tags": (
+        {"text_to_image", "controlnet", "t2i_adapter", "lcm_distillation"},
+        "not lists of tags here|there are no training images",
+    ),
+}
+"""Flag -> the scripts that have it, those with LoRA besides, and what the others say."""
 SCRIPTS = sorted(path.name for path in (ROOT / "train").glob("*.py"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -80,7 +88,7 @@ def test_no_path_is_empty(
     parser = parser_of(f"train/{script}", monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     named = re.compile(r"_(dir|path|image|shards)$|^(config|ccache|dataset_name|resume_from_checkpoint)$")
-    paths = [a for a in parser._actions if named.search(a.dest) and a.nargs != 0]
+    paths = [a for a in parser._actions if named.search(a.dest) and a.nargs != 0 and not isinstance(a, Refused)]
     assert len(paths) > 8
     for action in paths:
         flag = action.option_strings[0]
@@ -124,11 +132,30 @@ def test_a_signal_while_jax_is_loaded(number: signal.Signals, tmp_path: Path) ->
 def test_flags_that_cannot_be_used_say_what_to_do(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As a word of its own, and as one with its value."""
     for flag, message in (
         ({"use_8bit_adam": True}, "--optimizer lion or adafactor"),
+        ({"use_8bit_adam=1": True}, "--optimizer lion or adafactor"),
         ({"mixed_precision": "fp16"}, "bf16 has the range of float32"),
     ):
         with pytest.raises(SystemExit):
             run(monkeypatch, path, output_dir=tmp_path / "out", **flag)
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", OF_SOME)
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_what_a_script_would_ignore_is_refused_by_name(
+    path: str, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = Parser.parse_args
+    parser = parser_of(f"train/{path}", monkeypatch)
+    has, message = OF_SOME[flag]
+    if path.removesuffix(".py").removesuffix("_lora") in has:
+        assert not isinstance(parser._option_string_actions[f"--{flag}"], Refused)
+        return
+    for words in ([f"--{flag}", "mask"], [f"--{flag}=mask"]):
+        with pytest.raises(SystemExit):
+            parse(parser, words)
+        assert re.search(f"--{flag}: .*({message})", capsys.readouterr().err)

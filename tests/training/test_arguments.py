@@ -104,6 +104,9 @@ def test_json_files_and_the_file_written_by_a_run(parser: Parser, tmp_path: Path
         ({"seed": "x"}, "argument --seed: must be a whole number of at least 0 and less than 2^32, got x"),
         ({"optimizer": "sgd"}, "invalid choice: 'sgd'"),
         ({"use_8bit_adam": True}, "--optimizer lion or adafactor needs less memory"),
+        ({"save_steps": 5}, "--save_steps: every checkpoint contains the model"),
+        ({"learning_rate": [1e-4, 1e-5]}, "learning_rate takes one value, got [0.0001, 1e-05]"),
+        ({"lr_rules": {"attn2": 1e-5}}, "lr_rules takes a list of values, got {'attn2': 1e-05}"),
         (["seed"], "must map names of flags to values"),
     ],
 )
@@ -145,6 +148,7 @@ def test_unknown_flags_suggest_the_closest_one(parser: Parser, capsys: pytest.Ca
     [
         (["--use_8bit_adam"], "lion or adafactor"),
         (["--save_steps", "5"], "--checkpointing_steps"),
+        (["--save_steps=5"], "--checkpointing_steps"),
         (["--save_model_epochs", "5"], "--checkpointing_steps"),
         (["--no_safe_serialization"], "safetensors"),
         (["--non_ema_revision", "main"], "--revision"),

@@ -90,6 +90,7 @@ def test_buckets_have_the_repeats_of_folders(tmp_path: Path) -> None:
     [
         ("--train_data_dir a b --data_repeats 2", "--data_repeats 2 must have one number for each folder .* names 2"),
         ("--dataset_name a --data_repeats 2", "--data_repeats 2 must have one number for each folder .* names 0"),
+        ("--train_data_dir a b ./a --data_repeats 1 1 1", "has a twice; name it once, and how often with --data_rep"),
         ("--train_data_dir a b --data_weights 2 1 --data_repeats 1 1", "give one of them"),
         ("--train_data_dir a b --data_weights 2 1 --aspect_ratio_buckets --resolution 64", "use --data_repeats"),
         ("--train_data_dir a b --data_repeats 2 1 --max_train_samples 3", "leave out --data_repeats"),

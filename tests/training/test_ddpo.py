@@ -107,7 +107,7 @@ def same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("tracked", [False, True])
 def test_a_run_continues_where_it_was(tracked: bool) -> None:
     """After a round with the same samples and statistics; within a round at the same step, on new samples."""
-    options = {"per_prompt_stat_tracking": tracked, "per_prompt_stat_tracking_min_count": 2}
+    options = {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2} if tracked else {}
     whole, _ = rollouts(**options)
     states, batches = [], []
     for _ in range(8):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +259,28 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(
     assert "steps                    0 to 1,000" in text
     for word in ("compiling", "one step", "waiting for data", "one validation", "the whole run", "10 of 0.00 MiB each"):
         assert word in text
+
+
+def test_a_dry_run_counts_data_that_is_made_in_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before every 50th of 10,000 steps."""
+    args = arguments("--dry_run", output_dir=tmp_path / "run", max_train_steps=10_000)
+    batches = line_batches(args, line_mesh(args))
+
+    def batch(n: int) -> Any:
+        time.sleep(0.5 if n % 50 == 0 else 0.0)
+        return next(batches)
+
+    slow = IndexedBatches(batch)
+    slow.round_steps = 50  # type: ignore[attr-defined]
+    rehearsed(args, batches=slow)
+    text = capsys.readouterr().err
+    assert re.search(r"one round +50 steps, and before them 0\.5\d* s for their data", text)
+    step = re.search(r"one step +(\S+) s,", text)
+    whole = re.search(r"the whole run +about (?:(\d+) h )?(\d+) min(?: (\d+) s)?", text)
+    assert step is not None
+    assert whole is not None
+    hours, minutes, seconds = (int(part or 0) for part in whole.groups())
+    assert 3600 * hours + 60 * minutes + seconds > 0.99 * (10_000 * float(step[1]) + 200 * 0.5) - 60 * bool(hours)
 
 
 def test_a_dry_run_takes_the_steps_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,13 +93,38 @@ def test_an_aesthetic_predictor_that_does_not_fit_is_refused(
     clip: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     save_file(linear(rng, 8, 4, 1), tmp_path / "head.safetensors")
-    with pytest.raises(WeightsError, match="from CLIP's 12 features to 1; this has 8x4, 4x1"):
-        aesthetic(tmp_path / "head.safetensors", clip)
+    save_file(linear(rng, 12, 1) | {"layers.0.bias": np.zeros(3, np.float32)}, tmp_path / "bias.safetensors")
+    for name, folder, message in (
+        ("head.safetensors", clip, "--aesthetic_model_path .* from CLIP's 12 features to 1; this has 8x4, 4x1"),
+        ("bias.safetensors", clip, r"layers.0.bias has the shape \(3,\), layers.0.weight \(1, 12\)"),
+        ("none.safetensors", clip, "--aesthetic_model_path must be a file with linear layers: .*none.safetensors"),
+        ("head.safetensors", tmp_path, "--clip_model_path must be the folder of a CLIPVisionModelWithProjection: "),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            aesthetic(tmp_path / name, folder)
+
+
+MINE = """
+from __future__ import annotations
+import dataclasses
+
+
+@dataclasses.dataclass
+class Scale:
+    factor: float = 1.0
+
+
+def bright(images, prompts):
+    return images.mean((1, 2, 3)) * Scale().factor
+
+
+number = 3
+"""
 
 
 def test_a_function_of_the_users(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\nnumber = 3\n", encoding="utf-8")
+    path.write_text(MINE, encoding="utf-8")
     reward = reward_from(RewardSettings(reward=f"{path}:bright"))
     np.testing.assert_array_equal(reward.function({}, np.ones((2, 4, 4, 3), np.float32), ["a", "b"]), [1, 1])
     assert function_from("math:sqrt")(4) == 2
@@ -106,7 +132,7 @@ def test_a_function_of_the_users(tmp_path: Path) -> None:
         f"{path}:dark": "no callable 'dark'",
         f"{path}:number": "no callable 'number'",
         f"{tmp_path}/other.py:f": "there is no file",
-        "no_such_module_at_all:f": "No module named",
+        "no_such_module_at_all:f": "No module named .*; if it is a file, give no_such_module_at_all.py:f",
     }.items():
         with pytest.raises(ValueError, match=message):
             function_from(name)
@@ -126,11 +152,24 @@ def reward(function: Any, **options: Any) -> Reward:
         (reward(lambda x, p: np.asarray(x).mean((1, 2, 3))), True, "cannot be differentiated by JAX .*--method ddpo"),
         (reward(lambda x, p: x.mean((1, 2, 3)) * len(p)), True, "its prompts are what its attribute `encode`"),
         (reward(lambda x, p: x.mean()), True, r"must return floating-point \[2\] for 2 images"),
+        (reward(lambda x, p: jnp.log(x.mean((1, 2, 3)) - 2)), True, r"mine is not finite: \[nan, nan\]"),
+        (reward(lambda x, p: jnp.sqrt(0 * x.mean((1, 2, 3)))), True, "the gradient of the reward mine is not finite"),
     ],
 )
 def test_rewards_are_tried_first(tried: Reward, gradient: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_reward(tried, gradient, (8, 8), ["a"])
+
+
+def test_contrast_can_be_rewarded() -> None:
+    """It has no gradient, and its inverse no value, where an image has one colour."""
+    check_reward(reward(lambda x, p: 1 / x.std((1, 2, 3))), True, (8, 8), ["a"])
+    check_reward(reward(lambda x, p: 1 / x.std((1, 2, 3))), False, (8, 8), ["a"])
+
+
+def test_a_gradient_of_zero_is_mentioned() -> None:
+    with pytest.warns(UserWarning, match="the gradient of the reward mine is zero"):
+        check_reward(reward(lambda x, p: jnp.round(x).mean((1, 2, 3))), True, (8, 8), ["a"])
 
 
 def test_a_reward_with_a_gradient_gets_encoded_prompts() -> None:
@@ -193,6 +232,9 @@ def test_prompts_that_are_none_are_refused(tmp_path: Path) -> None:
     [
         ({"sample_eta": 0.0}, "--sample_eta 0 samples without noise"),
         ({"method": "draft", "gradient_steps": 60}, "--gradient_steps must be at most --sample_num_steps 50, got 60"),
+        ({"method": "draft", "train_clip_range": 0.1}, "--train_clip_range is for --method ddpo, and would do nothing"),
+        ({"gradient_steps": 2}, "--gradient_steps is for --method draft, and would do nothing with ddpo"),
+        ({"per_prompt_stat_tracking_min_count": 4}, "min_count has no effect without --per_prompt_stat_tracking"),
         ({"method": "ppo"}, "method must be one of ddpo, draft"),
         ({"reward": "aesthetic"}, "needs --aesthetic_model_path and --clip_model_path"),
         ({"reward": "m:f", "clip_model_path": "x"}, "are for --reward aesthetic"),

@@ -190,6 +190,8 @@ def test_every_setting_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
         (ProcessSettings, {"num_processes": 2}, r"needs? .*\['--coordinator_address', '--process_id'\] is missing"),
         (ImageSettings, {"image_interpolation_mode": "box"}, "must be one of bilinear, bicubic, lanczos, nearest"),
         (DataSettings, {"proportion_empty_prompts": -0.1}, "must be a number from 0 to 1, got -0.1"),
+        (DataSettings, {"train_data_dir": ("a", "b"), "data_repeats": (2, 0)}, "data_repeats .* at least 1 .*, got 0"),
+        (DataSettings, {"train_data_dir": ("a", "b"), "data_weights": (2.0, float("inf"))}, "data_weights .*, got inf"),
         (LoraSettings, {"lora_targets": "to_[q"}, r"must be a regular expression, got 'to_\[q': unterm"),
         (NetworkSettings, {"pretrained_model_name_or_path": "a", "model_config_name_or_path": "b"}, "leave out"),
         (DreamBoothSettings, {"instance_data_dir": "a", "instance_prompt": "b", "with_prior_preservation": True,

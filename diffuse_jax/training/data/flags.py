@@ -11,6 +11,16 @@ from diffuse_jax.training.data.tags import TagSettings
 from diffuse_jax.training.data.transform import CONDITIONS, INTERPOLATIONS
 from diffuse_jax.training.flags import Parser, settings_from
 
+MASKS = {
+    "mask_column": "the loss here has no masks; text_to_image.py and dreambooth.py read them, also those with LoRA",
+}
+TAGS = dict.fromkeys(
+    ("shuffle_tags", "shuffle_caption", "tag_dropout", "caption_tag_dropout_rate", "keep_tags", "keep_tokens",
+     "tag_separator", "caption_separator"),
+    "prompts are not lists of tags here; leave it out",
+)  # fmt: skip
+"""Flags of other scripts -> what to do."""
+
 
 def add_data(
     parser: Parser,
@@ -48,10 +58,14 @@ def add_data(
     if masks:
         what = "column of grey images, the weights of the pixels in the loss; in image folders, the key of their paths"
         add("--mask_column", help=what)
+    else:
+        parser.refuse(MASKS)
     if captions:
         add("--caption_column", help="column of the caption, or of a list of captions of which one is chosen at random")
         add("--proportion_empty_prompts", help="fraction of captions replaced by the empty string")
         _add_tags(parser)
+    else:
+        parser.refuse(TAGS)
     add("--max_train_samples", help="use a random subset of this many images, determined by --seed")
     add("--dataloader_num_workers", help="number of processes that prepare batches; 0 uses threads of this process")
     if caches:

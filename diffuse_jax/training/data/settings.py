@@ -162,6 +162,9 @@ class DataSettings(Checked):
         return self.train_data_dir if isinstance(self.train_data_dir, tuple) else (self.train_data_dir,)
 
     def _check_shares(self) -> None:
+        folders = [Path(folder) for folder in self.folders]
+        if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+            raise ValueError(f"--train_data_dir has {twice} twice; name it once, and how often with --data_repeats")
         for name in ("data_repeats", "data_weights"):
             if (values := getattr(self, name)) is None:
                 continue

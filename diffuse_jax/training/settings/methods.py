@@ -357,6 +357,22 @@ class CustomSettings(PriorSettings):
 REWARD_METHODS = ("ddpo", "draft")
 """How a reward is maximised: by policy gradients, which need its values only, or by its own gradient."""
 
+OF_REWARD_METHOD: Mapping[str, tuple[str, ...]] = {
+    "ddpo": (
+        "sample_batch_size",
+        "sample_num_batches_per_epoch",
+        "train_num_inner_epochs",
+        "train_timestep_fraction",
+        "train_clip_range",
+        "train_adv_clip_max",
+        "per_prompt_stat_tracking",
+        "per_prompt_stat_tracking_buffer_size",
+        "per_prompt_stat_tracking_min_count",
+    ),
+    "draft": ("gradient_steps",),
+}
+"""Settings that only one method has."""
+
 REWARDS = ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic")
 """The rewards of the library; any other name is the user's ``module:function`` or ``path.py:function``."""
 
@@ -417,6 +433,13 @@ class RewardSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(REWARD_METHODS, method=self.method)
+        changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        for method, names in OF_REWARD_METHOD.items():
+            if method != self.method and (useless := [name for name in names if name in changed]):
+                raise ValueError(f"--{useless[0]} is for --method {method}, and would do nothing with {self.method}")
+        sizes = [name for name in changed if name.startswith("per_prompt_stat_tracking_")]
+        if sizes and not self.per_prompt_stat_tracking:
+            raise ValueError(f"--{min(sizes)} has no effect without --per_prompt_stat_tracking")
         if self.method == "ddpo" and self.sample_eta == 0:
             raise ValueError("--sample_eta 0 samples without noise, and DDPO needs random steps: give more, up to 1")
         if self.method == "draft" and self.gradient_steps > self.sample_num_steps:
