@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -112,6 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="checkout of MaxDiffusion: measure its UNet instead, with --by blocks, in sampling and full steps",
     )
+    add("--kept", type=Path, help="folder for the estimates of blocks, so that a run continues where one was stopped")
     add("--dump", type=Path, help="folder for the compiled programs as text")
     add("--print-only", action="store_true", help="print rows, leave docs/results unchanged")
     args = parser.parse_args(argv)
@@ -178,7 +180,7 @@ def from_step(
     profile = {f"{name} MiB": moved / 2**20 for name, (_, moved) in hlo.sent(program).items()}
     if not timed:
         return row, profile
-    found = Estimate.of(compiled, program, chip)
+    found = Estimate.of(compiled, chip)
     return row | {"times": "whole"} | found.row(step.flops, chip), found.profile(chip) | profile
 
 
@@ -190,13 +192,28 @@ def from_blocks(
     flops, total = lower(args, topology, model, kind).flops, Estimate()
     for part in parts(args, topology, model, kind):
         start = time.perf_counter()
-        compiled = part.lowered.compile()
-        found = Estimate.of(compiled, hlo.parse(compiled.as_text()), chip)
+        found = estimated(part, f"{topology} {args.effort}", chip, args.kept)
         total += found.times(part.count)
         ms = 1e3 * found.cycles / chip.clock
         print(f"{part.name}: {ms:.3f} ms, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     row = {"flop_ms": 1e3 * flops / chip.flops, "has_GiB": chip.hbm, "times": "blocks"}
     return row | total.row(flops, chip), total.profile(chip)
+
+
+def estimated(part: Part, how: str, chip: Chip, kept: Path | None) -> Estimate:
+    """The estimate of a block, which a file in ``kept`` remembers under a hash of its program, its compiler and ``how``
+    it was compiled."""
+    if kept is None:
+        return Estimate.of(part.lowered.compile(), chip)
+    whole = f"{part.lowered.as_text()} {importlib.metadata.version('libtpu')} {how}"
+    path = kept / f"{hashlib.sha256(whole.encode()).hexdigest()[:32]}.json"
+    if path.exists():
+        return Estimate(**json.loads(path.read_text()))
+    found = Estimate.of(part.lowered.compile(), chip)
+    kept.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(dataclasses.asdict(found)))
+    path.with_suffix(".new").replace(path)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +233,8 @@ class Estimate:
     roofline: float = 0.0
 
     @classmethod
-    def of(cls, compiled: jax.stages.Compiled, program: hlo.Program, chip: Chip) -> Estimate:
+    def of(cls, compiled: jax.stages.Compiled, chip: Chip) -> Estimate:
+        program = hlo.parse(compiled.as_text())
         cost, attention = compiled.cost_analysis() or {}, hlo.attention_flops(program)
         moved = cost.get("bytes accessed", math.nan)
         arithmetic = (cost.get("flops", math.nan) + attention) / chip.flops

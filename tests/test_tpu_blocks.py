@@ -34,3 +34,46 @@ def test_they_have_its_parameters_and_do_its_arithmetic(
     assert parameters == sum(math.prod(x.shape) for x in jax.tree.leaves(whole))
     assert operations == count_flops(lambda p, x: unet.apply({"params": p}, **x), whole, inputs)
     assert len(kinds) < sum(len(block.paths) for block in kinds) / 2, "equal blocks count as one kind"
+
+
+class Program:
+    """A program for a TPU that knows how often it was compiled."""
+
+    TEXT = """HloModule step
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %add.1 = f32[8] add(%x, %x), backend_config={"estimated_cycles":"%d"}
+}
+"""
+
+    def __init__(self, cycles: int) -> None:
+        self.cycles, self.compilations = cycles, 0
+
+    def as_text(self) -> str:
+        return self.TEXT.replace("%d", str(self.cycles))
+
+    def compile(self) -> Program:
+        self.compilations += 1
+        return self
+
+    def cost_analysis(self) -> dict[str, float]:
+        return {"flops": 8.0, "bytes accessed": 64.0}
+
+
+def test_estimates_are_remembered_for_a_program_and_how_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.1")
+    import tpu_aot
+    from tpu_blocks import Part
+
+    chip, program = tpu_aot.CHIPS["v5e"], Program(100)
+    estimate = lambda program, how: tpu_aot.estimated(Part("add", 1, program), how, chip, tmp_path / "kept")
+    first = estimate(program, "v5e:2x4 O2")
+    assert (first.cycles, first.moved) == (100, 64)
+    assert estimate(Program(100), "v5e:2x4 O2") == estimate(program, "v5e:2x4 O2") == first
+    assert program.compilations == 1
+    assert estimate(program, "v5e:2x4 O3") == first
+    assert estimate(Program(101), "v5e:2x4 O2").cycles == 101
+    assert program.compilations == 2

@@ -51,8 +51,7 @@ def flags(sd: Path, tmp_path: Path) -> dict[str, Any]:
 DRAFT: dict[str, Any] = {"method": "draft", "train_batch_size": 8, "learning_rate": 2e-2, "gradient_steps": 1}
 DDPO: dict[str, Any] = {
     "method": "ddpo", "train_batch_size": 8, "sample_batch_size": 16, "sample_num_batches_per_epoch": 1,
-    "sample_guidance_scale": 1.0, "learning_rate": 2e-2, "train_clip_range": 0.05, "per_prompt_stat_tracking": True,
-    "per_prompt_stat_tracking_min_count": 4, "per_prompt_stat_tracking_buffer_size": 8,
+    "sample_guidance_scale": 1.0, "learning_rate": 2e-2, "train_clip_range": 0.05,
 }  # fmt: skip
 
 
@@ -74,20 +73,19 @@ def test_draft_raises_the_reward(flags: dict[str, Any], tmp_path: Path, monkeypa
 def test_ddpo_raises_the_reward_and_resumes_bit_for_bit(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint, asked for within a round, is written at its end, with the recent rewards of each prompt."""
-    options = flags | DDPO | {"max_train_steps": 40, "checkpointing_steps": 35, "learning_rate": 0.3}
+    """The checkpoint, asked for within a round, is written at its end."""
+    options = flags | DDPO | {"max_train_steps": 60, "checkpointing_steps": 55}
     run(monkeypatch, "reward.py", devices=1, **options)
-    assert capsys.readouterr().err.count("checkpoints are written every 36 steps") == 1
+    assert capsys.readouterr().err.count("checkpoints are written every 56 steps") == 1
     whole, parts = tmp_path / "out", tmp_path / "parts"
     rewards = log(whole, "reward_mean")
-    assert np.mean(rewards[-10:]) > np.mean(rewards[:6]) + 0.006  # their standard deviations are 0.0012 and 0.0016
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.008
     assert all(0 <= share <= 1 for share in log(whole, "clip_fraction"))
-    position = json.loads((whole / "checkpoint-36" / "data-0.json").read_text())["batches"]
-    assert (position["round"], position["update"]) == (18, 0)
-    assert {name: len(kept) for name, kept in position["rewards"].items()} == {"a cat": 8, "two dogs": 8}
-    shutil.copytree(whole / "checkpoint-36", parts / "checkpoint-36")
+    position = json.loads((whole / "checkpoint-56" / "data-0.json").read_text())["batches"]
+    assert (position["round"], position["update"]) == (28, 0)
+    shutil.copytree(whole / "checkpoint-56", parts / "checkpoint-56")
     run(monkeypatch, "reward.py", devices=1, **options | {"output_dir": parts, "resume_from_checkpoint": "latest"})
-    assert log(whole)[36:] == log(parts)
+    assert log(whole)[56:] == log(parts)
     end, again = (load_file(folder / LORA) for folder in (whole, parts))
     assert all(np.array_equal(end[name], again[name]) for name in end)
 
@@ -118,10 +116,8 @@ def test_xl_is_tuned_too(
     assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-# A whole trajectory is sampled, rewarded and trained on in DDPO; DRaFT's step has nothing that it does not.
-@pytest.mark.parametrize(
-    "method", [pytest.param(DRAFT, marks=pytest.mark.slow, id="draft"), pytest.param(DDPO, id="ddpo")]
-)
+@pytest.mark.slow  # the ordinary suite has rounds over several devices in tests/training/test_ddpo.py
+@pytest.mark.parametrize("method", [DRAFT, DDPO], ids=["draft", "ddpo"])
 def test_several_devices_give_the_result_of_one(
     method: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

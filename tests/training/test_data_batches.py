@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.batches import IndexedBatches
-from diffuse_jax.training.data import batches_from
+from diffuse_jax.training.data import DataSettings, batches_from
 from diffuse_jax.training.data.loader import Loader, Maker
 from diffuse_jax.training.data.order import Plain
 from diffuse_jax.training.data.sources import FolderSource
@@ -108,6 +109,25 @@ def test_buckets_have_the_repeats_of_folders(tmp_path: Path) -> None:
 def test_impossible_shares_are_refused(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flags(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"data_repeats": (2, 0)}, "data_repeats must be a whole number of at least 1 .*, got 0"),
+        ({"data_weights": (2.0, -1.0)}, "data_weights must be .*, got -1.0"),
+        ({"data_weights": (2.0, float("inf"))}, "data_weights must be .*, got inf"),
+    ],
+)
+def test_every_share_is_a_positive_number(
+    shares: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataSettings(train_data_dir=("a", "b"), **shares)
+    ((name, values),) = shares.items()
+    with pytest.raises(SystemExit):
+        flags("--train_data_dir", "a", "b", f"--{name}", *map(str, values))
+    assert f"--{name}" in capsys.readouterr().err
 
 
 def test_positions_are_restored_exactly_and_prefetched_batches_are_not_lost(tmp_path: Path) -> None:
