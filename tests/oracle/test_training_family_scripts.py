@@ -13,8 +13,8 @@ from PIL import Image
 from diffuse_jax import DiffusionPipeline
 from tests.train.helpers import EMOJI, log, run
 
-steps = pytest.importorskip("tests.oracle.test_training_families", reason="needs PyTorch diffusers and transformers")
-folders, if_folders, wuerstchen = steps.folders, steps.if_folders, steps.wuerstchen
+cases = pytest.importorskip("tests.oracle.family_cases", reason="needs PyTorch diffusers and transformers")
+folders, if_folders, wuerstchen = cases.folders, cases.if_folders, cases.wuerstchen
 torch, diffusers = folders.torch, folders.diffusers
 
 DREAMBOOTH = {"instance_data_dir": EMOJI, "instance_prompt": "a cat"}
@@ -25,12 +25,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of every kind."""
     at = tmp_path_factory.mktemp("models")
     wuerstchen.prior_pipeline(at / "wuerstchen")
-    torch.save(steps.efficientnet.tiny(wuerstchen.PRIOR["c_in"]).state_dict(), at / "effnet.pt")
+    torch.save(cases.efficientnet.tiny(wuerstchen.PRIOR["c_in"]).state_dict(), at / "effnet.pt")
     return {
-        "one": if_folders.save(at / "one", 1, unet=steps.if_unet(1)),
-        "two": if_folders.save(at / "two", 2, unet=steps.if_unet(2)),
+        "one": if_folders.save(at / "one", 1, unet=cases.if_unet(1)),
+        "two": if_folders.save(at / "two", 2, unet=cases.if_unet(2)),
         "prior": folders.kandinsky_prior(at / "prior"),
-        "decoder": folders.kandinsky_decoder(at / "decoder", **steps.ONE_LEVEL),
+        "decoder": folders.kandinsky_decoder(at / "decoder", **cases.ONE_LEVEL),
         "wuerstchen": at / "wuerstchen",
         "effnet": at / "effnet.pt",
     }
