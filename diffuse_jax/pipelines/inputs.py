@@ -252,8 +252,10 @@ def image_seeds(seed: int | Sequence[int] | None, images: int, limit: int = 2**3
         raise ValueError(f"seed has {len(values)} entries for {images} images; give one int, or one per image")
     if any(not isinstance(v, int) or isinstance(v, bool) or not 0 <= v < limit for v in values):
         large = any(isinstance(v, int) and v >= limit for v in values) and limit == 2**32
-        larger = '; noise="torch" takes seeds up to 2**64 - 1, and key= a key of JAX' if large else ""
-        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {brief(seed)}{larger}")
+        advice = '; noise="torch" takes seeds up to 2**64 - 1, and key= a key of JAX' if large else ""
+        if any(jnp.issubdtype(getattr(v, "dtype", int), jax.dtypes.prng_key) for v in values):
+            advice = "; give a key of JAX as key="
+        raise ValueError(f"a seed must be an integer from 0 to {limit - 1}, got {brief(seed)}{advice}")
     return np.array(values, np.uint64), np.arange(images, dtype=np.uint32) * np.uint32(shared)
 
 
