@@ -1,4 +1,4 @@
-"""Measuring JAX's compile time."""
+"""Measuring JAX's compile time, and durations as text."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def compile_seconds() -> Iterator[Callable[[], float]]:
         yield total
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def spoken(seconds: float) -> str:
+    """A duration in its two largest units: ``4 h 29 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{n} {unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")) if n]
+    return " ".join(parts[:2]) or "0 s"

@@ -38,6 +38,7 @@ LEVELS = {
     "utils": 0,
     "noise": 0,
     "timing": 0,
+    "memory": 0,
     "command": 0,
     "columns": 0,
     "kernels": 1,

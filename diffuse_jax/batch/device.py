@@ -14,6 +14,7 @@ import numpy as np
 
 from diffuse_jax.batch.jobs import OWN, Image
 from diffuse_jax.command import lacks_memory
+from diffuse_jax.memory import analysed, statistics
 from diffuse_jax.messages import warn
 from diffuse_jax.pipelines.identity import identity
 from diffuse_jax.pipelines.parts.safety import FLAGGED
@@ -319,16 +320,11 @@ def on_a_mesh(pipe: Any) -> Any:
 
 def needed_memory(program: Any) -> float | None:
     """Bytes that a program takes on a device besides its arguments; None if the compiler does not say."""
-    try:
-        found = program.memory_analysis()
-    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
+    found = analysed(program)
     return None if found is None else float(found.temp_size_in_bytes + found.output_size_in_bytes)
 
 
 def free_memory(pipe: Any) -> float | None:
     """Bytes that are free on the fullest device of a pipeline; None if the device does not say."""
-    stats = [device.memory_stats() for device in pipe.mesh.local_devices]
-    if not all(one and "bytes_limit" in one for one in stats):
-        return None
-    return float(min(one["bytes_limit"] - one["bytes_in_use"] for one in stats))
+    found = statistics(pipe.mesh)
+    return None if found is None else float(min(one["bytes_limit"] - one["bytes_in_use"] for one in found))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffuse_jax.timing import spoken
+
 SHOWN = 20
 """How many failures are kept in memory; all of them are in a file."""
 
@@ -47,15 +49,6 @@ class Status(NamedTuple):
             return share + failed
         speed = f"{self.per_second:.2f}" if self.per_second < 10 else f"{self.per_second:,.0f}"
         return f"{share}{failed}, {speed} images/s, {spoken(self.seconds_left)} left"
-
-
-def spoken(seconds: float) -> str:
-    """A duration in its two largest units: ``4 h 29 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [f"{n} {unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")) if n]
-    return " ".join(parts[:2]) or "0 s"
 
 
 class Failure(NamedTuple):

@@ -99,7 +99,7 @@ class Listed:
     ``images.txt`` and their captions in ``caption.txt``, one per line."""
 
     def __init__(self, folder: Path) -> None:
-        paths, captions = (lines_of(folder / name) for name in (IMAGES, CAPTIONS))
+        paths, captions = (filled_lines(folder / name) for name in (IMAGES, CAPTIONS))
         self._rows = [(folder / "images" / Path(path).name, text) for path, text in zip(paths, captions, strict=False)]
         if len(paths) != len(captions):
             raise ValueError(f"{folder} has {len(paths)} lines in {IMAGES} and {len(captions)} in {CAPTIONS}")
@@ -120,7 +120,7 @@ class Listed:
 IMAGES, CAPTIONS = "images.txt", "caption.txt"
 
 
-def lines_of(path: Path) -> list[str]:
+def filled_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     with open(open_regular(path), encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]

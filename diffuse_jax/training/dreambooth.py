@@ -67,8 +67,8 @@ class FixedPrompts:
     """All images of a folder with the same captions; metadata files are ignored unless they name masks."""
 
     def __init__(self, folder: str | Path, captions: tuple[str, ...], mask_column: str | None = None) -> None:
-        read = {"mask_column": mask_column, "metadata": mask_column is not None}
-        self._source, self._captions = FolderSource(folder, None, **read), captions  # type: ignore[arg-type]
+        self._source = FolderSource(folder, None, mask_column=mask_column, metadata=mask_column is not None)
+        self._captions = captions
         self.fingerprint = f"{self._source.fingerprint}-{hashlib.sha1(repr(captions).encode()).hexdigest()}"
 
     def __len__(self) -> int:
@@ -221,8 +221,9 @@ def interleaved_batches(
     def batches(
         source: Source, times: int, masked: bool = False, cell: int | None = None
     ) -> tuple[Batches, tuple[str, ...]]:
-        how: dict[str, Any] = {"true_sizes": False, "masked": masked}
-        inputs = inputs_from(data, model, pipe, trained=trained, source=source, times=times, **how)
+        inputs = inputs_from(
+            data, model, pipe, trained=trained, source=source, times=times, true_sizes=False, masked=masked
+        )
         rows = batches_from(data, batch, mesh, inputs.finish, source=inputs.source, pixels=inputs.pixels, cell=cell)
         return rows, inputs.unused
 

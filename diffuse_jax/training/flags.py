@@ -99,10 +99,6 @@ class Accepted(argparse.Action):
         print(f"note: {self.option_strings[0]} has no effect: {self.note}", file=sys.stderr)
 
 
-BothWays = argparse.BooleanOptionalAction
-"""A switch with a ``--no-NAME`` of its own, for what is on by default."""
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that takes values from the command line, then from ``--config FILE``, then from the defaults.
 

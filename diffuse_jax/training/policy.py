@@ -84,22 +84,22 @@ def policy_from(settings: RewardSettings, pipe: DiffusionPipeline) -> Policy:
     }
     make = lambda prompts, seeds: pipe.request(list(prompts), seed=[int(s) for s in seeds], **given)
     request = make([""], [0])
-    method, combine = request.method, whole
+    method, combine = request.method, with_trained
     if settings.use_lora:
         name = trained_family(pipe).denoiser
-        method, combine = dataclasses.replace(method, denoiser=adapted(method.denoiser, (name,))), with_lora
+        method, combine = dataclasses.replace(method, denoiser=adapted(method.denoiser, (name,))), with_pairs
     if settings.method == "ddpo":
         check_policy(method, request.plan)
     evaluations = int(request.plan.num_evaluations)
     return Policy(method, request.plan, evaluations, lambda prompts, seeds: make(prompts, seeds).rows, combine)
 
 
-def whole(trainable: Params, frozen: Params) -> Params:
+def with_trained(trainable: Params, frozen: Params) -> Params:
     """Trained networks in the place of those of the same names."""
     return {**frozen, **trainable}
 
 
-def with_lora(trainable: Params, frozen: Params) -> Params:
+def with_pairs(trainable: Params, frozen: Params) -> Params:
     """Trained low-rank pairs beside frozen networks."""
     return {**frozen, LORA: trainable}
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffuse_jax.memory import analysed, statistics
+from diffuse_jax.timing import spoken
 from diffuse_jax.training.batches import Batches
 from diffuse_jax.training.settings import RunSettings
 from diffuse_jax.training.start import Counts, next_batch
@@ -57,11 +59,11 @@ class Rehearsal(NamedTuple):
 
     def __str__(self) -> str:
         lines = {
-            "compiling": _duration(self.compile_seconds),
+            "compiling": spoken(self.compile_seconds),
             "one step": f"{self.step_seconds:.3g} s, of which {self.data_seconds:.3g} s waiting for data",
-            "one round": f"{self.round_steps:,} steps, and before them {_duration(self.round_seconds)} for their data",
-            "one validation": "none" if self.validation_seconds is None else _duration(self.validation_seconds),
-            "the whole run": f"about {_duration(self.seconds)}, and the writing of checkpoints",
+            "one round": f"{self.round_steps:,} steps, and before them {self.round_seconds:.3g} s for their data",
+            "one validation": "none" if self.validation_seconds is None else spoken(self.validation_seconds),
+            "the whole run": f"about {spoken(self.seconds)}, and the writing of checkpoints",
             "memory of a device": f"{_size(self.memory)} of {_size(self.free)}",
             "checkpoints": f"{self.checkpoints} of {_size(self.checkpoint)} each; {_size(self.disk)} are free",
             "loss": ", ".join(f"{loss:.4g}" for loss in self.losses),
@@ -147,11 +149,7 @@ def rehearse(
 
 def _memory(program: Any) -> float | None:
     """Bytes that a compiled program takes on a device, with its arguments."""
-    try:
-        found = program.memory_analysis()
-    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
-    if found is None:
+    if (found := analysed(program)) is None:
         return None
     state = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return float(state + found.temp_size_in_bytes)
@@ -159,9 +157,8 @@ def _memory(program: Any) -> float | None:
 
 def _limit(mesh: Mesh) -> float | None:
     """Bytes of the smallest device of this process, as far as JAX may use them."""
-    stats = [device.memory_stats() for device in mesh.local_devices]
-    limits = [float(one["bytes_limit"]) for one in stats if one and "bytes_limit" in one]
-    return min(limits) if len(limits) == len(stats) else None
+    found = statistics(mesh)
+    return None if found is None else float(min(one["bytes_limit"] for one in found))
 
 
 def _existing(folder: Path) -> Path:
@@ -173,11 +170,3 @@ def _size(count: float | None) -> str:
     if count is None:
         return "an unknown size"
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.3g} s"

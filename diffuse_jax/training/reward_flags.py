@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from diffuse_jax.training.arguments import make_parser
 from diffuse_jax.training.data.settings import CacheSettings, DataSettings, ImageSettings
 from diffuse_jax.training.data.tags import TagSettings
-from diffuse_jax.training.flags import BothWays, Parser
+from diffuse_jax.training.flags import Parser
 from diffuse_jax.training.latent_flags import add_lora, add_model, add_validation
 from diffuse_jax.training.settings import ObjectiveSettings, RewardSettings
 from diffuse_jax.training.settings.methods import REWARD_METHODS, REWARDS
@@ -83,7 +84,7 @@ def reward_parser(description: str | None, output_dir: str, **defaults: Any) -> 
     add("--sample_num_batches_per_epoch", help="ddpo: number of such batches in a round")
     add = parser.group("tuning", RewardSettings)
     what = "train low-rank pairs; --no-use_lora trains the UNet's weights"
-    add("--use_lora", action=BothWays, help=what)
+    add("--use_lora", action=argparse.BooleanOptionalAction, help=what)
     add("--train_num_inner_epochs", help="ddpo: number of passes over the samples of a round")
     add("--train_timestep_fraction", help="ddpo: share of the steps of each trajectory that are trained on")
     add("--train_clip_range", help="ddpo: how far the ratio of new to old probability may move from 1")

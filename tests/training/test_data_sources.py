@@ -30,7 +30,7 @@ from diffuse_jax.training.data import (
     write_tar,
 )
 from diffuse_jax.training.data.shards import braces, shard_source
-from diffuse_jax.training.data.sources import METADATA, PICTURES
+from diffuse_jax.training.data.sources import METADATA, OTHER_IMAGES
 from diffuse_jax.training.data.transform import Record, decode
 from diffuse_jax.training.dreambooth import FixedPrompts
 
@@ -155,7 +155,7 @@ def with_control_images(folder: Path, key: str = "control") -> Path:
 
 @pytest.mark.parametrize("field", ["conditioning", "mask"])
 def test_every_kind_of_data_set_may_have_control_images_and_masks(field: str, tmp_path: Path) -> None:
-    flag = PICTURES[field][0].removeprefix("--")
+    flag = OTHER_IMAGES[field][0].removeprefix("--")
     members = [(f"{n}.{suffix}", content) for n in range(3) for suffix, content in
                (("png", png(flat_image(n))), ("control.png", png(flat_image(100 + n))), ("txt", b"a"))]  # fmt: skip
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_jax.limits import refuse_links
-from diffuse_jax.training.data.sources import PICTURES, captions_of, fingerprint, pictures
+from diffuse_jax.training.data.sources import OTHER_IMAGES, captions_of, fingerprint, other_columns
 from diffuse_jax.training.data.transform import Record
 
 
@@ -164,8 +164,8 @@ def record_of(
       ValueError: the row has neither the bytes nor the path of an image, or no caption.
     """
     image, path = _image(row, image_column, "--image_column", where)
-    columns = pictures(conditioning_column, mask_column)
-    others = {field: _image(row, column, PICTURES[field][0], where)[0] for field, column in columns.items()}
+    columns = other_columns(conditioning_column, mask_column)
+    others = {field: _image(row, column, OTHER_IMAGES[field][0], where)[0] for field, column in columns.items()}
     name = f"{where} ({path})" if isinstance(path, str) else where
     return Record(image, captions_of(row, caption_column, where), name, **others)
 

@@ -101,9 +101,14 @@ def _folder(data: DataSettings, folder: str | Path, columns: Sequence[str | None
     return FolderSource(folder, *others)
 
 
+def lengths_of(source: Source) -> tuple[int, ...]:
+    """The number of rows of each data set of a source."""
+    return source.lengths if isinstance(source, Joined) else (len(source),)
+
+
 def counts_from(data: DataSettings, source: Source) -> tuple[int, ...]:
     """The number of examples of each data set of a source in an epoch."""
-    lengths: tuple[int, ...] = getattr(source, "lengths", (len(source),))
+    lengths = lengths_of(source)
     if data.data_repeats is not None:
         return tuple(length * times for length, times in zip(lengths, data.data_repeats, strict=True))
     return lengths if data.data_weights is None else shares(data.data_weights, sum(lengths))
@@ -111,7 +116,7 @@ def counts_from(data: DataSettings, source: Source) -> tuple[int, ...]:
 
 def order_from(data: DataSettings, source: Source, rows: int) -> Plain | Bucketed | Mixed:
     """The rows of each batch of ``rows`` examples, with the buckets and shares of the settings."""
-    counts, lengths = counts_from(data, source), getattr(source, "lengths", (len(source),))
+    counts, lengths = counts_from(data, source), lengths_of(source)
     buckets = buckets_from(data, source)
     if buckets is not None:
         times = np.repeat(np.array(counts) // np.array(lengths), lengths)

@@ -62,11 +62,11 @@ class Rescaled:
 
 
 def placed(image: np.ndarray, canvas: Size, corner: Size, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of the size of a canvas, and its mask.
+    """An image of the size of a canvas, and its mask.
 
     Args:
       image: uint8 ``[h,w,3]``, smaller than the canvas or larger.
-      canvas: height and width of the picture.
+      canvas: height and width of the result.
       corner: where a smaller image is on the canvas, or the crop of a larger one in it; top and left in pixels.
       cell: see :class:`Rescaled`.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from diffuse_jax.images import SUFFIXES, Skipped, warn_of
 from diffuse_jax.limits import parse_json
-from diffuse_jax.training.data.sources import PICTURES, captions_of, file_identity, fingerprint, pictures
+from diffuse_jax.training.data.sources import OTHER_IMAGES, captions_of, file_identity, fingerprint, other_columns
 from diffuse_jax.training.data.transform import Record
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -112,7 +112,7 @@ class TarSource:
             or is damaged, or there are no images.
         """
         self._paths, self._column = [Path(path) for path in paths], caption_column
-        columns = pictures(conditioning_column, mask_column)
+        columns = other_columns(conditioning_column, mask_column)
         others: dict[str, list[Place]] = {field: [] for field in columns}
         rows, keys, skipped = [], [], []
         for number, path in enumerate(self._paths):
@@ -128,7 +128,7 @@ class TarSource:
                     suffixes = [f"{column}.{suffix}" for suffix in IMAGES]
                     found = _first(members, suffixes)
                     if found is None:
-                        raise ValueError(f"{path}: {key} has no {PICTURES[field][1]}: no .{', .'.join(suffixes)}")
+                        raise ValueError(f"{path}: {key} has no {OTHER_IMAGES[field][1]}: no .{', .'.join(suffixes)}")
                     others[field].append(found)
                 caption = text or line or Place(0, 0)
                 rows.append((number, *image, *caption, text is not None))

@@ -19,7 +19,7 @@ from diffuse_jax.limits import SURROGATE, open_regular, parse_json, refuse_links
 from diffuse_jax.messages import warn
 from diffuse_jax.training.data.transform import SUBSET, Record
 
-PICTURES = {
+OTHER_IMAGES = {
     "conditioning": ("--conditioning_image_column", "control image", "edges/a.png"),
     "mask": ("--mask_column", "mask", "masks/a.png"),
 }
@@ -42,8 +42,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-def pictures(conditioning_column: str | None, mask_column: str | None) -> dict[str, str]:
-    """Field of :class:`Record` -> the column of these pictures, of those that are needed."""
+def other_columns(conditioning_column: str | None, mask_column: str | None) -> dict[str, str]:
+    """Field of :class:`Record` -> the column of these images, of those that are needed."""
     columns = {"conditioning": conditioning_column, "mask": mask_column}
     return {field: column for field, column in columns.items() if column is not None}
 
@@ -82,13 +82,13 @@ class FolderSource:
             caption is not a string, or there are no lines.
         """
         self.folder, self.caption_column = Path(folder), caption_column
-        self._pictures = pictures(conditioning_column, mask_column)
+        self._columns = other_columns(conditioning_column, mask_column)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
         refuse_links(self.folder, deep=True)
         self._metadata = _metadata_files(self.folder) if metadata else []
         if not self._metadata:
-            self._images = _uncaptioned_images(self.folder, caption_column, self._pictures)
+            self._images = _uncaptioned_images(self.folder, caption_column, self._columns)
             self.fingerprint = fingerprint("files", map(file_identity, self._images))
             return
         places, digest = [], []
@@ -124,10 +124,10 @@ class FolderSource:
 
     def _parse(self, line: dict[str, Any], path: Path, where: str) -> tuple[Path, tuple[str, ...], dict[str, Path]]:
         image, others = self._file(line, "file_name", path, where), {}
-        for field, column in self._pictures.items():
+        for field, column in self._columns.items():
             key = column if column in line else f"{column}_file_name"
             if key not in line:
-                flag, what, _ = PICTURES[field]
+                flag, what, _ = OTHER_IMAGES[field]
                 raise ValueError(f"{where}: no {what} under {column!r} ({flag}); it has {sorted(line)}")
             others[field] = self._file(line, key, path, where)
         return image, captions_of(line, self.caption_column, where), others
@@ -163,7 +163,7 @@ def _metadata_files(folder: Path) -> list[Path]:
 
 
 def _uncaptioned_images(folder: Path, caption_column: str | None, columns: Mapping[str, str]) -> list[Path]:
-    wanted = {caption_column: "a caption"} | {column: PICTURES[field][2] for field, column in columns.items()}
+    wanted = {caption_column: "a caption"} | {column: OTHER_IMAGES[field][2] for field, column in columns.items()}
     if keys := {key: value for key, value in wanted.items() if key is not None}:
         raise FileNotFoundError(
             f"{folder / METADATA[0]} does not exist; --train_data_dir needs one line per image there: "

@@ -44,8 +44,6 @@ class TagSettings(Checked):
 
     def arrange(self, caption: str, rng: np.random.Generator) -> str:
         """The caption with its tags as the settings want them this time."""
-        if not self.changes:
-            return caption
         tags = [tag.strip() for tag in caption.split(self.tag_separator)]
         first, rest = tags[: self.keep_tags], tags[self.keep_tags :]
         rest = [tag for tag, u in zip(rest, rng.random(len(rest)), strict=True) if u >= self.tag_dropout]

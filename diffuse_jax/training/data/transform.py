@@ -7,7 +7,7 @@ worker process makes the example, or whether the run was interrupted.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -123,9 +123,13 @@ class Transform:
         empty = dropped < max(self.empty_share, 2 * self.dropout)
         number = -1 if empty else int(which * len(record.captions))
         example = self._example(record, index, number, place, self.random_flip and mirrored < 0.5, size)
-        caption = self.tags.arrange(example.caption, np.random.default_rng([self.seed, TAGS, position]))
-        kept = not self.dropout <= dropped < 3 * self.dropout if self.dropout else None
-        return dataclasses.replace(example, caption=caption, keeps_conditioning=kept)
+        changed: dict[str, Any] = {}
+        if self.tags.changes:
+            rng = np.random.default_rng([self.seed, TAGS, position])
+            changed["caption"] = self.tags.arrange(example.caption, rng)
+        if self.dropout:
+            changed["keeps_conditioning"] = not self.dropout <= dropped < 3 * self.dropout
+        return dataclasses.replace(example, **changed) if changed else example
 
     def fixed(self, record: Record, index: int, size: Size | None = None) -> Example:
         """The example without randomness: the centre crop of the image, not mirrored, with the first caption."""
