@@ -65,7 +65,7 @@ PARSED = {
 }
 """Files that take or return an ``argparse.Namespace``, and why."""
 
-PARSERS = {f"training/{name}.py" for name in ("arguments", "configuration", "flags", "data/flags")}
+PARSERS = {f"training/{name}.py" for name in ("arguments", "configuration", "flags", "reward_flags", "data/flags")}
 """Files of the trainers that know argparse: they define flags, or read them from files."""
 
 
