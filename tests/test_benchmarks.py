@@ -34,6 +34,7 @@ def test_benchmarks_also_run_as_modules() -> None:
         assert not imports or (said and said[0] < imports[0]), path.name
 
 
+@pytest.mark.slow
 def test_pipeline_tiny(tmp_path: Path) -> None:
     """Two steps of the tiny folder: nothing is compiled twice, and the next process compiles nothing at all."""
     options = ["--folders", "tiny", "--sides", "ours", "--steps", "2", "--repeats", "1", "--print-only"]

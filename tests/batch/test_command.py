@@ -232,6 +232,7 @@ def test_a_joined_process_that_ends_early_ends_all_within_a_minute_and_fewer_con
     assert sorted(one["line"] for one in written(tmp_path / "out")) == [*range(1, 4001)]
 
 
+@pytest.mark.slow
 def test_an_error_of_a_joined_process_ends_the_others_with_its_reason(tmp_path: Path) -> None:
     runs = joined(tmp_path, 4000, 2, PAUSE="0.5", FAILS="1")
     errors = [process.communicate(timeout=120)[1] for process in runs]

@@ -56,7 +56,9 @@ def compare(pipe: Any, twin: Any, theirs: dict[str, Any] | None = None, **reques
 # ControlNets
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one net", "two nets"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="one net", marks=pytest.mark.slow), pytest.param(2, id="two nets")]
+)
 def sdxl_controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     plain = folders.stable_diffusion_xl(tmp_path_factory.mktemp("xl") / "plain")
     unet = diffusers.UNet2DConditionModel.from_pretrained(plain / "unet")

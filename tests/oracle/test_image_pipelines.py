@@ -257,6 +257,7 @@ def test_controlnet_with_image_to_image(controlled, images, compare: Compare):
     assert pipe.programs.compilations == 1
 
 
+@pytest.mark.slow
 @tasks_with_nets
 def test_controlnet_with_image_to_image_at_a_given_size(controlled, compare: Compare):
     nets, folder = controlled

@@ -87,7 +87,7 @@ def with_ddim(pipe: Any, twin: Any) -> tuple[Any, Any]:
     return pipe.replace(scheduler=schedulers.DDIMScheduler.from_config(pipe.scheduler, clip_sample=False)), twin
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_perturbed_attention(family: str, request: pytest.FixtureRequest, compare: Compare) -> None:
     folder, kind = request.getfixturevalue(family), "XL" if family == "sdxl" else ""
     pipe = opened(f"StableDiffusion{kind}Pipeline", folder)
@@ -337,7 +337,7 @@ def test_a_prompt_for_each_region(sd1: Path, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(several[1:], alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_further_branches_of_every_family(family: str, request: pytest.FixtureRequest) -> None:
     """With the prompt as every further branch, nothing changes: sizes and pooled embeddings come along."""
     pipe = opened(f"StableDiffusion{'XL' if family == 'sdxl' else ''}Pipeline", request.getfixturevalue(family))

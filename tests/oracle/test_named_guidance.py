@@ -147,7 +147,9 @@ def test_self_attention_guidance(sd1: Path, tmp_path: Path) -> None:
     assert pipe.programs.compilations == 1, "the scale is data"
 
 
-@pytest.mark.parametrize("circular", [False, True], ids=["flat", "circular"])
+@pytest.mark.parametrize(
+    "circular", [pytest.param(False, id="flat"), pytest.param(True, id="circular", marks=pytest.mark.slow)]
+)
 def test_panorama(circular: bool, sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch takes eight pixels for a latent; the tiny autoencoder has two. It mixes up the embeddings of several
     prompts."""

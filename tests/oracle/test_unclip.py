@@ -146,6 +146,7 @@ def encoded(twin: Any, prompts: list[str]) -> dict[str, Any]:
     return {"text_model_output": output, "text_attention_mask": tokens.attention_mask.bool()}
 
 
+@pytest.mark.slow
 def test_from_the_results_of_a_text_encoder(text: Both) -> None:
     """Those of PyTorch as they are: an object with names, or a tuple."""
     given, options = encoded(text.twin, PROMPTS), ALL_STEPS

@@ -256,12 +256,7 @@ def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, o
     assert next(found[result] for result in RESULTS if result in found).shape[0] == images
 
 
-QUICK = (
-    "KandinskyV22PriorPipeline",
-    "StableDiffusionXLAdapterPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "StableDiffusionLatentUpscalePipeline",
-)
+QUICK = ("KandinskyV22PriorPipeline", "StableDiffusionXLAdapterPipeline")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_images_that_are_only_compared_need_no_safety_checker(tmp_path: Path, re
     assert not [str(w.message) for w in recwarn if "safety_checker" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_a_small_sdxl_is_the_same_with_a_sampler_that_draws_noise(tmp_path: Path) -> None:
     folder = folders.stable_diffusion_xl(tmp_path / "sdxl")
     sides = parity.open_sides(str(folder), device="cpu", scheduler=EulerAncestralDiscreteScheduler)
@@ -173,6 +174,7 @@ def test_a_fault_in_one_of_a_list_of_networks_is_found_there(tmp_path: Path) -> 
     assert [first["layer"] for first in result.first] == ["mid_block.resnets.0.conv1"]
 
 
+@pytest.mark.slow
 def test_several_control_images_are_read_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In half precision too, where a run from an image starts as far apart as its encoders are."""
     folder = folders.controlled(tmp_path / "sd", nets=2)

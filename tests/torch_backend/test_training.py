@@ -142,6 +142,7 @@ def test_the_command_passes_the_shipped_model(method: str, tmp_path: Path, capsy
     assert gradients[0].endswith(last), "the backward pass begins at the end of the network"
 
 
+@pytest.mark.slow
 def test_a_small_sdxl_with_its_text_encoders_is_the_same(tmp_path: Path) -> None:
     folder = save_sdxl(tmp_path / "sdxl", fresh=False)
     compared = parity.compare_training(folder, parity.TrainingRequest(train_text_encoder=True), device="cpu")

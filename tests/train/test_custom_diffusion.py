@@ -48,6 +48,7 @@ def flags(model: Path, output: Path, **more: Any) -> dict[str, Any]:
     return shared | more
 
 
+@pytest.mark.slow
 def test_two_concepts_with_classes_are_learned_and_resumed_bit_for_bit(
     sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,34 +33,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save(tmp_path_factory.mktemp(name), fresh=False) for name, save in SAVE.items()}
 
 
-def run_twice(script: str, folder: Path, model: Path, **options: Any) -> Path:
-    """The folder of a run, after the same run has been resumed from its last checkpoint with the same results."""
-    whole, parts = folder / "whole", folder / "parts"
-    shared = {"max_train_steps": 6, "checkpointing_steps": 4, "random_flip": True, "proportion_empty_prompts": 0.2}
+SHARED = {"max_train_steps": 6, "checkpointing_steps": 4, "random_flip": True, "proportion_empty_prompts": 0.2}
+
+
+def trained(script: str, given: dict[str, Any]) -> Path:
+    """The folder of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, script, devices=1, **flags(model, whole, **shared | options))
-        shutil.copytree(whole / "checkpoint-4", parts / "checkpoint-4")
-        options |= {"resume_from_checkpoint": "latest"}
-        options.pop("validation_prompt", None)
-        run(patch, script, devices=1, **flags(model, parts, **shared | options))
-    assert log(whole)[4:] == log(parts)
+        run(patch, script, devices=1, **given)
+    return Path(given["output_dir"])
+
+
+def require_same_when_resumed(script: str, given: dict[str, Any], folder: Path) -> None:
+    """The same run resumed from its last checkpoint has the same results."""
+    whole = Path(given["output_dir"])
+    shutil.copytree(whole / "checkpoint-4", folder / "checkpoint-4")
+    again = {name: value for name, value in given.items() if name != "validation_prompt"}
+    trained(script, again | {"output_dir": folder, "resume_from_checkpoint": "latest"})
+    assert log(whole)[4:] == log(folder)
     (file,) = (path.relative_to(whole / "checkpoint-4") for path in (whole / "checkpoint-4").rglob("*.safetensors"))
-    end, again = (load_file(output / file) for output in (whole, parts))
-    assert all(np.array_equal(end[key], again[key]) for key in {*end, *again})
-    return whole
+    end, other = (load_file(output / file) for output in (whole, folder))
+    assert all(np.array_equal(end[key], other[key]) for key in {*end, *other})
 
 
 @pytest.fixture(scope="module")
-def student(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole student."""
+def of_student(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The flags of a whole student."""
     options = {"unet_time_cond_proj_dim": WIDTH, "loss_type": "huber", "validation_prompt": "heart",
                "num_validation_images": 1, "validation_steps": 6}  # fmt: skip
-    return run_twice(FULL, tmp_path_factory.mktemp("student"), models["sd"], **options)
+    return flags(models["sd"], tmp_path_factory.mktemp("student"), **SHARED, **options)
+
+
+@pytest.fixture(scope="module")
+def student(of_student: dict[str, Any]) -> Path:
+    return trained(FULL, of_student)
+
+
+@pytest.mark.slow  # checkpoints are those of every script
+def test_a_whole_student_resumes_bit_for_bit(of_student: dict[str, Any], student: Path, tmp_path: Path) -> None:
+    require_same_when_resumed(FULL, of_student, tmp_path)
 
 
 @pytest.mark.slow  # what the script gives to `fit` is tested below, and a step compared with PyTorch's
 def test_a_lora_resumes_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> None:
-    output = run_twice(LORA, tmp_path, models["sd"], lora_rank=4, learning_rate=1e-2)
+    given = flags(models["sd"], tmp_path / "whole", **SHARED, lora_rank=4) | {"learning_rate": 1e-2}
+    output = trained(LORA, given)
+    require_same_when_resumed(LORA, given, tmp_path / "parts")
     tensors = load_file(output / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("unet.") for key in tensors)
     assert any("time_emb_proj.lora" in key for key in tensors)
@@ -70,9 +87,7 @@ def test_a_lora_resumes_bit_for_bit(models: dict[str, Path], tmp_path: Path) -> 
     assert np.abs(draw(pipe.load_lora_weights(output)) - draw(pipe)).max() > 1e-4
 
 
-def test_a_whole_student_resumes_bit_for_bit_and_takes_the_guidance_scale(
-    models: dict[str, Path], student: Path
-) -> None:
+def test_a_whole_student_takes_the_guidance_scale(models: dict[str, Path], student: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(student)
     assert type(pipe) is type(DiffusionPipeline.from_pretrained(models["sd"]))
     sampler = pipe.scheduler

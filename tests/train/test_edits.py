@@ -40,8 +40,8 @@ def flags(model: Path, output: Path, data: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model, its training, and the same training resumed from its last checkpoint."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a training run, and its flags."""
     folder = tmp_path_factory.mktemp("edits")
     model, data = save_sd(folder / "model"), edits_of(EMOJI, folder / "data")
     options: dict[str, Any] = {
@@ -49,42 +49,53 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "use_ema": True, "ema_decay": 0.9, "validation_prompt": "colour the heart", "num_validation_images": 1,
         "validation_image": data / "grey" / "red-apple.png", "validation_inference_steps": 2, "validation_steps": 30,
     }  # fmt: skip
-    whole, parts = folder / "whole", folder / "parts"
+    given = flags(model, folder / "whole", data, **options)
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, "instruct_pix2pix.py", devices=1, **flags(model, whole, data, **options))
-        shutil.copytree(whole / "checkpoint-25", parts / "checkpoint-25")
-        options["resume_from_checkpoint"] = "latest"
-        run(patch, "instruct_pix2pix.py", devices=1, **flags(model, parts, data, **options))
-    return {"model": model, "whole": whole, "parts": parts, "grey": data / "grey" / "red-apple.png"}
+        run(patch, "instruct_pix2pix.py", devices=1, **given)
+    return folder / "whole", given
 
 
-def test_it_learns_and_resumes_bit_for_bit(runs: dict[str, Path]) -> None:
-    losses = log(runs["whole"])
+def test_it_learns(trained: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = trained
+    losses = log(output)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
-    assert losses[25:] == log(runs["parts"])
-    end, again = (numbers(runs[name], UNet2DConditionModel, "unet") for name in ("whole", "parts"))
-    assert all(np.array_equal(a, b) for a, b in zip(end, again, strict=True))
-    assert len(list((runs["whole"] / "validation").rglob("*.png"))) == 2, "the original image is shown too"
+    assert len(list((output / "validation").rglob("*.png"))) == 2, "the original image is shown too"
 
 
-def test_its_folder_is_a_pipeline_that_follows_the_image(runs: dict[str, Path]) -> None:
-    pipe = DiffusionPipeline.from_pretrained(runs["whole"])
+@pytest.mark.slow  # checkpoints are those of every script
+def test_it_resumes_bit_for_bit(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, given = trained
+    shutil.copytree(whole / "checkpoint-25", tmp_path / "checkpoint-25")
+    again = given | {"output_dir": tmp_path, "resume_from_checkpoint": "latest"}
+    run(monkeypatch, "instruct_pix2pix.py", devices=1, **again)
+    assert log(whole)[25:] == log(tmp_path)
+    ends = (numbers(folder, UNet2DConditionModel, "unet") for folder in (whole, tmp_path))
+    assert all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_its_folder_is_a_pipeline_that_follows_the_image(trained: tuple[Path, dict[str, Any]]) -> None:
+    output, given = trained
+    pipe = DiffusionPipeline.from_pretrained(output)
     assert type(pipe) is StableDiffusionInstructPix2PixPipeline
-    grey = np.asarray(Image.open(runs["grey"]).convert("RGB").resize((SIZE, SIZE)))
+    grey = np.asarray(Image.open(given["validation_image"]).convert("RGB").resize((SIZE, SIZE)))
     edit = lambda image: pipe("colour the apple", image=image, num_inference_steps=2, seed=0, output_type="np").images
     assert np.abs(edit(grey) - edit(grey[::-1])).max() > 1e-3
 
 
-def test_pytorch_opens_its_folder(runs: dict[str, Path]) -> None:
+def test_pytorch_opens_its_folder(trained: tuple[Path, dict[str, Any]]) -> None:
     diffusers = pytest.importorskip("diffusers", reason="needs PyTorch diffusers")
     pytest.importorskip("torch", reason="needs PyTorch diffusers")
-    theirs = diffusers.DiffusionPipeline.from_pretrained(runs["whole"])
+    output, _ = trained
+    theirs = diffusers.DiffusionPipeline.from_pretrained(output)
     assert type(theirs).__name__ == "StableDiffusionInstructPix2PixPipeline"
     assert theirs.unet.config.in_channels == 8
-    ours = UNet2DConditionModel.from_pretrained(runs["whole"], subfolder="unet")[1]["conv_in"]["kernel"]
+    ours = UNet2DConditionModel.from_pretrained(output, subfolder="unet")[1]["conv_in"]["kernel"]
     np.testing.assert_array_equal(theirs.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0), np.asarray(ours))
 
 
+@pytest.mark.slow
 def test_latents_of_both_images_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For XL; with the embeddings of the instructions, so neither the autoencoder nor the text encoders are needed."""
     model, data = save_sdxl(tmp_path / "model", fresh=False), edits_of(EMOJI, tmp_path / "data")

@@ -149,7 +149,7 @@ def test_lora_learns_and_is_a_file_that_the_pipeline_takes(
     assert np.abs(draw(pipe.load_lora_weights(tmp_path)) - draw(pipe)).max() > 1e-4
 
 
-@pytest.mark.parametrize("script", ["dreambooth.py", "dreambooth_lora.py"])
+@pytest.mark.parametrize("script", [pytest.param("dreambooth.py", marks=pytest.mark.slow), "dreambooth_lora.py"])
 def test_dreambooth_generates_class_images_and_preserves_them(
     script: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +216,11 @@ def edges_of(folder: Path, output: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("script", "kind"), [("controlnet.py", ControlNetModel), ("t2i_adapter.py", T2IAdapter)], ids=lambda x: str(x)
+    ("script", "kind"),
+    [
+        pytest.param("controlnet.py", ControlNetModel, id="ControlNet"),
+        pytest.param("t2i_adapter.py", T2IAdapter, id="T2I-Adapter", marks=pytest.mark.slow),
+    ],
 )
 def test_what_reads_edges_learns_from_a_column_of_them_and_resumes_bit_for_bit(
     script: str, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,6 +251,7 @@ def test_what_reads_edges_learns_from_a_column_of_them_and_resumes_bit_for_bit(
     assert np.abs(draw(edges) - draw(edges[::-1])).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_further(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

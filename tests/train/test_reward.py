@@ -70,6 +70,7 @@ def test_draft_raises_the_reward(flags: dict[str, Any], tmp_path: Path, monkeypa
     assert red(make(pipe.load_lora_weights(tmp_path / "out"))) > red(make(pipe)) + 0.03
 
 
+@pytest.mark.slow
 def test_ddpo_raises_the_reward_and_resumes_bit_for_bit(
     flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_every_term_on_a_mesh_in_bfloat16(
     assert {array.dtype for array in numbers(tmp_path / "out", AutoencoderKL, "vae")} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(
     judged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "code"), [((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGINT), 143)], ids=["ctrl-c", "both"]
+    ("numbers", "code"),
+    [
+        pytest.param((signal.SIGINT,), 130, id="ctrl-c"),
+        pytest.param((signal.SIGTERM, signal.SIGINT), 143, id="both", marks=pytest.mark.slow),
+    ],
 )
 def test_signals_to_the_group_while_workers_make_data(
     numbers: tuple[signal.Signals, ...], code: int, tmp_path: Path
