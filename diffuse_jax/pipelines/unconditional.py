@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Unpack
 import jax
 import numpy as np
 
+from diffuse_jax.messages import brief
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines.family import check_output, make_plan
-from diffuse_jax.pipelines.inputs import noise_rows
+from diffuse_jax.pipelines.inputs import noise_rows, number_array
 from diffuse_jax.pipelines.method import Method, Net, Rows, image_keys, keys_for
 from diffuse_jax.pipelines.options import CallOptions, check_names
 from diffuse_jax.pipelines.parts.decode import Raw, ToPixels
@@ -150,14 +151,18 @@ def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
 def label_rows(
     labels: int | Sequence[int] | None, config: UNet2DConfig, images: int, noise: Rows | None = None
 ) -> Rows:
-    """``class_labels`` int32, one per image; empty for a network without classes.
+    """``class_labels``, one per image; empty for a network without classes.
+
+    They are int32 where the network has a table of classes; float32 where it embeds any number
+    (``class_embed_type="timestep"``) or takes embeddings of its own width (``"identity"``).
 
     With ``noise``, the rows that determine the noise, missing labels are random: each depends on its image's seed.
 
     Raises:
       ValueError: labels are missing or unexpected, out of range, or not one per image.
+      TypeError: they are no numbers.
     """
-    classes = config.num_class_embeds
+    classes = config.num_class_embeds if config.class_embed_type is None else None
     if labels is None and noise is not None and classes is not None:
         draw = lambda key: jax.random.randint(key, (), 0, classes, np.int32)
         return {"class_labels": np.asarray(jax.vmap(draw)(keys_for(image_keys(noise), "class label")))}
@@ -166,9 +171,11 @@ def label_rows(
         raise ValueError(f"this network {wants} (num_class_embeds={config.num_class_embeds})")
     if labels is None:
         return {}
-    array = np.asarray(labels, np.int32)
-    if array.shape not in ((), (images,)):
+    array = number_array(labels, "class_labels")
+    width = (config.time_embed_dim,) if config.class_embed_type == "identity" else ()
+    if array.shape not in (width, (images, *width)):
         raise ValueError(f"class_labels has shape {array.shape} for {images} images; give one label or one per image")
-    if classes is not None and not np.all((array >= 0) & (array < classes)):
-        raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {labels}")
-    return {"class_labels": np.broadcast_to(array, (images,))}
+    if classes is not None and not (array.dtype.kind in "iu" and np.all((array >= 0) & (array < classes))):
+        raise ValueError(f"class_labels must be integers from 0 to {classes - 1}, got {brief(labels)}")
+    dtype = np.float32 if classes is None else np.int32
+    return {"class_labels": np.broadcast_to(array.astype(dtype), (images, *width))}
