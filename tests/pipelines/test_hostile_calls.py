@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,32 @@ def test_stages_of_other_classes() -> None:
     ]:
         with pytest.raises(TypeError, match=message):
             make()
+
+
+def test_stages_of_another_family_with_the_same_components(tmp_path: Path) -> None:
+    """The priors of Kandinsky 2.1 and 2.2 have the same components; a decoder of 2.1 has all those of 2.2."""
+    first, second = KANDINSKY.prior_pipe, KANDINSKY_22.prior_pipe
+    kind, refused = (
+        type(KANDINSKY_22),
+        "^prior must be a KandinskyV22PriorPipeline, got a KandinskyPriorPipeline",
+    )
+    folder = first.save_pretrained(tmp_path / "prior")
+    for make, message in [
+        (lambda: kind.from_stages(first, KANDINSKY_22.decoder_pipe), refused),
+        (lambda: kind.from_pipe(KANDINSKY_22.decoder_pipe, prior=first), refused),
+        (lambda: kind.from_pretrained("x", prior=first), refused),
+        (lambda: kind.from_pretrained("x", prior=folder), refused),
+        (lambda: type(KANDINSKY).from_stages(second, KANDINSKY.decoder_pipe), "^prior must be a KandinskyPriorPipe"),
+        (
+            lambda: kind.from_stages(second, KANDINSKY.decoder_pipe),
+            "^decoder must be a KandinskyV22Pipeline, got a",
+        ),
+    ]:
+        with pytest.raises(TypeError, match=message) as found:
+            make()
+        assert "\n" not in str(found.value)
+    nearby = KandinskyV22PriorEmb2EmbPipeline.from_pipe(second)
+    assert kind.from_stages(nearby, KANDINSKY_22.decoder_pipe).prior_pipe.params["prior"] is second.params["prior"]
 
 
 def test_embeddings_and_images_of_priors() -> None:
