@@ -34,6 +34,7 @@ SHA256 = "dd803be2c98d764e4e64db18c631eef46c210282b398c4dd080f4cda3fa7c84d"
 GRAPH = "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx"
 
 CONFIG = ADMUNetConfig(
+    image_size=128,
     in_channels=1,
     out_channels=1,
     model_channels=32,

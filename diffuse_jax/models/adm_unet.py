@@ -42,6 +42,8 @@ class ADMUNetConfig(Config):
     """The arguments of the original network, under their names.
 
     Attributes:
+      image_size: height and width of the images that it was trained on, which pipelines make; it has no influence on
+        the network.
       in_channels, out_channels: image channels; a network with learned variance has twice as many output channels.
       model_channels: base width; each level is its entry of ``channel_mult`` times as wide.
       num_res_blocks: residual blocks per level, one number or one per level.
@@ -66,6 +68,7 @@ class ADMUNetConfig(Config):
         "use_spatial_transformer": False,
     }
 
+    image_size: int | None = None
     in_channels: int = 3
     model_channels: int = 128
     out_channels: int = 3
@@ -100,6 +103,26 @@ class ADMUNetConfig(Config):
             raise ValueError("ADMUNet: num_head_channels must be -1 or a whole number from 1 to 65,536, got 0")
         if isinstance(self.num_res_blocks, tuple) and len(self.num_res_blocks) != n:
             raise ValueError(f"ADMUNet: num_res_blocks has {len(self.num_res_blocks)} entries for {n} levels")
+
+    @property
+    def sample_size(self) -> int | None:
+        """``image_size``, as other networks call it."""
+        return self.image_size
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the network takes ``class_labels``."""
+        return self.num_classes is not None or self.label_channels is not None
+
+    @property
+    def class_count(self) -> int | None:
+        """The number of classes that labels are indices of; None where labels are vectors, or none are taken."""
+        return self.num_classes
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """The shape of a label."""
+        return () if self.label_channels is None else (self.label_channels,)
 
     def input_blocks(self) -> list[tuple[Layer, ...]]:
         """The layers of each block of the downward path; every block's output is a skip connection."""
@@ -224,11 +247,11 @@ class ADMUNet(Model):
             raise ValueError(f"ADMUNet: height and width must be multiples of {multiple}, got {height} and {width}")
         if channels != c.in_channels:
             raise ValueError(f"ADMUNet: sample has {channels} channels, this network takes {c.in_channels}")
-        shape = (sample.shape[0],) if c.label_channels is None else (sample.shape[0], c.label_channels)
-        wanted = c.num_classes is not None or c.label_channels is not None
+        shape = (sample.shape[0], *c.label_shape)
         given = None if labels is None else labels.shape
-        if given != (shape if wanted else None):
-            raise ValueError(f"ADMUNet: class_labels must be {f'of shape {shape}' if wanted else 'None'}, got {given}")
+        if given != (shape if c.has_classes else None):
+            wanted = f"of shape {shape}" if c.has_classes else "None"
+            raise ValueError(f"ADMUNet: class_labels must be {wanted}, got {given}")
 
 
 class Block(nn.Module):

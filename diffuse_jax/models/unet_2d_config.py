@@ -160,6 +160,16 @@ class UNet2DConfig(Config):
         """Whether the network takes ``class_labels``."""
         return self.class_embed_type is not None or self.num_class_embeds is not None
 
+    @property
+    def class_count(self) -> int | None:
+        """The number of classes that labels are indices of; None where labels are real numbers, or none are taken."""
+        return self.num_class_embeds if self.class_embed_type is None else None
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """The shape of a label."""
+        return (self.time_embed_dim,) if self.class_embed_type == "identity" else ()
+
 
 def is_skip(kind: str) -> bool:
     """Whether a type of block has a path of images."""

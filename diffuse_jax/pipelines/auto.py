@@ -17,7 +17,11 @@ from diffuse_jax.pipelines.tasks import vae_of
 COMBINED = ("Kandinsky", "KandinskyV22", "StableCascade", "Wuerstchen")
 """Families whose checkpoints are decoders of embeddings; the classes that take prompts run their prior first."""
 
-FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel", "LDMTextToImage", "IF", *COMBINED)
+FAMILIES = (
+    *("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel", "LDMTextToImage", "IF"),
+    *("UnCLIP", "StableUnCLIP"),
+    *COMBINED,
+)
 NAME = re.compile(
     f"({'|'.join(FAMILIES)})(ControlNet|)(PAG|)(Img2Img|Inpaint|Inpainting|)(?:Combined|Decoder|)Pipeline"
 )
@@ -74,8 +78,8 @@ class AutoPipeline:
         Raises:
           WeightsError: it takes more, such as the depth of an image.
         """
-        if isinstance(pipe, Combined):
-            return pipe  # a decoder of embeddings, which checks its network itself
+        if isinstance(pipe, Combined) or "unet" not in pipe.components:
+            return pipe  # decoders of embeddings check their networks themselves
         over_pixels = pipe.components.get(autoencoder_name(pipe)) is None
         latents = 3 if over_pixels else vae_of(pipe).config.latent_channels
         channels = pipe.components["unet"].config.in_channels

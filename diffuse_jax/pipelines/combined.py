@@ -16,7 +16,7 @@ from diffuse_jax.messages import brief, renaming
 from diffuse_jax.pipelines.family import Family, request_of
 from diffuse_jax.pipelines.method import check_rows, sample
 from diffuse_jax.pipelines.parts.guidance import Branches, is_branches
-from diffuse_jax.pipelines.pipeline import DiffusionPipeline
+from diffuse_jax.pipelines.pipeline import PIPELINES, DiffusionPipeline
 from diffuse_jax.pipelines.running import Request, run
 from diffuse_jax.sharding import readable, spans_processes
 
@@ -65,7 +65,7 @@ class Combined:
         """The pipeline of two that are open; parameters are shared. The decoder's mesh is that of both.
 
         Raises:
-          TypeError: one of them is not such a stage.
+          TypeError: one of them is not such a stage, or of another family.
         """
         for name, pipe, target in (("prior", prior, cls.prior), ("decoder", decoder, cls.decoder)):
             check_stage(pipe, target, name)
@@ -99,7 +99,7 @@ def _stage(pipe: Any, target: type[DiffusionPipeline], prefix: str = "") -> Diff
 
 
 def check_stage(pipe: Any, target: type[DiffusionPipeline], name: str) -> None:
-    """Check that what was given for a stage is a pipeline with the components of a class.
+    """Check that what was given for a stage is a pipeline with the components of a class, and of its family.
 
     Raises:
       TypeError: it is not; the message names the argument.
@@ -109,6 +109,19 @@ def check_stage(pipe: Any, target: type[DiffusionPipeline], name: str) -> None:
     if missing := [part for part in target.required if pipe.components.get(part) is None]:
         found = type(pipe).__name__
         raise TypeError(f"{name} must be a {target.__name__}, got a {found}, which has no {' and no '.join(missing)}")
+    check_family(type(pipe), target, name)
+
+
+def check_family(kind: type[DiffusionPipeline], target: type[DiffusionPipeline], name: str) -> None:
+    """Check that a class of pipelines for a stage is of a class's family: those of another may have the same
+    components.
+
+    Raises:
+      TypeError: it is not; the message begins with ``name``.
+    """
+    if kind.family != target.family:
+        found = kind.__name__
+        raise TypeError(f"{name} must be a {target.__name__}, got a {found}, which is of another family")
 
 
 def components_of(prior: DiffusionPipeline, target: type[DiffusionPipeline]) -> dict[str, Any]:
@@ -154,6 +167,9 @@ def with_prior(
             return {}
         if (prior := prior_in_card(folder)) is None:
             raise weights.WeightsError(f"{source}: names no prior; give prior=, an open one, its folder or its Hub id")
+    named = weights.read_index(weights.resolve(prior, only_small=True, **among(*hub))).class_name
+    if named in PIPELINES:
+        check_family(PIPELINES[named], target, "prior")
     return components_of(target.from_pretrained(prior, **among("dtype", "mesh", *hub)), target)
 
 

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Unpack
 import jax
 import numpy as np
 
+from diffuse_jax.messages import brief
+from diffuse_jax.models.adm_unet import ADMUNetConfig
 from diffuse_jax.models.unet_2d import UNet2DConfig
 from diffuse_jax.pipelines.family import check_output, make_plan
-from diffuse_jax.pipelines.inputs import noise_rows
+from diffuse_jax.pipelines.inputs import noise_rows, number_array
 from diffuse_jax.pipelines.method import Method, Net, Rows, image_keys, keys_for
 from diffuse_jax.pipelines.options import CallOptions, check_names
 from diffuse_jax.pipelines.parts.decode import Raw, ToPixels
@@ -135,7 +137,7 @@ class KarrasEDMPipeline(ConsistencyModelPipeline):
     """Images of a network trained as in EDM (arXiv 2206.00364); each step but the last evaluates it twice."""
 
 
-def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
+def sample_shape(config: UNet2DConfig | ADMUNetConfig) -> tuple[int, int, int]:
     """Height, width and channels of the network's images.
 
     Raises:
@@ -148,27 +150,32 @@ def sample_shape(config: UNet2DConfig) -> tuple[int, int, int]:
 
 
 def label_rows(
-    labels: int | Sequence[int] | None, config: UNet2DConfig, images: int, noise: Rows | None = None
+    labels: int | Sequence[int] | None, config: UNet2DConfig | ADMUNetConfig, images: int, noise: Rows | None = None
 ) -> Rows:
-    """``class_labels`` int32, one per image; empty for a network without classes.
+    """``class_labels``, one per image; empty for a network without classes.
+
+    They are int32 where the network has a table of classes; float32 where it embeds any number
+    (``class_embed_type="timestep"``) or takes vectors (``"identity"``, or ``label_channels`` of an
+    :class:`~diffuse_jax.models.ADMUNet`).
 
     With ``noise``, the rows that determine the noise, missing labels are random: each depends on its image's seed.
 
     Raises:
       ValueError: labels are missing or unexpected, out of range, or not one per image.
+      TypeError: they are no numbers.
     """
-    classes = config.num_class_embeds
+    classes, shape = config.class_count, config.label_shape
     if labels is None and noise is not None and classes is not None:
         draw = lambda key: jax.random.randint(key, (), 0, classes, np.int32)
         return {"class_labels": np.asarray(jax.vmap(draw)(keys_for(image_keys(noise), "class label")))}
     if (labels is None) == config.has_classes:
-        wants = "needs class_labels" if config.has_classes else "takes no class_labels"
-        raise ValueError(f"this network {wants} (num_class_embeds={config.num_class_embeds})")
+        raise ValueError(f"this network {'needs' if config.has_classes else 'takes no'} class_labels")
     if labels is None:
         return {}
-    array = np.asarray(labels, np.int32)
-    if array.shape not in ((), (images,)):
+    array = number_array(labels, "class_labels")
+    if array.shape not in (shape, (images, *shape)):
         raise ValueError(f"class_labels has shape {array.shape} for {images} images; give one label or one per image")
-    if classes is not None and not np.all((array >= 0) & (array < classes)):
-        raise ValueError(f"class_labels must be from 0 to {classes - 1}, got {labels}")
-    return {"class_labels": np.broadcast_to(array, (images,))}
+    if classes is not None and not (array.dtype.kind in "iu" and np.all((array >= 0) & (array < classes))):
+        raise ValueError(f"class_labels must be integers from 0 to {classes - 1}, got {brief(labels)}")
+    dtype = np.float32 if classes is None else np.int32
+    return {"class_labels": np.broadcast_to(array.astype(dtype), (images, *shape))}

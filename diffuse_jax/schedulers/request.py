@@ -91,11 +91,12 @@ def split_options(scheduler: Limits, options: Mapping[str, Any]) -> tuple[dict[s
     Raises:
       ValueError: an option that the scheduler does not have, or of the wrong kind.
     """
-    possible = [*scheduler.grid_options, *scheduler.step_options]
+    possible = [*dict.fromkeys((*scheduler.grid_options, *scheduler.step_options))]
     unknown = set(options) - {*possible}
     if unknown:
+        options_there = ", ".join(possible) or "none"
         raise ValueError(
-            f"{scheduler.class_name} has no option {', '.join(sorted(unknown))}; its options: {possible or 'none'}"
+            f"{scheduler.class_name} has no option {', '.join(sorted(unknown))}; its options: {options_there}"
         )
     read = lambda name, value: OPTIONS[name](value, name) if name in OPTIONS else value
     given = {name: read(name, value) for name, value in options.items() if value is not None}

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.models import ADMUNet, ADMUNetConfig
+from diffuse_jax.models import ADMUNet, ADMUNetConfig, consistency_denoiser
+from diffuse_jax.pipelines import ConsistencyModelPipeline
+from diffuse_jax.pipelines.programs import Programs
+from diffuse_jax.schedulers import CMStochasticIterativeScheduler
 from diffuse_jax.weights.names import flatten, torch_keys
 from tests.models.filling import random_params
 
@@ -127,3 +130,22 @@ def test_refused_inputs(config: ADMUNetConfig, shape: tuple, labels: tuple | Non
     inputs = [None if s is None else jnp.zeros(s) for s in (shape, (1,), labels)]
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(ADMUNet(config).init, jax.random.key(0), *inputs)
+
+
+def test_a_consistency_model_is_run_by_its_pipeline(rng: np.random.Generator) -> None:
+    """One step is the consistency function at the largest noise level; several steps, and other labels, are data."""
+    model = ADMUNet(TINY.replace(image_size=4, out_channels=2, label_channels=3))
+    params = random_params(model.shapes(), rng)
+    parts = {"unet": model, "scheduler": CMStochasticIterativeScheduler()}
+    pipe = ConsistencyModelPipeline(parts, {"unet": params}, programs=Programs())
+    noise, labels = rng.standard_normal((2, 4, 4, 2)).astype(np.float32), rng.random((2, 3), np.float32)
+    found = pipe(2, class_labels=labels, latents=noise, seed=0, output_type="latent").images
+    clean = consistency_denoiser(lambda *inputs: model.apply({"params": params}, *inputs))(80 * noise, 80.0, labels)
+    assert np.std(clean) > 0.1
+    np.testing.assert_allclose(found, np.clip(clean, -1, 1), atol=1e-4)
+    pipe(2, class_labels=labels[0], latents=noise, timesteps=[30, 17, 0], seed=1, output_type="latent")
+    assert pipe.programs.compilations == 1
+    with pytest.raises(ValueError, match=r"class_labels has shape \(2,\) for 2 images"):
+        pipe.request(2, class_labels=[1, 2])
+    with pytest.raises(ValueError, match="no sample_size; set it to a size"):
+        pipe.replace(unet=(ADMUNet(model.config.replace(image_size=None)), params)).request(class_labels=labels[0])

@@ -14,6 +14,8 @@ import onnx
 
 from benchmarks import terrain
 from diffuse_jax.models import ADMUNet
+from diffuse_jax.pipelines import ConsistencyModelPipeline
+from diffuse_jax.schedulers import CMStochasticIterativeScheduler
 from diffuse_jax.weights.names import flatten, torch_keys
 
 
@@ -39,6 +41,19 @@ def test_equals_its_own_graph(onnx_file: bytes, tmp_path: Path) -> None:
     for row in rows:
         assert row["largest_difference"] < 1e-4, row
         assert row["deviation_of_the_output"] > 0.1, "a flat image would prove nothing"
+
+
+def test_its_pipeline_gives_the_maps_of_its_own_graph(onnx_file: bytes, tmp_path: Path) -> None:
+    terrain.convert(onnx_file, tmp_path)
+    model, params = ADMUNet.from_pretrained(tmp_path)
+    assert model.config.image_size == terrain.SIZE
+    pipe = ConsistencyModelPipeline({"unet": model, "scheduler": CMStochasticIterativeScheduler()}, {"unet": params})
+    noise = np.random.default_rng(0).standard_normal((1, terrain.SIZE, terrain.SIZE, 1), np.float32)
+    difficulty = terrain.labels([40])
+    found = pipe(class_labels=difficulty, latents=noise, seed=0, output_type="latent").images
+    wanted = terrain.onnx_denoiser(onnx_file)(terrain.SIGMA_MAX * noise, terrain.SIGMA_MAX, difficulty)
+    assert np.std(wanted) > 0.1
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_relief_is_lit_from_the_upper_left() -> None:

@@ -30,6 +30,7 @@ from diffuse_jax.pipelines.pipeline import pipeline_class
 from diffuse_jax.weights import WeightsError
 from tests.models.filling import random_params
 from tests.pipelines.tiny import UNET, pipeline
+from tests.pipelines.tiny_stages import Parts
 
 TASKS = {AutoPipelineForText2Image: "", AutoPipelineForImage2Image: "Img2Img", AutoPipelineForInpainting: "Inpaint"}
 
@@ -68,6 +69,22 @@ def test_families_of_one_task(own: str) -> None:
     for auto in (AutoPipelineForImage2Image, AutoPipelineForInpainting):
         with pytest.raises(WeightsError, match=f"x: {own} has no {auto.__name__}; known: .*IFImg2ImgPipeline"):
             auto.pipeline_for(own, "x", {})
+
+
+def test_decoders_of_embeddings_with_a_prior_of_their_own() -> None:
+    """The image encoder of the other task is no part of a pipeline that makes images of prompts."""
+    parts = Parts(pipeline())
+    (karlo, variation), (stable, nearby) = parts.karlo(), parts.stable_unclip()
+    assert type(AutoPipelineForText2Image.from_pipe(karlo)) is type(karlo)
+    assert type(AutoPipelineForText2Image.from_pipe(stable)) is type(stable)
+    assert type(AutoPipelineForImage2Image.from_pipe(nearby)) is type(nearby)
+    for auto, own in ((AutoPipelineForImage2Image, karlo), (AutoPipelineForInpainting, stable)):
+        with pytest.raises(WeightsError, match=f"{type(own).__name__} has no {auto.__name__}; known: .*UnCLIPPipeline"):
+            auto.from_pipe(own)
+    with pytest.raises(WeightsError, match="UnCLIPImageVariationPipeline has no AutoPipelineForImage2Image"):
+        AutoPipelineForImage2Image.from_pipe(variation)
+    with pytest.raises(ValueError, match="image_encoder"):
+        AutoPipelineForImage2Image.from_pipe(stable)
 
 
 @pytest.mark.parametrize("family", ["", "XL"])

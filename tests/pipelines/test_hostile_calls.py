@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffuse_jax.models import CLIPVisionModelWithProjection, PriorTransformer
+from diffuse_jax.models import CLIPVisionModelWithProjection, PriorTransformer, UNet2DConfig, UNet2DModel
 from diffuse_jax.pipelines import (
     AutoPipelineForImage2Image,
+    ConsistencyModelPipeline,
     IFImg2ImgPipeline,
     IFInpaintingSuperResolutionPipeline,
     KandinskyV22PriorEmb2EmbPipeline,
+    KarrasEDMPipeline,
+    KarrasVePipeline,
     LatentConsistencyModelImg2ImgPipeline,
+    RePaintPipeline,
     StableDiffusionDiffEditPipeline,
     StableDiffusionImg2ImgPipeline,
 )
 from diffuse_jax.pipelines.diffedit import masking
 from diffuse_jax.pipelines.families.prior import given_text
 from diffuse_jax.pipelines.programs import Programs
-from diffuse_jax.schedulers import LCMScheduler
+from diffuse_jax.schedulers import (
+    CMStochasticIterativeScheduler,
+    KarrasEDMScheduler,
+    KarrasVeScheduler,
+    LCMScheduler,
+    RePaintScheduler,
+)
+from tests.oracle.pixel_unets import PIXELS
 from tests.pipelines import tiny, tiny_if, tiny_stages
 
 PLAIN = tiny.pipeline()
@@ -175,6 +187,32 @@ def test_stages_of_other_classes() -> None:
             make()
 
 
+def test_stages_of_another_family_with_the_same_components(tmp_path: Path) -> None:
+    """The priors of Kandinsky 2.1 and 2.2 have the same components; a decoder of 2.1 has all those of 2.2."""
+    first, second = KANDINSKY.prior_pipe, KANDINSKY_22.prior_pipe
+    kind, refused = (
+        type(KANDINSKY_22),
+        "^prior must be a KandinskyV22PriorPipeline, got a KandinskyPriorPipeline",
+    )
+    folder = first.save_pretrained(tmp_path / "prior")
+    for make, message in [
+        (lambda: kind.from_stages(first, KANDINSKY_22.decoder_pipe), refused),
+        (lambda: kind.from_pipe(KANDINSKY_22.decoder_pipe, prior=first), refused),
+        (lambda: kind.from_pretrained("x", prior=first), refused),
+        (lambda: kind.from_pretrained("x", prior=folder), refused),
+        (lambda: type(KANDINSKY).from_stages(second, KANDINSKY.decoder_pipe), "^prior must be a KandinskyPriorPipe"),
+        (
+            lambda: kind.from_stages(second, KANDINSKY.decoder_pipe),
+            "^decoder must be a KandinskyV22Pipeline, got a",
+        ),
+    ]:
+        with pytest.raises(TypeError, match=message) as found:
+            make()
+        assert "\n" not in str(found.value)
+    nearby = KandinskyV22PriorEmb2EmbPipeline.from_pipe(second)
+    assert kind.from_stages(nearby, KANDINSKY_22.decoder_pipe).prior_pipe.params["prior"] is second.params["prior"]
+
+
 def test_embeddings_and_images_of_priors() -> None:
     prior = KANDINSKY_22.prior_pipe
     nearby = KandinskyV22PriorEmb2EmbPipeline.from_pipe(prior)
@@ -290,3 +328,63 @@ def test_a_strength_that_leaves_no_steps_has_the_name_of_its_argument() -> None:
     with pytest.raises(ValueError, match="^mask_encode_strength=0.01 of 4 steps leaves none to run"):
         EDIT.generate_mask(SMALL, "a", "b", mask_encode_strength=0.01, num_inference_steps=4)
     assert EDIT.programs.compilations == 0
+
+
+def pixels(kind: Any, scheduler: Any, **config: Any) -> Any:
+    """A pipeline over pixels whose requests are made and never run."""
+    network = UNet2DModel(UNet2DConfig(**PIXELS | config))
+    return kind({"unet": network, "scheduler": scheduler}, {"unet": {}}, programs=Programs())
+
+
+CLASSES = {
+    name: pixels(kind, scheduler, num_class_embeds=10)
+    for name, kind, scheduler in (
+        ("consistency model", ConsistencyModelPipeline, CMStochasticIterativeScheduler()),
+        ("EDM", KarrasEDMPipeline, KarrasEDMScheduler()),
+    )
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (10, "class_labels must be integers from 0 to 9, got 10$"),
+        (-1, "class_labels must be integers from 0 to 9, got -1$"),
+        (2**40, "class_labels must be integers from 0 to 9, got 1099511627776$"),
+        (1.5, "class_labels must be integers from 0 to 9, got 1.5$"),
+        ("cat", "class_labels must be an array of numbers, got 'cat'$"),
+        ([None], r"class_labels must be an array of numbers, got \[None\]$"),
+        (True, "class_labels must be an array of numbers, got True$"),
+        ([[1], [2, 3]], r"class_labels must be an array of numbers, got \[\[1\], \[2, 3\]\]$"),
+        (float("nan"), "class_labels must be finite; 1 of 1 numbers are not$"),
+        ([1, 2], r"class_labels has shape \(2,\) for 1 images; give one label or one per image$"),
+    ],
+)
+def test_labels_of_classes(name: str, labels: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        CLASSES[name].request(class_labels=labels)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("timestep", (2,)), ("identity", (2, 64))])
+def test_classes_without_a_table_are_real_numbers(kind: str, shape: tuple[int, ...]) -> None:
+    pipe = pixels(ConsistencyModelPipeline, CMStochasticIterativeScheduler(), class_embed_type=kind)
+    labels = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(shape)
+    np.testing.assert_array_equal(pipe.request(2, class_labels=labels).rows["class_labels"], labels)
+    with pytest.raises(ValueError, match="this network needs class_labels"):
+        pipe.request(2)
+
+
+def test_options_of_samplers_over_pixels() -> None:
+    stochastic = pixels(KarrasVePipeline, KarrasVeScheduler())
+    with pytest.raises(ValueError, match="KarrasVeScheduler has no option eta; its options: as_published$"):
+        stochastic.request(eta=0.5)
+    repaint = pixels(RePaintPipeline, RePaintScheduler())
+    for call, message in [
+        ({"jump_length": 0}, "^jump_length must be at least 1, got 0$"),
+        ({"jump_n_sample": 10**6}, "^jump_n_sample=1000000 and jump_length=10 make 2"),
+        ({"eta": float("nan")}, "^eta must be a finite number, got nan$"),
+        ({"timesteps": [9, 5]}, "RePaintScheduler jumps over evenly spaced timesteps; give num_inference_steps$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            repaint.request(image=LARGE, mask_image=LARGE, **call)

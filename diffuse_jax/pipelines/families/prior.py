@@ -148,6 +148,11 @@ def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
+class FirstPriorFamily(PriorFamily):
+    """The family of Kandinsky 2.1. It computes the same; but its embeddings are those of another image encoder, which
+    only its own decoders were trained with."""
+
+
 class PriorStage(PriorFamily):
     """The prior inside a pipeline whose decoder takes no negative embedding, so that there is no image encoder."""
 
@@ -156,3 +161,4 @@ class PriorStage(PriorFamily):
 
 
 PRIOR = PriorFamily()
+KANDINSKY21_PRIOR = FirstPriorFamily()

@@ -13,7 +13,7 @@ from diffuse_jax.pipelines.families import DEEPFLOYD_IF, WUERSTCHEN_DECODER, WUE
 from diffuse_jax.pipelines.families.kandinsky import KANDINSKY
 from diffuse_jax.pipelines.families.kandinsky_v22 import KANDINSKY_V22
 from diffuse_jax.pipelines.families.latent_diffusion import LATENT_DIFFUSION
-from diffuse_jax.pipelines.families.prior import PRIOR
+from diffuse_jax.pipelines.families.prior import KANDINSKY21_PRIOR, PRIOR
 from diffuse_jax.pipelines.families.stable_unclip import STABLE_UNCLIP
 from diffuse_jax.training.families.base import (
     TrainedFamily,
@@ -45,6 +45,7 @@ OTHERS: tuple[tuple[Any, TrainedFamily | None], ...] = (
     (DEEPFLOYD_IF, DEEPFLOYD_IF_TRAINED),
     (KANDINSKY_V22, KANDINSKY_DECODER),
     (PRIOR, KANDINSKY_PRIOR),
+    (KANDINSKY21_PRIOR, KANDINSKY_PRIOR),
     (WUERSTCHEN_PRIOR, WUERSTCHEN_TRAINED),
     *((family, None) for family in (WUERSTCHEN_DECODER, KANDINSKY, STABLE_UNCLIP, LATENT_DIFFUSION)),
 )
