@@ -63,6 +63,7 @@ SHARE = Number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 THIRD = Number(float, "a number from 0 to 1/3", lambda x: 0 <= x <= 1 / 3)
 PORTION = Number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 FINITE = Number(float, "a finite number", lambda x: True)
+MODE_SCALE = Number(float, "a number from -1 to 2 / (pi - 2), about 1.75", lambda x: -1 <= x <= 2 / (math.pi - 2))
 DECAY = Number(float, "a number of at least 0 and less than 1", lambda x: 0 <= x < 1)
 
 

@@ -1,6 +1,7 @@
-"""Train an unconditional denoising network on pixels: DDPM (Ho et al. 2020).
+"""Train an unconditional denoising network on pixels: DDPM (Ho et al. 2020), EDM (Karras et al. 2022) or flow matching
+(Liu et al. 2023).
 
-The result, and every checkpoint-N, is a DDPMPipeline folder in diffusers' layout. Example:
+The result, and every checkpoint-N, is a pipeline folder in diffusers' layout. Example:
 
     python train/unconditional.py --train_data_dir my-images --resolution 64 --center_crop --random_flip --use_ema
 """
@@ -8,15 +9,15 @@ The result, and every checkpoint-N, is a DDPMPipeline folder in diffusers' layou
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffuse_jax.bounds import COUNT, NATURAL
-from diffuse_jax.training.arguments import add_network, add_objective, make_parser
+from diffuse_jax.training.arguments import add_network, make_parser
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.data.flags import add_data
+from diffuse_jax.training.pixel_flags import add_objectives, check_objective
 
 
 @functools.cache
@@ -33,20 +34,13 @@ def parse_args() -> argparse.Namespace:
     )
     add_network(parser, "unet", "one of 114 million parameters")
     add_data(parser, captions=False, resolution=64)
-    add = parser.group("loss")
-    what = "what the network predicts; if omitted, that of the pretrained pipeline, or epsilon"
-    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=what)
-    add(
-        "--ddpm_num_steps",
-        type=COUNT,
-        help="number of training timesteps; if omitted, that of the pretrained pipeline, or 1000",
-    )
-    add("--ddpm_beta_schedule", help="noise schedule; if omitted, that of the pretrained pipeline, or linear")
-    add_objective(parser)
+    add_objectives(parser)
     add = parser.group("monitoring")
     add("--eval_batch_size", type=NATURAL, default=16, help="images to sample at each validation; 0 for none")
-    add("--ddpm_num_inference_steps", type=COUNT, default=1000, help="sampling steps of validation images")
+    what = "sampling steps of validation images; 1000 if omitted, 50 for other objectives than ddpm"
+    add("--ddpm_num_inference_steps", "--validation_inference_steps", type=COUNT, help=what)
     args = parser.parse_args()
+    check_objective(parser, args)
     if args.aspect_ratio_buckets:
         parser.error("--aspect_ratio_buckets: the pipeline generates squares of --resolution; leave it out")
     if args.validation_steps is not None:
@@ -62,16 +56,24 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.models.presets import DDPM_256_UNET
     from diffuse_jax.models.unet_2d import UNet2DConfig
     from diffuse_jax.pipelines import DDPMPipeline
-    from diffuse_jax.schedulers import DDPMScheduler
+    from diffuse_jax.schedulers import Scheduler
     from diffuse_jax.training.data import batches_from, check_first, data_from, source_from, warn_of_size
     from diffuse_jax.training.devices import mesh_from
     from diffuse_jax.training.families import normalised
     from diffuse_jax.training.flags import settings_from
     from diffuse_jax.training.loop import fit
-    from diffuse_jax.training.networks import configured_network, network_folder, open_network
-    from diffuse_jax.training.objective import Objective, draw, errors, noised, objective_from
+    from diffuse_jax.training.networks import configured_network, open_network
+    from diffuse_jax.training.objective import Objective, draw, errors, noised
+    from diffuse_jax.training.pixel_objectives import KINDS, kind_of, pixel_objective, scheduler_of
     from diffuse_jax.training.pixels import pixel_values
-    from diffuse_jax.training.settings import DeviceSettings, NetworkSettings, ObjectiveSettings, RunSettings
+    from diffuse_jax.training.settings import (
+        DeviceSettings,
+        EdmSettings,
+        FlowSettings,
+        NetworkSettings,
+        ObjectiveSettings,
+        RunSettings,
+    )
     from diffuse_jax.training.start import check_output, check_run
     from diffuse_jax.training.state import Metrics
     from diffuse_jax.training.upload import push_to_hub
@@ -91,8 +93,11 @@ def main() -> None:
     warn_of_size(data.images, unet.config.sample_size)
     unet = unet.clone(config=unet.config.replace(sample_size=data.images.resolution), remat=network.compute.remat)
     check_network(unet.config)
-    scheduler = scheduler_from(args, network)
-    objective, validate = objective_of(args, scheduler), validation_from(args, unet, scheduler, mesh)
+    learned = settings_from(args, ObjectiveSettings)
+    edm, flow = settings_from(args, EdmSettings), settings_from(args, FlowSettings)
+    scheduler = scheduler_of(args.objective, network, changes_of(args))
+    objective = pixel_objective(scheduler, learned, edm, flow)
+    validate = validation_from(args, unet, scheduler, mesh)
     source = None if data.streaming else source_from(data)
     if source is not None:
         check_first(data, source)
@@ -132,26 +137,15 @@ def check_network(config: UNet2DConfig) -> None:
         raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
 
 
-def scheduler_from(args: argparse.Namespace, network: NetworkSettings) -> DDPMScheduler:
-    """The scheduler of the pretrained pipeline, if there is one, otherwise the default, modified by the flags."""
-    flags = {
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the scheduler; None for what they do not."""
+    return {
         "num_train_timesteps": args.ddpm_num_steps,
         "beta_schedule": args.ddpm_beta_schedule,
         "prediction_type": args.prediction_type,
+        "sigma_data": args.sigma_data,
+        "shift": args.flow_shift,
     }
-    scheduler, source = DDPMScheduler(), network.pretrained_model_name_or_path
-    if source is not None:
-        folder = network_folder(network.hub, source, "scheduler", only_small=True)
-        if (folder / "scheduler_config.json").is_file():
-            scheduler = DDPMScheduler.from_pretrained(folder)
-    return scheduler.replace(**{name: value for name, value in flags.items() if value is not None})
-
-
-def objective_of(args: argparse.Namespace, scheduler: DDPMScheduler) -> Objective:
-    """The objective that the flags describe; the error of a sample prediction is weighted like the equivalent
-    noise's."""
-    objective = objective_from(settings_from(args, ObjectiveSettings), scheduler)
-    return dataclasses.replace(objective, snr_weighting=scheduler.prediction_type == "sample")
 
 
 def pixel_loss(
@@ -162,7 +156,7 @@ def pixel_loss(
     batch: Mapping[str, jax.Array],
     key: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-    """Squared error of the prediction at random timesteps (Ho et al. 2020, algorithm 1).
+    """Squared error of the prediction at random timesteps (for DDPM: Ho et al. 2020, algorithm 1).
 
     ``batch`` has ``pixel_values`` uint8 ``[B,H,W,3]``.
     """
@@ -172,18 +166,20 @@ def pixel_loss(
     return errors(objective, prediction, x0, drawn)
 
 
-def pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, params: Params, mesh: Mesh | None = None) -> DDPMPipeline:
+def pipeline(unet: UNet2DModel, scheduler: Scheduler, params: Params, mesh: Mesh | None = None) -> DDPMPipeline:
     """The pipeline that is saved, and that generates validation images."""
-    return DDPMPipeline({"unet": unet, "scheduler": scheduler}, {"unet": params}, mesh=mesh)
+    return KINDS[kind_of(scheduler)].pipeline({"unet": unet, "scheduler": scheduler}, {"unet": params}, mesh=mesh)
 
 
 def validation_from(
-    args: argparse.Namespace, unet: UNet2DModel, scheduler: DDPMScheduler, mesh: Mesh
+    args: argparse.Namespace, unet: UNet2DModel, scheduler: Scheduler, mesh: Mesh
 ) -> Callable[[Params], list[tuple[str, Any]]] | None:
     """A function that generates ``--eval_batch_size`` images, always from the same noise; None if that is 0."""
     if args.eval_batch_size == 0:
         return None
-    steps = min(args.ddpm_num_inference_steps, scheduler.num_train_timesteps)
+    steps = args.ddpm_num_inference_steps or KINDS[args.objective].steps
+    if args.objective == "ddpm":
+        steps = min(steps, scheduler.num_train_timesteps)
     scheduler.plan(steps)  # raises here instead of at the first validation
 
     def validate(params: Params) -> list[tuple[str, Any]]:

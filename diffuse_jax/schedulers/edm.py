@@ -47,9 +47,9 @@ class EDMScheduler(ContinuousScheduler, abstract=True):
         low, high = (float(self.timestep(np.array(sigma))) for sigma in (self.sigma_min, self.sigma_max))
         return low, high
 
-    def timestep(self, sigma: Array) -> Array:
-        """The network's noise conditioning ``c_noise`` at these noise levels."""
-        return np.asarray(np.log(sigma) / 4)
+    def timestep(self, sigma: Any, xp: Any = np) -> Any:
+        """The network's noise conditioning ``c_noise`` at these noise levels, with ``xp`` NumPy or ``jax.numpy``."""
+        return xp.asarray(xp.log(sigma) / 4)
 
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
         return xp.ones_like(t), xp.exp(4 * t)

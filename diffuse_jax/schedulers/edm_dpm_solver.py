@@ -11,7 +11,6 @@ import numpy as np
 from diffuse_jax.schedulers import sigmas as sg
 from diffuse_jax.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from diffuse_jax.schedulers.edm import EDMScheduler
-from diffuse_jax.schedulers.noise_schedule import Array
 from diffuse_jax.schedulers.table import Grid, Row
 
 
@@ -65,8 +64,8 @@ class CosineDPMSolverMultistepScheduler(EDMDPMSolverMultistepScheduler):
     )
     choices: ClassVar[dict[str, tuple[Any, ...]]] = EDMDPMSolverMultistepScheduler.choices | {"solver_order": (1, 2)}
 
-    def timestep(self, sigma: Array) -> Array:
-        return np.asarray(np.arctan(sigma) * 2 / np.pi)
+    def timestep(self, sigma: Any, xp: Any = np) -> Any:
+        return xp.asarray(xp.arctan(sigma) * 2 / np.pi)
 
     def level(self, t: Any, xp: Any = np) -> tuple[Any, Any]:
         return xp.ones_like(t), xp.tan(np.pi / 2 * t)

@@ -8,6 +8,7 @@ section 5.3.2), by a fixed factor or by one that depends on the size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,11 @@ SHIFT_TYPES = ("exponential", "linear")
 """How ``mu`` of dynamic shifting is read: the factor is ``exp(mu)`` or ``mu`` itself."""
 
 
-def shift(sigmas: Array, factor: float) -> Array:
-    """Levels moved towards noise by ``factor`` (Esser et al. 2024, eq. 23, with ``factor = sqrt(m / n)``)."""
+def shift(sigmas: Any, factor: float, xp: Any = np) -> Any:
+    """Levels moved towards noise by ``factor`` (Esser et al. 2024, eq. 23, with ``factor = sqrt(m / n)``), with ``xp``
+    NumPy or ``jax.numpy``."""
     moved = factor * sigmas / (1 + (factor - 1) * sigmas)
-    return np.where(sigmas == 1, 1.0, moved)  # pure noise stays pure noise to the last digit
+    return xp.where(sigmas == 1, 1.0, moved)  # pure noise stays pure noise to the last digit
 
 
 def shift_factor(

@@ -85,6 +85,16 @@ class Scheduler(SchedulerConfig, abstract=True):
         """
         return noising.noised(self._train_level(t), x0, noise)
 
+    def network_input(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """What the network is given of :meth:`add_noise`'s samples at ``t``: scaled to unit variance if their variance
+        grows with the noise, otherwise unchanged."""
+        if self.coordinates != "exploding":
+            return x
+        import jax.numpy as jnp
+
+        alpha, sigma = noising.columns(self._train_level(t), x)
+        return (x / jnp.hypot(alpha * self.sigma_data, sigma)).astype(x.dtype)
+
     def velocity(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """What a v-prediction network should return: ``alpha * noise - sigma * x0`` (Salimans and Ho 2022)."""
         return noising.velocity(noising.lookup(ns.preserving_levels(self.alpha_bar), t), x0, noise)

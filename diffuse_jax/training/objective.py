@@ -15,27 +15,36 @@ import numpy as np
 
 from diffuse_jax.bounds import NONNEGATIVE, POSITIVE
 from diffuse_jax.schedulers.continuous import ContinuousScheduler
+from diffuse_jax.schedulers.edm import EDMScheduler
+from diffuse_jax.schedulers.flow_match import FlowMatchScheduler
 from diffuse_jax.schedulers.scheduler import Scheduler
 from diffuse_jax.sharding import shard_batch
 from diffuse_jax.training.checks import Checked, one_of
 from diffuse_jax.training.settings import ObjectiveSettings
 from diffuse_jax.training.settings.methods import TIMESTEP_BIASES
+from diffuse_jax.training.times import Times
 
 
 def target(scheduler: Scheduler, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     """The target for ``add_noise(x0, noise, t)``: the noise, the velocity or the clean sample, ``[B,...]``.
 
+    EDM's schedulers call the network F of Karras et al. 2022, eq. 7, ``epsilon``; its target is ``(x0 - c_skip x) /
+    c_out``, which is the velocity with the other sign. The weight ``lambda(sigma) c_out^2`` of its squared error is 1.
+
     Raises:
       ValueError: the scheduler's ``prediction_type`` is not one of these.
     """
     match scheduler.prediction_type:
+        case "epsilon" if isinstance(scheduler, EDMScheduler):
+            return -scheduler.velocity(x0, noise, t)
         case "epsilon":
             return noise
-        case "v_prediction":
+        case "v_prediction" | "flow_prediction":
             return scheduler.velocity(x0, noise, t)
         case "sample":
             return x0
-    raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {scheduler.prediction_type!r}")
+    expected = "epsilon, v_prediction, flow_prediction or sample"
+    raise ValueError(f"prediction_type must be {expected}, got {scheduler.prediction_type!r}")
 
 
 def snr_table(scheduler: Scheduler) -> np.ndarray:
@@ -59,6 +68,19 @@ def min_snr_weight(snr: jax.Array, gamma: float, prediction_type: str) -> jax.Ar
     """
     s = snr + 1 if prediction_type == "v_prediction" else snr
     return jnp.where(s > gamma, gamma / jnp.maximum(s, 1e-8), 1.0)
+
+
+def flow_weight(sigma: jax.Array, scheme: str, lowest: float) -> jax.Array:
+    """Weights of the squared error in flow matching at levels ``sigma [B]`` (Esser et al. 2024, section 3.1).
+
+    Args:
+      sigma: levels in [0, 1].
+      scheme: "sigma_sqrt", ``1 / sigma^2``, with which the error is that of a clean sample; or "cosmap".
+      lowest: smaller levels have the weight of this one.
+    """
+    if scheme == "sigma_sqrt":
+        return jnp.square(1 / jnp.maximum(sigma, lowest))
+    return 2 / (jnp.pi * (1 - 2 * sigma + 2 * jnp.square(sigma)))
 
 
 def per_sample_error(prediction: jax.Array, wanted: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -88,6 +110,8 @@ class Objective(Checked):
       input_perturbation: scale of additional noise in the input that is not part of the target (Ning et al. 2023);
         typically 0.1.
       timestep_bias: probabilities of the timesteps, from :func:`timestep_probabilities`; None for uniform ones.
+      times: how timesteps are chosen in continuous time; None for uniform ones.
+      flow_weighting: weights of the levels of flow matching, see :func:`flow_weight`; None for equal ones.
       snr_weighting: multiply the error by the signal-to-noise ratio. For sample prediction, this gives the error of the
         corresponding noise prediction (Salimans and Ho 2022, section 4); with ``snr_gamma`` the weight is
         ``min(s, gamma)``.
@@ -100,11 +124,18 @@ class Objective(Checked):
     noise_offset: Annotated[float, NONNEGATIVE] = 0.0
     input_perturbation: Annotated[float, NONNEGATIVE] = 0.0
     timestep_bias: tuple[float, ...] | None = None
+    times: Times | None = None
+    flow_weighting: str | None = None
     snr_weighting: bool = False
     prior_loss_weight: Annotated[float, NONNEGATIVE] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(("sigma_sqrt", "cosmap"), flow_weighting=self.flow_weighting)
+        wanted = FlowMatchScheduler if self.times is None else self.times.schedulers
+        if (self.times or self.flow_weighting) and not isinstance(self.scheduler, wanted):
+            what = self.times or f"flow_weighting {self.flow_weighting}"
+            raise ValueError(f"{what} needs a {wanted.__name__}, got a {type(self.scheduler).__name__}")
         steps = self.scheduler.num_train_timesteps
         if self.timestep_bias is not None and len(self.timestep_bias) != steps:
             raise ValueError(f"timestep_bias has {len(self.timestep_bias)} entries for {steps} training timesteps")
@@ -153,6 +184,8 @@ def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
     if objective.input_perturbation:
         extra = objective.input_perturbation * jax.random.normal(k_extra, x0.shape, jnp.float32)
     steps, shape = objective.scheduler.num_train_timesteps, x0.shape[:1]
+    if objective.times is not None:
+        return Draw(noise, extra, shard_batch(objective.times(objective.scheduler, k_time, x0.shape[0])))
     if isinstance(objective.scheduler, ContinuousScheduler):
         low, high = objective.scheduler.timestep_range
         return Draw(noise, extra, shard_batch(jax.random.uniform(k_time, shape, jnp.float32, low, high)))
@@ -165,7 +198,8 @@ def draw(objective: Objective, key: jax.Array, x0: jax.Array) -> Draw:
 def noised(objective: Objective, x0: jax.Array, drawn: Draw) -> jax.Array:
     """The network's input ``[B,...]``, float32."""
     noise = drawn.noise if drawn.extra is None else drawn.noise + drawn.extra
-    return objective.scheduler.add_noise(x0.astype(jnp.float32), noise, drawn.t)
+    noisy = objective.scheduler.add_noise(x0.astype(jnp.float32), noise, drawn.t)
+    return objective.scheduler.network_input(noisy, drawn.t)
 
 
 def errors(
@@ -194,6 +228,11 @@ def errors(
         weighted = weighted * snr
     if objective.snr_gamma is not None:
         weighted = weighted * min_snr_weight(snr, objective.snr_gamma, objective.scheduler.prediction_type)
+    if objective.flow_weighting is not None:
+        assert isinstance(objective.scheduler, FlowMatchScheduler)
+        _, sigma = objective.scheduler.level(drawn.t, jnp)
+        lowest = 1 / objective.scheduler.num_train_timesteps
+        weighted = weighted * flow_weight(sigma, objective.flow_weighting, lowest)
     if prior is None:
         return weighted.mean(), {"mse": squares.mean()}
     instance_loss = mean_where(weighted, ~prior)

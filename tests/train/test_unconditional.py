@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffuse_jax.models import UNet2DModel
 from diffuse_jax.models.unet_2d import UNet2DConfig
-from diffuse_jax.pipelines import DDPMPipeline
+from diffuse_jax.pipelines import ConsistencyModelPipeline, DDPMPipeline, DiffusionPipeline
+from diffuse_jax.schedulers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, Scheduler
 from diffuse_jax.training.initial import initial_params
 from tests.train.helpers import EMOJI, load, log, numbers, run
 
@@ -25,6 +26,13 @@ CONFIG = UNet2DConfig(
 TWO_LEVELS = CONFIG.replace(
     block_out_channels=(16, 16), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
 )
+
+
+OTHERS = {
+    "edm": (ConsistencyModelPipeline, EDMEulerScheduler()),
+    "flow_matching": (DDPMPipeline, FlowMatchEulerDiscreteScheduler()),
+}
+"""Objectives besides that of DDPM -> the class of the folder, and its sampler."""
 
 
 def network(folder: Path, config: UNet2DConfig) -> Path:
@@ -68,6 +76,63 @@ def test_images_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch
     assert DDPMPipeline.from_pretrained(tmp_path / "out" / "checkpoint-50").scheduler == pipe.scheduler
 
 
+@pytest.mark.parametrize("objective", OTHERS)
+def test_images_are_learned_by_another_objective(
+    objective: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss falls by more than half, and samples come closer to the mean and spread of the emoji's pixels."""
+    kind, scheduler = OTHERS[objective]
+    more = {"max_train_steps": 100, "train_batch_size": 8, "center_crop": True, "objective": objective}
+    shown = {"eval_batch_size": 2, "ddpm_num_inference_steps": 3, "validation_steps": 100, "use_ema": True}
+    run(monkeypatch, "unconditional.py", devices=1, **options | more | shown)
+    losses = log(tmp_path / "out")
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:2])
+    assert len(list((tmp_path / "out" / "validation" / "step-100").glob("*.png"))) == 2
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe) is kind
+    assert pipe.scheduler == scheduler
+    images = pipe(8, num_inference_steps=20, seed=0, output_type="np").images
+    unet = pipe.components["unet"]
+    new = pipe.replace(unet=(unet, initial_params(unet, 0)))(8, num_inference_steps=20, seed=0, output_type="np").images
+    real = np.stack([np.asarray(Image.open(f).convert("RGB").resize((16, 16))) for f in EMOJI.glob("*.png")]) / 255
+    far = lambda x: abs(x.mean() - real.mean()) + abs(x.std() - real.std())
+    assert far(images) < 0.5 * far(new)
+
+
+@pytest.mark.parametrize(
+    ("objective", "own"),
+    [
+        ("edm", {"sigma_data": 0.4, "p_mean": -1, "noise_offset": 0.1}),
+        pytest.param(
+            "flow_matching",
+            {"weighting_scheme": "mode", "mode_scale": -0.5, "flow_shift": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_resumed_run_of_another_objective(
+    objective: str, own: dict[str, Any], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit as an uninterrupted one; then the folder is trained further, and keeps its sampler."""
+    wanted = options | own | {"objective": objective, "max_train_steps": 4, "checkpointing_steps": 2}
+    run(monkeypatch, "unconditional.py", devices=1, **wanted)
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    resumed = {"output_dir": tmp_path / "again", "resume_from_checkpoint": "latest"}
+    run(monkeypatch, "unconditional.py", devices=1, **wanted | resumed)
+    assert log(tmp_path / "again") == log(tmp_path / "out")[2:]
+    ends = (numbers(tmp_path / name, UNet2DModel, "unet") for name in ("out", "again"))
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    del options["model_config_name_or_path"]
+    further = options | {"pretrained_model_name_or_path": tmp_path / "out", "output_dir": tmp_path / "further"}
+    with pytest.raises(ValueError, match=f"Scheduler: give --objective {objective}, or, to start --objective ddpm "):
+        run(monkeypatch, "unconditional.py", **further)
+    run(monkeypatch, "unconditional.py", devices=1, **further, objective=objective, max_train_steps=2)
+    schedulers = [Scheduler.from_pretrained(tmp_path / name, subfolder="scheduler") for name in ("out", "further")]
+    assert schedulers[0] == schedulers[1] != OTHERS[objective][1]
+
+
 def test_validation_images_on_a_mesh_in_bfloat16(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +163,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_pretrained_pipeline_keeps_its_noise_schedule(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unet, scheduler = load("unconditional.py").UNet2DModel(CONFIG), load("unconditional.py").DDPMScheduler()
+    unet, scheduler = load("unconditional.py").UNet2DModel(CONFIG), DDPMScheduler()
     kept = scheduler.replace(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     parts = {"unet": unet, "scheduler": kept}
     DDPMPipeline(parts, {"unet": initial_params(unet.shapes(), 0)}).save_pretrained(tmp_path / "start")
@@ -154,6 +219,11 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_drawn(
         ({"aspect_ratio_buckets": True}, "the pipeline generates squares"),
         ({"prediction_type": "flow"}, "invalid choice: 'flow'"),
         ({"center_crops": True}, "--center_crop"),
+        ({"p_std": 1}, "--p_std is a flag of --objective edm; leave it out with ddpm"),
+        ({"objective": "edm", "flow_shift": 3}, "--flow_shift is a flag of --objective flow_matching"),
+        ({"objective": "edm", "snr_gamma": 5}, "--snr_gamma is a flag of --objective ddpm; leave it out with edm"),
+        ({"objective": "flow_matching", "ddpm_num_steps": 100}, "--ddpm_num_steps is a flag of --objective ddpm"),
+        ({"objective": "flow_matching", "mode_scale": 1}, "--mode_scale is a flag of --weighting_scheme mode"),
     ],
 )
 def test_wrong_flags_are_explained(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.schedulers import DDPMScheduler
+from diffuse_jax.schedulers import DDPMScheduler, EDMEulerScheduler
 from diffuse_jax.schedulers.noise_schedule import predict_x0
 from diffuse_jax.training.objective import (
     Draw,
@@ -21,6 +21,7 @@ from diffuse_jax.training.objective import (
     target,
     timestep_probabilities,
 )
+from diffuse_jax.training.times import EvenTimes, LogNormalLevels, ModeTimes, mode
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -185,3 +186,35 @@ def test_weighted_by_the_ratio_a_clean_sample_counts_as_its_noise(rng: np.random
     as_noise, _ = errors(Objective(scheduler=scheduler), said["epsilon"], x0, drawn)
     as_sample, _ = errors(objective, said["sample"], x0, drawn)
     assert float(as_sample) == pytest.approx(float(as_noise), rel=1e-3)
+
+
+def test_levels_of_edm_and_flow_matching_need_such_a_scheduler() -> None:
+    for options in ({"times": LogNormalLevels()}, {"times": EvenTimes()}, {"flow_weighting": "cosmap"}):
+        with pytest.raises(ValueError, match="needs a (EDM|FlowMatch)Scheduler, got a DDPMScheduler"):
+            Objective(scheduler=DDPMScheduler(), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale must be a number from -1 to .*, got 2"):
+        ModeTimes(scale=2.0)
+
+
+def test_mode_maps_the_unit_interval_onto_itself() -> None:
+    """Esser et al. 2024, eq. 20: monotonic for every allowed scale; that of diffusers' script favours the middle."""
+    u = jnp.linspace(0, 1, 1001)
+    for scale in (-1.0, 0.0, 1.29, 1.75):
+        levels = mode(u, scale)
+        np.testing.assert_allclose(levels[jnp.array([0, 500, 1000])], [1, 0.5, 0], atol=1e-6)
+        assert bool((jnp.diff(levels) <= 1e-6).all())
+    assert float(jnp.abs(mode(u, 1.29) - 0.5).mean()) < 0.2 < float(jnp.abs(mode(u, -1.0) - 0.5).mean())
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(sigma_data=0.3), EDMEulerScheduler(prediction_type="sample")])
+def test_an_edm_target_means_the_clean_sample(scheduler: EDMEulerScheduler, rng: np.random.Generator) -> None:
+    """As the table of the sampler reads what the network returns, at levels from 0.002 to 80."""
+    x0, noise, sigma = clean(rng), clean(rng), np.geomspace(0.002, 80, 6)
+    t = jnp.asarray(scheduler.timestep(sigma), jnp.float32)
+    wanted = target(scheduler, x0, noise, t)
+    noisy = scheduler.add_noise(x0, noise, t)
+    seen = scheduler.network_input(noisy, t)
+    for i, level in enumerate(sigma):
+        evaluation = scheduler.evaluation(float(t[i]), (1.0, level))
+        np.testing.assert_allclose(seen[i], evaluation.input_scale * noisy[i], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(evaluation.x0_of(noisy[i], wanted[i]), x0[i], atol=2e-4)

@@ -60,12 +60,16 @@ PARSED = {
     "torch_backend/training_command.py": "a command",
     "training/command.py": "reads the flags of a script before the rest of it is loaded",
     "training/flags.py": "makes settings of parsed flags",
+    "training/pixel_flags.py": "refuses flags of an objective that was not chosen, by the names they were given under",
     "training/data/flags.py": "the same of those of the data, whose caches lie in the folder of the run",
     "weights_commands.py": "commands",
 }
 """Files that take or return an ``argparse.Namespace``, and why."""
 
-PARSERS = {f"training/{name}.py" for name in ("arguments", "configuration", "flags", "reward_flags", "data/flags")}
+PARSERS = {
+    f"training/{name}.py"
+    for name in ("arguments", "configuration", "flags", "pixel_flags", "reward_flags", "data/flags")
+}
 """Files of the trainers that know argparse: they define flags, or read them from files."""
 
 

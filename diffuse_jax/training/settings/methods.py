@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from diffuse_jax.adapters.targets import CUSTOM_DIFFUSION
-from diffuse_jax.bounds import COUNT, NATURAL, NONNEGATIVE, PORTION, POSITIVE, SHARE
+from diffuse_jax.bounds import COUNT, FINITE, MODE_SCALE, NATURAL, NONNEGATIVE, PORTION, POSITIVE, SHARE
 from diffuse_jax.training.checks import Checked, one_of
 
 TIMESTEP_BIASES = ("none", "earlier", "later", "range", "cubic")
@@ -40,6 +40,54 @@ class ObjectiveSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(TIMESTEP_BIASES, timestep_bias_strategy=self.timestep_bias_strategy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EdmSettings(Checked):
+    """Training of an EDM network (Karras et al. 2022, arXiv 2206.00364, section 5).
+
+    Attributes:
+      p_mean, p_std: mean and standard deviation of the logarithm of the noise level.
+      sigma_data: standard deviation of the clean samples; None for that of the scheduler.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+
+    p_mean: Annotated[float, FINITE] = -1.2
+    p_std: Annotated[float, POSITIVE] = 1.2
+    sigma_data: Annotated[float, POSITIVE] | None = None
+
+
+WEIGHTING_SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSettings(Checked):
+    """Training by flow matching: times, and weights of the squared error (Esser et al. 2024, arXiv 2403.03206).
+
+    Attributes:
+      weighting_scheme: one of :data:`WEIGHTING_SCHEMES`, as in diffusers' scripts. Times are even ("none"), the
+        sigmoid of normal numbers ("logit_normal") or of :func:`~diffuse_jax.training.times.mode` ("mode"), with equal
+        weights; or they are even and the error is weighted by ``1 / sigma^2`` ("sigma_sqrt") or
+        ``2 / (pi (1 - 2 sigma + 2 sigma^2))`` ("cosmap").
+      logit_mean, logit_std: of these normal numbers. As in diffusers' scripts, a positive mean favours little noise.
+      mode_scale: how much times near the middle are favoured; negative numbers favour both ends.
+      flow_shift: how far levels are moved towards noise, in training and sampling; None for that of the scheduler.
+
+    Raises:
+      ValueError: a number is out of range, or the scheme is unknown.
+    """
+
+    weighting_scheme: str = "logit_normal"
+    logit_mean: Annotated[float, FINITE] = 0.0
+    logit_std: Annotated[float, POSITIVE] = 1.0
+    mode_scale: Annotated[float, MODE_SCALE] = 1.29
+    flow_shift: Annotated[float, POSITIVE] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(WEIGHTING_SCHEMES, weighting_scheme=self.weighting_scheme)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
