@@ -141,9 +141,24 @@ def loras(pipe: Any, args: argparse.Namespace) -> Sheet:
     return Sheet([*rows.values()], [*rows], [thing(prompt) for prompt in prompts])
 
 
+def lcm(pipe: Any, args: argparse.Namespace) -> Sheet:
+    """The teacher with many steps and few, and the student distilled from it, from the same noise."""
+    sys.path.append(str(ROOT))
+    from benchmarks.controlnet_edges import edges_and_prompts
+    from benchmarks.few_steps import FEW, student_and_teacher
+
+    prompts = [prompt for _, _, prompt in edges_and_prompts(args.data_dir, 6)]
+    draw = lambda model, steps: model(prompts, seed=[0] * 6, **SETTINGS | {"num_inference_steps": steps}).images
+    student, same_sampler = student_and_teacher(pipe, Path(args.trained) / "lcm")
+    columns = {f"{steps} step{'s' * (steps > 1)}": draw(pipe, steps) for steps in (25, *FEW)}
+    columns |= {"LCM, 4": draw(same_sampler, 4)}
+    columns |= {f"student, {steps}": draw(student, steps) for steps in FEW}
+    return Sheet([list(row) for row in zip(*columns.values())], [*map(thing, prompts)], [*columns])
+
+
 IMAGE_PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (image_to_image, inpainting, ip_adapter)
 }
 TRAINED_PARTS: dict[str, Callable[[Any, argparse.Namespace], Sheet]] = {
-    part.__name__: part for part in (control, loras)
+    part.__name__: part for part in (control, loras, lcm)
 }

@@ -11,9 +11,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from diffuse_jax.training.data import FolderSource
+from diffuse_jax.training.rewards import check_reward, jpeg_sizes, reward_from
+from diffuse_jax.training.settings import RewardSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,3 +116,47 @@ def test_captions_of_a_sheet_are_folded_not_cut() -> None:
     short, long = (sheets.sheet([sheets.Row([tile], [text])]) for text in ("egg", "a very long name of a thing"))
     assert short.width == long.width == sheets.CELL
     assert long.height - short.height == sheets.LINE
+
+
+def test_edits_lead_to_one_style_from_training_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are of the split and of the style; inputs show the same thing and are never held out."""
+    data, edits = tmp_path / "data", script("make_edits")
+    pixels = {"noto": 0, "twemoji": 80, "blob": 160}
+    image = lambda style: Image.new("RGB", (8, 8), (pixels[style],) * 3)
+    kept = [*(record("red apple", style) for style in pixels), record("pear", "twemoji")]
+    out = [record("pear", "noto"), record("pear", "blob")]
+    for split, records in (("train", kept), ("heldout", out)):
+        script("make_dataset").write_folder(data / split, [(r, image(r["style"])) for r in records])
+    command = ["make_edits.py", "--data_dir", str(data), "--output_dir", str(tmp_path / "edits"), "--styles", "noto"]
+    monkeypatch.setattr(sys, "argv", command)
+    edits.main()
+    found = {}
+    for split in ("train", "heldout"):
+        folder = tmp_path / "edits" / split
+        found[split] = edits.read_lines(folder)
+        for line in found[split]:
+            before, after = (
+                np.asarray(Image.open(folder / line[key])) for key in ("input_image_file_name", "file_name")
+            )
+            assert before.max() > 0 == after.max()
+            assert line["edit_prompt"] == "make it noto style"
+    assert [line["input_image_file_name"] for line in found["train"]] == [
+        "before/twemoji/red-apple.png", "before/blob/red-apple.png",
+    ]  # fmt: skip
+    assert [line["input_image_file_name"] for line in found["heldout"]] == ["before/twemoji/pear.png"]
+
+
+def test_estimated_size_orders_images_as_jpeg_does() -> None:
+    """Real drawings, and the same ones blurred more and more."""
+    drawings = [Image.open(path).convert("RGB") for path in sorted((ROOT / "tests" / "data" / "emoji").glob("*.png"))]
+    images = [d.filter(ImageFilter.GaussianBlur(radius)) for d in drawings for radius in (0, 0.5, 1, 3)]
+    pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
+    estimated, size = -np.asarray(script("jpeg_reward").compressibility(pixels, None)), jpeg_sizes(pixels)
+    assert np.corrcoef(estimated, size)[0, 1] > 0.97
+    blank = np.ones((1, 64, 64, 3), np.float32)
+    assert abs(float(script("jpeg_reward").compressibility(blank, None)[0])) < 1e-3
+
+
+def test_estimated_size_is_a_reward_with_a_gradient() -> None:
+    reward = reward_from(RewardSettings(reward=f"{ROOT}/train/emoji/jpeg_reward.py:compressibility", method="draft"))
+    check_reward(reward, gradient=True, size=(32, 32), prompts=["red apple, noto style"])
