@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffuse_jax import (
     ControlNetModel,
+    DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -141,9 +142,24 @@ def loras(pipe: Any, args: argparse.Namespace) -> Sheet:
     return Sheet([*rows.values()], [*rows], [thing(prompt) for prompt in prompts])
 
 
+def lcm(pipe: Any, args: argparse.Namespace) -> Sheet:
+    """The teacher with many steps and few, and the student distilled from it, from the same noise."""
+    sys.path.append(str(ROOT))
+    from benchmarks.controlnet_edges import edges_and_prompts
+
+    student, few = DiffusionPipeline.from_pretrained(Path(args.trained) / "lcm"), (4, 2, 1)
+    same_sampler = pipe.replace(scheduler=student.scheduler)
+    prompts = [prompt for _, _, prompt in edges_and_prompts(args.data_dir, 6)]
+    draw = lambda model, steps: model(prompts, seed=[0] * 6, **SETTINGS | {"num_inference_steps": steps}).images
+    columns = {f"{steps} step{'s' * (steps > 1)}": draw(pipe, steps) for steps in (25, *few)}
+    columns |= {"LCM, 4": draw(same_sampler, 4)}
+    columns |= {f"student, {steps}": draw(student, steps) for steps in few}
+    return Sheet([list(row) for row in zip(*columns.values())], [*map(thing, prompts)], [*columns])
+
+
 IMAGE_PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (image_to_image, inpainting, ip_adapter)
 }
 TRAINED_PARTS: dict[str, Callable[[Any, argparse.Namespace], Sheet]] = {
-    part.__name__: part for part in (control, loras)
+    part.__name__: part for part in (control, loras, lcm)
 }
