@@ -63,23 +63,18 @@ def parse_args() -> argparse.Namespace:
 
 def edges_and_prompts(data_dir: str | Path, count: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
     """Held-out emoji float32 ``[64,64,3]`` in [0, 1], their edges uint8 ``[64,64,3]``, and prompts."""
+    sys.path.append(str(ROOT / "train" / "emoji"))
+    from captions import is_common
+
     folder = Path(data_dir) / "heldout"
-    lines = common_lines(folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if is_common(line)]
     found = []
     for i in np.random.default_rng(0).permutation(len(lines))[:count]:
         image = Image.open(folder / lines[i]["file_name"]).convert("RGB")
         pixels = np.asarray(image, np.float32) / 255
         found.append((pixels, canny(image), f"{lines[i]['label']}, {lines[i]['style']} style"))
     return found
-
-
-def common_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of an image folder that ``make_dataset.py`` wrote that show common things."""
-    sys.path.append(str(ROOT / "train" / "emoji"))
-    from captions import is_common
-
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if is_common(line)]
 
 
 def reconstructed(pipe: Any, images: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffuse_jax import (
     ControlNetModel,
+    DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -145,14 +146,14 @@ def lcm(pipe: Any, args: argparse.Namespace) -> Sheet:
     """The teacher with many steps and few, and the student distilled from it, from the same noise."""
     sys.path.append(str(ROOT))
     from benchmarks.controlnet_edges import edges_and_prompts
-    from benchmarks.few_steps import FEW, student_and_teacher
 
+    student, few = DiffusionPipeline.from_pretrained(Path(args.trained) / "lcm"), (4, 2, 1)
+    same_sampler = pipe.replace(scheduler=student.scheduler)
     prompts = [prompt for _, _, prompt in edges_and_prompts(args.data_dir, 6)]
     draw = lambda model, steps: model(prompts, seed=[0] * 6, **SETTINGS | {"num_inference_steps": steps}).images
-    student, same_sampler = student_and_teacher(pipe, Path(args.trained) / "lcm")
-    columns = {f"{steps} step{'s' * (steps > 1)}": draw(pipe, steps) for steps in (25, *FEW)}
+    columns = {f"{steps} step{'s' * (steps > 1)}": draw(pipe, steps) for steps in (25, *few)}
     columns |= {"LCM, 4": draw(same_sampler, 4)}
-    columns |= {f"student, {steps}": draw(student, steps) for steps in FEW}
+    columns |= {f"student, {steps}": draw(student, steps) for steps in few}
     return Sheet([list(row) for row in zip(*columns.values())], [*map(thing, prompts)], [*columns])
 
 

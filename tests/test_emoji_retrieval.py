@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import emoji_judge, emoji_retrieval, few_steps, retrieval
+from benchmarks import emoji_judge, emoji_retrieval, retrieval
 from benchmarks.emoji_judge import Data, Judge, load_data
 
 STYLES = ("noto", "blob", "fluent", "twemoji")
@@ -265,23 +264,3 @@ def test_batches_are_all_of_one_size() -> None:
     out = emoji_retrieval.in_batches(lambda x: sizes.append(len(x)) or 2 * x, np.arange(10), 4, "")
     np.testing.assert_array_equal(out, 2 * np.arange(10))
     assert sizes == [4, 4, 4]
-
-
-def test_few_steps_asks_for_held_out_common_things_among_their_own_concepts(tmp_path: Path) -> None:
-    food = "food & drink"
-    things = {"red apple": food, "pear": food, "grinning face": "smileys & emotion", "flag": "flags"}
-    held = {("red apple", "noto"), ("pear", "twemoji"), ("flag", "noto"), ("pear", "blob")}
-    for split in ("train", "heldout"):
-        lines = []
-        for label, style in itertools.product(things, STYLES):
-            if ((label, style) in held) == (split == "heldout"):
-                name = f"{label}-{style}.png"
-                (tmp_path / split).mkdir(exist_ok=True)
-                Image.new("RGB", (4, 4)).save(tmp_path / split / name)
-                lines.append(json.dumps({"file_name": name, "label": label, "style": style, "group": things[label]}))
-        (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
-    data, chosen = few_steps.held_out(str(tmp_path), 10)
-    asked = {(data.records[i]["label"], data.records[i]["style"]) for i in chosen}
-    assert asked == {("red apple", "noto"), ("pear", "twemoji")}  # flags and blobs are not common
-    assert set(data.column("label")) == {"red apple", "pear"}
-    assert len(data.images) == 2 * len(STYLES)
