@@ -74,7 +74,7 @@ def main() -> None:
     shapes, instance = trained_shapes(taught, plan), instance_images(concepts, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
-    make_classes(taught, concepts, model, run.seed)
+    make_classes(taught, concepts, model, plan, run.seed)
     pipe, trainable = with_concepts(taught, pipeline_from(model, mesh, float32=("unet",)))
 
     others, cell = class_images(taught, concepts, run.batch, mesh), cell_of(taught, pipe)

@@ -68,7 +68,7 @@ def main() -> None:
     shapes, instance = divided(plan, names)[0], instance_source(taught, data, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
-    make_class_images(taught, model, run.seed)
+    make_class_images(taught, model, plan, run.seed)
     pipe = pipeline_from(model, mesh, float32=names)
     trainable, frozen = divided(pipe, names)
 

@@ -71,7 +71,7 @@ def main() -> None:
     shapes, instance = lora_shapes(lora, plan, names), instance_source(taught, data, run.batch, mesh)
     source, times = instance
     checked_source(run, model, data, learned, mesh, plan, trainable=shapes, shown=shown, source=source, times=times)
-    make_class_images(taught, model, run.seed)
+    make_class_images(taught, model, plan, run.seed)
     pipe = pipeline_from(model, mesh, float32=())
     pairs = lora_from(lora, pipe, names, run.seed)
 

@@ -30,7 +30,7 @@ from diffuse_jax.torch_backend.training_torch import (
 )
 from diffuse_jax.training.batches import Batch
 from diffuse_jax.training.data import Example, FolderSource, Transform
-from diffuse_jax.training.families import family_of
+from diffuse_jax.training.families import check_method, family_of
 from diffuse_jax.training.latent import open_pipeline
 from diffuse_jax.training.objective import Objective
 
@@ -167,7 +167,9 @@ def open_for(source: str | Path, request: TrainingRequest, **hub: Any) -> Diffus
     encoders = ENCODER_NAMES if request.train_text_encoder else ()
     whole = ("unet", *encoders) if request.method == "full" else ()
     mesh = make_mesh(devices=jax.devices()[:1])
-    return open_pipeline(source, trainable=whole, mesh=mesh, dtype=jnp.dtype(request.dtype), **hub)
+    pipe = open_pipeline(source, trainable=whole, mesh=mesh, dtype=jnp.dtype(request.dtype), **hub)
+    check_method(pipe, source, "comparison")
+    return pipe
 
 
 def trained_networks(pipe: DiffusionPipeline, request: TrainingRequest) -> list[str]:

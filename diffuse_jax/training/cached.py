@@ -123,7 +123,7 @@ def check_inputs(data: DataSettings, pipe: DiffusionPipeline, trained: Iterable[
     family.words(pipe)
     if data.mask_column is not None and family.cell(pipe) is None:
         raise ValueError(
-            f"--mask_column cannot be used with {type(pipe).__name__}: only latents of Stable Diffusion are weighted"
+            f"--mask_column cannot be used with {type(pipe).__name__}: its samples are embeddings of whole images"
         )
     if data.caches.cache_text_embeddings and set(family.text_encoders(pipe)) & set(trained):
         raise ValueError("--cache_text_embeddings needs a frozen text encoder, but the text encoder is trained")
@@ -142,7 +142,8 @@ def arrays_of(pipe: DiffusionPipeline, true_sizes: bool, masked: bool) -> dict[s
 
 
 def mask_of(cell: int, example: Example) -> np.ndarray:
-    """The weight of every latent of an example in the loss, float32 ``[h,w]``: the mean of ``cell x cell`` pixels."""
+    """The weight of every latent, or pixel, of an example in the loss, float32 ``[h,w]``: the mean of ``cell x cell``
+    pixels."""
     height, width = (side // cell for side in example.target_size)
     if example.mask is None:
         return np.ones((height, width), np.float32)

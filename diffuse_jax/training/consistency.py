@@ -23,6 +23,7 @@ from diffuse_jax.schedulers.noising import columns, lookup
 from diffuse_jax.sharding import shard_batch
 from diffuse_jax.training.families import TrainedFamily, trained_family
 from diffuse_jax.training.families.base import Arrays, Networks
+from diffuse_jax.training.families.stable_diffusion import distilled
 from diffuse_jax.training.latent import Combine, networks
 from diffuse_jax.training.settings import ConsistencySettings
 from diffuse_jax.training.state import AVERAGE, Metrics
@@ -62,11 +63,8 @@ def consistency_from(settings: ConsistencySettings, teacher: DiffusionPipeline) 
       ValueError: the pipeline has been distilled before, there are more steps than timesteps, or a model that predicts
         noise would be given nothing else.
     """
-    if (dim := teacher.components["unet"].config.time_cond_proj_dim) is not None:
-        raise ValueError(
-            f"the UNet takes the guidance scale as an input (time_cond_proj_dim={dim}), so it has been distilled "
-            "before; give the model that it was distilled from"
-        )
+    if reason := distilled(teacher.components["unet"].config):
+        raise ValueError(reason)
     sampler = LCMScheduler.from_config(teacher.scheduler).replace(
         original_inference_steps=settings.num_ddim_timesteps,
         timestep_scaling=settings.timestep_scaling_factor,

@@ -167,11 +167,15 @@ def class_images(
 
 
 def make_classes(
-    settings: CustomSettings, concepts: Sequence[DreamBoothSettings], model: ModelSettings, seed: int
+    settings: CustomSettings,
+    concepts: Sequence[DreamBoothSettings],
+    model: ModelSettings,
+    pipe: DiffusionPipeline,
+    seed: int,
 ) -> None:
     """Generate the class images that are missing, unless they are photographs."""
     for concept in () if settings.real_prior else concepts:
-        make_class_images(concept, model, seed)
+        make_class_images(concept, model, pipe, seed)
 
 
 def cell_of(settings: CustomSettings, pipe: DiffusionPipeline) -> int | None:

@@ -14,8 +14,8 @@ from diffuse_jax import weights
 from diffuse_jax.limits import refuse_links
 from diffuse_jax.models import Params
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.schedulers import Scheduler
-from diffuse_jax.training.families import family_of, trained_family
+from diffuse_jax.schedulers import LCMScheduler, Scheduler, TCDScheduler
+from diffuse_jax.training.families import check_method, family_of, trained_family
 from diffuse_jax.training.hub import model_folder
 from diffuse_jax.training.latent import component_folder, open_pipeline, pipeline_of_shapes
 from diffuse_jax.training.optimizer import check_rates
@@ -55,15 +55,33 @@ def configured_from(model: ModelSettings, method: str) -> DiffusionPipeline:
       method: the trainer, one of :data:`~diffuse_jax.training.families.base.METHODS`.
 
     Raises:
-      WeightsError, ValueError: the method does not support the pipeline, or as for
+      WeightsError, ValueError: the method does not support the pipeline, as few of them support models that have been
+        distilled, or as for
         :func:`~diffuse_jax.training.latent.open_pipeline`, except those about weights.
     """
-    folder = source_folder(model, only_small=True)
+    folder, source = source_folder(model, only_small=True), model.pretrained_model_name_or_path
     class_name = weights.read_index(folder).class_name
-    family_of(class_name, model.pretrained_model_name_or_path, method)
-    return pipeline_of_shapes(
+    family_of(class_name, source, method)
+    if method in ("distillation", "reward"):
+        refuse_few_steps(Scheduler.from_pretrained(folder, subfolder="scheduler"), source)
+    pipe = pipeline_of_shapes(
         folder, sources=sources_of(model, class_name, only_small=True), prediction_type=model.prediction_type
     )
+    check_method(pipe, source, method)
+    return pipe
+
+
+def refuse_few_steps(sampler: Scheduler, source: str | Path) -> None:
+    """Refuse a model that has been distilled to few steps, as the sampler of its folder says.
+
+    Raises:
+      ValueError: it has.
+    """
+    if isinstance(sampler, LCMScheduler | TCDScheduler):
+        raise ValueError(
+            f"{source} has a {type(sampler).__name__}, so it has been distilled to few steps before; give the model "
+            "that it was distilled from, and distil the result"
+        )
 
 
 def sources_of(model: ModelSettings, class_name: str, *, only_small: bool = False) -> dict[str, Path]:

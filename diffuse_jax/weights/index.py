@@ -14,6 +14,9 @@ from diffuse_jax.writing import expanded
 
 FILE = "model_index.json"
 
+VERSION = "0.42.1"
+"""The version of diffusers in whose format new folders are written; some of its pipelines do not open without one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Component:
@@ -32,7 +35,8 @@ class PipelineIndex:
       class_name: the pipeline's class, without the ``Flax`` prefix of old Flax folders.
       components: name -> component, without the empty entries (``[null, null]``).
       absent: names of the empty entries, such as a safety checker that was removed.
-      options: all other values (``requires_safety_checker``, ``force_zeros_for_empty_prompt`` ...).
+      options: all other values (``requires_safety_checker``, ``force_zeros_for_empty_prompt`` ...); the version only
+        where it is another than :data:`VERSION`.
     """
 
     class_name: str
@@ -55,6 +59,8 @@ def read_index(folder: Path | str) -> PipelineIndex:
     class_name = data.pop("_class_name", None)
     if not isinstance(class_name, str):
         raise bad(file, "does not name the pipeline's class ('_class_name')")
+    if data.get("_diffusers_version") == VERSION:  # every folder that is written here gets it
+        del data["_diffusers_version"]
     entries = {name: value for name, value in data.items() if _is_component(value)}
     components = {name: _component(folder, name, value) for name, value in entries.items() if value[1] is not None}
     return PipelineIndex(
@@ -100,5 +106,6 @@ def write_index(
     for name in components:
         if not is_plain_name(name):
             raise bad(file, f"component {name!r} is not the plain name of a subfolder")
-    write_json(file, {"_class_name": class_name, **(options or {}), **{k: list(v) for k, v in components.items()}})
+    entries = {name: list(entry) for name, entry in components.items()}
+    write_json(file, {"_class_name": class_name, "_diffusers_version": VERSION, **(options or {}), **entries})
     return file

@@ -3,6 +3,7 @@ losses, with our random numbers and arrays."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import training
 from diffuse_jax.torch_backend.training import Trained, Update, step_noise
 from diffuse_jax.torch_backend.training_report import TOLERANCES, Compared, compare_updates
+from diffuse_jax.training.cached import arrays_of
 from diffuse_jax.training.data import Example
+from diffuse_jax.training.families.inpainting import random_masks
 from diffuse_jax.training.latent import loss_of, open_pipeline
 from diffuse_jax.training.objective import Objective
 
@@ -34,12 +37,19 @@ def opened(folder: Path, names: tuple[str, ...], **options: Any) -> Any:
     return open_pipeline(folder, trainable=names, mesh=make_mesh(devices=jax.devices()[:1]), **options)
 
 
-def batch_of(pipe: Any, edge: int, rng: np.random.Generator, prior: bool = False) -> dict[str, np.ndarray]:
-    """Images and captions, as the data workers make them."""
+def batch_of(
+    pipe: Any, edge: int, rng: np.random.Generator, prior: bool = False, masked: bool = False
+) -> dict[str, np.ndarray]:
+    """Images and captions, as the data workers make them; ``masked``: the first image counts in its left half alone."""
     size = (edge, edge)
     images = rng.integers(0, 256, (len(PROMPTS), edge, edge, 3), np.uint8)
     rows = [Example(x, text, size, (0, 0), size, i, 0, "") for i, (x, text) in enumerate(zip(images, PROMPTS))]
     made = dict(training.batch_of(pipe, rows))
+    if masked:
+        left = np.zeros(size, np.uint8)
+        left[:, : edge // 2] = 255
+        make = arrays_of(pipe, True, True)["loss_mask"]
+        made["loss_mask"] = np.stack([make(dataclasses.replace(rows[0], mask=left)), *map(make, rows[1:])])
     return made | ({"prior": np.array([False, True] * 2)} if prior else {})
 
 
@@ -116,7 +126,7 @@ def if_loss(pipe: Any, objective: Objective, batch: Mapping[str, np.ndarray], cl
             x = torch.cat([x, x if class_labels else beside], 1)
         return channels_last(pipe.unet(x, t, states, **more).sample[:, :3])
 
-    return twin.loss_at(pipe.scheduler, objective, x0, drawn, predict, batch.get("prior"))
+    return twin.loss_at(pipe.scheduler, objective, x0, drawn, predict, batch.get("prior"), batch.get("loss_mask"))
 
 
 def decoder_loss(pipe: Any, encoder: Any, objective: Objective, batch: Mapping[str, np.ndarray]) -> Any:
@@ -131,7 +141,36 @@ def decoder_loss(pipe: Any, encoder: Any, objective: Objective, batch: Mapping[s
         found = pipe.unet(channels_first(x), t, encoder_hidden_states=None, added_cond_kwargs=added).sample
         return channels_last(found[:, : x.shape[-1]])
 
-    return twin.loss_at(pipe.scheduler, objective, x0, drawn, predict)
+    return twin.loss_at(pipe.scheduler, objective, x0, drawn, predict, batch.get("prior"), batch.get("loss_mask"))
+
+
+def inpainting_loss(pipe: Any, objective: Objective, batch: Mapping[str, np.ndarray]) -> Any:
+    """Noise of latents, beside a mask and the latents of the image that is grey inside it."""
+    pixels = channels_first(pixels_in(batch))
+    keys = jax.random.split(begin_key(), 3)
+    mask = np.asarray(random_masks(keys[1], len(pixels), *pixels.shape[2:]))
+    assert 0 < mask.mean() < 1
+    mask = channels_first(torch.tensor(mask))
+
+    def latents(images: Any, key: jax.Array) -> Any:
+        with torch.no_grad():
+            found = pipe.vae.encode(images).latent_dist
+        count, channels, height, width = found.mean.shape
+        noise = to_torch(np.asarray(jax.random.normal(key, (count, height, width, channels), jnp.float32)), "cpu")
+        return (found.mean + found.std * channels_first(noise)) * pipe.vae.config.scaling_factor
+
+    x0, around = latents(pixels, keys[0]), latents(pixels * (mask < 0.5), keys[2])
+    small = torch.nn.functional.interpolate(mask, size=x0.shape[2:])
+    x0 = channels_last(x0)
+    _, drawn = step_noise(objective, SEED, tuple(x0.shape))
+    with torch.no_grad():
+        states = pipe.text_encoder(torch.tensor(np.asarray(batch["text_encoder"])).long()).last_hidden_state
+
+    def predict(x: Any, t: Any) -> Any:
+        return channels_last(pipe.unet(torch.cat([channels_first(x), small, around], 1), t, states).sample)
+
+    scheduler = twin.diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    return twin.loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"), batch.get("loss_mask"))
 
 
 def prior_loss(pipe: Any, objective: Objective, batch: Mapping[str, np.ndarray]) -> Any:
@@ -150,7 +189,7 @@ def prior_loss(pipe: Any, objective: Objective, batch: Mapping[str, np.ndarray])
         return whole(found.predicted_image_embedding)
 
     flat = drawn._replace(noise=np.asarray(drawn.noise)[:, None, None])
-    computed = twin.loss_at(schedule, objective, whole(x0), flat, predict)
+    computed = twin.loss_at(schedule, objective, whole(x0), flat, predict, batch.get("prior"))
     return computed._replace(values={name: x[:, 0, 0] if x.ndim else x for name, x in computed.values.items()})
 
 

@@ -15,7 +15,7 @@ cases = pytest.importorskip("tests.oracle.family_cases", reason="needs PyTorch d
 LOSS, PARAMETERS = 1e-6, 1e-5
 """Accepted relative differences of the loss, and of the parameters after the step."""
 
-QUICK = ("DeepFloyd IF I, DreamBooth", "Kandinsky 2.2 prior", "Würstchen prior")
+QUICK = ("DeepFloyd IF I, DreamBooth", "Inpainting, DreamBooth and masks", "Kandinsky 2.2 prior", "Würstchen prior")
 """In the ordinary suite. It has the decoder's kind of UNet in the first of them, and its parts in the tests of the
 scripts."""
 

@@ -121,6 +121,25 @@ def test_lora_of_priors(models: dict[str, Path], tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ["dreambooth.py", "dreambooth_lora.py"])
+@pytest.mark.parametrize("name", ["prior", "decoder", "wuerstchen"])
+def test_dreambooth_of_priors_and_decoders(
+    script: str, name: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prior preservation, from class images that are there."""
+    own = {
+        "prior": {},
+        "decoder": {"pretrained_prior_model_name_or_path": models["prior"]},
+        "wuerstchen": {"effnet_path": models["effnet"], "resolution": 64},
+    }[name]
+    kept = {"with_prior_preservation": True, "class_prompt": "a", "class_data_dir": EMOJI, "num_class_images": 12}
+    out = train(monkeypatch, script, models[name], tmp_path / "out", **DREAMBOOTH, **kept, **own)
+    assert all(value >= 0 for value in log(out, "prior_loss"))
+    pipe = DiffusionPipeline.from_pretrained(out if script == "dreambooth.py" else models[name])
+    assert script == "dreambooth.py" or pipe.load_lora_weights(out).params is not pipe.params
+
+
+@pytest.mark.slow
 def test_kandinsky_decoder(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"train_data_dir": EMOJI, "pretrained_prior_model_name_or_path": models["prior"], "cache_latents": True}
     out = train(monkeypatch, "text_to_image.py", models["decoder"], tmp_path, **flags)
@@ -147,13 +166,14 @@ def test_wuerstchen_prior(models: dict[str, Path], tmp_path: Path, monkeypatch: 
         ("text_to_image.py", "one", {"train_text_encoder": True}, "T5 stays as it is"),
         ("text_to_image.py", "one", {"class_labels_conditioning": "timesteps"}, "this is a first stage"),
         ("text_to_image.py", "one", {"resolution": 16, "effnet_path": "x.pt"}, "only a prior of Würstchen"),
-        ("text_to_image.py", "one", {"mask_column": "mask"}, "--mask_column cannot be used with IFPipeline: only"),
-        ("text_to_image.py", "prior", {"mask_column": "mask"}, "--mask_column cannot be used with KandinskyV22Prior"),
+        ("text_to_image.py", "prior", {"mask_column": "mask"}, "cannot be used with KandinskyV22PriorPipeline: its"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "validation_prompt": "a"}, "needs --validation_images here"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "resolution": 15}, "--resolution must be a multiple of 2"),
         ("dreambooth.py", "two", {**DREAMBOOTH, "with_prior_preservation": True, "class_prompt": "a",
-                                  "class_data_dir": "dogs"}, "has 0 of 100 images, and super-resolution cannot"),
-        ("dreambooth.py", "prior", DREAMBOOTH, "is a KandinskyV22PriorPipeline; this trainer supports"),
+                                  "class_data_dir": "dogs"}, "has 0 of 100 images, and a IFSuperResolutionPipeline ca"),
+        ("dreambooth.py", "prior", {**DREAMBOOTH, "with_prior_preservation": True, "class_prompt": "a",
+                                    "class_data_dir": "dogs"}, "KandinskyV22PriorPipeline cannot make the others"),
+        ("dreambooth.py", "prior", {**DREAMBOOTH, "train_text_encoder": True}, "a prior reads CLIP's embeddings as th"),
         ("controlnet.py", "one", {"conditioning": "canny"}, "is a IFPipeline; this trainer supports"),
         ("text_to_image.py", "prior", {"noise_offset": 0.1}, "--noise_offset cannot be used with Kandinsky"),
         ("text_to_image.py", "prior", {"gradient_checkpointing": True}, "no blocks that can be recomputed"),

@@ -19,7 +19,6 @@ from diffuse_jax.pipelines import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
@@ -146,14 +145,20 @@ def test_training_leaves_them_in_their_folders(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "channels"), [(StableDiffusionInpaintPipeline, 9), (StableDiffusionInstructPix2PixPipeline, 8)]
+    ("cls", "channels", "advice"),
+    [
+        (StableDiffusionInstructPix2PixPipeline, 8, "train/instruct_pix2pix.py starts from"),
+        (StableDiffusionPipeline, 5, "train a ControlNet for depth instead"),
+        (StableDiffusionPipeline, 7, "train the second stage of DeepFloyd IF instead"),
+    ],
 )
 def test_training_refuses_a_unet_that_takes_more_than_latents(
-    cls: type, channels: int, pipe: StableDiffusionPipeline, tmp_path: Path, rng: np.random.Generator
+    cls: type, channels: int, advice: str, pipe: StableDiffusionPipeline, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     net = UNet2DConditionModel(UNET.replace(in_channels=channels))
     folder = cls.from_pipe(pipe, unet=(net, random_params(net.shapes(), rng))).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"a {cls.__name__} whose UNet has {channels} input channels; this trainer"):
+    message = f"a {cls.__name__} whose UNet has {channels} input channels; this trainer .*{advice}"
+    with pytest.raises(ValueError, match=message):
         open_pipeline(folder, trainable=["unet"], mesh=make_mesh(data=1, devices=jax.devices()[:1]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffuse_jax import DiffusionPipeline
 from diffuse_jax.models import AutoencoderKL, AutoencoderKLConfig, UNet2DConditionConfig, UNet2DConditionModel
-from diffuse_jax.pipelines import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffuse_jax.pipelines import StableDiffusionInpaintPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffuse_jax.schedulers import DDIMScheduler
 from diffuse_jax.text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from diffuse_jax.training.initial import initial_params
@@ -54,6 +54,13 @@ def save_sd(folder: Path, *, fresh: bool = True, middle: str | None = None) -> P
     """The folder of a Stable Diffusion."""
     pairs = networks(UNET.replace(mid_block_type=middle), {"text_encoder": CLIPTextModel}, fresh)
     return saved(folder, StableDiffusionPipeline, pairs, {"tokenizer": tiny.tokenizer()})
+
+
+def save_inpainting(folder: Path, *, fresh: bool = True) -> Path:
+    """The folder of a Stable Diffusion for inpainting."""
+    unet = UNET.replace(in_channels=2 * VAE.latent_channels + 1)
+    pairs = networks(unet, {"text_encoder": CLIPTextModel}, fresh)
+    return saved(folder, StableDiffusionInpaintPipeline, pairs, {"tokenizer": tiny.tokenizer()})
 
 
 def save_sdxl(folder: Path, *, fresh: bool = True, middle: str | None = None) -> Path:

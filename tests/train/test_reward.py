@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diffuse_jax import DiffusionPipeline
-from diffuse_jax.models import UNet2DConditionModel
+from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection, UNet2DConditionModel
+from diffuse_jax.training.families import family_of
+from diffuse_jax.training.initial import initial_params
 from tests.train.helpers import log, numbers, run
-from tests.train.latent_models import save_sd, save_sdxl
+from tests.train.latent_models import UNET, save_sd, save_sdxl
+from tests.training.test_distributed import run as start
 
 REDNESS = """
 def redness(images, prompts):
@@ -133,6 +136,69 @@ def test_several_devices_give_the_result_of_one(
     moved = np.sqrt(np.mean([np.mean(x**2) for name, x in found[1][1].items() if "up" in name or "lora_B" in name]))
     for name, x in found[1][1].items():
         assert np.sqrt(np.mean((found[8][1][name] - x) ** 2)) < 0.05 * moved, name
+
+
+@pytest.fixture(scope="module")
+def aesthetic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The flags of an aesthetic predictor, two layers on a tiny CLIP."""
+    folder, rng = tmp_path_factory.mktemp("aesthetic"), np.random.default_rng(0)
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, image_size=16, patch_size=8,
+        projection_dim=12,
+    )  # fmt: skip
+    network = CLIPVisionModelWithProjection(config)
+    network.save_pretrained(folder / "clip", initial_params(network.shapes(), seed=0))
+    sizes = {"0": (4, 12), "2": (1, 4)}
+    tensors = {f"layers.{k}.weight": rng.standard_normal(size).astype(np.float32) for k, size in sizes.items()}
+    tensors |= {f"layers.{k}.bias": np.zeros(size[0], np.float32) for k, size in sizes.items()}
+    save_file(tensors, folder / "head.safetensors")
+    paths = {"aesthetic_model_path": folder / "head.safetensors", "clip_model_path": folder / "clip"}
+    return {"reward": "aesthetic", **paths}
+
+
+def test_draft_raises_the_aesthetic_reward(
+    aesthetic: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "reward.py", devices=1, **flags | aesthetic | DRAFT | {"max_train_steps": 30})
+    rewards, spread = (log(tmp_path / "out", name) for name in ("reward_mean", "reward_std"))
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.5 * np.mean(spread[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DRAFT, DDPO], ids=["draft", "ddpo"])
+def test_two_processes_give_the_result_of_one(
+    method: dict[str, Any], aesthetic: dict[str, Any], flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the aesthetic reward, whose networks are in the loss of DRaFT and beside it in DDPO."""
+    share = {name: method[name] // 2 for name in ("train_batch_size", "sample_batch_size") if name in method}
+    given = flags | aesthetic | method | share | {"max_train_steps": 2, "checkpointing_steps": 2, "logging_steps": 1}
+    del given["output_dir"]
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    for processes, name in ((1, "one"), (2, "two")):
+        start(tmp_path / name, processes, *words, script="train/reward.py", devices=2, timeout=400)
+    rewards, losses = ([log(tmp_path / name, what) for name in ("one", "two")] for what in ("reward_mean", "loss"))
+    np.testing.assert_allclose(*rewards, rtol=1e-4)
+    np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-5)
+    one, two = (load_file(tmp_path / name / LORA) for name in ("one", "two"))
+    for name, x in one.items():
+        np.testing.assert_allclose(two[name], x, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_what_has_been_distilled_is_refused(
+    sd: Path, flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its UNet says, which takes the guidance scale as an input, or its sampler, whatever its class."""
+    for name, path, words in (
+        ("embedding", "unet/config.json", {"time_cond_proj_dim": 8}),
+        ("sampler", "scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}),
+    ):
+        shutil.copytree(sd, tmp_path / name)
+        file = tmp_path / name / path
+        file.write_text(json.dumps(json.loads(file.read_text()) | words))
+        with pytest.raises(ValueError, match=f"{name} .*distilled .*before; give the model that it was distilled from"):
+            run(monkeypatch, "reward.py", devices=1, **flags | {"pretrained_model_name_or_path": tmp_path / name})
+    with pytest.raises(ValueError, match="it has been distilled before; give the model"):
+        family_of("StableDiffusionPipeline", "x").check({"unet": UNET.replace(time_cond_proj_dim=8)}, "x is one")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from diffuse_jax.weights import Component, WeightsError, read_index, write_index
+from diffuse_jax.weights.index import VERSION
 
 ENTRIES = {"unet": ("diffusers", "UNet2DConditionModel"), "tokenizer": ("transformers", "CLIPTokenizer")}
 
@@ -20,6 +21,13 @@ def test_write_and_read(tmp_path: Path) -> None:
     assert index.components == {name: Component(*entry, tmp_path / name) for name, entry in ENTRIES.items()}
     assert index.absent == ("safety_checker",)
     assert index.options == {"kind": [1, 2, 3]}
+    assert json.loads((tmp_path / "model_index.json").read_text())["_diffusers_version"] == VERSION
+
+
+def test_the_version_of_a_folder_is_kept(tmp_path: Path) -> None:
+    """A new one has that of the format, without which PyTorch's inpainting pipeline does not open."""
+    write_index(tmp_path, "StableDiffusionPipeline", ENTRIES, {"_diffusers_version": "0.8.0"})
+    assert read_index(tmp_path).options == {"_diffusers_version": "0.8.0"}
 
 
 def test_old_flax_classes_lose_their_prefix(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from diffuse_jax.pipelines import (
@@ -9,7 +10,13 @@ from diffuse_jax.pipelines import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
 )
-from diffuse_jax.pipelines.families import DEEPFLOYD_IF, WUERSTCHEN_DECODER, WUERSTCHEN_PRIOR, ClipFamily
+from diffuse_jax.pipelines.families import (
+    DEEPFLOYD_IF,
+    LATENT_UPSCALER,
+    WUERSTCHEN_DECODER,
+    WUERSTCHEN_PRIOR,
+    ClipFamily,
+)
 from diffuse_jax.pipelines.families.kandinsky import KANDINSKY
 from diffuse_jax.pipelines.families.kandinsky_v22 import KANDINSKY_V22
 from diffuse_jax.pipelines.families.latent_diffusion import LATENT_DIFFUSION
@@ -25,6 +32,7 @@ from diffuse_jax.training.families.base import (
 )
 from diffuse_jax.training.families.deepfloyd_if import DEEPFLOYD_IF_TRAINED
 from diffuse_jax.training.families.editing import EditingFamily
+from diffuse_jax.training.families.inpainting import InpaintingFamily
 from diffuse_jax.training.families.kandinsky import KANDINSKY_DECODER, KANDINSKY_PRIOR
 from diffuse_jax.training.families.stable_diffusion import LatentFamily
 from diffuse_jax.training.families.wuerstchen import WUERSTCHEN_TRAINED
@@ -33,6 +41,7 @@ __all__ = [
     "LatentFamily",
     "TrainedFamily",
     "Words",
+    "check_method",
     "family_of",
     "mask_name",
     "normalised",
@@ -47,9 +56,23 @@ OTHERS: tuple[tuple[Any, TrainedFamily | None], ...] = (
     (PRIOR, KANDINSKY_PRIOR),
     (KANDINSKY21_PRIOR, KANDINSKY_PRIOR),
     (WUERSTCHEN_PRIOR, WUERSTCHEN_TRAINED),
-    *((family, None) for family in (WUERSTCHEN_DECODER, KANDINSKY, STABLE_UNCLIP, LATENT_DIFFUSION)),
+    *((f, None) for f in (WUERSTCHEN_DECODER, KANDINSKY, STABLE_UNCLIP, LATENT_DIFFUSION, LATENT_UPSCALER)),
 )
 """Families of pipelines that are not trained as Stable Diffusion is -> how they are trained; None if not at all."""
+
+ADVICE: tuple[tuple[str, str], ...] = (
+    (r"Kandinsky(V22)?.*Combined", "it joins two models; train its prior and its decoder, each from its own folder"),
+    (r"Kandinsky(?!V22|Prior)", "the decoder of Kandinsky 2.1 is not trained, only its prior; Kandinsky 2.2's is"),
+    (r"Wuerstchen(?!Prior)", "of Würstchen, only the prior is trained, from its own folder"),
+    (r"StableUnCLIP", "its UNet reads noised embeddings of images; train the Stable Diffusion 2.1 it was made from"),
+    (r"UnCLIP", "the stages of unCLIP are not trained; Kandinsky 2.2, which has a prior and a decoder too, is"),
+    (r"StableDiffusionImageVariation", "its UNet reads embeddings of images, not prompts; train a Stable Diffusion"),
+    (r".*(LatentUpscale|LDMSuperResolution)", "to enlarge images, train the second stage of DeepFloyd IF"),
+    (r"LDMTextToImage", "train its successor, Stable Diffusion"),
+    (r"(DDPM|DDIM|PNDM|ConsistencyModel|KarrasEDM|KarrasVe|ScoreSdeVe|RePaint|LDM)Pipeline",
+     "it has no prompts; train/unconditional.py trains such networks on pixels"),
+)  # fmt: skip
+"""Beginnings of the names of pipelines that no trainer of text-to-image models is for -> what to do instead."""
 
 EDITING = (StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline)
 """Pipelines of Stable Diffusion's families whose UNet reads images before an edit."""
@@ -76,7 +99,15 @@ def trained_family(pipe: Any) -> TrainedFamily:
         raise TypeError(f"there is no trainer for a {type(pipe).__name__}")
     if isinstance(found, LatentFamily) and isinstance(pipe, EDITING):
         return EditingFamily(text=found.text, encoders=found.encoders)
+    if isinstance(found, LatentFamily) and inpaints(pipe):
+        return InpaintingFamily(text=found.text, encoders=found.encoders)
     return found
+
+
+def inpaints(pipe: Any) -> bool:
+    """Whether the UNet of a Stable Diffusion also reads a mask and the latents of the image around it."""
+    unet, vae = (pipe.components.get(name) for name in ("unet", "vae"))
+    return unet is not None and vae is not None and unet.config.in_channels == 2 * vae.config.latent_channels + 1
 
 
 def family_of(class_name: str, source: Any, method: str | None = None) -> TrainedFamily:
@@ -93,5 +124,19 @@ def family_of(class_name: str, source: Any, method: str | None = None) -> Traine
     found = {kind.__name__: trained(getattr(kind, "family", None)) for kind in PIPELINES.classes()}
     known = {name: family for name, family in found.items() if family and (method is None or method in family.methods)}
     if class_name not in known:
-        raise ValueError(f"{source} is a {class_name}; this trainer supports {', '.join(known)}")
+        advice = next((f"; {text}" for name, text in ADVICE if re.match(name, class_name)), "")
+        raise ValueError(f"{source} is a {class_name}{advice}; this trainer supports {', '.join(known)}")
     return known[class_name]
+
+
+def check_method(pipe: Any, source: Any, method: str) -> None:
+    """Check that a trainer supports a pipeline, beyond what :func:`family_of` can tell from its class.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if method not in (methods := trained_family(pipe).methods):
+        raise ValueError(
+            f"{source} has a UNet for inpainting, which is trained by {' and '.join(methods)} alone; give a checkpoint "
+            "for text to image"
+        )

@@ -163,12 +163,16 @@ class TrainedFamily:
         return 1
 
     def cell(self, pipe: Any) -> int | None:
-        """Pixels per side of a place of the samples that are denoised; None if masks of pixels are not supported."""
+        """Pixels per side of a place of the samples that are denoised; None if these have no places."""
         return None
 
     def size(self, pipe: Any) -> tuple[int, int] | None:
         """(height, width) of the model's images in pixels; None if it has no own."""
         return None if pipe.components[self.denoiser].config.sample_size is None else output_size(pipe, None, None)
+
+    def draws(self, pipe: Any) -> bool:
+        """Whether a pipeline makes images of a prompt alone."""
+        return True
 
     # Examples
 

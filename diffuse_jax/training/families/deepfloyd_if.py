@@ -79,6 +79,12 @@ class PixelFamily(TrainedFamily):
         config = pipe.components["unet"].config
         return math.lcm(config.divisor, shrinking(config) if enlarges(pipe) else 1)
 
+    def cell(self, pipe: Any) -> int | None:
+        return 1
+
+    def draws(self, pipe: Any) -> bool:
+        return not enlarges(pipe)
+
     def words(self, pipe: Any) -> dict[str, Words]:
         if pipe.components.get("text_encoder") is None:
             raise ValueError(f"training a {type(pipe).__name__} needs its text_encoder, and the folder has none")

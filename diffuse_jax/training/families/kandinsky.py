@@ -59,6 +59,7 @@ class DecoderFamily(TrainedFamily):
     """A decoder: a UNet that is conditioned on the embedding of the image whose latents it denoises."""
 
     parts: tuple[str, ...] = ("movq", "image_encoder")
+    methods: tuple[str, ...] = ("text to image", "DreamBooth")
     image_encoders: tuple[str, ...] = ("movq", "image_encoder")
     encoded_images: tuple[str, ...] = ("latents", "image_embeds")
     borrowed: Any = dataclasses.field(default_factory=lambda: {"image_encoder": "pretrained_prior_model_name_or_path"})
@@ -88,6 +89,12 @@ class DecoderFamily(TrainedFamily):
     def multiple(self, pipe: Any) -> int:
         return int(pipe.components["movq"].config.scale * pipe.components["unet"].config.divisor)
 
+    def cell(self, pipe: Any) -> int | None:
+        return int(pipe.components["movq"].config.scale)
+
+    def draws(self, pipe: Any) -> bool:
+        return False
+
     def size(self, pipe: Any) -> tuple[int, int] | None:
         edge = pipe.components["unet"].config.sample_size
         return (edge * pipe.components["movq"].config.scale,) * 2 if isinstance(edge, int) else None
@@ -115,6 +122,7 @@ class PriorFamily(TrainedFamily):
 
     denoiser: str = "prior"
     parts: tuple[str, ...] = ("image_encoder",)
+    methods: tuple[str, ...] = ("text to image", "DreamBooth")
     encoders: Any = dataclasses.field(default_factory=lambda: {"text_encoder": "tokenizer"})
     fixed: tuple[str, ...] = ("clip_mean", "clip_std")
     image_encoders: tuple[str, ...] = ("image_encoder",)
@@ -144,6 +152,9 @@ class PriorFamily(TrainedFamily):
 
     def size(self, pipe: Any) -> tuple[int, int] | None:
         return None
+
+    def draws(self, pipe: Any) -> bool:
+        return False
 
     def words(self, pipe: Any) -> dict[str, Words]:
         length = pipe.components["text_encoder"].config.max_position_embeddings

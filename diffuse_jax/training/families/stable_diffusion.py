@@ -30,6 +30,13 @@ from diffuse_jax.training.families.base import (
 OF_IF = "only DeepFloyd IF's second stage has it"
 OF_WUERSTCHEN = "only a prior of Würstchen learns the maps of an EfficientNet"
 OF_KANDINSKY = "only the decoders of Kandinsky 2.2 read embeddings of a prior's image encoder"
+OF_LATENTS: Mapping[str, str] = {
+    "class_labels_conditioning": OF_IF,
+    "validation_images": OF_IF,
+    "pretrained_prior_model_name_or_path": OF_KANDINSKY,
+    "effnet_path": OF_WUERSTCHEN,
+}
+"""Settings that make no sense for Stable Diffusion -> what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,21 +54,23 @@ class LatentFamily(TrainedFamily):
     image_encoders: tuple[str, ...] = ("vae",)
     encoded_images: tuple[str, ...] = ("moments",)
     borrowed: Any = dataclasses.field(default_factory=lambda: {"vae": "pretrained_vae_model_name_or_path"})
-    refused: Any = dataclasses.field(
-        default_factory=lambda: {
-            "class_labels_conditioning": OF_IF,
-            "validation_images": OF_IF,
-            "pretrained_prior_model_name_or_path": OF_KANDINSKY,
-            "effnet_path": OF_WUERSTCHEN,
-        }
-    )
+    refused: Any = dataclasses.field(default_factory=lambda: OF_LATENTS)
 
     def check(self, configs: Mapping[str, Any], what: str) -> None:
-        takes, latents = (configs.get(name) for name in ("unet", "vae"))
-        if takes and latents and takes.in_channels != latents.latent_channels:
+        unet, vae = (configs.get(name) for name in ("unet", "vae"))
+        if unet and (reason := distilled(unet)):
+            raise ValueError(f"{what}; {reason}")
+        if unet and vae and unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
+            more = unet.in_channels - vae.latent_channels
+            advice = {
+                1: "; it reads depth maps, which training does not make: train a ControlNet for depth instead",
+                3: "; it enlarges images: train the second stage of DeepFloyd IF instead",
+                vae.latent_channels: "; it edits images: train/instruct_pix2pix.py starts from one for text to image",
+            }.get(more, "")
             raise ValueError(
-                f"{what} whose UNet has {takes.in_channels} input channels; this trainer gives it noisy latents alone "
-                f"({latents.latent_channels}), as a checkpoint for text to image takes"
+                f"{what} whose UNet has {unet.in_channels} input channels; this trainer gives it noisy latents alone "
+                f"({vae.latent_channels}), as a checkpoint for text to image takes, or with a mask and the latents "
+                f"around it ({2 * vae.latent_channels + 1}), as one for inpainting{advice}"
             )
 
     def multiple(self, pipe: Any) -> int:
@@ -109,6 +118,16 @@ class LatentFamily(TrainedFamily):
         if "timestep_cond" in batch:
             more["timestep_cond"] = batch["timestep_cond"]
         return apply(models, params, "unet", *inputs, added, **more)
+
+
+def distilled(unet: Any) -> str:
+    """Why a UNet of this configuration is not trained, if it was made by distillation; empty for others."""
+    if (dim := unet.time_cond_proj_dim) is None:
+        return ""
+    return (
+        f"the UNet takes the guidance scale as an input (time_cond_proj_dim={dim}), so it has been distilled before; "
+        "give the model that it was distilled from"
+    )
 
 
 def micro_conditioning(true: bool, example: Any) -> np.ndarray:

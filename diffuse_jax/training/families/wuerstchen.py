@@ -35,6 +35,7 @@ class SemanticFamily(TrainedFamily):
 
     denoiser: str = "prior"
     parts: tuple[str, ...] = ("effnet",)
+    methods: tuple[str, ...] = ("text to image", "DreamBooth")
     encoders: Any = dataclasses.field(default_factory=lambda: {"text_encoder": "tokenizer"})
     image_encoders: tuple[str, ...] = ("effnet",)
     encoded_images: tuple[str, ...] = ("maps",)
@@ -66,8 +67,14 @@ class SemanticFamily(TrainedFamily):
     def multiple(self, pipe: Any) -> int:
         return SCALE
 
+    def cell(self, pipe: Any) -> int | None:
+        return SCALE
+
     def size(self, pipe: Any) -> tuple[int, int] | None:
         return None
+
+    def draws(self, pipe: Any) -> bool:
+        return False
 
     def words(self, pipe: Any) -> dict[str, Words]:
         return {name: own._replace(masked=True) for name, own in super().words(pipe).items()}
