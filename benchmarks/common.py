@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,19 @@ def fetch_wheel(cache: Path, package: str, wheel: str, sha256: str) -> Path:
     return path
 
 
+def extend(
+    name: str, title: str, about: str, old: Sequence[dict[str, Any]], new: Iterable[dict[str, Any]], *packages: str
+) -> Path:
+    """Write a table of old rows and new ones; after each new one if there are old ones, so that an interrupted run that
+    adds to a table keeps what it has."""
+    rows = [*old]
+    for row in new:
+        rows.append(row)
+        if old:
+            write(name, title, about, rows, *packages)
+    return write(name, title, about, rows, *packages)
+
+
 def machine(*packages: str) -> dict[str, Any]:
     """The machine and package versions that results were measured with."""
     cpu = platform.processor() or platform.machine()
@@ -192,6 +205,24 @@ def machine(*packages: str) -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
+
+
+def table(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The rows of ``docs/results/<name>.json``; none if there is no such file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def keys(rows: Iterable[Mapping[str, Any]], *columns: str) -> set[tuple[Any, ...]]:
+    """What rows say in these columns, which tell them apart."""
+    return {tuple(row[column] for column in columns) for row in rows}
+
+
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], *columns: str) -> list[dict[str, Any]]:
+    """The new rows, and those of the old ones that have others in the columns that tell rows apart; old places stay."""
+    made = {tuple(row[column] for column in columns): row for row in new}
+    kept = [made.pop(tuple(row[column] for column in columns), row) for row in old]
+    return [*kept, *made.values()]
 
 
 def write(

@@ -1,6 +1,7 @@
 """Differences between the networks and those of PyTorch diffusers and transformers, and sizes of published networks.
 
     python benchmarks/model_parity.py
+    python benchmarks/model_parity.py --missing    # only what the tables lack; their other rows stay as they are
 
 Writes ``docs/results/model_parity.json`` (outputs of small networks with random weights, those of the tests) and
 ``docs/results/model_sizes.json`` (every preset at full size: parameter counts, names and shapes, from shapes alone).
@@ -8,9 +9,10 @@ Writes ``docs/results/model_parity.json`` (outputs of small networks with random
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ SIZES = (
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
-def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
-    """One row per twin of the oracle tests."""
+def rows(known: Container[tuple[str, str]] = (), seed: int = 0) -> Iterator[dict[str, Any]]:
+    """One row per twin of the oracle tests, except those of the pairs of network and family that are ``known``."""
     kinds: list[tuple[str, Any, Callable[..., twins.Twin], Callable[[twins.Twin, Any], dict[str, float]]]] = [
         (
             "UNet",
@@ -62,6 +64,7 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             lambda t, r: comparisons.compare_unet(t, comparisons.unet_inputs(t[1], r)),
         ),
         ("autoencoder", twins.VAES, twins.vae_twin, comparisons.compare_vae),
+        ("quantised autoencoder", twins.VQS, twins.vq_twin, comparisons.compare_vq),
         ("tiny autoencoder", twins.TINIES, twins.tiny_twin, comparisons.compare_tiny),
         ("asymmetric autoencoder", twins.ASYMMETRICS, twins.asymmetric_twin, comparisons.compare_asymmetric),
         (
@@ -81,6 +84,8 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
     ]
     for kind, names, build, compare in kinds:
         for name in names:
+            if (kind, name) in known:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 twin = build(name, Path(folder))
                 differences = compare(twin, np.random.default_rng(seed))
@@ -90,7 +95,16 @@ def rows(seed: int = 0) -> Iterator[dict[str, Any]]:
             yield row | {"outputs": len(differences), "largest_difference": differences[worst], "in": worst}
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--missing", action="store_true", help="run what the tables lack, and keep their other rows")
+    missing = parser.parse_args().missing
+    old, old_sizes = (common.table(name) if missing else [] for name in ("model_parity", "model_sizes"))
+    found = rows(common.keys(old, "network", "family"))
+    print(common.extend("model_parity", "Networks against PyTorch", PARITY, old, found, *PACKAGES), flush=True)
+    sizes = test_full_size.rows({row["preset"] for row in old_sizes})
+    print(common.extend("model_sizes", "Sizes of the published networks", SIZES, old_sizes, sizes, *PACKAGES))
+
+
 if __name__ == "__main__":
-    print(common.write("model_parity", "Networks against PyTorch", PARITY, list(rows()), *PACKAGES))
-    sizes = list(test_full_size.rows())
-    print(common.write("model_sizes", "Sizes of the published networks", SIZES, sizes, *PACKAGES))
+    main()

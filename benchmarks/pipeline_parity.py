@@ -2,6 +2,7 @@
 
     python benchmarks/pipeline_parity.py            # the tests that compare images: 15 minutes on two cores
     python benchmarks/pipeline_parity.py -k panorama --print-only
+    python benchmarks/pipeline_parity.py -k unclip --merge    # the rows of these tests; others stay as they are
 
 Runs the oracle tests that compare images (``tests/oracle/agreement.py``) and writes
 ``docs/results/pipeline_parity.json``; fails if one of them does.
@@ -36,7 +37,8 @@ def files() -> list[str]:
     """The test files that compare images."""
     found = sorted((ROOT / "tests" / "oracle").glob("test_*.py"))
     texts = {str(path): path.read_text(encoding="utf-8") for path in found}
-    return [path for path, text in texts.items() if "require_same" in text or "test_editing_pipelines import" in text]
+    marks = ("require_same", "test_editing_pipelines import", "oracle.kandinsky import")
+    return [path for path, text in texts.items() if any(mark in text for mark in marks)]
 
 
 def rows(found: Sequence[agreement.Comparison]) -> Iterator[dict[str, Any]]:
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="only tests that pytest selects with this expression")
     parser.add_argument("--print-only", action="store_true", help="print rows, leave docs/results unchanged")
+    parser.add_argument("--merge", action="store_true", help="keep the rows of pipelines that these tests do not run")
     args = parser.parse_args(argv)
     options = ["-q", "-p", "no:cacheprovider", "-n", "0", f"--rootdir={ROOT}", "-m", ""]  # slow tests too
     status = pytest.main([*options, "-k", args.k, *files()])
@@ -61,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(row))
     if status or not table:
         return int(status) or 1
+    if args.merge:
+        table = sorted(common.merged(common.table("pipeline_parity"), table, "pipeline"), key=lambda r: r["pipeline"])
     if not args.print_only:
         print(common.write("pipeline_parity", "Pipelines against PyTorch", ABOUT, table, "jax", "torch", "diffusers"))
     return 0

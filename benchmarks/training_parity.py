@@ -1,6 +1,7 @@
 """Difference between one training step of each latent-model trainer and PyTorch diffusers'.
 
     python -m benchmarks.training_parity
+    python -m benchmarks.training_parity --missing    # only what the table lacks; its other rows stay as they are
 
 Writes ``docs/results/training_parity.json``: the cases of ``tests/oracle/training_cases.py`` and
 ``tests/oracle/family_cases.py``, and the shipped model as ``diffuse-jax parity diffuse-jax/emoji --training`` compares
@@ -9,8 +10,10 @@ it.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import tempfile
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +40,26 @@ GROUPS = ("values", "gradients", "changes")
 
 
 def main() -> None:
-    rows = []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--missing", action="store_true", help="run what the table lacks, and keep its other rows")
+    old = common.table("training_parity") if parser.parse_args().missing else []
+    found = rows(common.keys(old, "trainer", "dtype"))
+    print(common.extend("training_parity", "Training steps against PyTorch", ABOUT, old, found, *PACKAGES))
+
+
+def rows(known: Container[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """One row per comparison, except those of the pairs of trainer and dtype that are ``known``."""
     for name, case in (training_cases.CASES | family_cases.CASES).items():
+        if (name, "float32") in known:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = case(Path(folder), np.random.default_rng(0))
-            rows.append(row(name, "float32", getattr(found, "compared", found)))
+            yield row(name, "float32", getattr(found, "compared", found))
     for name, request in SHIPPED.items():
         for dtype in TOLERANCES:
-            typed = dataclasses.replace(request, dtype=dtype)
-            rows.append(row(name, dtype, compare_training("diffuse-jax/emoji", typed, device="cpu")))
-    print(common.write("training_parity", "Training steps against PyTorch", ABOUT, rows, *PACKAGES))
+            if (name, dtype) not in known:
+                typed = dataclasses.replace(request, dtype=dtype)
+                yield row(name, dtype, compare_training("diffuse-jax/emoji", typed, device="cpu"))
 
 
 def row(name: str, dtype: str, found: Compared) -> dict[str, Any]:

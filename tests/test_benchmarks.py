@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import common
 from benchmarks.sampler_properties import USES
 from tests.schedulers.samplers import EVERY
 
@@ -106,3 +110,22 @@ def test_a_training_step_compiles_for_a_tpu() -> None:
     row = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("{")))
     assert row["fits"]
     assert 0 < row["state"] < row["total"] < 1
+
+
+def test_rows_are_added_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted keeps what it has; a table that is made anew is written at its end."""
+    monkeypatch.setattr(common, "write", functools.partial(common.write, folder=tmp_path))
+    old = [{"name": "a", "x": 1}, {"name": "b", "x": 2}]
+    assert common.merged(old, [{"name": "c", "x": 3}, {"name": "a", "x": 4}], "name") == [
+        {"name": "a", "x": 4}, {"name": "b", "x": 2}, {"name": "c", "x": 3}
+    ]  # fmt: skip
+    assert common.keys(old, "name", "x") == {("a", 1), ("b", 2)}
+
+    def interrupted() -> Iterator[dict[str, Any]]:
+        yield {"name": "c"}
+        raise KeyboardInterrupt
+
+    for before in ([], old):
+        with pytest.raises(KeyboardInterrupt):
+            common.extend("table", "Title", "About", before, interrupted())
+        assert common.table("table", tmp_path) == ([*old, {"name": "c"}] if before else [])

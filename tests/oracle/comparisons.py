@@ -223,6 +223,31 @@ def compare_asymmetric(twin: Twin, rng: np.random.Generator) -> dict[str, float]
     }
 
 
+def compare_vq(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
+    """Latents, images of quantised latents and of codes as they are, and reconstructions."""
+    module, model, params = twin
+    c = model.config
+    run = lambda method, x, *more: jax.jit(lambda p, x: model.apply({"params": p}, x, *more, method=method))(params, x)
+    images = rng.uniform(-1, 1, (2, 12, 10, 3)).astype(np.float32)
+    latents = rng.standard_normal((2, 5, 6, c.code_channels)).astype(np.float32)
+    codes = rng.integers(c.num_vq_embeddings, size=(2, 5, 6)) if c.lookup_from_codebook else latents
+    with torch.no_grad():
+        raw = torch.tensor(codes) if c.lookup_from_codebook else channel_first(latents)
+        theirs = {
+            "latents": module.encode(channel_first(images)).latents,
+            "image": module.decode(channel_first(latents)).sample,
+            "image of codes": module.decode(raw, force_not_quantize=True, shape=(*latents.shape,)).sample,
+            "reconstruction": module(channel_first(images)).sample,
+        }
+    ours = {
+        "latents": run("encode", images).mode(),
+        "image": run("decode", latents),
+        "image of codes": run("decode", codes, True),
+        "reconstruction": run("__call__", images),
+    }
+    return {name: difference(ours[name], channel_last(theirs[name])) for name in theirs}
+
+
 def compare_consistency_decoder(twin: Twin, rng: np.random.Generator) -> dict[str, float]:
     """Each output -> difference; PyTorch is given the noise of both steps instead of drawing it."""
     module, model, params = twin
