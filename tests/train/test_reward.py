@@ -18,7 +18,6 @@ from diffuse_jax.training.families import family_of
 from diffuse_jax.training.initial import initial_params
 from tests.train.helpers import log, numbers, run
 from tests.train.latent_models import UNET, save_sd, save_sdxl
-from tests.training.test_distributed import run as start
 
 REDNESS = """
 def redness(images, prompts):
@@ -162,26 +161,6 @@ def test_draft_raises_the_aesthetic_reward(
     run(monkeypatch, "reward.py", devices=1, **flags | aesthetic | DRAFT | {"max_train_steps": 30})
     rewards, spread = (log(tmp_path / "out", name) for name in ("reward_mean", "reward_std"))
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.5 * np.mean(spread[:5])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [DRAFT, DDPO], ids=["draft", "ddpo"])
-def test_two_processes_give_the_result_of_one(
-    method: dict[str, Any], aesthetic: dict[str, Any], flags: dict[str, Any], tmp_path: Path
-) -> None:
-    """With the aesthetic reward, whose networks are in the loss of DRaFT and beside it in DDPO."""
-    share = {name: method[name] // 2 for name in ("train_batch_size", "sample_batch_size") if name in method}
-    given = flags | aesthetic | method | share | {"max_train_steps": 2, "checkpointing_steps": 2, "logging_steps": 1}
-    del given["output_dir"]
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    for processes, name in ((1, "one"), (2, "two")):
-        start(tmp_path / name, processes, *words, script="train/reward.py", devices=2, timeout=400)
-    rewards, losses = ([log(tmp_path / name, what) for name in ("one", "two")] for what in ("reward_mean", "loss"))
-    np.testing.assert_allclose(*rewards, rtol=1e-4)
-    np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-5)
-    one, two = (load_file(tmp_path / name / LORA) for name in ("one", "two"))
-    for name, x in one.items():
-        np.testing.assert_allclose(two[name], x, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_what_has_been_distilled_is_refused(
