@@ -10,7 +10,11 @@ NO = "which is not supported"
 KINDS = (
     (r"joint_blocks\.0\.context_block\.adaLN_modulation\.1\.bias$", f"Stable Diffusion 3, {NO}"),
     (r"double_blocks\.0\.img_attn\.norm\.key_norm\.scale$", f"FLUX, {NO}"),
-    (r"^noise_augmentor\.", "a whole Stable unCLIP, which opens only as a folder in diffusers' layout"),
+    (
+        r"^noise_augmentor\.",
+        "a whole Stable unCLIP without the mean and deviation of image embeddings, which are a file of their own: open the "
+        "folder in diffusers' layout",
+    ),
     (r"^lllite_", f"a ControlNet-LLLite, {NO}"),
     (r"^lora_controlnet$", f"a Control-LoRA, {NO}"),
     (r"motion_modules\.", f"a motion module of AnimateDiff, {NO}"),

@@ -252,6 +252,33 @@ NCSNPP_256_UNET = UNet2DConfig(
     mid_block_scale_factor=2**0.5,
 )
 
+#: 295,899,267; consistency models on 64 pixels (ImageNet): labels
+CM_IMAGENET64_UNET = UNet2DConfig(
+    sample_size=64,
+    block_out_channels=(192, 384, 576, 768),
+    layers_per_block=3,
+    down_block_types=("ResnetDownsampleBlock2D",) + ("AttnDownBlock2D",) * 3,
+    up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    attention_head_dim=64,
+    attn_norm_num_groups=32,
+    num_class_embeds=1000,
+    resnet_time_scale_shift="scale_shift",
+    downsample_type="resnet",
+    upsample_type="resnet",
+)
+#: 526,304,771; consistency models on 256 pixels (LSUN's bedrooms and cats)
+CM_LSUN256_UNET = UNet2DConfig(
+    sample_size=256,
+    block_out_channels=(256, 256, 512, 512, 1024, 1024),
+    down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+    up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+    attention_head_dim=64,
+    downsample_type="resnet",
+    upsample_type="resnet",
+)
+#: 274,056,163; unconditional latent diffusion (celebrities); LDM_VQ is its autoencoder
+LDM_CELEBAHQ_UNET = UNet2DConfig(sample_size=64, block_out_channels=(224, 448, 672, 896), attention_head_dim=32)
+
 #: 691,579,523; Karlo's two networks of super-resolution: sample, enlarged image
 KARLO_SUPER_RESOLUTION_UNET = UNet2DConfig(
     sample_size=256,
