@@ -177,7 +177,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_model_that_is_distilled_already_and_one_of_another_kind_are_refused(
     models: dict[str, Path], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="has been distilled before; give the model that it was distilled from"):
+    with pytest.raises(ValueError, match="has been distilled to few steps before; give the model that it was"):
         run(monkeypatch, LORA, **flags(student, tmp_path / "out", max_train_steps=1))
     shutil.copytree(models["sd"], tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
