@@ -1,0 +1,229 @@
+"""One step of every trainer of ``train/``, here and in PyTorch: the steps that ``tests/oracle`` compares, timed.
+
+    python benchmarks/train_step.py --trainers all --batch 8                     # at the size of the shipped model
+    python benchmarks/train_step.py --trainers controlnet vae --source my-model  # at that of a Stable Diffusion 1.x, 2.x
+
+A new trainer is a row of :data:`TRAINERS`: what makes its step on both sides. Both have the same networks, weights, images
+and random numbers, which are drawn beforehand; frozen networks need no gradients, and what a script of diffusers makes
+once (noise schedules, embeddings of no prompt) is made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+
+from common import compete, resident_memory
+
+from diffuse_jax import weights
+from diffuse_jax.training.optimizer import make_optimizer
+from diffuse_jax.training.settings import Average, ConsistencySettings
+from diffuse_jax.training.state import AVERAGE, init_state, make_step
+from tests.oracle import consistency_cases, pixel_cases, reward_cases, training_cases
+from tests.oracle.training_steps import Steps
+
+RATE, AVERAGED = 1e-5, Average(decay=0.95, ramp=False)
+GUIDANCE = 256
+"""Width of the embedding of guidance scales in distillation."""
+
+
+class Size(NamedTuple):
+    """How large the steps are.
+
+    Attributes:
+      source: folder of a Stable Diffusion, whose networks and image size are taken.
+      batch: images of a step.
+    """
+
+    source: Path
+    batch: int
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The configuration of a network, without what its folder says of itself."""
+        found = json.loads((self.source / name / "config.json").read_text())
+        return {key: value for key, value in found.items() if not key.startswith("_")}
+
+    @property
+    def pixels(self) -> int:
+        return self.config("unet")["sample_size"] * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+
+
+Make = Callable[[Size, Path, np.random.Generator], Steps]
+"""Makes a step on both sides; the folder is for its files."""
+
+
+def latent(case: Callable[..., Steps], **options: Any) -> Make:
+    """A case of ``training_cases.py``, with the networks of the source."""
+
+    def make(size: Size, folder: Path, rng: np.random.Generator) -> Steps:
+        return case(folder, rng, save=lambda *_, **__: size.source, count=size.batch, **options)
+
+    return make
+
+
+def distillation(student: Callable[..., Steps]) -> Make:
+    """A student of the source."""
+    settings = ConsistencySettings(loss_type="huber")
+    return lambda size, folder, rng: student(consistency_cases.Case(size.source, rng, settings, size.batch), folder)
+
+
+def reward(case: Callable[..., Steps]) -> Make:
+    """Rewards of the source's images."""
+    return lambda size, folder, rng: case(size.source, rng, size.batch)
+
+
+def pixels(kind: str) -> Make:
+    """An unconditional UNet with the channels of the source's, of as large images, with attention at its last level."""
+
+    def make(size: Size, folder: Path, rng: np.random.Generator) -> Steps:
+        like = size.config("unet")
+        levels = len(like["block_out_channels"]) - 1
+        config = {
+            "sample_size": size.pixels,
+            **{name: like[name] for name in ("block_out_channels", "layers_per_block", "norm_num_groups")},
+            "down_block_types": ("DownBlock2D",) * levels + ("AttnDownBlock2D",),
+            "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * levels,
+        }
+        return pixel_cases.unconditional(folder, rng, kind, config, size.pixels, size.batch)
+
+    return make
+
+
+def autoencoder(size: Size, folder: Path, rng: np.random.Generator) -> Steps:
+    """The source's autoencoder."""
+    return pixel_cases.autoencoder(folder, rng, size.config("vae"), size.pixels, size.batch)
+
+
+UNET = ("unet",)
+TRAINERS: Mapping[str, Make] = {
+    "text_to_image": latent(training_cases.full, names=UNET),
+    "text_to_image_lora": latent(training_cases.low_rank, names=UNET),
+    "dreambooth": latent(training_cases.full, names=UNET, prior=True),
+    "dreambooth_lora": latent(training_cases.low_rank, names=UNET, prior=True),
+    "textual_inversion": latent(training_cases.inversion),
+    "custom_diffusion": latent(training_cases.custom_diffusion),
+    "controlnet": latent(training_cases.controlnet),
+    "t2i_adapter": latent(training_cases.t2i_adapter),
+    "instruct_pix2pix": latent(training_cases.instruct_pix2pix),
+    "lcm_distillation": distillation(functools.partial(consistency_cases.whole_student, width=GUIDANCE)),
+    "lcm_distillation_lora": distillation(lambda case, folder: consistency_cases.low_rank_student(case)),
+    "reward: draft": reward(reward_cases.draft),
+    "reward: ddpo": reward(reward_cases.ddpo),
+    "unconditional: ddpm": pixels("ddpm"),
+    "unconditional: edm": pixels("edm"),
+    "unconditional: flow_matching": pixels("flow_matching"),
+    "vae": autoencoder,
+}
+"""What makes the step of a script of ``train/``, and after a colon which of its objectives."""
+
+
+def made(size: Size, name: str) -> tuple[Steps, str, int]:
+    """The step of a trainer, the parameter whose gradient tells whether both sides do the same, and the bytes of all
+    parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = TRAINERS[name](size, Path(folder), np.random.default_rng(0))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((steps.trained.trainable, steps.trained.frozen)))
+    return steps, max(steps.parameters, key=lambda key: (steps.parameters[key].numel(), key)), held
+
+
+class Run:
+    """Repeats a step; its first call returns the gradient of the watched parameter.
+
+    Attributes:
+      apart: bytes of the process beside the parameters, the step and what it needs.
+    """
+
+    def __init__(self, step: Callable[[], None], gradient: Callable[[], np.ndarray], apart: int) -> None:
+        self.step, self.gradient, self.apart = step, gradient, apart
+        self.seen: np.ndarray | None = None
+
+    def __call__(self) -> np.ndarray:
+        self.step()
+        if self.seen is None:
+            self.seen = self.gradient()
+        return self.seen
+
+
+def ours(size: Size, name: str) -> Run:
+    """The JAX side: the compiled step of the trainers."""
+    steps, watched, held = made(size, name)
+    loss, trained, batch = steps.loss, steps.trained, jax.device_put(jax.tree.map(lambda x: x[None], dict(steps.batch)))
+    del steps
+    frozen, named = dict(trained.frozen), trained.named
+    averaged = frozen.pop(AVERAGE, None) is not None
+    jax.clear_caches()
+    before = resident_memory()
+    optimizer = make_optimizer("adamw", lambda _: RATE)
+    state = init_state(trained.trainable, optimizer, use_ema=averaged)
+    del trained
+    compiled = make_step(loss, optimizer, 0, AVERAGED).lower(state, frozen, batch).compile()
+
+    def step() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(compiled(state, frozen, batch))
+
+    return Run(step, lambda: named(optax.tree.get(state.opt_state, "mu"))[watched], before - held)
+
+
+def theirs(size: Size, name: str) -> Run:
+    """The PyTorch side, with all cores: tests leave it one."""
+    import torch
+
+    steps, watched, held = made(size, name)
+    parameters, loss, averages = steps.parameters, steps.torch_loss, steps.averages
+    del steps
+    jax.clear_caches()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    before = resident_memory()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=RATE)
+
+    def step() -> None:
+        loss().loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for average, parameter in averages:
+            average.detach().mul_(AVERAGED.decay).add_(parameter.detach(), alpha=1 - AVERAGED.decay)
+
+    return Run(step, lambda: optimizer.state[parameters[watched]]["exp_avg"].numpy().copy(), before - held)
+
+
+def rows(task: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Two rows of every trainer of the task, PyTorch's first."""
+    size = Size(weights.resolve(task.source), task.batch)
+    chosen = list(TRAINERS) if "all" in task.trainers else task.trainers
+    for name in chosen:
+        print(name, file=sys.stderr, flush=True)
+        measured = compete({"PyTorch": (theirs, size, name), "diffuse_jax": (ours, size, name)}, task.rounds)
+        for row in measured:
+            yield {
+                "model": Path(task.source).name,
+                "trained": name,
+                "batch": size.batch,
+                "pixels": size.pixels,
+                "remat": "none",
+                "device": "cpu",
+                "side": row["side"],
+                "images_per_second": size.batch / row["seconds_min"],
+                "ratio": round(1 / row["ratio_of_min"], 3),
+                "ratio_of_median": round(1 / row["ratio_of_median"], 3),
+                "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
+                "step_gib": row["peak_gib"],
+                "memory_ratio": round(row["peak_gib"] / measured[0]["peak_gib"], 2),
+                "setup_seconds": row["setup_seconds"],
+                "difference": row["difference"],
+            }
