@@ -1,11 +1,11 @@
 """One step of every trainer of ``train/``, here and in PyTorch: the steps that ``tests/oracle`` compares, timed.
 
-    python benchmarks/train_step.py --trainers all --batch 8                     # at the size of the shipped model
-    python benchmarks/train_step.py --trainers controlnet vae --source my-model  # at that of a Stable Diffusion 1.x, 2.x
+    python benchmarks/train_step.py --trainers all --batch 4 --rounds 5
+    python benchmarks/train_step.py --trainers controlnet vae --source diffuse-jax/emoji --batch 8
 
-A new trainer is a row of :data:`TRAINERS`: what makes its step on both sides. Both have the same networks, weights, images
-and random numbers, which are drawn beforehand; frozen networks need no gradients, and what a script of diffusers makes
-once (noise schedules, embeddings of no prompt) is made once.
+A new trainer is a row of :data:`TRAINERS`: what makes its step on both sides. Both have the same networks, weights,
+images and random numbers, which are drawn beforehand; frozen networks need no gradients, and what a script of diffusers
+makes once (noise schedules, embeddings of no prompt) is made once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,27 @@ import numpy as np
 import optax
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+sys.path.insert(0, str(ROOT))  # for the steps of tests
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from common import compete, resident_memory
 
 from diffuse_jax import weights
 from diffuse_jax.training.optimizer import make_optimizer
 from diffuse_jax.training.settings import Average, ConsistencySettings
-from diffuse_jax.training.state import AVERAGE, init_state, make_step
+from diffuse_jax.training.state import AVERAGE, fresh_state, init_state, make_step
 from tests.oracle import consistency_cases, pixel_cases, reward_cases, training_cases
 from tests.oracle.training_steps import Steps
+from tests.train import latent_models
 
 RATE, AVERAGED = 1e-5, Average(decay=0.95, ramp=False)
 GUIDANCE = 256
 """Width of the embedding of guidance scales in distillation."""
+
+
+ONE_LEVEL = "one-level"
+"""A Stable Diffusion whose UNet has one level of 128 channels on 32 x 32 latents: every program compiles in half a
+minute."""
 
 
 class Size(NamedTuple):
@@ -60,6 +67,15 @@ class Size(NamedTuple):
     @property
     def pixels(self) -> int:
         return self.config("unet")["sample_size"] * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+
+
+def source_of(name: str, folder: Path) -> Path:
+    """The folder of a checkpoint; that of :data:`ONE_LEVEL` is made here."""
+    if name != ONE_LEVEL:
+        return weights.resolve(name)
+    unet = latent_models.UNET.replace(block_out_channels=(128,), norm_num_groups=32, sample_size=32)
+    vae = latent_models.VAE.replace(block_out_channels=(32, 32), norm_num_groups=8, sample_size=64)
+    return latent_models.save_sd(folder, fresh=False, middle=latent_models.MIDDLE, unet=unet, vae=vae)
 
 
 Make = Callable[[Size, Path, np.random.Generator], Steps]
@@ -87,18 +103,21 @@ def reward(case: Callable[..., Steps]) -> Make:
 
 
 def pixels(kind: str) -> Make:
-    """An unconditional UNet with the channels of the source's, of as large images, with attention at its last level."""
+    """An unconditional UNet with the channels of the source's, of images as large as its latents, with attention at its
+    last level."""
 
     def make(size: Size, folder: Path, rng: np.random.Generator) -> Steps:
         like = size.config("unet")
         levels = len(like["block_out_channels"]) - 1
         config = {
-            "sample_size": size.pixels,
-            **{name: like[name] for name in ("block_out_channels", "layers_per_block", "norm_num_groups")},
+            **{
+                name: like[name]
+                for name in ("sample_size", "block_out_channels", "layers_per_block", "norm_num_groups")
+            },
             "down_block_types": ("DownBlock2D",) * levels + ("AttnDownBlock2D",),
             "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * levels,
         }
-        return pixel_cases.unconditional(folder, rng, kind, config, size.pixels, size.batch)
+        return pixel_cases.unconditional(folder, rng, kind, config, like["sample_size"], size.batch)
 
     return make
 
@@ -165,12 +184,13 @@ def ours(size: Size, name: str) -> Run:
     del steps
     frozen, named = dict(trained.frozen), trained.named
     averaged = frozen.pop(AVERAGE, None) is not None
+    optimizer = make_optimizer("adamw", lambda _: RATE)
+    shapes = jax.eval_shape(functools.partial(fresh_state, optimizer=optimizer, use_ema=averaged), trained.trainable)
+    compiled = make_step(loss, optimizer, 0, AVERAGED).lower(shapes, frozen, batch).compile()
     jax.clear_caches()
     before = resident_memory()
-    optimizer = make_optimizer("adamw", lambda _: RATE)
     state = init_state(trained.trainable, optimizer, use_ema=averaged)
     del trained
-    compiled = make_step(loss, optimizer, 0, AVERAGED).lower(state, frozen, batch).compile()
 
     def step() -> None:
         nonlocal state
@@ -202,28 +222,38 @@ def theirs(size: Size, name: str) -> Run:
     return Run(step, lambda: optimizer.state[parameters[watched]]["exp_avg"].numpy().copy(), before - held)
 
 
-def rows(task: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Two rows of every trainer of the task, PyTorch's first."""
-    size = Size(weights.resolve(task.source), task.batch)
-    chosen = list(TRAINERS) if "all" in task.trainers else task.trainers
-    for name in chosen:
-        print(name, file=sys.stderr, flush=True)
-        measured = compete({"PyTorch": (theirs, size, name), "diffuse_jax": (ours, size, name)}, task.rounds)
-        for row in measured:
-            yield {
-                "model": Path(task.source).name,
-                "trained": name,
-                "batch": size.batch,
-                "pixels": size.pixels,
-                "remat": "none",
-                "device": "cpu",
-                "side": row["side"],
-                "images_per_second": size.batch / row["seconds_min"],
-                "ratio": round(1 / row["ratio_of_min"], 3),
-                "ratio_of_median": round(1 / row["ratio_of_median"], 3),
-                "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
-                "step_gib": row["peak_gib"],
-                "memory_ratio": round(row["peak_gib"] / measured[0]["peak_gib"], 2),
-                "setup_seconds": row["setup_seconds"],
-                "difference": row["difference"],
-            }
+def rows(task: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one trainer of the task after the other, PyTorch's first.
+
+    Raises:
+      SystemExit: there is no such trainer.
+    """
+    chosen = list(TRAINERS) if task.trainers == ["all"] else task.trainers
+    if unknown := [name for name in chosen if name not in TRAINERS]:
+        raise SystemExit(f"there is no trainer {unknown[0]!r}; choose from: all, {', '.join(TRAINERS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        size = Size(source_of(task.source, Path(folder)), task.batch)
+        for name in chosen:
+            measured = compete({"PyTorch": (theirs, size, name), "diffuse_jax": (ours, size, name)}, task.rounds)
+            yield [row_of(task, size, name, row, measured[0]["peak_gib"]) for row in measured]
+
+
+def row_of(task: argparse.Namespace, size: Size, name: str, row: Mapping[str, Any], memory: float) -> dict[str, Any]:
+    """The table row of a side; ``memory`` is PyTorch's."""
+    return {
+        "model": task.source.rpartition("/")[2],
+        "trained": name,
+        "batch": size.batch,
+        "pixels": size.config("unet")["sample_size"] if name.startswith("unconditional") else size.pixels,
+        "remat": "none",
+        "device": "cpu",
+        "side": row["side"],
+        "images_per_second": size.batch / row["seconds_min"],
+        "ratio": round(1 / row["ratio_of_min"], 3),
+        "ratio_of_median": round(1 / row["ratio_of_median"], 3),
+        "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
+        "step_gib": row["peak_gib"],
+        "memory_ratio": round(row["peak_gib"] / memory, 2),
+        "setup_seconds": row["setup_seconds"],
+        "difference": row["difference"],
+    }
