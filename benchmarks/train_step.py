@@ -37,7 +37,7 @@ ABOUT = (
     "`images_per_second` is that of the fastest of interleaved runs, `ratio` the speed relative to PyTorch diffusers "
     "run eagerly, `cpu_ratio` the same by CPU time, `peak_gib` the peak memory of a step. `difference` is that of the "
     "first convolution's (or first LoRA pair's) gradient in the first step, in standard deviations. Rows named "
-    "after a script of `train/` take its step with the networks of `model` (`one-level`: a UNet of one level with 128 "
+    "after a script of `train/` take its step with the networks of `model` (`one-level`: a UNet of one level with 64 "
     "channels); there `step_gib` is the peak of networks, optimiser and step without the process's code, "
     "`memory_ratio` relates it to PyTorch's, and the difference is that of the largest trained tensor's gradient."
 )

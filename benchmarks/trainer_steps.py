@@ -11,6 +11,7 @@ makes once (noise schedules, embeddings of no prompt) is made once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -24,9 +25,8 @@ import jax
 import numpy as np
 import optax
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for the steps of tests
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the steps of tests
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from common import compete, resident_memory
 
@@ -44,7 +44,7 @@ GUIDANCE = 256
 
 
 ONE_LEVEL = "one-level"
-"""A Stable Diffusion whose UNet has one level of 128 channels on 32 x 32 latents: every program compiles in half a
+"""A Stable Diffusion whose UNet has one level of 64 channels on 32 x 32 latents: every program compiles in half a
 minute."""
 
 
@@ -73,7 +73,7 @@ def source_of(name: str, folder: Path) -> Path:
     """The folder of a checkpoint; that of :data:`ONE_LEVEL` is made here."""
     if name != ONE_LEVEL:
         return weights.resolve(name)
-    unet = latent_models.UNET.replace(block_out_channels=(128,), norm_num_groups=32, sample_size=32)
+    unet = latent_models.UNET.replace(block_out_channels=(64,), norm_num_groups=32, sample_size=32)
     vae = latent_models.VAE.replace(block_out_channels=(32, 32), norm_num_groups=8, sample_size=64)
     return latent_models.save_sd(folder, fresh=False, middle=latent_models.MIDDLE, unet=unet, vae=vae)
 
@@ -183,14 +183,15 @@ def ours(size: Size, name: str) -> Run:
     loss, trained, batch = steps.loss, steps.trained, jax.device_put(jax.tree.map(lambda x: x[None], dict(steps.batch)))
     del steps
     frozen, named = dict(trained.frozen), trained.named
-    averaged = frozen.pop(AVERAGE, None) is not None
+    average = frozen.pop(AVERAGE, None)
+    averaged = average is not None
     optimizer = make_optimizer("adamw", lambda _: RATE)
     shapes = jax.eval_shape(functools.partial(fresh_state, optimizer=optimizer, use_ema=averaged), trained.trainable)
     compiled = make_step(loss, optimizer, 0, AVERAGED).lower(shapes, frozen, batch).compile()
     jax.clear_caches()
     before = resident_memory()
-    state = init_state(trained.trainable, optimizer, use_ema=averaged)
-    del trained
+    state = dataclasses.replace(init_state(trained.trainable, optimizer, use_ema=averaged), ema=average)
+    del trained, average
 
     def step() -> None:
         nonlocal state
