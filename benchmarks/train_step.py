@@ -269,22 +269,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--apart", action="store_true", help="one side in memory at a time; all rounds twice")
     add("--trainers", nargs="+", metavar="NAME", help="scripts of train/ (see TRAINERS in trainer_steps.py), or all")
     add("--source", default="one-level", help="folder or id of the Stable Diffusion whose sizes --trainers takes")
+    add("--cores", type=int, default=0, help="processor cores that each side of --trainers has; all of them if 0")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     task = parse(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if task.trainers:
+        os.environ["JAX_PLATFORMS"] = "cpu"
         from trainer_steps import rows as each
 
-        for rows in each(task):
+        for rows in each(task, figures):
             keep(task, rows, lambda old, rows=rows: merged(old, rows, *COLUMNS))
         return 0
     builds: dict[str, tuple[Any, ...]] = {"PyTorch": (theirs, task), "diffuse_jax": (ours, task)}
     if task.compile:
         builds["torch.compile"] = (theirs, task, True)
     measured = compete(builds, task.rounds, apart=task.apart)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     about = label(task)
     rows = [about | figures(task, row) for row in measured]
     keep(task, rows, lambda old: [row for row in old if about.items() - row.items()] + rows)
@@ -325,7 +327,7 @@ def figures(task: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         "ratio": round(1 / row["ratio_of_min"], 3),
         "ratio_of_median": round(1 / row["ratio_of_median"], 3),
         "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
-        "peak_gib": row["peak_gib"],
+        **({} if task.trainers else {"peak_gib": row["peak_gib"]}),
         "setup_seconds": row["setup_seconds"],
         "difference": row["difference"],
     }

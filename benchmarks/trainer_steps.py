@@ -54,10 +54,12 @@ class Size(NamedTuple):
     Attributes:
       source: folder of a Stable Diffusion, whose networks and image size are taken.
       batch: images of a step.
+      cores: how many processor cores each side has; all of them if 0.
     """
 
     source: Path
     batch: int
+    cores: int = 0
 
     def config(self, name: str) -> dict[str, Any]:
         """The configuration of a network, without what its folder says of itself."""
@@ -152,7 +154,8 @@ TRAINERS: Mapping[str, Make] = {
 
 def made(size: Size, name: str) -> tuple[Steps, str, int]:
     """The step of a trainer, the parameter whose gradient tells whether both sides do the same, and the bytes of all
-    parameters."""
+    parameters. The process keeps to the cores it is given, which both libraries see."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: size.cores or None])
     with tempfile.TemporaryDirectory() as folder:
         steps = TRAINERS[name](size, Path(folder), np.random.default_rng(0))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((steps.trained.trainable, steps.trained.frozen)))
@@ -201,7 +204,7 @@ def ours(size: Size, name: str) -> Run:
 
 
 def theirs(size: Size, name: str) -> Run:
-    """The PyTorch side, with all cores: tests leave it one."""
+    """The PyTorch side, with a thread for each core: tests leave it one."""
     import torch
 
     steps, watched, held = made(size, name)
@@ -223,8 +226,8 @@ def theirs(size: Size, name: str) -> Run:
     return Run(step, lambda: optimizer.state[parameters[watched]]["exp_avg"].numpy().copy(), before - held)
 
 
-def rows(task: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one trainer of the task after the other, PyTorch's first.
+def rows(task: argparse.Namespace, figures: Callable[..., dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The table rows of one trainer of the task after the other, PyTorch's first; ``figures`` are those of a side.
 
     Raises:
       SystemExit: there is no such trainer.
@@ -233,28 +236,14 @@ def rows(task: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     if unknown := [name for name in chosen if name not in TRAINERS]:
         raise SystemExit(f"there is no trainer {unknown[0]!r}; choose from: all, {', '.join(TRAINERS)}")
     with tempfile.TemporaryDirectory() as folder:
-        size = Size(source_of(task.source, Path(folder)), task.batch)
+        size = Size(source_of(task.source, Path(folder)), task.batch, task.cores)
         for name in chosen:
+            pixels = size.config("unet")["sample_size"] if name.startswith("unconditional") else size.pixels
+            about = {"model": task.source.rpartition("/")[2], "trained": name, "batch": size.batch, "pixels": pixels}
+            about |= {"remat": "none", "device": f"cpu, {task.cores} core" if task.cores else "cpu"}
             measured = compete({"PyTorch": (theirs, size, name), "diffuse_jax": (ours, size, name)}, task.rounds)
-            yield [row_of(task, size, name, row, measured[0]["peak_gib"]) for row in measured]
-
-
-def row_of(task: argparse.Namespace, size: Size, name: str, row: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """The table row of a side; ``memory`` is PyTorch's."""
-    return {
-        "model": task.source.rpartition("/")[2],
-        "trained": name,
-        "batch": size.batch,
-        "pixels": size.config("unet")["sample_size"] if name.startswith("unconditional") else size.pixels,
-        "remat": "none",
-        "device": "cpu",
-        "side": row["side"],
-        "images_per_second": size.batch / row["seconds_min"],
-        "ratio": round(1 / row["ratio_of_min"], 3),
-        "ratio_of_median": round(1 / row["ratio_of_median"], 3),
-        "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
-        "step_gib": row["peak_gib"],
-        "memory_ratio": round(row["peak_gib"] / memory, 2),
-        "setup_seconds": row["setup_seconds"],
-        "difference": row["difference"],
-    }
+            memory = [row["peak_gib"] for row in measured]
+            yield [
+                about | figures(task, row) | {"step_gib": own, "memory_ratio": round(own / memory[0], 2)}
+                for row, own in zip(measured, memory, strict=True)
+            ]
