@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
 Build = Callable[..., Callable[[], np.ndarray]]
-"""Prepares a side (compiled and warmed up) and returns a function that does one run."""
+"""Prepares a side (compiled and warmed up) and returns a function that does one run. The function may have an attribute
+``apart``: bytes of the process that are not the run's, which its peak leaves out."""
 
 
 class Side:
@@ -71,7 +72,8 @@ def _serve(pipe: Any, build: Build, args: tuple[Any, ...]) -> None:
     while pipe.recv() == "run":
         start, cpu = time.perf_counter(), time.process_time()
         run()
-        pipe.send((time.perf_counter() - start, time.process_time() - cpu, peak_memory()))
+        took = time.perf_counter() - start, time.process_time() - cpu
+        pipe.send((*took, peak_memory() - getattr(run, "apart", 0)))
 
 
 def forget_peak() -> None:
@@ -90,10 +92,20 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     if (jax := sys.modules.get("jax")) and jax.default_backend() != "cpu":
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_memory() -> int:
+    """What this process holds in RAM now, in bytes, without what it has freed; 0 where that is not known."""
+    forget_peak()
+    return _status("VmRSS") or 0
+
+
+def _status(name: str) -> int | None:
     status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not status.exists():
+        return None
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if name in line)
 
 
 def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool = False) -> list[dict[str, Any]]:
@@ -116,7 +128,7 @@ def compete(builds: Mapping[str, tuple[Any, ...]], rounds: int, *, apart: bool =
             "ratio_of_median": round(statistics.median(side.seconds) / statistics.median(first.seconds), 3),
             "cpu_seconds_min": round(min(side.cpu_seconds), 4),
             "ratio_of_cpu_min": round(min(side.cpu_seconds) / min(first.cpu_seconds), 3),
-            "peak_gib": round(side.peak / 2**30, 2),
+            "peak_gib": round(side.peak / 2**30, 3),
             "setup_seconds": round(side.setup, 1),
             "difference": float(np.abs(side.output - first.output).max() / first.output.std()),
         }

@@ -8,6 +8,7 @@ random weights, noise and timesteps. Each has its own process and they take turn
     python benchmarks/train_step.py --width 2                      # a UNet with half the channels; 12 GB
     python benchmarks/train_step.py --model sdxl --method lora --apart                           # 18 GB
     python benchmarks/train_step.py --device cuda --compile --batch 8 --pixels 512    # bfloat16, with torch.compile
+    python benchmarks/train_step.py --trainers all --batch 4       # every script of train/; see trainer_steps.py
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.train_step
 
-from common import RESULTS, compete, write
+from common import compete, merged, table, write
 from unet_step import weights
 
 Run = Callable[[], np.ndarray]
@@ -35,8 +36,13 @@ ABOUT = (
     "bfloat16 with float32 parameters. `UNet` is its parameter count in millions (860 for SD 1.5, 2567 for SDXL). "
     "`images_per_second` is that of the fastest of interleaved runs, `ratio` the speed relative to PyTorch diffusers "
     "run eagerly, `cpu_ratio` the same by CPU time, `peak_gib` the peak memory of a step. `difference` is that of the "
-    "first convolution's (or first LoRA pair's) gradient in the first step, in standard deviations."
+    "first convolution's (or first LoRA pair's) gradient in the first step, in standard deviations. Rows named "
+    "after a script of `train/` take its step with the networks of `model` (`one-level`: a UNet of one level with 64 "
+    "channels); there `step_gib` is the peak of networks, optimiser and step without the process's code, "
+    "`memory_ratio` relates it to PyTorch's, and the difference is that of the largest trained tensor's gradient."
 )
+COLUMNS = ("model", "trained", "batch", "pixels", "remat", "device", "side")
+"""They tell the trainers' rows apart."""
 
 
 def trainer_of(task: argparse.Namespace) -> Any:
@@ -261,11 +267,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="add torch.compile")
     add("--print-only", action="store_true", help="leave docs/results unchanged")
     add("--apart", action="store_true", help="one side in memory at a time; all rounds twice")
+    add("--trainers", nargs="+", metavar="NAME", help="scripts of train/ (see TRAINERS in trainer_steps.py), or all")
+    add("--source", default="one-level", help="folder or id of the Stable Diffusion whose sizes --trainers takes")
+    add("--cores", type=int, default=0, help="processor cores that each side of --trainers has; all of them if 0")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     task = parse(argv)
+    if task.trainers:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from trainer_steps import rows as each
+
+        for rows in each(task, figures):
+            keep(task, rows, lambda old, rows=rows: merged(old, rows, *COLUMNS))
+        return 0
     builds: dict[str, tuple[Any, ...]] = {"PyTorch": (theirs, task), "diffuse_jax": (ours, task)}
     if task.compile:
         builds["torch.compile"] = (theirs, task, True)
@@ -273,15 +289,17 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     about = label(task)
     rows = [about | figures(task, row) for row in measured]
+    keep(task, rows, lambda old: [row for row in old if about.items() - row.items()] + rows)
+    return 0
+
+
+def keep(task: argparse.Namespace, rows: list[dict[str, Any]], among: Callable[[list[Any]], list[Any]]) -> None:
+    """Print the rows, and write them into the table, which ``among`` makes of its old rows."""
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
-    if task.print_only:
-        return 0
-    path = RESULTS / "train_step.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [row for row in before if about.items() - row.items()]
-    print(write("train_step", "Training steps", ABOUT, others + rows, "jax", "torch", "diffusers"))
-    return 0
+    if not task.print_only:
+        found = among(table("train_step"))
+        print(write("train_step", "Training steps", ABOUT, found, "jax", "torch", "diffusers"))
 
 
 def label(task: argparse.Namespace) -> dict[str, Any]:
@@ -309,7 +327,7 @@ def figures(task: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         "ratio": round(1 / row["ratio_of_min"], 3),
         "ratio_of_median": round(1 / row["ratio_of_median"], 3),
         "cpu_ratio": round(1 / row["ratio_of_cpu_min"], 3),
-        "peak_gib": row["peak_gib"],
+        **({} if task.trainers else {"peak_gib": row["peak_gib"]}),
         "setup_seconds": row["setup_seconds"],
         "difference": row["difference"],
     }

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import common
 from benchmarks.sampler_properties import USES
 from tests.schedulers.samplers import EVERY
+from tests.train.latent_models import save_sd
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -99,6 +100,32 @@ def test_training_steps_of_both_sides_are_the_same_work(method: str) -> None:
     assert ours["difference"] < 1e-3
     assert min(row["images_per_second"] for row in (theirs, ours)) > 0
     assert all(0 < row["peak_gib"] < 8 for row in (theirs, ours))
+
+
+def test_every_trainer_has_a_step_to_time() -> None:
+    """A new script of ``train/`` needs its row in ``benchmarks/trainer_steps.py``."""
+    pytest.importorskip("diffusers")
+    from benchmarks.trainer_steps import TRAINERS
+
+    scripts = {path.stem for path in (BENCHMARKS.parent / "train").glob("*.py")}
+    assert {name.partition(":")[0] for name in TRAINERS} == scripts
+
+
+@pytest.mark.slow
+def test_a_trainers_step_is_timed_on_both_sides(tmp_path: Path) -> None:
+    """With tiny networks; the gradients of the first step agree."""
+    pytest.importorskip("diffusers")
+    options = ["--trainers", "textual_inversion", "--batch", "2", "--rounds", "1", "--print-only"]
+    command = [sys.executable, BENCHMARKS / "train_step.py", *options, "--source", save_sd(tmp_path, fresh=False)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (json.loads(line) for line in done.stderr.splitlines() if line.startswith("{"))
+    assert (theirs["side"], ours["side"]) == ("PyTorch", "diffuse_jax")
+    assert ours["trained"] == "textual_inversion"
+    assert ours["difference"] < 1e-3
+    assert min(row["images_per_second"] for row in (theirs, ours)) > 0
+    assert all(0 < row["step_gib"] < 1 for row in (theirs, ours))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ The loss and the optimizer step are those of the trainers (:mod:`diffuse_jax.tra
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,8 +106,10 @@ def batch_of(pipe: DiffusionPipeline, examples: Sequence[Example]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def step_noise(objective: Objective, seed: int, shape: Sequence[int]) -> tuple[np.ndarray, Draw]:
-    """The random numbers of the first step: the noise of the latents' posterior, and those of the loss.
+@functools.lru_cache(maxsize=4)
+def step_noise(objective: Objective, seed: int, shape: tuple[int, ...]) -> tuple[np.ndarray, Draw]:
+    """The random numbers of the first step: the noise of the latents' posterior, and those of the loss. They are
+    remembered, so that a step that is timed again draws none; leave them as they are.
 
     The keys are those of :func:`~diffuse_jax.training.state.make_step` and
     :func:`~diffuse_jax.training.latent.denoising_loss`.

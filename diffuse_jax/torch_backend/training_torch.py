@@ -6,6 +6,7 @@ It is written as PyTorch users would write it, from the definitions of the loss 
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -189,10 +190,16 @@ def text_to_image_loss(
             more = control_residuals(pipe, batch, channels_first(x), t, given)
             return channels_last(pipe.unet(channels_first(x), t, **given, **more).sample)
 
-    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    scheduler = noise_schedule(pipe.scheduler)
     computed = loss_at(scheduler, objective, x0, drawn, predict, batch.get("prior"), batch.get("loss_mask"))
     named = {"prompt embeddings": text.states, "pooled embeddings": text.pooled}
     return LossAndValues(computed.loss, {name: x for name, x in named.items() if x is not None} | computed.values)
+
+
+@functools.lru_cache(maxsize=4)
+def noise_schedule(scheduler: Any) -> Any:
+    """The noise schedule of a sampler, which a trainer makes once."""
+    return diffusers.DDPMScheduler.from_config(scheduler.config)
 
 
 def beside_condition(pipe: Any, batch: Batch, x: Any, half: Callable[[bool], Any]) -> Any:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffuse_jax.models.layers import Conv
 from diffuse_jax.schedulers import DDPMScheduler
-from diffuse_jax.torch_backend import training
-from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_updates, verdict
-from diffuse_jax.training import latent
-from diffuse_jax.training.objective import Objective, draw, errors, noised
+from diffuse_jax.torch_backend.training_report import verdict
+from diffuse_jax.training.objective import Objective
 from diffuse_jax.training.optimizer import learning_rate
+from diffuse_jax.training.settings import Average
 from diffuse_jax.training.state import ema_rate, ema_update
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = twins.torch, twins.diffusers
 
-from diffuse_jax.torch_backend import training_torch as twin  # noqa: E402
-from diffuse_jax.torch_backend.networks import channels_first, channels_last  # noqa: E402
-from diffuse_jax.training.settings import Average  # noqa: E402
+from tests.oracle.pixel_cases import Pair, convolution, ddpm, images_for, pixel_unet, unet  # noqa: E402
 
 PEAK, WARMUP, TOTAL = 3e-4, 7, 40
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -64,7 +58,6 @@ def test_running_average(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(ours, theirs.shadow_params[0].numpy(), atol=1e-6)
 
 
-BATCH = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "epsilon": {},
     "velocity, Min-SNR": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
@@ -72,41 +65,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "clean sample, as the noise's error": {"prediction_type": "sample", "snr_weighting": True},
     "noise offset": {"noise_offset": 0.1},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """One network on both sides, of the noised latents and the timesteps alone."""
-
-    params: Any
-    ours: Callable[[Any, Any, Any], Any]
-    parameters: dict[str, Any]
-    theirs: Callable[[Any, Any], Any]
-
-
-def unet(folder: Path, rng: np.random.Generator) -> Pair:
-    module, model, params = twins.unet_twin("SD 2.x", folder)
-    text = rng.standard_normal((BATCH, 5, 24)).astype(np.float32)
-    ours = lambda params, x, t: model.apply({"params": params}, x, t, text)
-    theirs = lambda x, t: module(x, t, encoder_hidden_states=torch.tensor(text)).sample
-    return Pair(params, ours, dict(module.named_parameters()), theirs)
-
-
-def pixel_unet(folder: Path, rng: np.random.Generator) -> Pair:
-    module, model, params = twins.pixel_unet_twin("DDPM, first release", folder)
-    ours = lambda params, x, t: model.apply({"params": params}, x, t)
-    return Pair(params, ours, dict(module.named_parameters()), lambda x, t: module(x, t).sample)
-
-
-def convolution(folder: Path, rng: np.random.Generator) -> Pair:
-    """One layer: the objective is what is compared, and compiles in no time."""
-    module = torch.nn.Conv2d(4, 4, 3, padding=1)
-    layer = Conv(4)
-    kernel = module.weight.detach().numpy().transpose(2, 3, 1, 0)
-    params = {"conv_in": {"kernel": kernel, "bias": module.bias.detach().numpy()}}
-    ours = lambda params, x, t: layer.apply({"params": params["conv_in"]}, x)
-    named = {f"conv_in.{key}": value for key, value in module.named_parameters()}
-    return Pair(params, ours, named, lambda x, t: module(x))
 
 
 # The ordinary suite has the gradient of a text-to-image UNet in test_training_latent.py.
@@ -120,22 +78,8 @@ def test_one_training_step(make: Callable[..., Pair], name: str, tmp_path: Path,
     settings = dict(OBJECTIVES[name])
     schedule = {"prediction_type": settings.pop("prediction_type", "epsilon"), "beta_schedule": "scaled_linear"}
     objective = Objective(scheduler=DDPMScheduler(**schedule), **settings)
-    channels = 3 if make is pixel_unet else 4
-    x0 = rng.standard_normal((BATCH, 8, 8, channels)).astype(np.float32)
-    drawn = draw(objective, jax.random.key(0), jnp.asarray(x0))._replace(t=jnp.array([0, 250, 600, 999]))
-
-    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        x = noised(objective, batch["x0"], drawn)
-        prediction = pair.ours(trainable["unet"], x, drawn.t)
-        value, metrics = errors(objective, prediction, batch["x0"], drawn)
-        return value, metrics | {"noised latents": x, "prediction": prediction}
-
-    predict = lambda x, t: channels_last(pair.theirs(channels_first(x), t))
-    trained = training.Trained({"unet": pair.params}, {}, latent.whole({}), training.named_parameters)
-    ours = training.step_of(loss, trained, {"x0": x0})
-    scheduler = diffusers.DDPMScheduler(**schedule)
-    parameters = {f"unet.{key}": value for key, value in pair.parameters.items()}
-    theirs = twin.torch_step(parameters, lambda: twin.loss_at(scheduler, objective, torch.tensor(x0), drawn, predict))
-    compared = compare_updates(ours, theirs, TOLERANCES["float32"])
+    x0 = images_for(rng, 3 if make is pixel_unet else 4)
+    steps = ddpm(pair, objective, x0, jnp.array([0, 250, 600, 999]), **schedule)
+    compared = steps.compared()
     assert compared.ok, verdict(compared)
-    assert len(compared.changes) == len(parameters)
+    assert len(compared.changes) == len(steps.parameters)

@@ -11,20 +11,17 @@ import numpy as np
 import pytest
 
 from diffuse_jax.pipelines import DiffusionPipeline
-from diffuse_jax.torch_backend import training
-from diffuse_jax.torch_backend.training_report import TOLERANCES, compare_updates, verdict
-from diffuse_jax.training import latent
-from diffuse_jax.training.objective import draw, errors, noised
+from diffuse_jax.torch_backend.training_report import verdict
+from diffuse_jax.training.objective import draw
 from diffuse_jax.training.pixel_objectives import KINDS, pixel_objective
 from diffuse_jax.training.settings import EdmSettings, FlowSettings, ObjectiveSettings
 from tests.oracle.agreement import require_same
-from tests.oracle.test_training import BATCH, convolution, pixel_unet
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 torch, diffusers = twins.torch, twins.diffusers
 
-from diffuse_jax.torch_backend import training_torch as twin  # noqa: E402
-from diffuse_jax.torch_backend.networks import channels_first, channels_last  # noqa: E402
+from diffuse_jax.torch_backend.networks import channels_first  # noqa: E402
+from tests.oracle.pixel_cases import continuous, convolution, images_for, pixel_unet  # noqa: E402
 
 MODEL = "DDPM, first release"
 CASES: list[Any] = [
@@ -38,62 +35,13 @@ CASES: list[Any] = [
 ]
 
 
-def edm_loss(scheduler: Any, x0: Any, noise: Any, t: Any, network: Any) -> Any:
-    """Equations 7 and 8 of EDM, with the preconditioning of diffusers' sampler."""
-    sigma, data = torch.exp(4 * t.double()).float()[:, None, None, None], scheduler.config.sigma_data
-    noisy = x0 + sigma * noise
-    output = network(scheduler.precondition_inputs(noisy, sigma), scheduler.precondition_noise(sigma.flatten()))
-    denoised = scheduler.precondition_outputs(noisy, output, sigma)
-    return (((sigma**2 + data**2) / (sigma * data) ** 2) * (denoised - x0) ** 2).mean()
-
-
-def flow_loss(scheme: str, x0: Any, noise: Any, t: Any, network: Any) -> Any:
-    """The error of the velocity, with the weights of diffusers' script for Stable Diffusion 3."""
-    sigma = t[:, None, None, None] / 1000
-    output = network((1 - sigma) * x0 + sigma * noise, t)
-    weights = diffusers.training_utils.compute_loss_weighting_for_sd3(scheme, sigma)
-    return (weights * (output - (noise - x0)) ** 2).mean()
-
-
 @pytest.mark.parametrize(("make", "kind", "flow", "fields"), CASES)
 def test_one_update(make: Any, kind: str, flow: Any, fields: Any, tmp_path: Path, rng: np.random.Generator) -> None:
     pair = make(tmp_path, rng)
-    scheduler = KINDS[kind].scheduler.replace(**fields)
-    objective = pixel_objective(scheduler, ObjectiveSettings(), EdmSettings(), FlowSettings(**flow))
-    x0 = rng.standard_normal((BATCH, 8, 8, 3 if make is pixel_unet else 4)).astype(np.float32)
-    drawn = draw(objective, jax.random.key(0), jnp.asarray(x0))
-
-    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        x = noised(objective, batch["x0"], drawn)
-        prediction = pair.ours(trainable["unet"], x, drawn.t)
-        value, metrics = errors(objective, prediction, batch["x0"], drawn)
-        return value, metrics | {"noised latents": x, "prediction": prediction}
-
-    seen: dict[str, Any] = {}
-
-    def network(x: Any, t: Any) -> Any:
-        found = pair.theirs(x, t)
-        seen.update({"noised latents": channels_last(x), "prediction": channels_last(found)})
-        return found
-
-    def theirs() -> Any:
-        clean, noise, t = channels_first(torch.tensor(x0)), channels_first(twin_of(drawn.noise)), twin_of(drawn.t)
-        if kind == "edm":
-            value = edm_loss(diffusers.EDMEulerScheduler(**fields), clean, noise, t, network)
-        else:
-            value = flow_loss(flow["weighting_scheme"], clean, noise, t, network)
-        return twin.LossAndValues(value, seen)
-
-    trained = training.Trained({"unet": pair.params}, {}, latent.whole({}), training.named_parameters)
-    ours = training.step_of(loss, trained, {"x0": x0})
-    parameters = {f"unet.{key}": value for key, value in pair.parameters.items()}
-    compared = compare_updates(ours, twin.torch_step(parameters, theirs), TOLERANCES["float32"])
+    steps = continuous(pair, kind, images_for(rng, 3 if make is pixel_unet else 4), flow, fields)
+    compared = steps.compared()
     assert compared.ok, verdict(compared)
-    assert len(compared.changes) == len(parameters)
-
-
-def twin_of(array: jax.Array) -> Any:
-    return torch.tensor(np.asarray(array))
+    assert len(compared.changes) == len(steps.parameters)
 
 
 def test_times_are_distributed_as_in_the_papers() -> None:

@@ -22,6 +22,7 @@ from diffuse_jax.weights.names import flatten, from_torch, to_torch, torch_key, 
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 from tests.oracle.comparisons import channel_first, channel_last  # noqa: E402
+from tests.oracle.pixel_cases import autoencoder_terms  # noqa: E402
 from tests.oracle.test_mobilenet import mobilenet, random_state  # noqa: E402
 from tests.training.test_perceptual import vgg16_state  # noqa: E402
 
@@ -165,11 +166,7 @@ def compare(params: Any, moments: Any, module: Any) -> None:
 
 def torch_update(module: Any, critic: Any, x: Any, noise: Any) -> dict[str, float]:
     """One training step, with the two losses apart as users of PyTorch write them, and one AdamW."""
-    posterior = module.encode(x).latent_dist
-    y = module.decode(posterior.mean + posterior.std * noise).sample
-    edges = sum((d(y) - d(x)).abs().mean() for d in (lambda v: v.diff(dim=2), lambda v: v.diff(dim=3)))
-    reconstruction = (y - x).abs().mean() + edges
-    loss = reconstruction + KL * posterior.kl().mean() / noise[0].numel()
+    y, reconstruction, loss = autoencoder_terms(module, x, noise, KL)
     found, parameters = {}, list(module.parameters())
     if critic is not None:
         last, deceit = module.decoder.conv_out.weight, -critic(y).mean()

@@ -33,26 +33,38 @@ XL_UNET = dataclasses.replace(
 )  # fmt: skip
 
 
-def networks(unet: UNet2DConditionConfig, encoders: dict[str, type[CLIPTextModel]], fresh: bool) -> dict[str, Any]:
+def networks(
+    unet: UNet2DConditionConfig,
+    encoders: dict[str, type[CLIPTextModel]],
+    fresh: bool,
+    vae: AutoencoderKLConfig = VAE,
+) -> dict[str, Any]:
     """Networks with random weights; ``fresh``: those from which a real training would start."""
     words = len(tiny.tokenizer())
     text = CLIPTextConfig(
         vocab_size=words, hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=16, bos_token_id=words - 2, eos_token_id=words - 1,
     )  # fmt: skip
-    models: dict[str, Any] = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(VAE)}
+    models: dict[str, Any] = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(vae)}
     models |= {name: kind(text) for name, kind in encoders.items()}
     zero = {"unet": (r"^conv_out/kernel$",)} if fresh else {}
     params = {name: initial_params(model.shapes(), 0, zero.get(name, ())) for name, model in models.items()}
     # Like a trained autoencoder, a random one must describe its input with hardly any noise, or nothing can be learned.
-    params["vae"]["quant_conv"]["bias"][VAE.latent_channels :] = -12.0
-    params["vae"]["quant_conv"]["kernel"][..., VAE.latent_channels :] = 0.0
+    params["vae"]["quant_conv"]["bias"][vae.latent_channels :] = -12.0
+    params["vae"]["quant_conv"]["kernel"][..., vae.latent_channels :] = 0.0
     return {name: (model, params[name]) for name, model in models.items()}
 
 
-def save_sd(folder: Path, *, fresh: bool = True, middle: str | None = None) -> Path:
+def save_sd(
+    folder: Path,
+    *,
+    fresh: bool = True,
+    middle: str | None = None,
+    unet: UNet2DConditionConfig = UNET,
+    vae: AutoencoderKLConfig = VAE,
+) -> Path:
     """The folder of a Stable Diffusion."""
-    pairs = networks(UNET.replace(mid_block_type=middle), {"text_encoder": CLIPTextModel}, fresh)
+    pairs = networks(unet.replace(mid_block_type=middle), {"text_encoder": CLIPTextModel}, fresh, vae)
     return saved(folder, StableDiffusionPipeline, pairs, {"tokenizer": tiny.tokenizer()})
 
 
