@@ -97,7 +97,7 @@ def check_resumed(checkpoint: Path | None, scheduler: Scheduler, flags: Mapping[
     if checkpoint is None or not (checkpoint / "scheduler" / "scheduler_config.json").is_file():
         return
     found = Scheduler.from_pretrained(checkpoint / "scheduler")
-    pairs = {"--objective": (kind_of(found), kind_of(scheduler))}
+    pairs: dict[str, tuple[Any, Any]] = {"--objective": (kind_of(found), kind_of(scheduler))}
     pairs |= {flag: (getattr(found, name, None), getattr(scheduler, name, None)) for name, flag in flags.items()}
     for flag, (old, new) in pairs.items():
         if old != new:
