@@ -64,7 +64,13 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
     from diffuse_jax.training.loop import fit
     from diffuse_jax.training.networks import configured_network, open_network
     from diffuse_jax.training.objective import Objective, draw, errors, noised
-    from diffuse_jax.training.pixel_objectives import KINDS, kind_of, pixel_objective, scheduler_of
+    from diffuse_jax.training.pixel_objectives import (
+        KINDS,
+        check_resumed,
+        kind_of,
+        pixel_objective,
+        scheduler_of,
+    )
     from diffuse_jax.training.pixels import pixel_values
     from diffuse_jax.training.settings import (
         DeviceSettings,
@@ -74,7 +80,7 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
         ObjectiveSettings,
         RunSettings,
     )
-    from diffuse_jax.training.start import check_output, check_run
+    from diffuse_jax.training.start import check_output, check_run, starting_point
     from diffuse_jax.training.state import Metrics
     from diffuse_jax.training.upload import push_to_hub
 
@@ -82,6 +88,15 @@ with flags_first(parse_args):  # JAX and the library, once the flags are known t
 LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
 """The network that is trained by default: DDPM's for 256 pixels with today's defaults, 114 million parameters."""
+
+FLAGS = {
+    "num_train_timesteps": "ddpm_num_steps",
+    "beta_schedule": "ddpm_beta_schedule",
+    "prediction_type": "prediction_type",
+    "sigma_data": "sigma_data",
+    "shift": "flow_shift",
+}
+"""Fields of the scheduler -> the flags that set them; None leaves them as they are."""
 
 
 def main() -> None:
@@ -95,7 +110,8 @@ def main() -> None:
     check_network(unet.config)
     learned = settings_from(args, ObjectiveSettings)
     edm, flow = settings_from(args, EdmSettings), settings_from(args, FlowSettings)
-    scheduler = scheduler_of(args.objective, network, changes_of(args))
+    scheduler = scheduler_of(args.objective, network, {name: getattr(args, flag) for name, flag in FLAGS.items()})
+    check_resumed(starting_point(run), scheduler, {name: f"--{flag}" for name, flag in FLAGS.items()})
     objective = pixel_objective(scheduler, learned, edm, flow)
     validate = validation_from(args, unet, scheduler, mesh)
     source = None if data.streaming else source_from(data)
@@ -135,17 +151,6 @@ def check_network(config: UNet2DConfig) -> None:
     size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
     if not isinstance(size, int) or size % factor:
         raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
-
-
-def changes_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the scheduler; None for what they do not."""
-    return {
-        "num_train_timesteps": args.ddpm_num_steps,
-        "beta_schedule": args.ddpm_beta_schedule,
-        "prediction_type": args.prediction_type,
-        "sigma_data": args.sigma_data,
-        "shift": args.flow_shift,
-    }
 
 
 def pixel_loss(

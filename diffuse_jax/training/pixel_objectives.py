@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffuse_jax.pipelines import ConsistencyModelPipeline, DDPMPipeline
@@ -80,6 +81,27 @@ def scheduler_of(kind: str, network: NetworkSettings, changes: Mapping[str, Any]
             raise ValueError(f"{source} has a {type(found).__name__} with {name}=true, which is not trained here; set "
                              "it to false in its scheduler_config.json")  # fmt: skip
     return found.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def check_resumed(checkpoint: Path | None, scheduler: Scheduler, flags: Mapping[str, str]) -> None:
+    """Check that a run continues with what its network has learned to predict.
+
+    Args:
+      checkpoint: the folder that is resumed; None for a new run.
+      scheduler: that of this run.
+      flags: fields of the scheduler -> the flags that set them.
+
+    Raises:
+      ValueError: the checkpoint has another objective, or other values of these fields.
+    """
+    if checkpoint is None or not (checkpoint / "scheduler" / "scheduler_config.json").is_file():
+        return
+    found = Scheduler.from_pretrained(checkpoint / "scheduler")
+    pairs: dict[str, tuple[Any, Any]] = {"--objective": (kind_of(found), kind_of(scheduler))}
+    pairs |= {flag: (getattr(found, name, None), getattr(scheduler, name, None)) for name, flag in flags.items()}
+    for flag, (old, new) in pairs.items():
+        if old != new:
+            raise ValueError(f"{checkpoint} was trained with {flag} {old}, got {new}; resume it with {flag} {old}")
 
 
 def kind_of(scheduler: Scheduler) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,31 @@ def test_edits_lead_to_one_style_from_training_images(tmp_path: Path, monkeypatc
         "before/twemoji/red-apple.png", "before/blob/red-apple.png",
     ]  # fmt: skip
     assert [line["input_image_file_name"] for line in found["heldout"]] == ["before/twemoji/pear.png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "message"),
+    [
+        ("data", "data", "would replace the images of --data_dir"),
+        ("data", "data/../data", "would replace the images of --data_dir"),
+        ("none", "edits", "has no train/metadata.jsonl"),
+    ],
+)
+def test_edits_refuse_folders_before_anything_is_written(
+    data: str, output: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The folder of edits is replaced: it must not be that of the drawings."""
+    for split in ("train", "heldout"):
+        drawing = (record("pear", "noto"), Image.new("RGB", (8, 8)))
+        script("make_dataset").write_folder(tmp_path / "data" / split, [drawing])
+    files = lambda: sorted(tmp_path.rglob("*"))
+    before = files()
+    command = ["make_edits.py", "--data_dir", str(tmp_path / data), "--output_dir", str(tmp_path / output)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        script("make_edits").main()
+    assert message in capsys.readouterr().err
+    assert files() == before
 
 
 def test_estimated_size_orders_images_as_jpeg_does() -> None:

@@ -123,6 +123,10 @@ def test_a_resumed_run_of_another_objective(
     ends = (numbers(tmp_path / name, UNet2DModel, "unet") for name in ("out", "again"))
     for a, b in zip(*ends, strict=True):
         np.testing.assert_array_equal(a, b)
+    changed = {"edm": "sigma_data", "flow_matching": "flow_shift"}[objective]
+    for other, flag in ((options | {"objective": "ddpm"}, "objective"), (wanted | {changed: 0.7}, changed)):
+        with pytest.raises(ValueError, match=f"checkpoint-4 was trained with --{flag} "):
+            run(monkeypatch, "unconditional.py", **other | resumed)
 
     del options["model_config_name_or_path"]
     further = options | {"pretrained_model_name_or_path": tmp_path / "out", "output_dir": tmp_path / "further"}

@@ -43,7 +43,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--styles", nargs="+", choices=known, default=known, help="styles after the edit (default: all)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    data, output = Path(args.data_dir).resolve(), Path(args.output_dir).resolve()
+    for split in ("train", "heldout"):
+        if not (data / split / "metadata.jsonl").is_file():
+            parser.error(f"--data_dir {args.data_dir} has no {split}/metadata.jsonl; give a folder of make_dataset.py")
+        if (output / split).is_relative_to(data / split) or (data / split).is_relative_to(output / split):
+            parser.error(f"--output_dir {args.output_dir} would replace the images of --data_dir; give another folder")
+    return args
 
 
 def read_lines(folder: Path) -> list[Record]:
