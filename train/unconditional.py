@@ -89,15 +89,6 @@ LEVELS = ("block_out_channels", "down_block_types", "up_block_types")
 DEFAULT = UNet2DConfig(**{name: getattr(DDPM_256_UNET, name) for name in LEVELS})
 """The network that is trained by default: DDPM's for 256 pixels with today's defaults, 114 million parameters."""
 
-FLAGS = {
-    "num_train_timesteps": "ddpm_num_steps",
-    "beta_schedule": "ddpm_beta_schedule",
-    "prediction_type": "prediction_type",
-    "sigma_data": "sigma_data",
-    "shift": "flow_shift",
-}
-"""Fields of the scheduler -> the flags that set them; None leaves them as they are."""
-
 
 def main() -> None:
     args = parse_args()
@@ -110,8 +101,9 @@ def main() -> None:
     check_network(unet.config)
     learned = settings_from(args, ObjectiveSettings)
     edm, flow = settings_from(args, EdmSettings), settings_from(args, FlowSettings)
-    scheduler = scheduler_of(args.objective, network, {name: getattr(args, flag) for name, flag in FLAGS.items()})
-    check_resumed(starting_point(run), scheduler, {name: f"--{flag}" for name, flag in FLAGS.items()})
+    changes = changes_of(args)
+    scheduler = scheduler_of(args.objective, network, {name: value for name, (_, value) in changes.items()})
+    check_resumed(starting_point(run), scheduler, {name: flag for name, (flag, _) in changes.items()})
     objective = pixel_objective(scheduler, learned, edm, flow)
     validate = validation_from(args, unet, scheduler, mesh)
     source = None if data.streaming else source_from(data)
@@ -151,6 +143,17 @@ def check_network(config: UNet2DConfig) -> None:
     size, factor = config.sample_size, 2 ** (len(config.block_out_channels) - 1)
     if not isinstance(size, int) or size % factor:
         raise ValueError(f"--resolution must be a multiple of {factor} for this network, got {size}")
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """Fields of the scheduler -> the flags that set them, and their values; None leaves them as they are."""
+    return {
+        "num_train_timesteps": ("--ddpm_num_steps", args.ddpm_num_steps),
+        "beta_schedule": ("--ddpm_beta_schedule", args.ddpm_beta_schedule),
+        "prediction_type": ("--prediction_type", args.prediction_type),
+        "sigma_data": ("--sigma_data", args.sigma_data),
+        "shift": ("--flow_shift", args.flow_shift),
+    }
 
 
 def pixel_loss(
