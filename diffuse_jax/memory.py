@@ -1,4 +1,4 @@
-"""What the compiler says of a program's memory, and devices of theirs; not all of them do."""
+"""Memory of compiled programs and of devices, where the backend reports it."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ KINDS = (
     (r"double_blocks\.0\.img_attn\.norm\.key_norm\.scale$", f"FLUX, {NO}"),
     (
         r"^noise_augmentor\.",
-        "a whole Stable unCLIP without the mean and deviation of image embeddings, which are a file of their own: open "
-        "the folder in diffusers' layout",
+        "a whole Stable unCLIP without the statistics of image embeddings, which are a file of their own: open the "
+        "folder in diffusers' layout",
     ),
     (r"^lllite_", f"a ControlNet-LLLite, {NO}"),
     (r"^lora_controlnet$", f"a Control-LoRA, {NO}"),

@@ -119,7 +119,7 @@ def check_family(kind: type[DiffusionPipeline], target: type[DiffusionPipeline],
     Raises:
       TypeError: it is not; the message begins with ``name``.
     """
-    if kind.family != target.family:
+    if kind.family is not target.family:
         found = kind.__name__
         raise TypeError(f"{name} must be a {target.__name__}, got a {found}, which is of another family")
 

@@ -48,7 +48,7 @@ def add_objectives(parser: Parser) -> None:
     add("--p_std", help="edm: standard deviation of the logarithm of the noise level")
     what = "edm: standard deviation of the pixels, in [-1, 1]; if omitted, that of the pretrained pipeline, or 0.5"
     add("--sigma_data", help=what)
-    what = "flow_matching: how times are drawn (none: evenly), or with the last two weighted"
+    what = "flow_matching: distribution of the times (none: uniform), or with the last two weights"
     add("--weighting_scheme", choices=WEIGHTING_SCHEMES, help=what)
     add("--logit_mean", help="logit_normal: mean of the normal numbers; positive ones favour little noise")
     add("--logit_std", help="logit_normal: standard deviation of the normal numbers")

@@ -21,7 +21,7 @@ from diffuse_jax.schedulers.flow_match import FlowMatchScheduler
 from diffuse_jax.training.networks import network_folder
 from diffuse_jax.training.objective import Objective, objective_from
 from diffuse_jax.training.settings import EdmSettings, FlowSettings, NetworkSettings, ObjectiveSettings
-from diffuse_jax.training.times import EvenTimes, LogitNormalTimes, LogNormalLevels, ModeTimes
+from diffuse_jax.training.times import LogitNormalTimes, LogNormalLevels, ModeTimes, UniformTimes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def pixel_objective(
             scheme = flow.weighting_scheme
             # diffusers' scripts read these numbers as places in a list that begins with pure noise.
             normal = LogitNormalTimes(mean=-flow.logit_mean, std=flow.logit_std)
-            times = {"logit_normal": normal, "mode": ModeTimes(scale=flow.mode_scale)}.get(scheme, EvenTimes())
+            times = {"logit_normal": normal, "mode": ModeTimes(scale=flow.mode_scale)}.get(scheme, UniformTimes())
             weighting = scheme if scheme in ("sigma_sqrt", "cosmap") else None
             return dataclasses.replace(objective, times=times, flow_weighting=weighting)
     return dataclasses.replace(objective, snr_weighting=scheduler.prediction_type == "sample")

@@ -1,4 +1,4 @@
-"""Random times of training in continuous time, where they are not spread evenly: for EDM and for flow matching."""
+"""Distributions of the random times of training in continuous time, for EDM and for flow matching."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class LogNormalLevels(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvenTimes(Checked):
-    """Levels of flow matching that are spread evenly before the scheduler's shift."""
+class UniformTimes(Checked):
+    """Levels of flow matching that are uniform before the scheduler's shift."""
 
     schedulers: ClassVar[type[Scheduler]] = FlowMatchScheduler
 
@@ -54,7 +54,7 @@ class EvenTimes(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitNormalTimes(EvenTimes):
+class LogitNormalTimes(UniformTimes):
     """Levels that are the sigmoid of normal numbers (Esser et al. 2024, arXiv 2403.03206, eq. 19).
 
     Attributes:
@@ -69,7 +69,7 @@ class LogitNormalTimes(EvenTimes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModeTimes(EvenTimes):
+class ModeTimes(UniformTimes):
     """Levels around the middle, or with a negative scale at the ends, that include both ends; see :func:`mode`.
 
     Attributes:
@@ -87,5 +87,5 @@ def mode(u: jax.Array, s: float) -> jax.Array:
     return 1 - u - s * (jnp.square(jnp.cos(jnp.pi / 2 * u)) - 1 + u)
 
 
-Times: TypeAlias = LogNormalLevels | EvenTimes
+Times: TypeAlias = LogNormalLevels | UniformTimes
 """How :func:`~diffuse_jax.training.objective.draw` chooses timesteps."""

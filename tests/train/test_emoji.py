@@ -181,6 +181,8 @@ def test_estimated_size_orders_images_as_jpeg_does() -> None:
     assert np.corrcoef(estimated, size)[0, 1] > 0.97
     blank = np.ones((1, 64, 64, 3), np.float32)
     assert abs(float(script("jpeg_reward").compressibility(blank, None)[0])) < 1e-3
+    with pytest.raises(ValueError, match="must be multiples of 16, got 64 and 72"):
+        script("jpeg_reward").compressibility(np.zeros((1, 64, 72, 3), np.float32), None)
 
 
 def test_estimated_size_is_a_reward_with_a_gradient() -> None:

@@ -21,7 +21,7 @@ from diffuse_jax.training.objective import (
     target,
     timestep_probabilities,
 )
-from diffuse_jax.training.times import EvenTimes, LogNormalLevels, ModeTimes, mode
+from diffuse_jax.training.times import LogNormalLevels, ModeTimes, UniformTimes, mode
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -189,7 +189,7 @@ def test_weighted_by_the_ratio_a_clean_sample_counts_as_its_noise(rng: np.random
 
 
 def test_levels_of_edm_and_flow_matching_need_such_a_scheduler() -> None:
-    for options in ({"times": LogNormalLevels()}, {"times": EvenTimes()}, {"flow_weighting": "cosmap"}):
+    for options in ({"times": LogNormalLevels()}, {"times": UniformTimes()}, {"flow_weighting": "cosmap"}):
         with pytest.raises(ValueError, match="needs a (EDM|FlowMatch)Scheduler, got a DDPMScheduler"):
             Objective(scheduler=DDPMScheduler(), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale must be a number from -1 to .*, got 2"):

@@ -24,12 +24,16 @@ YCBCR = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187,
 def compressibility(images: jax.Array, prompts: Any) -> jax.Array:
     """Minus the estimated size of images float32 ``[B,H,W,3]`` in [0, 1], in 1000 bytes, ``[B]``.
 
-    The sides must be multiples of 16.
+    Raises:
+      ValueError: the sides are not multiples of 16.
     """
+    height, width = images.shape[1:3]
+    if height % (2 * BLOCK) or width % (2 * BLOCK):
+        raise ValueError(f"height and width of the images must be multiples of {2 * BLOCK}, got {height} and {width}")
     planes = 255 * jnp.einsum("bhwc,dc->bhwd", images, YCBCR)
     bits = block_bits(planes[..., 0])
     for colour in (planes[..., 1], planes[..., 2]):  # at half the resolution, as encoders store them
-        batch, height, width = colour.shape
+        batch = len(colour)
         bits += block_bits(colour.reshape(batch, height // 2, 2, width // 2, 2).mean((2, 4)))
     return -bits / 8000
 

@@ -148,11 +148,6 @@ def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-class FirstPriorFamily(PriorFamily):
-    """The family of Kandinsky 2.1. It computes the same; but its embeddings are those of another image encoder, which
-    only its own decoders were trained with."""
-
-
 class PriorStage(PriorFamily):
     """The prior inside a pipeline whose decoder takes no negative embedding, so that there is no image encoder."""
 
@@ -161,4 +156,6 @@ class PriorStage(PriorFamily):
 
 
 PRIOR = PriorFamily()
-KANDINSKY21_PRIOR = FirstPriorFamily()
+# It computes the same, but its embeddings are those of another image encoder, which only its own decoders were trained
+# with: families are told apart by identity.
+KANDINSKY21_PRIOR = PriorFamily()

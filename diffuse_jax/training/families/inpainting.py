@@ -58,7 +58,7 @@ class InpaintingFamily(LatentFamily):
 def random_masks(key: jax.Array, count: int, height: int, width: int) -> jax.Array:
     """Rectangles and ellipses, float32 ``[count,height,width,1]``, 1 inside.
 
-    Their heights and widths are even between 0 and those of the image, in which they lie.
+    Their heights and widths are uniform between 0 and those of the image, in which they lie.
     """
     k_size, k_place, k_round = jax.random.split(key, 3)
     size = jax.random.uniform(k_size, (count, 2), jnp.float32)

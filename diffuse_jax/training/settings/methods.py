@@ -67,9 +67,9 @@ class FlowSettings(Checked):
     """Training by flow matching: times, and weights of the squared error (Esser et al. 2024, arXiv 2403.03206).
 
     Attributes:
-      weighting_scheme: one of :data:`WEIGHTING_SCHEMES`, as in diffusers' scripts. Times are even ("none"), the
+      weighting_scheme: one of :data:`WEIGHTING_SCHEMES`, as in diffusers' scripts. Times are uniform ("none"), the
         sigmoid of normal numbers ("logit_normal") or of :func:`~diffuse_jax.training.times.mode` ("mode"), with equal
-        weights; or they are even and the error is weighted by ``1 / sigma^2`` ("sigma_sqrt") or
+        weights; or they are uniform and the error is weighted by ``1 / sigma^2`` ("sigma_sqrt") or
         ``2 / (pi (1 - 2 sigma + 2 sigma^2))`` ("cosmap").
       logit_mean, logit_std: of these normal numbers. As in diffusers' scripts, a positive mean favours little noise.
       mode_scale: how much times near the middle are favoured; negative numbers favour both ends.
