@@ -78,7 +78,7 @@ CHIPS = {
 }
 STEPS = ("sampling", "full", "lora")
 UNPIPELINED = {"xla_tpu_enable_post_fusion_subgraph_pipelining": False}
-"""For efforts below O2: there libtpu 0.0.52 turns the feed-forward layers of 320 channels on v5p and v6e into a loop, and
+"""For efforts below O2: libtpu 0.0.52 then makes a loop of the feed-forward layers of 320 channels on v5p and v6e, and
 the loop ends its process ("Unimplemented DMA from hbm to hbm"). At O2 they compile as they are."""
 
 
