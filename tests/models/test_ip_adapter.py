@@ -85,7 +85,7 @@ def test_an_adapter_for_another_unet_is_refused() -> None:
         check_fits(IPAdapterConfig(), UNET)
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES[1:])])
 def test_new_images_and_scales_compile_nothing(remat: str, rng: np.random.Generator) -> None:
     """The UNet alone is unchanged, and an adapter of strength zero changes nothing; gradients reach the images."""
     unet, net = UNet2DConditionModel(UNET, remat=remat), IPAdapter(PLAIN)

@@ -175,7 +175,7 @@ NETWORKS = {
     "hybrid depth estimator": (DPTForDepthEstimation, HYBRID),
     "vision encoder": (CLIPVisionModelWithProjection, VISION),
 }
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+DTYPES = [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
 
 
 def parameter_shapes(model: Model, dtype: Any) -> Any:
@@ -224,6 +224,7 @@ def test_posterior_is_float32_whatever_the_network_computes_in() -> None:
     assert posterior.mean.dtype == posterior.logvar.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(rng: np.random.Generator) -> None:
     """bfloat16 rounds to 2^-9 of a value; through some thirty layers that adds up to a few per cent, not more."""
     inputs = {

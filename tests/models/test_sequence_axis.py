@@ -108,6 +108,7 @@ def test_a_pipeline_gives_the_images_of_one_device(size: int) -> None:
         np.testing.assert_allclose(by_steps.images, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_device_needs_less_memory_for_activations() -> None:
     """Four devices along the axis, at most 0.55 of the temporary memory of a run; gathered keys are part of it."""
     pipe, needed = tiny.pipeline(), []

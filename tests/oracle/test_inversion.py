@@ -104,6 +104,7 @@ def test_inversion_with_sdxl(tmp_path: Path, images: list[Any]) -> None:
     np.testing.assert_allclose(found, channel_last(latents), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_inverted_image_comes_back(diffedit: Path, rng: np.random.Generator) -> None:
     """Up to the error of the discretisation, which falls with the number of steps; with modifiers and on a mesh too.
     The random network's predictions are made smaller, because they change more from step to step than those of a
@@ -207,7 +208,7 @@ def test_diffedit(diffedit: Path, twin: Any, images: list[Any], monkeypatch: pyt
     np.testing.assert_allclose(whole.images[::2], images_here, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", [pytest.param("epsilon", marks=pytest.mark.slow), "v_prediction"])
 def test_regularised_inversion(
     prediction: str, diffedit: Path, twin: Any, images: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

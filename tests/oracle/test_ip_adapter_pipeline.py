@@ -130,6 +130,7 @@ def test_sdxl_with_hidden_states(images: list[Image.Image], tmp_path: Path) -> N
     compare(pipe, twin, ip_adapter_image=images[0], image=folders.images(3, EDGE)[2], strength=0.7, **REQUEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ControlNet", "InstructPix2Pix", "Img2Img", "Inpaint"])
 def test_other_tasks_take_images_too(
     task: str, model: Path, adapters: Path, images: list[Image.Image], tmp_path: Path
@@ -152,6 +153,7 @@ def test_other_tasks_take_images_too(
     compare(pipe, twin, ip_adapter_image=images[0], **inputs, **REQUEST)
 
 
+@pytest.mark.slow
 def test_variations_of_images(images: list[Image.Image], tmp_path: Path) -> None:
     """Two images with two variations each; the folder that is saved here opens there."""
     parts = diffusers.StableDiffusionPipeline.from_pretrained(folders.stable_diffusion(tmp_path / "sd")).components
@@ -212,6 +214,7 @@ def test_several_adapters_with_masks_and_embeddings(model: Path, adapters: Path,
     assert pipe.programs.compilations == compiled
 
 
+@pytest.mark.slow
 def test_faces_with_their_lora(model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     """The LoRA of a face ID file, in self-attentions and cross-attentions, is a live adapter."""
     net = UNet2DConditionModel.from_pretrained(model / "unet")[0]

@@ -82,6 +82,7 @@ def test_prior(tmp_path: Path) -> None:
     assert again.params["prior"] is pipe.params["prior"]
 
 
+@pytest.mark.slow
 def test_image_to_image(tmp_path: Path) -> None:
     """The noise of the start follows from the strength alone, not from the sampler's noise schedule."""
     pipe, twin = opened("KandinskyImg2ImgPipeline", tmp_path / "model")
@@ -144,6 +145,7 @@ def test_other_samplers_sizes_and_no_guidance(tmp_path: Path) -> None:
         compare(DiffusionPipeline.from_pretrained(tmp_path / "other"), twin, prompt="a cat", **embeddings(), **SHORT)
 
 
+@pytest.mark.slow
 def test_both_stages_in_one(tmp_path: Path) -> None:
     """As PyTorch's, with the noise of one generator that goes on from stage to stage; the negative prompt is the
     prior's."""

@@ -60,6 +60,7 @@ def product(tensors: Mapping[str, Any], name: str) -> Any:
     return 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
 
 
+@pytest.mark.slow
 def test_both_text_encoders_of_sdxl(tmp_path: Path) -> None:
     folder = folders.stable_diffusion_xl(tmp_path / "xl")
     twin = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)

@@ -82,6 +82,7 @@ def test_text_to_image_with_perturbed_attention(sd1: Path, tmp_path: Path) -> No
         pipe.replace(pag_applied_layers="(")(**request)
 
 
+@pytest.mark.slow
 def test_perturbed_attention_with_controlnets_and_inpainting(tmp_path: Path, images: list[Any]) -> None:
     """The ControlNet acts on the perturbed branch as on the others."""
     folder = folders.controlled(tmp_path / "model", 1)

@@ -24,7 +24,10 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SLOWLY = {"sd2": pytest.param("sd2", marks=pytest.mark.slow)}
+
+
+@pytest.fixture(scope="module", params=[SLOWLY.get(name, name) for name in FAMILIES])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """Name, folder and PyTorch pipeline of one family."""
     make, kind = FAMILIES[request.param]

@@ -29,7 +29,7 @@ PRUNED = {
 }
 
 
-@pytest.fixture(scope="module", params=PRUNED)
+@pytest.fixture(scope="module", params=["ssd-1b", pytest.param("koala", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folders.stable_diffusion_xl(tmp_path_factory.mktemp("pruned") / "model")
     torch.manual_seed(1)
@@ -54,6 +54,7 @@ def test_text_to_image_and_an_ip_adapter(folder: Path, tmp_path: Path) -> None:
     agree(pipe.unload_ip_adapter(), twin)
 
 
+@pytest.mark.slow
 def test_controlnets_made_from_them(folder: Path, tmp_path: Path) -> None:
     """Those without a middle block have none in diffusers either."""
     unet, params = UNet2DConditionModel.from_pretrained(folder / "unet")

@@ -199,6 +199,7 @@ def test_the_decoder_pipeline(tmp_path: Path) -> None:
     assert opened(tmp_path / "ours").options["latent_dim_scale"] == 8.0
 
 
+@pytest.mark.slow
 def test_both_stages_as_one_pipeline(tmp_path: Path) -> None:
     """PyTorch's second stage begins its noise anew too, because its generator is reset."""
     twin = wuerstchen.combined_pipeline(tmp_path / "both")

@@ -273,6 +273,7 @@ def test_a_controlnet_has_adapters_too(tmp_path: Path) -> None:
     assert live.get_list_adapters() == {"controlnet": ["a"]}
 
 
+@pytest.mark.slow
 def test_on_a_mesh_with_a_controlnet_and_modifiers(pipe: Any) -> None:
     """On eight devices, with parameters sharded, kept features and changed layers: what the merged adapters give."""
     rng = np.random.default_rng(1)

@@ -72,7 +72,10 @@ def controlled(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
     return StableDiffusionControlNetPipeline.from_pipe(PLAIN, controlnet=(net, params)), {"image": IMAGE}
 
 
-@pytest.mark.parametrize("kind", [with_lora, checked, inpainting, controlled])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in (with_lora, checked)]
+
+
+@pytest.mark.parametrize("kind", [*SLOW, inpainting, controlled])
 def test_devices_that_divide_the_images_send_nothing(kind: Any, tmp_path: Path) -> None:
     pipe, call = kind(tmp_path)
     found, program = sent(pipe, "data=8", **PROMPTS, **call)

@@ -41,7 +41,7 @@ def chain(pipe: Any, refine: Any, kind: str, between: Callable[[Any], Any] = lam
     return refine(image=larger, strength=0.5, seed=[4, 5, 6], output_type=kind, **CALL).images
 
 
-@pytest.mark.parametrize("kind", ["latent", "jax"])
+@pytest.mark.parametrize("kind", ["latent", pytest.param("jax", marks=pytest.mark.slow)])
 def test_it_is_the_same_on_the_device_and_through_host_memory(pipe: Any, refine: Any, kind: str) -> None:
     with jax.transfer_guard("disallow"):
         found = chain(pipe, refine, kind)

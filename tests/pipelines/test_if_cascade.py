@@ -47,6 +47,7 @@ def alone() -> list[np.ndarray]:
     return images(opened(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_images_are_those_without_a_mesh(mesh: str, alone: list[np.ndarray]) -> None:
     found = images(opened(mesh))

@@ -64,6 +64,7 @@ def test_offloaded_parameters_stay_on_the_host_of_a_mesh(pipe: StableDiffusionPi
     np.testing.assert_allclose(there("a", **REQUEST).images, pipe("a", **REQUEST).images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_callback_sees_the_images_of_the_request(pipe: StableDiffusionPipeline):
     """Three images are computed as four; in batches of two, as two and two."""
     seen, request = [], REQUEST | {"seed": [0, 1, 2]}

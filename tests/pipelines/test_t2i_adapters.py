@@ -52,6 +52,7 @@ class WithControlNet(StableDiffusionAdapterPipeline):
         return controlled(super().compose(prompt, image, **others), self, control_image, control, scale=1.0)
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_is_no_adapter_whatever_else_there_is(pipe: StableDiffusionAdapterPipeline) -> None:
     unet, params = pipe.components["unet"], pipe.params["unet"]
     net = ControlNetModel.from_unet(unet, params, conditioning_embedding_out_channels=(4, 8))[0]

@@ -371,6 +371,7 @@ def test_a_saved_program_is_used_and_a_damaged_one_is_compiled_again(pipe: Stabl
     assert fresh.programs.compilations == 1
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_program(pipe: StableDiffusionPipeline):
     """A key must not hold anything that differs between processes, such as an address."""
     code = """

@@ -35,7 +35,9 @@ print(clip_tokenizer(sys.argv[1])("red heart").input_ids)
 """
 
 
-@pytest.mark.parametrize(("first", "warned"), [("", False), ("import transformers", True)])
+@pytest.mark.parametrize(
+    ("first", "warned"), [pytest.param("", False, marks=pytest.mark.slow), ("import transformers", True)]
+)
 def test_no_message_asks_to_install_pytorch(first: str, warned: bool) -> None:
     code = WITHOUT_TORCH + first + TOKENIZE
     folder = SHIPPED["diffuse-jax/emoji"] / "tokenizer"

@@ -23,6 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_inpainting(tmp_path_factory.mktemp("inpainting"))
 
 
+@pytest.mark.slow
 def test_it_learns_twelve_images_and_resumes_bit_for_bit(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

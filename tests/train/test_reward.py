@@ -155,6 +155,7 @@ def aesthetic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"reward": "aesthetic", **paths}
 
 
+@pytest.mark.slow
 def test_draft_raises_the_aesthetic_reward(
     aesthetic: dict[str, Any], flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
