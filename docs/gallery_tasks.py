@@ -157,9 +157,22 @@ def lcm(pipe: Any, args: argparse.Namespace) -> Sheet:
     return Sheet([list(row) for row in zip(*columns.values())], [*map(thing, prompts)], [*columns])
 
 
+def edits(pipe: Any, args: argparse.Namespace) -> Sheet:
+    """Drawings of one style, edited to another in which they are held out, and the true drawing of that style."""
+    sys.path.append(str(ROOT))
+    from benchmarks.emoji_edits import held_out_edits
+
+    editor, seeds, rows, beside = DiffusionPipeline.from_pretrained(Path(args.trained) / "instruct-pix2pix"), 3, [], []
+    for edit in held_out_edits(args.edits_dir, 6):
+        given = SETTINGS | {"image": [edit.before] * seeds, "seed": list(range(seeds))}
+        rows.append([edit.before, *editor([edit.instruction] * seeds, **given).images, edit.after])
+        beside.append(edit.label)
+    return Sheet(rows, beside, ["before", *(f"seed {seed}" for seed in range(seeds)), "true"])
+
+
 IMAGE_PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (image_to_image, inpainting, ip_adapter)
 }
 TRAINED_PARTS: dict[str, Callable[[Any, argparse.Namespace], Sheet]] = {
-    part.__name__: part for part in (control, loras, lcm)
+    part.__name__: part for part in (control, loras, lcm, edits)
 }
