@@ -71,9 +71,10 @@ def lora_file(folder: Path) -> Path:
         unet = UNet2DConditionModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
         rng = np.random.default_rng(3)
         tensors = {}
-        for layer, (inputs, outputs) in lora.dense_layers(unet.shapes()).items():
-            if not re.search(TARGETS, "/".join(layer)):
+        for layer, kernel in lora.adaptable(unet.shapes()).items():
+            if len(kernel) != 2 or not re.search(TARGETS, "/".join(layer)):
                 continue
+            inputs, outputs = kernel
             name = "unet." + torch_key((*layer, "kernel")).removesuffix(".weight")
             tensors[f"{name}.lora_A.weight"] = rng.standard_normal((RANK, inputs), np.float32) * inputs**-0.5
             tensors[f"{name}.lora_B.weight"] = rng.standard_normal((outputs, RANK), np.float32) * 0.3 * RANK**-0.5

@@ -1,15 +1,17 @@
 """Low-rank adaptation (LoRA; Hu et al. 2021, arXiv 2106.09685).
 
 A dense layer with kernel ``W [in, out]`` gets a pair ``down [in, r]``, ``up [r, out]`` and computes
-``x W + scale * (x down) up`` (section 4.1, where it is ``W_0 + B A`` and ``scale`` is ``alpha / r``). A network's pairs
-form a separate tree, ``{..., "to_q": {"down", "up"}}``, at the paths of the layers. :func:`live` applies the pairs
-beside the kernels, for training: no gradient of a whole kernel is ever computed. :func:`merge` adds them to the
-kernels, for sampling: nothing extra is left to compute.
+``x W + scale * (x down) up`` (section 4.1, where it is ``W_0 + B A`` and ``scale`` is ``alpha / r``). A convolution's
+pair has ``down [k, k, in, r]``, which is one with its stride and padding. A network's pairs form a separate tree,
+``{..., "to_q": {"down", "up"}}``, at the paths of the layers. :func:`live` applies the pairs beside the kernels, for
+training: no gradient of a whole kernel is ever computed. :func:`merge` adds them to the kernels, for sampling: nothing
+extra is left to compute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ PAIR = ("down", "up")
 
 
 def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> Params:
-    """New pairs for a network's dense layers in float32: ``down`` normal with deviation ``1 / rank``, ``up`` zero.
+    """New pairs for a network's layers in float32: ``down`` normal with deviation ``1 / rank``, ``up`` zero.
 
     They leave the network's output unchanged until they are trained.
 
@@ -39,33 +41,41 @@ def init(shapes: Params, rank: int, key: jax.Array, targets: str = TARGETS) -> P
       targets: regular expression that is searched for in the layers' paths, such as ``a/b/to_q``.
 
     Raises:
-      ValueError: no dense layer matches, or the rank is not positive, or above what any of the layers can have.
+      ValueError: no layer matches, or the rank is not positive, or above what any of the layers can have.
     """
     if rank < 1:
         raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
-    layers = dense_layers(shapes)
+    layers = adaptable(shapes)
     chosen = [path for path in layers if re.search(targets, "/" + "/".join(path))]
     if not chosen:
-        raise ValueError(f"no dense layer matches the LoRA targets {targets!r}; the network has, for example, "
+        raise ValueError(f"no layer matches the LoRA targets {targets!r}; the network has, for example, "
                          + ", ".join("/".join(path) for path in list(layers)[:3]))  # fmt: skip
-    widest = max(chosen, key=lambda path: min(layers[path]))
-    if rank > (limit := min(layers[widest])):
+    widest = max(chosen, key=lambda path: highest_rank(layers[path]))
+    if rank > (limit := highest_rank(layers[widest])):
         raise ValueError(
             f"the LoRA rank must be at most {limit} here, got {rank}: a change of a layer has no higher rank than its "
             f"narrower side, and the widest layer, {'/'.join(widest)}, is {' x '.join(map(str, layers[widest]))}"
         )
     flat: dict[Path, jax.Array] = {}
     for path, k in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
-        rows, columns = layers[path]
-        flat[(*path, "down")] = jax.random.normal(k, (rows, rank), jnp.float32) / rank
+        *inputs, columns = layers[path]
+        flat[(*path, "down")] = jax.random.normal(k, (*inputs, rank), jnp.float32) / rank
         flat[(*path, "up")] = jnp.zeros((rank, columns), jnp.float32)
     return unflatten(flat)
 
 
-def dense_layers(shapes: Params) -> dict[Path, tuple[int, int]]:
-    """Path -> ``(in, out)`` of every layer with a kernel of rank 2."""
+def adaptable(shapes: Params) -> dict[Path, tuple[int, ...]]:
+    """Path -> shape of the kernel, ``[in, out]`` or ``[k, k, in, out]``, of every layer that can have a pair.
+
+    Convolutions of each channel by itself, whose kernels have one input, cannot.
+    """
     kernels = {path[:-1]: leaf.shape for path, leaf in flatten(shapes).items() if path[-1] == "kernel"}
-    return {path: shape for path, shape in kernels.items() if len(shape) == 2}
+    return {path: shape for path, shape in kernels.items() if len(shape) == 2 or (len(shape) == 4 and shape[2] > 1)}
+
+
+def highest_rank(shape: tuple[int, ...]) -> int:
+    """The rank of a kernel of this shape, as a matrix of its window's inputs and its outputs."""
+    return min(math.prod(shape[:-1]), shape[-1])
 
 
 def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
@@ -79,7 +89,7 @@ def merge(params: Params, pairs: Params, scale: float = 1.0) -> Params:
     flat = flatten(params)
     for path, pair in pairs_of(pairs).items():
         kernel, name = flat.get((*path, "kernel")), "/".join(path)
-        if kernel is None or kernel.shape != (pair["down"].shape[0], pair["up"].shape[1]):
+        if kernel is None or kernel.shape != (*pair["down"].shape[:-1], pair["up"].shape[1]):
             have = "no kernel there" if kernel is None else f"a kernel of shape {kernel.shape}"
             raise ValueError(
                 f"LoRA for {name} is {pair['down'].shape} x {pair['up'].shape}; this network has {have}: "

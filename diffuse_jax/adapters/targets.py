@@ -13,5 +13,8 @@ CUSTOM_DIFFUSION: Mapping[str, str] = {
 }
 """What Custom Diffusion trains, by diffusers' names -> paths of these arrays: the projections of cross-attention."""
 
-UNET_TARGETS = r"/(to_q|to_k|to_v|to_out_0|proj_in|proj_out|net_0/proj|net_2|time_emb_proj)$"
-"""Paths of the dense layers in a UNet's blocks, which LCM-LoRA adapts."""
+UNET_TARGETS = (
+    r"/(to_q|to_k|to_v|to_out_0|proj_in|proj_out|net_0/proj|net_2)$"
+    r"|/(conv1|conv2|conv_shortcut|time_emb_proj|(down|up)samplers_0/conv)$"
+)
+"""Paths of all layers in a UNet's blocks, dense or convolutions, which LCM-LoRA adapts."""

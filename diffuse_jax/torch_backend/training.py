@@ -17,6 +17,8 @@ import numpy as np
 import optax
 
 from diffuse_jax.adapters import lora
+from diffuse_jax.adapters.lora_file import changes_of, stem_of
+from diffuse_jax.adapters.targets import TARGETS
 from diffuse_jax.models.base import Params
 from diffuse_jax.pipelines import DiffusionPipeline
 from diffuse_jax.training.batches import Batch
@@ -70,13 +72,13 @@ def full(pipe: DiffusionPipeline, names: Sequence[str]) -> Trained:
     return Trained(trainable, frozen, whole(networks(pipe)), named_parameters)
 
 
-def low_rank(pipe: DiffusionPipeline, names: Sequence[str], rank: int, seed: int) -> Trained:
+def low_rank(pipe: DiffusionPipeline, names: Sequence[str], rank: int, seed: int, targets: str = TARGETS) -> Trained:
     """LoRA for the named networks; both matrices of each pair are random values that bfloat16 represents exactly.
 
     In real training, ``up`` starts at zero, so ``down`` would have no gradient to compare.
     """
     rng = np.random.default_rng(seed)
-    fresh = {name: lora.init(pipe.components[name].shapes(), rank, jax.random.key(seed)) for name in names}
+    fresh = {name: lora.init(pipe.components[name].shapes(), rank, jax.random.key(seed), targets) for name in names}
     normal = lambda x: jnp.asarray(rng.standard_normal(x.shape) / (2 * rank), jnp.bfloat16)
     pairs = jax.tree.map(lambda x: normal(x).astype(jnp.float32), fresh)
     return Trained(pairs, dict(pipe.params), with_lora(networks(pipe)), named_pairs)
@@ -92,10 +94,8 @@ def named_pairs(pairs: Mapping[str, Params]) -> dict[str, np.ndarray]:
     """``{"unet": pairs}`` -> ``{"unet.mid_block...to_q.lora_A.weight": array [r,in], ...}``, as peft names them."""
     found = {}
     for name, tree in pairs.items():
-        for path, pair in lora.pairs_of(tree).items():
-            stem = f"{name}.{torch_key((*path, 'kernel')).removesuffix('.weight')}"
-            found[f"{stem}.lora_A.weight"] = np.asarray(pair["down"]).T
-            found[f"{stem}.lora_B.weight"] = np.asarray(pair["up"]).T
+        for path, change in changes_of(tree).items():
+            found |= {f"{stem_of(name, path)}.lora_{'AB'[half == 'up']}.weight": x for half, x in change.parts.items()}
     return found
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffuse_jax.adapters import lora
 from diffuse_jax.adapters.lora_file import load_lora, save_lora
+from diffuse_jax.adapters.targets import TARGETS, UNET_TARGETS
 from diffuse_jax.models import UNet2DConditionModel
 from diffuse_jax.models.presets import SD15_UNET
 from diffuse_jax.text.clip import CLIPTextModel
@@ -37,9 +38,9 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.random.normal(k_sample, (1, 8, 8, UNET.config.in_channels)), jnp.array([3]), text
 
 
-def pairs(model: object, rng: np.random.Generator, rank: int = 3) -> dict:
+def pairs(model: object, rng: np.random.Generator, rank: int = 3, targets: str = TARGETS) -> dict:
     """Pairs whose second half is not zero any more."""
-    fresh = lora.init(model.shapes(), rank, jax.random.key(0))
+    fresh = lora.init(model.shapes(), rank, jax.random.key(0), targets)
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) / 4, fresh)
 
 
@@ -54,7 +55,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_live_and_merged_pairs_compute_the_same(remat: str, rng: np.random.Generator) -> None:
-    params, own = initial_params(SMALL.shapes(), 0, zero=()), pairs(SMALL, rng)
+    params, own = initial_params(SMALL.shapes(), 0, zero=()), pairs(SMALL, rng, targets=UNET_TARGETS)
     model = SMALL.clone(remat=remat)
 
     def loss(own: dict, merged: bool) -> jax.Array:
@@ -71,7 +72,7 @@ def test_live_and_merged_pairs_compute_the_same(remat: str, rng: np.random.Gener
 
 
 def test_merging_is_undone_by_the_opposite_scale(rng: np.random.Generator) -> None:
-    params, own = initial_params(UNET.shapes(), 0), pairs(UNET, rng)
+    params, own = initial_params(UNET.shapes(), 0), pairs(UNET, rng, targets=UNET_TARGETS)
     again = lora.merge(lora.merge(params, own, 0.7), own, -0.7)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, again)
 
@@ -86,7 +87,7 @@ def test_all_attention_of_stable_diffusion_gets_pairs() -> None:
 
 
 def test_files_round_trip_and_other_layouts_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
-    own = {"unet": pairs(UNET, rng), "text_encoder": pairs(TEXT, rng)}
+    own = {"unet": pairs(UNET, rng, targets=UNET_TARGETS), "text_encoder": pairs(TEXT, rng)}
     shapes = {"unet": UNET.shapes(), "text_encoder": TEXT.shapes()}
     file = save_lora(tmp_path, own)
     jax.tree.map(np.testing.assert_array_equal, load_lora(tmp_path, shapes), own)
@@ -241,7 +242,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, rng: np.random.Generator) 
         lora.merge(initial_params(TEXT.shapes(), 0), own["unet"])
     with pytest.raises(ValueError, match="at least 1"):
         lora.init(UNET.shapes(), 0, jax.random.key(0))
-    with pytest.raises(ValueError, match="no dense layer matches"):
+    with pytest.raises(ValueError, match="no layer matches"):
         lora.init(UNET.shapes(), 1, jax.random.key(0), targets="nothing")
 
 
@@ -295,14 +296,21 @@ def test_values_that_are_not_finite_are_refused_by_the_name_of_their_tensor(
 
 
 def test_a_rank_that_no_layer_can_have_is_refused() -> None:
-    widest = max(lora.dense_layers(UNET.shapes()).values(), key=min)
-    lora.init(UNET.shapes(), min(widest), jax.random.key(0), ".")
-    with pytest.raises(ValueError, match=f"rank must be at most {min(widest)} here, got 100000: .* {widest[0]} x"):
-        lora.init(UNET.shapes(), 100_000, jax.random.key(0), ".")
+    kernels = {path: lora.highest_rank(shape) for path, shape in lora.adaptable(UNET.shapes()).items()}
+    highest = max(kernels.values())
+    pairs = lora.pairs_of(lora.init(UNET.shapes(), highest, jax.random.key(0), "."))
+    assert pairs.keys() == kernels.keys()
+    with pytest.raises(ValueError, match=f"rank must be at most {highest} here, got {highest + 1}: "):
+        lora.init(UNET.shapes(), highest + 1, jax.random.key(0), ".")
+    single = {"depthwise": {"kernel": jax.ShapeDtypeStruct((3, 3, 1, 40), jnp.float32)}}
+    assert not lora.adaptable(single), "each channel by itself"
+    window = {"conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 4, 40), jnp.float32)}}
+    with pytest.raises(ValueError, match="rank must be at most 36 here, got 37: .* conv, is 3 x 3 x 4 x 40"):
+        lora.init(window, 37, jax.random.key(0), ".")
 
 
 def test_a_pair_is_judged_by_its_shape_before_it_is_converted(tmp_path: Path) -> None:
-    path, pair = next(iter(lora.dense_layers(UNET.shapes()).items()))
+    path, pair = next((path, shape) for path, shape in lora.adaptable(UNET.shapes()).items() if len(shape) == 2)
     stem = "unet." + torch_key((*path, "kernel")).removesuffix(".weight")
     for rank, columns in ((0, pair[0]), (1 << 22, 1)):
         down = np.zeros((rank, columns), np.int8)

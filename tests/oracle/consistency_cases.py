@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffuse_jax.adapters.targets import UNET_TARGETS
 from diffuse_jax.pipelines.parts.network import strength_embedding
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend import training
@@ -151,8 +152,8 @@ def whole_student(case: Case, folder: Path, width: int = WIDTH) -> Steps:
 
 
 def low_rank_student(case: Case) -> Steps:
-    """Low-rank pairs, whose target is themselves."""
-    trained = training.low_rank(case.pipe, ["unet"], rank=3, seed=0)
+    """Low-rank pairs of all layers that the trainer adapts by default, whose target is themselves."""
+    trained = training.low_rank(case.pipe, ["unet"], rank=3, seed=0, targets=UNET_TARGETS)
     trained = trained._replace(frozen=case.frozen, combine=with_lora(networks(case.pipe)))
     parameters = twin.low_rank_parameters(case.theirs, trained.trainable)
     student = case.caller(case.theirs.unet)

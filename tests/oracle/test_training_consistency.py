@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 
 from diffuse_jax import DiffusionPipeline, LCMScheduler, pipelines
 from diffuse_jax.adapters import lora
-from diffuse_jax.adapters.lora_file import save_lora
+from diffuse_jax.adapters.lora_file import save_lora, torch_shape
 from diffuse_jax.adapters.targets import UNET_TARGETS
+from diffuse_jax.layouts.lora_names import layer_name
+from diffuse_jax.models import UNet2DConditionModel, presets
 from diffuse_jax.pipelines.parts.network import strength_embedding
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.torch_backend.training_report import Tolerance, compare_updates, verdict
@@ -27,7 +31,7 @@ from diffuse_jax.training.latent import open_pipeline, save_networks
 from diffuse_jax.training.latent_model import save_rest
 from diffuse_jax.training.settings import ConsistencySettings, ModelSettings
 from tests.oracle.agreement import require_same
-from tests.train.latent_models import SIZE, save_sd, save_sdxl
+from tests.train.latent_models import LEVELS, SIZE, UNET, XL_UNET, save_sd, save_sdxl
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 from tests.oracle.consistency_cases import WIDTH, Case, low_rank_student, whole_student  # noqa: E402
@@ -69,7 +73,15 @@ def test_a_whole_student_and_its_average(save: Any, loss: str, tmp_path: Path, r
     check(whole_student(case, tmp_path))
 
 
-@pytest.mark.parametrize(("save", "loss"), [pytest.param(save_sd, "l2", marks=pytest.mark.slow), (save_sdxl, "huber")])
+SD_LEVELS, XL_LEVELS = (
+    functools.partial(save, unet=unet.replace(**LEVELS)) for save, unet in ((save_sd, UNET), (save_sdxl, XL_UNET))
+)
+"""Their UNets also have the convolutions that halve and double the size."""
+
+
+@pytest.mark.parametrize(
+    ("save", "loss"), [pytest.param(SD_LEVELS, "l2", marks=pytest.mark.slow), (save_sdxl, "huber")]
+)
 def test_low_rank_pairs_whose_target_is_themselves(
     save: Any, loss: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -78,7 +90,7 @@ def test_low_rank_pairs_whose_target_is_themselves(
     case = Case(save(tmp_path, fresh=False), rng, ConsistencySettings(loss_type=loss, num_ddim_timesteps=5, **WEAK))
     check(low_rank_student(case))
     states = case.frozen[UNCONDITIONAL]["states"]
-    assert np.any(states) == (save is save_sd), "SDXL's guidance takes zeros"
+    assert np.any(states) == (save is SD_LEVELS), "SDXL's guidance takes zeros"
 
 
 PROMPT = "two dogs, one hat"
@@ -118,19 +130,42 @@ def test_pytorch_samples_the_folder_of_a_student(save: Any, tmp_path: Path) -> N
         require_same(kept, *images_of(kept, lcm, guidance_scale=7.5), SAME)
 
 
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+"""The ends of the names of the layers that diffusers' scripts adapt."""
+
+
+@pytest.mark.parametrize(("config", "layers"), [(presets.SD15_UNET, 278), (presets.SDXL_UNET, 788)])
+def test_the_layers_with_pairs_are_those_of_published_files(config: Any, layers: int) -> None:
+    """``lcm-lora-sdv1-5`` and ``lcm-lora-sdxl``."""
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(config.to_json())
+    wanted = {name: tuple(layer.weight.shape) for name, layer in theirs.named_modules()
+              if name.endswith(tuple(f".{end}" for end in TARGETS))}  # fmt: skip
+    shapes = UNet2DConditionModel(config).shapes()
+    found = {
+        path: shape for path, shape in lora.adaptable(shapes).items() if re.search(UNET_TARGETS, "/" + "/".join(path))
+    }
+    assert {layer_name(path): torch_shape(shape) for path, shape in found.items()} == wanted
+    assert len(found) == layers
+
+
 def test_pytorch_samples_with_the_pairs(tmp_path: Path) -> None:
-    """Those of every dense layer that has them by default."""
+    """Those of every layer that has them by default."""
     pytest.importorskip("peft", reason="PyTorch diffusers loads LoRA through peft")
-    pipe = DiffusionPipeline.from_pretrained(save_sdxl(tmp_path / "teacher", fresh=False))
+    pipe = DiffusionPipeline.from_pretrained(XL_LEVELS(tmp_path / "teacher", fresh=False))
     fresh = lora.init(pipe.components["unet"].shapes(), 4, jax.random.key(1), UNET_TARGETS)
     pairs = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) / 8, fresh)
-    adapted = {path[-1] for path in lora.pairs_of(pairs)}
-    assert adapted == {"to_q", "to_k", "to_v", "to_out_0", "proj_in", "proj_out", "proj", "net_2", "time_emb_proj"}
+    adapted = {layer_name(path) for path in lora.pairs_of(pairs)}
+    assert all(any(name.endswith(f".{end}") for name in adapted) for end in TARGETS)
     save_lora(tmp_path / "lora", {"unet": pairs})
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "teacher")
     plain = pipe = pipe.replace(scheduler=LCMScheduler.from_config(pipe.scheduler))
     theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
     theirs.load_lora_weights(tmp_path / "lora")
+    assert {name for name, layer in theirs.unet.named_modules() if hasattr(layer, "lora_A")} == adapted
     pipe = pipe.load_lora_weights(tmp_path / "lora")
     ours, wanted = images_of(pipe, theirs, guidance_scale=1.0)
     require_same(pipe, ours, wanted, SAME)

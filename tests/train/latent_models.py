@@ -31,6 +31,13 @@ XL_UNET = dataclasses.replace(
     UNET, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
     projection_class_embeddings_input_dim=6 * 4 + 16, use_linear_projection=True,
 )  # fmt: skip
+LEVELS: dict[str, Any] = {
+    "block_out_channels": (16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "num_attention_heads": (2, 2),
+}
+"""Two levels in place of one, for what halves and doubles the size."""
 
 
 def networks(
@@ -75,10 +82,12 @@ def save_inpainting(folder: Path, *, fresh: bool = True) -> Path:
     return saved(folder, StableDiffusionInpaintPipeline, pairs, {"tokenizer": tiny.tokenizer()})
 
 
-def save_sdxl(folder: Path, *, fresh: bool = True, middle: str | None = None) -> Path:
+def save_sdxl(
+    folder: Path, *, fresh: bool = True, middle: str | None = None, unet: UNet2DConditionConfig = XL_UNET
+) -> Path:
     """The folder of a Stable Diffusion XL."""
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    pairs = networks(XL_UNET.replace(mid_block_type=middle), encoders, fresh)
+    pairs = networks(unet.replace(mid_block_type=middle), encoders, fresh)
     words = {name: tiny.tokenizer() for name in ("tokenizer", "tokenizer_2")}
     return saved(folder, StableDiffusionXLPipeline, pairs, words)
 

@@ -290,7 +290,7 @@ def test_control_images_are_computed_and_cached_and_a_controlnet_is_trained_furt
         ("text_to_image.py", {"pretrained_model_name_or_path": "/no/where"}, "/no/where: no such folder"),
         ("text_to_image.py", {"pretrained_vae_model_name_or_path": "/no/where"}, "/no/where: no such folder"),
         ("text_to_image_lora.py", {"rank": 100_000}, "the LoRA rank must be at most 16 here, got 100000"),
-        ("text_to_image_lora.py", {"lora_targets": "nothing"}, "no dense layer matches the LoRA targets 'nothing'"),
+        ("text_to_image_lora.py", {"lora_targets": "nothing"}, "no layer matches the LoRA targets 'nothing'"),
         ("dreambooth_lora.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "rank": 100_000}, "at most 16"),
         ("dreambooth.py", {"instance_data_dir": EMOJI, "instance_prompt": "x", "resolution": 15}, "multiple of 2"),
         ("controlnet.py", {"conditioning": "canny", "controlnet_model_name_or_path": "/no/where"}, "no such folder"),
