@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.latent_flags import add_custom, latent_parser
@@ -20,7 +21,7 @@ from diffuse_jax.training.latent_flags import add_custom, latent_parser
 
 @functools.cache
 def parse_args() -> argparse.Namespace:
-    defaults = {"train_batch_size": 4, "learning_rate": 1e-5}
+    defaults: dict[str, Any] = {"train_batch_size": 4, "learning_rate": 1e-5}
     parser = latent_parser(__doc__, output_dir="runs/custom-diffusion", text_encoders=False, **defaults)
     add_custom(parser)
     return parser.parse_args()

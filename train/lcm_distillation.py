@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.latent_flags import add_student, consistency_parser
@@ -64,7 +65,7 @@ def main() -> None:
     plan = configured_from(model, "distillation")
     distillation = consistency_from(settings, plan)
     shapes = {"unet": with_guidance(plan, settings.unet_time_cond_proj_dim).params["unet"]}
-    images = {"shown": shown, "sampler": distillation.sampler}
+    images: dict[str, Any] = {"shown": shown, "sampler": distillation.sampler}
     source = checked_source(run, model, data, ObjectiveSettings(), mesh, plan, trainable=shapes, **images)
     pipe = pipeline_from(model, mesh, float32=TRAINED)
     student, teacher = with_guidance(pipe, settings.unet_time_cond_proj_dim), teacher_of(pipe)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
 from diffuse_jax.adapters.targets import UNET_TARGETS
 from diffuse_jax.training.command import flags_first, train
@@ -62,7 +63,7 @@ def main() -> None:
     plan = configured_from(model, "distillation")
     distillation = consistency_from(settings, plan)
     shapes = lora_shapes(lora, plan, TRAINED)
-    images = {"shown": shown, "sampler": distillation.sampler}
+    images: dict[str, Any] = {"shown": shown, "sampler": distillation.sampler}
     source = checked_source(run, model, data, ObjectiveSettings(), mesh, plan, trainable=shapes, **images)
     pipe = pipeline_from(model, mesh, float32=())
     pairs = lora_from(lora, pipe, TRAINED, run.seed)

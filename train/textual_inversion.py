@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 from pathlib import Path
+from typing import Any
 
 from diffuse_jax.training.command import flags_first, train
 from diffuse_jax.training.latent_flags import add_inversion, latent_parser
@@ -19,7 +20,7 @@ from diffuse_jax.training.latent_flags import add_inversion, latent_parser
 
 @functools.cache
 def parse_args() -> argparse.Namespace:
-    defaults = {"train_batch_size": 4, "max_grad_norm": None}
+    defaults: dict[str, Any] = {"train_batch_size": 4, "max_grad_norm": None}
     parser = latent_parser(__doc__, output_dir="runs/textual-inversion", text_encoders=False, **defaults)
     add_inversion(parser)
     return parser.parse_args()

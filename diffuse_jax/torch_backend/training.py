@@ -92,7 +92,7 @@ def named_parameters(params: Mapping[str, Params]) -> dict[str, np.ndarray]:
 
 def named_pairs(pairs: Mapping[str, Params]) -> dict[str, np.ndarray]:
     """``{"unet": pairs}`` -> ``{"unet.mid_block...to_q.lora_A.weight": array [r,in], ...}``, as peft names them."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name, tree in pairs.items():
         for path, change in changes_of(tree).items():
             found |= {f"{stem_of(name, path)}.lora_{'AB'[half == 'up']}.weight": x for half, x in change.parts.items()}

@@ -15,13 +15,11 @@ Batch = dict[str, np.ndarray]
 
 
 class Batches(Protocol):
-    """An endless iterator over the batches of a run whose position can be saved and restored.
+    """An endless iterator over the batches of a run whose position can be saved and restored."""
 
-    Attributes:
-      names: the files or keys of the examples in the batch returned last, for error messages.
-    """
-
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """The files or keys of the examples in the batch returned last, for error messages."""
 
     def __next__(self) -> Batch: ...
 

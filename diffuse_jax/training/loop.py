@@ -34,7 +34,8 @@ from diffuse_jax.training.state import Loss, TrainState, ema_rate, init_state, m
 from diffuse_jax.training.trackers import Images, Tracker, open_trackers, wanted_trackers
 from diffuse_jax.training.upload import make_repository
 
-Export = Callable[[Path, Params], None]
+Export = Callable[[Path, Params], Any]
+"""Writes parameters to a folder; what it returns, such as the file, is not read."""
 Validate = Callable[[Params], Images]
 
 

@@ -108,13 +108,13 @@ def kandinsky_prior(folder: Path, rng: np.random.Generator, *, lora: bool = Fals
     return steps.compare(pipe, trained, batch, objective, parameters, loss)
 
 
-def wuerstchen_prior(folder: Path, rng: np.random.Generator, *, lora: bool = False) -> Any:
-    """With an encoder of semantic maps from a file of another program."""
+def wuerstchen_prior(folder: Path, rng: np.random.Generator, *, lora: bool = False, masked: bool = False) -> Any:
+    """With an encoder of semantic maps from a file of another program; ``masked``: with masks of the loss."""
     theirs, encoder = wuerstchen.prior_pipeline(folder / "prior"), efficientnet.tiny(wuerstchen.PRIOR["c_in"])
     torch.save({"state_dict": {"x": torch.zeros(1)}, "effnet_state_dict": encoder.state_dict()}, folder / "b.pt")
     pipe = steps.opened(folder / "prior", ("prior",), sources={"effnet": folder / "b.pt"})
     objective = Objective(scheduler=pipe.scheduler)
-    batch = steps.batch_of(pipe, 64, rng)
+    batch = steps.batch_of(pipe, 64, rng, masked=masked)
     trained, parameters = trained_of(pipe, theirs, "prior", lora=lora)
     loss = lambda: steps.semantic_loss(theirs, encoder, objective, batch)
     return steps.compare(pipe, trained, batch, objective, parameters, loss)
@@ -136,6 +136,7 @@ CASES: dict[str, Callable[[Path, np.random.Generator], Any]] = {
     "Kandinsky 2.2 prior, DreamBooth": functools.partial(kandinsky_prior, few=True),
     "Kandinsky 2.2 prior, LoRA": functools.partial(kandinsky_prior, lora=True),
     "Würstchen prior": wuerstchen_prior,
+    "Würstchen prior, masks": functools.partial(wuerstchen_prior, masked=True),
     "Würstchen prior, LoRA": functools.partial(wuerstchen_prior, lora=True),
 }
 """One training step of each, by its name in the documentation."""

@@ -201,10 +201,11 @@ def semantic_loss(pipe: Any, encoder: Any, objective: Objective, batch: Mapping[
         states = text_states(pipe, batch).last_hidden_state
         maps = (encoder((unit - each(0.485, 0.456, 0.406)) / each(0.229, 0.224, 0.225)) + 1) / 42
     x0 = channels_last(maps)
+    weight = torch.tensor(batch.get("loss_mask", np.ones(x0.shape[:3], np.float32)))[..., None]
     _, drawn = step_noise(objective, SEED, tuple(x0.shape))
     noise, t = to_torch(drawn.noise, "cpu"), torch.tensor(np.asarray(drawn.t))
     assert t.dtype == torch.float32
     x = twin.diffusers.DDPMWuerstchenScheduler().add_noise(maps, channels_first(noise), t)
     prediction = channels_last(pipe.prior(x, t, states))
-    mse = (prediction - noise).square().mean()
+    mse = ((prediction - noise).square() * weight / weight.mean((1, 2, 3), keepdim=True)).mean()
     return twin.LossAndValues(mse, {"noised latents": channels_last(x), "prediction": prediction, "mse": mse})

@@ -53,9 +53,15 @@ def test_a_mask_is_cut_and_mirrored_with_its_image(rng: np.random.Generator) -> 
         assert example.mask.dtype == np.uint8
         np.testing.assert_array_equal(example.mask, example.pixels[..., 0], err_msg="resized in the same way too")
     assert transform(record(pixels), 0, 0).mask is None
-    other = record(pixels)._replace(mask=png(Image.fromarray(pixels[:8, :, 0])))
-    with pytest.raises(ValueError, match=r"the mask of a.png has 17 x 8 pixels, and its image 17 x 10; both must have"):
-        transform(other, 0, 0)
+    for wrong, message in (
+        (pixels[:8, :, 0], r"the mask of a.png has 17 x 8 pixels, and its image 17 x 10; both must have"),
+        (
+            np.zeros_like(pixels[..., 0]),
+            "the mask of a.png is black everywhere, .*; invert the mask, or leave the im",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transform(record(pixels)._replace(mask=png(Image.fromarray(wrong))), 0, 0)
 
 
 def test_positions_of_crops_and_mirrored_crops_are_right(rng: np.random.Generator) -> None:

@@ -184,7 +184,8 @@ def decode_mask(record: Record, size: tuple[int, int]) -> Image.Image:
     """The mask of a record, upright and grey.
 
     Raises:
-      ValueError: it does not have the ``size`` of its image, width and height in pixels, or as for :func:`decode`.
+      ValueError: it does not have the ``size`` of its image, width and height in pixels, or is black everywhere, or as
+        for :func:`decode`.
     """
     assert record.mask is not None
     mask = decode(Record(record.mask, (), f"the mask of {record.name}")).convert("L")
@@ -192,6 +193,11 @@ def decode_mask(record: Record, size: tuple[int, int]) -> Image.Image:
         raise ValueError(
             f"the mask of {record.name} has {mask.width} x {mask.height} pixels, and its image {size[0]} x {size[1]}; "
             "both must have the same size"
+        )
+    if mask.getextrema() == (0, 0):
+        raise ValueError(
+            f"the mask of {record.name} is black everywhere, so nothing of the image would count (white does); invert "
+            "the mask, or leave the image out"
         )
     return mask
 
