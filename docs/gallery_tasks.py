@@ -170,9 +170,24 @@ def edits(pipe: Any, args: argparse.Namespace) -> Sheet:
     return Sheet(rows, beside, ["before", *(f"seed {seed}" for seed in range(seeds)), "true"])
 
 
+def custom(pipe: Any, args: argparse.Namespace) -> Sheet:
+    """Prompts with a learned word by the model that learned it, and without the word before, from the same noise."""
+    word, folder, seeds = "<new1>", Path(args.trained) / "custom-diffusion", [0, 1, 2]
+    taught = pipe.load_attn_procs(folder).load_textual_inversion(folder / f"{word}.safetensors")
+    prompts = [f"a {word} robot", f"a {word} robot, noto style", f"{word} cat face, noto style", "robot, noto style",
+               "red apple, noto style"]  # fmt: skip
+    rows = []
+    for prompt, path in zip(prompts, sorted((Path(args.examples_dir) / "character").glob("*.png"))):
+        before = pipe([prompt.replace(f"{word} ", "")] * len(seeds), seed=seeds, **SETTINGS).images
+        after = taught([prompt] * len(seeds), seed=seeds, **SETTINGS).images
+        rows.append([np.asarray(Image.open(path).convert("RGB"), np.float32) / 255, *before, *after])
+    above = ["example", *(f"before, {seed}" for seed in seeds), *(f"after, {seed}" for seed in seeds)]
+    return Sheet(rows, prompts, above)
+
+
 IMAGE_PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (image_to_image, inpainting, ip_adapter)
 }
 TRAINED_PARTS: dict[str, Callable[[Any, argparse.Namespace], Sheet]] = {
-    part.__name__: part for part in (control, loras, lcm, edits)
+    part.__name__: part for part in (control, loras, lcm, edits, custom)
 }

@@ -35,12 +35,9 @@ from tests.train.latent_models import LEVELS, SIZE, UNET, XL_UNET, save_sd, save
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 from tests.oracle.consistency_cases import WIDTH, Case, low_rank_student, whole_student  # noqa: E402
-from tests.oracle.training_steps import Steps  # noqa: E402
+from tests.oracle.training_steps import LOSS, Steps  # noqa: E402
 
 torch, diffusers = twins.torch, twins.diffusers
-
-LOSS = 1e-6
-"""Relative error of the loss that is accepted."""
 
 TIGHT = Tolerance(values=1e-5, gradients=1e-4, quiet=1e-3, changes=1e-3)
 """A change is at most the learning rate, 1e-3, so this is 1e-6 in parameters of about 0.1."""

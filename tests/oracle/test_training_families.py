@@ -11,9 +11,7 @@ import pytest
 from diffuse_jax.torch_backend.training_report import verdict
 
 cases = pytest.importorskip("tests.oracle.family_cases", reason="needs PyTorch diffusers and transformers")
-
-LOSS, PARAMETERS = 1e-6, 1e-5
-"""Accepted relative differences of the loss, and of the parameters after the step."""
+from tests.oracle.training_steps import LOSS, PARAMETERS  # noqa: E402
 
 QUICK = ("DeepFloyd IF I, DreamBooth", "Inpainting, DreamBooth and masks", "Kandinsky 2.2 prior", "Würstchen prior")
 """In the ordinary suite. It has the decoder's kind of UNet in the first of them, and its parts in the tests of the
