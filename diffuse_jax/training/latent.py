@@ -189,9 +189,10 @@ def _open(
 
 
 def component_folder(source: str | Path, name: str, **hub: Any) -> Path:
-    """The folder of a network: the subfolder ``name`` of a pipeline, or ``source`` itself."""
+    """The folder of a network: ``source`` itself if it is one, or the subfolder ``name`` of a pipeline."""
     found = weights.resolve(source, **hub)
-    return found / name if (found / name).is_dir() else found
+    inside = found / name
+    return found if not inside.is_dir() and (found / "config.json").is_file() else inside
 
 
 # Combining trainable and frozen parameters

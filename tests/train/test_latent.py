@@ -431,3 +431,11 @@ def test_inversion_is_for_one_text_encoder(sdxl: Path, tmp_path: Path, monkeypat
     options = {"train_data_dir": EMOJI, "placeholder_token": "<c>", "initializer_token": "b", "max_train_steps": 1}
     with pytest.raises(ValueError, match="StableDiffusionXLPipeline has two"):
         run(monkeypatch, "textual_inversion.py", **flags(sdxl, tmp_path, **options))
+
+
+def test_a_missing_network_is_named(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(sd, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "text_encoder")
+    with pytest.raises(ValueError, match=r"text_encoder.config\.json: no such file"):
+        run(monkeypatch, "text_to_image.py", **flags(tmp_path / "model", tmp_path / "out", train_data_dir=EMOJI))
+    assert not (tmp_path / "out").exists()
