@@ -36,7 +36,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             sheet = TRAINED_PARTS[name](pipe, args) if name in TRAINED_PARTS else PARTS[name](pipe)
-            draw(sheet).save(file, format="WEBP", quality=88, method=6)
+            draw(sheet).save(file, format="WEBP", quality=86, method=6)
         print(path)
 
 

@@ -172,7 +172,7 @@ def edits(pipe: Any, args: argparse.Namespace) -> Sheet:
 
 def custom(pipe: Any, args: argparse.Namespace) -> Sheet:
     """Prompts with a learned word by the model that learned it, and without the word before, from the same noise."""
-    word, folder, seeds = "<new1>", Path(args.trained) / "custom-diffusion", [0, 1, 2]
+    word, folder, seeds = "<new1>", Path(args.trained) / "custom-diffusion", [0, 1]
     taught = pipe.load_attn_procs(folder).load_textual_inversion(folder / f"{word}.safetensors")
     prompts = [f"a {word} robot", f"a {word} robot, noto style", f"{word} cat face, noto style", "robot, noto style",
                "red apple, noto style"]  # fmt: skip

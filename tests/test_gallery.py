@@ -102,8 +102,8 @@ def test_the_sheet_of_a_new_word_has_its_prompts_with_and_without(
         Image.new("RGB", (SIZE, SIZE), (n, 0, 0)).save(tmp_path / "character" / f"{n}.png")
     sheet = parts.custom(pipe, argparse.Namespace(trained=tmp_path, examples_dir=tmp_path))
     for n, (prompt, row) in enumerate(zip(sheet.beside, sheet.rows, strict=True)):
-        example, before, after = row[0], np.stack(row[1:4]), np.stack(row[4:])
+        example, before, after = row[0], np.stack(row[1:3]), np.stack(row[3:])
         assert round(float(example[0, 0, 0] * 255)) == n
-        assert len(sheet.above) == len(row) == 7
+        assert len(sheet.above) == len(row) == 5
         changed = np.abs(before - after).max(axis=(1, 2, 3))
         assert (changed > 1e-4).all() if "<new1>" in prompt else (changed < 1e-5).all(), prompt

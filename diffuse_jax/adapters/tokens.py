@@ -129,7 +129,10 @@ def token_id(tokenizer: Any, word: str) -> int:
     (ids,) = unpadded_ids(tokenizer, [word], add_special_tokens=False)
     if len(ids) != 1:
         pieces = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) or "nothing"
-        raise ValueError(f"the initializer_token must be a single token, but {word!r} is {pieces}; choose another word")
+        raise ValueError(
+            f"the initializer_token must be a single token, but {word!r} is {pieces}; choose another word with "
+            "--initializer_token"
+        )
     return int(ids[0])
 
 

@@ -140,7 +140,7 @@ PRIOR = {"with_prior_preservation": True, "class_data_dir": "none", "class_promp
         ({"modifier_token": "<c>+<c>"}, "has a word twice"),
         ({"modifier_token": "a/b"}, "words joined by +, which name files, got 'a/b'"),
         ({"modifier_token": "a"}, "the tokenizer already knows 'a'; choose another modifier_token"),
-        ({"initializer_token": "ktn"}, "must be a single token, but 'ktn' is"),
+        ({"initializer_token": "ktn"}, "'ktn' is 'k', 't', 'n</w>'; choose another word with --initializer_token"),
         ({"with_prior_preservation": True}, "needs --class_data_dir and --class_prompt"),
         ({"real_prior": True}, "--real_prior is about class images"),
         (PRIOR | {"real_prior": True}, "none has 0 of 7 images, and none are retrieved from the network; put as many"),
