@@ -46,9 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", default=FOLDER, help="where the images go (default: docs/images)")
     known = [*PARTS, *TRAINED_PARTS]
     parser.add_argument("--only", nargs="+", choices=known, default=list(PARTS), help=f"default: {' '.join(PARTS)}")
-    what = "folder with the networks that the page of the gallery trains (for control, loras and lcm)"
+    what = "folder with the networks that the page of the gallery trains (for control, loras, lcm and reward)"
     parser.add_argument("--trained", default="runs/gallery", help=what)
-    parser.add_argument("--data_dir", default="runs/emoji/data", help="data of make_dataset.py (for control and lcm)")
+    what = "data of make_dataset.py (for control, lcm and reward)"
+    parser.add_argument("--data_dir", default="runs/emoji/data", help=what)
     return parser.parse_args()
 
 
