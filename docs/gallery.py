@@ -48,7 +48,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=known, default=list(PARTS), help=f"default: {' '.join(PARTS)}")
     what = f"folder with the networks that the page of the gallery trains (for {', '.join(TRAINED_PARTS)})"
     parser.add_argument("--trained", default="runs/gallery", help=what)
-    parser.add_argument("--data_dir", default="runs/emoji/data", help="data of make_dataset.py (for control and lcm)")
+    made = "data of make_dataset.py (for control, lcm and reward)"
+    parser.add_argument("--data_dir", default="runs/emoji/data", help=made)
     parser.add_argument("--edits_dir", default="runs/emoji/edits", help="data of make_edits.py (for edits)")
     what = "folder of make_examples.py (for custom)"
     parser.add_argument("--examples_dir", default="runs/emoji/examples", help=what)

@@ -24,6 +24,7 @@ from diffuse_jax import (
 from diffuse_jax.models import CLIPVisionConfig, CLIPVisionModelWithProjection, IPAdapter, IPAdapterConfig, Params
 from diffuse_jax.models.image_attention import cross_attentions
 from diffuse_jax.processors import CLIPImageProcessor
+from diffuse_jax.training.rewards import jpeg_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "tests" / "data" / "emoji"
@@ -185,9 +186,23 @@ def custom(pipe: Any, args: argparse.Namespace) -> Sheet:
     return Sheet(rows, prompts, above)
 
 
+def reward(pipe: Any, args: argparse.Namespace) -> Sheet:
+    """Held-out emoji before and during tuning to small files, from the same noise; prints the mean sizes."""
+    sys.path.append(str(ROOT))
+    from benchmarks.controlnet_edges import edges_and_prompts
+
+    folder, prompts = Path(args.trained) / "reward", [prompt for _, _, prompt in edges_and_prompts(args.data_dir, 6)]
+    models = {"before": pipe}
+    models |= {f"{n} steps": pipe.load_lora_weights(folder / f"checkpoint-{n}") for n in (20, 30, 40, 60, 80)}
+    columns = {name: model(prompts, seed=[0] * 6, **SETTINGS).images for name, model in models.items()}
+    for name, images in columns.items():
+        print(f"{name}: {jpeg_sizes(images).mean():.2f} kB")
+    return Sheet([list(row) for row in zip(*columns.values())], [*map(thing, prompts)], [*columns])
+
+
 IMAGE_PARTS: dict[str, Callable[[Any], Sheet]] = {
     part.__name__: part for part in (image_to_image, inpainting, ip_adapter)
 }
 TRAINED_PARTS: dict[str, Callable[[Any, argparse.Namespace], Sheet]] = {
-    part.__name__: part for part in (control, loras, lcm, edits, custom)
+    part.__name__: part for part in (control, loras, lcm, edits, custom, reward)
 }

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from diffuse_jax.models.unet_2d import UNet2DConfig, UNet2DModel
 from diffuse_jax.training.initial import initial_params
 from tests.quick_xla import xla_flags
+from tests.train.latent_models import save_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,6 +183,17 @@ MORE = {
 """What each script wants besides."""
 
 
+def check_files(one: Path, two: Path) -> None:
+    """Both runs wrote the same files of tensors, in their second checkpoint too, and the tensors agree."""
+    files = {p.relative_to(one) for p in one.rglob("*.safetensors")}
+    assert files == {p.relative_to(two) for p in two.rglob("*.safetensors")}
+    assert any("checkpoint-2" in str(file) for file in files)
+    for file in files:
+        a, b = (load_file(folder / file) for folder in (one, two))
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=f"{file} {key}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["unconditional.py", "text_to_image_lora.py", "textual_inversion.py", "vae.py"])
 def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, script: str) -> None:
@@ -201,15 +213,45 @@ def test_a_trainer_gives_the_same_model_with_two_processes(tmp_path: Path, scrip
     for processes, name in ((1, "one"), (2, "two")):
         run(tmp_path / name, processes, *flags, script=f"train/{script}", devices=2, timeout=900)
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5)
-    files = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.safetensors")}
-    assert files == {p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*.safetensors")}
-    assert any("checkpoint-2" in str(file) for file in files)
-    for file in files:
-        a, b = (load_file(tmp_path / name / file) for name in ("one", "two"))
-        for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=f"{file} {key}")
+    check_files(tmp_path / "one", tmp_path / "two")
     shown = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one" / "validation").rglob("*.png")}
     assert shown
     for file in shown:
         a, b = (np.asarray(Image.open(tmp_path / name / file), np.int16) for name in ("one", "two"))
         assert np.abs(a - b).max() <= 1, file
+
+
+REWARD = """
+def redness(images, prompts):
+    return (images[..., 0] ** 2 - images[..., 1] * images[..., 2]).mean((1, 2))
+"""
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def check_rewards(one: Path, two: Path, steps: int) -> None:
+    """Both logs have the same rewards, of so many steps."""
+    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (one, two)]
+    a, b = ([(row["step"], row["reward_mean"], row["reward_std"]) for row in rows] for rows in logs)
+    assert [row[0] for row in b] == [*range(1, steps + 1)]
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_tune_to_a_reward_by_draft_as_one(tmp_path: Path) -> None:
+    """One device each: rewards, every tensor that is written, the checkpoint's copies too, and its continuation."""
+    save_sd(tmp_path / "model", fresh=False)
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n", encoding="utf-8")
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    flags = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt")]
+    flags += ["--reward", f"{tmp_path / 'mine.py'}:redness", "--sample_num_steps", "3", "--report_to", "none"]
+    flags += ["--max_train_steps", "4", "--checkpointing_steps", "2", "--learning_rate", "1e-2"]
+    flags += ["--method", "draft", "--train_batch_size", "4", "--gradient_steps", "2"]
+    for processes, name in ((1, "one"), (2, "two")):
+        run(tmp_path / name, processes, *flags, script="train/reward.py", devices=2, timeout=600)
+    check_rewards(tmp_path / "one", tmp_path / "two", steps=4)
+    check_files(tmp_path / "one", tmp_path / "two")
+    before = load_file(tmp_path / "two" / LORA)
+    more = (*flags, "--resume_from_checkpoint", "checkpoint-2")
+    run(tmp_path / "two", 1, *more, script="train/reward.py", devices=2, timeout=600)
+    for key, value in load_file(tmp_path / "two" / LORA).items():
+        np.testing.assert_allclose(value, before[key], rtol=1e-4, atol=1e-5, err_msg=key)
