@@ -34,7 +34,6 @@ def compared(steps: Any, exact: float) -> Any:
         for n in theirs.changes
     ]
     assert np.median(moved) < 1e-5, max(moved)
-    print("loss", abs(float(ours.values["loss"]) - wanted) / abs(wanted), "parameters", np.median(moved), max(moved))
     return ours
 
 

@@ -236,8 +236,16 @@ def check_rewards(one: Path, two: Path, steps: int) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+REWARDED = {
+    "draft": ("--train_batch_size", "4", "--gradient_steps", "2"),
+    "ddpo": ("--train_batch_size", "2", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
+             "--per_prompt_stat_tracking", "--per_prompt_stat_tracking_min_count", "2"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_tune_to_a_reward_by_draft_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", REWARDED)
+def test_two_processes_tune_to_a_reward_as_one(tmp_path: Path, method: str) -> None:
     """One device each: rewards, every tensor that is written, the checkpoint's copies too, and its continuation."""
     save_sd(tmp_path / "model", fresh=False)
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n", encoding="utf-8")
@@ -245,7 +253,7 @@ def test_two_processes_tune_to_a_reward_by_draft_as_one(tmp_path: Path) -> None:
     flags = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt")]
     flags += ["--reward", f"{tmp_path / 'mine.py'}:redness", "--sample_num_steps", "3", "--report_to", "none"]
     flags += ["--max_train_steps", "4", "--checkpointing_steps", "2", "--learning_rate", "1e-2"]
-    flags += ["--method", "draft", "--train_batch_size", "4", "--gradient_steps", "2"]
+    flags += ["--method", method, *REWARDED[method]]
     for processes, name in ((1, "one"), (2, "two")):
         run(tmp_path / name, processes, *flags, script="train/reward.py", devices=2, timeout=600)
     check_rewards(tmp_path / "one", tmp_path / "two", steps=4)
