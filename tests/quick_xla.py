@@ -11,13 +11,16 @@ WHOLE_MODULES = "xla_cpu_parallel_codegen_split_count"
 
 
 def is_known(flag: str) -> bool:
-    """Whether this jaxlib has the flag: XLA ends the process at one that it does not know, and lists them nowhere."""
+    """Whether this jaxlib has the flag: XLA ends the process at one that it does not know, and lists them nowhere.
+
+    Its library has the names of flags as C strings. Those of former flags are in there too, but inside other data.
+    """
     spec = importlib.util.find_spec("jaxlib")
     assert spec is not None
     assert spec.origin is not None
     for library in Path(spec.origin).parent.glob("*jax_common*"):
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(flag.encode()) >= 0:
+            if content.find(flag.encode() + b"\0") >= 0:
                 return True
     return False
 
