@@ -157,5 +157,5 @@ class PriorStage(PriorFamily):
 
 PRIOR = PriorFamily()
 # It computes the same, but its embeddings are those of another image encoder, which only its own decoders were trained
-# with: families are told apart by identity.
+# with: families are compared by identity.
 KANDINSKY21_PRIOR = PriorFamily()
