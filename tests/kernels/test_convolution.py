@@ -71,7 +71,7 @@ def test_the_backward_pass_keeps_no_more_than_image_and_kernel(algorithm):
 
 @pytest.mark.parametrize(("shape", "kernel", "stride", "pads"), CASES)
 def test_gradients_in_loops_have_the_axes_that_xla_is_fast_with(shape, kernel, stride, pads):
-    """On CPUs XLA brings other axes into this order only outside of loops, and gradients there took 50 times as
+    """On CPUs XLA brings other axes into this order only outside of loops, and gradients there took 20 times as
     long."""
     xs, w = jnp.ones((2, *shape)), jnp.ones(kernel)
     loss = lambda w, x: (conv2d(jnp.tanh(x), jnp.tanh(w), stride, pads, algorithm="direct") ** 3).mean()
