@@ -107,8 +107,8 @@ def _on_cpu(x: Array, kernel: Array, strides: tuple[int, int], pads: Pads) -> Ar
     """XLA's convolution with gradients that are as fast inside loops as outside.
 
     For CPUs XLA has a fast convolution of NHWC and HWIO, and brings others into that order, but not those in the body
-    of a loop, where they take more than twenty times as long. Derivatives along ``x`` and ``kernel`` are therefore written
-    with the axes whose transposes JAX makes NHWC and HWIO.
+    of a loop, where they take more than twenty times as long. Derivatives along ``x`` and ``kernel`` are written with
+    the axes whose transposes JAX makes NHWC and HWIO.
     """
     return _convolve(x, kernel, strides, pads)
 
