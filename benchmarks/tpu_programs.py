@@ -37,9 +37,10 @@ class Step(NamedTuple):
     flops: float
 
 
-def slice_mesh(topology: str, **axes: int) -> Mesh:
-    """A mesh over the chips of a slice such as ``v5e:2x4``, as of :func:`diffuse_jax.sharding.make_mesh`."""
-    return make_mesh(**{"data": -1} | axes, devices=topologies.get_topology_desc(topology, "tpu").devices)
+def slice_mesh(topology: str, chips: int | None = None, **axes: int) -> Mesh:
+    """A mesh over the first ``chips``, or all, of a slice such as ``v5e:2x4``, as of
+    :func:`diffuse_jax.sharding.make_mesh`."""
+    return make_mesh(**{"data": -1} | axes, devices=topologies.get_topology_desc(topology, "tpu").devices[:chips])
 
 
 def unet_call(

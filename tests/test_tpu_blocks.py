@@ -77,3 +77,19 @@ def test_estimates_are_remembered_for_a_program_and_how_it_is_compiled(
     assert estimate(program, "v5e:2x4 O3") == first
     assert estimate(Program(101), "v5e:2x4 O2").cycles == 101
     assert program.compilations == 2
+
+
+def test_a_block_that_cannot_be_printed_is_compiled_without_pipelined_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tpu_aot
+    from tpu_blocks import Part
+
+    class Looping(Program):
+        def compile(self, options: dict[str, bool] | None = None) -> Program:
+            return Program(300) if options == tpu_aot.UNPIPELINED else Unprintable(100)
+
+    class Unprintable(Program):
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Async done requires its operand to be an asynchronous op")
+
+    assert tpu_aot.readable(Part("dense", 1, Looping(0)), tpu_aot.CHIPS["v6e"]).cycles == 300

@@ -112,7 +112,7 @@ def _add_optimisation(parser: Parser) -> None:
         "--optimizer",
         type=str.lower,
         choices=OPTIMIZERS,
-        help="lion and adafactor need less memory; prodigy finds the learning rate itself: set --learning_rate 1",
+        help="lion, adafactor and muon need less memory; prodigy finds the learning rate itself: set --learning_rate 1",
     )
     add("--adam_beta1", help="decay of the first moment; the optimiser's default if omitted")
     add("--adam_beta2", help="decay of the second moment; the optimiser's default if omitted")

@@ -138,11 +138,53 @@ def prodigy(
     )
 
 
+def muon(
+    rate: optax.Schedule,
+    *,
+    beta1: float = 0.95,
+    beta2: float = 0.999,
+    weight_decay: float = 0.01,
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024): the momentum of every kernel, as a matrix from all its inputs to its outputs, is made
+    orthogonal, and so is that of LoRA pairs; biases, norms and embeddings have NAdamW.
+
+    Updates have the size that AdamW's usually have (Liu et al. 2025), so that its learning rates fit. Matrices have one
+    moment. ``beta1`` is their momentum (elsewhere it is 0.9), ``beta2`` the second moment's decay elsewhere.
+    """
+    return optax.contrib.muon(
+        rate,
+        beta=beta1,
+        eps=epsilon,
+        adam_b2=beta2,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+
+
+MATRICES = ("kernel", "down", "up")
+"""Names of the parameters that are matrices, or become one if all axes but the last are taken together."""
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of a matrix are inputs, and which is the output; None for other parameters."""
+
+    def axes(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if x.ndim < 2 or getattr(path[-1], "key", None) not in MATRICES:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": adamw,
     "lion": lion,
     "adafactor": adafactor,
     "prodigy": prodigy,
+    "muon": muon,
 }
 """Optimisers by the name that ``--optimizer`` takes."""
 

@@ -56,7 +56,7 @@ SCHEDULES = (
 SMALLEST_RATE = 2.0**-126
 """Learning rates below this are 0 on the device: the smallest normal number of float32."""
 
-OPTIMIZERS = ("adafactor", "adamw", "lion", "prodigy")
+OPTIMIZERS = ("adafactor", "adamw", "lion", "muon", "prodigy")
 """Names of optimisers, the keys of :data:`diffuse_jax.training.optimizer.OPTIMIZERS`."""
 
 

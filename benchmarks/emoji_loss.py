@@ -1,0 +1,71 @@
+"""Denoising losses of text-to-emoji models on the same images, captions, noise and timesteps.
+
+Samples of two models have to be counted in thousands before their scores differ by more than chance; losses differ
+reliably after a few hundred images, so that short runs of training can be compared::
+
+    python -m benchmarks.emoji_loss diffuse-jax/emoji runs/emoji/a runs/emoji/b
+
+Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). Captions read
+``"{label}, {style} style"``. ``loss`` is the squared error with Min-SNR weights (gamma 5), which the shipped model
+was trained with; ``mse`` without weights. Only models with equal autoencoders and schedules are comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.emoji_judge import Array, Data, load_data
+from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.families import tokens_of, trained_family
+from diffuse_jax.training.latent import loss_of, networks, open_pipeline, whole
+from diffuse_jax.training.objective import Objective
+
+BATCH, DRAWS = 64, 4
+"""Images at a time, and how often each of them is noised."""
+
+
+def main() -> None:
+    args = parse_args()
+    data = load_data(args.data_dir)
+    for model in args.models:
+        row: dict[str, Any] = {"model": model}
+        for split, held in (("training", False), ("held-out", True)):
+            chosen = data.choose(held, args.num_images, args.seed)
+            row |= {f"{split} {name}": value for name, value in losses(model, data, chosen, args.seed).items()}
+        print(json.dumps(row), flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="pipeline folders")
+    parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
+    parser.add_argument("--num_images", type=int, default=512, help="of each split (default 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the noise (default 0)")
+    return parser.parse_args()
+
+
+def losses(model: str, data: Data, chosen: Array, seed: int) -> dict[str, float]:
+    """Mean losses over the chosen images and ``DRAWS`` draws of noise and timestep for each."""
+    pipe = open_pipeline(model, trainable=(), mesh=make_mesh())
+    words = trained_family(pipe).words(pipe)
+    tokens = [tokens_of(words, f"{data.records[i]['label']}, {data.records[i]['style']} style") for i in chosen]
+    loss = jax.jit(loss_of(pipe, whole(networks(pipe)), Objective(scheduler=pipe.scheduler, snr_gamma=5.0)))
+    frozen = {name: pipe.params[name] for name in networks(pipe)}
+    found = []
+    for start in range(0, len(chosen) - BATCH + 1, BATCH):
+        part = slice(start, start + BATCH)
+        batch = jax.tree.map(lambda *ids: np.stack(ids), *tokens[part]) | {"pixel_values": data.images[chosen[part]]}
+        for draw in range(DRAWS):
+            value, others = loss({}, frozen, batch, jax.random.key(seed * 1_000_003 + start * DRAWS + draw))
+            found.append({"loss": float(value), "mse": float(others["mse"])})
+    return {name: float(np.mean([row[name] for row in found])) for name in found[0]}
+
+
+if __name__ == "__main__":
+    main()
