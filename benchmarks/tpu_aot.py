@@ -199,6 +199,7 @@ def from_blocks(
         start = time.perf_counter()
         found = estimated(part, f"{placement(topology, kind)} {args.effort}", chip, args.kept)
         total += found.times(part.count)
+        jax.clear_caches()  # they hold the compiled programs, which together outgrow this machine's memory
         ms = 1e3 * found.cycles / chip.clock
         print(f"{part.name}: {ms:.3f} ms, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     row = {"flop_ms": 1e3 * flops / chip.flops, "has_GiB": chip.hbm, "times": "blocks"}
