@@ -65,7 +65,7 @@ def test_a_state_round_trips_bit_for_bit(tmp_path: Path) -> None:
     assert load_position(tmp_path / "checkpoint-7") == HERE
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "muon"])
 def test_a_state_is_restored_onto_any_mesh(tmp_path: Path, optimizer: str) -> None:
     """8 devices -> 4 -> 1, and sharded along other axes on the way."""
     eight = make_mesh(data=2, fsdp=4)
