@@ -80,10 +80,16 @@ def forget_peak() -> None:
     """Reset what :func:`peak_memory` reports, where that is possible, so that setup does not count."""
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # only Linux with glibc has both
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_memory()
+    with contextlib.suppress(OSError):  # only Linux has it
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, where the C library keeps it and can be asked for it (glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m benchmarks.tpu_aot
 
 import hlo
-from common import RESULTS, write
+from common import RESULTS, trim_memory, write
 from tpu_blocks import Part, ours, sampling_parts, training_parts
 from tpu_maxdiffusion import maxdiffusion
 from tpu_programs import Step, needs, refusal, sampling_step, slice_mesh, training_step, unet_call
@@ -199,7 +199,7 @@ def from_blocks(
         start = time.perf_counter()
         found = estimated(part, f"{placement(topology, kind)} {args.effort}", chip, args.kept)
         total += found.times(part.count)
-        jax.clear_caches()  # they hold the compiled programs, which together outgrow this machine's memory
+        trim_memory()  # the compiler leaves gigabytes behind
         ms = 1e3 * found.cycles / chip.clock
         print(f"{part.name}: {ms:.3f} ms, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     row = {"flop_ms": 1e3 * flops / chip.flops, "has_GiB": chip.hbm, "times": "blocks"}

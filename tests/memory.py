@@ -1,7 +1,10 @@
-"""The memory of a test process: compiled programs stay as long as their process, which would grow to 14 GB."""
+"""The memory of a test process, which would grow to 14 GB: compiled programs stay as long as their process, and the C
+library keeps what the compiler has freed."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import resource
 import sys
@@ -20,9 +23,19 @@ def resident() -> int:
 
 
 def free_programs() -> None:
-    """Forget all compiled programs if there are many; those that are needed again are in JAX's cache on disk."""
+    """Return freed memory to the system. If much is still in use, also forget all compiled programs; those that are
+    needed again are in JAX's cache on disk."""
+    gc.collect()
+    trim()
     if resident() > MUCH:
         jax.clear_caches()
         if programs := sys.modules.get("diffuse_jax.pipelines.programs"):
             programs.PROGRAMS.clear()
-    gc.collect()
+        gc.collect()
+        trim()
+
+
+def trim() -> None:
+    """Return freed memory to the system, where the C library can be asked to (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
