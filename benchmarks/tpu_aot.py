@@ -322,7 +322,9 @@ def keep(name: str, title: str, about: str, row: dict[str, Any]) -> None:
     names = ("step", "model", "slice", "batch", "pixels", "remat")
     same = lambda other: all(other.get(key) == row.get(key) for key in names)
     earlier = next((other for other in rows if same(other)), {})
-    write(name, title, about, [other for other in rows if not same(other)] + [earlier | row], "jax", "libtpu")
+    rows = [other for other in rows if not same(other)] + [earlier | row]
+    rows.sort(key=lambda row: (STEPS.index(row["step"]), row["model"], row["slice"]))
+    write(name, title, about, rows, "jax", "libtpu")
 
 
 if __name__ == "__main__":
