@@ -173,7 +173,7 @@ def from_step(
     step = lower(args, topology, model, kind)
     row = {"flop_ms": 1e3 * step.flops / chip.flops, "has_GiB": chip.hbm, "memory": effort}
     try:
-        compiled = step.lowered.compile(UNPIPELINED if effort < "O2" else None)
+        compiled = unpipelined(step.lowered) if effort < "O2" else step.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "GiB": refusal(str(error))["total"]}, {}
     row |= {"fits": True, "GiB": needs(compiled)["total"]}
@@ -230,7 +230,17 @@ def readable(part: Part, chip: Chip) -> Estimate:
         if "Async done" not in str(error):
             raise
         print(f"{part.name}: its loops are not pipelined", file=sys.stderr, flush=True)
-        return Estimate.of(part.lowered.compile(UNPIPELINED), chip)
+        return Estimate.of(unpipelined(part.lowered), chip)
+
+
+def unpipelined(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile without pipelined loops, if this libtpu has an option for it."""
+    try:
+        return lowered.compile(UNPIPELINED)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return lowered.compile()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,3 +93,17 @@ def test_a_block_that_cannot_be_printed_is_compiled_without_pipelined_loops(monk
             raise jax.errors.JaxRuntimeError("INTERNAL: Async done requires its operand to be an asynchronous op")
 
     assert tpu_aot.readable(Part("dense", 1, Looping(0)), tpu_aot.CHIPS["v6e"]).cycles == 300
+
+
+def test_a_libtpu_without_that_option_compiles_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tpu_aot
+
+    class Older(Program):
+        def compile(self, options: dict[str, bool] | None = None) -> Program:
+            if options:
+                raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_tpu_other'")
+            return self
+
+    program = Older(100)
+    assert tpu_aot.unpipelined(program) is program
