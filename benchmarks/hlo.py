@@ -209,12 +209,19 @@ def _collective(one: Instruction) -> Collective | None:
 
 
 def sent(program: Program) -> dict[str, tuple[int, int]]:
-    """Collectives by kind: how many one run makes, and the bytes of their results."""
+    """Collectives by kind: how many one run makes, and the bytes of their results.
+
+    A reduction whose result is scattered is a fusion around an all-reduce; it counts as a "reduce-scatter", with the
+    bytes of what is reduced.
+    """
     found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for one, times in program.executed():
-        if each := _collective(one):
-            found[each.kind][0] += times
-            found[each.kind][1] += times * each.bytes
+        for inner in program.body(one):
+            if each := _collective(inner):
+                scattered = inner is not one and each.kind == "all-reduce"
+                kind = "reduce-scatter" if scattered else each.kind
+                found[kind][0] += times
+                found[kind][1] += times * each.bytes
     return {kind: (count, moved) for kind, (count, moved) in sorted(found.items())}
 
 

@@ -43,7 +43,8 @@ from diffuse_jax.adapters import lora
 ABOUT = (
     "Steps compiled by libtpu on a CPU; **all times are the compiler's estimates, nothing has run on a TPU**. `ms` is "
     "the sum of the estimated cycles, loop bodies as often as they run, over the chip's clock, and `attention_ms` the "
-    "time of the Pallas attention calls, which carry no estimate, at the peak rate with heads padded to 128. `flop_ms` "
+    "time of the Pallas attention calls, which carry no estimate, at the peak rate with heads padded to 128. Nor do "
+    "collectives carry one, and no time here has them: the next table says what they send. `flop_ms` "
     "is the step's arithmetic (without recomputation) at the chip's peak rate, `GB` the bytes that the compiler counts "
     "as moved, and `roofline_ms` the larger of both, with the bytes at the chip's bandwidth; `of_flop` is `ms` and "
     "`attention_ms` over `flop_ms`. `times` says whether that is of the whole program or the sum of its blocks, one "

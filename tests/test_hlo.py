@@ -44,9 +44,15 @@ ENTRY %main (x: bf16[2,64], q: bf16[1,8,256,40], k: bf16[1,8,384,40]) -> f32[64]
   %sums = f32[64]{{0}} fusion(%x), kind=kLoop, calls=%fused, metadata={{op_name="jit(step)/norm/reduce_sum"}}, {CYCLES % 100}
   %product = f32[64,64]{{1,0}} fusion(%sums), kind=kOutput, calls=%multiply, metadata={{op_name="jit(step)/dot_general"}}, {CYCLES % 50}
   %copy.1 = f32[64]{{0}} copy(%sums), {CYCLES % 5}
+  %part = f32[8]{{0}} fusion(%sums), kind=kCustom, calls=%all-reduce-scatter
   %attend = bf16[1,8,256,40]{{3,2,1,0}} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
   %loop = (s32[], f32[64]{{0}}) while(%start), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"25"}}}}
   ROOT %out = f32[64]{{0}} get-tuple-element(%loop), index=1
+}}
+
+%all-reduce-scatter (p.2: f32[64]) -> f32[8] {{
+  %all-reduce.2 = f32[64]{{0:T(128)}} all-reduce(%p.2), to_apply=%sum
+  ROOT %slice.1 = f32[8]{{0}} dynamic-slice(%all-reduce.2, %offset), dynamic_slice_sizes={{8}}
 }}
 
 %multiply (p.1: f32[64]) -> f32[64,64] {{
@@ -75,7 +81,7 @@ def test_the_profile_says_what_fusions_contain(hlo: ModuleType) -> None:
 
 
 def test_collectives_have_a_count_and_bytes(hlo: ModuleType) -> None:
-    assert hlo.sent(hlo.parse(TEXT)) == {"all-reduce": (25, 25 * 64 * 4)}
+    assert hlo.sent(hlo.parse(TEXT)) == {"all-reduce": (25, 25 * 64 * 4), "reduce-scatter": (1, 64 * 4)}
 
 
 def test_attention_is_counted_with_heads_of_whole_lanes(hlo: ModuleType) -> None:
