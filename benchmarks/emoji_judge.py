@@ -37,6 +37,10 @@ class Data:
     images: Array  # uint8 [N,H,W,3]
     held: Array  # bool [N]
 
+    def caption(self, number: int) -> str:
+        """The main caption of a pair, such as "red apple, noto style"."""
+        return f"{self.records[number]['label']}, {self.records[number]['style']} style"
+
     def column(self, key: str) -> Array:
         return np.array([record[key] for record in self.records])
 

@@ -1,7 +1,6 @@
 """Denoising losses of text-to-emoji models on the same images, captions, noise and timesteps.
 
-Samples of two models have to be counted in thousands before their scores differ by more than chance; losses differ
-reliably after a few hundred images, so that short runs of training can be compared::
+A comparison of short runs of training, whose samples would differ by less than chance::
 
     python -m benchmarks.emoji_loss diffuse-jax/emoji runs/emoji/a runs/emoji/b
 
@@ -35,9 +34,10 @@ def main() -> None:
     data = load_data(args.data_dir)
     for model in args.models:
         row: dict[str, Any] = {"model": model}
+        pipe = open_pipeline(model, trainable=(), mesh=make_mesh())
         for split, held in (("training", False), ("held-out", True)):
             chosen = data.choose(held, args.num_images, args.seed)
-            row |= {f"{split} {name}": value for name, value in losses(model, data, chosen, args.seed).items()}
+            row |= {f"{split} {name}": value for name, value in losses(pipe, data, chosen, args.seed).items()}
         print(json.dumps(row), flush=True)
 
 
@@ -47,14 +47,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
     parser.add_argument("--num_images", type=int, default=512, help="of each split (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the noise (default 0)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.num_images < BATCH:
+        parser.error(f"--num_images {args.num_images}: at least one batch of {BATCH} is needed")
+    return args
 
 
-def losses(model: str, data: Data, chosen: Array, seed: int) -> dict[str, float]:
-    """Mean losses over the chosen images and ``DRAWS`` draws of noise and timestep for each."""
-    pipe = open_pipeline(model, trainable=(), mesh=make_mesh())
+def losses(pipe: Any, data: Data, chosen: Array, seed: int) -> dict[str, float]:
+    """Mean losses over whole batches of the chosen images, with ``DRAWS`` draws of noise and timestep for each."""
     words = trained_family(pipe).words(pipe)
-    tokens = [tokens_of(words, f"{data.records[i]['label']}, {data.records[i]['style']} style") for i in chosen]
+    tokens = [tokens_of(words, data.caption(i)) for i in chosen]
     loss = jax.jit(loss_of(pipe, whole(networks(pipe)), Objective(scheduler=pipe.scheduler, snr_gamma=5.0)))
     frozen = {name: pipe.params[name] for name in networks(pipe)}
     found = []

@@ -156,7 +156,7 @@ def sampler(pipe: Any, data: Data, **options: Any) -> Callable[[Array], Array]:
     """Samples of the pairs with the given numbers, uint8 ``[N,H,W,3]``."""
 
     def run(numbers: Array) -> Array:
-        captions = [f"{data.records[i]['label']}, {data.records[i]['style']} style" for i in numbers]
+        captions = [data.caption(i) for i in numbers]
         images = pipe(captions, seed=numbers.tolist(), output_type="np", **options).images
         if images.shape[1:] != data.images.shape[1:]:
             raise SystemExit(f"the model generates {images.shape[1:]}, but the data are {data.images.shape[1:]}")

@@ -3,14 +3,13 @@ library keeps what the compiler has freed."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import resource
 import sys
 from pathlib import Path
 
 import jax
+
+from benchmarks.common import trim_memory
 
 MUCH = 3 * 2**30
 """In bytes."""
@@ -25,17 +24,9 @@ def resident() -> int:
 def free_programs() -> None:
     """Return freed memory to the system. If much is still in use, also forget all compiled programs; those that are
     needed again are in JAX's cache on disk."""
-    gc.collect()
-    trim()
+    trim_memory()
     if resident() > MUCH:
         jax.clear_caches()
         if programs := sys.modules.get("diffuse_jax.pipelines.programs"):
             programs.PROGRAMS.clear()
-        gc.collect()
-        trim()
-
-
-def trim() -> None:
-    """Return freed memory to the system, where the C library can be asked to (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()
