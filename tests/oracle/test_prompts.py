@@ -153,7 +153,10 @@ def test_the_layers_skipped_are_those_of_the_prompt(both: tuple[Any, Any]) -> No
     pipe, _ = both
     call = {"guidance_scale": 5.0, "negative_prompt": "bad", "clip_skip": 1}
     found = ours(pipe, "a b", prompt_syntax="a1111", num_images_per_prompt=2, **call)["states"]
-    np.testing.assert_allclose(found, np.repeat(ours(pipe, "a b", **call)["states"], 2, 0), atol=1e-6)
+    expected = np.repeat(ours(pipe, "a b", **call)["states"], 2, 0)
+    # Another batch size rounds differently (1e-6 here), and so does the mean that A1111's syntax restores.
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert np.abs(expected - np.repeat(ours(pipe, "a b", **call | {"clip_skip": None})["states"], 2, 0)).max() > 0.1
 
 
 def test_prompts_that_are_cut_give_a_warning(both: tuple[Any, Any]) -> None:
