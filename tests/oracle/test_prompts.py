@@ -91,9 +91,9 @@ def test_weights_of_a1111(both: tuple[Any, Any]) -> None:
     found = ours(pipe, "a (bc:1.5) [d], e", prompt_syntax="a1111")
     np.testing.assert_allclose(found["states"][0], a1111(twin, "a bc d, e", {2: 1.5, 3: 1.5, 4: 1 / 1.1}), atol=2e-5)
     neutral = ours(pipe, "a bc d, e", prompt_syntax="a1111")["states"]
-    np.testing.assert_allclose(neutral, ours(pipe, "a bc d, e")["states"], atol=1e-6)
+    np.testing.assert_allclose(neutral, ours(pipe, "a bc d, e")["states"], atol=2e-5)
     if "pooled" in found:
-        np.testing.assert_allclose(found["pooled"], ours(pipe, "a bc d, e")["pooled"], atol=1e-6)
+        np.testing.assert_allclose(found["pooled"], ours(pipe, "a bc d, e")["pooled"], atol=2e-5)
 
 
 def test_a_break_starts_a_chunk(both: tuple[Any, Any]) -> None:
@@ -139,7 +139,7 @@ def test_long_prompts_are_encoded_in_chunks_of_whole_words(both: tuple[Any, Any]
         np.testing.assert_allclose(states, plain(twin, *chunks), atol=2e-5)
     if "pooled" in found:
         short = ours(pipe, ["abcde fghij", "x"], guidance_scale=5.0, negative_prompt="bad")["pooled"]
-        np.testing.assert_allclose(found["pooled"], short, atol=1e-6)
+        np.testing.assert_allclose(found["pooled"], short, atol=2e-5)
     at_comma = ours(pipe, "abcde, fg hi klmno p", long_prompts=True)["states"][0]
     np.testing.assert_allclose(at_comma, plain(twin, "abcde,", "fg hi klmno p"), atol=2e-5)
     group = ours(pipe, "abcde fg (hi klmno p:1.2)", prompt_syntax="a1111", long_prompts=True)["states"][0]
