@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--perceptual_model_path",
         type=path_text,
-        help="file of the perceptual network: torchvision's or LPIPS's VGG16, or MobileNetV2",
+        help="file of the perceptual network: torchvision's or LPIPS's VGG16, MobileNetV2, or EfficientNet-Lite0",
     )
     what = (
         "weight of the adversarial loss, on top of its adaptive balance with the other losses; 0 for no discriminator"

@@ -6,7 +6,7 @@ which XLA compiles to one loop on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +24,36 @@ Layer = tuple[np.ndarray, np.ndarray]
 Params = dict[str, Layer]
 """Layers by the PyTorch name of their convolution."""
 
+Pads = tuple[tuple[int, int], tuple[int, int]]
+"""Rows above and below, columns left and right."""
 
-def fold_norms(tensors: Mapping[str, np.ndarray]) -> Params:
-    """Fold each batch norm into the convolution before it; ``tensors`` have PyTorch's names and layouts.
 
-    The index of a norm is one higher than that of its convolution: ``features.2.conv.1.0``, ``features.2.conv.1.1``.
+def norm_after(name: str) -> str:
+    """The batch norm of a convolution, whose index is one higher: ``features.2.conv.1.0``, ``features.2.conv.1.1``."""
+    parent, place = name.rsplit(".", 1)
+    return f"{parent}.{int(place) + 1}"
+
+
+def fold_norms(
+    tensors: Mapping[str, np.ndarray], norm_of: Callable[[str], str] = norm_after, epsilon: float = NORM_EPSILON
+) -> Params:
+    """Fold each batch norm into its convolution; ``tensors`` have PyTorch's names and layouts.
+
+    Args:
+      tensors: PyTorch's tensors by name; those with four axes are the convolutions.
+      norm_of: the name of a convolution to that of its norm.
+      epsilon: of the norms.
+
+    Raises:
+      KeyError: a tensor is missing.
     """
     params = {}
     for name in [key.removesuffix(".weight") for key, array in tensors.items() if array.ndim == 4]:
-        parent, place = name.rsplit(".", 1)
-        norm = f"{parent}.{int(place) + 1}"
+        norm = norm_of(name)
         scale, shift, mean, variance = (
             tensors[f"{norm}.{kind}"].astype(np.float64) for kind in ("weight", "bias", "running_mean", "running_var")
         )
-        factor = scale / np.sqrt(variance + NORM_EPSILON)
+        factor = scale / np.sqrt(variance + epsilon)
         kernel = tensors[f"{name}.weight"].astype(np.float64).transpose(2, 3, 1, 0) * factor
         params[name] = (kernel.astype(np.float32), (shift - mean * factor).astype(np.float32))
     return params
@@ -68,24 +84,34 @@ def maps(params: Params, x: jax.Array) -> list[jax.Array]:
     return [*found, relu6(pointwise(found[-1], params[f"features.{len(found)}.0"]))]
 
 
-def inverted_residual(x: jax.Array, layers: list[Layer], stride: int) -> jax.Array:
+def inverted_residual(x: jax.Array, layers: list[Layer], stride: int, pads: Pads | None = None) -> jax.Array:
     """Expand (the first block has no such layer), filter each channel, project linearly."""
     *expand, middle, project = layers
     for layer in expand:
         x = relu6(pointwise(x, layer))
-    return pointwise(relu6(depthwise(x, middle, stride)), project)
+    return pointwise(relu6(depthwise(x, middle, stride, pads)), project)
 
 
 def relu6(x: jax.Array) -> jax.Array:
     return jnp.clip(x, 0, 6)
 
 
-def convolution(x: jax.Array, layer: Layer, stride: int) -> jax.Array:
+def convolution(x: jax.Array, layer: Layer, stride: int, pads: Pads | None = None) -> jax.Array:
+    """A convolution with zeros on each side of both axes: ``pads``, or half a kernel, as in PyTorch."""
     kernel, bias = layer
-    pads = ((1, 1), (1, 1))  # on both sides, as in PyTorch; "SAME" would pad an even size on one side only
     return jax.lax.conv_general_dilated(
-        x, jnp.asarray(kernel), (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        jnp.asarray(kernel),
+        (stride, stride),
+        pads or _half(kernel),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     ) + bias.reshape(1, 1, 1, -1)
+
+
+def _half(kernel: np.ndarray) -> Pads:
+    """Half a kernel on both sides; "SAME" would pad an even size on one side only if the stride is two."""
+    height, width = (size // 2 for size in kernel.shape[:2])
+    return ((height, height), (width, width))
 
 
 def pointwise(x: jax.Array, layer: Layer) -> jax.Array:
@@ -93,11 +119,12 @@ def pointwise(x: jax.Array, layer: Layer) -> jax.Array:
     return x @ kernel[0, 0] + bias.reshape(1, 1, 1, -1)
 
 
-def depthwise(x: jax.Array, layer: Layer, stride: int) -> jax.Array:
+def depthwise(x: jax.Array, layer: Layer, stride: int, pads: Pads | None = None) -> jax.Array:
+    """A convolution of each channel by itself, padded like :func:`convolution`."""
     kernel, bias = layer
-    _, height, width, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [(i, j) for i in range(3) for j in range(3)]
+    x = jnp.pad(x, ((0, 0), *(pads or _half(kernel)), (0, 0)))
+    height, width = (size - taps + 1 for size, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
     shifted = lambda i, j: x[:, i : i + height : stride, j : j + width : stride]
     taken = [shifted(i, j) * kernel[i, j].reshape(1, 1, 1, -1) for i, j in taps]
     return jnp.asarray(sum(taken)) + bias.reshape(1, 1, 1, -1)

@@ -6,7 +6,7 @@ With ``f_l`` the features of layer l divided by their norm over channels, and ``
 
 This is the paper's LPIPS for a VGG16 with the weights that its authors fitted to human judgements, if the file has them
 (``lin0.model.1.weight`` ... ``lin4``). Without them, every ``w_l`` is 1, which is the paper's baseline. No weights were
-fitted for MobileNetV2, so it always gives such a baseline.
+fitted for MobileNetV2 and EfficientNet-Lite0, so they always give such a baseline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from diffuse_jax.kernels import conv2d
 from diffuse_jax.models import Params
-from diffuse_jax.training import mobilenet_v2
+from diffuse_jax.training import efficientnet_lite, mobilenet_v2
 from diffuse_jax.weights import WeightsError, read_checkpoint
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +31,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VGG16 = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Indices of the 3x3 convolutions in torchvision's ``features``, by resolution; 2x2 max pooling separates them."""
 
-MOBILENET_LAYERS = (1, 3, 6, 13, 18)
+MOBILENET_LAYERS, EFFICIENTNET_LAYERS = (1, 3, 6, 13, 18), (1, 3, 5, 11, 17)
 """The last layer of each resolution."""
 
 NORM_EPSILON = 1e-10
@@ -48,17 +48,20 @@ class Features(NamedTuple):
 
 
 def read_features(path: str | Path) -> Features:
-    """Read the feature network from a file with torchvision's VGG16 or MobileNetV2, or with LPIPS's VGG16.
+    """Read the feature network from a file with torchvision's VGG16 or MobileNetV2, with LPIPS's VGG16, or with
+    EfficientNet-Lite0.
 
     Args:
       path: ``.pth`` or ``.safetensors`` file; the classifier and other tensors in it are ignored.
 
     Raises:
-      WeightsError: the file cannot be read, or contains neither network.
+      WeightsError: the file cannot be read, or contains none of these networks.
     """
     tensors = {LPIPS_NAME.sub("features.", k): v for k, v in read_checkpoint([Path(path)]).tensors.items()}
     layers = {name: array for name, array in tensors.items() if name.startswith("features.")}
     try:
+        if "_conv_stem.weight" in tensors:
+            return Features("efficientnet_lite0", {"layers": efficientnet_lite.fold(tensors), "weights": {}})
         if "features.0.0.weight" in layers:
             return Features("mobilenet_v2", {"layers": mobilenet_v2.fold_norms(layers), "weights": {}})
         names = [f"features.{place}" for places in VGG16 for place in places]
@@ -68,8 +71,8 @@ def read_features(path: str | Path) -> Features:
             weights = {f"lin{i}": _float32(tensors[f"lin{i}.model.1.weight"]).reshape(-1) for i in range(len(VGG16))}
     except KeyError as error:
         raise WeightsError(
-            f"{path}: not torchvision's VGG16 or MobileNetV2: it has no {error}; its tensors are "
-            f"{', '.join(sorted(tensors)[:5])} ..."
+            f"{path}: not torchvision's VGG16 or MobileNetV2, nor EfficientNet-Lite0: it has no {error}; "
+            f"its tensors are {', '.join(sorted(tensors)[:5])} ..."
         ) from error
     return Features("vgg16", {"layers": convolutions, "weights": weights})
 
@@ -102,9 +105,16 @@ def mobilenet_maps(layers: mobilenet_v2.Params, x: jax.Array) -> list[jax.Array]
     return [found[i] for i in MOBILENET_LAYERS]
 
 
+def efficientnet_maps(layers: mobilenet_v2.Params, x: jax.Array) -> list[jax.Array]:
+    """Five feature maps of EfficientNet-Lite0 for ``x [B,H,W,3]``; all but the last are signed."""
+    found = efficientnet_lite.maps(layers, x)
+    return [found[i] for i in EFFICIENTNET_LAYERS]
+
+
 NETWORKS: dict[str, tuple[Callable[..., list[jax.Array]], int]] = {
     "vgg16": (vgg16_maps, 16),
     "mobilenet_v2": (mobilenet_maps, 1),
+    "efficientnet_lite0": (efficientnet_maps, 1),
 }
 """Network -> its feature maps, and the smallest side of an image that it supports."""
 

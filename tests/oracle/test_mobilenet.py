@@ -55,8 +55,12 @@ def theirs(state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 def random_state(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Weights and statistics of norms that keep activations in the range where ReLU6 cuts on both sides."""
+    return {f"features.{name}": value for name, value in random_numbers(mobilenet(), rng).items()}
+
+
+def random_numbers(net: nn.Module, rng: np.random.Generator) -> dict[str, np.ndarray]:
     state = {}
-    for name, tensor in mobilenet().state_dict().items():
+    for name, tensor in net.state_dict().items():
         shape, kind = tuple(tensor.shape), name.rsplit(".", 1)[1]
         if kind == "num_batches_tracked":
             value = np.zeros(shape, np.int64)
@@ -64,7 +68,7 @@ def random_state(rng: np.random.Generator) -> dict[str, np.ndarray]:
             value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
         else:
             value = rng.uniform(0.5, 1.5, shape) if kind in ("weight", "running_var") else rng.normal(0, 0.5, shape)
-        state[f"features.{name}"] = value if kind == "num_batches_tracked" else value.astype(np.float32)
+        state[name] = value if kind == "num_batches_tracked" else value.astype(np.float32)
     return state
 
 

@@ -22,8 +22,9 @@ from diffuse_jax.weights.names import flatten, from_torch, to_torch, torch_key, 
 
 twins = pytest.importorskip("tests.oracle.twins", reason="needs PyTorch diffusers and transformers")
 from tests.oracle.comparisons import channel_first, channel_last  # noqa: E402
+from tests.oracle.efficientnet_lite import EfficientNetLite0  # noqa: E402
 from tests.oracle.pixel_cases import autoencoder_terms  # noqa: E402
-from tests.oracle.test_mobilenet import mobilenet, random_state  # noqa: E402
+from tests.oracle.test_mobilenet import mobilenet, random_numbers, random_state  # noqa: E402
 from tests.training.test_perceptual import vgg16_state  # noqa: E402
 
 torch, diffusers = twins.torch, twins.diffusers
@@ -96,24 +97,29 @@ def vgg16_twin(state: dict[str, np.ndarray]) -> Any:
     return maps
 
 
-@pytest.mark.parametrize("network", ["vgg16", "vgg16 with weights", "mobilenet_v2"])
+@pytest.mark.parametrize("network", ["vgg16", "vgg16 with weights", "mobilenet_v2", "efficientnet_lite0"])
 def test_perceptual_distance_and_its_gradient(network: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    widths, weights = (8, 16, 16, 24, 24), None
+    widths, weights, width = (8, 16, 16, 24, 24), None, 32
     if network == "mobilenet_v2":
         state, net = random_state(rng), mobilenet().eval()
         net.load_state_dict({name.removeprefix("features."): torch.tensor(array) for name, array in state.items()})
         collect = lambda x: [x := layer(x) for layer in net]
         maps = lambda x: [f for i, f in enumerate(collect(x)) if i in (1, 3, 6, 13, 18)]
+    elif network == "efficientnet_lite0":
+        lite = EfficientNetLite0().eval()
+        state, width = random_numbers(lite, rng), 34  # 17 columns after the first layer
+        lite.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+        maps = lambda x: [lite(x)[i] for i in (1, 3, 5, 11, 17)]
     else:
         state = vgg16_state(rng, widths)
         if network != "vgg16":
-            drawn = [rng.uniform(0, 1, (1, width, 1, 1)).astype(np.float32) for width in widths]
+            drawn = [rng.uniform(0, 1, (1, channels, 1, 1)).astype(np.float32) for channels in widths]
             state |= {f"lin{i}.model.1.weight": w for i, w in enumerate(drawn)}
             weights = [torch.tensor(w) for w in drawn]
         maps = vgg16_twin(state)
     save_file(state, tmp_path / "net.safetensors")
     found, params = read_features(tmp_path / "net.safetensors")
-    x, y = (rng.uniform(-1, 1, (2, 48, 32, 3)).astype(np.float32) for _ in range(2))
+    x, y = (rng.uniform(-1, 1, (2, 48, width, 3)).astype(np.float32) for _ in range(2))
     of_y = channel_first(y).requires_grad_()
     wanted = torch_distance(maps, channel_first(x), of_y, weights)
     wanted.sum().backward()
