@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,6 +28,10 @@ DESCRIPTION = """Cloud TPUs from a laptop: create a slice, install diffuse_jax o
 --dry-run prints the commands of gcloud instead of running them."""
 
 
+UNREAD = 128 + 13
+"""The exit status of a process whose output nobody reads any more, as a shell gives it for SIGPIPE."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted, gcloud's own if
     it failed, and a job's where the command waits for one."""
@@ -32,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:cut])
     rest = tuple(words[cut + 1 :])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letter is no reason to fail
     try:
         if rest and not getattr(args, "takes_command", False):
             raise Failed(f"{args.verb} takes no command: {shlex.join(rest)}")
@@ -39,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.dry_run and args.needs_gcloud and shutil.which("gcloud") is None:
             raise Failed(f"gcloud is not on PATH; install it: {INSTALL} (--dry-run works without it)")
         args.act(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return UNREAD
+    except OSError as error:
+        say(f"{PROGRAM} {args.verb}: {error}")
+        _discard_output()
+        return 1
     except Failed as error:
         say(f"{PROGRAM} {args.verb}: {error}")
         return error.status
@@ -46,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{PROGRAM} {args.verb}: interrupted")
         return 130
     return 0
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere; Python would complain about it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         one = commands.add_parser(verb, help=what, description=what[0].upper() + what[1:] + ".", formatter_class=raw)
         if name:
             one.add_argument("name", metavar=name, nargs="?" if name == "[NAME]" else None, help="of the slice")
-        one.add_argument("--zone", help="of the slice; gcloud's compute/zone if omitted")
+        one.add_argument("--zone", type=_zone, help="of the slice; gcloud's compute/zone if omitted")
         one.add_argument("--project", help="gcloud's project if omitted")
         one.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
         one.set_defaults(act=act, needs_gcloud=True, takes_command=False)
@@ -167,20 +190,35 @@ def _delete(one: argparse.ArgumentParser) -> None:
 
 
 def _cluster(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--image", required=True, help="container image, for example from tpu/Dockerfile")
+    one.add_argument("--image", type=_word, required=True, help="container image, for example from tpu/Dockerfile")
     one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
     one.add_argument("--slices", type=_count, default=1, help="how many work together (1); more than one is untested")
     one.add_argument("--restarts", type=_natural, default=100, help="after failures and preemptions (100)")
     one.add_argument("--bucket", help="mounted at /bucket")
     one.add_argument("--service-account", help="of Kubernetes, which may use the bucket")
-    one.add_argument("--xpk", metavar="CLUSTER", help="print the command of XPK for this cluster instead")
+    one.add_argument("--xpk", type=_word, metavar="CLUSTER", help="print the command of XPK for this cluster instead")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not 0 < value < 1e7:
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return value
+
+
+def _word(text: str) -> str:
+    if not text or text.split() != [text]:
+        raise argparse.ArgumentTypeError(f"must be a name without spaces, got {text!r}")
+    return text
+
+
+def _zone(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]+", text):
+        raise argparse.ArgumentTypeError(f"must be a zone such as us-west4-a, got {text!r}")
+    return text
 
 
 def _natural(text: str) -> int:
@@ -311,7 +349,7 @@ def job(args: argparse.Namespace) -> None:
         bucket=args.bucket,
         service_account=args.service_account,
     )
-    if args.xpk:
+    if args.xpk is not None:
         print(shlex.join(jobs.xpk_command(work, args.xpk, args.zone, args.project)))
     else:
         print(jobs.jobset(work), end="")

@@ -155,7 +155,7 @@ def create(gcloud: Gcloud, order: Order, *, wait: bool = True, poll: float = 30)
         say(f"creating {order.name}: {order.slice.accelerator_type}, {order.slice.hosts} worker(s), {order.capacity}")
     try:
         gcloud.run(create_command(gcloud, order))
-        if wait or gcloud.dry_run:
+        if wait:
             await_ready(gcloud, order.name, poll=poll)
     except KeyboardInterrupt:
         raise Failed(f"interrupted. {left(gcloud, order.name)}", 130) from None
@@ -218,7 +218,10 @@ def delete(gcloud: Gcloud, name: str, *, yes: bool = False) -> None:
 def _agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def listing(gcloud: Gcloud) -> None:

@@ -45,6 +45,8 @@ class ClusterJob:
             raise Failed(f"the name {self.name!r} must be of at most 40 lower-case letters, digits and hyphens")
         if not self.command:
             raise Failed("no command; give it after --, e.g. -- python tpu/check.py")
+        if self.bucket is not None and not re.fullmatch(r"(gs://)?[a-z0-9][a-z0-9._-]*/?", self.bucket):
+            raise Failed(f"--bucket {self.bucket!r} must be the name of a bucket, which is mounted whole at /bucket")
         for pair in self.env:
             if not re.match(r"[A-Za-z_]\w*=", pair):
                 raise Failed(f"--env {pair!r} must be NAME=VALUE")

@@ -15,6 +15,7 @@ from tpu.gcloud import PROGRAM, Failed, Gcloud, call, environment, say
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "diffuse_jax.tar"
+BUCKET = r"gs://[^/]+(/.*)?"
 WORKER = "python3 diffuse_jax/tpu/worker.py"
 """The command that calls ``worker.py`` on a worker."""
 RECORD = r'\{"worker": \d'
@@ -79,7 +80,7 @@ def install(gcloud: Gcloud, name: str, source: Source) -> None:
     gcloud.run(["mkdir", "-p", str(archive.parent)])
     gcloud.run(["tar", "-cf", str(archive), "-C", str(ROOT), "--exclude=__pycache__", *contents])
     gcloud.run(gcloud.command("tpu-vm", "scp", str(archive), *map(str, files), f"{name}:", "--worker=all"))
-    setup = f"--setup {shlex.quote(source.setup)} " if source.setup else ""
+    setup = f"--setup={shlex.quote(source.setup)} " if source.setup else ""
     old = " ".join(f"diffuse_jax/{part}" for part in (*PACKAGE, *SCRIPTS))  # modules that are gone must not stay
     unpack = f"mkdir -p diffuse_jax && rm -rf {old} && tar -xf {ARCHIVE} -C diffuse_jax"
     gcloud.run(ssh_command(gcloud, name, f"{unpack} && {WORKER} install {setup}-- {shlex.join(requirement)}"))
@@ -115,7 +116,7 @@ def run_command(gcloud: Gcloud, name: str, job: Job) -> list[str]:
         if not re.match(r"[A-Za-z_]\w*=", pair):
             raise Failed(f"--env {pair!r} must be NAME=VALUE")
     for pair in job.sync:
-        if not re.fullmatch(r"[^=]+=gs://[^/]+(/.*)?", pair):
+        if not re.fullmatch(rf"[^=-][^=]*={BUCKET}", pair):
             raise Failed(f"--sync {pair!r} must be FOLDER=gs://BUCKET/FOLDER")
     words = ["start", "--job", check_job(job.name)]
     words += [word for pair in job.env for word in ("--env", pair)]
@@ -190,7 +191,8 @@ def sync(gcloud: Gcloud, name: str, source: str, target: str, worker: str) -> No
     Raises:
       Failed: not exactly one of the two is in a bucket.
     """
-    if source.startswith("gs://") == target.startswith("gs://"):
+    buckets = [re.fullmatch(BUCKET, place) is not None for place in (source, target)]
+    if sum(buckets) != 1 or (source, target)[buckets.index(False)].startswith(("gs:", "-")):
         raise Failed("one of the two must be a bucket, gs://BUCKET/FOLDER, the other a folder on the worker")
     gcloud.run(ssh_command(gcloud, name, f"{WORKER} {shlex.join(['sync', source, target])}", worker))
 

@@ -124,8 +124,15 @@ def test_delete_asks(google: Cloud, capsys: pytest.CaptureFixture[str], monkeypa
     assert tpu("delete my-tpu") == 1  # nobody is at the terminal
     assert "--yes deletes without asking" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    for answer, deleted in (("", 0), ("n", 0), ("y", 1)):
-        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+    answers: tuple[tuple[list[str], int], ...] = (([], 0), ([""], 0), (["n"], 0), (["y"], 1))
+    for answer, deleted in answers:
+
+        def asked(question: str, answer: list[str] = answer) -> str:
+            if not answer:
+                raise EOFError  # Ctrl-D
+            return answer[0]
+
+        monkeypatch.setattr("builtins.input", asked)
         assert tpu("delete my-tpu") == 1 - deleted
         assert len(google.calls(" delete ")) == deleted
     assert "queued-resources delete my-tpu --force --quiet" in google.calls(" delete ")[0]
@@ -193,6 +200,9 @@ def test_types_by_all_their_names() -> None:
         "install my-tpu --wheel setup.py",
         "sync my-tpu runs outputs",
         "sync my-tpu gs://a gs://b",
+        "sync my-tpu runs gs://",
+        "run my-tpu --sync=-a=gs://b -- true",
+        "job my-job --type v5e-8 --image i --bucket gs://b/folder -- true",
         "ssh my-tpu --worker all",
         "job My-Job --type v5e-8 --image i -- true",
         "job my-job --type v5e-8 --image i",
@@ -204,6 +214,36 @@ def test_mistakes_are_one_line_and_call_nothing(google: Cloud, capsys: pytest.Ca
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert google.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("create my-tpu --type v5e-8 --poll abc", "must be a positive number of seconds, got 'abc'"),
+        ("create my-tpu --type v5e-8 --zone 'a\ntouch /tmp/b'", "must be a zone such as us-west4-a"),
+        ("job my-job --type v5e-8 --image '' -- true", "must be a name without spaces, got ''"),
+        ("job my-job --type v5e-8 --image i --xpk '' -- true", "must be a name without spaces, got ''"),
+    ],
+)
+def test_values_that_are_none(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tpu(words)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_output_that_takes_nothing() -> None:
+    """A pipe without a reader ends it silently, a full disk with a line."""
+    words = f"{sys.executable} -m tpu types"
+    shell = lambda line: subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
+    closed = shell(f"{words} | true; exit ${{PIPESTATUS[0]}}")
+    assert (closed.stderr, closed.returncode) in (("", 141), ("", 0)), "0 if it was written before the reader ended"
+    full = shell(f"{words} > /dev/full")
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "No space left" in full.stderr
+    dry = shell(f"PYTHONIOENCODING=ascii {sys.executable} -m tpu run my-tpu --dry-run -- 'ü'")
+    assert (dry.returncode, dry.stderr) == (0, "")
 
 
 def test_it_needs_nothing_but_python() -> None:

@@ -60,7 +60,7 @@ mkdir -p HOME/.cache/diffuse_jax/tpu/my-tpu
 tar -cf HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar -C CHECKOUT --exclude=__pycache__ {FILES}
 gcloud compute tpus tpu-vm scp HOME/.cache/diffuse_jax/tpu/my-tpu/diffuse_jax.tar my-tpu: --worker=all
 {SSH} --worker=all '--command=mkdir -p diffuse_jax && {OLD} && tar -xf diffuse_jax.tar -C diffuse_jax && \
-{WORKER} install --setup '"'"'mkdir ~/b && gcsfuse b ~/b'"'"' -- \
+{WORKER} install --setup='"'"'mkdir ~/b && gcsfuse b ~/b'"'"' -- \
 '"'"'diffusejax[tpu,train] @ git+https://h/n.git@main'"'"''""",
     "run my-tpu --job a --env A='b c' --sync runs=gs://b/r -- python train/vae.py --x '$HOME'": f"""
 {SSH} --worker=all '--command={WORKER} start --job a --env '"'"'A=b c'"'"' --sync runs=gs://b/r --every 600 -- \
