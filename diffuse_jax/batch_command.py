@@ -35,6 +35,9 @@ OF_JOBS: Mapping[str, Any] = {
 NOT_OF_JOBS = ("progress_bar", *IMAGES, "controlnet", *NUMBERS)
 """Flags that do not go with it."""
 
+OF_MODELS = ("revision", "variant", "tokenizer", "prediction_type", "ema", "dtype", "no_safety_checker")
+"""Flags that change the images of a model: a job that was begun with others is not continued."""
+
 EVERY = 30.0
 """Seconds between lines of progress where they are not on a terminal."""
 
@@ -81,6 +84,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)} takes one value with --prompts-file; rows may have their own")
     if (args.num_processes is None) != (args.process_id is None):
         raise ValueError("give --num-processes and --process-id together")
+    if args.num_processes is not None and args.process_id >= args.num_processes:
+        raise ValueError(f"--process-id must be less than --num-processes {args.num_processes}, got {args.process_id}")
+    if args.quality is not None and args.quality > 100:
+        raise ValueError(f"--quality must be from 1 to 100, got {args.quality}")
     if args.coordinator_address is not None and args.num_processes is None:
         raise ValueError("--coordinator-address needs --num-processes and --process-id")
     for name, default in OF_JOBS.items():
@@ -139,6 +146,7 @@ def sampled(
     if args.negative_prompt:
         defaults["negative_prompt"] = args.negative_prompt[0]
     common: dict[str, Any] = {"model": str(args.model)}
+    common |= {name: str(value) for name in OF_MODELS if (value := getattr(args, name))}
     if args.lora:
         common["merged_lora"] = {str(source): scale for source, scale in args.lora}
     line = ProgressLine()

@@ -31,7 +31,12 @@ class Number:
     def allows(self, value: Any) -> bool:
         """Whether a value is such a number."""
         kind = Integral if self.kind is int else Real
-        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and self.fits(value)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return False
+        try:
+            return math.isfinite(value) and self.fits(value)
+        except OverflowError:  # an integer beyond the floats, and so beyond all these bounds
+            return False
 
     def read(self, text: str) -> float:
         """The number that a text says.

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffuse_jax.bounds import whole
 from diffuse_jax.mesh_axes import MESH_AXES, parse_axes, with_data
 
 Tree = TypeVar("Tree")
@@ -48,10 +49,12 @@ def make_mesh(
     queries.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes are no integers, or do not multiply to the number of devices, or there is no device.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor, sequence]
+    if not devices:
+        raise ValueError("a mesh needs at least one device, got devices=[]")
+    sizes = [whole(size, axis) for axis, size in zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True)]
     fixed = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes) or len(devices) % fixed:
         raise ValueError(

@@ -30,6 +30,14 @@ SIZES = {
 }
 
 
+def test_what_is_no_size_and_no_device() -> None:
+    for size in ("2", 1.5, None):
+        with pytest.raises(ValueError, match="tensor must be an integer"):
+            make_mesh(tensor=size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one device"):
+        make_mesh(devices=[])
+
+
 @pytest.mark.parametrize("text", SIZES)
 def test_sizes_of_the_axes(text: str) -> None:
     mesh = parse_mesh(text)

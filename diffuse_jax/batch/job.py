@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from diffuse_jax.batch.device import AUTO, Device
 from diffuse_jax.batch.encoding import SUFFIXES
-from diffuse_jax.batch.jobs import FIELDS, Rules, checked
+from diffuse_jax.batch.jobs import FIELDS, OF_IMAGES, Rules, checked
 from diffuse_jax.batch.lines import Lines, lines_of
 from diffuse_jax.batch.loop import Job, Maker, Ran, Survey, run, survey
 from diffuse_jax.batch.reporting import Failure, Failures, Status, failures_file, few_warnings
-from diffuse_jax.batch.sinks import Folders, Shards, Sink
+from diffuse_jax.batch.sinks import Folders, Shards, Sink, parsed
 from diffuse_jax.output import writable
 from diffuse_jax.writing import atomic_file
 
@@ -132,9 +132,9 @@ def sample_many(
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process must be (index, count) with 0 <= index < count, got {process}")
-    if clash := [name for name in keep if name in FIELDS]:
-        raise ValueError(f"keep names {clash[0]!r}, which is a setting; settings are stored anyway")
     shared = dict(common or {}) | {"scheduler": type(pipe.scheduler).__name__}
+    if clash := [name for name in keep if name in (*FIELDS, *OF_IMAGES, *shared)]:
+        raise ValueError(f"keep names {clash[0]!r}, which is stored with every image anyway; rename the field")
     rules = Rules(checked(defaults), seed, tuple(keep), shared)
     lines = lines_of(prompts, rules.known)
     output = writable(Path(output))
@@ -215,10 +215,8 @@ def agree(
             last = max((row.number for row in lines.rows()), default=1) if processes > 1 else ROWS_PER_BLOCK
             now["rows_per_block"] = min(ROWS_PER_BLOCK, -(-last // processes)) if processes > 1 else ROWS_PER_BLOCK
         return now
-    try:
-        before = json.loads(path.read_bytes())
-    except ValueError:
-        raise ValueError(f"{path} is damaged; remove it to continue the job with its present settings") from None
+    if (before := parsed(path.read_bytes())) is None:
+        raise ValueError(f"{path} is damaged; remove it to continue the job with its present settings")
     if rows_per_block is None:
         now["rows_per_block"] = before.get("rows_per_block")
     for name in (*now, *before):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from diffuse_jax.bounds import COUNT, FINITE, SHARE, TORCH_SEED, Number
 from diffuse_jax.messages import brief
+from diffuse_jax.pipelines.parts.safety import FLAGGED
 
 Fields = Mapping[str, Any]
 """Name of a setting -> its value."""
@@ -72,7 +73,7 @@ def _lora(value: Any) -> dict[str, float]:
         text = value.strip()
         try:
             value = json.loads(text) if text.startswith("{") else [_pair(word) for word in text.split()]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f'must be FILE=WEIGHT, or {{"FILE": WEIGHT}} in JSON, got {brief(value)}') from None
     try:
         found = {str(name): weight for name, weight in dict(value).items() if weight is not None}
@@ -108,6 +109,9 @@ FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "lora": _lora,
 }
 """What a row may say -> what reads its value; a ``ValueError`` says what the value must be."""
+
+OF_IMAGES = ("file_name", "text", "line", FLAGGED)
+"""What is stored with an image besides its settings."""
 
 OWN = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "guidance_scale", "guidance_rescale")
 """Settings that each image of a batch has for itself, besides its seed and the strength of a LoRA file."""
@@ -188,12 +192,13 @@ class Rules(NamedTuple):
             first = self.seed + number * self.defaults.get("num_images_per_prompt", 1)
             seeds = [first]
         if len(seeds) == 1:
-            seeds = [*range(seeds[0], seeds[0] + copies)]
+            seeds = range(seeds[0], seeds[0] + copies)
         elif len(seeds) != copies and "num_images_per_prompt" in fields:
             raise ValueError(f"it has {len(seeds)} seeds for num_images_per_prompt={copies}; give one, or one each")
         most = 2**32 if given.get("noise") is None else 2**64
-        if seeds[-1] >= most or max(seeds) >= most:
-            raise ValueError(f"its seed must be less than {most}, got {max(seeds)}")
+        largest = seeds[-1] if isinstance(seeds, range) else max(seeds)
+        if largest >= most:
+            raise ValueError(f"its seed must be less than {most}, got {largest}")
         lora = given.pop("lora", {})
         return Job(number, given, lora, seeds, _storable({name: fields[name] for name in self.keep if name in fields}))
 

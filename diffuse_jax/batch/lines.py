@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +78,7 @@ def _json_lines(path: Path, known: Sequence[str]) -> Lines:
     def fields(raw: bytes) -> Mapping[str, Any]:
         text = _decoded(raw)
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_number)
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
         except ValueError as error:
@@ -84,6 +86,10 @@ def _json_lines(path: Path, known: Sequence[str]) -> Lines:
         return _object(value)
 
     return Lines(lambda: _lines(path), fields, str(path))
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is not a number")
 
 
 def _csv(path: Path, known: Sequence[str]) -> Lines:
@@ -96,7 +102,9 @@ def _csv(path: Path, known: Sequence[str]) -> Lines:
                     yield Row(number, cells)
 
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header = next(csv.reader(file), [])
+        header: Any = next(_surviving(csv.reader(file, strict=True)), [])
+    if isinstance(header, csv.Error):
+        raise ValueError(f"{path}: its header is not a row of CSV ({header})")
     names = [name.strip() for name in header]
     check_columns(names, known, path)
 
@@ -140,7 +148,10 @@ def _parquet(path: Path, known: Sequence[str]) -> Lines:
         with parquet.ParquetFile(path) as file:
             batches = file.iter_batches(PARQUET_ROWS)
             tables = (batch.to_pylist() for batch in batches)
-            yield from (Row(k, row) for k, row in enumerate(itertools.chain.from_iterable(tables), 1))
+            try:
+                yield from (Row(k, row) for k, row in enumerate(itertools.chain.from_iterable(tables), 1))
+            except (OSError, ValueError) as error:  # pyarrow's
+                raise ValueError(f"{path} is damaged: {error}") from None
 
     return Lines(rows, _object, str(path))
 
@@ -200,4 +211,5 @@ def _object(value: Any) -> Mapping[str, Any]:
         return {"prompt": value}
     if not isinstance(value, Mapping):
         raise ValueError(f'it must be a JSON object such as {{"prompt": "a cat"}}, got {type(value).__name__}')
-    return {name: inner for name, inner in value.items() if inner is not None and inner == inner}  # NaN is null too
+    nothing = lambda inner: inner is None or (isinstance(inner, Real) and math.isnan(inner))  # as in tables with gaps
+    return {name: inner for name, inner in value.items() if not nothing(inner)}

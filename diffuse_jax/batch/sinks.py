@@ -14,7 +14,7 @@ import re
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -56,12 +56,21 @@ def dumped(record: Mapping[str, Any]) -> bytes:
     return in_utf8(json.dumps(record, ensure_ascii=False)) + b"\n"
 
 
-def records_in(path: Path) -> Iterator[Record]:
-    """The complete lines of a file of metadata; none if there is no file."""
+def parsed(text: bytes) -> Record | None:
+    """A JSON object; None if it is damaged."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def records_in(path: Path) -> list[Record | None]:
+    """The complete lines of a file of metadata, None for one that names no image; none if there is no file."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        found = [parsed(line) for line in file if line.endswith(b"\n")]
+        return [one if one and isinstance(one.get("file_name"), str) else None for one in found]
+    return []
 
 
 def locked(handle: int, path: Path) -> None:
@@ -92,7 +101,8 @@ class Folders:
             there = {entry.name for entry in os.scandir(folder)}
         except FileNotFoundError:
             return {}
-        return {one["file_name"]: one for one in records_in(folder / METADATA) if one["file_name"] in there}
+        # An image whose line is damaged is made again.
+        return {one["file_name"]: one for one in records_in(folder / METADATA) if one and one["file_name"] in there}
 
     def unfinished(self, block: int) -> bool:
         return False  # a folder is the same before and after its end
@@ -178,7 +188,9 @@ class Shards:
             return samples_in(partial)[0]
         if not shard.exists():
             return {}
-        return {one["file_name"]: one for one in records_in(metadata)} or samples_in(shard)[0]
+        records = records_in(metadata)
+        whole = {one["file_name"]: one for one in records if one}
+        return whole if whole and None not in records else samples_in(shard)[0]
 
     def unfinished(self, block: int) -> bool:
         return self.paths(block)[1].exists()
@@ -269,8 +281,9 @@ def samples_in(path: Path) -> tuple[dict[str, Record], int]:
             if after > size:
                 break
             if info.name.endswith(".json"):
-                found[image] = json.loads(file.read(info.size))
-                end = after
+                if (record := parsed(file.read(info.size))) is None:
+                    break
+                found[image], end = record, after
             elif not info.name.endswith(".txt"):
                 image = info.name
             file.seek(after)

@@ -139,6 +139,8 @@ def test_other_settings_are_noticed(opened: dict[str, Any], tmp_path: Path, caps
     assert "has images with guidance_scale 5.0, not 7.0; continue with the same settings" in capsys.readouterr().err
     assert run(*line, "--guidance-scale", 5, "--image-format", "webp") == 1
     assert "image_format 'png', not 'webp'" in capsys.readouterr().err
+    assert run(*line, "--guidance-scale", 5, "--dtype", "bfloat16") == 1
+    assert "has images with dtype None, not 'bfloat16'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,10 +151,15 @@ def test_other_settings_are_noticed(opened: dict[str, Any], tmp_path: Path, caps
         (lambda p: ("--prompts-file", p, "--progress-bar"), "--progress-bar: not with --prompts-file"),
         (lambda p: ("--prompts-file", p, "--seed", 1, 2), "--seed takes one value with --prompts-file"),
         (lambda p: ("--prompts-file", p, "--process-id", 1), "give --num-processes and --process-id together"),
-        (lambda p: ("--prompts-file", p, "--quality", 200), "quality must be a whole number from 1 to 100, got 200"),
-        (lambda p: ("--prompts-file", p, "--process-id", 2, "--num-processes", 2), "0 <= index < count"),
+        (lambda p: ("--prompts-file", p, "--quality", 200), "--quality must be from 1 to 100, got 200"),
+        (
+            lambda p: ("--prompts-file", p, "--process-id", 2, "--num-processes", 2),
+            "must be less than --num-processes 2",
+        ),
         (lambda p: ("--prompts-file", p.with_name("none.txt")), "none.txt"),
-        (lambda p: ("--prompts-file", p, "--keep", "height"), "keep names 'height', which is a setting"),
+        (lambda p: ("--prompts-file", p, "--keep", "height"), "keep names 'height', which is stored"),
+        (lambda p: ("--prompts-file", p, "--keep", "file_name"), "keep names 'file_name', which is stored"),
+        (lambda p: ("--prompts-file", p, "--keep", "model"), "keep names 'model', which is stored"),
     ],
 )
 def test_flags_that_do_not_go_together(

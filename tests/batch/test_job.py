@@ -67,6 +67,7 @@ def test_other_formats_have_the_settings_too(tmp_path: Path, kind: str, suffix: 
     with Pillow.open(tmp_path / "out" / "00000" / f"00000001-1.{suffix}") as image:
         comment = image.getexif().get_ifd(0x8769)[0x9286]
         assert comment.removeprefix(b"UNICODE\0").decode("utf-16-be").startswith("ein Hündchen\nSeed: 1")
+    assert run(["é" * 40_000], tmp_path / "long", kind=kind).made == 1, "a JPEG has no room for it"
 
 
 def test_shards_are_what_training_reads(tmp_path: Path) -> None:
@@ -230,6 +231,20 @@ def test_what_a_crash_left_of_a_line_and_of_a_member_is_cut_off(tmp_path: Path) 
         (tmp_path / "b" / ".00000.tar.partial").write_bytes(whole[:cut])
         run(prompts, tmp_path / "b", layout="webdataset")
         assert len(TarSource([tmp_path / "b" / "00000.tar"])) == 5
+
+
+def test_metadata_that_is_damaged_is_made_again(tmp_path: Path) -> None:
+    """A loss of power can leave zeros; a line that names no image, or no object, counts as missing."""
+    prompts = [f"prompt {i}" for i in range(5)]
+    run(prompts, tmp_path / "a")
+    metadata = tmp_path / "a" / "00000" / "metadata.jsonl"
+    lines = metadata.read_bytes().splitlines()
+    metadata.write_bytes(b"\n".join([bytes(8), b"[1]", b"{}", *lines[2:], b""]))
+    assert run(prompts, tmp_path / "a").made == 2
+    assert keys(tmp_path / "a", "folder") == [(n, n) for n in range(1, 6)]
+    run(prompts, tmp_path / "b", layout="webdataset")
+    (tmp_path / "b" / "00000.jsonl").write_bytes(b"{\n")
+    assert run(prompts, tmp_path / "b", layout="webdataset").made == 0, "the shard itself has what its metadata lost"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -36,15 +36,16 @@ def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
 def test_a_line_that_cannot_be_read_is_an_error_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     lines = [b'{"prompt": "a"}', b'{"prompt"', b"[1]", b'"b"', b"\xff\xfe", b'{"prompt": "' + b"x" * MAX_LINE + b'"}']
-    lines += [b"[" * 100_000, b'{"prompt": "z", "seed": null}']
+    lines += [b"[" * 100_000, b'{"prompt": "z", "seed": null}', b'{"prompt": "a", "seed": NaN}']
     path.write_bytes(b"\n".join(lines))
     found = read(path)
-    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert [fields for _, fields in found if isinstance(fields, dict)] == [
         {"prompt": "a"}, {"prompt": "b"}, {"prompt": "z"},
     ]  # fmt: skip
     errors = [error for _, error in found if isinstance(error, str)]
-    for error, part in zip(errors, ("not JSON", "got list", "not UTF-8", "longer than", "nested"), strict=True):
+    parts = ("not JSON", "got list", "not UTF-8", "longer than", "nested", "NaN is not a number")
+    for error, part in zip(errors, parts, strict=True):
         assert part in error
 
 
@@ -64,7 +65,10 @@ def test_a_table(tmp_path: Path) -> None:
 def test_columns_are_checked_before_any_row_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     for header, error in {
-        "promt": "no column 'prompt'", "prompt,colour": "column 'colour', which is no setting", "prompt,prompt": "twice"
+        "promt": "no column 'prompt'",
+        "prompt,colour": "column 'colour', which is no setting",
+        "prompt,prompt": "twice",
+        '"prompt" ,seed': r"prompts\.csv: its header is not a row of CSV",
     }.items():  # fmt: skip
         path.write_text(f"{header}\na,b\n", encoding="utf-8")
         with pytest.raises(ValueError, match=error):
@@ -85,6 +89,10 @@ def test_parquet(tmp_path: Path) -> None:
         (1, {"prompt": "a", "height": 64}, {"x": 0.5}, {"id": 1}),
         (3, {"prompt": "c"}, {}, {"id": 3}),
     ]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(60) + whole[64:])
+    with pytest.raises(ValueError, match=r"prompts\.parquet is damaged"):
+        read(path)
     path.write_bytes(b"PAR1 no table")
     with pytest.raises(ValueError, match="not a Parquet file"):
         lines_of(path, KNOWN)
@@ -104,8 +112,8 @@ def test_settings_are_those_of_the_row_or_the_job() -> None:
     job = rules.job(3, {"prompt": "a", "guidance_scale": "2.5", "lora": "b.safetensors=0.5 a.safetensors"})
     assert job.call == {"prompt": "a", "height": 64, "guidance_scale": 2.5}
     assert job.lora == {"a.safetensors": 1.0, "b.safetensors": 0.5}
-    assert job.seeds == [106, 107], "two images a row from seed 100 on: those of different rows differ"
-    assert rules.job(3, {"prompt": "a", "seed": 7}).seeds == [7, 8]
+    assert [*job.seeds] == [106, 107], "two images a row from seed 100 on: those of different rows differ"
+    assert [*rules.job(3, {"prompt": "a", "seed": 7}).seeds] == [7, 8]
     assert rules.job(3, {"prompt": "a", "seed": [7, 9, 1]}).seeds == [7, 9, 1]
 
 
@@ -128,6 +136,11 @@ def test_settings_are_those_of_the_row_or_the_job() -> None:
         ({"prompt": "a", "seed": [1, 2], "num_images_per_prompt": 3}, "2 seeds for num_images_per_prompt=3"),
         ({"prompt": "a", "lora": {"x": "strong"}}, "finite number for x"),
         ({"prompt": "a", "lora": 3}, "lora must be"),
+        ({"prompt": "a", "lora": '{"x":' * 100_000}, "lora must be FILE=WEIGHT"),
+        ({"prompt": "a", "lora": {"x": 10**400}}, "finite number for x"),
+        ({"prompt": "a", "seed": 10**400}, "seed must be a whole number"),
+        ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale must be a finite number"),
+        ({"prompt": "a", "seed": 5, "num_images_per_prompt": 2**31 - 1, "noise": None}, "noise must be"),
         ({"prompt": "a", "long_prompts": "perhaps"}, "true or false"),
         ({"prompt": "a", "noise": "pink"}, "torch or cuda"),
         ({"prompt": "a", "id": {1, 2}}, "JSON cannot hold"),
