@@ -16,6 +16,7 @@ from tpu.gcloud import PROGRAM, Failed, Gcloud, call, environment, say
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "diffuse_jax.tar"
 BUCKET = r"gs://[^/]+(/.*)?"
+"""A bucket, or a folder in one, as a regular expression."""
 WORKER = "python3 diffuse_jax/tpu/worker.py"
 """The command that calls ``worker.py`` on a worker."""
 RECORD = r'\{"worker": \d'
