@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import common
@@ -109,6 +112,38 @@ def test_every_trainer_has_a_step_to_time() -> None:
 
     scripts = {path.stem for path in (BENCHMARKS.parent / "train").glob("*.py")}
     assert {name.partition(":")[0] for name in TRAINERS} == scripts
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_choices_of_training_are_judged_by_the_same_error(flow: bool) -> None:
+    """A network whose clean sample is off by a hundredth has the error of the velocity that this makes, whichever of
+    velocity and flow it predicts."""
+    from benchmarks.emoji_choices import Choice, objective_of, velocity_errors
+    from diffuse_jax import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+    from diffuse_jax.training.objective import target
+    from diffuse_jax.training.times import LogitNormalTimes
+
+    shipped = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    choice = Choice(about="", times=LogitNormalTimes() if flow else None)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0) if flow else shipped
+    clean = jax.random.normal(jax.random.key(1), (64, 2, 2, 1))
+
+    class Wrong:
+        """Predicts what the noisy sample would have as target if its clean sample were larger by a hundredth."""
+
+        encoded = staticmethod(lambda models, params, batch: batch)
+        begin = staticmethod(lambda models, params, batch, key: (clean, batch))
+
+        @staticmethod
+        def predict(models: object, params: object, batch: object, x: jax.Array, t: jax.Array) -> jax.Array:
+            signal = 1 - t / 1000 if flow else jnp.sqrt(jnp.asarray(shipped.alpha_bar)[t])
+            noise = t / 1000 if flow else jnp.sqrt(1 - signal**2)
+            x0 = clean + 0.01
+            return target(scheduler, x0, (x - signal[:, None, None, None] * x0) / noise[:, None, None, None], t)
+
+    t, errors = velocity_errors(Wrong(), {}, shipped, choice, {}, {}, jax.random.key(0))  # type: ignore[arg-type]
+    assert objective_of(choice, scheduler).scheduler is scheduler
+    np.testing.assert_allclose(errors, 1e-4 / (1 - shipped.alpha_bar[np.asarray(t)]), rtol=2e-2)
 
 
 @pytest.mark.slow

@@ -1,0 +1,288 @@
+"""Which objective, batch size and shape of the UNet learn most of the emoji in the same processor time.
+
+Every choice differs from the first in one respect. Its UNet and text encoder begin from fresh weights and are trained
+on the shipped autoencoder's latents until they have used ``--seconds`` of processor time; compiling does not count::
+
+    python -m benchmarks.emoji_choices                      # two hours of one core
+    python -m benchmarks.emoji_choices batch_32 batch_128   # only these; the other rows of the result stay
+
+Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``).
+
+All are judged by the same errors: of the velocity (Salimans and Ho 2022), at the timesteps of the shipped model's
+schedule, for the same images, captions and noise. For flow matching, ``z = (1 - r) x0 + r noise`` with the same
+signal-to-noise ratio is the shipped model's ``x = a x0 + s noise`` divided by ``a + s``; both predictions are linear in
+the clean sample and the input, and the error of the one is that of the other divided by ``a + s``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks.common import RESULTS, write
+from benchmarks.emoji_judge import Array, Data, load_data
+from diffuse_jax import FlowMatchEulerDiscreteScheduler
+from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
+from diffuse_jax.sharding import make_mesh
+from diffuse_jax.training.families import TrainedFamily, tokens_of, trained_family
+from diffuse_jax.training.initial import initial_params
+from diffuse_jax.training.latent import loss_of, networks, open_pipeline, whole
+from diffuse_jax.training.objective import Draw, Objective, noised, per_sample_error, target
+from diffuse_jax.training.optimizer import learning_rate, make_optimizer
+from diffuse_jax.training.times import LogitNormalTimes, UniformTimes
+
+MODEL = "diffuse-jax/emoji"
+TRAINED = ("unet", "text_encoder")
+EMPTY = 0.1
+"""How often a caption is left out."""
+PARTS = 1000
+"""The learning rate depends on the processor time used, in this many parts."""
+BATCH, DRAWS, IMAGES = 64, 4, 256
+"""Of the evaluation: images at a time, draws of noise for each, and images of each split."""
+BANDS = {"little noise": (0, 333), "medium": (333, 667), "much": (667, 1000)}
+"""Timesteps of the shipped model's schedule."""
+
+ABOUT = (
+    "Mean squared error of the velocity, for 256 images with four draws of noise each, after {seconds} seconds of "
+    "processor time from fresh weights: of training pairs, of held-out pairs, and of these in thirds of the timesteps. "
+    "Muon, learning rate 1e-3, falling to zero in the last third."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is trained, and how.
+
+    Attributes:
+      about: for the table.
+      unet: fields of the UNet's configuration that differ from the shipped one's.
+      times: of flow matching; None for the velocity of the shipped model's schedule.
+      snr_gamma, batch, optimizer: as in ``train/text_to_image.py``.
+    """
+
+    about: str
+    unet: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    times: UniformTimes | None = None
+    snr_gamma: float | None = None
+    batch: int = 64
+    optimizer: str = "muon"
+
+
+TWO_LEVELS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (80, 144),
+    "num_attention_heads": (3, 6),
+}
+NARROW = {"block_out_channels": (32, 96, 160), "num_attention_heads": (2, 4, 5)}
+EVERYWHERE = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+MIDDLE = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+
+CHOICES = {
+    "shipped": Choice(about="as shipped: velocity, 64 images, three levels, attention at 8x8 and in the middle"),
+    "adamw": Choice(about="AdamW", optimizer="adamw"),
+    "min_snr": Choice(about="Min-SNR weights, gamma 5", snr_gamma=5.0),
+    "flow": Choice(about="flow matching, logit-normal times", times=LogitNormalTimes()),
+    "batch_32": Choice(about="batches of 32 images", batch=32),
+    "batch_128": Choice(about="batches of 128 images", batch=128),
+    "two_levels": Choice(about="two levels, wider at 16x16 (80, 144 channels)", unet=TWO_LEVELS),
+    "narrow": Choice(about="narrower at 16x16, wider below (32, 96, 160)", unet=NARROW),
+    "everywhere": Choice(about="attention at all three levels", unet=EVERYWHERE),
+    "middle": Choice(about="attention in the middle alone", unet=MIDDLE),
+}
+
+
+def main() -> None:
+    args = parse_args()
+    data, pipe = load_data(args.data_dir), open_pipeline(MODEL, trainable=(), mesh=make_mesh())
+    latents, tokens = moments_of(pipe, data), caption_tokens(pipe, data)
+    path = args.output_folder / "emoji_choices.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {row["choice"]: row for row in old}
+    for name in args.choices:
+        choice = CHOICES[name]
+        model = fresh(pipe, choice, args.seed)
+        params, about = train(model, choice, data, latents, tokens, args)
+        about |= evaluated(model, params, choice, pipe.scheduler, data, latents, tokens, args.seed)
+        rows[choice.about] = {"choice": choice.about} | about
+        print(json.dumps(rows[choice.about]), flush=True)
+        ordered = [rows[each.about] for each in CHOICES.values() if each.about in rows]
+        title = "What to train, in equal processor time"
+        write("emoji_choices", title, ABOUT.format(seconds=args.seconds), ordered, "jax", folder=args.output_folder)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("choices", nargs="*", help=f"some of {', '.join(CHOICES)} (default: all)")
+    parser.add_argument("--seconds", type=int, default=400, help="of processor time for each (default 400)")
+    parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default 0)")
+    parser.add_argument("--output_folder", type=Path, default=RESULTS, help="of emoji_choices.json")
+    args = parser.parse_args()
+    if unknown := [name for name in args.choices if name not in CHOICES]:
+        parser.error(f"unknown choices {unknown}; expected some of {', '.join(CHOICES)}")
+    if args.seconds < 1:
+        parser.error(f"--seconds {args.seconds}: must be at least 1")
+    args.choices = args.choices or list(CHOICES)
+    return args
+
+
+def fresh(pipe: Any, choice: Choice, seed: int) -> Any:
+    """The pipeline with an untrained UNet of the choice's shape and an untrained text encoder, and its scheduler."""
+    unet = UNet2DConditionModel(pipe.components["unet"].config.replace(**choice.unet))
+    components = {**pipe.components, "unet": unet}
+    if choice.times:
+        components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    new = {name: initial_params(components[name], seed + place) for place, name in enumerate(TRAINED)}
+    return dataclasses.replace(pipe, components=components, params={**pipe.params, **new})
+
+
+def objective_of(choice: Choice, scheduler: Any) -> Objective:
+    return Objective(scheduler=scheduler, snr_gamma=choice.snr_gamma, times=choice.times)
+
+
+def moments_of(pipe: Any, data: Data) -> Array:
+    """Mean and log variance of the latents of all images, float32 ``[N,h,w,2c]``."""
+    family, models = trained_family(pipe), networks(pipe)
+
+    @jax.jit
+    def run(params: Any, pixels: jax.Array) -> jax.Array:
+        return family.encode_images(models, {"vae": params}, {"pixel_values": pixels})["moments"]
+
+    found = []
+    for start in tqdm(range(0, len(data.images), 100), desc="latents", disable=None):
+        part = data.images[start : start + 100]
+        whole_part = np.concatenate([part, np.zeros((100 - len(part), *part.shape[1:]), part.dtype)])
+        found.append(np.asarray(run(pipe.params["vae"], whole_part))[: len(part)])
+    return np.concatenate(found)
+
+
+def caption_tokens(pipe: Any, data: Data) -> Callable[[str], Array]:
+    """Token ids of a caption, int ``[L]``, each made once."""
+    words, known = trained_family(pipe).words(pipe), dict[str, Array]()
+
+    def ids(caption: str) -> Array:
+        if caption not in known:
+            known[caption] = np.asarray(tokens_of(words, caption)["text_encoder"])
+        return known[caption]
+
+    return ids
+
+
+def train(
+    model: Any, choice: Choice, data: Data, latents: Array, tokens: Callable[[str], Array], args: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """Train for ``args.seconds`` of processor time; the parameters and what the table says of the run."""
+    loss = loss_of(model, whole(networks(model)), objective_of(choice, model.components["scheduler"]))
+    rate = learning_rate("warmup_stable_decay", 1e-3, PARTS // 20, PARTS)
+    optimizer = make_optimizer(choice.optimizer, optax.constant_schedule(1.0), beta2=0.99)
+    frozen = {"vae": model.params["vae"]}
+
+    def step(params: Any, state: Any, batch: Any, key: jax.Array, part: jax.Array) -> Any:
+        gradient, _ = jax.grad(loss, has_aux=True)(params, frozen, batch, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, jax.tree.map(lambda x: x * rate(part), updates)), state
+
+    rng, count = np.random.default_rng(args.seed), int((~data.held).sum())
+
+    def batch() -> dict[str, Array]:
+        chosen = rng.integers(count, size=choice.batch)
+        texts = [data.records[i]["text"] for i in chosen]
+        captions = ["" if rng.random() < EMPTY else text[rng.integers(len(text))] for text in texts]
+        return {"moments": latents[chosen], "text_encoder": np.stack([tokens(caption) for caption in captions])}
+
+    params = {name: jax.tree.map(jnp.array, model.params[name]) for name in TRAINED}
+    state, key = optimizer.init(params), jax.random.key(args.seed)
+    run = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch(), key, jnp.int32(0)).compile()
+    begun, wall, steps, used = time.process_time(), time.perf_counter(), 0, 0.0
+    with tqdm(total=args.seconds, desc=choice.about, disable=None) as bar:
+        while used < args.seconds:
+            part = jnp.int32(used / args.seconds * PARTS)
+            params, state = run(params, state, batch(), jax.random.fold_in(key, steps), part)
+            jax.block_until_ready(params)
+            steps += 1
+            bar.update(time.process_time() - begun - used)
+            used = time.process_time() - begun
+    size = sum(leaf.size for leaf in jax.tree.leaves(params["unet"]))
+    return params, {
+        "unet_parameters": size,
+        "steps": steps,
+        "cpu_seconds": round(used, 1),
+        "seconds": round(time.perf_counter() - wall, 1),
+    }
+
+
+def evaluated(
+    model: Any,
+    params: Any,
+    choice: Choice,
+    shipped: Any,
+    data: Data,
+    latents: Array,
+    tokens: Callable[[str], Array],
+    seed: int,
+) -> dict[str, float]:
+    """Mean errors of the velocity, for all timesteps of each split, and for the held-out pairs in bands of noise."""
+    family, models = trained_family(model), networks(model)
+    run = jax.jit(lambda *args: velocity_errors(family, models, shipped, choice, *args))
+    everything = {**model.params, **params}
+    rows: dict[str, float] = {}
+    for split, held in (("training", False), ("held-out", True)):
+        chosen = data.choose(held, IMAGES, seed)
+        found = []
+        for start in range(0, IMAGES, BATCH):
+            part = chosen[start : start + BATCH]
+            ids = np.stack([tokens(data.caption(i)) for i in part])
+            batch = {"moments": latents[part], "text_encoder": ids}
+            for draw in range(DRAWS):
+                found.append(run(everything, batch, jax.random.key(seed * 1_000_003 + start * DRAWS + draw)))
+        t, error = (np.concatenate([np.asarray(each[place]) for each in found]) for place in (0, 1))
+        rows[split] = round(float(error.mean()), 4)
+    for band, (low, high) in BANDS.items():  # of the last split, the held-out pairs
+        rows[band] = round(float(error[(t >= low) & (t < high)].mean()), 4)
+    return rows
+
+
+def velocity_errors(
+    family: TrainedFamily,
+    models: Mapping[str, Any],
+    shipped: Any,
+    choice: Choice,
+    params: Any,
+    batch: Any,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Timesteps ``[B]`` of the shipped schedule, uniform, and the squared errors of the velocity there, ``[B]``."""
+    k_begin, k_noise, k_time = jax.random.split(key, 3)
+    x0, given = family.begin(models, params, family.encoded(models, params, batch), k_begin)
+    t = jax.random.randint(k_time, x0.shape[:1], 0, shipped.num_train_timesteps)
+    scheduler, at, scale = shipped, t, jnp.ones(t.shape)
+    if choice.times:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        signal = jnp.sqrt(jnp.asarray(shipped.alpha_bar, jnp.float32))[t]
+        noise = jnp.sqrt(1 - jnp.square(signal))
+        scale = signal + noise
+        at = noise / scale * scheduler.num_train_timesteps
+    objective = objective_of(choice, scheduler)
+    drawn = Draw(jax.random.normal(k_noise, x0.shape, jnp.float32), None, at)
+    prediction = family.predict(models, params, given, noised(objective, x0, drawn), at)
+    wanted = target(scheduler, x0, drawn.noise, at)
+    return t, per_sample_error(prediction, wanted) / jnp.square(scale)
+
+
+if __name__ == "__main__":
+    main()
