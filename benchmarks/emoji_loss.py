@@ -5,8 +5,8 @@ A comparison of short runs of training, whose samples would differ by less than 
     python -m benchmarks.emoji_loss diffuse-jax/emoji runs/emoji/a runs/emoji/b
 
 Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). Captions read
-``"{label}, {style} style"``. ``loss`` is the squared error with Min-SNR weights (gamma 5), which the shipped model
-was trained with; ``mse`` without weights. Only models with equal autoencoders and schedules are comparable.
+``"{label}, {style} style"``. ``loss`` is the squared error with Min-SNR weights (gamma 5), ``mse`` without weights,
+with which the shipped model was trained in the end. Only models with equal autoencoders and schedules are comparable.
 """
 
 from __future__ import annotations
