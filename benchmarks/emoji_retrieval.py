@@ -53,6 +53,7 @@ from benchmarks import mobilenet_v2, retrieval
 from benchmarks.common import RESULTS, write
 from benchmarks.emoji_judge import COPY_COSINE, COPY_PIXELS, Array, Data, Judge, Row, load_data, real_features
 from diffuse_jax import DiffusionPipeline
+from diffuse_jax.cli import scheduler_class, with_sampler
 
 TRAIN, HELD_OUT, NO_SISTER = "training pairs", "held-out pairs", "held-out, no sister"
 RENDERS, RECONSTRUCTIONS, SAMPLES = "renders", "reconstructions", "samples"
@@ -91,7 +92,7 @@ def main() -> None:
     args = parse_args()
     data = load_data(args.data_dir)
     network = mobilenet_v2.load()
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    pipe = with_sampler(DiffusionPipeline.from_pretrained(args.model), args)
     judge = Judge(data, real_features(data.images, network))
     judged = []
     for split, held in ((TRAIN, False), (HELD_OUT, True)):
@@ -113,6 +114,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
     parser.add_argument("--num_samples", type=int, default=1000, help="most captions of each split (default 1000)")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="steps of the sampler (default 25)")
+    text = "sampler to use instead of the model's, such as DPMSolverMultistep"
+    parser.add_argument("--scheduler", metavar="NAME", help=text)
     text = "strengths of the prompt, one or more; the table by style is of the first (default 5)"
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[5.0], help=text)
     parser.add_argument("--batch_size", type=int, default=50, help="number of images sampled at a time (default 50)")
@@ -122,6 +125,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_samples < 2 or args.batch_size < 1:
         parser.error("--num_samples must be at least 2 and --batch_size at least 1")
+    try:
+        args.scheduler = None if args.scheduler is None else scheduler_class(args.scheduler).__name__
+    except ValueError as error:
+        parser.error(str(error))
     if args.output.suffix != ".json":
         parser.error(f"--output must end in .json, got {args.output}")
     return args
@@ -229,7 +236,8 @@ def hit_row(hits: dict[str, Array], ceiling: dict[str, Array], mask: Array) -> R
 
 def report(judge: Judge, judged: list[Judged], args: argparse.Namespace) -> None:
     """Write the three results."""
-    setting = f"`{args.model}`, {args.num_inference_steps} steps"
+    other = "" if args.scheduler is None else f", {args.scheduler}"
+    setting = f"`{args.model}`{other}, {args.num_inference_steps} steps"
     first = args.guidance_scale[0]
     copies = [{"captions": j.split} | j.head | j.copies for j in judged if j.copies is not None]
     results = [
