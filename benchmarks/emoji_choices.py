@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.common import RESULTS, merged, table, write
 from benchmarks.emoji_judge import Array, Data, load_data
+from benchmarks.emoji_retrieval import in_batches
 from diffuse_jax import FlowMatchEulerDiscreteScheduler
 from diffuse_jax.bounds import COUNT, SEED, number
 from diffuse_jax.models.unet_2d_condition import UNet2DConditionModel
@@ -173,24 +175,14 @@ def moments_of(pipe: Any, data: Data) -> Array:
     def run(params: Any, pixels: jax.Array) -> jax.Array:
         return family.encode_images(models, {"vae": params}, {"pixel_values": pixels})["moments"]
 
-    found = []
-    for start in tqdm(range(0, len(data.images), 100), desc="latents", disable=None):
-        part = data.images[start : start + 100]
-        whole_part = np.concatenate([part, np.zeros((100 - len(part), *part.shape[1:]), part.dtype)])
-        found.append(np.asarray(run(pipe.params["vae"], whole_part))[: len(part)])
-    return np.concatenate(found)
+    encoded = lambda numbers: np.asarray(run(pipe.params["vae"], data.images[numbers]))
+    return in_batches(encoded, np.arange(len(data.images)), 100, "latents")
 
 
 def caption_tokens(pipe: Any, data: Data) -> Callable[[str], Array]:
     """Token ids of a caption, int ``[L]``, each made once."""
-    words, known = trained_family(pipe).words(pipe), dict[str, Array]()
-
-    def ids(caption: str) -> Array:
-        if caption not in known:
-            known[caption] = np.asarray(tokens_of(words, caption)["text_encoder"])
-        return known[caption]
-
-    return ids
+    words = trained_family(pipe).words(pipe)
+    return functools.cache(lambda caption: np.asarray(tokens_of(words, caption)["text_encoder"]))
 
 
 def train(

@@ -151,7 +151,7 @@ def test_choices_of_training_are_judged_by_the_same_error() -> None:
 
 
 def test_choices_of_training_are_networks() -> None:
-    """And refused before anything is trained: a run too short for its warm-up, and a choice that there is not."""
+    """Each that names a shape has another one than the shipped UNet; bad arguments are refused before any training."""
     from benchmarks.emoji_choices import CHOICES, MODEL
     from diffuse_jax.models import UNet2DConditionModel
     from diffuse_jax.weights import resolve
