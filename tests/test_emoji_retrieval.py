@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +209,9 @@ def test_chance_counts_the_concepts_of_the_gallery(data: Data, features: np.ndar
     assert chance == pytest.approx({"R@1": 1 / CONCEPTS, "R@5": 5 / CONCEPTS, "group": 0.25})
 
 
-def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.ndarray, tmp_path: Path) -> None:
+def test_results_from_perfect_and_from_blind_samples(
+    data: Data, features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples with the features of the real images reach the ceiling, those that ignore the caption chance."""
     judge = Judge(data, features, components=24)
     judged = []
@@ -223,14 +225,15 @@ def test_results_from_perfect_and_from_blind_samples(data: Data, features: np.nd
         ):
             copies = judge.copies(data.images[chosen], of, chosen)
             judged.append(emoji_retrieval.Judged(split, chosen, kind, scale, judge.hits(of, chosen), copies))
-    args = argparse.Namespace(
-        model="toy", num_inference_steps=2, guidance_scale=[5.0, 1.0], output=tmp_path / "results" / "toy.json"
-    )
-    emoji_retrieval.report(judge, judged, args)
+    output = tmp_path / "results" / "toy.json"
+    options = "--model toy --scheduler DPMSolverMultistep --num_inference_steps 2 --guidance_scale 5 1 --output"
+    monkeypatch.setattr(sys, "argv", ["emoji_retrieval", *options.split(), str(output)])
+    emoji_retrieval.report(judge, judged, emoji_retrieval.parse_args())
 
     found = {
         name: json.loads((tmp_path / "results" / f"toy{name}.json").read_text()) for name in ("", "_styles", "_copies")
     }
+    assert found[""]["about"].startswith("`toy`, DPMSolverMultistepScheduler, 2 steps.")
     rows = {(r["captions"], r["images"], r["guidance"]): r for r in found[""]["rows"]}
     assert {split for split, _, _ in rows} == {"training pairs", "held-out pairs", "held-out, no sister"}
     for split in ("training pairs", "held-out pairs", "held-out, no sister"):
