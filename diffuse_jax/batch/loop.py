@@ -123,9 +123,12 @@ def survey(job: Job) -> Survey:
             except ValueError:
                 malformed += 1
                 continue
+            images += len(made.seeds)
             for seed in made.seeds:
+                if not recorded:  # a row may ask for more images than one could count
+                    break
                 image = Image(made, seed)
-                name, images = job.name(image), images + 1
+                name = job.name(image)
                 if (before := recorded.pop(name, None)) is not None:
                     done += 1
                     check_same(before, job.rules.record(image, name), job.lines.name)
@@ -313,14 +316,15 @@ def _missing(
                 return
             try:
                 made = job.rules.job(row.number, job.lines.fields(row.raw))
-                images = [image for seed in made.seeds if job.name(image := Image(made, seed)) not in done]
-                groups = [maker.group(image) for image in images[:1]] * len(images)  # a row has one
+                images = (image for seed in made.seeds if job.name(image := Image(made, seed)) not in done)
+                first = next(images, None)
+                group = None if first is None else maker.group(first)  # a row has one
             except Exception as error:
                 if not is_mistake(error):
                     raise
                 failures.add(Failure(row.number, None, one_line(error)))
                 continue
-            for group, image in zip(groups, images, strict=True):
+            for image in () if first is None else itertools.chain([first], images):
                 writing.expect(image)
                 yield group, image
         writing.passed(block)

@@ -187,6 +187,21 @@ def test_a_job_that_is_stopped_continues(tmp_path: Path, layout: str) -> None:
     assert (none.before, none.made) == (35, 0)
 
 
+def test_a_row_may_ask_for_more_images_than_anyone_will_wait_for(tmp_path: Path) -> None:
+    """Its images are neither counted one by one nor listed, which would take hours and all memory."""
+    most = 2**31 - 1
+    rows = [{"prompt": "one"}, {"prompt": "many", "num_images_per_prompt": most}]
+    made = 0
+    for _ in range(2):
+        stub = Stub()
+        report = run(rows, tmp_path / "out", stub, stop=lambda stub=stub: len(stub.batches) > 4)
+        assert report.stopped
+        assert (report.images, report.before) == (most + 1, made)
+        assert report.made > 0
+        made += report.made
+    assert keys(tmp_path / "out", "folder") == [(1, 1), *((2, 2 + i) for i in range(made - 1))]
+
+
 @pytest.mark.parametrize("layout", ["folder", pytest.param("webdataset", marks=pytest.mark.slow)])
 def test_a_job_that_is_killed_continues(tmp_path: Path, layout: str) -> None:
     """kill -9 at some moment, twice: nothing half-written counts, nothing is made twice."""
