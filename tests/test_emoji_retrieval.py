@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 
 from benchmarks import emoji_judge, emoji_retrieval, retrieval
 from benchmarks.emoji_judge import Data, Judge, load_data
+from diffuse_jax import DDIMScheduler
 
 STYLES = ("noto", "blob", "fluent", "twemoji")
 CONCEPTS = 40
@@ -209,31 +213,59 @@ def test_chance_counts_the_concepts_of_the_gallery(data: Data, features: np.ndar
     assert chance == pytest.approx({"R@1": 1 / CONCEPTS, "R@5": 5 / CONCEPTS, "group": 0.25})
 
 
+class Pipe:
+    """In place of a pipeline: the real image for a guidance scale of 5, and that of the next pair for any other."""
+
+    def __init__(self, data: Data, scheduler: Any, calls: list[tuple[str, int, float]]) -> None:
+        self.data, self.scheduler, self.calls = data, scheduler, calls
+        self.components, self.params = {"vae": self}, {"vae": {}}
+
+    def replace(self, scheduler: Any) -> Pipe:
+        return Pipe(self.data, scheduler, self.calls)
+
+    def __call__(self, captions: list[str], *, seed: list[int], output_type: str, **options: Any) -> SimpleNamespace:
+        assert captions == [self.data.caption(i) for i in seed]
+        steps, scale = options["num_inference_steps"], options["guidance_scale"]
+        self.calls.append((type(self.scheduler).__name__, steps, scale))
+        numbers = np.array(seed) if scale == 5 else (np.array(seed) + len(STYLES)) % len(self.data.images)
+        return SimpleNamespace(images=self.data.images[numbers] / np.float32(255))
+
+    def apply(self, variables: object, x: Any, method: str) -> Any:
+        """An autoencoder whose reconstructions are 2 of 255 too dark, where that is possible."""
+        return SimpleNamespace(mode=lambda: x - 4 / 255) if method == "encode" else x
+
+
 def test_results_from_perfect_and_from_blind_samples(
     data: Data, features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples with the features of the real images reach the ceiling, those that ignore the caption chance."""
-    judge = Judge(data, features, components=24)
-    judged = []
-    for split, held in ((emoji_retrieval.TRAIN, False), (emoji_retrieval.HELD_OUT, True)):
-        chosen = data.choose(held, 1000, seed=0)
-        blind = features[np.roll(chosen, 1)]
-        for kind, scale, of in (
-            ("renders", None, features[chosen]),
-            ("samples", 5.0, features[chosen]),
-            ("samples", 1.0, blind),
-        ):
-            copies = judge.copies(data.images[chosen], of, chosen)
-            judged.append(emoji_retrieval.Judged(split, chosen, kind, scale, judge.hits(of, chosen), copies))
-    output = tmp_path / "results" / "toy.json"
-    options = "--model toy --scheduler DPMSolverMultistep --num_inference_steps 2 --guidance_scale 5 1 --output"
-    monkeypatch.setattr(sys, "argv", ["emoji_retrieval", *options.split(), str(output)])
-    emoji_retrieval.report(judge, judged, emoji_retrieval.parse_args())
+    """The whole command: samples that are the real images reach the ceiling, those of other concepts chance.
 
-    found = {
-        name: json.loads((tmp_path / "results" / f"toy{name}.json").read_text()) for name in ("", "_styles", "_copies")
-    }
-    assert found[""]["about"].startswith("`toy`, DPMSolverMultistepScheduler, 2 steps.")
+    The features of an image are those of the pair whose image is nearest to it.
+    """
+
+    def features_of(network: object, images: np.ndarray) -> np.ndarray:
+        distance = np.abs(images[:, None].astype(int) - data.images).sum((2, 3, 4))
+        return features[distance.argmin(1)]
+
+    calls: list[tuple[str, int, float]] = []
+    monkeypatch.setattr(emoji_retrieval, "load_data", lambda folder: data)
+    monkeypatch.setattr(emoji_retrieval, "real_features", lambda images, network: features)
+    monkeypatch.setattr(emoji_retrieval, "Judge", functools.partial(Judge, components=24))
+    monkeypatch.setattr(emoji_retrieval.mobilenet_v2, "load", dict)
+    monkeypatch.setattr(emoji_retrieval.mobilenet_v2, "features", features_of)
+    opened = SimpleNamespace(from_pretrained=lambda model: Pipe(data, DDIMScheduler(), calls))
+    monkeypatch.setattr(emoji_retrieval, "DiffusionPipeline", opened)
+
+    def command(options: str) -> dict[str, list[dict[str, Any]]]:
+        output = tmp_path / "results" / "toy.json"
+        monkeypatch.setattr(sys, "argv", ["emoji_retrieval", *options.split(), "--output", str(output)])
+        emoji_retrieval.main()
+        names = ("", "_styles", "_copies", "_runs")
+        return {name: json.loads(output.with_stem(f"toy{name}").read_text()) for name in names}
+
+    found = command("--model toy --num_inference_steps 2 --guidance_scale 5 1")
+    assert set(calls) == {("DDIMScheduler", 2, 5.0), ("DDIMScheduler", 2, 1.0)}
+    assert found[""]["about"].startswith("`toy`, DDIMScheduler, 2 steps.")
     rows = {(r["captions"], r["images"], r["guidance"]): r for r in found[""]["rows"]}
     assert {split for split, _, _ in rows} == {"training pairs", "held-out pairs", "held-out, no sister"}
     for split in ("training pairs", "held-out pairs", "held-out, no sister"):
@@ -242,7 +274,44 @@ def test_results_from_perfect_and_from_blind_samples(
         assert rows[split, "samples", 1.0]["R@1"]["value"] < 0.2
         assert rows[split, "chance", None]["R@1"] == pytest.approx(1 / CONCEPTS)
     assert sum(row["number"] for row in found["_styles"]["rows"]) == len(data.records)
-    assert {row["guidance"] for row in found["_copies"]["rows"]} == {None, 5.0, 1.0}
+    copies = {(row["captions"], row["images"], row["guidance"]): row for row in found["_copies"]["rows"]}
+    assert {guidance for _, _, guidance in copies} == {None, 5.0, 1.0}
+    assert copies["held-out pairs", "reconstructions", None]["PSNR"] == pytest.approx(20 * np.log10(255 / 2), abs=0.1)
+
+    calls.clear()
+    again = command("--label other --scheduler DPMSolverMultistep --num_inference_steps 3 --guidance_scale 5")
+    assert set(calls) == {("DPMSolverMultistepScheduler", 3, 5.0)}
+    runs = again["_runs"]["rows"]
+    assert runs[:2] == found["_runs"]["rows"]
+    assert [[row[name] for name in emoji_retrieval.RUN] for row in runs] == [
+        ["toy", "DDIMScheduler", 2, 5.0],
+        ["toy", "DDIMScheduler", 2, 1.0],
+        ["other", "DPMSolverMultistepScheduler", 3, 5.0],
+    ]
+    for split in ("training", "held-out"):
+        best, blind, _ = (row[f"{split}: R@1_of_ceiling"]["value"] for row in runs)
+        assert best == 1 > 0.2 > blind
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--num_samples 1", "at least 2"),
+        ("--num_inference_steps 0", "whole number of at least 1"),
+        ("--guidance_scale nan", "finite number"),
+        ("--seed -1", "at least 0"),
+        ("--scheduler Unknown", "no scheduler is called 'Unknown'"),
+        ("--output table.csv", "--output must end in .json"),
+        ("--runs table.csv", "--runs must end in .json"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(
+    options: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["emoji_retrieval", *options.split()])
+    with pytest.raises(SystemExit):
+        emoji_retrieval.main()
+    assert said in capsys.readouterr().err
 
 
 def test_real_features_are_read_again(

@@ -75,6 +75,36 @@ def test_dataset_folders_refer_to_existing_images(tmp_path: Path) -> None:
     assert len(FolderSource(tmp_path / "mixed")) == 4, "a folder that trainers read"
 
 
+def test_drawing_needs_its_package_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = script("make_dataset")
+    monkeypatch.setattr(make.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["make_dataset", "--output_dir", str(tmp_path / "data")])
+    monkeypatch.setattr(make, "package_files", lambda *args: pytest.fail("fetched"))
+    with pytest.raises(SystemExit, match=r"resvg-py is needed .*pip install"):
+        make.main()
+
+
+def test_a_curve_goes_on_where_a_run_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that two logs have are the later one's; curves of which no log is given stay as they are."""
+    logs = []
+    for name, steps, loss in (("first", range(10, 110, 10), 1.0), ("second", range(60, 210, 10), 0.5)):
+        lines = [{"step": s, "loss": loss, "mse": 2 * loss, "learning_rate": 1e-3, "grad_norm": 0.1} for s in steps]
+        logs.append(tmp_path / f"{name}.jsonl")
+        logs[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "curves.json"
+    other = {"part": "autoencoder", "step": 3000, "loss": 0.1, "mse": 0.1, "learning_rate": 0.0}
+    output.write_text(json.dumps({"rows": [other, {"part": "UNet", "step": 1}]}))
+    monkeypatch.setattr(sys, "argv", ["log_summary", "--model", *map(str, logs), "--output", str(output)])
+    script("log_summary").main()
+    first, *rows = json.loads(output.read_text())["rows"]
+    assert first == other
+    assert {row["part"] for row in rows} == {"UNet"}
+    assert [row["step"] for row in rows][-1] == 200
+    assert len(rows) == 16
+    assert {row["loss"] for row in rows if row["step"] < 60} == {1.0}
+    assert {row["loss"] for row in rows if row["step"] >= 60} == {0.5}
+
+
 def test_labels_match_icon_names() -> None:
     slug = script("make_dataset").slug
     assert [slug(s) for s in ("Piñata", "woman’s hat", "ON! arrow", "face in clouds")] == [

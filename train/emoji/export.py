@@ -1,6 +1,6 @@
 """Write a trained emoji model in the form that is shipped: float16 weights, configs, tokenizer, card with sources.
 
-    python train/emoji/export.py --model runs/emoji/model --train_data_dir runs/emoji/data/train \\
+    python train/emoji/export.py --model runs/emoji/second --train_data_dir runs/emoji/data/train \\
         --output_dir diffuse_jax/assets/emoji
 """
 
@@ -47,10 +47,11 @@ tokens. PyTorch diffusers opens the same folder with `StableDiffusionPipeline.fr
 Parts: a UNet of {unet:,} parameters on 16x16x4 latents (velocity prediction, a schedule that ends in pure noise), an
 autoencoder of {vae:,}, a CLIP text encoder of {text:,}, a byte-pair tokenizer of {vocab:,} symbols. Weights are
 float16. Trained from scratch on {total:,} images by `train/vae.py` and `train/text_to_image.py`; the page
-"The shipped model" in the documentation of diffuse_jax describes how.
+"The shipped model" in the documentation of diffuse_jax describes how. The decoder's perceptual loss used the
+features of EfficientNet-Lite0 (trained on ImageNet, Apache-2.0), of which nothing is included.
 
 Limits: it knows emoji and nothing else. Most faces, food, plants, hearts and buttons and many animals and people come
-out recognisable; thin things, hands, buildings and vehicles often come out vague, and writing is never legible.
+out recognisable; thin things, hands, buildings and vehicles often come out vague, and writing is hardly ever legible.
 
 ## Sources and licences
 

@@ -1,7 +1,7 @@
 """Write the subsampled training curves of the emoji model as a result for the documentation.
 
     python train/emoji/log_summary.py --vae runs/emoji/vae/log.jsonl \\
-        --model runs/emoji/model/log.jsonl runs/emoji/mixed/log.jsonl
+        --model runs/emoji/model/log.jsonl runs/emoji/mixed/log.jsonl runs/emoji/final/log.jsonl
     python train/emoji/log_summary.py --second runs/emoji/second/log.jsonl    # the other curves stay as they are
 """
 

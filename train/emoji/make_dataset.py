@@ -6,9 +6,10 @@ The result is an ordinary image folder that the scripts beside it read with ``--
     OUTPUT/train/noto/red-apple.png
     OUTPUT/heldout/...              a tenth of the (concept, style) pairs, never trained on
     OUTPUT/common/metadata.jsonl    the lines of train/ with common concepts
-    OUTPUT/mixed/metadata.jsonl     all lines of train/, those with common concepts seven times: half of what is seen
+    OUTPUT/mixed/metadata.jsonl     all lines of train/, those with common concepts seven times: 57 % of them
 
-Needs ``npm`` (to fetch the packages) and ``resvg-py`` (to draw the SVG files); takes about two minutes. Example:
+Needs ``npm`` (to fetch the packages) and ``resvg-py`` (to draw the SVG files; ``pip install '.[train]'`` has it); takes
+about two minutes. Example:
 
     python train/emoji/make_dataset.py --output_dir runs/emoji/data
 """
@@ -16,6 +17,7 @@ Needs ``npm`` (to fetch the packages) and ``resvg-py`` (to draw the SVG files); 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -46,6 +48,8 @@ REPEATS = 6
 
 def main() -> None:
     args = parse_args()
+    if importlib.util.find_spec("resvg_py") is None:
+        raise SystemExit("resvg-py is needed to draw the SVG files; install it with: pip install '.[train]'")
     output = Path(args.output_dir)
     emoji = emoji_table(package_files(CAPTIONS, args.package_dir))
     pairs = list(draw_all(emoji, args.resolution, args.package_dir))
@@ -62,9 +66,8 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=path_text, required=True, help="folder to write; train/ and heldout/ inside are replaced"
-    )
+    text = "folder to write; train/, heldout/, common/ and mixed/ inside are replaced"
+    parser.add_argument("--output_dir", type=path_text, required=True, help=text)
     parser.add_argument("--resolution", type=number(COUNT), default=64, help="size of the images (default 64)")
     parser.add_argument(
         "--package_dir", type=path_text, default="runs/npm", help="folder for downloaded packages (default runs/npm)"
