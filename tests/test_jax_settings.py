@@ -172,7 +172,8 @@ def images(run: str) -> np.ndarray:
 # Without jit every operation is compiled for every shape; the ordinary suite runs the parts of a step so, in
 # test_samplers_that_are_not_tables and in test_every_kind_of_pipeline.
 @pytest.mark.parametrize(
-    "setting", ["64-bit types", "strict promotion", pytest.param("no jit", marks=pytest.mark.slow)]
+    "setting",
+    ["strict promotion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("64-bit types", "no jit"))],
 )
 def test_a_training_step(setting: str, latent_model: Path) -> None:
     check(setting, update, latent_model)

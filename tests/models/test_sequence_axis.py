@@ -96,7 +96,7 @@ def test_levels_with_fewer_rows_than_devices_in_a_loop(rows: int, devices: int) 
 CALL: dict[str, Any] = {"num_inference_steps": 2, "seed": [0, 1], "output_type": "np"}
 
 
-@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.parametrize("size", [16, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_pipeline_gives_the_images_of_one_device(size: int) -> None:
     """Also step by step, and where an image has rows that the axis does not divide at some level (12, 6)."""
     alone, sizes = tiny.pipeline(), {"height": size, "width": size}

@@ -114,7 +114,7 @@ def test_guess_mode(tmp_path: Path, images: list[Any]) -> None:
 # Editing
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "cosxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl", "cosxl"])
 def test_instruct_pix2pix(family: str, tmp_path: Path, images: list[Any]) -> None:
     xl = family != "sd1"
     folder = (folders.stable_diffusion_xl if xl else folders.stable_diffusion)(tmp_path / "model")

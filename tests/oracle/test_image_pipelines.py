@@ -159,7 +159,7 @@ def test_inpainting_with_any_checkpoint(family, images, masks, compare: Compare)
     assert pipe.programs.compilations == 1
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_inpainting_with_nine_channels(name: str, tmp_path: Path, images, masks, compare: Compare):
     folder = {"sd1": folders.stable_diffusion, "sdxl": folders.stable_diffusion_xl}[name](tmp_path / "model")
     config = {"sd1": folders.UNET, "sdxl": folders.UNET_XL}[name]
@@ -208,7 +208,9 @@ def test_latents_as_images(sd1: Path, rng, compare: Compare):
 # ControlNets
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one net", "two nets"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, id="one net", marks=pytest.mark.slow), pytest.param(2, id="two nets")]
+)
 def controlled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A folder with one ControlNet or two, as PyTorch diffusers writes it."""
     return request.param, folders.controlled(tmp_path_factory.mktemp("control") / "model", request.param)
@@ -280,6 +282,7 @@ def test_controlnet_with_inpainting(controlled, images, masks, compare: Compare)
     assert pipe.programs.compilations == 1
 
 
+@pytest.mark.slow
 @tasks_with_nets
 def test_controlnet_with_inpainting_of_nine_channels(controlled, tmp_path: Path, images, masks, compare: Compare):
     import shutil

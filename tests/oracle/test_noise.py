@@ -85,18 +85,24 @@ def check(name: str, folder: Path, request: dict[str, Any], seed: Any = (3, 2**4
     require_same(pipe, ours, wanted)
 
 
-@pytest.mark.parametrize("family", ["", "XL"])
+# The noise of XL is that of Stable Diffusion; what differs is the call around it.
+FAMILIES = ["", pytest.param("XL", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", [(3, 2**40), 5], ids=["one generator each", "one for all"])
 def test_text_to_image(family: str, seed: Any, folder):
     check(f"StableDiffusion{family}Pipeline", folder(family), CALL, seed)
 
 
-@pytest.mark.parametrize("family", ["", "XL"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_image_to_image(family: str, folder, images):
     check(f"StableDiffusion{family}Img2ImgPipeline", folder(family), CALL | {"image": images, "strength": 0.5})
 
 
-@pytest.mark.parametrize(("family", "strength"), [("", 1.0), ("XL", 0.6), ("nine", 1.0), ("nine", 0.6)])
+@pytest.mark.parametrize(
+    ("family", "strength"), [("", 1.0), pytest.param("XL", 0.6, marks=pytest.mark.slow), ("nine", 1.0), ("nine", 0.6)]
+)
 def test_inpainting(family: str, strength: float, folder, images, masks):
     request = CALL | {"image": images, "mask_image": masks, "height": EDGE, "width": EDGE, "strength": strength}
     kind = "" if family == "nine" else family

@@ -12,8 +12,15 @@ from diffuse_jax.torch_backend.training_report import verdict
 cases = pytest.importorskip("tests.oracle.training_cases", reason="needs PyTorch diffusers and transformers")
 
 
-# What these combine is in the other cases: pairs in text to image with XL, prior preservation in DreamBooth.
-COMBINED = ("text to image with LoRA, SD", "DreamBooth with LoRA and prior preservation, SDXL")
+# What these combine is in the other cases: pairs and the sizes of XL in text to image with LoRA, prior preservation in
+# DreamBooth, ControlNets and edits with SD.
+COMBINED = (
+    "text to image with LoRA, SD",
+    "DreamBooth with LoRA and prior preservation, SDXL",
+    "text to image, SDXL",
+    "ControlNet, SDXL",
+    "InstructPix2Pix, SDXL",
+)
 
 
 @pytest.mark.parametrize(

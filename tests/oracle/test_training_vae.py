@@ -133,7 +133,9 @@ def test_perceptual_distance_and_its_gradient(network: str, tmp_path: Path, rng:
 RATE, SIZE, KL = 1e-3, 32, 1e-2
 
 
-@pytest.mark.parametrize("adversarial", [False, True], ids=["plain", "adversarial"])
+@pytest.mark.parametrize(
+    "adversarial", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="adversarial")]
+)
 def test_one_training_step(adversarial: bool, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same weights, images and posterior noise give the same loss and the same parameters after AdamW."""
     module, vae, params = twins.vae_twin("SD 1.x and 2.x", tmp_path)

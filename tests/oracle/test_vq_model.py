@@ -61,6 +61,7 @@ def test_pytorch_opens_what_is_saved_here(name: str, tmp_path: Path) -> None:
     assert plain(again.config) == plain(module.config)
 
 
+@pytest.mark.slow
 def test_recomputing_changes_no_gradient(rng: np.random.Generator) -> None:
     config = VQConfig(**twins.VQS["MoVQ"])
     images = rng.uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)

@@ -119,7 +119,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("make", MESHES.values(), ids=MESHES)
+# Explicit axes have tests of their own: of networks, and of where each array lies.
+SLOWLY = {"explicit axes": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("make", [pytest.param(MESHES[name], id=name, marks=SLOWLY.get(name, ())) for name in MESHES])
 def test_eight_devices_give_the_same_images_as_one(pipe: StableDiffusionPipeline, make: Callable[[], Mesh]):
     prompts = [f"number {i}" for i in range(9)]  # 9 images on 8 devices: padded to 16
     alone = pixels(pipe, prompts, seed=list(range(9)), batch_size=1)

@@ -245,7 +245,11 @@ def test_what_parity_does_not_run_says_why(name: str, on_torch: Any) -> None:
 COMPARED = [name for name in CLASSES if not refusal(name)]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+# Their two stages have the same networks and methods whatever the task.
+ALIKE = [name for name in COMPARED if name.endswith(("Img2ImgCombinedPipeline", "InpaintCombinedPipeline"))]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in COMPARED])
 def test_every_pipeline_has_images_and_counterparts_of_its_networks(name: str, on_torch: Any) -> None:
     """A call is complete without images of the user's, and PyTorch has every network and method that it needs."""
     pipe = on_torch(name)

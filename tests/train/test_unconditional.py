@@ -76,7 +76,7 @@ def test_images_are_learned(options: dict[str, Any], tmp_path: Path, monkeypatch
     assert DDPMPipeline.from_pretrained(tmp_path / "out" / "checkpoint-50").scheduler == pipe.scheduler
 
 
-@pytest.mark.parametrize("objective", OTHERS)
+@pytest.mark.parametrize("objective", [pytest.param("edm", marks=pytest.mark.slow), "flow_matching"])
 def test_images_are_learned_by_another_objective(
     objective: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
