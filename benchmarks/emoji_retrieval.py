@@ -35,7 +35,7 @@ pairs, ``own`` is the fraction whose nearest image by features is that of the ca
 **MobileNetV2-KID.** Unbiased squared MMD with the kernel (x y / 1280 + 1)^3 on the 1280 averaged maps, to all training
 images. It is the kernel distance of KID with another network: not comparable with published KID or FID.
 
-**PSNR** of reconstructions, in dB: of the mean squared error over all of their pixels.
+**PSNR** of reconstructions, in dB: the mean over the images.
 
 **Runs.** A further result, ``--runs``, has one line for each model, sampler, number of steps and guidance scale. A run
 adds its lines to those that are there, so that several can be compared; ``--label`` names the model in them.
@@ -201,8 +201,8 @@ def to_uint8(images: Array) -> Array:
 
 
 def psnr(images: Array, real: Array) -> float:
-    """Peak signal-to-noise ratio in dB of all images together, uint8 ``[N,H,W,3]``."""
-    return float(10 * np.log10(255**2 / np.mean(np.square(images.astype(np.float64) - real))))
+    """Mean peak signal-to-noise ratio of images, uint8 ``[N,H,W,3]``, in dB; infinite if one of them is exact."""
+    return float(np.mean(10 * np.log10(255**2 / np.square(images.astype(np.float64) - real).mean((1, 2, 3)))))
 
 
 def in_batches(run: Callable[[Array], Array], values: Array, size: int, what: str) -> Array:
