@@ -38,13 +38,19 @@ def thing(prompt: str) -> str:
     return prompt.partition(",")[0]
 
 
+def fits(labels: Sequence[str], font: Any) -> bool:
+    """Whether each label is no wider than an image."""
+    return all(font.getlength(label) <= EDGE for label in labels)
+
+
 def draw(sheet: Sheet) -> Image.Image:
     """The images side by side and enlarged, with their labels, on white."""
     step, top = EDGE + GAP, TOP if sheet.above else 0
     page = Image.new("RGB", (LEFT + len(sheet.rows[0]) * step - GAP, top + len(sheet.rows) * step - GAP), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(SIZE)
+    narrow = next(f for f in map(ImageFont.load_default, range(SIZE, 0, -1)) if fits(sheet.above, f))
     for x, label in enumerate(sheet.above):
-        pen.text((LEFT + x * step + EDGE // 2, top // 2), label, "#202020", font, anchor="mm")
+        pen.text((LEFT + x * step + EDGE // 2, top // 2), label, "#202020", narrow, anchor="mm")
     for y, (label, row) in enumerate(zip(sheet.beside, sheet.rows, strict=True)):
         middle = top + y * step + EDGE // 2
         pen.multiline_text((4, middle), textwrap.fill(label, WRAP), "#202020", font, anchor="lm", spacing=6)

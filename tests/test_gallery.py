@@ -38,6 +38,17 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(save_sd(tmp_path_factory.mktemp("sd"), fresh=False))
 
 
+def test_headings_stay_above_their_own_column(parts: Any) -> None:
+    """Nothing is written over the gap between two columns, however long the headings are."""
+    sheets = importlib.import_module("gallery_sheets")
+    white = np.ones((8, 8, 3), np.float32)
+    for headings in (["sun", "moon"], ["red apple", "beaming face with smiling eyes"]):
+        page = np.asarray(sheets.draw(sheets.Sheet([[white, white]], ["row"], headings)))
+        gap = sheets.LEFT + sheets.EDGE + np.arange(sheets.GAP)
+        assert (page[:, gap] == 255).all(), headings
+        assert (page[: sheets.TOP, sheets.LEFT :] < 128).any(), "they are written"
+
+
 def edits_in(folder: Path) -> Path:
     """A folder of held-out edits as ``make_edits.py`` writes it: seven results, each from two images."""
     lines = []
