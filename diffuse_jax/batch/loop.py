@@ -317,14 +317,15 @@ def _missing(
             try:
                 made = job.rules.job(row.number, job.lines.fields(row.raw))
                 images = (image for seed in made.seeds if job.name(image := Image(made, seed)) not in done)
-                first = next(images, None)
-                group = None if first is None else maker.group(first)  # a row has one
+                if (first := next(images, None)) is None:
+                    continue
+                group = maker.group(first)  # a row has one
             except Exception as error:
                 if not is_mistake(error):
                     raise
                 failures.add(Failure(row.number, None, one_line(error)))
                 continue
-            for image in () if first is None else itertools.chain([first], images):
+            for image in itertools.chain([first], images):
                 writing.expect(image)
                 yield group, image
         writing.passed(block)

@@ -153,8 +153,7 @@ def test_a_small_sdxl_with_its_text_encoders_is_the_same(tmp_path: Path) -> None
 
 
 # With LoRA there are fewer parameters to compute in another precision than the rest.
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_half_precision_has_its_own_tolerance(method: str, sd: Path) -> None:
     """Trained parameters are float32, frozen ones bfloat16, the autoencoder float32 as its configuration asks."""
     if method == "lora":

@@ -94,7 +94,6 @@ def judged(options: dict[str, Any], tmp_path: Path, rng: np.random.Generator) ->
     return options | terms | sizes
 
 
-@pytest.mark.slow
 def test_every_term_on_a_mesh_in_bfloat16(
     judged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
